@@ -1,0 +1,320 @@
+"""The configuration: one typed, frozen tree, read from YAML with `key.sub=value` overrides.
+
+A mistake is found here, before a model or a device is touched, and reported as one line that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+Duration = str | int | float
+"""`"3 epochs"`, `"500 steps"`, `"1e6 samples"`, `"10 percent"` of the run; a bare number counts epochs."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the command line prints it as one line and exits with code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    nearest = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
+                    raise ValueError(f"unknown key {key!r}; the nearest valid key is {nearest[0]!r}")
+        return values
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+class Augment(Section):
+    """Training augmentation; evaluation always resizes the shorter side and crops the centre."""
+
+    recipe: Literal["none", "pad_crop", "random_resized_crop"] = "random_resized_crop"
+    flip: bool = True
+    padding: PositiveInt = 4  # pixels, for pad_crop
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)  # area fraction, for random_resized_crop
+    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+
+
+class Data(Section):
+    train: str | list[str]  # shard URLs, braces expanded
+    eval: str | list[str] | None = None
+    root: str | None = None  # prefix of relative shard paths
+    num_classes: PositiveInt
+    image_size: PositiveInt = 224  # pixels, what both networks see
+    global_batch: PositiveInt  # samples per optimizer step, over all ranks and accumulation steps
+    streams: PositiveInt = 64
+    window: PositiveInt | None = None  # samples shuffled together within a stream; None: order.py's default
+    in_memory: bool = False  # decode once and keep: for small images
+    cache_dir: str | None = None
+    workers: Annotated[int, Field(ge=0)] = 4  # loader processes per rank
+    augment: Augment = Augment()
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # centre crop as a fraction of the resized shorter side
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class Model(Section):
+    name: str  # any timm model
+    pretrained: bool = False
+    checkpoint: str | None = None  # local .safetensors, or .pt read with weights_only
+    kwargs: dict[str, Any] = {}  # passed on to timm.create_model
+    mean: tuple[float, float, float] | None = None  # input normalisation in [0, 1] units; None: timm's own
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Model:
+        if self.pretrained and self.checkpoint:
+            raise ValueError("pretrained and checkpoint exclude each other: keep one")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together: give both or neither")
+        return self
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Optimizer(Section):
+    """Arguments of `timm.optim.create_optimizer_v2`."""
+
+    name: str = "sgd"
+    lr: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: float = 0.9
+    kwargs: dict[str, Any] = {}
+
+
+class Schedule(Section):
+    """Learning rate over one phase; every count is an optimizer step since the phase began."""
+
+    name: Literal["constant", "cosine", "step", "multistep"] = "constant"
+    warmup: Duration = 0  # linear, from warmup_lr
+    warmup_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: Annotated[float, Field(ge=0)] = 0.0  # where cosine ends
+    decay_every: Duration = "30 epochs"  # step
+    decay_at: list[Duration] = []  # multistep
+    decay_rate: PositiveFloat = 0.1
+
+
+class PhaseTraining(Section):
+    """What a phase may set for itself; None inherits `optimizer.lr` and `schedule`."""
+
+    lr: PositiveFloat | None = None
+    schedule: Schedule | None = None
+    reset_optimizer: Literal["never", "start", "epoch"] = "never"  # drop momentum and second moments
+
+
+class Prune(Section):
+    criterion: Literal["l1"] = "l1"
+    # slice: the exact channels of the teacher's map. paper_bn: the published code's variant (prune.py).
+    mode: Literal["slice", "paper_bn"] = "slice"
+
+
+class Warmup(PhaseTraining):
+    # (teacher stage, student stage) by index into timm's feature_info; auto matches by reduction (stride).
+    pairs: Literal["auto"] | list[tuple[int, int]] = "auto"
+    alpha: Annotated[int, Field(ge=0)] = 2  # pair i lasts alpha + 1 + i epochs
+    durations: list[Duration] | None = None  # one per pair, instead of alpha
+    lr: PositiveFloat | list[PositiveFloat] | None = None  # a list gives one per pair
+    adapter: Literal["none", "conv1x1"] = "none"  # conv1x1 lifts a student map that is wider than the teacher's
+    prune: Prune = Prune()
+
+
+class CrossEntropy(Section):
+    name: Literal["ce"]
+    weight: float = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class KDLoss(Section):
+    name: Literal["kd"]
+    weight: float = 1.0
+    temperature: PositiveFloat = 4.0
+
+
+class PKTLoss(Section):
+    name: Literal["pkt"]
+    weight: float = 1.0
+
+
+Loss = Annotated[CrossEntropy | KDLoss | PKTLoss, Field(discriminator="name")]
+
+
+class Mix(Section):
+    """timm's Mixup; the teacher sees the same mixed images as the student."""
+
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    prob: Annotated[float, Field(ge=0, le=1)] = 1.0
+    switch_prob: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class KD(PhaseTraining):
+    """The rest of the run after the warm-up; without a teacher it is plain supervised training."""
+
+    losses: Annotated[list[Loss], Field(min_length=1)] = [CrossEntropy(name="ce")]
+    mix: Mix | None = None
+
+
+class Ema(Section):
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    warmup: bool = True  # ramp the decay up, so that short runs profit too
+
+
+class Evaluate(Section):
+    every: Duration | None = None  # None: at the end only
+    batch: PositiveInt = 256  # per rank
+    retrieval: bool = False  # at the end: mAP of the embeddings, queries = data.eval, database = data.train
+
+
+class Checkpoint(Section):
+    every_steps: PositiveInt | None = 1000
+    every_minutes: PositiveFloat | None = None
+    keep_last: PositiveInt = 2
+    keep_best: Annotated[int, Field(ge=0)] = 1  # by top-1 on data.eval
+
+
+class Log(Section):
+    every_steps: PositiveInt = 50
+    tensorboard: bool = True
+
+
+class Config(Section):
+    run_dir: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    duration: Duration  # the whole run, warm-up included
+    data: Data
+    student: Model
+    teacher: Model | None = None
+    warmup: Warmup | None = None
+    kd: KD = KD()
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    grad_accumulation: PositiveInt = 1
+    clip_grad_norm: PositiveFloat | None = None
+    ema: Ema | None = None
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml_no_is_false(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("mixed_precision") is False:
+            return {**values, "mixed_precision": "no"}
+        return values
+
+    @model_validator(mode="after")
+    def _teacher_where_needed(self) -> Config:
+        if self.teacher is None:
+            if self.warmup is not None:
+                raise ValueError("warmup needs a teacher: add the section teacher, or remove warmup")
+            for loss in self.kd.losses:
+                if loss.name != "ce":
+                    raise ValueError(f"kd.losses: {loss.name} needs a teacher: add the section teacher, or use ce")
+        if self.evaluate.every is not None and self.data.eval is None:
+            raise ValueError("evaluate.every needs shards to evaluate on: set data.eval")
+        if self.evaluate.retrieval and self.data.eval is None:
+            raise ValueError("evaluate.retrieval needs query shards: set data.eval")
+        return self
+
+
+# Keys that may change between two starts of the same run: they alter how it runs, not what it computes.
+OPERATIONAL_KEYS = ("run_dir", "checkpoint", "log", "data.root", "data.cache_dir", "data.workers", "evaluate.batch")
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file and apply `a.b=c` overrides (the value is YAML; a number indexes a list).
+
+    Raises UserError, in one line, for a missing or malformed file and for any unknown or ill-typed key.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of keys at the top level")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse(tree, source=" ".join([str(path), *overrides]))
+
+
+def parse(tree: dict[str, Any], source: str) -> Config:
+    """Validate a plain tree; `source` names it in error messages."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: {key + ': ' if key else ''}{message}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override {override!r}: expected key.sub=value")
+    *parents, last = dotted.split(".")
+    node: Any = tree
+    try:
+        value = yaml.safe_load(text)
+        for part in parents:
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = {}
+            node = node[int(part) if isinstance(node, list) else part]
+        node[int(last) if isinstance(node, list) else last] = value
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise UserError(f"override {override!r}: {dotted} does not lead to a key of the config") from None
+
+
+def dump(config: Config) -> str:
+    """The whole config as YAML, defaults included; `parse` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted keys to plain values, without the operational keys: what defines the computation."""
+
+    def walk(prefix: str, value: Any):
+        if prefix in OPERATIONAL_KEYS:
+            return
+        if isinstance(value, dict) and value:
+            for key, child in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            yield prefix, value
+
+    return dict(walk("", config.model_dump(mode="json")))
+
+
+def fingerprint(config: Config) -> str:
+    """SHA-256 of `flatten`: equal for configs that compute the same run."""
+    return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
+
+
+def difference(old: Config, new: Config) -> str | None:
+    """The first key in which two configs compute different runs, as `key: old -> new`; None if they do not."""
+    before, after = flatten(old), flatten(new)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            return f"{key}: {before.get(key)} -> {after.get(key)}"
+    return None
