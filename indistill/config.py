@@ -1,6 +1,6 @@
 """The configuration: one typed, frozen tree, read from YAML with `key.sub=value` overrides.
 
-A mistake is found here, before a model or a device is touched, and reported as one line that names the file and the key.
+A mistake is found here, before a model or a device is touched, and reported in one line with the file and the key.
 """
 
 from __future__ import annotations

@@ -1,0 +1,227 @@
+"""Teacher and student: timm networks, checked, behind one module that normalises, truncates and adapts.
+
+Importing this module registers the small networks of arXiv 2205.10003 with timm (`cnn32_student`, `cnn32_auxiliary`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.models import load_state_dict, register_model
+from torch import Tensor, nn
+
+from indistill import config, taps
+from indistill.config import UserError
+
+
+class Output(NamedTuple):
+    """What one forward pass returns; None for what was not asked for or not reached."""
+
+    features: tuple[Tensor, ...]  # one map [B, C, H, W] per pair asked for
+    embedding: Tensor | None = None  # [B, D], the classifier's input
+    logits: Tensor | None = None  # [B, K]
+
+
+class Network(nn.Module):
+    """A timm model that takes raw images and can stop at a stage.
+
+    The student is one such module, adapters included, so that it is wrapped for training exactly once; the teacher is
+    another, frozen. `stages` gives the stage of each pair, shallow to deep; `adapters` maps a pair to the module that
+    lifts its map to the teacher's width.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        stages: Sequence[int] = (),
+        adapters: dict[int, nn.Module] | None = None,
+        with_logits: bool = True,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.stages = list(stages)
+        self.adapters = nn.ModuleDict({str(pair): module for pair, module in (adapters or {}).items()})
+        # Without a loss on the logits, returning them would make DDP wait for gradients that never come.
+        self.with_logits = with_logits
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, upto: int | None = None, pairs: Sequence[int] | None = None) -> Output:
+        """Images [B, 3, H, W], uint8 or float in 0..255.
+
+        With `upto`, only the maps of pairs up to that one, or of `pairs` among them, and no computation beyond its
+        stage; without, embedding and logits.
+        """
+        x = (images.float() - self.mean) / self.std  # [B, 3, H, W]
+        if upto is not None:
+            pairs = range(upto + 1) if pairs is None else pairs
+            features = taps.maps(self.net, x, [self.stages[pair] for pair in pairs])
+            return Output(tuple(self._adapt(pair, feature) for pair, feature in zip(pairs, features)))
+        embedding = self.net.forward_head(self.net.forward_features(x), pre_logits=True)  # [B, D]
+        logits = self.net.get_classifier()(embedding) if self.with_logits or not self.training else None
+        return Output((), embedding, logits)
+
+    def _adapt(self, pair: int, feature: Tensor) -> Tensor:
+        return self.adapters[str(pair)](feature) if str(pair) in self.adapters else feature
+
+
+def create(section: config.Model, num_classes: int, image_size: int, role: str) -> nn.Module:
+    """The bare timm model that a `student` or `teacher` section describes.
+
+    Raises UserError for an unknown name, weights that cannot be had or do not fit, a head of another size than
+    `num_classes`, and a head that does not follow timm's interface. Nothing is ever initialised at random silently.
+    """
+    if not timm.is_model(section.name):
+        close = timm.list_models(f"*{section.name}*")[:3] or timm.list_models(f"{section.name[:6]}*")[:3]
+        raise UserError(
+            f"{role}.name: timm has no model {section.name!r}" + (f"; near: {', '.join(close)}" * bool(close))
+        )
+    # Asked for another number of classes, timm would replace a pretrained head by a random one.
+    kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
+    try:
+        net = timm.create_model(section.name, pretrained=section.pretrained, **kwargs)
+    except Exception as error:  # timm, the hub client and the network each raise their own
+        raise UserError(f"{role}: timm could not create {section.name}: {' '.join(str(error).split())[:300]}") from None
+    if net.num_classes != num_classes:
+        raise UserError(
+            f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is {num_classes}: "
+            "use weights trained for this data set"
+        )
+    if section.checkpoint:
+        _load_weights(net, section.checkpoint, role)
+    _check_interface(net, section.name, image_size, role)
+    return net
+
+
+def _load_weights(net: nn.Module, path: str, role: str) -> None:
+    try:
+        state = load_state_dict(path, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{role}.checkpoint: no file {path}") from None
+    except Exception as error:  # a damaged file fails in pickle, zip or safetensors
+        raise UserError(
+            f"{role}.checkpoint: {path} is not a readable checkpoint: {str(error).splitlines()[0]}"
+        ) from None
+    state = {key.removeprefix("net."): value for key, value in state.items() if not key.startswith("adapters.")}
+    wanted = net.state_dict()
+    for key in [*wanted, *state]:
+        if key not in state or key not in wanted:
+            where = "lacks" if key not in state else "has an unexpected"
+            raise UserError(f"{role}.checkpoint: {path} {where} {key}: it belongs to another architecture")
+        if state[key].shape != wanted[key].shape:
+            raise UserError(
+                f"{role}.checkpoint: {key} is {tuple(state[key].shape)} in {path}, {role}.name with data.num_classes "
+                f"needs {tuple(wanted[key].shape)}"
+            )
+    net.load_state_dict(state)
+
+
+@torch.no_grad()
+def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> None:
+    """One small forward pass: the input size fits, and classifier(embedding) is the model's own output."""
+    training, images = net.training, torch.zeros(1, 3, image_size, image_size)
+    net.eval()
+    try:
+        embedding = net.forward_head(net.forward_features(images), pre_logits=True)
+        same = torch.allclose(net.get_classifier()(embedding), net(images))
+    except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{role}: {name} cannot take {image_size} px images (data.image_size): {reason}") from None
+    finally:
+        net.train(training)
+    if not same:
+        raise UserError(f"{role}: the output of {name} is not its classifier on its embedding: use another variant")
+
+
+def normalisation(net: nn.Module, section: config.Model, role: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Input mean and standard deviation per channel, in [0, 1] units; UserError if neither config nor timm has them."""
+    if section.mean is not None:
+        return section.mean, section.std
+    timm_config = net.pretrained_cfg or {}
+    if not timm_config.get("mean") or not timm_config.get("std"):
+        raise UserError(f"{role}: the normalisation of {section.name} is not known: set {role}.mean and {role}.std")
+    return timm_config["mean"], timm_config["std"]
+
+
+class CNN32(nn.Module):
+    """The small network of arXiv 2205.10003 for 32x32 images, under timm's interface.
+
+    Three times [3x3 convolution without padding, batch norm, ReLU, 2x2 max-pool], then fc1, ReLU (the embedding) and
+    fc2. Stage i is the map after the i-th pool. Module names are those of the published state dicts.
+    """
+
+    def __init__(self, widths: tuple[int, int, int], hidden: int, num_classes: int = 10, **_: object) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = hidden
+        self.feature_info = []
+        previous = 3
+        for i, width in enumerate(widths, start=1):
+            setattr(self, f"conv{i}", nn.Conv2d(previous, width, 3))
+            setattr(self, f"conv{i}_bn", nn.BatchNorm2d(width))
+            self.feature_info.append({"module": f"conv{i}_bn", "num_chs": width, "reduction": 2**i})
+            previous = width
+        self.fc1 = nn.Linear(4 * widths[-1], hidden)  # a 32x32 image leaves a 2x2 map
+        self.fc2 = nn.Linear(hidden, num_classes)
+        # The means and deviations that the authors trained with; timm reads its models' from here too.
+        self.pretrained_cfg = self.default_cfg = {
+            "input_size": (3, 32, 32),
+            "num_classes": num_classes,
+            "mean": tuple(v / 255 for v in (125.3, 123.0, 113.9)),
+            "std": tuple(v / 255 for v in (63.0, 62.1, 66.7)),
+        }
+
+    def _stage(self, i: int, x: Tensor) -> Tensor:
+        x = getattr(self, f"conv{i}_bn")(getattr(self, f"conv{i}")(x))
+        return nn.functional.max_pool2d(nn.functional.relu(x), 2)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        indices = range(3) if indices is None else indices
+        intermediates = []
+        for i in range(max(indices) + 1 if stop_early else 3):
+            x = self._stage(i + 1, x)
+            if i in indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        for i in (1, 2, 3):
+            x = self._stage(i, x)
+        return x  # [B, widths[-1], 2, 2]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = nn.functional.relu(self.fc1(x.flatten(1)))
+        return x if pre_logits else self.fc2(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+@register_model
+def cnn32_auxiliary(pretrained: bool = False, **kwargs: object) -> CNN32:
+    if pretrained:
+        raise ValueError("no hub holds its weights: use checkpoint")
+    return CNN32(widths=(16, 32, 64), hidden=128, **kwargs)
+
+
+@register_model
+def cnn32_student(pretrained: bool = False, **kwargs: object) -> CNN32:
+    if pretrained:
+        raise ValueError("no hub holds its weights: use checkpoint")
+    return CNN32(widths=(8, 16, 32), hidden=64, **kwargs)
