@@ -69,8 +69,8 @@ class SampleOrder:
         streams = [s for s in range(world, global_batch + 1, world) if global_batch % s == 0]
         raise UserError(
             f"{problem}. With data.streams {self.streams}: world sizes {_listed(worlds)}; global batches "
-            f"{_listed(batches)} or another multiple of {self.streams}. With global batch {global_batch} on {world} ranks: "
-            f"data.streams {_listed(streams)}"
+            f"{_listed(batches)} or another multiple of {self.streams}. With global batch {global_batch} on "
+            f"{world} ranks: data.streams {_listed(streams)}"
         )
 
     def batch(self, epoch: int, step: int, global_batch: int) -> np.ndarray:
