@@ -22,9 +22,10 @@ class SampleOrder:
     streams: places of the epoch that every global batch draws from. World size divides it, it divides the global batch.
     window: samples of one stream that are shuffled together. A wide window mixes better, but the shards it touches
         must be on the nodes while it is read: about `streams * (window / samples_per_shard + 1)` shards at once, over
-        all nodes. The default of 4,096 with ImageNet's 1,281 samples a shard mixes some 270 shards (near 37 GB) into
-        any one batch. A window of a span or more shuffles the span in full: choose it when the shards are local. Only
-        ids are held here, so memory does not bound it.
+        all nodes. With ImageNet's 1,281 samples a shard and batches of 4,096 the default window of 4,096 keeps some
+        270 shards (near 37 GB) at hand, and a sample meets about 20 of its own shard in its batch, against 5 in a full
+        shuffle and 957 behind a 1,000-sample shuffle buffer. A window of a span or more shuffles the span in full, as
+        good as a full shuffle: choose it when the shards are local. Only ids are held here, memory does not bound it.
 
     Nothing but caches is kept between calls, so any step is reached at once. The random numbers come from
     `numpy.random.RandomState`, whose streams numpy has frozen: an order outlives numpy upgrades.

@@ -1,0 +1,192 @@
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from indistill.config import UserError
+from indistill.order import SampleOrder
+
+
+def epoch_ids(order, epoch, global_batch):
+    return np.concatenate([order.batch(epoch, t, global_batch) for t in range(order.steps_per_epoch(global_batch))])
+
+
+def divisors(number):
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@st.composite
+def cases(draw):
+    """An order with a global batch that it can serve: shards of any size, any streams and window."""
+    sizes = draw(st.lists(st.integers(0, 120), min_size=1, max_size=25).filter(sum))
+    streams = draw(st.integers(1, min(12, sum(sizes))))
+    global_batch = streams * draw(st.integers(1, sum(sizes) // streams))
+    order = SampleOrder(sizes, draw(st.integers(0, 2**64)), streams, draw(st.integers(1, 200)))
+    return order, global_batch, draw(st.integers(0, 1000))
+
+
+def fresh(order):
+    return SampleOrder(order.sizes, order.seed, order.streams, order.window)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_an_epoch_covers_all_but_the_dropped_once(case):
+    order, global_batch, epoch = case
+    ids = epoch_ids(order, epoch, global_batch)
+    assert ids.dtype == np.int64
+    assert len(ids) == order.steps_per_epoch(global_batch) * global_batch
+    assert len(np.unique(ids)) == len(ids)
+    assert ids.min() >= 0
+    assert ids.max() < order.num_samples == sum(order.sizes)
+    assert order.num_samples - len(ids) == order.dropped(global_batch) < global_batch
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.data())
+def test_every_world_size_and_resume_point_sees_the_same(case, data):
+    order, global_batch, epoch = case
+    uninterrupted = [order.batch(epoch, t, global_batch) for t in range(order.steps_per_epoch(global_batch))]
+    step = data.draw(st.integers(0, len(uninterrupted) - 1))
+    for world in divisors(order.streams):
+        slices = [fresh(order).rank_batch(epoch, step, global_batch, rank, world) for rank in range(world)]
+        assert {len(piece) for piece in slices} == {global_batch // world}
+        assert np.array_equal(np.concatenate(slices), uninterrupted[step])
+    # Another world size from another step on, by an object that has served other epochs before.
+    world = data.draw(st.sampled_from(divisors(order.streams)))
+    order.batch(epoch + 1, 0, global_batch)
+    for t in range(step, len(uninterrupted)):
+        slices = [order.rank_batch(epoch, t, global_batch, rank, world) for rank in range(world)]
+        assert np.array_equal(np.concatenate(slices), uninterrupted[t])
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases(), st.data())
+def test_the_order_of_a_stream_does_not_depend_on_the_global_batch(case, data):
+    """So a run resumed with another global batch at a common sample count goes on with the samples not seen yet."""
+    order, global_batch, epoch = case
+    whole = epoch_ids(order, epoch, global_batch).reshape(-1, order.streams, global_batch // order.streams)
+    single = epoch_ids(order, epoch, order.streams).reshape(-1, order.streams, 1)
+    for stream in range(order.streams):
+        joined = whole[:, stream].ravel()
+        assert np.array_equal(joined, single[: len(joined), stream].ravel())
+
+
+def test_epochs_and_seeds_differ_and_drop_others():
+    orders = [
+        epoch_ids(SampleOrder([700, 300, 500], seed, 4, 64), epoch, 64) for seed in (0, 1, 2**32) for epoch in (0, 1)
+    ]
+    assert len({ids.tobytes() for ids in orders}) == 6
+    assert len({frozenset(range(1500)) - frozenset(ids) for ids in orders}) == 6
+    # One shard only: still no sample is left out for ever.
+    single = SampleOrder([1030], 0, 8, 32)
+    assert set(np.concatenate([epoch_ids(single, epoch, 64) for epoch in range(3)])) == set(range(1030))
+
+
+def test_the_order_is_frozen():
+    """A checkpoint stores the step only: another order for the same seed would resume old runs on wrong samples."""
+    assert SampleOrder([5, 9, 4, 30], seed=3, streams=4, window=6).batch(2, 1, 8).tolist() == [
+        3,
+        0,
+        13,
+        12,
+        27,
+        35,
+        45,
+        46,
+    ]
+    assert SampleOrder([100] * 10, 0).batch(0, 0, 64).sum() == 32763
+
+
+def test_a_shard_is_not_read_by_ranks_that_do_not_own_its_stream():
+    order = SampleOrder([100] * 64, 0, streams=16, window=50)
+    shards = [
+        {int(i) // 100 for t in range(order.steps_per_epoch(64)) for i in order.rank_batch(0, t, 64, rank, 4)}
+        for rank in range(4)
+    ]
+    assert all(len(mine) <= 64 // 4 + 1 for mine in shards)  # a quarter, and the shard that a cut divides
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "world", "words"),
+    [
+        (128, 6, ["world size (6)", "1, 2, 4, 8, 16, 32, 64", "data.streams none"]),
+        (100, 2, ["data.global_batch (100)", "64, 128", "data.streams 2, 4, 10, 20, 50, 100"]),
+        (96, 3, ["world size (3)", "data.streams 3, 6, 12, 24, 48, 96"]),
+        (6400, 1, ["data.global_batch (6400)", "5000 samples"]),
+    ],
+)
+def test_what_cannot_be_served_names_what_can(global_batch, world, words):
+    order = SampleOrder([1000] * 5, 0)
+    for refused in (order.check, lambda g, w: order.rank_batch(0, 0, g, 0, w)):
+        with pytest.raises(UserError) as error:
+            refused(global_batch, world)
+        assert all(word in str(error.value) for word in words), error.value
+        assert "\n" not in str(error.value)
+
+
+def test_a_suggestion_works():
+    SampleOrder([1000] * 5, 0, streams=50).check(100, 2)
+    with pytest.raises(IndexError):
+        SampleOrder([1000] * 5, 0).batch(0, 5000 // 128, 128)
+
+
+def test_fourteen_million_samples_are_quick():
+    sizes = np.random.RandomState(0).randint(1400, 2018, 8192)
+    tracemalloc.start()
+    begin = time.perf_counter()
+    order = SampleOrder(sizes, 0)
+    order.batch(0, 0, 4096)
+    seconds = time.perf_counter() - begin
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert order.num_samples > 13_900_000
+    assert seconds < 2
+    assert peak_bytes < 500e6
+    steps = np.random.RandomState(1).randint(order.steps_per_epoch(4096), size=30)
+    times = []
+    for epoch, step in enumerate(steps):  # every one in another epoch: no cache helps
+        begin = time.perf_counter()
+        order.batch(epoch, int(step), 4096)
+        times.append(time.perf_counter() - begin)
+    assert np.median(times) < 0.020
+
+
+def clumping(batches, shard_size):
+    """Shuffle quality: how many samples of a batch come from the shard of a sample drawn from it, itself counted.
+
+    batches: int64 [batches, B] of sample ids. With n_s samples of shard s in a batch it is the mean of
+    `sum(n_s^2) / B`, also B times the variance of a batch's mean if every shard had an independent value of unit
+    variance. A full shuffle has 1 + (B - 1) * (shard_size - 1) / (N - 1), a batch from one shard alone has B.
+    """
+    return np.mean([(np.bincount(ids // shard_size) ** 2).sum() / len(ids) for ids in batches])
+
+
+def test_shuffle_quality():
+    """ImageNet's size: 1,000 shards of 1,281 samples, global batches of 4,096."""
+    shards, size, batch = 1000, 1281, 4096
+    total = shards * size
+    full = clumping(np.random.RandomState(0).permutation(total)[: 312 * batch].reshape(312, batch), size)
+    assert full == pytest.approx(1 + (batch - 1) * (size - 1) / (total - 1), rel=0.02)
+
+    def ours(window):
+        order = SampleOrder([size] * shards, 0, window=window)
+        return clumping([order.batch(0, t, batch) for t in range(0, 312, 3)], size)
+
+    # What a plain WebDataset pipeline does: shards in random order through a shuffle buffer of 1,000 samples.
+    random = np.random.RandomState(0)
+    stream = np.concatenate([np.arange(size) + s * size for s in random.permutation(shards)[:40]])
+    buffer, plain = stream[:1000].copy(), []
+    for incoming, place in zip(stream[1000:], random.randint(1000, size=len(stream))):
+        plain.append(buffer[place])
+        buffer[place] = incoming
+    buffered = clumping(np.reshape(plain[: 12 * batch], (12, batch)), size)
+
+    default, whole_span = ours(None), ours(total)
+    print(f"clumping: full {full:.1f}, window of a span {whole_span:.1f}, default {default:.1f}, buffer {buffered:.0f}")
+    assert whole_span < 1.1 * full
+    assert default < 5 * full
+    assert buffered > 100 * full
