@@ -46,7 +46,7 @@ def retrieval_map(
     db, queries = db.double(), queries.to(db.device).double()
     if not (db.isfinite().all() and queries.isfinite().all()):
         raise ValueError("retrieval_map: an embedding is not finite")
-    db_labels, query_labels = db_labels.to(db.device), query_labels.to(db.device)
+    db_labels, query_labels = db_labels.to(db.device), query_labels.to(db.device).contiguous()
     classes, class_sizes = db_labels.unique(return_counts=True)  # ascending
     absent = query_labels[~torch.isin(query_labels, classes)]
     if len(absent):
