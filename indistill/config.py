@@ -8,18 +8,66 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
-
-Duration = str | int | float
-"""`"3 epochs"`, `"500 steps"`, `"1e6 samples"`, `"10 percent"` of the run; a bare number counts epochs."""
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints it as one line and exits with code 2."""
+
+
+_DURATION = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(epochs?|steps?|samples?|percent|%)?", re.IGNORECASE)
+
+
+def to_steps(
+    duration: str | int | float, steps_per_epoch: int, global_batch: int, total_steps: int | None = None
+) -> int:
+    """A duration in optimizer steps, rounded to the nearest, halves up.
+
+    Accepts "3 epochs", "1000 steps", "1e6 samples", "10 percent" or "10%" (of `total_steps`), each also with a fraction
+    or in the singular; a bare number means epochs. Raises ValueError, naming the text, for anything else.
+    """
+    match = _DURATION.fullmatch(str(duration).strip())
+    if match is None:
+        raise ValueError(
+            f"duration {duration!r} is not understood; write a number of epochs, or a number and a unit: "
+            "'3 epochs', '1000 steps', '1e6 samples', '10 percent', '10%'"
+        )
+    amount = Fraction(match[1])  # exact: 0.29 of 100 steps are 29, not 28.999...
+    unit = (match[2] or "epoch").lower().removesuffix("s")
+    if unit in ("percent", "%"):
+        if total_steps is None:
+            raise ValueError(
+                f"duration {duration!r} is a share of the run, whose length is not known here; use another unit"
+            )
+        steps = amount * total_steps / 100
+    else:
+        steps = amount * {"epoch": steps_per_epoch, "step": 1, "sample": Fraction(1, global_batch)}[unit]
+    return math.floor(steps + Fraction(1, 2))
+
+
+def _duration(value: str | int | float) -> str | int | float:
+    to_steps(value, steps_per_epoch=1, global_batch=1, total_steps=1)  # understood, or a ValueError that says why
+    return value
+
+
+Duration = Annotated[str | int | float, AfterValidator(_duration)]
+"""`"3 epochs"`, `"500 steps"`, `"1e6 samples"`, `"10 percent"` of the run; a bare number counts epochs."""
 
 
 class Section(BaseModel):

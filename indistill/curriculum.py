@@ -3,10 +3,12 @@
 Pure Python: the phase is a function of the position in the run alone, so a resumed run needs no curriculum state.
 """
 
+from __future__ import annotations
+
 import math
-import re
 from dataclasses import dataclass
-from fractions import Fraction
+
+from indistill.config import Config, Duration, UserError, to_steps
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Phase:
     weights: tuple[float, ...]
     start: int | float
     end: int | float | None
+
+    @property
+    def upto(self) -> int | None:
+        """The deepest active pair, where both forward passes stop; None in kd."""
+        return max(self.pairs, default=None)
 
 
 @dataclass(frozen=True)
@@ -69,31 +76,41 @@ class Curriculum:
         return (*phases, Phase("kd", self.pairs, (), (), start, None))
 
 
-_DURATION = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(epochs?|steps?|samples?|percent|%)?", re.IGNORECASE)
+@dataclass(frozen=True)
+class Timetable:
+    """A run in optimizer steps: every duration of its config converted, once."""
 
+    steps_per_epoch: int
+    global_batch: int
+    total_steps: int
+    evaluate_every: int | None
+    curriculum: Curriculum
 
-def to_steps(
-    duration: str | int | float, steps_per_epoch: int, global_batch: int, total_steps: int | None = None
-) -> int:
-    """A duration in optimizer steps, rounded to the nearest, halves up.
-
-    Accepts "3 epochs", "1000 steps", "1e6 samples", "10 percent" or "10%" (of `total_steps`), each also with a fraction
-    or in the singular; a bare number means epochs. Raises ValueError, naming the text, for anything else.
-    """
-    match = _DURATION.fullmatch(str(duration).strip())
-    if match is None:
-        raise ValueError(
-            f"duration {duration!r} is not understood; write a number of epochs, or a number and a unit: "
-            "'3 epochs', '1000 steps', '1e6 samples', '10 percent', '10%'"
-        )
-    amount = Fraction(match[1])  # exact: 0.29 of 100 steps are 29, not 28.999...
-    unit = (match[2] or "epoch").lower().removesuffix("s")
-    if unit in ("percent", "%"):
-        if total_steps is None:
-            raise ValueError(
-                f"duration {duration!r} is a share of the run, whose length is not known here; use another unit"
+    @classmethod
+    def of(cls, settings: Config, steps_per_epoch: int, pairs: int) -> Timetable:
+        """Raises UserError if the warm-up does not fit the run, or a duration rounds to no step."""
+        batch, warmup = settings.data.global_batch, settings.warmup
+        total = to_steps(settings.duration, steps_per_epoch, batch)
+        every = settings.evaluate.every and to_steps(settings.evaluate.every, steps_per_epoch, batch, total)
+        if total < 1 or every == 0:
+            key = "duration" if total < 1 else "evaluate.every"
+            raise UserError(f"{key} is less than one step (an epoch has {steps_per_epoch}): raise it")
+        durations = [warmup.alpha + 1 + pair for pair in range(pairs)] if warmup else []
+        if warmup and warmup.durations is not None:
+            durations = warmup.durations
+            if len(durations) != pairs:
+                raise UserError(f"warmup.durations: {len(durations)} given for {pairs} pairs: give one per pair")
+        steps = tuple(to_steps(duration, steps_per_epoch, batch, total) for duration in durations)
+        if sum(steps) > total:
+            raise UserError(
+                f"the warm-up takes {sum(steps)} steps, the whole run (duration) {total}: raise duration, lower "
+                "warmup.alpha or set warmup.durations"
             )
-        steps = amount * total_steps / 100
-    else:
-        steps = amount * {"epoch": steps_per_epoch, "step": 1, "sample": Fraction(1, global_batch)}[unit]
-    return math.floor(steps + Fraction(1, 2))
+        return cls(steps_per_epoch, batch, total, every, Curriculum(pairs, durations=steps))
+
+    def evaluate_at(self, step: int) -> bool:
+        """Whether to evaluate after `step` completed steps: always after the last."""
+        return step == self.total_steps or (bool(self.evaluate_every) and step % self.evaluate_every == 0)
+
+    def steps(self, duration: Duration) -> int:
+        return to_steps(duration, self.steps_per_epoch, self.global_batch, self.total_steps)

@@ -121,8 +121,8 @@ def train_loader(
     last_step: int,
     rank: int,
     world: int,
-    accumulation: int = 1,
-    pin_memory: bool = False,
+    accumulation: int,
+    device: torch.device,
 ) -> DataLoader:
     """This rank's micro-batches of the global steps [first_step, last_step), `accumulation` for each."""
     global_batch = dataset.section.global_batch
@@ -135,16 +135,22 @@ def train_loader(
             for micro_batch in np.split(ids, accumulation):
                 yield Request(epoch, micro_batch)
 
-    return _loader(dataset, requests(), pin_memory)
+    return _loader(dataset, requests(), device)
 
 
-def eval_loader(dataset: ImageDataset, batch: int, rank: int, world: int, pin_memory: bool = False) -> DataLoader:
-    """Every sample of the set once over all ranks: this rank's consecutive share, which may be one sample shorter."""
-    begin, end = (len(dataset) * r // world for r in (rank, rank + 1))
-    starts = range(begin, end, batch)
-    return _loader(dataset, (Request(0, np.arange(i, min(i + batch, end))) for i in starts), pin_memory)
+def eval_shares(samples: int, world: int) -> list[range]:
+    """The consecutive samples that each rank evaluates: all of them once, the shares equal or one apart."""
+    return [range(samples * rank // world, samples * (rank + 1) // world) for rank in range(world)]
 
 
-def _loader(dataset: ImageDataset, requests: Iterator[Request], pin_memory: bool) -> DataLoader:
+def eval_loader(dataset: ImageDataset, batch: int, rank: int, world: int, device: torch.device) -> DataLoader:
+    """One rank's share of the set, in order."""
+    share = eval_shares(len(dataset), world)[rank]
+    requests = (Request(0, np.array(share[i : i + batch])) for i in range(0, len(share), batch))
+    return _loader(dataset, requests, device)
+
+
+def _loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> DataLoader:
     workers = 0 if dataset.memory is not None else dataset.section.workers  # a crop from memory is no work to share
-    return DataLoader(dataset, sampler=_Requests(requests), batch_size=None, num_workers=workers, pin_memory=pin_memory)
+    pinned = device.type == "cuda"
+    return DataLoader(dataset, sampler=_Requests(requests), batch_size=None, num_workers=workers, pin_memory=pinned)

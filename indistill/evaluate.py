@@ -1,11 +1,90 @@
-"""Exact evaluation of embeddings: retrieval."""
+"""Exact evaluation over all ranks: top-1, top-5 and retrieval, every sample counted once."""
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from indistill import data
+from indistill.models import Network
 
 _AUTHORS_BATCH = 128  # queries
 _BLOCK_ENTRIES = 2**24  # query-database pairs held at once: 128 MiB for each int64 tensor
+
+
+@torch.no_grad()
+def accuracy(accelerator: Accelerator, network: Network, dataset: data.ImageDataset, batch: int) -> dict[str, float]:
+    """Top-1 and top-5 of the whole set, in [0, 1]; nothing for a network whose classifier no loss trains.
+
+    Call on all ranks, with the network outside its training wrapper.
+    """
+    if not network.with_logits:
+        return {}
+    correct = torch.zeros(3, dtype=torch.int64, device=accelerator.device)  # top-1, top-5, all
+    for images, labels, _ in _forward(accelerator, network, dataset, batch):
+        logits = network(images).logits
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
+        hits = best == labels[:, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=hits.device)])
+    top1, top5, total = accelerator.reduce(correct, reduction="sum").tolist()
+    if total != len(dataset):
+        raise RuntimeError(f"evaluation counted {total} of {len(dataset)} samples")
+    return {"top1": top1 / total, "top5": top5 / total}
+
+
+@torch.no_grad()
+def retrieval(
+    accelerator: Accelerator, network: Network, database: data.ImageDataset, queries: data.ImageDataset, batch: int
+) -> dict[str, float]:
+    """mAP of the embeddings by both metrics and protocols, in [0, 1]; the same on all ranks."""
+    tensors = [x for dataset in (database, queries) for x in embeddings(accelerator, network, dataset, batch)]
+    scores = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    cases = [(metric, protocol) for protocol in ("interpolated", "authors") for metric in ("cosine", "l2")]
+    if accelerator.is_main_process:
+        for i, (metric, protocol) in enumerate(cases):
+            scores[i] = retrieval_map(*tensors, metric=metric, protocol=protocol)
+    names = [f"map_{metric}" + "_authors" * (protocol == "authors") for metric, protocol in cases]
+    return dict(zip(names, broadcast(scores).tolist()))
+
+
+@torch.no_grad()
+def embeddings(
+    accelerator: Accelerator, network: Network, dataset: data.ImageDataset, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Embeddings float32 [N, D] and labels int64 [N] of the whole set, in its order, on every rank."""
+    batches = _forward(accelerator, network, dataset, batch)
+    rows = [(network(images).embedding.float(), labels) for images, labels, _ in batches]
+    embedding, labels = (torch.cat(column) for column in zip(*rows))
+    if accelerator.num_processes == 1:
+        return embedding, labels
+    counts = [len(share) for share in data.eval_shares(len(dataset), accelerator.num_processes)]
+    columns = []
+    for column in (embedding, labels):  # shares may differ by one sample: pad, gather, cut
+        gathered = accelerator.gather(accelerator.pad_across_processes(column)).split(max(counts))
+        columns.append(torch.cat([share[:count] for share, count in zip(gathered, counts)]))
+    return columns[0], columns[1]
+
+
+def _forward(accelerator: Accelerator, network: Network, dataset: data.ImageDataset, batch: int):
+    """This rank's batches on its device, the network in eval mode meanwhile, under the run's precision."""
+    training = network.training
+    network.eval()
+    _share_buffers(accelerator, network)
+    loader = data.eval_loader(
+        dataset.for_evaluation(), batch, accelerator.process_index, accelerator.num_processes, accelerator.device
+    )
+    with accelerator.autocast():
+        for images, labels, ids in loader:
+            yield images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device), ids
+    network.train(training)
+
+
+def _share_buffers(accelerator: Accelerator, network: nn.Module) -> None:
+    """Take rank 0's batch-norm statistics: those that a checkpoint holds. Between steps the ranks' own differ."""
+    if accelerator.num_processes > 1:
+        for buffer in network.buffers():
+            buffer.copy_(broadcast(buffer))
 
 
 @torch.no_grad()

@@ -5,11 +5,14 @@ Importing this module registers the small networks of arXiv 2205.10003 with timm
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
+from safetensors.torch import save_model
 from timm.models import load_state_dict, register_model
 from torch import Tensor, nn
 
@@ -136,6 +139,18 @@ def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> N
         net.train(training)
     if not same:
         raise UserError(f"{role}: the output of {name} is not its classifier on its embedding: use another variant")
+
+
+def save(network: Network, section: config.Model, path: Path) -> None:
+    """The timm model's weights under timm's own names, with what it takes to use them as metadata."""
+    metadata = {
+        "name": section.name,
+        "kwargs": json.dumps(section.kwargs),
+        "num_classes": str(network.net.num_classes),
+        "mean": json.dumps([round(v, 6) for v in (network.mean.flatten() / 255).tolist()]),
+        "std": json.dumps([round(v, 6) for v in (network.std.flatten() / 255).tolist()]),
+    }
+    save_model(network.net, str(path), metadata)
 
 
 def normalisation(net: nn.Module, section: config.Model, role: str) -> tuple[Sequence[float], Sequence[float]]:

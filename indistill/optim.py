@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import timm.optim
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -12,7 +10,7 @@ from torch.optim import Optimizer
 
 from indistill import config
 from indistill.config import Config, UserError
-from indistill.curriculum import Phase
+from indistill.curriculum import Phase, Timetable
 
 
 def create(student: nn.Module, section: config.Optimizer) -> Optimizer:
@@ -31,27 +29,13 @@ def create(student: nn.Module, section: config.Optimizer) -> Optimizer:
 
 
 class PhaseOptim:
-    """Sets learning rate and optimizer state for a step, phase by phase; optimizer and wrapper stay the same objects."""
+    """Sets learning rate and optimizer state for a step, phase by phase; the optimizer stays the same object."""
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        settings: Config,
-        phases: Sequence[Phase],
-        total_steps: int,
-        steps_per_epoch: int,
-        to_steps: Callable[[config.Duration], int],
-    ) -> None:
-        self.optimizer, self.steps_per_epoch = optimizer, steps_per_epoch
+    def __init__(self, optimizer: Optimizer, settings: Config, timetable: Timetable) -> None:
+        self.optimizer, self.steps_per_epoch = optimizer, timetable.steps_per_epoch
+        phases = timetable.curriculum.phases()
         self.reset = {phase: _section(settings, phase).reset_optimizer for phase in phases}
-        self.schedulers = {}
-        for phase in phases:
-            section = _section(settings, phase)
-            rate = section.lr[phase.index] if isinstance(section.lr, list) else section.lr or settings.optimizer.lr
-            length = (total_steps if phase.end is None else phase.end) - phase.start
-            self.schedulers[phase] = _scheduler(
-                optimizer, rate, section.schedule or settings.schedule, length, to_steps
-            )
+        self.schedulers = {phase: _scheduler(optimizer, settings, phase, timetable) for phase in phases}
 
     def begin_step(self, step: int, phase: Phase) -> float:
         """Prepare the optimizer for a step of a phase; returns the learning rate."""
@@ -66,24 +50,31 @@ def _section(settings: Config, phase: Phase) -> config.PhaseTraining:
     return settings.warmup if phase.pairs else settings.kd
 
 
-def _scheduler(
-    optimizer: Optimizer,
-    rate: float,
-    section: config.Schedule,
-    length: int,
-    to_steps: Callable[[config.Duration], int],
-) -> Scheduler:
+def _scheduler(optimizer: Optimizer, settings: Config, phase: Phase, timetable: Timetable) -> Scheduler:
+    own = _section(settings, phase)
+    section = own.schedule or settings.schedule
+    rate = own.lr or settings.optimizer.lr
+    if isinstance(rate, list):
+        if len(rate) != timetable.curriculum.pairs:
+            raise UserError(f"warmup.lr: {len(rate)} values for {timetable.curriculum.pairs} pairs: give one per pair")
+        rate = rate[phase.index]
+    length = (timetable.total_steps if phase.end is None else phase.end) - phase.start
     for group in optimizer.param_groups:
         group["initial_lr"] = rate  # where timm's schedulers take their base rate from
-    warmup = {"warmup_t": to_steps(section.warmup), "warmup_lr_init": section.warmup_lr, "t_in_epochs": False}
+    warmup = {
+        "warmup_t": timetable.steps(section.warmup),
+        "warmup_lr_init": section.warmup_lr,
+        "warmup_prefix": False,  # every count begins with the phase
+        "t_in_epochs": False,
+    }
     match section.name:
         case "cosine":
             return CosineLRScheduler(optimizer, t_initial=max(length, 1), lr_min=section.min_lr, **warmup)
         case "step":
-            decay_every = to_steps(section.decay_every)
+            decay_every = timetable.steps(section.decay_every)
             return StepLRScheduler(optimizer, decay_t=decay_every, decay_rate=section.decay_rate, **warmup)
         case "multistep":
-            decay_at = [to_steps(duration) for duration in section.decay_at]
+            decay_at = [timetable.steps(duration) + 1 for duration in section.decay_at]  # timm decays one step early
             return MultiStepLRScheduler(optimizer, decay_t=decay_at, decay_rate=section.decay_rate, **warmup)
         case "constant":
             return StepLRScheduler(optimizer, decay_t=1, decay_rate=1.0, **warmup)

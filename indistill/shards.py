@@ -1,35 +1,63 @@
-"""WebDataset tars with an index: counted, verified, read at random by offset.
+"""WebDataset tars with an index: counted, verified, read at random by offset, wherever they are.
 
 A shard is an ordinary WebDataset tar: `{key}.jpg` and `{key}.cls` (the class number in ASCII), next to each other. Its
 index, `<shard>.index.json`, holds the byte size of the tar and key, offset, size and label of every sample; it is built
-once and saved beside the shard or, where that cannot be written, in the cache directory.
+once and saved beside the shard or, if a cache directory is given, there. A remote shard is fetched whole into that
+directory, once per node.
 """
 
 import contextlib
+import csv
+import errno
 import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
+import logging
+import multiprocessing
 import os
+import queue
+import random
 import re
+import shutil
+import subprocess
 import tarfile
+import threading
+import time
+import urllib.error
+import urllib.request
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
+from filelock import FileLock
+from PIL import Image
+from tqdm import tqdm
 
 from indistill.config import UserError
+
+log = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # WebDataset's rule: the key reaches to the first dot of the base name, what follows is the extension.
 KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-INDEX_VERSION = 1
-OPEN_SHARDS = 256  # kept-open shards per process, well under the usual limit of 1,024 descriptors
 BLOCK = tarfile.BLOCKSIZE  # bytes: what a tar is padded to, and the size of a member's header
+CACHED = re.compile(r"[0-9a-f]{16}-(?!.*\.lock$)")  # shards and parts of shards in the cache; nothing else is evicted
+INDEX_VERSION = 1
+OPEN_SHARDS = 256  # kept-open local shards per process, well under the usual limit of 1,024 descriptors
+
+CACHE_BYTES = 200 * 10**9
+FETCH_ATTEMPTS = 8  # with the pauses below an outage of about two minutes is survived
+FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles, give or take a half
+FETCH_TIMEOUT_SECONDS = 60.0  # without a byte
+FETCH_THREADS = 4  # per process, for shards asked for ahead of use
+DEAD_PART_SECONDS = 3600.0  # a download that nothing was written to for so long belongs to a process that is gone
 
 
 class Sample(NamedTuple):
@@ -51,26 +79,40 @@ class Index(NamedTuple):
 class ShardSet:
     """Shards in order, seen as one row of samples. A sample's id is its place in that row.
 
-    urls: paths, braces expanded, `*` for local files expanded and sorted, relative to `root`.
-    cache_dir: where an index goes; by default beside its shard, if that directory can be written.
+    urls: local paths, `http(s)://` or any `fsspec` URL, `pipe:COMMAND`; braces are expanded, `*` of local paths is
+        expanded and sorted. What is relative is relative to `root`.
+    cache_dir: where indices and remote shards go. By default an index goes beside its shard; remote shards need it.
+    cache_bytes: how much of remote shards is kept. It should hold what one window of the sample order touches.
+    allow_pipe: `pipe:` runs any command, so it has to be wanted.
 
     Safe after fork, in threads and through pickle: reads name their offset, and open files do not travel.
     Raises UserError for a missing, cut, damaged or changed shard and for malformed labels, naming the shard.
     """
 
-    def __init__(self, urls: str | Sequence[str], root: str | None = None, cache_dir: str | None = None):
-        self.paths = expand(urls, root)
-        indices = [load_index(path, cache_dir) for path in self.paths]
-        self.sizes = [len(index.keys) for index in indices]  # samples per shard
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        root: str | None = None,
+        cache_dir: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        allow_pipe: bool = False,
+    ):
+        self.paths = expand(urls, root, allow_pipe)
+        self._cache = _cache_for(self.paths, cache_dir, cache_bytes)
+        # Processes that start together build missing indices in different orders, so they share the work.
+        shuffled = random.SystemRandom().sample(self.paths, len(self.paths))
+        with ThreadPoolExecutor(16 if self._cache else 1) as pool:
+            loaded = dict(zip(shuffled, pool.map(lambda path: load_index(path, cache_dir, self._cache), shuffled)))
+        self._indices = [loaded[path] for path in self.paths]
+        self.sizes = [len(index.keys) for index in self._indices]  # samples per shard
         digest = hashlib.sha256()
-        for path, index in zip(self.paths, indices):
+        for path, index in zip(self.paths, self._indices):
             # The name without its directory: a data set that has moved is still the same.
-            digest.update(f"{os.path.basename(path)}\0{index.bytes}\0{len(index.keys)}\0".encode())
+            digest.update(f"{_name(path)}\0{index.bytes}\0{len(index.keys)}\0".encode())
             for array in index[1:]:
                 digest.update(array.tobytes())
         self.fingerprint = digest.hexdigest()
         self._first_ids = np.cumsum([0, *self.sizes])  # [shards + 1]
-        self._indices = indices
         self._files: dict[int, IO[bytes]] = {}
 
     def __len__(self) -> int:
@@ -83,14 +125,14 @@ class ShardSet:
         """One sample, by one read at its offset. UserError if the shard is compressed or not as it was indexed."""
         if not 0 <= sample_id < len(self):
             raise IndexError(f"no sample {sample_id} among {len(self)}")
-        shard = int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+        shard = int(self._shards_of(sample_id))
         path, index, row = self.paths[shard], self._indices[shard], sample_id - self._first_ids[shard]
         if _compressed(path):
             raise UserError(
                 f"{path}: a compressed shard cannot be read at random: set data.in_memory: true, "
                 "or re-shard with `indistill shards pack`"
             )
-        offset, size, key = int(index.offsets[row]), int(index.sizes[row]), index.keys[row].decode()
+        offset, size, key = int(index.offsets[row]), int(index.sizes[row]), _decoded(index.keys[row])
         # The member's header comes along, as a proof that the tar is still the one that was indexed.
         data = os.pread(self._open(shard).fileno(), BLOCK + size, offset - BLOCK)
         with contextlib.suppress(tarfile.HeaderError):
@@ -98,23 +140,38 @@ class ShardSet:
                 return Sample(key, data[BLOCK:], int(index.labels[row]))
         raise UserError(_changed(path, f"sample '{key}' is not where the index says"))
 
-    def iterate(self) -> Iterator[Sample]:
-        """All samples in id order, each shard read once from front to end."""
+    def iterate(self, begin: int = 0, end: int | None = None) -> Iterator[Sample]:
+        """The samples `begin` up to `end`, by default all, in id order; each shard is read from front to end."""
+        end = len(self) if end is None else end
         for shard, path in enumerate(self.paths):
-            if _compressed(path):
-                for key, _, image, label in _samples(path):
-                    yield Sample(key, image, label)
+            first, last = self._first_ids[shard], self._first_ids[shard + 1]
+            wanted = range(max(begin, first), min(end, last))
+            if wanted and _compressed(path):
+                with _open_shard(path, self._cache, self._indices[shard].bytes) as stream:
+                    for sample_id, (key, _, image, label) in enumerate(_samples(path, stream), first):
+                        if sample_id in wanted:
+                            yield Sample(key, image, label)
             else:
-                for sample_id in range(self._first_ids[shard], self._first_ids[shard + 1]):
-                    yield self.read(sample_id)
+                yield from map(self.read, wanted)
+
+    def prefetch(self, sample_ids: np.ndarray) -> None:
+        """Fetch the remote shards that hold these samples in the background. At once done for local shards."""
+        if self._cache:
+            shards = [shard for shard in np.unique(self._shards_of(sample_ids)) if _remote(self.paths[shard])]
+            self._cache.prefetch((self.paths[shard], self._indices[shard].bytes) for shard in shards)
+
+    def _shards_of(self, sample_ids: np.ndarray | int) -> np.ndarray:
+        return np.searchsorted(self._first_ids, sample_ids, side="right") - 1
 
     def _open(self, shard: int) -> IO[bytes]:
+        path, size = self.paths[shard], self._indices[shard].bytes
+        if _remote(path):  # opened for every read: an open file that the cache evicts would go on using the disk
+            return self._cache.open(path, size)
         file = self._files.get(shard)
         if file is None:
-            path = self.paths[shard]
-            file = open(path, "rb", buffering=0)  # noqa: SIM115 (kept open)
-            if os.fstat(file.fileno()).st_size != self._indices[shard].bytes:
-                raise UserError(_changed(path, "its size is not what the index says"))
+            file = _open_shard(path, None)
+            if os.fstat(file.fileno()).st_size != size:
+                raise UserError(_changed(path, f"it no longer has the {size} bytes that its index says"))
             if len(self._files) >= OPEN_SHARDS:
                 # The oldest closes when the last thread that reads from it lets go of it.
                 self._files.pop(next(iter(self._files)), None)
@@ -122,83 +179,122 @@ class ShardSet:
         return file
 
 
-def expand(urls: str | Sequence[str], root: str | None = None) -> list[str]:
+def expand(urls: str | Sequence[str], root: str | None = None, allow_pipe: bool = False) -> list[str]:
     """The shard paths that the patterns stand for: braces in their order, `*` sorted, all below `root` if relative."""
     paths = []
     for url in [urls] if isinstance(urls, str) else urls:
-        for pattern in braceexpand(os.path.expanduser(url)):
-            pattern = os.path.join(root or "", pattern)
-            found = sorted(glob.glob(pattern)) if any(c in pattern for c in "*?[") else [pattern]
+        for path in braceexpand(os.path.expanduser(url)):
+            if path.startswith("pipe:") and not allow_pipe:
+                raise UserError(f"{path}: runs a command, which is not allowed here (allow_pipe)")
+            path = path.removeprefix("file://")
+            place = path if _remote(path) else os.path.join(root or "", path)
+            if _remote(place) or os.path.isfile(place):
+                paths.append(place)
+                continue
+            found = sorted(glob.glob(os.path.join(glob.escape(root or ""), path)))
             # An index or a sidecar that the pattern takes in is no shard.
-            found = [path for path in found if not path.endswith(".json")]
+            found = [path for path in found if not path.endswith((".json", ".lock", ".part")) and os.path.isfile(path)]
             if not found:
-                raise UserError(f"no shard matches {pattern}: correct the pattern or data.root")
+                raise UserError(f"{place}: no such shard: correct the path or data.root")
             paths += found
     if not paths:
         raise UserError("the list of shards is empty: name at least one")
-    for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f"{path}: no such shard: correct the path or data.root")
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise UserError(f"{twice}: listed twice: every shard counts once")
     return paths
 
 
+def _remote(path: str) -> bool:
+    return "://" in path or path.startswith("pipe:")
+
+
+def _name(path: str) -> str:
+    """The last part of a path or URL, without a query; a command whole."""
+    if path.startswith("pipe:"):
+        return path
+    return os.path.basename(re.sub(r"[?#].*", "", path) if _remote(path) else path)
+
+
+def _compressed(path: str) -> bool:
+    return _name(path).endswith((".gz", ".tgz")) and not path.startswith("pipe:")
+
+
+def _changed(path: str, how: str) -> str:
+    return (
+        f"{path}: the shard is cut or changed: {how}; "
+        "restore it or, if it is meant to be so, run `indistill shards index` on it"
+    )
+
+
 # --- the index -------------------------------------------------------------------------------------------------------
 
 
-def load_index(path: str, cache_dir: str | None = None) -> Index:
+def load_index(path: str, cache_dir: str | None = None, cache: "ShardCache | None" = None) -> Index:
     """The shard's index, built and saved first if there is none. Raises UserError if it does not fit the shard."""
-    size = os.stat(path).st_size
     for file in _index_files(path, cache_dir):
-        with contextlib.suppress(FileNotFoundError):
-            with open(file, "rb") as stream:
-                content = stream.read()
-            try:
-                stored = json.loads(content)
-                if stored.pop("version") != INDEX_VERSION:
-                    continue
-                index = _index(**stored)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{file}: not an index of this program: delete it, it is built anew") from None
-            if index.bytes != size:
+        if os.path.exists(file) or (_remote(path) and cache.fetch_index(path, file)):
+            index = _parse_index(file)
+            if not _remote(path) and index.bytes != (size := os.stat(path).st_size):
                 raise UserError(_changed(path, f"it has {size} bytes, its index {file} says {index.bytes}"))
             return index
-    index = build_index(path)
-    _save_index(path, index, cache_dir)
+    return build_index(path, cache_dir, cache)
+
+
+def build_index(path: str, cache_dir: str | None = None, cache: "ShardCache | None" = None) -> Index:
+    """Read the headers of a shard, save its index. Raises UserError if the tar is damaged or a label is malformed."""
+    try:
+        with _open_shard(path, cache) as stream:
+            rows = [(key, *place, label) for key, place, _, label in _samples(path, stream, load=False)]
+            index = _index(os.fstat(stream.fileno()).st_size, *zip(*rows))
+    except UserError:
+        if cache:
+            cache.discard(path)  # so that it is fetched again when it has been mended
+        raise
+    _save_index(_index_files(path, cache_dir)[0], index)
     return index
-
-
-def build_index(path: str) -> Index:
-    """Read the headers of a shard. Raises UserError if it is cut or damaged or a label is malformed."""
-    rows = [(key, offset, size, label) for key, (offset, size), _, label in _samples(path, load=False)]
-    keys, offsets, sizes, labels = zip(*rows) if rows else ([], [], [], [])
-    return _index(os.stat(path).st_size, keys, offsets, sizes, labels)
 
 
 def _index(
     bytes: int, keys: Sequence[str], offsets: Sequence[int], sizes: Sequence[int], labels: Sequence[int]
 ) -> Index:
-    encoded = np.array([key.encode() for key in keys], dtype=np.bytes_)
+    encoded = np.array([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_)
     return Index(bytes, encoded, *(np.array(numbers, dtype=np.int64) for numbers in (offsets, sizes, labels)))
+
+
+def _decoded(key: bytes) -> str:
+    return key.decode("utf-8", "surrogateescape")  # as tarfile decodes names
 
 
 def _index_files(path: str, cache_dir: str | None) -> list[str]:
     """Where the shard's index may be, the preferred place first."""
-    beside = f"{path}.index.json"
     if cache_dir is None:
-        return [beside]
-    # Shards of one name in two directories have two indices.
-    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-    return [os.path.join(cache_dir, f"{digest}-{os.path.basename(path)}.index.json"), beside]
+        return [f"{path}.index.json"]
+    cached = os.path.join(cache_dir, f"{_cache_name(path)}.index.json")
+    return [cached] if _remote(path) else [cached, f"{path}.index.json"]
 
 
-def _save_index(path: str, index: Index, cache_dir: str | None) -> None:
-    columns = {name: column.tolist() for name, column in index._asdict().items() if name not in ("bytes", "keys")}
-    keys = [key.decode() for key in index.keys.tolist()]
+def _cache_name(path: str) -> str:
+    """Shards of one name in two directories have two names in the cache."""
+    identity = path if _remote(path) else os.path.abspath(path)
+    name = "pipe" if path.startswith("pipe:") else _name(path)
+    return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{name}"
+
+
+def _parse_index(file: str) -> Index:
+    try:
+        stored = json.loads(Path(file).read_bytes())
+        if stored.pop("version") != INDEX_VERSION:
+            raise ValueError
+        return _index(**stored)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: not an index that this version reads: delete it and it is built anew") from None
+
+
+def _save_index(file: str, index: Index) -> None:
+    columns = {name: getattr(index, name).tolist() for name in ("offsets", "sizes", "labels")}
+    keys = [_decoded(key) for key in index.keys.tolist()]
     content = json.dumps({"version": INDEX_VERSION, "bytes": index.bytes, "keys": keys, **columns})
-    file = _index_files(path, cache_dir)[0]
     try:
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
         with _replacing(file) as stream:
@@ -222,19 +318,212 @@ def _replacing(path: str | Path) -> Iterator[IO[bytes]]:
             os.unlink(temporary)
 
 
+# --- remote shards ---------------------------------------------------------------------------------------------------
+
+
+class ShardCache:
+    """Remote shards as whole files in a directory that the processes of a node share.
+
+    At most `limit_bytes` of them, downloads under way included: those unused for longest go first. A lock per shard
+    makes sure that it is fetched once; a file takes its place when it is complete and its size is right.
+    """
+
+    def __init__(self, directory: str, limit_bytes: int):
+        self.limit_bytes = limit_bytes
+        self._shards = os.path.join(directory, "remote-shards")
+        try:
+            os.makedirs(self._shards, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir {directory} cannot be made: {error.strerror}") from None
+        self._pid, self._queue, self._asked = None, None, set()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_pid": None, "_queue": None, "_asked": set()}
+
+    def open(self, url: str, size: int | None = None) -> IO[bytes]:
+        """The shard's local copy, opened; fetched first if it is not here. `size`: bytes it must have, if known."""
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # evicted between the two calls
+                return open(self.get(url, size), "rb", buffering=0)
+
+    def get(self, url: str, size: int | None = None) -> str:
+        """The path of the shard's local copy, fetched first if it is not here. UserError if that does not succeed."""
+        file = os.path.join(self._shards, _cache_name(url))
+        if not self._use(file, size):
+            with FileLock(f"{file}.lock"):
+                if not self._use(file, size):
+                    _fetch(url, file, size, self._make_room)
+        return file
+
+    def discard(self, url: str) -> None:
+        """Forget the shard's local copy."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._shards, _cache_name(url)))
+
+    def fetch_index(self, url: str, file: str) -> bool:
+        """Fetch the index that lies beside a remote shard. False if there is none."""
+        if url.startswith("pipe:"):
+            return False
+        address, *query = url.partition("?")
+        with FileLock(f"{file}.lock"):
+            try:
+                if not os.path.exists(file):
+                    _fetch(f"{address}.index.json{''.join(query)}", file)
+            except _Absent:
+                log.warning("%s has no index beside it and is fetched to be counted", url)
+                return False
+        return True
+
+    def prefetch(self, shards: Iterable[tuple[str, int]]) -> None:
+        """Fetch (url, bytes) in the background, in this order. What fails is told when the shard is opened."""
+        if self._pid != os.getpid():  # threads do not survive a fork
+            self._pid, self._queue, self._asked = os.getpid(), queue.SimpleQueue(), set()
+            for _ in range(FETCH_THREADS):
+                # Daemons: a process that ends does not wait for downloads.
+                threading.Thread(target=self._work, args=(self._queue, self._asked), daemon=True).start()
+        for shard in shards:
+            if shard not in self._asked:
+                self._asked.add(shard)
+                self._queue.put(shard)
+
+    def _work(self, tasks: queue.SimpleQueue, asked: set) -> None:
+        while True:
+            shard = tasks.get()
+            try:
+                self.get(*shard)
+            except Exception as error:
+                log.warning("prefetch: %s", error)
+            asked.discard(shard)
+
+    def _use(self, file: str, size: int | None) -> bool:
+        """Is the file here, and whole? Then it was used just now."""
+        try:
+            if size is not None and os.stat(file).st_size != size:
+                return False
+            os.utime(file)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _make_room(self, part: str, size: int) -> None:
+        """Reserve `size` bytes for a download by making its file that long, after evicting what has to go."""
+        if size > self.limit_bytes:
+            raise UserError(f"{part}: {size} bytes do not fit data.cache_bytes ({self.limit_bytes}): raise it")
+        with FileLock(os.path.join(self._shards, "room.lock")):
+            entries = []
+            for entry in os.scandir(self._shards):
+                with contextlib.suppress(FileNotFoundError):
+                    if CACHED.match(entry.name) and entry.path != part:
+                        entries.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+            excess, now = sum(entry[1] for entry in entries) + size - self.limit_bytes, time.time()
+            for used, freed, path in sorted(entries):
+                if excess <= 0:
+                    break
+                if path.endswith(".part") and now - used < DEAD_PART_SECONDS:
+                    continue
+                if now - used < 60:
+                    log.warning("evicting a shard used %.0f s ago: raise data.cache_bytes", now - used)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                excess -= freed
+            with open(part, "wb") as stream:
+                stream.truncate(size)
+
+
+def _cache_for(paths: Sequence[str], cache_dir: str | None, limit_bytes: int = CACHE_BYTES) -> ShardCache | None:
+    if not any(map(_remote, paths)):
+        return None
+    if cache_dir is None:
+        raise UserError(f"{next(filter(_remote, paths))}: remote shards need data.cache_dir, on a disk of the node")
+    return ShardCache(cache_dir, limit_bytes)
+
+
+def _open_shard(path: str, cache: ShardCache | None, size: int | None = None) -> IO[bytes]:
+    return cache.open(path, size) if _remote(path) else open(path, "rb", buffering=0)
+
+
+class _Absent(UserError):
+    """The source answers that there is no such file, or not for us: another attempt is of no use."""
+
+
+def _fetch(url: str, file: str, size: int | None = None, make_room=lambda part, size: None) -> None:
+    """Copy a remote file to `file`, whole or not at all; call with the file's lock held.
+
+    size: bytes it must have, where known. make_room(part, size) is called before a download begins.
+    Raises UserError: at once where the source says no, otherwise after FETCH_ATTEMPTS.
+    """
+    part = f"{file}.part"
+    try:
+        for attempt in range(1, FETCH_ATTEMPTS + 1):
+            try:
+                with _open_remote(url) as (source, length):
+                    if size is not None and length not in (None, size):
+                        raise UserError(_changed(url, f"it has {length} bytes, its index says {size}"))
+                    make_room(part, size or length or 0)
+                    with open(part, "wb") as target:
+                        target.truncate(size or length or 0)  # counts as used from now on
+                        shutil.copyfileobj(source, target, 1 << 20)
+                        received = target.tell()
+                        target.truncate()
+                if received != (size or length or received):
+                    raise OSError(f"{received} bytes came instead of {size or length}")
+                os.replace(part, file)
+                return
+            except UserError:
+                raise
+            except Exception as error:  # every fsspec backend has exceptions of its own
+                if _hopeless(error):
+                    raise _Absent(f"{url}: cannot be fetched: {error}") from None
+                if attempt == FETCH_ATTEMPTS or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise UserError(f"{url}: cannot be fetched: {error} (attempt {attempt})") from None
+                pause = FETCH_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+                log.warning("%s: %s (attempt %d), again in %.1f s", url, error, attempt, pause)
+                time.sleep(pause)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+def _hopeless(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return 400 <= error.code < 500 and error.code not in (408, 429)  # timeout, too many requests
+    # ImportError and ValueError: fsspec names the package to install, or does not know the protocol.
+    return isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError))
+
+
+@contextlib.contextmanager
+def _open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
+    """The stream of a remote file and, where the source tells, its size in bytes."""
+    if url.startswith(("http://", "https://")):  # fsspec would need aiohttp for these
+        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_SECONDS) as response:
+            length = response.headers.get("Content-Length")
+            yield response, None if length is None else int(length)
+    elif url.startswith("pipe:"):
+        with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
+            yield process.stdout, None
+        if process.returncode:
+            raise OSError(f"the command ended with status {process.returncode}")
+    else:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(url)
+        with system.open(path, "rb") as stream:
+            yield stream, system.size(path)
+
+
 # --- reading tars ----------------------------------------------------------------------------------------------------
 
 
-def _compressed(path: str) -> bool:
-    return path.endswith((".gz", ".tgz"))
+def _samples(path: str, stream: IO[bytes], load: bool = True, report: Callable[[str, str], None] | None = None):
+    """(key, (offset, size) of the image, image or None without `load`, label) of every sample, in one pass.
 
+    report(key, problem) is called for every malformed sample; by default it raises UserError.
+    """
 
-def _changed(path: str, how: str) -> str:
-    return f"{path}: the shard is cut or changed: {how}; restore it, or if it is meant to be so, delete its index"
+    def refuse(key: str, problem: str) -> None:
+        raise UserError(f"{path}: {problem}")
 
-
-def _samples(path: str, load: bool = True) -> Iterator[tuple]:
-    """(key, (offset, size) of the image, image or None without `load`, label) of every sample, in one pass."""
+    report = report or refuse
     seen = set()
     key, image, label = None, None, None
 
@@ -242,45 +531,41 @@ def _samples(path: str, load: bool = True) -> Iterator[tuple]:
         if image is not None:
             yield key, image[:2], image[2], -1 if label is None else label
         elif label is not None:
-            raise UserError(f"{path}: sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
+            report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
 
-    for member_key, extension, offset, size, content in _members(path, load):
+    for member_key, extension, offset, size, content in _members(path, stream, load):
         if member_key != key:
             yield from finished()
-            if member_key in seen:
-                raise UserError(
-                    f"{path}: the members of sample '{member_key}' are not next to each other: pack it anew"
-                )
-            seen.add(member_key)
             key, image, label = member_key, None, None
+            if key in seen:
+                report(key, f"the members of sample '{key}' are not next to each other: pack it anew")
+            seen.add(key)
         if extension == "cls":
             if label is not None:
-                raise UserError(f"{path}: sample '{key}' has two labels")
-            label = _label(path, key, content)
+                report(key, f"sample '{key}' has two labels")
+            text = content.strip()
+            if not (text.isdigit() and int(text) < 2**31):
+                report(key, f"{key}.cls holds {content[:20]!r}: a label is a whole number from 0 on")
+            label = int(text) if text.isdigit() else -1
         elif image is not None:
-            raise UserError(f"{path}: sample '{key}' has two images")
+            report(key, f"sample '{key}' has two images")
         else:
             image = offset, size, content
     yield from finished()
     if not seen:
-        raise UserError(f"{path}: holds no sample, a sample being {{key}}.jpg (png, webp) and {{key}}.cls")
+        refuse("", "holds no sample, a sample being {key}.jpg (jpeg, png, webp) and {key}.cls")
 
 
-def _label(path: str, key: str, content: bytes) -> int:
-    text = content.strip()
-    if not (text.isdigit() and int(text) < 2**31):
-        raise UserError(f"{path}: {key}.cls holds {content[:20]!r}: a label is a whole number from 0 on")
-    return int(text)
-
-
-def _members(path: str, load: bool) -> Iterator[tuple[str, str, int, int, bytes | None]]:
+def _members(path: str, stream: IO[bytes], load: bool) -> Iterator[tuple[str, str, int, int, bytes | None]]:
     """(key, extension, offset, size, content) of every image and label; without `load` images come without content.
 
     tarfile takes a cut or a damaged header for the end of the archive: what lies behind the last member tells.
     """
-    opener = gzip.open if _compressed(path) else open
     try:
-        with opener(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with contextlib.ExitStack() as stack:
+            if _compressed(path):
+                stream = stack.enter_context(gzip.open(stream))
+            tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r:"))
             while member := tar.next():
                 tar.members.clear()  # tarfile would keep every header
                 match = KEY_AND_EXTENSION.match(member.name)
@@ -298,6 +583,84 @@ def _members(path: str, load: bool) -> Iterator[tuple[str, str, int, int, bytes 
         raise UserError(f"{path}: the tar is cut or damaged ({error}): fetch or pack it anew") from None
 
 
+class BadMember(NamedTuple):
+    shard: str
+    key: str  # "" if it is the shard itself
+    problem: str
+
+
+def verify(
+    urls: str | Sequence[str],
+    root: str | None = None,
+    cache_dir: str | None = None,
+    allow_pipe: bool = False,
+    workers: int = 1,
+    progress: bool = False,
+) -> list[BadMember]:
+    """Read every member, decode every image, compare with the index if there is one. Returns all that is wrong."""
+    tasks = [(path, cache_dir) for path in expand(urls, root, allow_pipe)]
+    return [bad for found in _parallel(_verify_shard, tasks, workers, progress) for bad in found]
+
+
+def index(
+    urls: str | Sequence[str],
+    root: str | None = None,
+    cache_dir: str | None = None,
+    allow_pipe: bool = False,
+    workers: int = 1,
+    progress: bool = False,
+) -> dict[str, int]:
+    """Build the index of every shard anew. Returns samples per shard."""
+    paths = expand(urls, root, allow_pipe)
+    return dict(zip(paths, _parallel(_index_shard, [(path, cache_dir) for path in paths], workers, progress)))
+
+
+def _verify_shard(task: tuple[str, str | None]) -> list[BadMember]:
+    path, cache_dir = task
+    cache, bad, rows = _cache_for([path], cache_dir), [], []
+
+    def report(key: str, problem: str) -> None:
+        bad.append(BadMember(path, key, problem))
+
+    try:
+        with _open_shard(path, cache) as stream:
+            for key, place, image, label in _samples(path, stream, report=report):
+                rows.append((key, *place, label))
+                try:
+                    with Image.open(io.BytesIO(image)) as decoded:
+                        decoded.convert("RGB")
+                except Exception as error:  # Pillow's decoders raise many kinds
+                    report(key, f"cannot be decoded: {error}")
+            size = os.fstat(stream.fileno()).st_size
+        for file in filter(os.path.exists, _index_files(path, cache_dir)):
+            if not all(map(np.array_equal, _parse_index(file), _index(size, *zip(*rows)))):
+                report("", f"{file} does not fit the shard: run `indistill shards index` on it")
+    except UserError as error:
+        report("", str(error))
+    return bad
+
+
+def _index_shard(task: tuple[str, str | None]) -> int:
+    path, cache_dir = task
+    cache = _cache_for([path], cache_dir)
+    if cache:
+        cache.discard(path)  # the index is to be that of the shard as it now is
+    return len(build_index(path, cache_dir, cache).keys)
+
+
+def _parallel(function: Callable, tasks: Sequence, workers: int, progress: bool, start: Callable = int, job=()):
+    """function(task) for each task, in order; `start(*job)` first in every process that takes part."""
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks as they are
+            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, start, job))
+            results = pool.map(function, tasks)
+        else:
+            start(*job)
+            results = map(function, tasks)
+        yield from tqdm(results, total=len(tasks), unit="shard", disable=not progress)
+
+
 # --- packing ---------------------------------------------------------------------------------------------------------
 
 
@@ -310,20 +673,230 @@ def pack(
     """
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
-    paths, pending = [], []
-
-    def flush() -> None:
-        if pending:
-            paths.append(destination / f"{prefix}-{len(paths):06d}.tar")
-            _write_shard(paths[-1], pending)
-            pending.clear()
-
-    for sample in samples:
-        pending.append(sample)
-        if len(pending) == samples_per_shard:
-            flush()
-    flush()
+    paths, samples = [], iter(samples)
+    while pending := list(itertools.islice(samples, samples_per_shard)):
+        paths.append(_shard_path(destination, prefix, len(paths)))
+        _write_shard(paths[-1], pending)
+    left_over = _shard_path(destination, prefix, len(paths))
+    if left_over.exists():
+        raise UserError(f"{left_over}: left from an earlier packing of more shards: delete what is no longer wanted")
     return paths
+
+
+def pack_source(
+    source: str | Sequence[str],
+    destination: str | Path,
+    prefix: str = "shard",
+    shard_bytes: int = 100_000_000,
+    resize: int | None = None,
+    quality: int = 90,
+    seed: int = 0,
+    workers: int = 1,
+    cache_dir: str | None = None,
+    progress: bool = False,
+) -> dict:
+    """Pack a data set into shards of about `shard_bytes` with their indices and a `dataset.json`, which is returned.
+
+    source: a folder with one sub-folder per class (labels are their places in sorted order), a CSV of path,label (paths
+        relative to it; labels are numbers or, if any is not, names that are numbered in sorted order), or shards: a
+        folder of them or patterns as `ShardSet` takes them. Images from files are shuffled once by `seed`, so that
+        every shard mixes classes; shards keep their order.
+    resize: pixels that a longer shorter side is reduced to, as JPEG of `quality`. All other images stay as they are.
+
+    The same source and options give the same bytes whatever the number of workers. A packing that was interrupted goes
+    on where it ended: finished shards are kept.
+    Raises UserError for images that cannot be read and for a destination that holds another packing, naming them.
+    """
+    origin = _find_source(source, seed, cache_dir)
+    destination = Path(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    record = destination / "dataset.json"
+    plan = hashlib.sha256(repr((origin.identity, prefix, shard_bytes, resize, quality)).encode()).hexdigest()
+    if record.exists():
+        if json.loads(record.read_text()).get("plan") != plan:
+            raise UserError(f"{destination}: holds another packing (see {record.name}): choose an empty directory")
+    elif stray := next(destination.glob(f"{prefix}-*.tar"), None):
+        raise UserError(f"{stray}: not of this packing: choose an empty directory")
+    _save_json(record, {"plan": plan, "complete": False})
+
+    sizes, scale = origin.sizes, 1.0
+    if resize:  # how much smaller images become, from the first ones
+        tried = min(len(sizes), 64)
+        scale = sum(len(image) for _, image, _, _ in _shrunk(origin.take(0, tried), resize, quality))
+        scale /= sizes[:tried].sum()
+    shards = max(1, round(sizes.sum() * scale / shard_bytes))
+    # Image i goes where its last byte lies in a row of equal shards.
+    of_shard = (np.cumsum(sizes) - 1) * shards // sizes.sum()
+    cuts = np.searchsorted(of_shard, np.arange(shards + 1))
+    cuts = np.unique(cuts)  # an image larger than a shard leaves none empty
+    tasks = [
+        (_shard_path(destination, prefix, number), int(begin), int(end))
+        for number, (begin, end) in enumerate(itertools.pairwise(cuts))
+    ]
+    for _ in _parallel(_pack_shard, tasks, workers, progress, _start_packing, (origin, resize, quality)):
+        pass
+
+    indices = [load_index(str(path)) for path, _, _ in tasks]
+    labels = np.concatenate([index.labels for index in indices])
+    image_bytes = np.concatenate([index.sizes for index in indices])
+    summary = {
+        "plan": plan,
+        "complete": True,
+        "shards": len(tasks),
+        "urls": f"{prefix}-{{{0:06d}..{len(tasks) - 1:06d}}}.tar",
+        "samples": len(labels),
+        "mean_bytes": round(float(image_bytes.mean()), 1),
+        "unlabelled": int((labels < 0).sum()),
+        "class_counts": np.bincount(labels[labels >= 0]).tolist(),
+        "classes": origin.classes,
+        "ignored_files": origin.ignored,
+    }
+    _save_json(record, summary)
+    return summary
+
+
+class _Files(NamedTuple):
+    """Images that are files."""
+
+    identity: str
+    items: list[tuple[str, str, int]]  # key, path, label
+    sizes: np.ndarray  # int64 [items], bytes
+    classes: list[str] | None
+    ignored: int  # files that are no images
+
+    def take(self, begin: int, end: int) -> Iterator[tuple[str, bytes, str, int]]:
+        for key, path, label in self.items[begin:end]:
+            yield key, Path(path).read_bytes(), _extension(path), label
+
+
+class _Shards(NamedTuple):
+    """Images that are in shards."""
+
+    identity: str
+    shards: ShardSet
+    sizes: np.ndarray
+    classes: list[str] | None
+    numbered: bool  # keys repeat, as they may in different shards, so they are made unique
+    ignored: int = 0
+
+    def take(self, begin: int, end: int) -> Iterator[tuple[str, bytes, str, int]]:
+        for number, (key, image, label) in enumerate(self.shards.iterate(begin, end), begin):
+            magic = {b"\x89PN": "png", b"RIF": "webp"}
+            yield f"{key}_{number:08d}" if self.numbered else key, image, magic.get(image[:3], "jpg"), label
+
+
+def _find_source(source: str | Sequence[str], seed: int, cache_dir: str | None) -> _Files | _Shards:
+    if isinstance(source, str) and source.lower().endswith(".csv"):
+        return _list_files(*_read_csv(Path(source)), seed)
+    if isinstance(source, str) and os.path.isdir(source):
+        folder = Path(source)
+        found = [path for pattern in ("*.tar", "*.tar.gz", "*.tgz") for path in folder.glob(pattern)]
+        if not found:
+            return _list_files(*_read_folder(folder), seed)
+        source = sorted(map(str, found))
+    shards = ShardSet(source, cache_dir=cache_dir)
+    keys = np.concatenate([index.keys for index in shards._indices])
+    sizes = np.concatenate([index.sizes for index in shards._indices])
+    record = Path(shards.paths[0]).parent / "dataset.json"
+    classes = json.loads(record.read_text()).get("classes") if record.exists() else None
+    return _Shards(shards.fingerprint, shards, sizes, classes, len(np.unique(keys)) < len(keys))
+
+
+def _list_files(found: list[tuple[str, int]], classes: list[str] | None, ignored: int, seed: int) -> _Files:
+    """found: (path, label) in an order that does not depend on the machine."""
+    items = []
+    for number, (path, label) in enumerate(found):
+        # The number makes keys unique; a key has no dot.
+        items.append((f"{number:08d}_{Path(path).stem.replace('.', '_')}", path, label))
+    items = [items[i] for i in np.random.RandomState(seed).permutation(len(items))]
+    sizes = np.array([os.path.getsize(path) for _, path, _ in items], dtype=np.int64)
+    identity = hashlib.sha256(sizes.tobytes())
+    for key, _, label in items:
+        identity.update(f"{key}\0{label}\0".encode("utf-8", "surrogateescape"))
+    return _Files(identity.hexdigest(), items, sizes, classes, ignored)
+
+
+def _read_folder(folder: Path) -> tuple[list[tuple[str, int]], list[str], int]:
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    files = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*"))]
+    files = [(str(path), label) for path, label in files if path.is_file()]
+    images = [(path, label) for path, label in files if _extension(path) in IMAGE_EXTENSIONS]
+    if not images:
+        raise UserError(f"{folder}: neither shards nor class folders with images ({', '.join(IMAGE_EXTENSIONS)}) in it")
+    return images, classes, len(files) - len(images)
+
+
+def _read_csv(file: Path) -> tuple[list[tuple[str, int]], list[str] | None, int]:
+    found, names = [], []
+    try:
+        with open(file, newline="") as stream:
+            reader = csv.reader(stream)
+            for row in reader:
+                if [cell.strip().lower() for cell in row] in ([], ["path", "label"]):
+                    continue
+                line = f"{file}: line {reader.line_num}"
+                if len(row) != 2:
+                    raise UserError(f"{line}: holds {len(row)} columns instead of path,label")
+                path = file.parent / row[0].strip()
+                if not path.is_file() or _extension(str(path)) not in IMAGE_EXTENSIONS:
+                    raise UserError(f"{line}: {path} is not an image file ({', '.join(IMAGE_EXTENSIONS)})")
+                found.append(str(path))
+                names.append(row[1].strip())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    if not found:
+        raise UserError(f"{file}: holds no path,label rows")
+    if all(name.isascii() and name.isdigit() for name in names):
+        return list(zip(found, map(int, names))), None, 0
+    classes = sorted(set(names))
+    labels = {name: label for label, name in enumerate(classes)}
+    return [(path, labels[name]) for path, name in zip(found, names)], classes, 0
+
+
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1][1:].lower()
+
+
+_packing: tuple[_Files | _Shards, int | None, int] | None = None  # what every worker process is told once
+
+
+def _start_packing(*packing) -> None:
+    global _packing
+    _packing = packing
+
+
+def _pack_shard(task: tuple[Path, int, int]) -> None:
+    path, begin, end = task
+    origin, resize, quality = _packing
+    if not path.exists():
+        _write_shard(path, _shrunk(origin.take(begin, end), resize, quality))
+
+
+def _shrunk(samples: Iterable[tuple[str, bytes, str, int]], resize: int | None, quality: int) -> Iterator[tuple]:
+    """The samples with their shorter side reduced to `resize` pixels where it is longer."""
+    for key, image, extension, label in samples:
+        if resize:
+            try:
+                with Image.open(io.BytesIO(image)) as decoded:
+                    scale = resize / min(decoded.size)
+                    if scale < 1:
+                        width, height = (max(1, round(side * scale)) for side in decoded.size)
+                        content = io.BytesIO()
+                        smaller = decoded.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+                        smaller.save(content, "JPEG", quality=quality)
+                        image, extension = content.getvalue(), "jpg"
+            except Exception as error:  # Pillow's decoders raise many kinds
+                raise UserError(f"image '{key}' cannot be decoded: {error}: mend or remove it, then go on") from None
+        yield key, image, extension, label
+
+
+def _shard_path(destination: Path, prefix: str, number: int) -> Path:
+    return destination / f"{prefix}-{number:06d}.tar"
+
+
+def _save_json(path: Path, content: dict) -> None:
+    with _replacing(path) as stream:
+        stream.write(json.dumps(content, indent=1).encode())
 
 
 def _write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, int]]) -> None:
@@ -336,4 +909,4 @@ def _write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, int]]) -> 
                     member = tarfile.TarInfo(f"{key}.{suffix}")  # time, owner and mode of a fresh TarInfo are constants
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    _save_index(str(path), build_index(str(path)), None)
+    build_index(str(path))

@@ -56,8 +56,8 @@ class LiveTargets:
     def _published_map(self, images: Tensor, pair: int) -> Tensor:
         """The map as the published code makes it (`prune.mode: paper_bn`).
 
-        There the pruned copy of a stage has a new batch norm, left in train mode: scale of the kept channels, zero bias,
-        statistics of the batch. All of it acts channel by channel, so the whole stage is run that way, then sliced.
+        There the pruned copy of a stage has a new batch norm, left in train mode: scale of the kept channels, zero
+        bias, statistics of the batch. All of it acts channel by channel, so the whole stage is run so, then sliced.
         """
 
         def batch_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tensor) -> Tensor:

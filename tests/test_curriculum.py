@@ -2,7 +2,8 @@
 
 import pytest
 
-from indistill.curriculum import Curriculum, Phase, to_steps
+from indistill.config import to_steps
+from indistill.curriculum import Curriculum, Phase
 
 
 def test_the_papers_timetable():

@@ -1,0 +1,154 @@
+"""Checkpoints: written aside and renamed, so that a directory called `step-XXXXXXXX` is always whole.
+
+The number is that of completed optimizer steps. A checkpoint holds student, optimizer, gradient scaler, random states,
+moving average and `state.json`; the teacher is not in it, and the data order needs no state beyond the step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_model, save_model
+from timm.utils import ModelEmaV3
+
+from indistill import config
+from indistill.config import UserError
+from indistill.metrics import RunLog
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run. `identity` (config, plan, data) must be the same at save and resume."""
+
+    def __init__(
+        self, accelerator: Accelerator, run_dir: Path, section: config.Checkpoint, identity: dict[str, str]
+    ) -> None:
+        self.accelerator, self.folder = accelerator, run_dir / "checkpoints"
+        self.section, self.identity = section, identity
+        self.saved_at, self.best_top1 = time.monotonic(), -1.0
+
+    def resume(self, choice: str, ema: ModelEmaV3 | None, log: RunLog) -> tuple[int, dict[str, float]]:
+        """Restore what `--resume auto|never|PATH` means: the completed steps, and the scores if then evaluated."""
+        path = self.find(choice)
+        if path is None:
+            return 0, {}
+        state = self.load(path, ema)
+        self.set_aside_later(state["step"])
+        self.best_top1 = state["best_top1"]
+        log.restore(state["log"])
+        self.accelerator.print(f"resumed from {path} at step {state['step']}")
+        return state["step"], state["scores"]
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint that `--resume auto|never|PATH` means, None to start anew. Raises UserError."""
+        newest = max(complete(self.folder), default=None)
+        if resume == "never":
+            if newest is not None:
+                raise UserError(f"{self.folder.parent} holds a run already: choose another run_dir, or --resume auto")
+            return None
+        if resume == "auto":
+            return newest
+        if not (Path(resume) / "state.json").is_file():
+            raise UserError(f"--resume {resume}: no checkpoint there: give a directory called step-XXXXXXXX")
+        return Path(resume)
+
+    def load(self, path: Path, ema: ModelEmaV3 | None) -> dict[str, Any]:
+        """Restore everything in place; returns the content of `state.json`. Raises UserError, naming what differs."""
+        try:
+            state = json.loads((path / "state.json").read_text())
+            if state["format_version"] != FORMAT_VERSION:
+                raise UserError(f"{path}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
+            for name, value in self.identity.items():
+                if state["identity"][name] != value:
+                    raise UserError(f"{path}: saved with another {name}: resume with the one of that run")
+            self.accelerator.load_state(str(path))
+            if ema is not None:
+                load_model(ema.module, path / "ema.safetensors")
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file fails in json, zip, pickle, safetensors or on a missing key
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: damaged ({reason}): delete it to resume from the one before") from None
+        return state
+
+    def set_aside_later(self, step: int) -> None:
+        """Going back to an earlier checkpoint: later ones of this run no longer count, but nothing is deleted."""
+        if self.accelerator.is_main_process:
+            for path in complete(self.folder):
+                if _step(path) > step:
+                    path.rename(path.with_name(f"superseded-{path.name}-{time.time_ns()}"))
+
+    def due(self, step: int, logged: bool, scores: dict[str, float]) -> bool:
+        """Whether to save after `step` steps. The clock is rank 0's, asked at logged steps: it costs a broadcast."""
+        if self.section.keep_best and scores.get("top1", -1.0) > self.best_top1:
+            return True
+        if self.section.every_steps and step % self.section.every_steps == 0:
+            return True
+        if not (self.section.every_minutes and logged):
+            return False
+        late = [time.monotonic() - self.saved_at > 60 * self.section.every_minutes]
+        return broadcast_object_list(late)[0]
+
+    def save(self, step: int, ema: ModelEmaV3 | None, scores: dict[str, float], log: RunLog) -> Path:
+        """Write `step-XXXXXXXX`; call on all ranks. `scores["top1"]`, where there is one, ranks the best."""
+        self.best_top1 = max(self.best_top1, scores.get("top1", -1.0))
+        log_state = log.state()
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".partial-{final.name}"
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        if main:
+            if ema is not None:
+                save_model(ema.module, str(partial / "ema.safetensors"))
+            content = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "identity": self.identity,
+                "scores": scores,
+                "best_top1": self.best_top1,
+                "log": log_state,
+            }
+            (partial / "state.json").write_text(json.dumps(content))
+        self.accelerator.wait_for_everyone()
+        if main:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            self._retain()
+        self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+        return final
+
+    def _retain(self) -> None:
+        """Keep the newest `keep_last` and the `keep_best` of highest top-1 (the newer of equals)."""
+        paths = sorted(complete(self.folder))
+        scored = [(top1, path) for path in paths if (top1 := _top1(path)) is not None]
+        kept = set(paths[-self.section.keep_last :])
+        kept.update(path for _, path in sorted(scored)[len(scored) - self.section.keep_best :])
+        for path in paths:
+            if path not in kept:
+                shutil.rmtree(path)
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints of a run that were written to their end."""
+    return [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / "state.json").is_file()]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _top1(path: Path) -> float | None:
+    return json.loads((path / "state.json").read_text())["scores"].get("top1")

@@ -1,0 +1,168 @@
+"""What a run reports: `metrics.jsonl`, TensorBoard (through Accelerate's trackers), and one live line.
+
+Losses are summed on the device and read only where a line is logged, so that no other step waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from indistill.curriculum import Phase, Timetable
+from indistill.data import Batch
+
+_PLAIN_LINE_SECONDS = 10.0  # between progress lines where no terminal can show a bar
+
+
+class RunLog:
+    """Collects the terms of each step and writes a line every `every_steps` completed steps and at each phase's end."""
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, every_steps: int, timetable: Timetable) -> None:
+        self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
+        self.every_steps, self.timetable = every_steps, timetable
+        self.sums: dict[str, Tensor] = {}
+        self.window_steps = 0  # steps summed since the last line
+        self.timed_steps = 0  # those of them that this process ran
+        self.wait_seconds = 0.0
+        self.phase_seconds: dict[str, float] = {}
+        self.bar: tqdm | None = None
+        self.clock = self.phase_clock = self.printed = time.perf_counter()
+
+    def open(self, step: int) -> None:
+        """Begin at `step` completed steps; lines of later steps, left by a run that was killed, are dropped."""
+        if not self.accelerator.is_main_process:
+            return
+        kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, self.path)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.timetable.total_steps, initial=step, unit="step", dynamic_ncols=True)
+        self.clock = self.phase_clock = self.printed = time.perf_counter()
+
+    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, with the time the loop waited for each counted."""
+        iterator = iter(batches)
+        while True:
+            begin = time.perf_counter()
+            batch = next(iterator, None)
+            self.wait_seconds += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, terms: dict[str, Tensor], weight: float) -> None:
+        """Detached scalars of one micro-batch, which is `weight` of a step."""
+        for name, value in terms.items():
+            value = weight * value.float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def end_step(self, step: int, phase: Phase, lr: float) -> bool:
+        """Count a step (`step` of them are now completed); True if a line was logged."""
+        self.window_steps += 1
+        self.timed_steps += 1
+        if self.bar is not None:
+            self.bar.update()
+        if step % self.every_steps and step != phase.end and step != self.timetable.total_steps:
+            return False
+        means = self._means()
+        seconds = time.perf_counter() - self.clock
+        line = {
+            "step": step,
+            "epoch": step / self.timetable.steps_per_epoch,
+            "phase": phase.name,
+            **{name: value / self.window_steps for name, value in means.items()},
+            "lr": lr,
+            "images_per_second": self.timed_steps * self.timetable.global_batch / seconds,
+            "data_wait_fraction": self.wait_seconds / seconds,
+        }
+        self._close_window(phase)
+        self._write(line)
+        self._show(line)
+        return True
+
+    def write_scores(self, step: int, scores: dict[str, float]) -> None:
+        if scores:
+            self._write({"step": step, **scores})
+
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Time spent here (evaluation, checkpoints) is not the training step's."""
+        begin = time.perf_counter()
+        yield
+        pause = time.perf_counter() - begin
+        self.clock += pause
+        self.phase_clock += pause
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the next line to come out as if nothing had happened. Call on all ranks."""
+        return {"sums": self._means(), "window_steps": self.window_steps, "phase_seconds": self.phase_seconds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        # Every rank takes the mean over the ranks, whose mean over any number of ranks is itself.
+        device = self.accelerator.device
+        self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self.window_steps, self.phase_seconds = state["window_steps"], dict(state["phase_seconds"])
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and its numbers to the trackers."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+        self.accelerator.log(numbers, step=line["step"])
+
+    def _means(self) -> dict[str, float]:
+        """Mean of each sum over the ranks, in one collective."""
+        if not self.sums:
+            return {}
+        values = self.accelerator.reduce(torch.stack(list(self.sums.values())), reduction="mean")
+        return dict(zip(self.sums, values.tolist()))
+
+    def _close_window(self, phase: Phase) -> None:
+        now = time.perf_counter()
+        self.phase_seconds[phase.name] = self.phase_seconds.get(phase.name, 0.0) + now - self.phase_clock
+        self.sums, self.window_steps, self.timed_steps, self.wait_seconds = {}, 0, 0, 0.0
+        self.clock = self.phase_clock = now
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        if self.bar is not None:
+            self.bar.set_description(line["phase"])
+            self.bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['images_per_second']:.0f} images/s")
+            return
+        last = line["step"] == self.timetable.total_steps
+        if last or time.perf_counter() - self.printed > _PLAIN_LINE_SECONDS:
+            self.printed = time.perf_counter()
+            left = (self.timetable.total_steps - line["step"]) * self.timetable.global_batch / line["images_per_second"]
+            print(
+                f"{line['phase']}  step {line['step']}/{self.timetable.total_steps}  loss {line['loss']:.4g}  "
+                f"{line['images_per_second']:.0f} images/s  {tqdm.format_interval(left)} left",
+                flush=True,
+            )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; one that was cut by a kill is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
+    return lines
