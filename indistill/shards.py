@@ -7,8 +7,10 @@ directory, once per node.
 """
 
 import contextlib
+import copy
 import csv
 import errno
+import functools
 import glob
 import gzip
 import hashlib
@@ -37,7 +39,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from braceexpand import braceexpand
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from indistill.config import UserError
@@ -57,6 +59,7 @@ FETCH_ATTEMPTS = 8  # with the pauses below an outage of about two minutes is su
 FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles, give or take a half
 FETCH_TIMEOUT_SECONDS = 60.0  # without a byte
 FETCH_THREADS = 4  # per process, for shards asked for ahead of use
+BUSY_SECONDS = 60.0  # evicting a shard used so shortly ago means that the cache is too small
 DEAD_PART_SECONDS = 3600.0  # a download that nothing was written to for so long belongs to a process that is gone
 
 
@@ -134,7 +137,8 @@ class ShardSet:
             )
         offset, size, key = int(index.offsets[row]), int(index.sizes[row]), _decoded(index.keys[row])
         # The member's header comes along, as a proof that the tar is still the one that was indexed.
-        data = os.pread(self._open(shard).fileno(), BLOCK + size, offset - BLOCK)
+        file = self._open(shard)  # closes when the last reader lets go of it, so not before the read
+        data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)
         with contextlib.suppress(tarfile.HeaderError):
             if tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape").size == size == len(data) - BLOCK:
                 return Sample(key, data[BLOCK:], int(index.labels[row]))
@@ -160,6 +164,14 @@ class ShardSet:
             shards = [shard for shard in np.unique(self._shards_of(sample_ids)) if _remote(self.paths[shard])]
             self._cache.prefetch((self.paths[shard], self._indices[shard].bytes) for shard in shards)
 
+    def _slice(self, begin: int, end: int) -> "ShardSet":
+        """Only the shards of samples `begin` up to `end`, which keep their ids: a small thing to send to a process."""
+        low, high = self._shards_of(np.array([begin, end - 1]))
+        part = copy.copy(self)
+        part.paths, part.sizes = self.paths[low : high + 1], self.sizes[low : high + 1]
+        part._indices, part._first_ids = self._indices[low : high + 1], self._first_ids[low : high + 2]
+        return part
+
     def _shards_of(self, sample_ids: np.ndarray | int) -> np.ndarray:
         return np.searchsorted(self._first_ids, sample_ids, side="right") - 1
 
@@ -173,7 +185,6 @@ class ShardSet:
             if os.fstat(file.fileno()).st_size != size:
                 raise UserError(_changed(path, f"it no longer has the {size} bytes that its index says"))
             if len(self._files) >= OPEN_SHARDS:
-                # The oldest closes when the last thread that reads from it lets go of it.
                 self._files.pop(next(iter(self._files)), None)
             self._files[shard] = file
         return file
@@ -335,6 +346,7 @@ class ShardCache:
             os.makedirs(self._shards, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir {directory} cannot be made: {error.strerror}") from None
+        self._warned = False
         self._pid, self._queue, self._asked = None, None, set()
 
     def __getstate__(self) -> dict:
@@ -421,12 +433,13 @@ class ShardCache:
                     break
                 if path.endswith(".part") and now - used < DEAD_PART_SECONDS:
                     continue
-                if now - used < 60:
+                if now - used < BUSY_SECONDS and not self._warned:
+                    self._warned = True
                     log.warning("evicting a shard used %.0f s ago: raise data.cache_bytes", now - used)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 excess -= freed
-            with open(part, "wb") as stream:
+            with open(part, "ab") as stream:
                 stream.truncate(size)
 
 
@@ -461,12 +474,13 @@ def _fetch(url: str, file: str, size: int | None = None, make_room=lambda part, 
                         raise UserError(_changed(url, f"it has {length} bytes, its index says {size}"))
                     make_room(part, size or length or 0)
                     with open(part, "wb") as target:
-                        target.truncate(size or length or 0)  # counts as used from now on
+                        target.truncate(size or length or 0)  # the room stays reserved
                         shutil.copyfileobj(source, target, 1 << 20)
                         received = target.tell()
                         target.truncate()
                 if received != (size or length or received):
                     raise OSError(f"{received} bytes came instead of {size or length}")
+                make_room(part, received)
                 os.replace(part, file)
                 return
             except UserError:
@@ -543,10 +557,9 @@ def _samples(path: str, stream: IO[bytes], load: bool = True, report: Callable[[
         if extension == "cls":
             if label is not None:
                 report(key, f"sample '{key}' has two labels")
-            text = content.strip()
-            if not (text.isdigit() and int(text) < 2**31):
+            label = int(content) if re.fullmatch(rb"\s*\d{1,9}\s*", content) else -1
+            if label < 0:
                 report(key, f"{key}.cls holds {content[:20]!r}: a label is a whole number from 0 on")
-            label = int(text) if text.isdigit() else -1
         elif image is not None:
             report(key, f"sample '{key}' has two images")
         else:
@@ -630,7 +643,7 @@ def _verify_shard(task: tuple[str, str | None]) -> list[BadMember]:
                     with Image.open(io.BytesIO(image)) as decoded:
                         decoded.convert("RGB")
                 except Exception as error:  # Pillow's decoders raise many kinds
-                    report(key, f"cannot be decoded: {error}")
+                    report(key, f"cannot be decoded: {_undecodable(error)}")
             size = os.fstat(stream.fileno()).st_size
         for file in filter(os.path.exists, _index_files(path, cache_dir)):
             if not all(map(np.array_equal, _parse_index(file), _index(size, *zip(*rows)))):
@@ -638,6 +651,11 @@ def _verify_shard(task: tuple[str, str | None]) -> list[BadMember]:
     except UserError as error:
         report("", str(error))
     return bad
+
+
+def _undecodable(error: Exception) -> str:
+    # Pillow names the address of the buffer there.
+    return "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _index_shard(task: tuple[str, str | None]) -> int:
@@ -648,15 +666,14 @@ def _index_shard(task: tuple[str, str | None]) -> int:
     return len(build_index(path, cache_dir, cache).keys)
 
 
-def _parallel(function: Callable, tasks: Sequence, workers: int, progress: bool, start: Callable = int, job=()):
-    """function(task) for each task, in order; `start(*job)` first in every process that takes part."""
+def _parallel(function: Callable, tasks: Sequence, workers: int, progress: bool) -> Iterator:
+    """function(task) for each task, in order."""
     with contextlib.ExitStack() as stack:
         if workers > 1:
             spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks as they are
-            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, start, job))
+            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn))
             results = pool.map(function, tasks)
         else:
-            start(*job)
             results = map(function, tasks)
         yield from tqdm(results, total=len(tasks), unit="shard", disable=not progress)
 
@@ -708,6 +725,7 @@ def pack_source(
     Raises UserError for images that cannot be read and for a destination that holds another packing, naming them.
     """
     origin = _find_source(source, seed, cache_dir)
+    sizes, scale = origin.sizes, 1.0
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
     record = destination / "dataset.json"
@@ -719,35 +737,31 @@ def pack_source(
         raise UserError(f"{stray}: not of this packing: choose an empty directory")
     _save_json(record, {"plan": plan, "complete": False})
 
-    sizes, scale = origin.sizes, 1.0
     if resize:  # how much smaller images become, from the first ones
         tried = min(len(sizes), 64)
-        scale = sum(len(image) for _, image, _, _ in _shrunk(origin.take(0, tried), resize, quality))
-        scale /= sizes[:tried].sum()
+        shrunk = _shrunk(origin.part(0, tried)(), resize, quality)
+        scale = sum(len(image) for _, image, _, _ in shrunk) / max(sizes[:tried].sum(), 1)
     shards = max(1, round(sizes.sum() * scale / shard_bytes))
-    # Image i goes where its last byte lies in a row of equal shards.
-    of_shard = (np.cumsum(sizes) - 1) * shards // sizes.sum()
-    cuts = np.searchsorted(of_shard, np.arange(shards + 1))
-    cuts = np.unique(cuts)  # an image larger than a shard leaves none empty
-    tasks = [
-        (_shard_path(destination, prefix, number), int(begin), int(end))
-        for number, (begin, end) in enumerate(itertools.pairwise(cuts))
-    ]
-    for _ in _parallel(_pack_shard, tasks, workers, progress, _start_packing, (origin, resize, quality)):
+    # Image i goes where its first byte lies in a row of equal shards; one larger than a shard leaves none empty.
+    of_shard = (np.cumsum(sizes) - sizes) * shards // max(sizes.sum(), 1)
+    cuts = [0, *(np.flatnonzero(np.diff(of_shard)) + 1).tolist(), len(sizes)]
+    paths = [_shard_path(destination, prefix, number) for number in range(len(cuts) - 1)]
+    tasks = [(path, origin.part(*cut), resize, quality) for path, cut in zip(paths, itertools.pairwise(cuts))]
+    for _ in _parallel(_pack_shard, tasks, workers, progress):
         pass
 
-    indices = [load_index(str(path)) for path, _, _ in tasks]
+    indices = [load_index(str(path)) for path in paths]
     labels = np.concatenate([index.labels for index in indices])
     image_bytes = np.concatenate([index.sizes for index in indices])
     summary = {
         "plan": plan,
         "complete": True,
-        "shards": len(tasks),
-        "urls": f"{prefix}-{{{0:06d}..{len(tasks) - 1:06d}}}.tar",
+        "shards": len(paths),
+        "urls": f"{prefix}-{{{0:06d}..{len(paths) - 1:06d}}}.tar",
         "samples": len(labels),
         "mean_bytes": round(float(image_bytes.mean()), 1),
         "unlabelled": int((labels < 0).sum()),
-        "class_counts": np.bincount(labels[labels >= 0]).tolist(),
+        "class_counts": np.bincount(labels[labels >= 0], minlength=len(origin.classes or [])).tolist(),
         "classes": origin.classes,
         "ignored_files": origin.ignored,
     }
@@ -764,9 +778,8 @@ class _Files(NamedTuple):
     classes: list[str] | None
     ignored: int  # files that are no images
 
-    def take(self, begin: int, end: int) -> Iterator[tuple[str, bytes, str, int]]:
-        for key, path, label in self.items[begin:end]:
-            yield key, Path(path).read_bytes(), _extension(path), label
+    def part(self, begin: int, end: int) -> Callable[[], Iterator[tuple]]:
+        return functools.partial(_read_files, self.items[begin:end])
 
 
 class _Shards(NamedTuple):
@@ -779,10 +792,19 @@ class _Shards(NamedTuple):
     numbered: bool  # keys repeat, as they may in different shards, so they are made unique
     ignored: int = 0
 
-    def take(self, begin: int, end: int) -> Iterator[tuple[str, bytes, str, int]]:
-        for number, (key, image, label) in enumerate(self.shards.iterate(begin, end), begin):
-            magic = {b"\x89PN": "png", b"RIF": "webp"}
-            yield f"{key}_{number:08d}" if self.numbered else key, image, magic.get(image[:3], "jpg"), label
+    def part(self, begin: int, end: int) -> Callable[[], Iterator[tuple]]:
+        return functools.partial(_read_shards, self.shards._slice(begin, end), begin, end, self.numbered)
+
+
+def _read_files(items: list[tuple[str, str, int]]) -> Iterator[tuple[str, bytes, str, int]]:
+    for key, path, label in items:
+        yield key, Path(path).read_bytes(), _extension(path), label
+
+
+def _read_shards(shards: ShardSet, begin: int, end: int, numbered: bool) -> Iterator[tuple[str, bytes, str, int]]:
+    extensions = {b"\x89PNG": "png", b"RIFF": "webp"}  # what the content begins with
+    for number, (key, image, label) in enumerate(shards.iterate(begin, end), begin):
+        yield f"{key}_{number:08d}" if numbered else key, image, extensions.get(image[:4], "jpg"), label
 
 
 def _find_source(source: str | Sequence[str], seed: int, cache_dir: str | None) -> _Files | _Shards:
@@ -817,7 +839,7 @@ def _list_files(found: list[tuple[str, int]], classes: list[str] | None, ignored
 
 
 def _read_folder(folder: Path) -> tuple[list[tuple[str, int]], list[str], int]:
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     files = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*"))]
     files = [(str(path), label) for path, label in files if path.is_file()]
     images = [(path, label) for path, label in files if _extension(path) in IMAGE_EXTENSIONS]
@@ -857,19 +879,10 @@ def _extension(path: str) -> str:
     return os.path.splitext(path)[1][1:].lower()
 
 
-_packing: tuple[_Files | _Shards, int | None, int] | None = None  # what every worker process is told once
-
-
-def _start_packing(*packing) -> None:
-    global _packing
-    _packing = packing
-
-
-def _pack_shard(task: tuple[Path, int, int]) -> None:
-    path, begin, end = task
-    origin, resize, quality = _packing
+def _pack_shard(task: tuple[Path, Callable[[], Iterator[tuple]], int | None, int]) -> None:
+    path, read, resize, quality = task
     if not path.exists():
-        _write_shard(path, _shrunk(origin.take(begin, end), resize, quality))
+        _write_shard(path, _shrunk(read(), resize, quality))
 
 
 def _shrunk(samples: Iterable[tuple[str, bytes, str, int]], resize: int | None, quality: int) -> Iterator[tuple]:
@@ -886,7 +899,8 @@ def _shrunk(samples: Iterable[tuple[str, bytes, str, int]], resize: int | None, 
                         smaller.save(content, "JPEG", quality=quality)
                         image, extension = content.getvalue(), "jpg"
             except Exception as error:  # Pillow's decoders raise many kinds
-                raise UserError(f"image '{key}' cannot be decoded: {error}: mend or remove it, then go on") from None
+                why = _undecodable(error)
+                raise UserError(f"image '{key}' cannot be decoded: {why}: mend or remove it, then go on") from None
         yield key, image, extension, label
 
 
