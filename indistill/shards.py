@@ -51,6 +51,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 BLOCK = tarfile.BLOCKSIZE  # bytes: what a tar is padded to, and the size of a member's header
 CACHED = re.compile(r"[0-9a-f]{16}-(?!.*\.lock$)")  # shards and parts of shards in the cache; nothing else is evicted
+OVERHEAD_BYTES = 3 * BLOCK + BLOCK // 2  # of a sample: two headers, the label's block, half a block of padding
 INDEX_VERSION = 1
 OPEN_SHARDS = 256  # kept-open local shards per process, well under the usual limit of 1,024 descriptors
 
@@ -137,7 +138,7 @@ class ShardSet:
             )
         offset, size, key = int(index.offsets[row]), int(index.sizes[row]), _decoded(index.keys[row])
         # The member's header comes along, as a proof that the tar is still the one that was indexed.
-        file = self._open(shard)  # closes when the last reader lets go of it, so not before the read
+        file = self._open(shard)  # held, so that it stays open for the read
         data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)
         with contextlib.suppress(tarfile.HeaderError):
             if tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape").size == size == len(data) - BLOCK:
@@ -185,7 +186,8 @@ class ShardSet:
             if os.fstat(file.fileno()).st_size != size:
                 raise UserError(_changed(path, f"it no longer has the {size} bytes that its index says"))
             if len(self._files) >= OPEN_SHARDS:
-                self._files.pop(next(iter(self._files)), None)
+                oldest, *_ = self._files
+                self._files.pop(oldest, None)  # closes when the last thread that reads from it lets go of it
             self._files[shard] = file
         return file
 
@@ -194,9 +196,15 @@ def expand(urls: str | Sequence[str], root: str | None = None, allow_pipe: bool 
     """The shard paths that the patterns stand for: braces in their order, `*` sorted, all below `root` if relative."""
     paths = []
     for url in [urls] if isinstance(urls, str) else urls:
-        for path in braceexpand(os.path.expanduser(url)):
+        try:
+            expanded = list(braceexpand(os.path.expanduser(url)))
+        except ValueError as error:
+            raise UserError(f"{url}: {error}: correct the braces") from None
+        for path in expanded:
             if path.startswith("pipe:") and not allow_pipe:
                 raise UserError(f"{path}: runs a command, which is not allowed here (allow_pipe)")
+            if "://" in path and "*" in path:
+                raise UserError(f"{path}: * is for local files; list remote shards with braces, as {{000000..000127}}")
             path = path.removeprefix("file://")
             place = path if _remote(path) else os.path.join(root or "", path)
             if _remote(place) or os.path.isfile(place):
@@ -243,12 +251,15 @@ def _changed(path: str, how: str) -> str:
 
 def load_index(path: str, cache_dir: str | None = None, cache: "ShardCache | None" = None) -> Index:
     """The shard's index, built and saved first if there is none. Raises UserError if it does not fit the shard."""
+    problem = None
     for file in _index_files(path, cache_dir):
         if os.path.exists(file) or (_remote(path) and cache.fetch_index(path, file)):
             index = _parse_index(file)
-            if not _remote(path) and index.bytes != (size := os.stat(path).st_size):
-                raise UserError(_changed(path, f"it has {size} bytes, its index {file} says {index.bytes}"))
-            return index
+            if _remote(path) or index.bytes == (size := os.stat(path).st_size):
+                return index
+            problem = _changed(path, f"it has {size} bytes, its index {file} says {index.bytes}")
+    if problem:
+        raise UserError(problem)
     return build_index(path, cache_dir, cache)
 
 
@@ -342,10 +353,10 @@ class ShardCache:
     def __init__(self, directory: str, limit_bytes: int):
         self.limit_bytes = limit_bytes
         self._shards = os.path.join(directory, "remote-shards")
-        try:
+        with contextlib.suppress(OSError):
             os.makedirs(self._shards, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache_dir {directory} cannot be made: {error.strerror}") from None
+        if not os.access(self._shards, os.W_OK):
+            raise UserError(f"data.cache_dir {directory} cannot be written: name another directory")
         self._warned = False
         self._pid, self._queue, self._asked = None, None, set()
 
@@ -427,7 +438,9 @@ class ShardCache:
                 with contextlib.suppress(FileNotFoundError):
                     if CACHED.match(entry.name) and entry.path != part:
                         entries.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-            excess, now = sum(entry[1] for entry in entries) + size - self.limit_bytes, time.time()
+            excess = sum(entry[1] for entry in entries) + size - self.limit_bytes
+            excess = max(excess, size - shutil.disk_usage(self._shards).free)  # the disk may hold less than the limit
+            now = time.time()
             for used, freed, path in sorted(entries):
                 if excess <= 0:
                     break
@@ -690,6 +703,8 @@ def pack(
     """
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
+    if samples_per_shard < 1:
+        raise UserError(f"samples_per_shard is {samples_per_shard}: it must be at least 1")
     paths, samples = [], iter(samples)
     while pending := list(itertools.islice(samples, samples_per_shard)):
         paths.append(_shard_path(destination, prefix, len(paths)))
@@ -724,6 +739,8 @@ def pack_source(
     on where it ended: finished shards are kept.
     Raises UserError for images that cannot be read and for a destination that holds another packing, naming them.
     """
+    if shard_bytes < 1 or (resize is not None and resize < 1):
+        raise UserError(f"shard_bytes ({shard_bytes}) and resize ({resize}) must be at least 1")
     origin = _find_source(source, seed, cache_dir)
     sizes, scale = origin.sizes, 1.0
     destination = Path(destination)
@@ -733,17 +750,20 @@ def pack_source(
     if record.exists():
         if json.loads(record.read_text()).get("plan") != plan:
             raise UserError(f"{destination}: holds another packing (see {record.name}): choose an empty directory")
-    elif stray := next(destination.glob(f"{prefix}-*.tar"), None):
+    elif stray := next(destination.glob("*.tar*"), None):
         raise UserError(f"{stray}: not of this packing: choose an empty directory")
     _save_json(record, {"plan": plan, "complete": False})
+    for part in destination.glob("*.part"):  # of a packing that was killed
+        part.unlink()
 
     if resize:  # how much smaller images become, from the first ones
         tried = min(len(sizes), 64)
         shrunk = _shrunk(origin.part(0, tried)(), resize, quality)
         scale = sum(len(image) for _, image, _, _ in shrunk) / max(sizes[:tried].sum(), 1)
-    shards = max(1, round(sizes.sum() * scale / shard_bytes))
+    sizes = (sizes * scale).astype(np.int64) + OVERHEAD_BYTES
+    shards = max(1, round(sizes.sum() / shard_bytes))
     # Image i goes where its first byte lies in a row of equal shards; one larger than a shard leaves none empty.
-    of_shard = (np.cumsum(sizes) - sizes) * shards // max(sizes.sum(), 1)
+    of_shard = (np.cumsum(sizes) - sizes) * shards // sizes.sum()
     cuts = [0, *(np.flatnonzero(np.diff(of_shard)) + 1).tolist(), len(sizes)]
     paths = [_shard_path(destination, prefix, number) for number in range(len(cuts) - 1)]
     tasks = [(path, origin.part(*cut), resize, quality) for path, cut in zip(paths, itertools.pairwise(cuts))]
@@ -851,7 +871,7 @@ def _read_folder(folder: Path) -> tuple[list[tuple[str, int]], list[str], int]:
 def _read_csv(file: Path) -> tuple[list[tuple[str, int]], list[str] | None, int]:
     found, names = [], []
     try:
-        with open(file, newline="") as stream:
+        with open(file, newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream)
             for row in reader:
                 if [cell.strip().lower() for cell in row] in ([], ["path", "label"]):
