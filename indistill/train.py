@@ -47,7 +47,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     mix = make_mix(settings, accelerator)
     ema = settings.ema and ModelEmaV3(student, settings.ema.decay, use_warmup=settings.ema.warmup)
     optimizer = optim.create(student, settings.optimizer)
-    phases = optim.PhaseOptim(optimizer, settings, timetable)
+    phase_optim = optim.PhaseOptim(optimizer, settings, timetable)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
 
     # --- where it stands ---------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     wrapped.train()
     for step in range(first_step, timetable.total_steps):
         phase = timetable.curriculum.at(step)
-        lr = phases.begin_step(step, phase)
+        lr = phase_optim.begin_step(step, phase)
         seed_everything(step_seed(settings.seed, step, rank))  # dropout and mixing, too, depend on the step alone
 
         for _ in range(accumulation):
@@ -86,7 +86,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
             ema.update(student, step + 1)
 
         done = step + 1
-        logged = log.end_step(done, phase, lr)
+        logged, scores = log.end_step(done, phase, lr), {}
         if eval_set and timetable.evaluate_at(done):
             with log.off_the_clock():
                 scores = evaluate.accuracy(accelerator, evaluated, eval_set, settings.evaluate.batch)

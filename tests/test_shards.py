@@ -423,6 +423,39 @@ def test_processes_share_one_download(server, tmp_path):
     assert sorted(server.served) == sorted([f"x-{i:06d}.tar{end}" for i in range(4) for end in ("", ".index.json")])
 
 
+def test_processes_together_stay_within_the_limit(server, tmp_path):
+    packed, urls = serve(server, count=60)
+    size = max(path.stat().st_size for path in server.directory.glob("*.tar"))
+    cache = shards.ShardCache(str(tmp_path / "cache"), 3 * size)
+    dead = tmp_path / "cache" / "remote-shards" / ("0" * 16 + "-dead.tar.part")
+    dead.write_bytes(bytes(2 * size))  # of a process that was killed: it must not block the others
+    running = []
+    for seed in range(4):
+        if (child := os.fork()) == 0:
+            try:
+                data = ShardSet(urls, cache_dir=str(tmp_path / "cache"), cache_bytes=cache.limit_bytes)
+                order = np.random.RandomState(seed).permutation(60)
+                data.prefetch(order[:10])
+                os._exit(0 if all(data.read(int(i)) == packed[i] for i in order) else 1)
+            finally:
+                os._exit(2)
+        running.append(child)
+    peak, left = 0, set(running)
+    while left:
+        with cache.room_lock():
+            held = {
+                e.name.removesuffix(".part"): e.stat().st_size for e in os.scandir(dead.parent) if "lock" not in e.name
+            }
+        peak = max(peak, sum(held.values()))
+        for child in list(left):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                assert status == 0
+                left.remove(child)
+        time.sleep(0.005)
+    assert 2 * size < peak <= 3 * size
+
+
 def test_prefetched_shards_are_read_without_the_server(server, tmp_path):
     packed, urls = serve(server)
     data = ShardSet(urls, cache_dir=str(tmp_path / "cache"))

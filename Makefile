@@ -1,0 +1,36 @@
+# The environment is made when it is missing or older than what it is made from.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+# The demo's and the tests' networks are so small that a second thread costs more than it gives.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint clean
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@if command -v uv >/dev/null 2>&1; then \
+		echo "setup: creating $(VENV) with uv" && \
+		uv venv --quiet --clear --python $(PYTHON) $(VENV) && \
+		uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[dev]'; \
+	else \
+		echo "setup: creating $(VENV) with pip (several minutes)" && \
+		$(PYTHON) -m venv --clear $(VENV) && \
+		$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	fi
+	@touch $@
+
+demo: $(READY)
+	@$(RUN) -m indistill.demo
+
+test: $(READY) lint
+	@$(RUN) -m pytest
+
+lint: $(READY)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,110 @@
+"""Small data, small runs, and processes that start quickly."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from indistill import config, shards
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+CLASSES = 10
+
+
+def pack_images(folder: Path, prefix: str, samples: int, per_shard: int, seed: int, size: int = 32) -> None:
+    """Images whose label shows: a bright square on noise, at a place that the class decides."""
+    random = np.random.RandomState(seed)
+    packed = []
+    for i in range(samples):
+        label = i % CLASSES
+        image = random.randint(0, 100, (size, size, 3), dtype=np.uint8)
+        y, x = divmod(label, 4)
+        image[y * size // 4 : (y + 1) * size // 4, x * size // 4 : (x + 1) * size // 4] += 150
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        packed.append((f"{prefix}{i:04d}", buffer.getvalue(), "png", label))
+    shards.pack(packed, folder, prefix, samples_per_shard=per_shard)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """192 training images in 3 shards, 51 for evaluation: a number that no world size divides."""
+    folder = tmp_path_factory.mktemp("data")
+    pack_images(folder, "train", samples=192, per_shard=64, seed=1)
+    pack_images(folder, "eval", samples=51, per_shard=51, seed=2)
+    return folder
+
+
+@pytest.fixture
+def tree(data_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    """A config as a plain tree: three pairs of the small networks, 24 steps, 13 of them warm-up."""
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "duration": "24 steps",
+        "data": {
+            "root": str(data_dir),
+            "train": "train-*.tar",
+            "eval": "eval-*.tar",
+            "num_classes": CLASSES,
+            "image_size": 32,
+            "global_batch": 32,
+            "streams": 8,
+            "in_memory": True,
+            "eval_crop": 1.0,
+            "augment": {"recipe": "pad_crop"},
+        },
+        "student": {"name": "cnn32_student"},
+        "teacher": {"name": "cnn32_auxiliary"},
+        "warmup": {"durations": ["4 steps", "4 steps", "5 steps"]},
+        "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
+        "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+
+
+@pytest.fixture
+def settings(tree: dict[str, Any]) -> config.Config:
+    return config.parse(tree, "test")
+
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["indistill.train"])  # torch, timm and accelerate are imported once
+
+
+def start(function: Callable, *arguments: Any, rank: int | None = None, world: int = 1, port: int = 0):
+    """Run `function(*arguments)` in a fresh process, with the variables that a launcher sets if `rank` is given."""
+    process = _context.Process(target=_main, args=(function, arguments, rank, world, port))
+    process.start()
+    return process
+
+
+def _main(function: Callable, arguments: tuple, rank: int | None, world: int, port: int) -> None:
+    if rank is not None:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+        )  # fmt: skip
+    function(*arguments)
+
+
+def run_ranks(function: Callable, world: int, *arguments: Any, timeout_seconds: float = 300) -> None:
+    """Run `function(*arguments)` on `world` ranks and require that all of them end well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [start(function, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
+    for process in processes:
+        process.join(timeout_seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * world
