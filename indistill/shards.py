@@ -38,7 +38,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -61,7 +61,6 @@ FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles, give or take a 
 FETCH_TIMEOUT_SECONDS = 60.0  # without a byte
 FETCH_THREADS = 4  # per process, for shards asked for ahead of use
 BUSY_SECONDS = 60.0  # evicting a shard used so shortly ago means that the cache is too small
-DEAD_PART_SECONDS = 3600.0  # a download that nothing was written to for so long belongs to a process that is gone
 
 
 class Sample(NamedTuple):
@@ -375,7 +374,7 @@ class ShardCache:
         if not self._use(file, size):
             with FileLock(f"{file}.lock"):
                 if not self._use(file, size):
-                    _fetch(url, file, size, self._make_room)
+                    _fetch(url, file, size, self)
         return file
 
     def discard(self, url: str) -> None:
@@ -428,32 +427,57 @@ class ShardCache:
             return False
         return True
 
-    def _make_room(self, part: str, size: int) -> None:
-        """Reserve `size` bytes for a download by making its file that long, after evicting what has to go."""
+    def room_lock(self) -> FileLock:
+        """Held where the directory changes, so that who adds up its files misses none that is being renamed."""
+        return FileLock(os.path.join(self._shards, "room.lock"))
+
+    def make_room(self, part: str, size: int, wait: bool = True) -> None:
+        """Reserve `size` bytes for a download by making its file that long, after evicting what has to go.
+
+        Where only downloads under way could go, it waits for them, or with `wait=False` exceeds the limit.
+        """
         if size > self.limit_bytes:
             raise UserError(f"{part}: {size} bytes do not fit data.cache_bytes ({self.limit_bytes}): raise it")
-        with FileLock(os.path.join(self._shards, "room.lock")):
-            entries = []
-            for entry in os.scandir(self._shards):
-                with contextlib.suppress(FileNotFoundError):
-                    if CACHED.match(entry.name) and entry.path != part:
-                        entries.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-            excess = sum(entry[1] for entry in entries) + size - self.limit_bytes
-            excess = max(excess, size - shutil.disk_usage(self._shards).free)  # the disk may hold less than the limit
-            now = time.time()
-            for used, freed, path in sorted(entries):
-                if excess <= 0:
-                    break
-                if path.endswith(".part") and now - used < DEAD_PART_SECONDS:
-                    continue
-                if now - used < BUSY_SECONDS and not self._warned:
-                    self._warned = True
-                    log.warning("evicting a shard used %.0f s ago: raise data.cache_bytes", now - used)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-                excess -= freed
-            with open(part, "ab") as stream:
-                stream.truncate(size)
+        while True:
+            with self.room_lock():
+                if self._evict(part, size) or not wait:
+                    with open(part, "ab") as stream:
+                        stream.truncate(size)
+                    return
+            time.sleep(0.1)
+
+    def _evict(self, part: str, size: int) -> bool:
+        """Delete the shards unused for longest until `size` bytes are free. Did that succeed?"""
+        entries = []
+        for entry in os.scandir(self._shards):
+            with contextlib.suppress(FileNotFoundError):
+                if CACHED.match(entry.name) and entry.path != part:
+                    entries.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+        # The disk may hold less than the limit; a download that it cannot take then fails by itself.
+        crowded = size - shutil.disk_usage(self._shards).free
+        excess = sum(entry[1] for entry in entries) + size - self.limit_bytes
+        for used, freed, path in sorted(entries):
+            if max(excess, crowded) <= 0:
+                break
+            if path.endswith(".part") and _locked(f"{path.removesuffix('.part')}.lock"):
+                continue
+            age = time.time() - used
+            if age < BUSY_SECONDS and not self._warned:
+                self._warned = True
+                log.warning("evicting a shard used %.0f s ago: raise data.cache_bytes", age)
+            with contextlib.suppress(FileNotFoundError):  # a part that has just been completed has another name now
+                os.unlink(path)
+                excess, crowded = excess - freed, crowded - freed
+        return excess <= 0
+
+
+def _locked(file: str) -> bool:
+    """Does a process or thread hold this lock? One that was killed does not."""
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _cache_for(paths: Sequence[str], cache_dir: str | None, limit_bytes: int = CACHE_BYTES) -> ShardCache | None:
@@ -472,10 +496,10 @@ class _Absent(UserError):
     """The source answers that there is no such file, or not for us: another attempt is of no use."""
 
 
-def _fetch(url: str, file: str, size: int | None = None, make_room=lambda part, size: None) -> None:
+def _fetch(url: str, file: str, size: int | None = None, cache: ShardCache | None = None) -> None:
     """Copy a remote file to `file`, whole or not at all; call with the file's lock held.
 
-    size: bytes it must have, where known. make_room(part, size) is called before a download begins.
+    size: bytes it must have, where known. cache: where room has to be made for it.
     Raises UserError: at once where the source says no, otherwise after FETCH_ATTEMPTS.
     """
     part = f"{file}.part"
@@ -485,16 +509,19 @@ def _fetch(url: str, file: str, size: int | None = None, make_room=lambda part, 
                 with _open_remote(url) as (source, length):
                     if size is not None and length not in (None, size):
                         raise UserError(_changed(url, f"it has {length} bytes, its index says {size}"))
-                    make_room(part, size or length or 0)
-                    with open(part, "wb") as target:
-                        target.truncate(size or length or 0)  # the room stays reserved
+                    promised = size or length or 0
+                    if cache:
+                        cache.make_room(part, promised)
+                    with open(part, "r+b" if cache else "wb") as target:  # r+: the room stays reserved
                         shutil.copyfileobj(source, target, 1 << 20)
                         received = target.tell()
                         target.truncate()
-                if received != (size or length or received):
-                    raise OSError(f"{received} bytes came instead of {size or length}")
-                make_room(part, received)
-                os.replace(part, file)
+                if received != (promised or received):
+                    raise OSError(f"{received} bytes came instead of {promised}")
+                if cache and not promised:
+                    cache.make_room(part, received, wait=False)
+                with cache.room_lock() if cache else contextlib.nullcontext():
+                    os.replace(part, file)
                 return
             except UserError:
                 raise
