@@ -15,9 +15,10 @@ from indistill.config import Config, Duration, UserError, to_steps
 class Phase:
     """A stretch of the run, start <= position < end.
 
-    name is "warmup 1/3", "warmup 2/3", ... or "kd". index is the pair's own number, from 0, whether or not earlier
-    pairs are skipped; the kd phase's is the number of pairs. pairs holds the active pairs, shallow to deep, with one
-    weight each, and is empty in kd. end is None where the phase lasts to the end of the run.
+    name is "warmup 1/3", "warmup 2/3", ... or "kd" ("supervised" in a run without a teacher). index is the pair's own
+    number, from 0, whether or not earlier pairs are skipped; the last phase's is the number of pairs. pairs holds the
+    active pairs, shallow to deep, with one weight each, and is empty in the last phase, whose end is None: it lasts to
+    the end of the run.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Curriculum:
     pairs: int
     alpha: int = 2
     durations: tuple[int | float, ...] | None = None
+    last: str = "kd"  # name of the phase after the warm-up
 
     def __post_init__(self):
         if self.pairs < 0 or self.alpha < 0:
@@ -73,7 +75,7 @@ class Curriculum:
                 end = start + duration
                 phases.append(Phase(f"warmup {pair + 1}/{self.pairs}", pair, (pair,), (1.0,), start, end))
                 start = end
-        return (*phases, Phase("kd", self.pairs, (), (), start, None))
+        return (*phases, Phase(self.last, self.pairs, (), (), start, None))
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Timetable:
                 f"the warm-up takes {sum(steps)} steps, the whole run (duration) {total}: raise duration, lower "
                 "warmup.alpha or set warmup.durations"
             )
-        return cls(steps_per_epoch, batch, total, every, Curriculum(pairs, durations=steps))
+        last = "kd" if settings.teacher else "supervised"
+        return cls(steps_per_epoch, batch, total, every, Curriculum(pairs, durations=steps, last=last))
 
     def evaluate_at(self, step: int) -> bool:
         """Whether to evaluate after `step` completed steps: always after the last."""

@@ -152,5 +152,11 @@ def eval_loader(dataset: ImageDataset, batch: int, rank: int, world: int, device
 
 def _loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> DataLoader:
     workers = 0 if dataset.memory is not None else dataset.section.workers  # a crop from memory is no work to share
-    pinned = device.type == "cuda"
-    return DataLoader(dataset, sampler=_Requests(requests), batch_size=None, num_workers=workers, pin_memory=pinned)
+    return DataLoader(
+        dataset,
+        sampler=_Requests(requests),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else opening it draws from the global one, and a resumed run from another state
+    )

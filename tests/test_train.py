@@ -1,0 +1,226 @@
+"""Whole runs in one process: the record they leave, and that a killed one goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import start
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+from torch.optim import Optimizer
+
+from indistill import config, models, optim
+from indistill.config import UserError
+from indistill.metrics import read_lines
+from indistill.train import evaluate_checkpoint, train
+
+
+def run(tree: dict[str, Any], resume: str = "auto") -> dict[str, Any]:
+    return train(config.parse(tree, "test"), resume)
+
+
+def record(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The training lines, without what depends on the clock."""
+    lines = [line for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait_fraction")} for line in lines]
+
+
+def everything(tree: dict[str, Any]) -> dict[str, Any]:
+    """The config with all that has state or randomness turned on."""
+    tree = copy.deepcopy(tree)
+    tree["student"]["name"] = "resnet10t"  # drop path and residual stages
+    tree["student"]["kwargs"] = {"channels": [8, 8, 16, 16], "stem_width": 8, "drop_path_rate": 0.2}
+    tree["warmup"]["pairs"] = [[0, 0], [1, 1], [2, 3]]
+    tree["warmup"]["reset_optimizer"] = "start"
+    tree["kd"]["mix"] = {"mixup": 0.8, "cutmix": 1.0}
+    tree["schedule"] = {"name": "cosine", "warmup": "2 steps"}
+    tree["grad_accumulation"], tree["clip_grad_norm"], tree["ema"] = 2, 1.0, {"decay": 0.9}
+    tree["log"]["every_steps"] = 3  # lines that sum steps from before and after a checkpoint
+    tree["checkpoint"] = {"every_steps": 2, "keep_last": 2}
+    tree["evaluate"] = {"every": "10 steps"}
+    return tree
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    return run_dir
+
+
+def test_the_run_directory_tells_the_run(tree):
+    tree["evaluate"] = {"every": "10 steps", "retrieval": True}
+    tree["log"]["tensorboard"] = True
+    summary = run(tree)
+    run_dir = Path(tree["run_dir"])
+
+    lines = record(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert [line["phase"] for line in lines] == (
+        ["warmup 1/3"] * 4 + ["warmup 2/3"] * 4 + ["warmup 3/3"] * 5 + ["kd"] * 11
+    )
+    assert lines[5]["epoch"] == 1.0  # 192 samples in batches of 32
+    assert lines[0]["loss"] == lines[0]["mse_pair1"]
+    assert lines[20]["loss"] == pytest.approx(lines[20]["ce"] + lines[20]["kd"], rel=1e-6)
+    timing = read_lines(run_dir / "metrics.jsonl")[3]
+    assert timing["images_per_second"] > 0
+    assert 0 <= timing["data_wait_fraction"] < 1
+    evaluations = [line for line in read_lines(run_dir / "metrics.jsonl") if "top1" in line]
+    assert [line["step"] for line in evaluations] == [10, 20, 24]
+
+    assert summary == json.loads((run_dir / "summary.json").read_text())
+    assert set(summary["phase_seconds"]) == {"warmup 1/3", "warmup 2/3", "warmup 3/3", "kd"}
+    assert summary["metrics"]["top1"] == evaluations[-1]["top1"]
+    assert 0 < summary["metrics"]["map_cosine"] <= 1
+    assert config.load(run_dir / "config.yaml") == config.parse(tree, "test")
+    assert list(run_dir.glob("tensorboard/events.out.tfevents.*"))
+    assert {path.name for path in run_dir.iterdir()} == {
+        "config.yaml", "prune_plan.json", "metrics.jsonl", "checkpoints", "summary.json", "student.safetensors",
+        "tensorboard",
+    }  # fmt: skip
+
+    # The weights left behind score what the run says they score.
+    again = evaluate_checkpoint(config.parse(tree, "test"), str(run_dir / "student.safetensors"))
+    assert again == summary["metrics"]
+    assert evaluate_checkpoint(config.parse(tree, "test"), str(run_dir / "checkpoints" / "step-00000024")) == again
+
+
+def test_it_learns(tree):
+    tree |= {"teacher": None, "warmup": None, "duration": "20 epochs", "kd": {"losses": [{"name": "ce"}]}}
+    tree["optimizer"]["lr"] = 1e-2
+    tree["data"]["augment"] = {"recipe": "none", "flip": False}
+    summary = run(tree)
+    assert summary["metrics"]["top1"] > 0.9
+    assert record(tree["run_dir"])[-1]["phase"] == "supervised"
+
+
+def test_nothing_is_created_anew_at_a_phase(tree, monkeypatch):
+    calls = {"prepare": 0, "optimizer": 0, "network": 0}
+
+    def counting(name, function):
+        def counted(*arguments, **keywords):
+            calls[name] += 1
+            return function(*arguments, **keywords)
+
+        return counted
+
+    monkeypatch.setattr(Accelerator, "prepare", counting("prepare", Accelerator.prepare))
+    monkeypatch.setattr(Optimizer, "__init__", counting("optimizer", Optimizer.__init__))
+    monkeypatch.setattr(models.Network, "__init__", counting("network", models.Network.__init__))
+    monkeypatch.setattr(optim, "create", counting("optimizer", optim.create))
+    run(tree)
+    assert calls == {"prepare": 1, "optimizer": 2, "network": 2}  # optim.create and the optimizer it makes
+
+
+def test_the_teacher_is_in_no_checkpoint(tree):
+    run(tree)
+    folder = Path(tree["run_dir"]) / "checkpoints" / "step-00000024"
+    student = sum(p.numel() for p in models.CNN32((8, 16, 32), 64).state_dict().values())
+    assert sum(v.numel() for v in load_file(folder / "model.safetensors").values()) == student
+    state = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
+    assert sum(moments["exp_avg"].numel() for moments in state.values()) == sum(
+        p.numel() for p in models.CNN32((8, 16, 32), 64).parameters()
+    )
+
+
+def test_the_moving_average_is_timms(tree, monkeypatch):
+    """The saved average equals one updated by hand, with the decay's warm-up counted in steps."""
+    tree |= {"ema": {"decay": 0.9}, "duration": "6 steps"}
+    tree["warmup"]["durations"] = ["1 step", "1 step", "1 step"]
+    snapshots = []
+    update = ModelEmaV3.update
+    monkeypatch.setattr(
+        ModelEmaV3,
+        "update",
+        lambda ema, student, step: (snapshots.append(copy.deepcopy(student.state_dict())), update(ema, student, step)),
+    )
+    run(tree)
+    expected = None
+    for step, weights in enumerate(snapshots, start=1):
+        warm = 1 - max(step - 1, 0.0) and 0.0 if step == 1 else min(1 - (1 + (step - 1)) ** (-2 / 3), 0.9)
+        key = "net.fc1.weight"
+        expected = weights[key].double() if step == 1 else warm * expected + (1 - warm) * weights[key].double()
+    saved = load_file(Path(tree["run_dir"]) / "checkpoints" / "step-00000006" / "ema.safetensors")
+    torch.testing.assert_close(saved["net.fc1.weight"].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def reference(data_dir, tmp_path_factory):
+    """The losses and weights of the run that nobody kills; made by the first test that needs it."""
+    made: dict[str, Any] = {}
+
+    def of(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], Path]:
+        if not made:
+            run_dir = tmp_path_factory.mktemp("reference")
+            run({**tree, "run_dir": str(run_dir)})
+            made.update(record=record(run_dir), run_dir=run_dir)
+        return made["record"], made["run_dir"]
+
+    return of
+
+
+@pytest.mark.parametrize("step", [3, 8, 17], ids=["in the warm-up", "at a phase boundary", "in kd"])
+def test_a_killed_run_goes_on_bit_for_bit(tree, step, reference):
+    tree = everything(tree)
+    expected, reference_dir = reference(tree)
+    run_dir = Path(tree["run_dir"])
+
+    process = start(run, tree)
+    deadline = time.monotonic() + 240
+    while process.is_alive() and time.monotonic() < deadline:
+        if (run_dir / "checkpoints" / f"step-{step - step % 2:08d}").exists():
+            break
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9, "the run ended before it could be killed"
+    assert not (run_dir / "summary.json").exists()
+
+    run(tree)
+    assert record(run_dir) == expected
+    for name in ("student.safetensors", "checkpoints/step-00000024/ema.safetensors"):
+        ours, theirs = load_file(run_dir / name), load_file(reference_dir / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_finished_run_is_left_alone(tree):
+    first = run(tree)
+    before = (Path(tree["run_dir"]) / "metrics.jsonl").read_text()
+    assert run(tree)["metrics"] == first["metrics"]
+    assert (Path(tree["run_dir"]) / "metrics.jsonl").read_text() == before
+
+
+def test_going_back_to_an_earlier_checkpoint(tree):
+    tree["checkpoint"] = {"every_steps": 8, "keep_last": 3, "keep_best": 0}
+    run(tree)
+    run_dir = Path(tree["run_dir"])
+    expected = record(run_dir)
+    run(tree, resume=str(run_dir / "checkpoints" / "step-00000008"))
+    assert record(run_dir) == expected
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("step-*")) == [
+        "step-00000008", "step-00000016", "step-00000024",
+    ]  # fmt: skip
+    assert len(list((run_dir / "checkpoints").glob("superseded-*"))) == 2
+
+
+def test_bf16_trains_close_to_float32(tree):
+    run(tree)
+    full = record(tree["run_dir"])
+    tree = {**tree, "run_dir": tree["run_dir"] + "-bf16", "mixed_precision": "bf16"}
+    run(tree)
+    for a, b in zip(full, record(tree["run_dir"])):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
+    assert [line["loss"] for line in full] != [line["loss"] for line in record(tree["run_dir"])]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is allowed on a GPU")
+def test_fp16_is_refused_on_a_cpu(tree):
+    with pytest.raises(UserError, match="fp16"):
+        run({**tree, "mixed_precision": "fp16"})
