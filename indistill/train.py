@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from accelerate.utils import set_seed as seed_everything
 from timm.data.mixup import Mixup
@@ -109,14 +110,16 @@ def start_accelerator(settings: Config) -> Accelerator:
             raise UserError("mixed_precision: fp16 needs a GPU: use bf16 or no")
         if world > 1:
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else torchrun on CPUs is taken for single processes
+    # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding, the head.
+    partly_unused = settings.warmup is not None or not needs_logits(settings.kd.losses)
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.grad_accumulation,
         log_with="tensorboard" if settings.log.tensorboard else None,
         project_dir=settings.run_dir,
         kwargs_handlers=[
-            # The warm-up leaves deep layers without gradient, and which ones changes from phase to phase.
-            DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+            DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)
         ],
     )
     if accelerator.num_processes != world:
@@ -157,7 +160,8 @@ def open_run_dir(accelerator: Accelerator, settings: Config) -> Path:
 def open_data(accelerator: Accelerator, settings: Config) -> tuple[data.ImageDataset, data.ImageDataset | None]:
     """Training and evaluation images. Raises UserError for shards that are missing, cut or malformed."""
     with accelerator.main_process_first():  # which builds the indices that the others then find
-        shards = [data.open_shards(settings.data, urls) for urls in (settings.data.train, settings.data.eval) if urls]
+        urls = [settings.data.train] if settings.data.eval is None else [settings.data.train, settings.data.eval]
+        shards = [data.open_shards(settings.data, patterns) for patterns in urls]
     train_set, *rest = [
         data.ImageDataset(shard_set, settings.data, settings.seed, train=i == 0) for i, shard_set in enumerate(shards)
     ]
@@ -217,7 +221,7 @@ def agree_on_plan(accelerator: Accelerator, run_dir: Path, make: Callable[[], pr
 
 
 def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
-    """Scores of the config's student with the weights of a checkpoint directory (its moving average, if any) or file."""
+    """Scores of the config's student with the weights of a file or a checkpoint (its moving average, if any)."""
     if settings.data.eval is None:
         raise UserError("eval needs shards to evaluate on: set data.eval")
     accelerator = start_accelerator(settings)

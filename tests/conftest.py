@@ -96,15 +96,21 @@ def _main(function: Callable, arguments: tuple, rank: int | None, world: int, po
     function(*arguments)
 
 
-def run_ranks(function: Callable, world: int, *arguments: Any, timeout_seconds: float = 300) -> None:
-    """Run `function(*arguments)` on `world` ranks and require that all of them end well."""
+def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def run_ranks(
+    function: Callable, world: int, *arguments: Any, exit_code: int = 0, timeout_seconds: float = 300
+) -> None:
+    """Run `function(*arguments)` on `world` ranks and require that all of them end with `exit_code`."""
+    port = unused_port()
     processes = [start(function, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
     for process in processes:
-        process.join(timeout_seconds)
+        process.join(timeout=300)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * world
+    assert codes == [exit_code] * world

@@ -1,0 +1,162 @@
+"""Two processes (gloo) against one: the same run, whoever computes it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_ranks, start, unused_port
+
+from indistill import config
+from indistill import train as module
+from indistill.cli import main
+from indistill.metrics import read_lines
+
+
+@pytest.fixture
+def vit_tree(tree):
+    """Networks without batch norm or dropout: a loss is then the same however the batch is divided."""
+    tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
+    tree["teacher"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
+    tree["kd"] = {"losses": [{"name": "ce"}, {"name": "kd"}]}
+    tree["duration"] = "12 steps"
+    tree["clip_grad_norm"] = 1.0
+    return tree
+
+
+def run(tree: dict[str, Any]) -> None:
+    module.train(config.parse(tree, "test"))
+
+
+def run_and_hash(tree: dict[str, Any], folder: str) -> None:
+    """Train, and leave the hash of this rank's final weights, its world size and its sample ids behind."""
+    original, mix = module.finish, module.make_mix
+    ids: list[list[int]] = []
+
+    def finish(accelerator, settings, run_dir, network, scores, log):
+        digest = hashlib.sha256()
+        for value in network.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        told = {"hash": digest.hexdigest(), "world": accelerator.num_processes, "ids": ids}
+        (Path(folder) / f"{accelerator.process_index}.json").write_text(json.dumps(told))
+        return original(accelerator, settings, run_dir, network, scores, log)
+
+    def make_mix(*arguments):
+        inner = mix(*arguments)
+        return lambda batch, phase: (ids.append(batch.ids.tolist()), inner(batch, phase))[1]
+
+    module.finish, module.make_mix = finish, make_mix
+    try:
+        run(tree)
+    finally:
+        module.finish, module.make_mix = original, mix
+
+
+def losses(run_dir: str) -> list[float]:
+    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
+
+
+def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
+    told: dict[int, list[dict[str, Any]]] = {}
+    trees = {}
+    for world in (1, 2):
+        trees[world] = {**copy.deepcopy(vit_tree), "run_dir": str(tmp_path / f"run{world}")}
+        folder = tmp_path / f"told{world}"
+        folder.mkdir()
+        if world == 1:
+            run_and_hash(trees[1], str(folder))
+        else:
+            run_ranks(run_and_hash, 2, trees[2], str(folder))
+        told[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+    assert [t["world"] for t in told[2]] == [2, 2]
+    assert told[2][0]["hash"] == told[2][1]["hash"]
+    joined = [a + b for a, b in zip(told[2][0]["ids"], told[2][1]["ids"])]
+    assert joined == told[1][0]["ids"]  # every global batch has the same samples, in the same order
+    assert losses(trees[2]["run_dir"]) == pytest.approx(losses(trees[1]["run_dir"]), rel=2e-5)
+    one, two = (json.loads((tmp_path / f"run{w}" / "summary.json").read_text()) for w in (1, 2))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert two["metrics"] == one["metrics"]
+
+
+def test_accumulation_changes_nothing(vit_tree, tmp_path):
+    recorded = []
+    for steps in (1, 4):
+        tree = {**copy.deepcopy(vit_tree), "run_dir": str(tmp_path / f"run{steps}"), "grad_accumulation": steps}
+        run(tree)
+        recorded.append(losses(tree["run_dir"]))
+    assert len(recorded[0]) == 12
+    assert recorded[1] == pytest.approx(recorded[0], rel=2e-5)
+
+
+def test_batch_norm_ranks_stay_equal_and_resume_exactly(tree, tmp_path):
+    """Residual networks with batch norm, killed in the second warm-up phase, resumed on two ranks."""
+    tree["checkpoint"] = {"every_steps": 3}
+    tree["ema"] = {"decay": 0.9}
+    whole = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "whole")}
+    (tmp_path / "told").mkdir()
+    run_ranks(run_and_hash, 2, whole, str(tmp_path / "told"))
+    hashes = [json.loads((tmp_path / "told" / f"{rank}.json").read_text())["hash"] for rank in range(2)]
+    assert len(losses(whole["run_dir"])) == 24
+
+    port = unused_port()
+    processes = [start(run, tree, rank=rank, world=2, port=port) for rank in range(2)]
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (Path(tree["run_dir"]) / "checkpoints" / "step-00000006").exists():
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not (Path(tree["run_dir"]) / "summary.json").exists()
+
+    (tmp_path / "again").mkdir()
+    run_ranks(run_and_hash, 2, tree, str(tmp_path / "again"))
+    again = [json.loads((tmp_path / "again" / f"{rank}.json").read_text())["hash"] for rank in range(2)]
+    assert losses(tree["run_dir"]) == losses(whole["run_dir"])
+    assert again == hashes
+
+
+def score(tree: dict[str, Any], weights: str, destination: str) -> None:
+    scores = module.evaluate_checkpoint(config.parse(tree, "test"), weights)
+    with open(destination, "a") as file:
+        file.write(json.dumps(scores) + "\n")
+
+
+def test_evaluation_counts_every_sample_once(tree, tmp_path):
+    """51 images on 1, 2 and 3 ranks: the same scores, top-1 and retrieval, from the same weights."""
+    tree["evaluate"] = {"retrieval": True, "batch": 7}
+    run(tree)
+    weights = f"{tree['run_dir']}/student.safetensors"
+    expected = module.evaluate_checkpoint(config.parse(tree, "test"), weights)
+    assert (expected["top1"] * 51) == pytest.approx(round(expected["top1"] * 51), abs=1e-9)
+    for world in (2, 3):
+        destination = tmp_path / f"scores{world}"
+        run_ranks(score, world, tree, weights, str(destination))
+        told = [json.loads(line) for line in destination.read_text().splitlines()]
+        assert len(told) == world
+        for scores in told:
+            assert scores == pytest.approx(expected, rel=1e-6)
+
+
+def refused(arguments: list[str], destination: str) -> None:
+    import os
+    import sys
+
+    with open(f"{destination}-{os.environ['RANK']}", "w") as sys.stderr:
+        main(arguments)
+
+
+def test_a_mistake_is_told_once_and_ends_all_ranks(tree, tmp_path):
+    tree["data"]["streams"] = 1  # which two ranks cannot share
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(tree))
+    run_ranks(refused, 2, ["train", str(path)], str(tmp_path / "stderr"), exit_code=2)
+    assert "must be divisible by the world size (2)" in (tmp_path / "stderr-0").read_text()
+    assert (tmp_path / "stderr-0").read_text().count("\n") == 1
+    assert (tmp_path / "stderr-1").read_text() == ""

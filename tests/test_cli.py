@@ -1,0 +1,108 @@
+"""The command line: every mistake is one line and exit code 2, and help comes at once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from indistill import models
+from indistill.cli import main
+
+
+@pytest.fixture
+def config_file(tree, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, arguments)])
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=gone-{0..1}.tar"], r"gone-0.tar: no such shard"),
+        (["data.train=gone-*.tar"], r"gone-\*.tar: no such shard"),
+        (["data.train=[]"], r"the list of shards is empty"),
+        (["student.name=resnet_18"], r"student.name: timm has no model 'resnet_18'"),
+        (["teacher.checkpoint=weights.pt"], r"teacher.checkpoint: no file weights.pt"),
+        (["teacher.name=cnn32_student", "student.name=cnn32_auxiliary"], r"16 channels, more than the 8.*conv1x1"),
+        (["data.global_batch=36"], r"must be divisible by data.streams.*32, 40"),
+        (["data.global_batch=1000000"], r"larger than the data set"),
+        (["grad_accumulation=3"], r"not divisible by grad_accumulation"),
+        (["data.num_clases=3"], r"data: unknown key 'num_clases'; the nearest valid key is 'num_classes'"),
+        (["optimizer.lr=fast"], r"optimizer.lr: "),
+        (["optimizer.name=sgdd"], r"optimizer: timm refuses sgdd"),
+        (["duration=soon"], r"duration: .*'soon' is not understood"),
+        (["duration=5 steps"], r"the warm-up takes 13 steps"),
+        (["warmup.lr=[0.1, 0.2]"], r"warmup.lr: 2 values for 3 pairs"),
+        (["data.num_classes=9"], r"label 9"),
+        (["--resume", "nowhere"], r"no checkpoint there"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(config_file, tree, capsys, overrides, message):
+    line = refused(capsys, "train", config_file, *overrides)
+    assert line.startswith("indistill: error: ")
+    assert re.search(message, line), line
+    assert not list(Path(tree["run_dir"]).glob("checkpoints/*"))
+    assert not (Path(tree["run_dir"]) / "metrics.jsonl").exists()
+
+
+def test_a_head_of_another_size(config_file, tmp_path, capsys):
+    weights = tmp_path / "head.safetensors"
+    network = models.Network(models.CNN32((16, 32, 64), 128, num_classes=7), (0, 0, 0), (1, 1, 1))
+    from indistill.config import Model
+
+    models.save(network, Model(name="cnn32_auxiliary"), weights)
+    line = refused(capsys, "train", config_file, f"teacher.checkpoint={weights}")
+    assert "fc2.weight is (7, 128)" in line
+    assert "data.num_classes" in line
+
+
+def test_a_run_directory_that_cannot_be_written(config_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "train", config_file, f"run_dir={tmp_path}/file/run")
+    assert "cannot be written" in line
+
+
+def test_a_cut_shard(config_file, tree, tmp_path, capsys):
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    source = sorted(Path(tree["data"]["root"]).glob("train-*.tar"))[0]
+    (folder / "train-0.tar").write_bytes(source.read_bytes()[:20480])
+    line = refused(capsys, "train", config_file, f"data.train={folder}/train-*.tar", f"data.cache_dir={tmp_path}/cache")
+    assert "train-0.tar" in line
+
+
+def test_eval_scores_a_weights_file(config_file, tree, tmp_path, capsys):
+    main(["train", str(config_file), "duration=13 steps"])
+    trained = capsys.readouterr().out.strip().splitlines()[-1]
+    main(["eval", str(config_file), f"{tree['run_dir']}/student.safetensors"])
+    assert capsys.readouterr().out.strip().splitlines()[-1] == trained
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, contextlib, io\n"
+        "from indistill.cli import main\n"
+        "for arguments in (['--help'], ['train', '--help']):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        main(arguments)\n"
+        "    assert 'train' in out.getvalue()\n"
+        "print(sorted({'torch', 'accelerate', 'timm', 'numpy', 'pydantic'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.strip() == "[]"
