@@ -18,6 +18,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveFloat,
@@ -61,17 +62,22 @@ def to_steps(
     return math.floor(steps + Fraction(1, 2))
 
 
-def _duration(value: str | int | float) -> str | int | float:
+def _duration(value: Any) -> Any:
     to_steps(value, steps_per_epoch=1, global_batch=1, total_steps=1)  # understood, or a ValueError that says why
     return value
 
 
-Duration = Annotated[str | int | float, AfterValidator(_duration)]
+def _run_length(value: str | int | float) -> str | int | float:
+    to_steps(value, steps_per_epoch=1, global_batch=1)  # a share of the run is refused here
+    return value
+
+
+Duration = Annotated[str | int | float, BeforeValidator(_duration)]
 """`"3 epochs"`, `"500 steps"`, `"1e6 samples"`, `"10 percent"` of the run; a bare number counts epochs."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +100,13 @@ class Augment(Section):
     flip: bool = True
     padding: PositiveInt = 4  # pixels, for pad_crop
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)  # area fraction, for random_resized_crop
-    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)  # width / height, for random_resized_crop
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Augment:
+        if not (self.scale[0] <= self.scale[1] <= 1 and self.ratio[0] <= self.ratio[1]):
+            raise ValueError("scale and ratio are ranges [smallest, largest], scale within 0 and 1")
+        return self
 
 
 class Data(Section):
@@ -243,8 +255,8 @@ class Log(Section):
 
 class Config(Section):
     run_dir: str
-    seed: Annotated[int, Field(ge=0)] = 0
-    duration: Duration  # the whole run, warm-up included
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # numpy's generators take no more
+    duration: Annotated[Duration, AfterValidator(_run_length)]  # the whole run, warm-up included
     data: Data
     student: Model
     teacher: Model | None = None
@@ -309,10 +321,25 @@ def parse(tree: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source}: {key + ': ' if key else ''}{message}") from None
+        keys, message = _first_mistake(error, tree)
+        raise UserError(f"{source}: {'.'.join(keys) + ': ' if keys else ''}{message}") from None
+
+
+def _first_mistake(error: ValidationError, tree: dict[str, Any]) -> tuple[list[str], str]:
+    """Where it is and what. Of a union's branches the one that read on the furthest says it."""
+    mistakes = [(_keys(e, tree), e["msg"].removeprefix("Value error, ")) for e in error.errors(include_url=False)]
+    first = mistakes[0][0]
+    return max((m for m in mistakes if m[0][: len(first)] == first), key=lambda mistake: len(mistake[0]))
+
+
+def _keys(error: Any, tree: Any) -> list[str]:
+    """The keys in pydantic's location of an error, which also names the branches of unions."""
+    keys = []
+    for part in error["loc"]:
+        if (isinstance(tree, dict) and part in tree) or (isinstance(tree, list) and part in range(len(tree))):
+            keys.append(str(part))
+            tree = tree[part]
+    return [*keys, str(error["loc"][-1])] if error["type"] == "missing" else keys
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

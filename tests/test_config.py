@@ -1,0 +1,287 @@
+"""Configs: every mistake is one line with the file, the key and what would do; equal runs have equal fingerprints."""
+
+import copy
+import re
+
+import pytest
+import yaml
+
+from indistill import config
+from indistill.config import UserError
+
+
+@pytest.fixture
+def file(tree, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def refusal(path, overrides=()):
+    """The message of the UserError that loading raises: one line that begins with the file."""
+    with pytest.raises(UserError) as caught:
+        config.load(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("optimiser.lr=0.1", "unknown key 'optimiser'", "optimizer"),
+        ("sede=3", "unknown key 'sede'", "seed"),
+        ("student.nme=resnet18", "student: unknown key 'nme'", "name"),
+        ("data.augment.flipp=true", "data.augment: unknown key 'flipp'", "flip"),
+        ("warmup.prune.mod=slice", "warmup.prune: unknown key 'mod'", "mode"),
+        ("kd.losses.1.temprature=3", "kd.losses.1: unknown key 'temprature'", "temperature"),
+        ("kd.losses.0.label_smothing=0.1", "kd.losses.0: unknown key 'label_smothing'", "label_smoothing"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(file, override, key, nearest):
+    message = refusal(file, [override])
+    assert message.startswith(f"{file} {override}: {key};")
+    assert message.endswith(f"nearest valid key is {nearest!r}")
+
+
+def test_an_unknown_key_of_the_file_itself(tree, file):
+    tree["data"]["global_bach"] = 64
+    file.write_text(yaml.safe_dump(tree))
+    assert refusal(file) == f"{file}: data: unknown key 'global_bach'; the nearest valid key is 'global_batch'"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.global_batch=many", "data.global_batch: Input should be a valid integer"),
+        ("data.global_batch=0", "data.global_batch: Input should be greater than 0"),
+        ("data.num_classes=2.5", "data.num_classes: Input should be a valid integer"),
+        ("data.train=3", "data.train: Input should be a valid string"),
+        ("data.augment.scale=[0.5]", "data.augment.scale.1: Field required"),
+        ("data.augment.scale=[0.9, 0.1]", "data.augment: scale and ratio are ranges"),
+        ("data.augment.ratio=[2, 1]", "data.augment: scale and ratio are ranges"),
+        ("student=resnet18", "student: Input should be a valid dictionary"),
+        ("student.mean=[0.5, 0.5, 0.5]", "student: mean and std belong together"),
+        ("optimizer.lr=-1", "optimizer.lr: Input should be greater than 0"),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),
+        ("seed=4294967296", "seed: Input should be less than 4294967296"),
+        ("warmup.pairs=all", "warmup.pairs: Input should be 'auto'"),
+        ("warmup.pairs=[[0, 0], [1]]", "warmup.pairs.1.1: Field required"),
+        ("warmup.lr=[1, -2]", "warmup.lr.1: Input should be greater than 0"),
+        ("kd.losses=[]", "kd.losses: List should have at least 1 item"),
+        ("kd.losses.1.temperature=hot", "kd.losses.1.temperature: Input should be a valid number"),
+        ("kd.losses.1.name=dk", "kd.losses.1: Input tag 'dk' found using 'name'"),
+        ("mixed_precision=fp8", "mixed_precision: Input should be 'no', 'bf16' or 'fp16'"),
+    ],
+)
+def test_an_ill_typed_value_is_named(file, override, message):
+    assert f": {message}" in refusal(file, [override])
+
+
+def test_a_required_key_that_is_missing_is_named(tree, file):
+    del tree["data"]["train"]
+    file.write_text(yaml.safe_dump(tree))
+    assert refusal(file) == f"{file}: data.train: Field required"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "duration",
+        "warmup.durations.1",
+        "evaluate.every",
+        "schedule.warmup",
+        "schedule.decay_every",
+        "schedule.decay_at.0",
+        "kd.schedule.warmup",
+    ],
+)
+@pytest.mark.parametrize("value", ["3 weeks", "-1", "true"])
+def test_durations_are_checked_on_loading(tree, file, key, value):
+    tree["schedule"] = {"decay_at": [1]}
+    file.write_text(yaml.safe_dump(tree))
+    message = refusal(file, [f"{key}={value}"])
+    assert f": {key}: duration {yaml.safe_load(value)!r} is not understood" in message
+
+
+def test_the_run_cannot_last_a_share_of_itself(file):
+    assert "duration: duration '50%' is a share of the run" in refusal(file, ["duration=50%"])
+    assert config.load(file, ["warmup.durations=[10%, 10%, 10%]"]).warmup.durations == ["10%"] * 3
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_everywhere(file):
+    loaded = config.load(
+        file,
+        [
+            "optimizer.lr=3e-4",
+            "kd.losses.1.temperature=7",
+            "warmup.durations.0=2 steps",
+            "data.augment={recipe: none}",
+            "ema.decay=0.9",  # a section that the file does not have
+        ],
+    )
+    assert loaded.optimizer.lr == 3e-4
+    assert loaded.optimizer.name == "adamw"
+    assert [loss.name for loss in loaded.kd.losses] == ["ce", "kd"]
+    assert loaded.kd.losses[1].temperature == 7
+    assert loaded.warmup.durations == ["2 steps", "4 steps", "5 steps"]
+    assert (loaded.data.augment.recipe, loaded.data.augment.padding) == ("none", 4)
+    assert (loaded.ema.decay, loaded.ema.warmup) == (0.9, True)
+
+
+def test_a_later_override_wins(file):
+    assert config.load(file, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_null_removes_the_teacher(file):
+    alone = config.load(file, ["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"])
+    assert alone.teacher is None
+    assert alone.warmup is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "expected key.sub=value"),
+        ("=3", "expected key.sub=value"),
+        ("seed=[1", "the value is not valid YAML"),
+        ("kd.losses.first.weight=1", "kd.losses.first.weight does not lead to a key of the config"),
+        ("kd.losses.2.weight=1", "kd.losses.2.weight does not lead to a key of the config"),
+        ("run_dir.sub=1", "run_dir.sub does not lead to a key of the config"),
+    ],
+)
+def test_bad_overrides(file, override, message):
+    assert refusal(file, [override]) == f"override {override!r}: {message}"
+
+
+# --- what the file may hold ------------------------------------------------------------------------------------------
+
+
+def test_yaml_reads_no_as_false_and_it_works_all_the_same(file):
+    file.write_text(file.read_text() + "\nmixed_precision: no\n")
+    assert yaml.safe_load(file.read_text())["mixed_precision"] is False
+    assert config.load(file).mixed_precision == "no"
+    assert config.load(file, ["mixed_precision=no"]).mixed_precision == "no"
+
+
+def test_a_config_runs_no_code(file, tmp_path):
+    proof = tmp_path / "proof"
+    file.write_text(f"run_dir: !!python/object/apply:os.system ['touch {proof}']\n")
+    assert "not valid YAML" in refusal(file)
+    file.write_text("seed: 0")
+    assert "not valid YAML" in refusal(file, [f"run_dir=!!python/object/apply:os.system ['touch {proof}']"])
+    assert not proof.exists()
+
+
+def test_files_that_are_no_configs(tmp_path):
+    missing = tmp_path / "missing.yaml"
+    assert refusal(missing) == f"{missing}: No such file or directory"
+    assert refusal(tmp_path) == f"{tmp_path}: Is a directory"
+    malformed = tmp_path / "malformed.yaml"
+    malformed.write_text("data: {train: [a, b\nkd: }")
+    assert refusal(malformed).startswith(f"{malformed}: not valid YAML: ")
+    malformed.write_bytes(b"run_dir: \xff\xfe")
+    assert refusal(malformed).startswith(f"{malformed}: not valid YAML: ")
+    for text in ("", "- a\n- b\n", "just text"):
+        malformed.write_text(text)
+        assert refusal(malformed) == f"{malformed}: expected a mapping of keys at the top level"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher=null", "warmup=null"], "kd.losses: kd needs a teacher"),
+        (["teacher=null", "warmup=null", "kd.losses.1={name: pkt}"], "kd.losses: pkt needs a teacher"),
+        (["teacher=null", "kd.losses=[{name: ce}]"], "warmup needs a teacher"),
+        (["data.eval=null", "evaluate.every=1"], "evaluate.every needs shards to evaluate on: set data.eval"),
+        (["data.eval=null", "evaluate.retrieval=true"], "evaluate.retrieval needs query shards: set data.eval"),
+        (["student.pretrained=true", "student.checkpoint=a.pt"], "student: pretrained and checkpoint exclude"),
+    ],
+)
+def test_what_does_not_go_together(file, overrides, message):
+    assert message in refusal(file, overrides)
+
+
+def test_a_config_cannot_be_changed_after_loading(settings):
+    with pytest.raises(ValueError, match="frozen"):
+        settings.seed = 3
+
+
+# --- round trip and identity -----------------------------------------------------------------------------------------
+
+
+def test_dump_is_read_back_equal(tree, file):
+    every_section = {
+        "ema": {"decay": 0.99},
+        "clip_grad_norm": 1.0,
+        "schedule": {"name": "multistep", "decay_at": ["3 epochs", 5]},
+        "evaluate": {"every": "10%", "retrieval": True},
+    }
+    tree |= every_section
+    tree["kd"]["mix"] = {"mixup": 0.2}
+    tree["kd"]["losses"].append({"name": "pkt", "weight": 2})
+    tree["student"] |= {"kwargs": {"widths": [1, 2], "act": None}, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}
+    tree["warmup"] |= {"pairs": [[0, 0], [1, 1], [2, 2]], "lr": [0.1, 0.2, 0.3]}
+    parsed = config.parse(tree, "test")
+    text = config.dump(parsed)
+    assert config.parse(yaml.safe_load(text), "dump") == parsed
+    assert config.dump(config.parse(yaml.safe_load(text), "dump")) == text
+    assert config.fingerprint(config.parse(yaml.safe_load(text), "dump")) == config.fingerprint(parsed)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run_dir=elsewhere",
+        "checkpoint.every_steps=7",
+        "log.tensorboard=true",
+        "data.root=/mnt",
+        "data.cache_dir=/tmp/cache",
+        "data.workers=9",
+        "evaluate.batch=8",
+    ],
+)
+def test_operational_keys_do_not_change_the_run(file, settings, override):
+    other = config.load(file, [override])
+    assert other != settings
+    assert config.fingerprint(other) == config.fingerprint(settings)
+    assert config.difference(settings, other) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("seed=1", "seed: 0 -> 1"),
+        ("data.streams=16", "data.streams: 8 -> 16"),
+        ("data.eval_crop=0.9", "data.eval_crop: 1.0 -> 0.9"),
+        ("warmup.prune.mode=paper_bn", "warmup.prune.mode: slice -> paper_bn"),
+        ("ema.decay=0.9", "ema.decay: None -> 0.9"),
+        ("clip_grad_norm=1", "clip_grad_norm: None -> 1.0"),
+        ("student.kwargs={act: x}", "student.kwargs: {} -> None"),
+        ("teacher.checkpoint=a.pt", "teacher.checkpoint: None -> a.pt"),
+    ],
+)
+def test_everything_else_does(file, settings, override, difference):
+    other = config.load(file, [override])
+    assert config.fingerprint(other) != config.fingerprint(settings)
+    assert config.difference(settings, other) == difference
+
+
+def test_other_losses_and_removed_sections_are_differences(file, settings):
+    hotter = config.difference(settings, config.load(file, ["kd.losses.1.temperature=2"]))
+    key, old, new = re.fullmatch("(.*?): (.*) -> (.*)", hotter).groups()
+    assert key == "kd.losses"
+    assert [loss.get("temperature") for loss in yaml.safe_load(old)] == [None, 4.0]
+    assert [loss.get("temperature") for loss in yaml.safe_load(new)] == [None, 2.0]
+    without = config.difference(settings, config.load(file, ["warmup=null"]))
+    assert re.fullmatch(r"warmup\.\w+: .* -> None", without)
+
+
+def test_values_that_mean_the_same_are_the_same_run(tree, settings):
+    same = copy.deepcopy(tree)
+    same["optimizer"] |= {"lr": "1e-3", "momentum": 0.9}
+    assert config.fingerprint(config.parse(same, "test")) == config.fingerprint(settings)
