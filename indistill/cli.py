@@ -29,10 +29,13 @@ def main(argv: list[str] | None = None) -> None:
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
     evaluate.set_defaults(run=_evaluate)
 
+    _add_shards(commands.add_parser("shards", help="pack, index and verify WebDataset shards"))
+
     arguments, rest = parser.parse_known_args(argv)
-    if any(text.startswith("-") or "=" not in text for text in rest):
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.overrides += rest  # overrides that stand after an option
+    if rest:
+        arguments.overrides += rest  # overrides that stand after an option
     from indistill.config import UserError
 
     try:
@@ -45,6 +48,77 @@ def main(argv: list[str] | None = None) -> None:
         if "RANK" in os.environ:
             os._exit(2)  # at once: an orderly exit would wait for ranks that wait for this one
         sys.exit(2)
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    pack = actions.add_parser("pack", help="write shards from an image folder, a CSV of path,label, or shards")
+    pack.add_argument("source", help="a folder of class folders, a CSV file, or shards (braces expand)")
+    pack.add_argument("destination", help="a folder, made if missing; a packing that stopped there goes on")
+    pack.add_argument("--prefix", default="shard", help="shards are called PREFIX-000000.tar and so on")
+    pack.add_argument("--shard-megabytes", type=float, default=100.0, help="size of a shard (default: 100)")
+    pack.add_argument("--resize", type=int, metavar="PIXELS", help="reduce the shorter side to this, as JPEG")
+    pack.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize (default: 90)")
+    pack.add_argument("--seed", type=int, default=0, help="of the shuffle of images from files")
+    pack.set_defaults(run=_pack)
+    for name, run, purpose in (
+        ("index", _index, "build the index of every shard anew"),
+        ("verify", _verify, "read and decode everything; exit code 1 if anything is bad"),
+    ):
+        action = actions.add_parser(name, help=purpose)
+        action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
+        action.add_argument("--allow-pipe", action="store_true", help="let pipe: URLs run their commands")
+        action.set_defaults(run=run)
+    for action in actions.choices.values():
+        action.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+        action.add_argument("--cache-dir", help="where indices and remote shards go (data.cache_dir)")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from indistill import shards
+
+    content = shards.pack_source(
+        arguments.source,
+        arguments.destination,
+        prefix=arguments.prefix,
+        shard_bytes=int(arguments.shard_megabytes * 1e6),
+        resize=arguments.resize,
+        quality=arguments.quality,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        cache_dir=arguments.cache_dir,
+        progress=True,
+    )
+    print(json.dumps({key: value for key, value in content.items() if key != "classes"}))
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from indistill import shards
+
+    counts = shards.index(
+        arguments.urls,
+        cache_dir=arguments.cache_dir,
+        allow_pipe=arguments.allow_pipe,
+        workers=arguments.workers,
+        progress=True,
+    )
+    print(f"{sum(counts.values())} samples in {len(counts)} shards")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from indistill import shards
+
+    bad = shards.verify(
+        arguments.urls,
+        cache_dir=arguments.cache_dir,
+        allow_pipe=arguments.allow_pipe,
+        workers=arguments.workers,
+        progress=True,
+    )
+    for member in bad:
+        print(f"{member.shard}: {member.key}: {member.problem}")
+    print(f"{len(bad)} bad members")
+    sys.exit(1 if bad else 0)
 
 
 def _train(arguments: argparse.Namespace) -> None:
