@@ -1,0 +1,87 @@
+"""Elastic runs: any number of ranks, changed at any resume, sees the same samples in every global batch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_ranks
+
+from indistill import checkpoint, config
+from indistill import train as module
+from indistill.metrics import read_lines
+
+
+def run_and_tell(tree: dict[str, Any], folder: str, stop: int | None) -> None:
+    """Train, note the sample ids of each step, and vanish after the checkpoint at step `stop`."""
+    make_mix, save = module.make_mix, checkpoint.Checkpoints.save
+    ids: list[list[int]] = []
+
+    def telling_mix(*arguments):
+        inner = make_mix(*arguments)
+        return lambda batch, phase: (ids.append(batch.ids.tolist()), inner(batch, phase))[1]
+
+    def telling_save(checkpoints, step, *arguments):
+        save(checkpoints, step, *arguments)
+        accelerator = checkpoints.accelerator
+        told = {"world": accelerator.num_processes, "last": step, "ids": ids}
+        (Path(folder) / f"{step:02d}-{accelerator.process_index}.json").write_text(json.dumps(told))
+        if step == stop:
+            os._exit(0)
+
+    module.make_mix, checkpoint.Checkpoints.save = telling_mix, telling_save
+    module.train(config.parse(tree, "test"))
+
+
+def told_ids(folder: Path, last: int, world: int) -> list[list[int]]:
+    """The ids of each global batch that one start of the run consumed up to step `last`."""
+    ranks = [json.loads((folder / f"{last:02d}-{rank}.json").read_text()) for rank in range(world)]
+    assert all(rank["world"] == world for rank in ranks)
+    return [list(itertools.chain(*parts)) for parts in zip(*(rank["ids"] for rank in ranks))]
+
+
+def losses(run_dir: str) -> list[float]:
+    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture
+def elastic_tree(tree):
+    """No batch norm, no dropout: the loss of a global batch does not depend on how it is divided."""
+    tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
+    tree["teacher"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
+    tree["duration"] = "15 steps"
+    tree["log"]["every_steps"] = 2  # windows that straddle the changes of world size
+    tree["checkpoint"] = {"every_steps": 5, "keep_last": 9}
+    return tree
+
+
+def test_one_two_and_four_ranks_and_a_run_that_shrinks(elastic_tree, tmp_path):
+    def start(name: str, world: int, stop: int | None = None) -> tuple[str, Path]:
+        tree = {**copy.deepcopy(elastic_tree), "run_dir": str(tmp_path / name)}
+        folder = tmp_path / f"told-{name}"
+        folder.mkdir(exist_ok=True)
+        run_ranks(run_and_tell, world, tree, str(folder), stop)
+        return tree["run_dir"], folder
+
+    run_dir, folder = start("one", 1)
+    expected_ids, expected = told_ids(folder, 15, 1), losses(run_dir)
+    assert len(expected_ids) == 15
+    assert len({tuple(ids) for ids in expected_ids}) == 15
+
+    for world in (2, 4):
+        run_dir, folder = start(f"world{world}", world)
+        assert told_ids(folder, 15, world) == expected_ids
+        assert losses(run_dir) == pytest.approx(expected, rel=2e-5)
+
+    start("shrinking", 4, stop=5)
+    start("shrinking", 2, stop=10)
+    run_dir, folder = start("shrinking", 1)
+    pieces = told_ids(folder, 5, 4) + told_ids(folder, 10, 2) + told_ids(folder, 15, 1)
+    assert pieces == expected_ids
+    assert losses(run_dir) == pytest.approx(expected, rel=2e-5)
