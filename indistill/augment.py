@@ -16,16 +16,19 @@ from torchvision.transforms.v2 import functional as tv
 
 from indistill.config import Augment, UserError
 
-DRAWS = 16  # uniform numbers per sample and epoch, more than any recipe uses
-_RESIZED_CROP_TRIES = 5  # of 2 draws each
+_RESIZED_CROP_TRIES = 10  # of 2 draws each; as many as torchvision's
+DRAWS = 5 + 2 * _RESIZED_CROP_TRIES  # uniform numbers per sample and epoch, as many as the recipes use
 
 
 def decode(image: bytes, where: str) -> np.ndarray:
     """Image file to uint8 [H, W, 3]. Raises UserError, naming `where` it came from, if it cannot be decoded."""
     try:
-        return np.array(Image.open(io.BytesIO(image)).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: not a readable image: {error}") from None
+        opened = Image.open(io.BytesIO(image))
+        if opened.mode.startswith("I"):  # 16 bits of grey: Pillow would cut what is above 255, not scale
+            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+        return np.array(opened.convert("RGB"))
+    except Exception as error:  # damaged files make Pillow's readers raise anything
+        raise UserError(f"{where}: not a readable image: {' '.join(str(error).split())}") from None
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
@@ -55,19 +58,19 @@ def train_view(image: np.ndarray, draws: np.ndarray, recipe: Augment, size: int)
         image = _pad_crop(image, draws[0], draws[1], recipe.padding, size)
     elif recipe.recipe == "random_resized_crop":
         top, left, height, width = _resized_crop_box(image.shape[:2], draws[3:], recipe)
-        image = _resize(image[top : top + height, left : left + width], (size, size))
+        image = _resize(image[top : top + height, left : left + width], [size, size])
     else:
         image = eval_view(image, size, crop=1.0)
     return image[:, ::-1] if recipe.flip and draws[2] < 0.5 else image
 
 
 def eval_view(image: np.ndarray, size: int, crop: float) -> np.ndarray:
-    """Resize the shorter side to size / crop, cut the centre: uint8 [H, W, 3] to [size, size, 3]."""
-    height, width = image.shape[:2]
-    scale = round(size / crop) / min(height, width)
-    if scale != 1:
-        image = _resize(image, (max(size, round(height * scale)), max(size, round(width * scale))))
-    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    """Resize the shorter side to size / crop, cut the centre: uint8 [H, W, 3] to [size, size, 3].
+
+    Pixel for pixel torchvision's Resize and CenterCrop, with timm's rounding of size / crop.
+    """
+    image = _resize(image, [int(size / crop)])
+    top, left = (round((side - size) / 2) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
@@ -98,6 +101,7 @@ def _resized_crop_box(shape: tuple[int, int], draws: np.ndarray, recipe: Augment
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _resize(image: np.ndarray, size: list[int]) -> np.ndarray:
+    """To [height, width], or the shorter side to [length]."""
     chw = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    return tv.resize(chw, list(size), antialias=True).permute(1, 2, 0).numpy()
+    return tv.resize(chw, size, antialias=True).permute(1, 2, 0).numpy()
