@@ -68,7 +68,10 @@ class ImageDataset(Dataset):
 
     def _decoded(self, sample: Sample) -> np.ndarray:
         if not 0 <= sample.label < self.section.num_classes:
-            raise UserError(f"sample {sample.key}: label {sample.label} is not below data.num_classes")
+            raise UserError(
+                f"sample {sample.key}: label {sample.label} is none of the data.num_classes, 0 to "
+                f"{self.section.num_classes - 1}"
+            )
         return augment.decode(sample.image, f"sample {sample.key}")
 
     def _decode_all(self) -> tuple[np.ndarray, np.ndarray]:

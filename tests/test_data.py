@@ -1,0 +1,217 @@
+"""Batches against the sample order and against the shards as the `webdataset` package reads them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import pack_images
+from PIL import Image
+
+from indistill import augment, config, data, shards
+from indistill.config import UserError
+
+CPU = torch.device("cpu")
+BATCH, STEPS_PER_EPOCH = 32, 6  # of the 192 training samples
+
+
+@pytest.fixture
+def section(tree):
+    """Views without augmentation and a set that is not in memory, unless a test asks for other."""
+    return config.Data(
+        **tree["data"] | {"in_memory": False, "workers": 0, "augment": {"recipe": "none", "flip": False}}
+    )
+
+
+def with_(section, **changes):
+    return config.Data(**section.model_dump() | changes)
+
+
+def open_set(section, seed=0, train=True):
+    urls = section.train if train else section.eval
+    return data.ImageDataset(data.open_shards(section, urls), section, seed, train)
+
+
+def loaded(section, first=0, last=STEPS_PER_EPOCH, rank=0, world=1, accumulation=1, seed=0):
+    dataset = open_set(section, seed)
+    order = data.sample_order(section, dataset.shards, seed, world, accumulation)
+    return list(data.train_loader(dataset, order, first, last, rank, world, accumulation, CPU))
+
+
+def joined(batches):
+    return data.Batch(*(torch.cat(parts) for parts in zip(*batches)))
+
+
+def equal(ours, theirs):
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) for batch, other in zip(ours, theirs) for a, b in zip(batch, other)
+    )
+
+
+def as_webdataset_reads_it(section, pattern):
+    """Pixels [N, H, W, 3] and labels [N] of all shards in order."""
+    paths = [str(path) for path in sorted(Path(section.root).glob(pattern))]
+    found = list(webdataset.WebDataset(paths, shardshuffle=False).decode("rgb8").to_tuple("png", "cls"))
+    return np.stack([image for image, _ in found]), np.array([label for _, label in found])
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_batches_are_those_of_the_order(section, in_memory):
+    section = with_(section, in_memory=in_memory)
+    pixels, labels = as_webdataset_reads_it(section, "train-*.tar")
+    assert len(pixels) == 192
+    order = data.sample_order(section, open_set(section).shards, seed=5, world=1, accumulation=1)
+    batches = loaded(section, last=2 * STEPS_PER_EPOCH + 1, seed=5)
+    assert len(batches) == 2 * STEPS_PER_EPOCH + 1
+    for step, batch in enumerate(batches):
+        ids = order.batch(step // STEPS_PER_EPOCH, step % STEPS_PER_EPOCH, BATCH)
+        assert batch.ids.tolist() == ids.tolist()
+        assert batch.labels.tolist() == labels[ids].tolist()
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous()
+        assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), pixels[ids])
+    assert not torch.equal(batches[0].ids, batches[STEPS_PER_EPOCH].ids)
+
+
+@pytest.mark.parametrize("recipe", ["pad_crop", "random_resized_crop"])
+def test_views_depend_on_seed_epoch_and_sample(section, recipe):
+    section = with_(section, augment={"recipe": recipe}, image_size=24)
+    pixels, _ = as_webdataset_reads_it(section, "train-*.tar")
+    batches = loaded(section, first=4, last=8, seed=9)
+    for step, batch in zip(range(4, 8), batches):
+        for image, sample in zip(batch.images, batch.ids.tolist()):
+            draws = augment.uniforms(9, step // STEPS_PER_EPOCH, np.array([sample]))[0]
+            view = augment.train_view(pixels[sample], draws, section.augment, 24)
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), view)
+    assert not torch.equal(joined(batches).images, joined(loaded(section, first=4, last=8, seed=10)).images)
+
+
+def test_a_loader_can_begin_at_any_step(section):
+    section = with_(section, augment={"recipe": "pad_crop"})
+    through = loaded(section, last=2 * STEPS_PER_EPOCH)
+    for first in range(2 * STEPS_PER_EPOCH + 1):
+        assert equal(loaded(section, first=first, last=2 * STEPS_PER_EPOCH), through[first:])
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_the_ranks_slices_join_to_the_batch(section, world):
+    section = with_(section, augment={"recipe": "pad_crop"})
+    ranks = [loaded(section, rank=rank, world=world) for rank in range(world)]
+    assert {len(batch.ids) for batches in ranks for batch in batches} == {BATCH // world}
+    assert equal([joined(parts) for parts in zip(*ranks)], loaded(section))
+
+
+def test_accumulation_splits_the_batch(section):
+    section = with_(section, augment={"recipe": "pad_crop"})
+    micro = loaded(section, accumulation=4)
+    assert len(micro) == 4 * STEPS_PER_EPOCH
+    assert {len(batch.ids) for batch in micro} == {BATCH // 4}
+    assert equal([joined(micro[i : i + 4]) for i in range(0, len(micro), 4)], loaded(section))
+
+
+def test_accumulation_that_does_not_divide_is_refused(section):
+    opened = open_set(section).shards
+    with pytest.raises(UserError, match=r"gives each 16 samples, not divisible by grad_accumulation \(3\)"):
+        data.sample_order(section, opened, seed=0, world=2, accumulation=3)
+    with pytest.raises(UserError, match=r"data.streams \(8\) must be divisible by the world size \(3\)"):
+        data.sample_order(section, opened, seed=0, world=3, accumulation=1)
+
+
+def test_workers_give_the_same_bytes(section):
+    section = with_(section, augment={"recipe": "random_resized_crop"})
+    alone = loaded(section, first=3, last=9)
+    assert equal(loaded(with_(section, workers=2), first=3, last=9), alone)
+    assert equal(loaded(with_(section, in_memory=True), first=3, last=9), alone)
+
+
+def test_a_worker_passes_the_error_on(section, tmp_path):
+    pack_images(tmp_path, "train", samples=64, per_shard=64, seed=0)
+    section = with_(section, root=str(tmp_path), num_classes=9, workers=1)
+    with pytest.raises(UserError, match=r"sample train00\d9: label 9 is none of"):
+        loaded(section, last=2)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch", [7, 256])
+def test_evaluation_covers_each_sample_once(section, world, batch):
+    pixels, labels = as_webdataset_reads_it(section, "eval-*.tar")
+    dataset = open_set(section, train=False)
+    ranks = [list(data.eval_loader(dataset, batch, rank, world, CPU)) for rank in range(world)]
+    assert max(len(one.ids) for batches in ranks for one in batches) <= batch
+    counts = [sum(len(one.ids) for one in batches) for batches in ranks]
+    assert max(counts) - min(counts) <= 1
+    whole = joined(one for batches in ranks for one in batches)
+    assert whole.ids.tolist() == list(range(51))
+    assert whole.labels.tolist() == labels.tolist()
+    assert np.array_equal(whole.images.permute(0, 2, 3, 1).numpy(), pixels)
+
+
+def test_more_ranks_than_samples(section):
+    for world in (51, 64, 200):
+        shares = data.eval_shares(51, world)
+        assert [sample for share in shares for sample in share] == list(range(51))
+        assert {len(share) for share in shares} <= {0, 1}
+    dataset = open_set(section, train=False)
+    empty = [rank for rank, share in enumerate(data.eval_shares(51, 64)) if not share]
+    assert len(empty) == 13
+    assert list(data.eval_loader(dataset, 8, empty[0], 64, CPU)) == []
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_training_set_seen_for_evaluation(section, in_memory, monkeypatch):
+    section = with_(section, in_memory=in_memory, augment={"recipe": "pad_crop"}, eval_crop=0.875, image_size=28)
+    dataset = open_set(section)
+    if in_memory:
+        monkeypatch.setattr(augment, "decode", None)
+    pixels, _ = as_webdataset_reads_it(section, "train-*.tar")
+    plain = joined(data.eval_loader(dataset.for_evaluation(), 50, 0, 1, CPU))
+    centre = pixels[:, 2:30, 2:30]  # 28 / 0.875 = 32: nothing to resize
+    assert np.array_equal(plain.images.permute(0, 2, 3, 1).numpy(), centre)
+    assert dataset.train
+
+
+# --- what cannot be used ---------------------------------------------------------------------------------------------
+
+
+def pack_sizes(folder, sizes):
+    packed = []
+    for i, size in enumerate(sizes):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((*size, 3), i, dtype=np.uint8)).save(buffer, "PNG")
+        packed.append((f"n{i:02d}", buffer.getvalue(), "png", i % 3))
+    shards.pack(packed, folder, "train", samples_per_shard=10)
+
+
+def test_images_of_unequal_sizes_do_not_fit_in_memory(section, tmp_path):
+    pack_sizes(tmp_path, [(40, 40), (40, 40), (40, 41)])
+    section = with_(section, root=str(tmp_path), global_batch=1, streams=1)
+    with pytest.raises(UserError, match=r"data.in_memory .* sample n02 has \(40, 41\), the first has \(40, 40\)"):
+        open_set(with_(section, in_memory=True))
+    batches = loaded(section, last=3)
+    assert [tuple(batch.images.shape) for batch in batches] == [(1, 3, 32, 32)] * 3
+    assert sorted(batch.images.unique().item() for batch in batches) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_label_beyond_the_classes_is_refused(section, tmp_path, in_memory):
+    pack_sizes(tmp_path, [(32, 32)] * 3)
+    section = with_(section, root=str(tmp_path), global_batch=1, streams=1, in_memory=in_memory)
+    assert sorted(batch.labels.item() for batch in loaded(with_(section, num_classes=3), last=3)) == [0, 1, 2]
+    with pytest.raises(UserError, match=r"sample n02: label 2 is none of the data.num_classes, 0 to 1"):
+        loaded(with_(section, num_classes=2), last=3)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_image_that_cannot_be_decoded_is_named(section, tmp_path, in_memory):
+    shards.pack([("good", b"GIF no", "png", 0)], tmp_path, "train", samples_per_shard=1)
+    section = with_(section, root=str(tmp_path), global_batch=1, streams=1, in_memory=in_memory)
+    with pytest.raises(UserError, match="sample good: not a readable image"):
+        loaded(section, last=1)
