@@ -1,0 +1,146 @@
+"""The loss of a batch against its formulas in float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from indistill import config, losses
+from indistill.curriculum import Phase
+from indistill.models import Output
+from indistill.objective import needs_logits, objective, same_size
+from indistill.targets import Targets
+
+KD = Phase("kd", 3, (), (), 10, None)
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def output():
+    return Output((), random(6, 12, seed=0).requires_grad_(), random(6, 5, seed=1).requires_grad_())
+
+
+@pytest.fixture
+def targets():
+    return Targets((), random(6, 20, seed=2), random(6, 5, seed=3))
+
+
+LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
+
+
+def cross_entropy(logits, probabilities, smoothing=0.0):
+    """-sum of q log p in float64, q mixed with the uniform distribution (Szegedy 2016), batch mean."""
+    logits, q = logits.detach().double().numpy(), probabilities.double().numpy()
+    q = (1 - smoothing) * q + smoothing / q.shape[1]
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return -(q * np.log(p)).sum(axis=1).mean()
+
+
+def test_kd_phase_sums_weighted_terms(output, targets):
+    section = config.KD(
+        losses=[
+            {"name": "ce", "weight": 0.3},
+            {"name": "kd", "weight": 2.0, "temperature": 3.0},
+            {"name": "pkt", "weight": 50.0},
+        ]
+    )
+    total, terms = objective(output, targets, LABELS, KD, section.losses)
+    expected = {
+        "ce": cross_entropy(output.logits, F.one_hot(LABELS, 5)),
+        "kd": losses.kd(output.logits, targets.logits, 3.0).item(),
+        "pkt": losses.pkt(output.embedding, targets.embedding).item(),
+    }
+    assert list(terms) == ["ce", "kd", "pkt"]
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value, rel=1e-5)
+        assert not terms[name].requires_grad
+    weighted = 0.3 * expected["ce"] + 2.0 * expected["kd"] + 50.0 * expected["pkt"]
+    assert total.item() == pytest.approx(weighted, rel=1e-5)
+    total.backward()
+    assert output.logits.grad.abs().sum() > 0
+    assert output.embedding.grad.abs().sum() > 0
+    assert targets.logits.grad is None
+
+
+def test_each_loss_reads_its_own_input(targets):
+    section = config.KD(losses=[{"name": "pkt"}])
+    output = Output((), random(6, 12, seed=0), None)  # without loss on the logits there are none
+    total, terms = objective(output, targets, LABELS, KD, section.losses)
+    assert total.item() == terms["pkt"].item() == losses.pkt(output.embedding, targets.embedding).item()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_cross_entropy_of_labels_and_of_mixed_labels(output, targets, smoothing):
+    section = config.KD(losses=[{"name": "ce", "label_smoothing": smoothing}])
+    _, terms = objective(output, targets, LABELS, KD, section.losses)
+    one_hot = F.one_hot(LABELS, 5).float()
+    assert terms["ce"].item() == pytest.approx(cross_entropy(output.logits, one_hot, smoothing), rel=1e-6)
+
+    mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
+    _, terms = objective(output, targets, mixed, KD, section.losses)
+    assert terms["ce"].item() == pytest.approx(cross_entropy(output.logits, mixed, smoothing), rel=1e-6)
+
+
+def test_cross_entropy_of_half_precision_is_computed_in_full(targets):
+    logits = (10 * random(6, 5, seed=1)).bfloat16()
+    _, terms = objective(Output((), None, logits), targets, LABELS, KD, config.KD().losses)
+    assert terms["ce"].dtype == torch.float32
+    assert terms["ce"].item() == pytest.approx(cross_entropy(logits, F.one_hot(LABELS, 5)), rel=1e-6)
+
+
+def test_warmup_phase_is_the_mean_squared_error_of_its_pair():
+    student, teacher = random(2, 3, 4, 4, seed=0).requires_grad_(), random(2, 3, 4, 4, seed=1)
+    phase = Phase("warmup 2/3", 1, (1,), (1.0,), 0, 4)
+    total, terms = objective(Output((student,)), Targets((teacher,)), LABELS, phase, config.KD().losses)
+    expected = ((student.detach() - teacher).double() ** 2).mean().item()
+    assert list(terms) == ["mse_pair2"]
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+    total.backward()
+    assert torch.allclose(student.grad, 2 * (student.detach() - teacher) / student.numel())
+
+
+def test_several_pairs_have_their_weights():
+    maps = [(random(2, 3, 4, 4, seed=i), random(2, 3, 4, 4, seed=9 + i)) for i in range(2)]
+    phase = Phase("warmup", 0, (0, 2), (0.25, 3.0), 0, 4)
+    output, targets = Output(tuple(s for s, _ in maps)), Targets(tuple(t for _, t in maps))
+    total, terms = objective(output, targets, LABELS, phase, config.KD().losses)
+    errors = [((s - t).double() ** 2).mean().item() for s, t in maps]
+    assert list(terms) == ["mse_pair1", "mse_pair3"]
+    assert total.item() == pytest.approx(0.25 * errors[0] + 3.0 * errors[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [((4, 4), (8, 8)), ((8, 8), (4, 4)), ((2, 12), (6, 4)), ((7, 7), (14, 14)), ((5, 5), (5, 5))],
+)
+def test_the_larger_map_is_averaged_to_the_smaller(student, teacher):
+    s, t = random(2, 3, *student, seed=0), random(2, 3, *teacher, seed=1)
+    size = [min(a, b) for a, b in zip(student, teacher)]
+
+    def mean_of_blocks(x):
+        height, width = x.shape[2] // size[0], x.shape[3] // size[1]
+        return x.reshape(2, 3, size[0], height, size[1], width).mean(dim=(3, 5))
+
+    for ours, expected in zip(same_size(s, t), (mean_of_blocks(s), mean_of_blocks(t))):
+        assert list(ours.shape[2:]) == size
+        assert torch.allclose(ours, expected, atol=1e-6)
+    phase = Phase("warmup 1/1", 0, (0,), (1.0,), 0, 4)
+    total, _ = objective(Output((s,)), Targets((t,)), LABELS, phase, config.KD().losses)
+    assert total.item() == pytest.approx((mean_of_blocks(s) - mean_of_blocks(t)).square().mean().item(), rel=1e-5)
+
+
+def test_sizes_that_do_not_divide_are_pooled_over_overlapping_windows():
+    teacher = torch.arange(14.0).reshape(1, 1, 1, 14).expand(1, 1, 14, 14)
+    _, pooled = same_size(torch.zeros(1, 1, 10, 10), teacher)
+    # Window i reads columns floor(14 i / 10) to ceil(14 (i + 1) / 10) - 1.
+    windows = [(i * 14 // 10, -(-(i + 1) * 14 // 10)) for i in range(10)]
+    assert pooled[0, 0, 0].tolist() == pytest.approx([(a + b - 1) / 2 for a, b in windows])
+
+
+def test_needs_logits():
+    assert needs_logits(config.KD().losses)
+    assert needs_logits(config.KD(losses=[{"name": "pkt"}, {"name": "kd"}]).losses)
+    assert not needs_logits(config.KD(losses=[{"name": "pkt"}]).losses)
