@@ -5,7 +5,9 @@ Importing this module registers the small networks of arXiv 2205.10003 with timm
 
 from __future__ import annotations
 
+import difflib
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +74,10 @@ class Network(nn.Module):
     def _adapt(self, pair: int, feature: Tensor) -> Tensor:
         return self.adapters[str(pair)](feature) if str(pair) in self.adapters else feature
 
+    def no_weight_decay(self) -> set[str]:
+        """What timm's optimizers ask a model for: positions and class tokens, which do not decay."""
+        return {f"net.{name}" for name in getattr(self.net, "no_weight_decay", set)()}
+
 
 def create(section: config.Model, num_classes: int, image_size: int, role: str) -> nn.Module:
     """The bare timm model that a `student` or `teacher` section describes.
@@ -80,7 +86,7 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     `num_classes`, and a head that does not follow timm's interface. Nothing is ever initialised at random silently.
     """
     if not timm.is_model(section.name):
-        close = timm.list_models(f"*{section.name}*")[:3] or timm.list_models(f"{section.name[:6]}*")[:3]
+        close = difflib.get_close_matches(section.name, timm.list_models(), n=3)
         raise UserError(
             f"{role}.name: timm has no model {section.name!r}" + (f"; near: {', '.join(close)}" * bool(close))
         )
@@ -107,9 +113,12 @@ def _load_weights(net: nn.Module, path: str, role: str) -> None:
     except FileNotFoundError:
         raise UserError(f"{role}.checkpoint: no file {path}") from None
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
-        raise UserError(
-            f"{role}.checkpoint: {path} is not a readable checkpoint: {str(error).splitlines()[0]}"
-        ) from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            reason = "damaged, or it holds objects other than tensors, which may run code: save the state dict alone"
+        raise UserError(f"{role}.checkpoint: {path} is not a readable checkpoint: {reason}") from None
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{role}.checkpoint: {path} is not a state dict: save the state dict alone")
     state = {key.removeprefix("net."): value for key, value in state.items() if not key.startswith("adapters.")}
     wanted = net.state_dict()
     for key in [*wanted, *state]:
@@ -170,7 +179,15 @@ class CNN32(nn.Module):
     fc2. Stage i is the map after the i-th pool. Module names are those of the published state dicts.
     """
 
-    def __init__(self, widths: tuple[int, int, int], hidden: int, num_classes: int = 10, **_: object) -> None:
+    def __init__(
+        self,
+        widths: tuple[int, int, int],
+        hidden: int,
+        num_classes: int = 10,
+        pretrained_cfg: object = None,  # timm gives every model these three
+        pretrained_cfg_overlay: object = None,
+        cache_dir: object = None,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = hidden

@@ -36,14 +36,28 @@ class PhaseOptim:
         phases = timetable.curriculum.phases()
         self.reset = {phase: _section(settings, phase).reset_optimizer for phase in phases}
         self.schedulers = {phase: _scheduler(optimizer, settings, phase, timetable) for phase in phases}
+        self.options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        if {*self.reset.values()} != {"never"} and (optimizer.state or isinstance(optimizer, timm.optim.Lookahead)):
+            raise UserError(
+                f"reset_optimizer: {settings.optimizer.name} does not build its state anew: set never, or choose "
+                "another optimizer.name"
+            )
 
     def begin_step(self, step: int, phase: Phase) -> float:
         """Prepare the optimizer for a step of a phase; returns the learning rate."""
         reset = self.reset[phase]
         if (reset != "never" and step == phase.start) or (reset == "epoch" and step % self.steps_per_epoch == 0):
-            self.optimizer.state.clear()  # every torch and timm optimizer builds its state anew when it is empty
+            self._reset()
         self.schedulers[phase].step_update(step - phase.start)
         return self.optimizer.param_groups[0]["lr"]
+
+    def _reset(self) -> None:
+        """As if newly created. Not by `load_state_dict`, which DeepSpeed's partitions would not fit."""
+        self.optimizer.state.clear()
+        for group, options in zip(self.optimizer.param_groups, self.options):
+            for counter in group.keys() - options.keys() - {"params"}:  # where Lamb and Adan count
+                del group[counter]
+            group.update(options)
 
 
 def _section(settings: Config, phase: Phase) -> config.PhaseTraining:
@@ -72,6 +86,8 @@ def _scheduler(optimizer: Optimizer, settings: Config, phase: Phase, timetable: 
             return CosineLRScheduler(optimizer, t_initial=max(length, 1), lr_min=section.min_lr, **warmup)
         case "step":
             decay_every = timetable.steps(section.decay_every)
+            if decay_every < 1:
+                raise UserError(f"schedule.decay_every: {section.decay_every} is less than one step: raise it")
             return StepLRScheduler(optimizer, decay_t=decay_every, decay_rate=section.decay_rate, **warmup)
         case "multistep":
             decay_at = [timetable.steps(duration) + 1 for duration in section.decay_at]  # timm decays one step early

@@ -1,0 +1,95 @@
+"""A run in steps: every duration of a config converted once, and what does not fit refused."""
+
+import pytest
+
+from indistill import config
+from indistill.config import UserError
+from indistill.curriculum import Timetable
+
+
+def timetable(tree, steps_per_epoch=100, pairs=3, **changes):
+    return Timetable.of(config.parse(tree | changes, "test"), steps_per_epoch, pairs)
+
+
+def spans(table):
+    return [(phase.name, phase.start, phase.end) for phase in table.curriculum.phases()]
+
+
+def test_the_papers_timetable_in_steps(tree):
+    found = timetable(tree, steps_per_epoch=390, duration="70 epochs", warmup={"alpha": 2})
+    assert found.total_steps == 70 * 390
+    assert spans(found) == [
+        ("warmup 1/3", 0, 3 * 390),
+        ("warmup 2/3", 3 * 390, 7 * 390),
+        ("warmup 3/3", 7 * 390, 12 * 390),
+        ("kd", 12 * 390, None),
+    ]
+
+
+def test_every_unit_in_one_run(tree):
+    found = timetable(
+        tree,
+        duration="2000 steps",
+        warmup={"durations": ["1.5 epochs", "3200 samples", "10%"]},
+        evaluate={"every": "5 percent"},
+    )
+    assert spans(found) == [
+        ("warmup 1/3", 0, 150),
+        ("warmup 2/3", 150, 250),  # of 32 samples
+        ("warmup 3/3", 250, 450),
+        ("kd", 450, None),
+    ]
+    assert found.evaluate_every == 100
+    assert found.steps("5 epochs") == 500
+    assert found.steps("1%") == 20
+    assert found.steps("64 samples") == 2
+
+
+def test_a_pair_of_no_duration_is_skipped(tree):
+    found = timetable(tree, duration=10, warmup={"durations": [1, 0, 1]})
+    assert spans(found) == [("warmup 1/3", 0, 100), ("warmup 3/3", 100, 200), ("kd", 200, None)]
+
+
+def test_without_warmup_kd_begins_at_once(tree):
+    del tree["warmup"]
+    assert spans(timetable(tree, pairs=0)) == [("kd", 0, None)]
+
+
+def test_without_teacher_the_phase_is_called_supervised(tree):
+    for key in ("warmup", "teacher", "kd"):
+        del tree[key]
+    assert spans(timetable(tree, pairs=0)) == [("supervised", 0, None)]
+
+
+def test_a_warmup_may_fill_the_run_but_not_exceed_it(tree):
+    assert spans(timetable(tree, duration="12 epochs", warmup={}))[-1] == ("kd", 1200, None)
+    with pytest.raises(UserError, match=r"warm-up takes 1200 steps, the whole run \(duration\) 1199: raise duration"):
+        timetable(tree, duration="1199 steps", warmup={})
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_one_duration_per_pair(tree, count):
+    with pytest.raises(UserError, match=f"warmup.durations: {count} given for 3 pairs: give one per pair"):
+        timetable(tree, duration=50, warmup={"durations": [1] * count})
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"duration": "0 epochs", "warmup": {"durations": [0, 0, 0]}}, "duration"),
+        ({"duration": "0.004 epochs"}, "duration"),
+        ({"evaluate": {"every": "0.001 epochs"}}, "evaluate.every"),
+        ({"evaluate": {"every": 0}}, "evaluate.every"),
+        ({"evaluate": {"every": "1%"}}, "evaluate.every"),  # of 24 steps
+    ],
+)
+def test_durations_of_less_than_a_step_are_refused(tree, changes, key):
+    with pytest.raises(UserError, match=rf"^{key} is less than one step \(an epoch has 100\)"):
+        timetable(tree, **changes)
+
+
+def test_when_to_evaluate(tree):
+    every_ten = timetable(tree, evaluate={"every": "10 steps"})
+    assert [step for step in range(1, 25) if every_ten.evaluate_at(step)] == [10, 20, 24]
+    never = timetable(tree)
+    assert [step for step in range(1, 25) if never.evaluate_at(step)] == [24]
