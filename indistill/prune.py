@@ -104,7 +104,7 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
 
     kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
     hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, kinds)]
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         device = next(model.parameters()).device
@@ -112,7 +112,8 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
         with torch.enable_grad():
             (output,) = taps.maps(model, images, [stage])  # [1, C, H, W]
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for hook in hooks:
             hook.remove()
 
