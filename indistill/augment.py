@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tv
 
 from indistill.config import Augment, UserError
@@ -20,15 +20,21 @@ _RESIZED_CROP_TRIES = 10  # of 2 draws each; as many as torchvision's
 DRAWS = 5 + 2 * _RESIZED_CROP_TRIES  # uniform numbers per sample and epoch, as many as the recipes use
 
 
+class BadImage(UserError):
+    """An image that cannot be decoded; its message names it."""
+
+
 def decode(image: bytes, where: str) -> np.ndarray:
-    """Image file to uint8 [H, W, 3]. Raises UserError, naming `where` it came from, if it cannot be decoded."""
+    """Image file to uint8 [H, W, 3]. Raises BadImage, naming `where` it came from, if it cannot be decoded."""
     try:
         opened = Image.open(io.BytesIO(image))
         if opened.mode.startswith("I"):  # 16 bits of grey: Pillow would cut what is above 255, not scale
             opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
         return np.array(opened.convert("RGB"))
+    except UnidentifiedImageError:
+        raise BadImage(f"{where}: not a readable image: of no known format") from None
     except Exception as error:  # damaged files make Pillow's readers raise anything
-        raise UserError(f"{where}: not a readable image: {' '.join(str(error).split())}") from None
+        raise BadImage(f"{where}: not a readable image: {' '.join(str(error).split())}") from None
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:

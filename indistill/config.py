@@ -118,11 +118,23 @@ class Data(Section):
     global_batch: PositiveInt  # samples per optimizer step, over all ranks and accumulation steps
     streams: PositiveInt = 64
     window: PositiveInt | None = None  # samples shuffled together within a stream; None: order.py's default
+    access: Literal["index", "stream"] = "index"  # stream: plain WebDataset, for what cannot be sought (stream.py)
+    epoch_samples: PositiveInt | None = None  # stream has no index to count by
+    shuffle_buffer: PositiveInt = 5000  # samples, for stream
     in_memory: bool = False  # decode once and keep: for small images
-    cache_dir: str | None = None
+    cache_dir: str | None = None  # indices and remote shards
+    cache_bytes: PositiveFloat = 200e9  # of remote shards, per node
+    allow_pipe: bool = False  # let pipe: URLs run their commands
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # undecodable images that the run puts up with
     workers: Annotated[int, Field(ge=0)] = 4  # loader processes per rank
     augment: Augment = Augment()
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # centre crop as a fraction of the resized shorter side
+
+    @model_validator(mode="after")
+    def _stream_needs(self) -> Data:
+        if self.access == "stream" and (self.epoch_samples is None or self.in_memory):
+            raise ValueError("access: stream needs epoch_samples (how many samples make an epoch) and no in_memory")
+        return self
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -291,11 +303,22 @@ class Config(Section):
             raise ValueError("evaluate.every needs shards to evaluate on: set data.eval")
         if self.evaluate.retrieval and self.data.eval is None:
             raise ValueError("evaluate.retrieval needs query shards: set data.eval")
+        if self.evaluate.retrieval and self.data.access == "stream":
+            raise ValueError("evaluate.retrieval needs the training set by index: set data.access: index")
         return self
 
 
 # Keys that may change between two starts of the same run: they alter how it runs, not what it computes.
-OPERATIONAL_KEYS = ("run_dir", "checkpoint", "log", "data.root", "data.cache_dir", "data.workers", "evaluate.batch")
+OPERATIONAL_KEYS = (
+    "run_dir",
+    "checkpoint",
+    "log",
+    "data.root",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.workers",
+    "evaluate.batch",
+)
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

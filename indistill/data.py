@@ -12,29 +12,40 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from indistill import augment, config
+from indistill.augment import BadImage
 from indistill.config import UserError
 from indistill.order import SampleOrder
 from indistill.shards import Sample, ShardSet
+
+PREFETCH_STEPS = 32  # how far ahead of the loader the next remote shards are fetched
 
 
 class Batch(NamedTuple):
     images: Tensor  # uint8 [B, 3, S, S]
     labels: Tensor  # int64 [B]
-    ids: Tensor  # int64 [B], place of each sample in the data set
+    ids: Tensor  # int64 [B], place of each sample in the data set; -1 where it has none (data.access: stream)
+    replaced: list[str]  # the samples that could not be decoded, and why: others stand in for them
 
 
 class Request(NamedTuple):
-    """What a loader worker is asked for."""
+    """What a loader worker is asked for: rows of a global batch."""
 
     epoch: int
+    step: int  # within the epoch
+    first_row: int  # place of ids[0] in the global batch
     ids: np.ndarray  # int64 [B]
 
 
 class ImageDataset(Dataset):
-    """A shard set as images; indexed by Request, it returns a whole Batch."""
+    """A shard set as images; indexed by Request, it returns a whole Batch.
 
-    def __init__(self, shards: ShardSet, section: config.Data, seed: int, train: bool) -> None:
-        self.shards, self.section, self.seed, self.train = shards, section, seed, train
+    With an `order` it is for training: images are augmented, and one that cannot be decoded is replaced by the next
+    sample of its stream, the same on any number of ranks. Without, it is for evaluation, where such an image is an
+    error: scores on other samples would not compare.
+    """
+
+    def __init__(self, shards: ShardSet, section: config.Data, seed: int, order: SampleOrder | None = None) -> None:
+        self.shards, self.section, self.seed, self.order = shards, section, seed, order
         self.memory = self._decode_all() if section.in_memory else None
 
     def __len__(self) -> int:
@@ -43,102 +54,143 @@ class ImageDataset(Dataset):
     def for_evaluation(self) -> ImageDataset:
         """The same images without augmentation; nothing is decoded again."""
         view = copy.copy(self)
-        view.train = False
+        view.order = None
         return view
 
     def __getitem__(self, request: Request) -> Batch:
-        size = self.section.image_size
-        images = np.empty((len(request.ids), size, size, 3), dtype=np.uint8)
-        labels = np.empty(len(request.ids), dtype=np.int64)
-        draws = augment.uniforms(self.seed, request.epoch, request.ids)  # [B, DRAWS]
-        for i, sample_id in enumerate(request.ids):
-            image, labels[i] = self._image_and_label(int(sample_id))
-            if self.train:
-                images[i] = augment.train_view(image, draws[i], self.section.augment, size)
-            else:
-                images[i] = augment.eval_view(image, size, self.section.eval_crop)
+        size, count = self.section.image_size, len(request.ids)
+        images = np.empty((count, size, size, 3), dtype=np.uint8)
+        labels = np.empty(count, dtype=np.int64)
+        ids = np.array(request.ids)
+        replaced: list[str] = []
+        draws = augment.uniforms(self.seed, request.epoch, ids)  # [B, DRAWS]
+        for row in range(count):
+            try:
+                images[row], labels[row] = self._view(int(ids[row]), draws[row])
+            except BadImage as bad:
+                if self.order is None:
+                    raise
+                replaced.append(str(bad))
+                ids[row], images[row], labels[row] = self._stand_in(request, row, replaced)
         chw = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return Batch(chw, torch.from_numpy(labels), torch.from_numpy(np.asarray(request.ids)))
+        return Batch(chw, torch.from_numpy(labels), torch.from_numpy(ids), replaced)
+
+    def _view(self, sample_id: int, draws: np.ndarray) -> tuple[np.ndarray, int]:
+        """The augmented or evaluation view [S, S, 3] of a sample, and its label. Raises BadImage."""
+        image, label = self._image_and_label(sample_id)
+        if self.order is None:
+            return augment.eval_view(image, self.section.image_size, self.section.eval_crop), label
+        return augment.train_view(image, draws, self.section.augment, self.section.image_size), label
+
+    def _stand_in(self, request: Request, row: int, replaced: list[str]) -> tuple[int, np.ndarray, int]:
+        """Id, view and label of the first sample after this row's, in its stream, that can be decoded."""
+        per_stream = self.section.global_batch // self.order.streams
+        stream, place = divmod(request.first_row + row, per_stream)
+        place += request.step * per_stream
+        for later in range(place + 1, place + self.order.span):
+            sample_id = self.order.stream_sample(request.epoch, stream, later)
+            draws = augment.uniforms(self.seed, request.epoch, np.array([sample_id]))[0]
+            try:
+                return sample_id, *self._view(sample_id, draws)
+            except BadImage as bad:
+                replaced.append(str(bad))
+        raise UserError(f"none of the {self.order.span} images of stream {stream} can be decoded")
 
     def _image_and_label(self, sample_id: int) -> tuple[np.ndarray, int]:
-        if self.memory is not None:
-            return self.memory[0][sample_id], self.memory[1][sample_id]
-        sample = self.shards.read(sample_id)
-        return self._decoded(sample), sample.label
+        if self.memory is None:
+            sample = self.shards.read(sample_id)
+            return self._decoded(sample_id, sample), sample.label
+        images, labels, bad = self.memory
+        if sample_id in bad:
+            raise BadImage(bad[sample_id])
+        return images[sample_id], labels[sample_id]
 
-    def _decoded(self, sample: Sample) -> np.ndarray:
-        if not 0 <= sample.label < self.section.num_classes:
-            raise UserError(
-                f"sample {sample.key}: label {sample.label} is none of the data.num_classes, 0 to "
-                f"{self.section.num_classes - 1}"
-            )
-        return augment.decode(sample.image, f"sample {sample.key}")
+    def _decoded(self, sample_id: int, sample: Sample) -> np.ndarray:
+        where = self.shards.where(sample_id)
+        check_label(where, sample.label, self.section.num_classes)
+        return augment.decode(sample.image, where)
 
-    def _decode_all(self) -> tuple[np.ndarray, np.ndarray]:
-        """The whole set: uint8 [N, H, W, 3] and int64 [N]."""
-        images, labels = np.empty(0), np.empty(len(self), dtype=np.int64)
+    def _decode_all(self) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """The whole set: uint8 [N, H, W, 3], int64 [N], and what is wrong with the images that are not there."""
+        images: np.ndarray | None = None
+        labels = np.empty(len(self), dtype=np.int64)
+        bad: dict[int, str] = {}
         for i, sample in enumerate(self.shards.iterate()):
-            image = self._decoded(sample)
-            if i == 0:
+            labels[i] = sample.label
+            try:
+                image = self._decoded(i, sample)
+            except BadImage as error:
+                bad[i] = str(error)
+                continue
+            if images is None:
                 images = np.empty((len(self), *image.shape), dtype=np.uint8)
             if image.shape != images.shape[1:]:
                 raise UserError(
                     f"data.in_memory needs images of one size: sample {sample.key} has {image.shape[:2]}, the first "
                     f"has {images.shape[1:3]}: set data.in_memory: false, or resize when packing"
                 )
-            images[i], labels[i] = image, sample.label
-        return images, labels
+            images[i] = image
+        if images is None:
+            raise UserError(f"{self.shards.paths[0]}: no image of these shards can be decoded")
+        return images, labels, bad
 
 
-class _Requests(Sampler):
-    """The requests of one rank from a step on: a generator, so that opening it costs nothing at any step."""
+def check_label(where: str, label: int, num_classes: int) -> None:
+    if not 0 <= label < num_classes:
+        raise UserError(f"{where}: label {label} is none of the data.num_classes, 0 to {num_classes - 1}")
 
-    def __init__(self, requests: Iterator[Request]) -> None:
-        self.requests = requests
 
-    def __iter__(self) -> Iterator[Request]:
-        return self.requests
+class IndexedTraining:
+    """The training data of one rank, read through the shards' indices in the exact order.
+
+    Raises UserError for missing, cut or malformed shards and, with the values that work, for a batch that does not
+    divide.
+    """
+
+    def __init__(self, section: config.Data, seed: int, rank: int, world: int, accumulation: int) -> None:
+        self.section, self.rank, self.world, self.accumulation = section, rank, world, accumulation
+        shards = open_shards(section, section.train)
+        self.order = SampleOrder(shards.sizes, seed, section.streams, section.window)
+        self.order.check(section.global_batch, world)
+        check_accumulation(section, world, accumulation)
+        self.dataset = ImageDataset(shards, section, seed, self.order)
+        self.steps_per_epoch = self.order.steps_per_epoch(section.global_batch)
+        self.fingerprint = shards.fingerprint
+
+    def loader(self, first_step: int, last_step: int, device: torch.device) -> DataLoader:
+        """The micro-batches of the global steps [first_step, last_step)."""
+        return _loader(self.dataset, self._requests(first_step, last_step), device)
+
+    def _requests(self, first_step: int, last_step: int) -> Iterator[Request]:
+        rank_batch = self.section.global_batch // self.world
+        micro_batch = rank_batch // self.accumulation
+        ahead = copy.deepcopy(self.order)  # with caches of its own, at another place of the epoch
+        for step in range(first_step, last_step):
+            if self.dataset.shards.remote:
+                self.dataset.shards.prefetch(self._ids(ahead, min(step + PREFETCH_STEPS, last_step - 1)))
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            ids = self._ids(self.order, step)
+            for begin in range(0, rank_batch, micro_batch):
+                first_row = self.rank * rank_batch + begin
+                yield Request(epoch, step_of_epoch, first_row, ids[begin : begin + micro_batch])
+
+    def _ids(self, order: SampleOrder, step: int) -> np.ndarray:
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        return order.rank_batch(epoch, step_of_epoch, self.section.global_batch, self.rank, self.world)
 
 
 def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
     """Raises UserError for missing, cut or malformed shards."""
-    return ShardSet(urls, root=section.root, cache_dir=section.cache_dir)
+    return ShardSet(urls, section.root, section.cache_dir, int(section.cache_bytes), section.allow_pipe)
 
 
-def sample_order(section: config.Data, shards: ShardSet, seed: int, world: int, accumulation: int) -> SampleOrder:
-    """The order of the training samples. Raises UserError, with the values that work, if the batch does not divide."""
-    order = SampleOrder(shards.sizes, seed, section.streams, section.window)
-    order.check(section.global_batch, world)
-    if section.global_batch // world % accumulation:
+def check_accumulation(section: config.Data, world: int, accumulation: int) -> None:
+    """Raise UserError if the global batch does not divide into micro-batches."""
+    if section.global_batch % (world * accumulation):
         raise UserError(
-            f"data.global_batch ({section.global_batch}) on {world} ranks gives each {section.global_batch // world} "
-            f"samples, not divisible by grad_accumulation ({accumulation})"
+            f"data.global_batch ({section.global_batch}) is not divisible by world size ({world}) times "
+            f"grad_accumulation ({accumulation})"
         )
-    return order
-
-
-def train_loader(
-    dataset: ImageDataset,
-    order: SampleOrder,
-    first_step: int,
-    last_step: int,
-    rank: int,
-    world: int,
-    accumulation: int,
-    device: torch.device,
-) -> DataLoader:
-    """This rank's micro-batches of the global steps [first_step, last_step), `accumulation` for each."""
-    global_batch = dataset.section.global_batch
-    steps_per_epoch = order.steps_per_epoch(global_batch)
-
-    def requests() -> Iterator[Request]:
-        for step in range(first_step, last_step):
-            epoch, step_of_epoch = divmod(step, steps_per_epoch)
-            ids = order.rank_batch(epoch, step_of_epoch, global_batch, rank, world)
-            for micro_batch in np.split(ids, accumulation):
-                yield Request(epoch, micro_batch)
-
-    return _loader(dataset, requests(), device)
 
 
 def eval_shares(samples: int, world: int) -> list[range]:
@@ -149,8 +201,18 @@ def eval_shares(samples: int, world: int) -> list[range]:
 def eval_loader(dataset: ImageDataset, batch: int, rank: int, world: int, device: torch.device) -> DataLoader:
     """One rank's share of the set, in order."""
     share = eval_shares(len(dataset), world)[rank]
-    requests = (Request(0, np.array(share[i : i + batch])) for i in range(0, len(share), batch))
+    requests = (Request(0, 0, i, np.array(share[i : i + batch])) for i in range(0, len(share), batch))
     return _loader(dataset, requests, device)
+
+
+class _Requests(Sampler):
+    """The requests of one rank: a generator, so that opening it costs nothing at any step."""
+
+    def __init__(self, requests: Iterator[Request]) -> None:
+        self.requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.requests
 
 
 def _loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> DataLoader:

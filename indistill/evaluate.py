@@ -22,7 +22,7 @@ def accuracy(accelerator: Accelerator, network: Network, dataset: data.ImageData
     if not network.with_logits:
         return {}
     correct = torch.zeros(3, dtype=torch.int64, device=accelerator.device)  # top-1, top-5, all
-    for images, labels, _ in _forward(accelerator, network, dataset, batch):
+    for images, labels in _forward(accelerator, network, dataset, batch):
         logits = network(images).logits
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
         hits = best == labels[:, None]
@@ -54,7 +54,7 @@ def embeddings(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings float32 [N, D] and labels int64 [N] of the whole set, in its order, on every rank."""
     batches = _forward(accelerator, network, dataset, batch)
-    rows = [(network(images).embedding.float(), labels) for images, labels, _ in batches]
+    rows = [(network(images).embedding.float(), labels) for images, labels in batches]
     embedding, labels = (torch.cat(column) for column in zip(*rows))
     if accelerator.num_processes == 1:
         return embedding, labels
@@ -75,8 +75,8 @@ def _forward(accelerator: Accelerator, network: Network, dataset: data.ImageData
         dataset.for_evaluation(), batch, accelerator.process_index, accelerator.num_processes, accelerator.device
     )
     with accelerator.autocast():
-        for images, labels, ids in loader:
-            yield images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device), ids
+        for batch in loader:
+            yield batch.images.to(accelerator.device, non_blocking=True), batch.labels.to(accelerator.device)
     network.train(training)
 
 

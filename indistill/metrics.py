@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from indistill.config import UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
 
@@ -28,14 +30,23 @@ _PLAIN_LINE_SECONDS = 10.0  # between progress lines where no terminal can show 
 class RunLog:
     """Collects the terms of each step and writes a line every `every_steps` completed steps and at each phase's end."""
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, every_steps: int, timetable: Timetable) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run_dir: Path,
+        every_steps: int,
+        timetable: Timetable,
+        max_bad_fraction: float = 0.0,
+    ) -> None:
         self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
-        self.every_steps, self.timetable = every_steps, timetable
+        self.every_steps, self.timetable, self.max_bad_fraction = every_steps, timetable, max_bad_fraction
         self.sums: dict[str, Tensor] = {}
         self.window_steps = 0  # steps summed since the last line
         self.timed_steps = 0  # those of them that this process ran
         self.wait_seconds = 0.0
         self.phase_seconds: dict[str, float] = {}
+        self.bad: set[str] = set()  # undecodable samples, by name: this rank's, and all ranks' as of the last line
+        self.bad_agreed = 0  # sum over the ranks of len(bad) when they last told each other
         self.bar: tqdm | None = None
         self.clock = self.phase_clock = self.printed = time.perf_counter()
 
@@ -60,6 +71,10 @@ class RunLog:
             self.wait_seconds += time.perf_counter() - begin
             if batch is None:
                 return
+            for name in batch.replaced:
+                if name not in self.bad:
+                    self.bad.add(name)
+                    print(f"indistill: replaced by the next of its stream: {name}", file=sys.stderr, flush=True)
             yield batch
 
     def add(self, terms: dict[str, Tensor], weight: float) -> None:
@@ -77,6 +92,7 @@ class RunLog:
         if step % self.every_steps and step != phase.end and step != self.timetable.total_steps:
             return False
         means = self._means()
+        self._agree_on_bad_samples(round(means.pop("bad") * self.accelerator.num_processes))
         seconds = time.perf_counter() - self.clock
         line = {
             "step": step,
@@ -86,6 +102,7 @@ class RunLog:
             "lr": lr,
             "images_per_second": self.timed_steps * self.timetable.global_batch / seconds,
             "data_wait_fraction": self.wait_seconds / seconds,
+            "bad_samples": len(self.bad),
         }
         self._close_window(phase)
         self._write(line)
@@ -107,13 +124,21 @@ class RunLog:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next line to come out as if nothing had happened. Call on all ranks."""
-        return {"sums": self._means(), "window_steps": self.window_steps, "phase_seconds": self.phase_seconds}
+        means = self._means()
+        del means["bad"]
+        return {
+            "sums": means,
+            "window_steps": self.window_steps,
+            "phase_seconds": self.phase_seconds,
+            "bad": sorted(self.bad),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         # Every rank takes the mean over the ranks, whose mean over any number of ranks is itself.
         device = self.accelerator.device
         self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
         self.window_steps, self.phase_seconds = state["window_steps"], dict(state["phase_seconds"])
+        self.bad, self.bad_agreed = set(state["bad"]), len(state["bad"]) * self.accelerator.num_processes
 
     def close(self) -> None:
         if self.bar is not None:
@@ -128,11 +153,23 @@ class RunLog:
         self.accelerator.log(numbers, step=line["step"])
 
     def _means(self) -> dict[str, float]:
-        """Mean of each sum over the ranks, in one collective."""
-        if not self.sums:
-            return {}
-        values = self.accelerator.reduce(torch.stack(list(self.sums.values())), reduction="mean")
-        return dict(zip(self.sums, values.tolist()))
+        """Mean over the ranks of each sum, and of the number of bad samples they know, in one collective."""
+        sums = {**self.sums, "bad": torch.tensor(float(len(self.bad)), device=self.accelerator.device)}
+        values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
+        return dict(zip(sums, values.tolist()))
+
+    def _agree_on_bad_samples(self, told: int) -> None:
+        """If any rank found a bad sample since the last line (`told` sums their counts), share the names."""
+        if told == self.bad_agreed:
+            return
+        self.bad = set(gather_object(sorted(self.bad)))
+        self.bad_agreed = len(self.bad) * self.accelerator.num_processes
+        samples = self.timetable.steps_per_epoch * self.timetable.global_batch
+        if len(self.bad) > self.max_bad_fraction * samples:
+            raise UserError(
+                f"{len(self.bad)} of {samples} samples cannot be decoded, more than data.max_bad_fraction "
+                f"({self.max_bad_fraction}): {'; '.join(sorted(self.bad))}"
+            )
 
     def _close_window(self, phase: Phase) -> None:
         now = time.perf_counter()

@@ -90,6 +90,11 @@ class SampleOrder:
         places = [self._places(epoch, s, begin, begin + per_stream) for s in range(rank * owned, (rank + 1) * owned)]
         return self._ids(epoch, np.concatenate(places))
 
+    def stream_sample(self, epoch: int, stream: int, place: int) -> int:
+        """The sample at `place` of a stream's shuffled row, which begins again behind its end."""
+        place %= self.span
+        return int(self._ids(epoch, self._places(epoch, stream, place, place + 1))[0])
+
     def _places(self, epoch: int, stream: int, begin: int, end: int) -> np.ndarray:
         """Where samples [begin, end) of the shuffled stream lie on the epoch's ring: int64 [end - begin]."""
         # Streams change windows at different times, so that the next shards are asked for evenly, not all at once.

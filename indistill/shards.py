@@ -158,6 +158,17 @@ class ShardSet:
             else:
                 yield from map(self.read, wanted)
 
+    def where(self, sample_id: int) -> str:
+        """The sample's shard and key, as messages name it."""
+        shard = int(self._shards_of(sample_id))
+        key = _decoded(self._indices[shard].keys[sample_id - self._first_ids[shard]])
+        return f"{_name(self.paths[shard])}: sample {key}"
+
+    @property
+    def remote(self) -> bool:
+        """Whether any shard has to be fetched."""
+        return self._cache is not None
+
     def prefetch(self, sample_ids: np.ndarray) -> None:
         """Fetch the remote shards that hold these samples in the background. At once done for local shards."""
         if self._cache:
@@ -543,6 +554,13 @@ def _hopeless(error: Exception) -> bool:
         return 400 <= error.code < 500 and error.code not in (408, 429)  # timeout, too many requests
     # ImportError and ValueError: fsspec names the package to install, or does not know the protocol.
     return isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError))
+
+
+@contextlib.contextmanager
+def open_stream(path: str) -> Iterator[IO[bytes]]:
+    """A shard's bytes from front to end, where it is: nothing is cached or checked."""
+    with open(path, "rb") if not _remote(path) else _open_remote(path) as opened:
+        yield opened[0] if _remote(path) else opened
 
 
 @contextlib.contextmanager

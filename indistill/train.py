@@ -25,9 +25,11 @@ from indistill import config, data, evaluate, models, optim, prune, taps
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
+from indistill.data import IndexedTraining
 from indistill.metrics import RunLog
 from indistill.models import Network
 from indistill.objective import needs_logits, objective
+from indistill.stream import StreamedTraining
 from indistill.targets import LiveTargets
 
 
@@ -38,13 +40,12 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     """
     # --- what the run is made of -------------------------------------------------------------------------------------
     accelerator = start_accelerator(settings)
-    rank, world, accumulation = accelerator.process_index, accelerator.num_processes, settings.grad_accumulation
-    run_dir = open_run_dir(accelerator, settings)
-    train_set, eval_set = open_data(accelerator, settings)
-    order = data.sample_order(settings.data, train_set.shards, settings.seed, world, accumulation)
+    rank, accumulation = accelerator.process_index, settings.grad_accumulation
+    run_dir = on_main(accelerator, lambda: open_run_dir(settings))
+    training, eval_set = open_data(accelerator, settings)
     student, teacher, plan = build_networks(accelerator, settings, run_dir)
     targets_of = LiveTargets(teacher, plan, input_size(settings))
-    timetable = Timetable.of(settings, order.steps_per_epoch(settings.data.global_batch), pairs=len(plan.pairs))
+    timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(plan.pairs))
     mix = make_mix(settings, accelerator)
     ema = settings.ema and ModelEmaV3(student, settings.ema.decay, use_warmup=settings.ema.warmup)
     optimizer = optim.create(student, settings.optimizer)
@@ -52,15 +53,12 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     wrapped, optimizer = accelerator.prepare(student, optimizer)
 
     # --- where it stands ---------------------------------------------------------------------------------------------
-    log = RunLog(accelerator, run_dir, settings.log.every_steps, timetable)
-    identity = {"config": config.fingerprint(settings), "plan": plan.hash, "data": train_set.shards.fingerprint}
+    log = RunLog(accelerator, run_dir, settings.log.every_steps, timetable, settings.data.max_bad_fraction)
+    identity = {"config": config.fingerprint(settings), "plan": plan.hash, "data": training.fingerprint}
     checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity)
     first_step, scores = checkpoints.resume(resume, ema, log)
     log.open(first_step)
-    loader = data.train_loader(
-        train_set, order, first_step, timetable.total_steps, rank, world, accumulation, accelerator.device
-    )
-    batches = log.waiting(loader)
+    batches = log.waiting(training.loader(first_step, timetable.total_steps, accelerator.device))
     evaluated = ema.module if ema else student
 
     # --- the run -----------------------------------------------------------------------------------------------------
@@ -98,7 +96,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
 
     # --- the result --------------------------------------------------------------------------------------------------
     if settings.evaluate.retrieval:
-        scores |= evaluate.retrieval(accelerator, evaluated, train_set, eval_set, settings.evaluate.batch)
+        scores |= evaluate.retrieval(accelerator, evaluated, training.dataset, eval_set, settings.evaluate.batch)
     return finish(accelerator, settings, run_dir, evaluated, scores, log)
 
 
@@ -138,34 +136,48 @@ def start_accelerator(settings: Config) -> Accelerator:
     return accelerator
 
 
-def open_run_dir(accelerator: Accelerator, settings: Config) -> Path:
+def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """Run on rank 0 alone and give every rank its result, or its UserError: none is left waiting for the others."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    result, message = broadcast_object_list(outcome)
+    if message is not None:
+        raise UserError(message)
+    return result
+
+
+def open_run_dir(settings: Config) -> Path:
     """Create the run directory or find it holding this very run. Raises UserError if it cannot be used."""
     run_dir = Path(settings.run_dir)
-    if accelerator.is_main_process:
-        saved = run_dir / "config.yaml"
-        if saved.exists():
-            difference = config.difference(config.load(saved), settings)
-            if difference:
-                raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            saved.write_text(config.dump(settings))
-            (run_dir / "checkpoints").mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another") from None
-    accelerator.wait_for_everyone()
+    saved = run_dir / "config.yaml"
+    if saved.exists():
+        difference = config.difference(config.load(saved), settings)
+        if difference:
+            raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        saved.write_text(config.dump(settings))
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another") from None
     return run_dir
 
 
-def open_data(accelerator: Accelerator, settings: Config) -> tuple[data.ImageDataset, data.ImageDataset | None]:
-    """Training and evaluation images. Raises UserError for shards that are missing, cut or malformed."""
-    with accelerator.main_process_first():  # which builds the indices that the others then find
-        urls = [settings.data.train] if settings.data.eval is None else [settings.data.train, settings.data.eval]
-        shards = [data.open_shards(settings.data, patterns) for patterns in urls]
-    train_set, *rest = [
-        data.ImageDataset(shard_set, settings.data, settings.seed, train=i == 0) for i, shard_set in enumerate(shards)
-    ]
-    return train_set, rest[0] if rest else None
+def open_data(
+    accelerator: Accelerator, settings: Config
+) -> tuple[IndexedTraining | StreamedTraining, data.ImageDataset | None]:
+    """Training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
+    kind = IndexedTraining if settings.data.access == "index" else StreamedTraining
+    rank, world = accelerator.process_index, accelerator.num_processes
+    training = kind(settings.data, settings.seed, rank, world, settings.grad_accumulation)
+    return training, open_eval_set(settings) if settings.data.eval is not None else None
+
+
+def open_eval_set(settings: Config) -> data.ImageDataset:
+    return data.ImageDataset(data.open_shards(settings.data, settings.data.eval), settings.data, settings.seed)
 
 
 def input_size(settings: Config) -> tuple[int, int, int]:
@@ -209,11 +221,16 @@ def make_plan(settings: Config, teacher: nn.Module, student: nn.Module) -> prune
 
 def agree_on_plan(accelerator: Accelerator, run_dir: Path, make: Callable[[], prune.Plan]) -> prune.Plan:
     """Rank 0 computes the plan, or reads that of the run it continues; every rank gets and confirms it."""
-    path, plans = run_dir / "prune_plan.json", [None]
-    if accelerator.is_main_process:
-        plans = [prune.Plan.read(path) if path.exists() else make()]
-        path.write_text(plans[0].to_json())
-    plan = broadcast_object_list(plans)[0]
+    path = run_dir / "prune_plan.json"
+
+    def read_or_make() -> prune.Plan:
+        if path.exists():
+            return prune.Plan.read(path)
+        plan = make()
+        path.write_text(plan.to_json())
+        return plan
+
+    plan = on_main(accelerator, read_or_make)
     hashes = set(gather_object([plan.hash]))
     if len(hashes) != 1:
         raise RuntimeError(f"the ranks disagree on the pruning plan: hashes {sorted(hashes)}")
@@ -231,10 +248,11 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     student = settings.student.model_copy(update={"checkpoint": str(path), "pretrained": False})
     net = models.create(student, settings.data.num_classes, settings.data.image_size, "student")
     network = Network(net, *models.normalisation(net, student, "student")).to(accelerator.device)
-    train_set, eval_set = open_data(accelerator, settings)
+    eval_set = open_eval_set(settings)
     scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
     if settings.evaluate.retrieval:
-        scores |= evaluate.retrieval(accelerator, network, train_set, eval_set, settings.evaluate.batch)
+        database = data.ImageDataset(data.open_shards(settings.data, settings.data.train), settings.data, settings.seed)
+        scores |= evaluate.retrieval(accelerator, network, database, eval_set, settings.evaluate.batch)
     accelerator.end_training()
     return scores
 

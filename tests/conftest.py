@@ -102,9 +102,7 @@ def unused_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(
-    function: Callable, world: int, *arguments: Any, exit_code: int = 0, timeout_seconds: float = 300
-) -> None:
+def run_ranks(function: Callable, world: int, *arguments: Any, exit_code: int = 0) -> None:
     """Run `function(*arguments)` on `world` ranks and require that all of them end with `exit_code`."""
     port = unused_port()
     processes = [start(function, *arguments, rank=rank, world=world, port=port) for rank in range(world)]

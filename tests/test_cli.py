@@ -41,7 +41,7 @@ def refused(capsys, *arguments: str) -> str:
         (["teacher.name=cnn32_student", "student.name=cnn32_auxiliary"], r"16 channels, more than the 8.*conv1x1"),
         (["data.global_batch=36"], r"must be divisible by data.streams.*32, 40"),
         (["data.global_batch=1000000"], r"larger than the data set"),
-        (["grad_accumulation=3"], r"not divisible by grad_accumulation"),
+        (["grad_accumulation=3"], r"not divisible by .* grad_accumulation \(3\)"),
         (["data.num_clases=3"], r"data: unknown key 'num_clases'; the nearest valid key is 'num_classes'"),
         (["optimizer.lr=fast"], r"optimizer.lr: "),
         (["optimizer.name=sgdd"], r"optimizer: timm refuses sgdd"),

@@ -1,6 +1,7 @@
 """Batches against the sample order and against the shards as the `webdataset` package reads them."""
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -29,24 +30,27 @@ def with_(section, **changes):
     return config.Data(**section.model_dump() | changes)
 
 
-def open_set(section, seed=0, train=True):
-    urls = section.train if train else section.eval
-    return data.ImageDataset(data.open_shards(section, urls), section, seed, train)
+def open_eval(section):
+    return data.ImageDataset(data.open_shards(section, section.eval), section, seed=0)
 
 
-def loaded(section, first=0, last=STEPS_PER_EPOCH, rank=0, world=1, accumulation=1, seed=0):
-    dataset = open_set(section, seed)
-    order = data.sample_order(section, dataset.shards, seed, world, accumulation)
-    return list(data.train_loader(dataset, order, first, last, rank, world, accumulation, CPU))
+def training(section, rank=0, world=1, accumulation=1, seed=0):
+    return data.IndexedTraining(section, seed, rank, world, accumulation)
+
+
+def loaded(section, first=0, last=STEPS_PER_EPOCH, **keywords):
+    return list(training(section, **keywords).loader(first, last, CPU))
 
 
 def joined(batches):
-    return data.Batch(*(torch.cat(parts) for parts in zip(*batches)))
+    *tensors, replaced = zip(*batches)
+    return data.Batch(*(torch.cat(parts) for parts in tensors), list(itertools.chain(*replaced)))
 
 
 def equal(ours, theirs):
     return len(ours) == len(theirs) and all(
-        torch.equal(a, b) for batch, other in zip(ours, theirs) for a, b in zip(batch, other)
+        all(torch.equal(a, b) for a, b in zip(batch[:3], other[:3])) and batch.replaced == other.replaced
+        for batch, other in zip(ours, theirs)
     )
 
 
@@ -65,7 +69,7 @@ def test_batches_are_those_of_the_order(section, in_memory):
     section = with_(section, in_memory=in_memory)
     pixels, labels = as_webdataset_reads_it(section, "train-*.tar")
     assert len(pixels) == 192
-    order = data.sample_order(section, open_set(section).shards, seed=5, world=1, accumulation=1)
+    order = training(section, seed=5).order
     batches = loaded(section, last=2 * STEPS_PER_EPOCH + 1, seed=5)
     assert len(batches) == 2 * STEPS_PER_EPOCH + 1
     for step, batch in enumerate(batches):
@@ -115,11 +119,10 @@ def test_accumulation_splits_the_batch(section):
 
 
 def test_accumulation_that_does_not_divide_is_refused(section):
-    opened = open_set(section).shards
-    with pytest.raises(UserError, match=r"gives each 16 samples, not divisible by grad_accumulation \(3\)"):
-        data.sample_order(section, opened, seed=0, world=2, accumulation=3)
+    with pytest.raises(UserError, match=r"not divisible by world size \(2\) times grad_accumulation \(3\)"):
+        training(section, world=2, accumulation=3)
     with pytest.raises(UserError, match=r"data.streams \(8\) must be divisible by the world size \(3\)"):
-        data.sample_order(section, opened, seed=0, world=3, accumulation=1)
+        training(section, world=3)
 
 
 def test_workers_give_the_same_bytes(section):
@@ -143,7 +146,7 @@ def test_a_worker_passes_the_error_on(section, tmp_path):
 @pytest.mark.parametrize("batch", [7, 256])
 def test_evaluation_covers_each_sample_once(section, world, batch):
     pixels, labels = as_webdataset_reads_it(section, "eval-*.tar")
-    dataset = open_set(section, train=False)
+    dataset = open_eval(section)
     ranks = [list(data.eval_loader(dataset, batch, rank, world, CPU)) for rank in range(world)]
     assert max(len(one.ids) for batches in ranks for one in batches) <= batch
     counts = [sum(len(one.ids) for one in batches) for batches in ranks]
@@ -159,7 +162,7 @@ def test_more_ranks_than_samples(section):
         shares = data.eval_shares(51, world)
         assert [sample for share in shares for sample in share] == list(range(51))
         assert {len(share) for share in shares} <= {0, 1}
-    dataset = open_set(section, train=False)
+    dataset = open_eval(section)
     empty = [rank for rank, share in enumerate(data.eval_shares(51, 64)) if not share]
     assert len(empty) == 13
     assert list(data.eval_loader(dataset, 8, empty[0], 64, CPU)) == []
@@ -168,14 +171,14 @@ def test_more_ranks_than_samples(section):
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_the_training_set_seen_for_evaluation(section, in_memory, monkeypatch):
     section = with_(section, in_memory=in_memory, augment={"recipe": "pad_crop"}, eval_crop=0.875, image_size=28)
-    dataset = open_set(section)
+    dataset = training(section).dataset
     if in_memory:
         monkeypatch.setattr(augment, "decode", None)
     pixels, _ = as_webdataset_reads_it(section, "train-*.tar")
     plain = joined(data.eval_loader(dataset.for_evaluation(), 50, 0, 1, CPU))
     centre = pixels[:, 2:30, 2:30]  # 28 / 0.875 = 32: nothing to resize
     assert np.array_equal(plain.images.permute(0, 2, 3, 1).numpy(), centre)
-    assert dataset.train
+    assert dataset.order is not None
 
 
 # --- what cannot be used ---------------------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ def test_images_of_unequal_sizes_do_not_fit_in_memory(section, tmp_path):
     pack_sizes(tmp_path, [(40, 40), (40, 40), (40, 41)])
     section = with_(section, root=str(tmp_path), global_batch=1, streams=1)
     with pytest.raises(UserError, match=r"data.in_memory .* sample n02 has \(40, 41\), the first has \(40, 40\)"):
-        open_set(with_(section, in_memory=True))
+        training(with_(section, in_memory=True))
     batches = loaded(section, last=3)
     assert [tuple(batch.images.shape) for batch in batches] == [(1, 3, 32, 32)] * 3
     assert sorted(batch.images.unique().item() for batch in batches) == [0, 1, 2]
@@ -209,9 +212,72 @@ def test_a_label_beyond_the_classes_is_refused(section, tmp_path, in_memory):
         loaded(with_(section, num_classes=2), last=3)
 
 
+# --- images that cannot be decoded -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(section, tmp_path):
+    """The training set with three images that are none, two of which follow each other in a stream of epoch 0."""
+    row = training(section).order.batch(0, 0, BATCH)  # 8 streams of 4 samples
+    bad = {int(row[5]), int(row[6]), int(row[20])}
+    packed = []
+    for i, sample in enumerate(data.open_shards(section, section.train).iterate()):
+        packed.append((sample.key, b"no image" if i in bad else sample.image, "png", sample.label))
+    shards.pack(packed, tmp_path, "train", samples_per_shard=64)
+    return with_(section, root=str(tmp_path), augment={"recipe": "pad_crop"}), bad
+
+
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_an_image_that_cannot_be_decoded_is_named(section, tmp_path, in_memory):
-    shards.pack([("good", b"GIF no", "png", 0)], tmp_path, "train", samples_per_shard=1)
+def test_the_next_of_the_stream_stands_in(section, damaged, in_memory):
+    section, bad = damaged
+    section = with_(section, in_memory=in_memory)
+    order = training(section).order
+    batches = loaded(section, last=2 * STEPS_PER_EPOCH)
+    per_stream = BATCH // section.streams
+    for step, batch in enumerate(batches):
+        epoch, step = divmod(step, STEPS_PER_EPOCH)
+        streams = [
+            np.concatenate(
+                [order.batch(epoch, s, BATCH).reshape(section.streams, -1)[i] for s in range(STEPS_PER_EPOCH)]
+            )
+            for i in range(section.streams)
+        ]  # each stream's whole row, from the batches
+        for row, got in enumerate(batch.ids.tolist()):
+            stream, place = divmod(row, per_stream)
+            later = np.roll(streams[stream], -(step * per_stream + place))
+            assert got == next(sample for sample in later.tolist() if sample not in bad)
+    replaced = [name for batch in batches for name in batch.replaced]
+    assert len(set(replaced)) == 3
+    assert all("not a readable image" in name for name in replaced)
+    assert any(len(batch.replaced) >= 3 for batch in batches)
+
+    for world in (2, 4):
+        ranks = [loaded(section, last=2 * STEPS_PER_EPOCH, rank=rank, world=world) for rank in range(world)]
+        assert equal([joined(parts) for parts in zip(*ranks)], batches)
+
+
+def test_the_stand_ins_label_and_view_are_its_own(section, damaged):
+    whole = list(data.open_shards(section, section.train).iterate())
+    section, _ = damaged
+    (batch,) = loaded(section, last=1)
+    for sample, label, image in zip(batch.ids.tolist(), batch.labels.tolist(), batch.images):
+        view = augment.train_view(
+            augment.decode(whole[sample].image, ""), augment.uniforms(0, 0, np.array([sample]))[0], section.augment, 32
+        )
+        assert label == whole[sample].label
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), view)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_stream_without_a_readable_image_is_an_error(section, tmp_path, in_memory):
+    shards.pack([("one", b"GIF no", "png", 0), ("two", b"", "png", 0)], tmp_path, "train", samples_per_shard=2)
     section = with_(section, root=str(tmp_path), global_batch=1, streams=1, in_memory=in_memory)
-    with pytest.raises(UserError, match="sample good: not a readable image"):
+    with pytest.raises(UserError, match="can be decoded"):
         loaded(section, last=1)
+
+
+def test_in_evaluation_it_is_named(section, damaged):
+    section, _ = damaged
+    dataset = training(section).dataset.for_evaluation()
+    with pytest.raises(UserError, match=r"sample train0\d+: not a readable image"):
+        list(data.eval_loader(dataset, 64, 0, 1, CPU))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
-from indistill import config, models, optim
+from indistill import config, data, models, optim, shards
 from indistill.config import UserError
 from indistill.metrics import read_lines
 from indistill.train import evaluate_checkpoint, train
@@ -202,6 +202,50 @@ def test_going_back_to_an_earlier_checkpoint(tree):
         "step-00000008", "step-00000016", "step-00000024",
     ]  # fmt: skip
     assert len(list((run_dir / "checkpoints").glob("superseded-*"))) == 2
+
+
+def damage(tree: dict[str, Any], folder: Path, count: int) -> None:
+    """Point the config at a copy of its training set in which the first `count` images are none."""
+    source = data.open_shards(config.parse(tree, "test").data, tree["data"]["train"])
+    packed = [
+        (sample.key, b"no image" if i < count else sample.image, "png", sample.label)
+        for i, sample in enumerate(source.iterate())
+    ]
+    shards.pack(packed, folder, "bad", samples_per_shard=64)
+    tree["data"] = {**tree["data"], "train": f"{folder}/bad-*.tar"}
+
+
+def test_bad_images_are_counted_and_named_once(tree, tmp_path, capfd):
+    damage(tree, tmp_path, count=2)
+    tree["data"]["max_bad_fraction"] = 0.011  # 2.1 of 192
+    run(tree)
+    counts = [line["bad_samples"] for line in record(tree["run_dir"])]
+    assert counts[-1] == 2
+    assert counts == sorted(counts)
+    told = [line for line in capfd.readouterr().err.splitlines() if "not a readable image" in line]
+    assert len(told) == 2
+
+
+def test_too_many_bad_images_end_the_run_with_their_names(tree, tmp_path):
+    damage(tree, tmp_path, count=2)
+    tree["data"]["max_bad_fraction"] = 0.009
+    with pytest.raises(UserError, match=r"2 of 192 samples .*train0000.*; .*train0001"):
+        run(tree)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_plain_streaming(tree, workers):
+    tree["data"] |= {
+        "access": "stream",
+        "epoch_samples": 192,
+        "in_memory": False,
+        "workers": workers,
+        "shuffle_buffer": 50,
+    }
+    summary = run(tree)
+    assert summary["step"] == 24
+    assert [line["step"] for line in record(tree["run_dir"])] == list(range(1, 25))
+    assert record(tree["run_dir"])[5]["epoch"] == 1.0
 
 
 def test_bf16_trains_close_to_float32(tree):

@@ -152,11 +152,18 @@ def refused(arguments: list[str], destination: str) -> None:
         main(arguments)
 
 
-def test_a_mistake_is_told_once_and_ends_all_ranks(tree, tmp_path):
-    tree["data"]["streams"] = 1  # which two ranks cannot share
+@pytest.mark.parametrize(
+    ("key", "section", "message"),
+    [
+        ("streams", {"streams": 1}, "must be divisible by the world size (2)"),  # found by both ranks
+        ("run_dir", "/dev/null/run", "cannot be written"),  # found by rank 0 alone
+    ],
+)
+def test_a_mistake_is_told_once_and_ends_all_ranks(tree, tmp_path, key, section, message):
+    tree[key if key in tree else "data"] = section if key in tree else tree["data"] | section
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(tree))
     run_ranks(refused, 2, ["train", str(path)], str(tmp_path / "stderr"), exit_code=2)
-    assert "must be divisible by the world size (2)" in (tmp_path / "stderr-0").read_text()
+    assert message in (tmp_path / "stderr-0").read_text()
     assert (tmp_path / "stderr-0").read_text().count("\n") == 1
     assert (tmp_path / "stderr-1").read_text() == ""

@@ -1,0 +1,117 @@
+"""Plain streaming (`data.access: stream`): a thin WebDataset pipeline, for shards that cannot be sought or cached.
+
+What it keeps of the indexed reader: every rank gets exactly as many samples as the schedule says, so no rank waits for
+another at the end of an epoch; the order of shards is a function of the seed; a resumed run goes on at the shard where
+it stopped. What it gives up, with the index: the order depends on the number of readers, a resumed run repeats or
+leaves out parts of shards, and a shard that was cut between two members is not noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from indistill import augment, config, shards
+from indistill.augment import BadImage
+from indistill.config import UserError
+from indistill.data import Batch, check_accumulation, check_label
+
+
+class StreamedTraining:
+    """The training data of one rank; the counterpart of `data.IndexedTraining`. Raises UserError for missing shards."""
+
+    def __init__(self, section: config.Data, seed: int, rank: int, world: int, accumulation: int) -> None:
+        self.section, self.seed, self.rank, self.world, self.accumulation = section, seed, rank, world, accumulation
+        self.urls = shards.expand(section.train, section.root, section.allow_pipe)
+        check_accumulation(section, world, accumulation)
+        readers = world * max(section.workers, 1)
+        if len(self.urls) < readers:
+            raise UserError(
+                f"data.access: stream needs a shard for every reader: {world} ranks with {section.workers} workers are "
+                f"{readers} readers of {len(self.urls)} shards: lower data.workers, or pack smaller shards"
+            )
+        self.steps_per_epoch = section.epoch_samples // section.global_batch
+        self.fingerprint = hashlib.sha256("\0".join(self.urls).encode()).hexdigest()
+
+    def loader(self, first_step: int, last_step: int, device: torch.device) -> DataLoader:
+        """The micro-batches of the global steps [first_step, last_step)."""
+        return DataLoader(
+            StreamedImages(self, first_step, (last_step - first_step) * self.accumulation),
+            batch_size=None,
+            num_workers=self.section.workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),
+        )
+
+
+class StreamedImages(IterableDataset):
+    """`batches` micro-batches for one rank, whatever the shards hold: they are read over and over."""
+
+    def __init__(self, training: StreamedTraining, first_step: int, batches: int) -> None:
+        self.training, self.first_step, self.batches = training, first_step, batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader, readers = self.training.rank * workers + number, self.training.world * workers
+        rng = random.Random(f"{self.training.seed} {reader} {self.first_step}")
+        samples = group_by_keys(tar_file_expander(self._opened(reader, readers)))
+        samples = wds.shuffle(self.training.section.shuffle_buffer, rng=rng)(samples)
+        for _ in range(number, self.batches, workers):  # the loader takes a batch of each worker in turn
+            yield self._batch(samples)
+
+    def _opened(self, reader: int, readers: int) -> Iterator[dict[str, Any]]:
+        """This reader's shards for ever, from the one that the first step falls into."""
+        urls, section = self.training.urls, self.training.section
+        skipped = self.first_step * section.global_batch * len(urls) // (section.epoch_samples * readers)
+        for epoch in itertools.count():
+            for shard in np.random.RandomState([self.training.seed, epoch]).permutation(len(urls))[reader::readers]:
+                if skipped:
+                    skipped -= 1
+                    continue
+                self.url = urls[shard]
+                with shards.open_stream(self.url) as stream:
+                    yield {"url": f"{epoch} {self.url}", "stream": stream}
+
+    def _batch(self, samples: Iterator[dict[str, Any]]) -> Batch:
+        section = self.training.section
+        count = section.global_batch // (self.training.world * self.training.accumulation)
+        images = np.empty((count, section.image_size, section.image_size, 3), dtype=np.uint8)
+        labels = np.empty(count, dtype=np.int64)
+        replaced: list[str] = []
+        row = 0
+        while row < count:
+            try:
+                sample = next(samples)
+            except (OSError, EOFError, tarfile.TarError) as error:
+                raise UserError(f"{self.url}: cannot be read to its end: {error.args[0]}") from None
+            (epoch, url), key = sample["__url__"].split(" ", 1), sample["__key__"]
+            where = f"{url}: sample {key}"
+            image = next((sample[name] for name in shards.IMAGE_EXTENSIONS if name in sample), None)
+            if image is None or "cls" not in sample:
+                raise UserError(f"{where} has no image or no .cls")
+            labels[row] = int(sample["cls"])
+            check_label(where, labels[row], section.num_classes)
+            # There are no ids here: the key, as a number, makes a view the same wherever its sample turns up.
+            draws = augment.uniforms(self.training.seed, int(epoch), np.array([zlib.crc32(key.encode())]))[0]
+            try:
+                images[row] = augment.train_view(
+                    augment.decode(image, where), draws, section.augment, section.image_size
+                )
+            except BadImage as bad:
+                replaced.append(str(bad))
+                continue
+            row += 1
+        chw = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return Batch(chw, torch.from_numpy(labels), torch.full((count,), -1), replaced)
