@@ -5,6 +5,7 @@ Importing this module registers the small networks of arXiv 2205.10003 with timm
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import pickle
@@ -95,7 +96,9 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     try:
         net = timm.create_model(section.name, pretrained=section.pretrained, **kwargs)
     except Exception as error:  # timm, the hub client and the network each raise their own
-        raise UserError(f"{role}: timm could not create {section.name}: {' '.join(str(error).split())[:300]}") from None
+        instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * section.pretrained
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{role}: timm could not create {section.name}: {reason}{instead}") from None
     if net.num_classes != num_classes:
         raise UserError(
             f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is {num_classes}: "
@@ -136,11 +139,13 @@ def _load_weights(net: nn.Module, path: str, role: str) -> None:
 @torch.no_grad()
 def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> None:
     """One small forward pass: the input size fits, and classifier(embedding) is the model's own output."""
-    training, images = net.training, torch.zeros(1, 3, image_size, image_size)
+    training, images, same = net.training, torch.zeros(1, 3, image_size, image_size), False
     net.eval()
     try:
-        embedding = net.forward_head(net.forward_features(images), pre_logits=True)
-        same = torch.allclose(net.get_classifier()(embedding), net(images))
+        logits = net(images)
+        with contextlib.suppress(RuntimeError, TypeError, AttributeError):
+            embedding = net.forward_head(net.forward_features(images), pre_logits=True)
+            same = torch.allclose(net.get_classifier()(embedding), logits)
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{role}: {name} cannot take {image_size} px images (data.image_size): {reason}") from None
@@ -248,12 +253,12 @@ class CNN32(nn.Module):
 @register_model
 def cnn32_auxiliary(pretrained: bool = False, **kwargs: object) -> CNN32:
     if pretrained:
-        raise ValueError("no hub holds its weights: use checkpoint")
+        raise ValueError("no hub holds its weights")
     return CNN32(widths=(16, 32, 64), hidden=128, **kwargs)
 
 
 @register_model
 def cnn32_student(pretrained: bool = False, **kwargs: object) -> CNN32:
     if pretrained:
-        raise ValueError("no hub holds its weights: use checkpoint")
+        raise ValueError("no hub holds its weights")
     return CNN32(widths=(8, 16, 32), hidden=64, **kwargs)
