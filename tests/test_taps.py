@@ -1,0 +1,131 @@
+"""Stages of timm models: which pair up, and that a truncated forward pass gives the full one's maps."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import indistill.models  # noqa: F401  # registers cnn32_student
+from indistill import taps
+from indistill.config import UserError
+
+
+def model(name, **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, **options).eval()
+
+
+def vit(depth, name="vit_tiny_patch16_224", img_size=32):
+    return model(name, img_size=img_size, depth=depth)
+
+
+def blocks(reductions):
+    """A model that only has its stages' descriptions."""
+    net = nn.Identity()
+    net.forward_intermediates = None
+    net.feature_info = [{"module": f"stage{i}", "num_chs": 8, "reduction": r} for i, r in enumerate(reductions)]
+    return net
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_stages_of_equal_reduction_pair_up():
+    resnets = model("resnet34"), model("resnet18")
+    assert taps.match(*resnets) == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert [(s.name, s.channels, s.reduction) for s in taps.stages(resnets[0])] == [
+        ("act1", 64, 2), ("layer1", 64, 4), ("layer2", 128, 8), ("layer3", 256, 16), ("layer4", 512, 32),
+    ]  # fmt: skip
+
+
+def test_numbering_may_differ():
+    # ConvNeXt has no stage of reduction 2, VGG one of reduction 1.
+    assert taps.match(model("test_resnet"), model("test_convnext")) == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    assert taps.match(model("vgg11"), model("test_resnet")) == [(2, 1), (3, 2), (4, 3), (5, 4)]
+    assert taps.match(model("test_efficientnet"), model("vgg11")) == [(1, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_the_deepest_of_several_stages_of_one_reduction():
+    assert taps.match(blocks([4, 8, 8, 16, 16, 16]), blocks([4, 8, 16])) == [(0, 0), (2, 1), (5, 2)]
+    assert taps.match(blocks([4, 8]), blocks([2, 4, 4, 16])) == [(0, 2)]
+
+
+def test_at_most_four_pairs_the_deepest():
+    assert taps.match(blocks([1, 2, 4, 8, 16, 32]), blocks([1, 2, 4, 8, 16, 32])) == [(2, 2), (3, 3), (4, 4), (5, 5)]
+
+
+def test_nothing_in_common():
+    with pytest.raises(UserError, match=r"reductions \[2, 4\]\) and student \(\[8, 16\]\) .* give warmup.pairs"):
+        taps.match(blocks([2, 4]), blocks([8, 16]))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "pairs"),
+    [
+        (12, 12, [(2, 2), (5, 5), (8, 8), (11, 11)]),
+        (24, 12, [(5, 2), (11, 5), (17, 8), (23, 11)]),
+        (12, 8, [(2, 1), (5, 3), (8, 5), (11, 7)]),
+        (12, 6, [(2, 1), (5, 2), (8, 4), (11, 5)]),
+        (6, 3, [(1, 0), (3, 1), (5, 2)]),
+        (12, 1, [(11, 0)]),
+    ],
+)
+def test_blocks_of_transformers_pair_by_depth(teacher, student, pairs):
+    assert taps.match(blocks([16] * teacher), blocks([16] * student)) == pairs
+
+
+def test_transformers_of_other_patch_sizes_pair_by_depth():
+    assert taps.match(vit(4), vit(2, "vit_small_patch32_224", img_size=64)) == [(1, 0), (3, 1)]
+
+
+def test_a_hierarchy_and_a_transformer_pair_by_depth():
+    resnet, transformer = model("test_resnet"), vit(12)
+    assert taps.match(resnet, transformer) == [(1, 2), (2, 5), (3, 8), (4, 11)]
+    assert taps.match(transformer, resnet) == [(2, 1), (5, 2), (8, 3), (11, 4)]
+    assert taps.match(model("test_convnext"), transformer) == [(0, 2), (1, 5), (2, 8), (3, 11)]
+
+
+# --- maps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "cnn32_student"])
+def test_maps_are_the_full_passes_intermediates(name):
+    net, size = model(name), 32
+    images = torch.randn(2, 3, size, size)
+    stages = taps.stages(net)
+    _, full = net.forward_intermediates(images)
+    assert len(full) == len(stages)
+    for stage, expected in zip(stages, full):
+        (alone,) = taps.maps(net, images, [stage.index])
+        assert torch.equal(alone, expected)
+        assert alone.shape == (2, stage.channels, size // stage.reduction, size // stage.reduction)
+    some = [stage.index for stage in stages][::2]
+    for ours, index in zip(taps.maps(net, images, some), some):
+        assert torch.equal(ours, full[index])
+
+
+def test_maps_of_a_resnet_are_its_modules_outputs():
+    net, images = model("resnet18"), torch.randn(1, 3, 32, 32)
+    x = net.maxpool(net.act1(net.bn1(net.conv1(images))))
+    for index, layer in enumerate((net.layer1, net.layer2, net.layer3, net.layer4), start=1):
+        x = layer(x)
+        assert torch.equal(taps.maps(net, images, [index])[0], x)
+
+
+def test_maps_of_a_transformer_are_its_patch_tokens():
+    net, images = vit(2), torch.randn(3, 3, 32, 32)
+    tokens = torch.cat([net.cls_token.expand(3, -1, -1), net.patch_embed(images)], dim=1) + net.pos_embed
+    for index, block in enumerate(net.blocks):
+        tokens = block(tokens)  # [B, 1 + 2 * 2, C]
+        expected = tokens[:, 1:].reshape(3, 2, 2, 192).permute(0, 3, 1, 2)
+        assert torch.allclose(taps.maps(net, images, [index])[0], expected, atol=1e-5)
+
+
+def test_a_model_without_stages_is_refused():
+    class Plain(nn.Module):
+        def forward_intermediates(self):
+            """timm's method, without the description of the stages."""
+
+    for net in (nn.Linear(2, 2), Plain()):
+        with pytest.raises(UserError, match=f"^{type(net).__name__} has no forward_intermediates and feature_info"):
+            taps.stages(net)
