@@ -23,6 +23,8 @@ DRAWS = 5 + 2 * _RESIZED_CROP_TRIES  # uniform numbers per sample and epoch, as 
 class BadImage(UserError):
     """An image that cannot be decoded; its message names it."""
 
+    found_by_one_rank = True
+
 
 def decode(image: bytes, where: str) -> np.ndarray:
     """Image file to uint8 [H, W, 3]. Raises BadImage, naming `where` it came from, if it cannot be decoded."""

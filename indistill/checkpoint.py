@@ -106,7 +106,8 @@ class Checkpoints:
         partial = self.folder / f".partial-{final.name}"
         main = self.accelerator.is_main_process
         if main:
-            shutil.rmtree(partial, ignore_errors=True)
+            for path in self.folder.glob(".*"):  # what a kill left half-written or half-deleted
+                shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial))
         if main:
@@ -123,7 +124,6 @@ class Checkpoints:
             (partial / "state.json").write_text(json.dumps(content))
         self.accelerator.wait_for_everyone()
         if main:
-            shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             self._retain()
         self.accelerator.wait_for_everyone()
@@ -138,7 +138,7 @@ class Checkpoints:
         kept.update(path for _, path in sorted(scored)[len(scored) - self.section.keep_best :])
         for path in paths:
             if path not in kept:
-                shutil.rmtree(path)
+                shutil.rmtree(path.rename(path.with_name(f".deleted-{path.name}")))  # never half there under its name
 
 
 def complete(folder: Path) -> list[Path]:

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         # A loader worker's error arrives wrapped in its traceback, whose last line is the message.
         message = str(error).strip().splitlines()[-1].removeprefix("indistill.config.UserError: ")
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or error.found_by_one_rank:
             print(f"indistill: error: {message}", file=sys.stderr, flush=True)
         if "RANK" in os.environ:
             os._exit(2)  # at once: an orderly exit would wait for ranks that wait for this one

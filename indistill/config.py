@@ -31,6 +31,8 @@ from pydantic import (
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints it as one line and exits with code 2."""
 
+    found_by_one_rank = False  # else every rank raises it, and rank 0 speaks for all
+
 
 _DURATION = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(epochs?|steps?|samples?|percent|%)?", re.IGNORECASE)
 

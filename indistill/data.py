@@ -106,9 +106,7 @@ class ImageDataset(Dataset):
         return images[sample_id], labels[sample_id]
 
     def _decoded(self, sample_id: int, sample: Sample) -> np.ndarray:
-        where = self.shards.where(sample_id)
-        check_label(where, sample.label, self.section.num_classes)
-        return augment.decode(sample.image, where)
+        return augment.decode(sample.image, self.shards.where(sample_id))
 
     def _decode_all(self) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """The whole set: uint8 [N, H, W, 3], int64 [N], and what is wrong with the images that are not there."""
@@ -133,11 +131,6 @@ class ImageDataset(Dataset):
         if images is None:
             raise UserError(f"{self.shards.paths[0]}: no image of these shards can be decoded")
         return images, labels, bad
-
-
-def check_label(where: str, label: int, num_classes: int) -> None:
-    if not 0 <= label < num_classes:
-        raise UserError(f"{where}: label {label} is none of the data.num_classes, 0 to {num_classes - 1}")
 
 
 class IndexedTraining:
@@ -180,8 +173,16 @@ class IndexedTraining:
 
 
 def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
-    """Raises UserError for missing, cut or malformed shards."""
-    return ShardSet(urls, section.root, section.cache_dir, int(section.cache_bytes), section.allow_pipe)
+    """Raises UserError for missing, cut or malformed shards and for labels that are no class."""
+    shards = ShardSet(urls, section.root, section.cache_dir, int(section.cache_bytes), section.allow_pipe)
+    labels = shards.labels
+    for sample_id in np.flatnonzero((labels < 0) | (labels >= section.num_classes))[:1]:
+        raise UserError(wrong_label(shards.where(sample_id), labels[sample_id], section.num_classes))
+    return shards
+
+
+def wrong_label(where: str, label: int, num_classes: int) -> str:
+    return f"{where}: label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
 
 
 def check_accumulation(section: config.Data, world: int, accumulation: int) -> None:

@@ -67,7 +67,11 @@ class RunLog:
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
-            batch = next(iterator, None)
+            try:
+                batch = next(iterator, None)
+            except UserError as error:
+                error.found_by_one_rank = True
+                raise
             self.wait_seconds += time.perf_counter() - begin
             if batch is None:
                 return

@@ -158,6 +158,11 @@ class ShardSet:
             else:
                 yield from map(self.read, wanted)
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [samples], -1 where a sample has none."""
+        return np.concatenate([index.labels for index in self._indices])
+
     def where(self, sample_id: int) -> str:
         """The sample's shard and key, as messages name it."""
         shard = int(self._shards_of(sample_id))

@@ -25,7 +25,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from indistill import augment, config, shards
 from indistill.augment import BadImage
 from indistill.config import UserError
-from indistill.data import Batch, check_accumulation, check_label
+from indistill.data import Batch, check_accumulation, wrong_label
 
 
 class StreamedTraining:
@@ -102,7 +102,8 @@ class StreamedImages(IterableDataset):
             if image is None or "cls" not in sample:
                 raise UserError(f"{where} has no image or no .cls")
             labels[row] = int(sample["cls"])
-            check_label(where, labels[row], section.num_classes)
+            if not 0 <= labels[row] < section.num_classes:
+                raise UserError(wrong_label(where, labels[row], section.num_classes))
             # There are no ids here: the key, as a number, makes a view the same wherever its sample turns up.
             draws = augment.uniforms(self.training.seed, int(epoch), np.array([zlib.crc32(key.encode())]))[0]
             try:

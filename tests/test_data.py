@@ -133,10 +133,11 @@ def test_workers_give_the_same_bytes(section):
 
 
 def test_a_worker_passes_the_error_on(section, tmp_path):
-    pack_images(tmp_path, "train", samples=64, per_shard=64, seed=0)
-    section = with_(section, root=str(tmp_path), num_classes=9, workers=1)
-    with pytest.raises(UserError, match=r"sample train00\d9: label 9 is none of"):
-        loaded(section, last=2)
+    shards.pack([("bad", b"no image", "png", 0)], tmp_path, "eval", samples_per_shard=1)
+    dataset = open_eval(with_(section, root=str(tmp_path), workers=1))
+    with pytest.raises(UserError, match=r"eval-0+.tar: sample bad: not a readable image") as caught:
+        list(data.eval_loader(dataset, 1, 0, 1, CPU))
+    assert caught.value.found_by_one_rank
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

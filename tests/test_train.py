@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import http.server
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -202,6 +205,24 @@ def test_going_back_to_an_earlier_checkpoint(tree):
         "step-00000008", "step-00000016", "step-00000024",
     ]  # fmt: skip
     assert len(list((run_dir / "checkpoints").glob("superseded-*"))) == 2
+
+
+def test_shards_over_http_give_the_same_run(tree, tmp_path):
+    tree["data"] |= {"in_memory": False, "workers": 2}
+    run(tree)
+    expected = record(tree["run_dir"])
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tree["data"]["root"])
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        names = sorted(path.name for path in Path(tree["data"]["root"]).glob("train-*.tar"))
+        tree["data"] |= {"train": [f"{url}/{name}" for name in names], "cache_dir": str(tmp_path / "cache")}
+        tree["run_dir"] += "-remote"
+        run(tree)
+        server.shutdown()
+    assert record(tree["run_dir"]) == expected
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 3
 
 
 def damage(tree: dict[str, Any], folder: Path, count: int) -> None:
