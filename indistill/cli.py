@@ -90,7 +90,8 @@ def _pack(arguments: argparse.Namespace) -> None:
         cache_dir=arguments.cache_dir,
         progress=True,
     )
-    print(json.dumps({key: value for key, value in content.items() if key != "classes"}))
+    told = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
+    print(json.dumps({key: content[key] for key in told}))
 
 
 def _index(arguments: argparse.Namespace) -> None:
