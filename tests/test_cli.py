@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
-from indistill import models
+from indistill import models, shards
 from indistill.cli import main
 
 
@@ -92,6 +95,41 @@ def test_eval_scores_a_weights_file(config_file, tree, tmp_path, capsys):
     trained = capsys.readouterr().out.strip().splitlines()[-1]
     main(["eval", str(config_file), f"{tree['run_dir']}/student.safetensors"])
     assert capsys.readouterr().out.strip().splitlines()[-1] == trained
+
+
+def test_shards_are_packed_verified_and_indexed(tmp_path, capsys, tree):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(tmp_path / "images" / name / f"{i}.jpg")
+    packed = tmp_path / "packed"
+    main(["shards", "pack", str(tmp_path / "images"), str(packed), "--prefix", "pets", "--workers", "2"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["samples"], told["shards"]) == (12, 1)
+    shard = packed / "pets-000000.tar"
+    labels = [sample.label for sample in shards.ShardSet(str(shard)).iterate()]
+    assert sorted(labels) == [0] * 6 + [1] * 6
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["shards", "verify", str(shard), "--workers", "1"])
+    assert exit_.value.code == 0
+
+    content = bytearray(shard.read_bytes())
+    start = content.index(b"JFIF") + 100
+    content[start : start + 400] = bytes(400)  # inside the first image; the tar itself stays whole
+    shard.write_bytes(content)
+    with pytest.raises(SystemExit) as exit_:
+        main(["shards", "verify", str(shard), "--workers", "1"])
+    assert exit_.value.code == 1
+    with tarfile.open(shard) as tar:
+        first = tar.getnames()[0].split(".")[0]
+    assert f"pets-000000.tar: {first}: " in capsys.readouterr().out
+
+    Path(f"{shard}.index.json").unlink()
+    main(["shards", "index", str(shard), "--workers", "1"])
+    assert capsys.readouterr().out == "12 samples in 1 shards\n"
+    assert Path(f"{shard}.index.json").exists()
+    assert "no such shard" in refused(capsys, "shards", "verify", tmp_path / "none.tar")
 
 
 def test_help_imports_nothing_heavy():
