@@ -6,37 +6,19 @@ can be computed elsewhere, or again.
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tv
 
-from indistill.config import Augment, UserError
+from indistill.config import Augment
+from indistill.decode import BadImage, Box, cut, decode, decode_crop
+
+__all__ = ["BadImage", "decode", "eval_view", "train_view", "uniforms"]
 
 _RESIZED_CROP_TRIES = 10  # of 2 draws each; as many as torchvision's
 DRAWS = 5 + 2 * _RESIZED_CROP_TRIES  # uniform numbers per sample and epoch, as many as the recipes use
-
-
-class BadImage(UserError):
-    """An image that cannot be decoded; its message names it."""
-
-    found_by_one_rank = True
-
-
-def decode(image: bytes, where: str) -> np.ndarray:
-    """Image file to uint8 [H, W, 3]. Raises BadImage, naming `where` it came from, if it cannot be decoded."""
-    try:
-        opened = Image.open(io.BytesIO(image))
-        if opened.mode.startswith("I"):  # 16 bits of grey: Pillow would cut what is above 255, not scale
-            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-        return np.array(opened.convert("RGB"))
-    except UnidentifiedImageError:
-        raise BadImage(f"{where}: not a readable image: of no known format") from None
-    except Exception as error:  # damaged files make Pillow's readers raise anything
-        raise BadImage(f"{where}: not a readable image: {' '.join(str(error).split())}") from None
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
@@ -60,23 +42,37 @@ def _mix(x: np.uint64 | np.ndarray) -> np.uint64 | np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def train_view(image: np.ndarray, draws: np.ndarray, recipe: Augment, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] and its draws [DRAWS] to an augmented uint8 [size, size, 3]."""
-    if recipe.recipe == "pad_crop":
-        image = _pad_crop(image, draws[0], draws[1], recipe.padding, size)
-    elif recipe.recipe == "random_resized_crop":
-        top, left, height, width = _resized_crop_box(image.shape[:2], draws[3:], recipe)
-        image = _resize(image[top : top + height, left : left + width], [size, size])
+def train_view(
+    image: np.ndarray | bytes, draws: np.ndarray, recipe: Augment, size: int, where: str = "image"
+) -> np.ndarray:
+    """An image and its draws [DRAWS] to an augmented uint8 [size, size, 3].
+
+    The image is uint8 [H, W, 3], or a file, of which only what the view shows is decoded. Raises BadImage, naming
+    `where` the file came from, if that fails.
+    """
+    if recipe.recipe == "random_resized_crop":
+
+        def box(shape: tuple[int, int]) -> Box:
+            return _resized_crop_box(shape, draws[3:], recipe)
+
+        image = decode_crop(image, where, box) if isinstance(image, bytes) else cut(image, box(image.shape[:2]))
+        image = _resize(image, [size, size])
     else:
-        image = eval_view(image, size, crop=1.0)
+        image = decode(image, where) if isinstance(image, bytes) else image
+        if recipe.recipe == "pad_crop":
+            image = _pad_crop(image, draws[0], draws[1], recipe.padding, size)
+        else:
+            image = eval_view(image, size, crop=1.0)
     return image[:, ::-1] if recipe.flip and draws[2] < 0.5 else image
 
 
-def eval_view(image: np.ndarray, size: int, crop: float) -> np.ndarray:
-    """Resize the shorter side to size / crop, cut the centre: uint8 [H, W, 3] to [size, size, 3].
+def eval_view(image: np.ndarray | bytes, size: int, crop: float, where: str = "image") -> np.ndarray:
+    """Resize the shorter side to size / crop, cut the centre: uint8 [H, W, 3], or a file, to uint8 [size, size, 3].
 
-    Pixel for pixel torchvision's Resize and CenterCrop, with timm's rounding of size / crop.
+    Pixel for pixel torchvision's Resize and CenterCrop, with timm's rounding of size / crop. Raises BadImage, naming
+    `where` the file came from, if it cannot be decoded.
     """
+    image = decode(image, where) if isinstance(image, bytes) else image
     image = _resize(image, [int(size / crop)])
     top, left = (round((side - size) / 2) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
@@ -94,7 +90,7 @@ def _pad_crop(image: np.ndarray, u: float, v: float, padding: int, size: int) ->
     return window
 
 
-def _resized_crop_box(shape: tuple[int, int], draws: np.ndarray, recipe: Augment) -> tuple[int, int, int, int]:
+def _resized_crop_box(shape: tuple[int, int], draws: np.ndarray, recipe: Augment) -> Box:
     """Top, left, height, width of a crop of random area and aspect ratio; the centre if no try fits (Inception)."""
     height, width = shape
     log_ratio = np.log(recipe.ratio)

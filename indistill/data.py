@@ -15,7 +15,7 @@ from indistill import augment, config
 from indistill.augment import BadImage
 from indistill.config import UserError
 from indistill.order import SampleOrder
-from indistill.shards import Sample, ShardSet
+from indistill.shards import ShardSet
 
 PREFETCH_STEPS = 32  # how far ahead of the loader the next remote shards are fetched
 
@@ -78,9 +78,10 @@ class ImageDataset(Dataset):
     def _view(self, sample_id: int, draws: np.ndarray) -> tuple[np.ndarray, int]:
         """The augmented or evaluation view [S, S, 3] of a sample, and its label. Raises BadImage."""
         image, label = self._image_and_label(sample_id)
+        size, where = self.section.image_size, self.shards.where(sample_id)
         if self.order is None:
-            return augment.eval_view(image, self.section.image_size, self.section.eval_crop), label
-        return augment.train_view(image, draws, self.section.augment, self.section.image_size), label
+            return augment.eval_view(image, size, self.section.eval_crop, where), label
+        return augment.train_view(image, draws, self.section.augment, size, where), label
 
     def _stand_in(self, request: Request, row: int, replaced: list[str]) -> tuple[int, np.ndarray, int]:
         """Id, view and label of the first sample after this row's, in its stream, that can be decoded."""
@@ -96,17 +97,15 @@ class ImageDataset(Dataset):
                 replaced.append(str(bad))
         raise UserError(f"none of the {self.order.span} images of stream {stream} can be decoded")
 
-    def _image_and_label(self, sample_id: int) -> tuple[np.ndarray, int]:
+    def _image_and_label(self, sample_id: int) -> tuple[np.ndarray | bytes, int]:
+        """The image as pixels if it is in memory, else as a file. Raises BadImage."""
         if self.memory is None:
             sample = self.shards.read(sample_id)
-            return self._decoded(sample_id, sample), sample.label
+            return sample.image, sample.label
         images, labels, bad = self.memory
         if sample_id in bad:
             raise BadImage(bad[sample_id])
         return images[sample_id], labels[sample_id]
-
-    def _decoded(self, sample_id: int, sample: Sample) -> np.ndarray:
-        return augment.decode(sample.image, self.shards.where(sample_id))
 
     def _decode_all(self) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """The whole set: uint8 [N, H, W, 3], int64 [N], and what is wrong with the images that are not there."""
@@ -116,7 +115,7 @@ class ImageDataset(Dataset):
         for i, sample in enumerate(self.shards.iterate()):
             labels[i] = sample.label
             try:
-                image = self._decoded(i, sample)
+                image = augment.decode(sample.image, self.shards.where(i))
             except BadImage as error:
                 bad[i] = str(error)
                 continue

@@ -107,9 +107,7 @@ class StreamedImages(IterableDataset):
             # There are no ids here: the key, as a number, makes a view the same wherever its sample turns up.
             draws = augment.uniforms(self.training.seed, int(epoch), np.array([zlib.crc32(key.encode())]))[0]
             try:
-                images[row] = augment.train_view(
-                    augment.decode(image, where), draws, section.augment, section.image_size
-                )
+                images[row] = augment.train_view(image, draws, section.augment, section.image_size, where)
             except BadImage as bad:
                 replaced.append(str(bad))
                 continue

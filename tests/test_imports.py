@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
-LEAVES = ["config", "shards", "order", "augment", "taps", "prune", "losses", "curriculum", "models"]
+LEAVES = ["config", "shards", "order", "decode", "augment", "taps", "prune", "losses", "curriculum", "models"]
 WITHOUT_TORCH = ["config", "shards", "order", "curriculum", "cli"]
 MAY_USE_ACCELERATE = {"train", "checkpoint", "evaluate", "metrics"}
 TOP = {"train", "cli", "demo"}
