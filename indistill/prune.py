@@ -6,6 +6,7 @@ teacher's own map: a pruned target is an index_select, and pruning never changes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -87,8 +88,9 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
     """The layers whose output channels are the channels of a stage's output.
 
     Walks the autograd graph back from the stage's output through whatever keeps channels apart (sums, norms,
-    activations, pools, depthwise convolutions) to the convolutions and linear layers that mix them. A squeeze-excite
-    gate, told by its 1x1 output, scales channels rather than writing them and is left out.
+    activations, pools) to the convolutions and linear layers that mix them; a depthwise convolution counts, and so does
+    what it reads. A squeeze-excite gate, told by its 1x1 output, scales channels rather than writing them and is left
+    out.
     """
     layer_of_node: dict[object, nn.Module] = {}
     norm_reading_node: dict[object, nn.Module] = {}
@@ -111,6 +113,9 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
         images = torch.zeros(1, *(input_size or model.pretrained_cfg["input_size"]), device=device, requires_grad=True)
         with torch.enable_grad():
             (output,) = taps.maps(model, images, [stage])  # [1, C, H, W]
+            if output.shape[2:].numel() == 1:  # too small to tell gates, unless the model takes larger images
+                with contextlib.suppress(AssertionError, RuntimeError):
+                    (output,) = taps.maps(model, images.repeat(1, 1, 4, 4), [stage])
     finally:
         for module, training in modes:
             module.training = training
