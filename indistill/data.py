@@ -59,7 +59,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, request: Request) -> Batch:
         size, count = self.section.image_size, len(request.ids)
-        images = np.empty((count, size, size, 3), dtype=np.uint8)
+        images = np.empty((count, 3, size, size), dtype=np.uint8)
         labels = np.empty(count, dtype=np.int64)
         ids = np.array(request.ids)
         replaced: list[str] = []
@@ -72,16 +72,17 @@ class ImageDataset(Dataset):
                     raise
                 replaced.append(str(bad))
                 ids[row], images[row], labels[row] = self._stand_in(request, row, replaced)
-        chw = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return Batch(chw, torch.from_numpy(labels), torch.from_numpy(ids), replaced)
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids), replaced)
 
     def _view(self, sample_id: int, draws: np.ndarray) -> tuple[np.ndarray, int]:
-        """The augmented or evaluation view [S, S, 3] of a sample, and its label. Raises BadImage."""
+        """The augmented or evaluation view [3, S, S] of a sample, and its label. Raises BadImage."""
         image, label = self._image_and_label(sample_id)
         size, where = self.section.image_size, self.shards.where(sample_id)
         if self.order is None:
-            return augment.eval_view(image, size, self.section.eval_crop, where), label
-        return augment.train_view(image, draws, self.section.augment, size, where), label
+            view = augment.eval_view(image, size, self.section.eval_crop, where)
+        else:
+            view = augment.train_view(image, draws, self.section.augment, size, where)
+        return view.transpose(2, 0, 1), label
 
     def _stand_in(self, request: Request, row: int, replaced: list[str]) -> tuple[int, np.ndarray, int]:
         """Id, view and label of the first sample after this row's, in its stream, that can be decoded."""

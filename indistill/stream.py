@@ -87,7 +87,7 @@ class StreamedImages(IterableDataset):
     def _batch(self, samples: Iterator[dict[str, Any]]) -> Batch:
         section = self.training.section
         count = section.global_batch // (self.training.world * self.training.accumulation)
-        images = np.empty((count, section.image_size, section.image_size, 3), dtype=np.uint8)
+        images = np.empty((count, 3, section.image_size, section.image_size), dtype=np.uint8)
         labels = np.empty(count, dtype=np.int64)
         replaced: list[str] = []
         row = 0
@@ -107,10 +107,10 @@ class StreamedImages(IterableDataset):
             # There are no ids here: the key, as a number, makes a view the same wherever its sample turns up.
             draws = augment.uniforms(self.training.seed, int(epoch), np.array([zlib.crc32(key.encode())]))[0]
             try:
-                images[row] = augment.train_view(image, draws, section.augment, section.image_size, where)
+                view = augment.train_view(image, draws, section.augment, section.image_size, where)
             except BadImage as bad:
                 replaced.append(str(bad))
                 continue
+            images[row] = view.transpose(2, 0, 1)
             row += 1
-        chw = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return Batch(chw, torch.from_numpy(labels), torch.full((count,), -1), replaced)
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.full((count,), -1), replaced)
