@@ -76,9 +76,9 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from indistill import shards
+    from indistill import packing
 
-    content = shards.pack_source(
+    content = packing.pack_source(
         arguments.source,
         arguments.destination,
         prefix=arguments.prefix,

@@ -68,7 +68,7 @@ def pack_digits(folder: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    from indistill import shards
+    from indistill import packing
 
     digits = load_digits()
     samples = []
@@ -80,8 +80,8 @@ def pack_digits(folder: Path) -> None:
     # The set comes writer by writer: split it by a fixed shuffle.
     shuffled = [samples[i] for i in np.random.RandomState(0).permutation(len(samples))]
     train, test = shuffled[TEST_SAMPLES:], shuffled[:TEST_SAMPLES]
-    shards.pack(train, folder, "digits-train", samples_per_shard=-(-len(train) // 4))
-    shards.pack(test, folder, "digits-test", samples_per_shard=TEST_SAMPLES)
+    packing.pack(train, folder, "digits-train", samples_per_shard=-(-len(train) // 4))
+    packing.pack(test, folder, "digits-test", samples_per_shard=TEST_SAMPLES)
     print(f"{len(train)} training and {len(test)} test images in {len(list(folder.glob('*.tar')))} shards: {folder}")
 
 

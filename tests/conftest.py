@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indistill import config, shards
+from indistill import config, packing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLASSES = 10
@@ -32,7 +32,7 @@ def pack_images(folder: Path, prefix: str, samples: int, per_shard: int, seed: i
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         packed.append((f"{prefix}{i:04d}", buffer.getvalue(), "png", label))
-    shards.pack(packed, folder, prefix, samples_per_shard=per_shard)
+    packing.pack(packed, folder, prefix, samples_per_shard=per_shard)
 
 
 @pytest.fixture(scope="session")

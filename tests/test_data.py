@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import pack_images
 from PIL import Image
 
-from indistill import augment, config, data, shards
+from indistill import augment, config, data, packing
 from indistill.config import UserError
 
 CPU = torch.device("cpu")
@@ -133,7 +132,7 @@ def test_workers_give_the_same_bytes(section):
 
 
 def test_a_worker_passes_the_error_on(section, tmp_path):
-    shards.pack([("bad", b"no image", "png", 0)], tmp_path, "eval", samples_per_shard=1)
+    packing.pack([("bad", b"no image", "png", 0)], tmp_path, "eval", samples_per_shard=1)
     dataset = open_eval(with_(section, root=str(tmp_path), workers=1))
     with pytest.raises(UserError, match=r"eval-0+.tar: sample bad: not a readable image") as caught:
         list(data.eval_loader(dataset, 1, 0, 1, CPU))
@@ -191,7 +190,7 @@ def pack_sizes(folder, sizes):
         buffer = io.BytesIO()
         Image.fromarray(np.full((*size, 3), i, dtype=np.uint8)).save(buffer, "PNG")
         packed.append((f"n{i:02d}", buffer.getvalue(), "png", i % 3))
-    shards.pack(packed, folder, "train", samples_per_shard=10)
+    packing.pack(packed, folder, "train", samples_per_shard=10)
 
 
 def test_images_of_unequal_sizes_do_not_fit_in_memory(section, tmp_path):
@@ -224,7 +223,7 @@ def damaged(section, tmp_path):
     packed = []
     for i, sample in enumerate(data.open_shards(section, section.train).iterate()):
         packed.append((sample.key, b"no image" if i in bad else sample.image, "png", sample.label))
-    shards.pack(packed, tmp_path, "train", samples_per_shard=64)
+    packing.pack(packed, tmp_path, "train", samples_per_shard=64)
     return with_(section, root=str(tmp_path), augment={"recipe": "pad_crop"}), bad
 
 
@@ -271,7 +270,7 @@ def test_the_stand_ins_label_and_view_are_its_own(section, damaged):
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_a_stream_without_a_readable_image_is_an_error(section, tmp_path, in_memory):
-    shards.pack([("one", b"GIF no", "png", 0), ("two", b"", "png", 0)], tmp_path, "train", samples_per_shard=2)
+    packing.pack([("one", b"GIF no", "png", 0), ("two", b"", "png", 0)], tmp_path, "train", samples_per_shard=2)
     section = with_(section, root=str(tmp_path), global_batch=1, streams=1, in_memory=in_memory)
     with pytest.raises(UserError, match="can be decoded"):
         loaded(section, last=1)

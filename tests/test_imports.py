@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
-LEAVES = ["config", "shards", "order", "decode", "augment", "taps", "prune", "losses", "curriculum", "models"]
-WITHOUT_TORCH = ["config", "shards", "order", "curriculum", "cli"]
+LEAVES = [
+    "config", "remote", "shards", "packing", "order", "decode", "augment", "taps", "prune", "losses", "curriculum", "models",
+]  # fmt: skip
+WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "cli"]
 MAY_USE_ACCELERATE = {"train", "checkpoint", "evaluate", "metrics"}
 TOP = {"train", "cli", "demo"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import pack_images
 
-from indistill import augment, config, shards, stream
+from indistill import augment, config, packing, shards, stream
 from indistill.config import UserError
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_a_bad_image_is_left_out_and_named(section, tmp_path):
     packed = [(f"k{i}", b"no" if i == 3 else s.image, "png", s.label) for i, s in enumerate(
         shards.ShardSet(section.train, section.root).iterate()
     )]  # fmt: skip
-    shards.pack(packed, tmp_path / "bad", "s", samples_per_shard=25)
+    packing.pack(packed, tmp_path / "bad", "s", samples_per_shard=25)
     section = with_(section, root=str(tmp_path / "bad"))
     batches = list(stream.StreamedTraining(section, 0, 0, 1, 1).loader(0, 6, CPU))
     assert [len(batch.labels) for batch in batches] == [40] * 6

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
-from indistill import config, data, models, optim, shards
+from indistill import config, data, models, optim, packing
 from indistill.config import UserError
 from indistill.metrics import read_lines
 from indistill.train import evaluate_checkpoint, train
@@ -232,7 +232,7 @@ def damage(tree: dict[str, Any], folder: Path, count: int) -> None:
         (sample.key, b"no image" if i < count else sample.image, "png", sample.label)
         for i, sample in enumerate(source.iterate())
     ]
-    shards.pack(packed, folder, "bad", samples_per_shard=64)
+    packing.pack(packed, folder, "bad", samples_per_shard=64)
     tree["data"] = {**tree["data"], "train": f"{folder}/bad-*.tar"}
 
 
