@@ -22,7 +22,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from indistill import augment, config, shards
+from indistill import augment, config, remote, shards
 from indistill.augment import BadImage
 from indistill.config import UserError
 from indistill.data import Batch, check_accumulation, wrong_label
@@ -81,7 +81,7 @@ class StreamedImages(IterableDataset):
                     skipped -= 1
                     continue
                 self.url = urls[shard]
-                with shards.open_stream(self.url) as stream:
+                with remote.open_stream(self.url) as stream:
                     yield {"url": f"{epoch} {self.url}", "stream": stream}
 
     def _batch(self, samples: Iterator[dict[str, Any]]) -> Batch:
