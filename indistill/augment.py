@@ -1,24 +1,45 @@
 """Augmentation as a pure function of (seed, epoch, sample id).
 
-The same sample gets the same crop and flip in a given epoch whatever worker, rank or world size computes it, so a view
-can be computed elsewhere, or again.
+The same sample gets the same view in a given epoch whatever worker, rank or world size computes it, so a view can be
+computed elsewhere, or again. The recipes are those of timm and torchvision, with every parameter drawn here.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.data.auto_augment import NAME_TO_OP
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as tv
 
-from indistill.config import Augment
+from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing
 from indistill.decode import BadImage, Box, cut, decode, decode_crop
 
 __all__ = ["BadImage", "decode", "eval_view", "train_view", "uniforms"]
 
-_RESIZED_CROP_TRIES = 10  # of 2 draws each; as many as torchvision's
-DRAWS = 5 + 2 * _RESIZED_CROP_TRIES  # uniform numbers per sample and epoch, as many as the recipes use
+_TRIES = 10  # to find a rectangle that fits; of 2 draws each; as many as torchvision's and timm's
+# Uniform numbers per sample and epoch. Each part has its own, so that switching one on leaves the others as they are.
+_PLACE, _FLIP = slice(0, 2), 2
+_CROP = slice(3, 5 + 2 * _TRIES)
+_JITTER = slice(_CROP.stop, _CROP.stop + 8)
+_RAND_AUGMENT = slice(_JITTER.stop, _JITTER.stop + 4 * MAX_RAND_AUGMENT_OPS)
+_ERASING = slice(_RAND_AUGMENT.stop, _RAND_AUGMENT.stop + 4 + 2 * _TRIES)
+DRAWS = _ERASING.stop
+
+_MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
+# 256 equally likely values of noise that is standard normal once normalised: uint8 [channel, 256].
+_NOISE = np.array(
+    [
+        [NormalDist(255 * mean, 255 * std).inv_cdf((i + 0.5) / 256) for i in range(256)]
+        for mean, std in zip(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    ]
+)
+_NOISE = _NOISE.round().clip(0, 255).astype(np.uint8)
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
@@ -53,17 +74,26 @@ def train_view(
     if recipe.recipe == "random_resized_crop":
 
         def box(shape: tuple[int, int]) -> Box:
-            return _resized_crop_box(shape, draws[3:], recipe)
+            return _resized_crop_box(shape, draws[_CROP], recipe)
 
         image = decode_crop(image, where, box) if isinstance(image, bytes) else cut(image, box(image.shape[:2]))
         image = _resize(image, [size, size])
     else:
         image = decode(image, where) if isinstance(image, bytes) else image
         if recipe.recipe == "pad_crop":
-            image = _pad_crop(image, draws[0], draws[1], recipe.padding, size)
+            image = _pad_crop(image, *draws[_PLACE], recipe.padding, size)
         else:
             image = eval_view(image, size, crop=1.0)
-    return image[:, ::-1] if recipe.flip and draws[2] < 0.5 else image
+    if recipe.flip and draws[_FLIP] < 0.5:
+        image = image[:, ::-1]
+    if recipe.rand_augment or recipe.color_jitter:
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        if recipe.rand_augment:
+            picture = _rand_augment(picture, draws[_RAND_AUGMENT], recipe.rand_augment)
+        if recipe.color_jitter:
+            picture = _color_jitter(picture, draws[_JITTER], recipe.color_jitter)
+        image = np.asarray(picture)
+    return _erase(image, draws[_ERASING], recipe.random_erasing) if recipe.random_erasing else image
 
 
 def eval_view(image: np.ndarray | bytes, size: int, crop: float, where: str = "image") -> np.ndarray:
@@ -94,7 +124,7 @@ def _resized_crop_box(shape: tuple[int, int], draws: np.ndarray, recipe: Augment
     """Top, left, height, width of a crop of random area and aspect ratio; the centre if no try fits (Inception)."""
     height, width = shape
     log_ratio = np.log(recipe.ratio)
-    for u, v in draws[2 : 2 + 2 * _RESIZED_CROP_TRIES].reshape(-1, 2):
+    for u, v in draws[2 : 2 + 2 * _TRIES].reshape(-1, 2):
         area = height * width * (recipe.scale[0] + u * (recipe.scale[1] - recipe.scale[0]))
         ratio = math.exp(log_ratio[0] + v * (log_ratio[1] - log_ratio[0]))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -103,6 +133,96 @@ def _resized_crop_box(shape: tuple[int, int], draws: np.ndarray, recipe: Augment
     w = min(width, round(height * recipe.ratio[1]))
     h = min(height, round(width / recipe.ratio[0]))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+# --- timm's recipes --------------------------------------------------------------------------------------------------
+
+# Of each operation, its argument at a strength within 0 and 1, which `signed` gives either sign.
+_ARGUMENTS: dict[str, Callable[[float, float], tuple[float, ...]]] = {
+    "AutoContrast": lambda strength, signed: (),
+    "Equalize": lambda strength, signed: (),
+    "Invert": lambda strength, signed: (),
+    "Rotate": lambda strength, signed: (30 * signed,),  # degrees
+    "PosterizeIncreasing": lambda strength, signed: (max(1, 4 - int(4 * strength)),),  # bits kept; Pillow takes no 0
+    "SolarizeIncreasing": lambda strength, signed: (256 - int(256 * strength),),  # inverted from this value on
+    "SolarizeAdd": lambda strength, signed: (int(110 * strength),),  # added below 128
+    **{
+        f"{name}Increasing": lambda strength, signed: (max(0.1, 1 + 0.9 * signed),)
+        for name in ("Color", "Contrast", "Brightness", "Sharpness")
+    },
+    **{f"Shear{axis}": lambda strength, signed: (0.3 * signed,) for axis in "XY"},
+    **{f"Translate{axis}Rel": lambda strength, signed: (0.45 * signed,) for axis in "XY"},  # of the side
+}
+_OPERATIONS = list(_ARGUMENTS)
+
+
+def _rand_augment(image: Image.Image, draws: np.ndarray, recipe: RandAugment) -> Image.Image:
+    for name, argument in _operations(draws, recipe):
+        image = NAME_TO_OP[name](image, *argument, resample=Image.Resampling.BILINEAR, fillcolor=_MEAN_COLOUR)
+    return image
+
+
+def _operations(draws: np.ndarray, recipe: RandAugment) -> list[tuple[str, tuple[float, ...]]]:
+    """timm's names of the operations that the draws stand for, and their arguments."""
+    chosen = []
+    for which, whether, deviation, sign in draws.reshape(-1, 4)[: recipe.num_ops]:
+        if whether < recipe.probability:
+            magnitude = recipe.magnitude
+            if recipe.mstd:
+                magnitude += recipe.mstd * NormalDist().inv_cdf(max(deviation, 2.0**-54))  # which is not defined at 0
+            strength = min(max(magnitude, 0), 10) / 10
+            name = _OPERATIONS[int(which * len(_OPERATIONS))]
+            chosen.append((name, _ARGUMENTS[name](strength, strength if sign < 0.5 else -strength)))
+    return chosen
+
+
+def _color_jitter(image: Image.Image, draws: np.ndarray, recipe: ColorJitter) -> Image.Image:
+    """The adjustments, each by its draw, in the order of the other draws."""
+    adjustments = (
+        (tv.adjust_brightness, recipe.brightness),
+        (tv.adjust_contrast, recipe.contrast),
+        (tv.adjust_saturation, recipe.saturation),
+        (tv.adjust_hue, recipe.hue),
+    )
+    for i in np.argsort(draws[4:]):
+        adjust, width = adjustments[i]
+        if width:
+            low, high = (-width, width) if adjust is tv.adjust_hue else (max(0, 1 - width), 1 + width)
+            image = adjust(image, low + draws[i] * (high - low))
+    return image
+
+
+def _erase(image: np.ndarray, draws: np.ndarray, recipe: RandomErasing) -> np.ndarray:
+    """The image with a rectangle of it, or none, filled."""
+    whether, key, *_ = draws
+    box = _erased_box(image.shape[:2], draws[2:], recipe) if whether < recipe.probability else None
+    if box is None:
+        return image
+    image = image.copy()
+    cut(image, box)[:] = _MEAN_COLOUR if recipe.fill == "mean" else _noise(key, *box[2:])
+    return image
+
+
+def _erased_box(shape: tuple[int, int], draws: np.ndarray, recipe: RandomErasing) -> Box | None:
+    """As timm draws it; None if no try is smaller than the image."""
+    height, width = shape
+    log_ratio = np.log(recipe.ratio)
+    for u, v in draws[2 : 2 + 2 * _TRIES].reshape(-1, 2):
+        area = height * width * (recipe.scale[0] + u * (recipe.scale[1] - recipe.scale[0]))
+        ratio = math.exp(log_ratio[0] + v * (log_ratio[1] - log_ratio[0]))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if w < width and h < height:
+            return int(draws[0] * (height - h + 1)), int(draws[1] * (width - w + 1)), h, w
+    return None
+
+
+def _noise(key: float, height: int, width: int) -> np.ndarray:
+    """Normal noise, as uint8 [height, width, 3], that depends on the key alone."""
+    count = height * width * 3
+    with np.errstate(over="ignore"):
+        words = _mix(_mix(np.uint64(key * 2.0**53)) ^ np.arange(-(-count // 8), dtype=np.uint64))
+    levels = words.astype("<u8").view(np.uint8)[:count].reshape(height, width, 3)
+    return np.stack([_NOISE[channel][levels[..., channel]] for channel in range(3)], axis=2)
 
 
 def _resize(image: np.ndarray, size: list[int]) -> np.ndarray:

@@ -95,8 +95,46 @@ class Section(BaseModel):
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
+Probability = Annotated[float, Field(ge=0, le=1)]
+MAX_RAND_AUGMENT_OPS = 4
+
+
+class RandAugment(Section):
+    """timm's `rand-m{magnitude}-n{num_ops}-mstd{mstd}-p{probability}-inc1`, bilinear."""
+
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9
+    num_ops: Annotated[int, Field(ge=1, le=MAX_RAND_AUGMENT_OPS)] = 2  # drawn for an image, with replacement
+    mstd: Annotated[float, Field(ge=0)] = 0.0  # standard deviation of the magnitude
+    probability: Probability = 0.5  # of each operation drawn
+
+
+class ColorJitter(Section):
+    """torchvision's ColorJitter: factors within 1 -+ these, the hue shifted by at most +-hue of a turn."""
+
+    brightness: Annotated[float, Field(ge=0)] = 0.4
+    contrast: Annotated[float, Field(ge=0)] = 0.4
+    saturation: Annotated[float, Field(ge=0)] = 0.4
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+
+
+class RandomErasing(Section):
+    """timm's RandomErasing of one rectangle."""
+
+    probability: Probability = 0.25
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.02, 1 / 3)  # area fraction
+    ratio: tuple[PositiveFloat, PositiveFloat] = (0.3, 1 / 0.3)  # height / width
+    fill: Literal["random", "mean"] = "random"  # ImageNet's noise per pixel, or mean colour; timm's pixel and const
+
+    @model_validator(mode="after")
+    def _ranges(self) -> RandomErasing:
+        return _with_ranges(self)
+
+
 class Augment(Section):
-    """Training augmentation; evaluation always resizes the shorter side and crops the centre."""
+    """Training augmentation; evaluation always resizes the shorter side and crops the centre.
+
+    In this order: recipe, flip, rand_augment, color_jitter, random_erasing.
+    """
 
     recipe: Literal["none", "pad_crop", "random_resized_crop"] = "random_resized_crop"
     flip: bool = True
@@ -104,11 +142,19 @@ class Augment(Section):
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)  # area fraction, for random_resized_crop
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)  # width / height, for random_resized_crop
 
+    rand_augment: RandAugment | None = None
+    color_jitter: ColorJitter | None = None
+    random_erasing: RandomErasing | None = None
+
     @model_validator(mode="after")
     def _ranges(self) -> Augment:
-        if not (self.scale[0] <= self.scale[1] <= 1 and self.ratio[0] <= self.ratio[1]):
-            raise ValueError("scale and ratio are ranges [smallest, largest], scale within 0 and 1")
-        return self
+        return _with_ranges(self)
+
+
+def _with_ranges(section: Any) -> Any:
+    if not (section.scale[0] <= section.scale[1] <= 1 and section.ratio[0] <= section.ratio[1]):
+        raise ValueError("scale and ratio are ranges [smallest, largest], scale within 0 and 1")
+    return section
 
 
 class Data(Section):
