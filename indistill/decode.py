@@ -23,6 +23,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 _ROWS_BELOW = 2
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2  # kinds of frames, each with Huffman coding
 _OTHER_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # lossless, hierarchical, arithmetic
+_MOST_PIXELS = 2**26  # a header may be damaged: whether to believe in a larger image is for Pillow to say
 _SCAN, _APP1, _END = 0xDA, 0xE1, b"\xff\xd9"
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -120,7 +121,7 @@ def _ordinary_jpeg(image: bytes) -> _Jpeg | None:
                 precision, components = image[at + 4], image[at + 9]
                 frame = marker, at + 5
                 height, width = (int.from_bytes(image[at + k : at + k + 2], "big") for k in (5, 7))
-                if precision != 8 or components not in (1, 3) or not height or not width:
+                if precision != 8 or components not in (1, 3) or not 0 < height * width <= _MOST_PIXELS:
                     return None
             elif marker == _SCAN:
                 if frame is None or (oriented and _orientation(Image.open(io.BytesIO(image))) != 1):

@@ -143,6 +143,14 @@ def test_damaged_jpegs_are_what_pillow_makes_of_them():
     assert min(refused, read) > 20
 
 
+def test_a_jpeg_that_claims_to_be_huge_is_refused(without_simplejpeg):
+    content = encoded(picture(30, 40))
+    huge = content.replace(bytes([0, 30, 0, 40]), b"\xff\xff\xff\xff")
+    assert huge != content
+    with pytest.raises(BadImage, match="decompression bomb"):
+        crop(huge, 0, 0, 10, 10)
+
+
 # --- all other images: Pillow ----------------------------------------------------------------------------------------
 
 
