@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from indistill.config import UserError
+from indistill.decode import BadImage, decode
 from indistill.shards import (
     BLOCK,
     IMAGE_EXTENSIONS,
@@ -24,7 +25,6 @@ from indistill.shards import (
     load_index,
     parallel,
     replacing,
-    undecodable,
 )
 
 OVERHEAD_BYTES = 3 * BLOCK + BLOCK // 2  # of a sample: two headers, the label's block, half a block of padding
@@ -242,21 +242,19 @@ def _pack_shard(task: tuple[Path, Callable[[], Iterator[tuple]], int | None, int
 
 
 def _shrunk(samples: Iterable[tuple[str, bytes, str, int]], resize: int | None, quality: int) -> Iterator[tuple]:
-    """The samples with their shorter side reduced to `resize` pixels where it is longer."""
+    """The samples with their shorter side reduced to `resize` pixels where it is longer, upright."""
     for key, image, extension, label in samples:
         if resize:
             try:
-                with Image.open(io.BytesIO(image)) as decoded:
-                    scale = resize / min(decoded.size)
-                    if scale < 1:
-                        width, height = (max(1, round(side * scale)) for side in decoded.size)
-                        content = io.BytesIO()
-                        smaller = decoded.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-                        smaller.save(content, "JPEG", quality=quality)
-                        image, extension = content.getvalue(), "jpg"
-            except Exception as error:  # Pillow's decoders raise many kinds
-                why = undecodable(error)
-                raise UserError(f"image '{key}' cannot be decoded: {why}: mend or remove it, then go on") from None
+                pixels = Image.fromarray(decode(image, f"image '{key}'"))
+            except BadImage as bad:
+                raise UserError(f"{bad}: mend or remove it, then go on") from None
+            scale = resize / min(pixels.size)
+            if scale < 1:
+                width, height = (max(1, round(side * scale)) for side in pixels.size)
+                content = io.BytesIO()
+                pixels.resize((width, height), Image.Resampling.LANCZOS).save(content, "JPEG", quality=quality)
+                image, extension = content.getvalue(), "jpg"
         yield key, image, extension, label
 
 

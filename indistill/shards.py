@@ -425,7 +425,7 @@ def _verify_shard(task: tuple[str, str | None]) -> list[BadMember]:
                     with Image.open(io.BytesIO(image)) as decoded:
                         decoded.convert("RGB")
                 except Exception as error:  # Pillow's decoders raise many kinds
-                    report(key, f"cannot be decoded: {undecodable(error)}")
+                    report(key, f"cannot be decoded: {_undecodable(error)}")
             size = os.fstat(stream.fileno()).st_size
         for file in filter(os.path.exists, _index_files(path, cache_dir)):
             if not all(map(np.array_equal, _parse_index(file), _index(size, *zip(*rows)))):
@@ -435,7 +435,7 @@ def _verify_shard(task: tuple[str, str | None]) -> list[BadMember]:
     return bad
 
 
-def undecodable(error: Exception) -> str:
+def _undecodable(error: Exception) -> str:
     # Pillow names the address of the buffer there.
     return "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from tars import folder, picture, samples, tree, webdataset_samples, write_tar
 
 from indistill import packing
@@ -72,8 +72,24 @@ def test_resize_reduces_only_what_is_larger(tmp_path):
     with Image.open(io.BytesIO(images["00000001_1"])) as reduced:
         assert (reduced.format, reduced.size) == ("JPEG", (30, 15))
     (tmp_path / "images" / "a" / "2.png").write_bytes(wide[:100])
-    with pytest.raises(UserError, match="image '00000002_2' cannot be decoded"):
+    with pytest.raises(UserError, match=r"image '00000002_2': not a readable image.*mend or remove it"):
         packing.pack_source(str(tmp_path / "images"), tmp_path / "bad", resize=15)
+
+
+def test_resize_turns_rotated_images_upright(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a quarter turn clockwise
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[:, :30] = 255  # the left half, which becomes the upper one
+    Image.fromarray(pixels).save(tmp_path / "images" / "a" / "0.jpg", exif=exif)
+    summary = packing.pack_source(str(tmp_path / "images"), tmp_path / "out", resize=20)
+    (sample,) = ShardSet(summary["urls"], root=str(tmp_path / "out")).iterate()
+    with Image.open(io.BytesIO(sample.image)) as reduced:
+        assert reduced.size == (20, 30)
+        upright = np.asarray(reduced).astype(int)
+    assert upright[:13].min() > 200
+    assert upright[17:].max() < 50
 
 
 def test_csv_sources(tmp_path):
