@@ -109,6 +109,16 @@ def test_the_ranks_slices_join_to_the_batch(section, world):
     assert equal([joined(parts) for parts in zip(*ranks)], loaded(section))
 
 
+def test_remote_shards_are_asked_for_ahead_of_their_use(section, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "PREFETCH_STEPS", 3)
+    monkeypatch.setattr(data.ShardSet, "remote", True)
+    monkeypatch.setattr(data.ShardSet, "prefetch", lambda self, ids: asked.append(ids.tolist()))
+    used = [batch.ids.tolist() for batch in loaded(section, first=4, last=12, rank=1, world=2)]
+    assert asked[:5] == used[3:]
+    assert asked[5:] == [used[-1]] * 3  # nothing lies behind the last step
+
+
 def test_accumulation_splits_the_batch(section):
     section = with_(section, augment={"recipe": "pad_crop"})
     micro = loaded(section, accumulation=4)
