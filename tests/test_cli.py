@@ -81,6 +81,15 @@ def test_a_run_directory_that_cannot_be_written(config_file, tmp_path, capsys):
     assert "cannot be written" in line
 
 
+def test_a_run_directory_that_holds_another_config(config_file, tree, capsys):
+    main(["train", str(config_file), "duration=13 steps"])
+    capsys.readouterr()
+    before = (Path(tree["run_dir"]) / "metrics.jsonl").read_text()
+    line = refused(capsys, "train", config_file, "duration=13 steps", "optimizer.lr=0.5")
+    assert re.search(r"holds a run of another config \(optimizer.lr: 0.001 -> 0.5\): choose another run_dir", line)
+    assert (Path(tree["run_dir"]) / "metrics.jsonl").read_text() == before
+
+
 def test_a_cut_shard(config_file, tree, tmp_path, capsys):
     folder = tmp_path / "cut"
     folder.mkdir()
