@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
 
 from indistill import __version__
 
@@ -97,30 +98,23 @@ def _pack(arguments: argparse.Namespace) -> None:
 def _index(arguments: argparse.Namespace) -> None:
     from indistill import shards
 
-    counts = shards.index(
-        arguments.urls,
-        cache_dir=arguments.cache_dir,
-        allow_pipe=arguments.allow_pipe,
-        workers=arguments.workers,
-        progress=True,
-    )
+    counts = shards.index(arguments.urls, **_reading(arguments))
     print(f"{sum(counts.values())} samples in {len(counts)} shards")
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     from indistill import shards
 
-    bad = shards.verify(
-        arguments.urls,
-        cache_dir=arguments.cache_dir,
-        allow_pipe=arguments.allow_pipe,
-        workers=arguments.workers,
-        progress=True,
-    )
+    bad = shards.verify(arguments.urls, **_reading(arguments))
     for member in bad:
         print(f"{member.shard}: {member.key}: {member.problem}")
     print(f"{len(bad)} bad members")
     sys.exit(1 if bad else 0)
+
+
+def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("cache_dir", "allow_pipe", "workers")
+    return {"progress": True, **{name: getattr(arguments, name) for name in names}}
 
 
 def _train(arguments: argparse.Namespace) -> None:

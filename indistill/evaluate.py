@@ -7,6 +7,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from indistill import data
+from indistill.config import UserError
 from indistill.models import Network
 
 _AUTHORS_BATCH = 128  # queries
@@ -37,13 +38,19 @@ def accuracy(accelerator: Accelerator, network: Network, dataset: data.ImageData
 def retrieval(
     accelerator: Accelerator, network: Network, database: data.ImageDataset, queries: data.ImageDataset, batch: int
 ) -> dict[str, float]:
-    """mAP of the embeddings by both metrics and protocols, in [0, 1]; the same on all ranks."""
+    """mAP of the embeddings by both metrics and protocols, in [0, 1]; the same on all ranks.
+
+    Raises UserError for embeddings that are not finite and for query classes that the database lacks.
+    """
     tensors = [x for dataset in (database, queries) for x in embeddings(accelerator, network, dataset, batch)]
     scores = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     cases = [(metric, protocol) for protocol in ("interpolated", "authors") for metric in ("cosine", "l2")]
     if accelerator.is_main_process:
-        for i, (metric, protocol) in enumerate(cases):
-            scores[i] = retrieval_map(*tensors, metric=metric, protocol=protocol)
+        try:
+            for i, (metric, protocol) in enumerate(cases):
+                scores[i] = retrieval_map(*tensors, metric=metric, protocol=protocol)
+        except ValueError as error:
+            raise UserError(f"evaluate.retrieval: {error}") from None
     names = [f"map_{metric}" + "_authors" * (protocol == "authors") for metric, protocol in cases]
     return dict(zip(names, broadcast(scores).tolist()))
 
