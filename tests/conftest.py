@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import shutil
+import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,3 +115,29 @@ def run_ranks(function: Callable, world: int, *arguments: Any, exit_code: int = 
     for process in processes:
         process.kill()
     assert codes == [exit_code] * world
+
+
+def kill_at_checkpoint(function: Callable, tree: dict[str, Any], step: int, world: int = 1) -> None:
+    """Start `function(tree)` on `world` ranks and SIGKILL them as soon as the checkpoint of `step` is there.
+
+    On a machine that looks away for longer than the rest of the run takes, the run may end first: then once more.
+    """
+    run_dir = Path(tree["run_dir"])
+    for _ in range(5):
+        port = unused_port()
+        ranks = [None] if world == 1 else range(world)
+        processes = [start(function, tree, rank=rank, world=world, port=port) for rank in ranks]
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and all(process.is_alive() for process in processes):
+            if (run_dir / "checkpoints" / f"step-{step:08d}").exists():
+                break
+            time.sleep(0.001)
+        for process in processes:
+            process.kill()
+            process.join()
+        if not (run_dir / "summary.json").exists():
+            assert {process.exitcode for process in processes} == {-signal.SIGKILL}
+            assert list((run_dir / "checkpoints").glob("step-*"))
+            return
+        shutil.rmtree(run_dir)
+    raise AssertionError("the run always ended before it could be killed")

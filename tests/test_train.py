@@ -7,14 +7,13 @@ import functools
 import http.server
 import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import start
+from conftest import kill_at_checkpoint
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
@@ -168,17 +167,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tree, step, reference):
     expected, reference_dir = reference(tree)
     run_dir = Path(tree["run_dir"])
 
-    process = start(run, tree)
-    deadline = time.monotonic() + 240
-    while process.is_alive() and time.monotonic() < deadline:
-        if (run_dir / "checkpoints" / f"step-{step - step % 2:08d}").exists():
-            break
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-    assert process.exitcode == -9, "the run ended before it could be killed"
-    assert not (run_dir / "summary.json").exists()
-
+    kill_at_checkpoint(run, tree, step=step - step % 2)
     run(tree)
     assert record(run_dir) == expected
     for name in ("student.safetensors", "checkpoints/step-00000024/ema.safetensors"):

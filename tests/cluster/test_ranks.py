@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_ranks, start, unused_port
+from conftest import kill_at_checkpoint, run_ranks
 
 from indistill import config
 from indistill import train as module
@@ -105,16 +104,7 @@ def test_batch_norm_ranks_stay_equal_and_resume_exactly(tree, tmp_path):
     hashes = [json.loads((tmp_path / "told" / f"{rank}.json").read_text())["hash"] for rank in range(2)]
     assert len(losses(whole["run_dir"])) == 24
 
-    port = unused_port()
-    processes = [start(run, tree, rank=rank, world=2, port=port) for rank in range(2)]
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not (Path(tree["run_dir"]) / "checkpoints" / "step-00000006").exists():
-        time.sleep(0.001)
-    for process in processes:
-        process.kill()
-        process.join()
-    assert not (Path(tree["run_dir"]) / "summary.json").exists()
-
+    kill_at_checkpoint(run, tree, step=6, world=2)
     (tmp_path / "again").mkdir()
     run_ranks(run_and_hash, 2, tree, str(tmp_path / "again"))
     again = [json.loads((tmp_path / "again" / f"{rank}.json").read_text())["hash"] for rank in range(2)]
