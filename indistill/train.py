@@ -58,6 +58,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity)
     first_step, scores = checkpoints.resume(resume, ema, log)
     log.open(first_step)
+    start_trackers(accelerator, settings)
     batches = log.waiting(training.loader(first_step, timetable.total_steps, accelerator.device))
     evaluated = ema.module if ema else student
 
@@ -125,15 +126,18 @@ def start_accelerator(settings: Config) -> Accelerator:
             f"the launcher started {world} processes, Accelerate sees {accelerator.num_processes}: unset ACCELERATE_* "
             "variables of another job, or check the accelerate config"
         )
-    if settings.log.tensorboard:
-        # into run_dir/tensorboard, with the configuration as hyperparameters
-        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.flatten(settings).items()}
-        accelerator.init_trackers("tensorboard", config=plain)
     accelerator.print(
         f"indistill: {world} process{'es' * (world > 1)} on {accelerator.device.type}, precision "
         f"{settings.mixed_precision}, run directory {settings.run_dir}"
     )
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, settings: Config) -> None:
+    """TensorBoard, in run_dir/tensorboard, with the configuration as hyperparameters."""
+    if settings.log.tensorboard:
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.flatten(settings).items()}
+        accelerator.init_trackers("tensorboard", config=plain)
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
@@ -154,11 +158,10 @@ def open_run_dir(settings: Config) -> Path:
     """Create the run directory or find it holding this very run. Raises UserError if it cannot be used."""
     run_dir = Path(settings.run_dir)
     saved = run_dir / "config.yaml"
-    if saved.exists():
-        difference = config.difference(config.load(saved), settings)
+    try:
+        difference = config.difference(config.load(saved), settings) if saved.exists() else None
         if difference:
             raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
-    try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         saved.write_text(config.dump(settings))
     except OSError as error:

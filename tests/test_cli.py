@@ -57,11 +57,12 @@ def refused(capsys, *arguments: str) -> str:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line(config_file, tree, capsys, overrides, message):
-    line = refused(capsys, "train", config_file, *overrides)
+    line = refused(capsys, "train", config_file, "log.tensorboard=true", *overrides)
     assert line.startswith("indistill: error: ")
     assert re.search(message, line), line
     assert not list(Path(tree["run_dir"]).glob("checkpoints/*"))
     assert not (Path(tree["run_dir"]) / "metrics.jsonl").exists()
+    assert not (Path(tree["run_dir"]) / "tensorboard").exists()
 
 
 def test_a_head_of_another_size(config_file, tmp_path, capsys):
@@ -77,7 +78,7 @@ def test_a_head_of_another_size(config_file, tmp_path, capsys):
 
 def test_a_run_directory_that_cannot_be_written(config_file, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    line = refused(capsys, "train", config_file, f"run_dir={tmp_path}/file/run")
+    line = refused(capsys, "train", config_file, f"run_dir={tmp_path}/file/run", "log.tensorboard=true")
     assert "cannot be written" in line
 
 
