@@ -12,7 +12,7 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -205,6 +205,19 @@ class Model(Section):
         return self
 
 
+class Teacher(Model):
+    heads: str | None = None  # heads.safetensors of a run with stage: heads
+
+
+class Heads(Section):
+    """What `stage: heads` trains on the frozen teacher: a linear classifier per stage (arXiv 2103.00497)."""
+
+    stages: Literal["auto"] | list[int] = "auto"  # indices into timm's feature_info; auto: those a warm-up would take
+    # Each head reads the whole map, as published for 32 px images. At 224 px that is 200,000 inputs after the first
+    # stage of a ResNet: pool averages maps that are larger than this many pixels a side.
+    pool: PositiveInt | None = None
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -239,39 +252,167 @@ class PhaseTraining(Section):
 
 
 class Prune(Section):
-    criterion: Literal["l1"] = "l1"
+    # Importance of a channel: norm of its filters (l1, l2), scale of its batch norm, mean absolute activation and
+    # first-order Taylor term on calibration batches, or chance (a control).
+    criterion: Literal["l1", "l2", "bn_scale", "activation", "taylor", "random"] = "l1"
+    batches: PositiveInt = 8  # calibration batches of data.train, for activation and taylor
     # slice: the exact channels of the teacher's map. paper_bn: the published code's variant (prune.py).
     mode: Literal["slice", "paper_bn"] = "slice"
+
+
+class Auto(Section):
+    """When `curriculum: auto` moves on to the next pair: see `curriculum.flattened`."""
+
+    window: Duration = "0.25 epochs"  # over which losses are averaged
+    patience: PositiveInt = 3  # windows
+    tolerance: PositiveFloat = 0.01  # fraction of the loss
 
 
 class Warmup(PhaseTraining):
     # (teacher stage, student stage) by index into timm's feature_info; auto matches by reduction (stride).
     pairs: Literal["auto"] | list[tuple[int, int]] = "auto"
+    curriculum: Literal["sequential", "cumulative", "reversed", "all_at_once", "auto"] = "sequential"
     alpha: Annotated[int, Field(ge=0)] = 2  # pair i lasts alpha + 1 + i epochs
-    durations: list[Duration] | None = None  # one per pair, instead of alpha
+    durations: list[Duration] | None = None  # one per pair, instead of alpha; with curriculum: auto, at most
+    auto: Auto = Auto()
     lr: PositiveFloat | list[PositiveFloat] | None = None  # a list gives one per pair
     adapter: Literal["none", "conv1x1"] = "none"  # conv1x1 lifts a student map that is wider than the teacher's
     prune: Prune = Prune()
 
 
+# Each loss says what it reads of the student. Weights and parameters default to the published ones.
+
+
 class CrossEntropy(Section):
+    reads: ClassVar[set[str]] = {"logits"}
     name: Literal["ce"]
     weight: float = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class KDLoss(Section):
+    reads: ClassVar[set[str]] = {"logits"}
     name: Literal["kd"]
     weight: float = 1.0
     temperature: PositiveFloat = 4.0
+    standardize: bool = False  # logit standardisation
+
+
+class DISTLoss(Section):
+    reads: ClassVar[set[str]] = {"logits"}
+    name: Literal["dist"]
+    weight: float = 1.0
+    beta: float = 1.0  # of the relations within a sample
+    gamma: float = 1.0  # of those within a class
+    temperature: PositiveFloat = 1.0
+
+
+class DKDLoss(Section):
+    reads: ClassVar[set[str]] = {"logits"}
+    name: Literal["dkd"]
+    weight: float = 1.0
+    alpha: float = 1.0  # of the target class
+    beta: float = 8.0  # of the others
+    temperature: PositiveFloat = 4.0
+
+
+class CohortLoss(Section):
+    """Co-teaching by the teacher and its intermediate classifier heads: needs `teacher.heads`."""
+
+    reads: ClassVar[set[str]] = {"logits"}
+    name: Literal["dih"]
+    weight: float = 1.0
+    alpha: Probability = 0.1  # of the teaching, beside cross-entropy
+    temperature: PositiveFloat = 5.0
+    weights: list[float] | None = None  # of the teacher, then of each head, shallow to deep; None: 1 each
+
+
+class TokenLoss(Section):
+    """Distillation token of a student such as deit_tiny_distilled_patch16_224; `ce` then trains its class token."""
+
+    reads: ClassVar[set[str]] = {"logits", "token"}
+    name: Literal["token"]
+    weight: float = 1.0
+    mode: Literal["hard", "soft"] = "hard"
+    temperature: PositiveFloat = 1.0  # for soft
+
+
+Kernel = Literal["cosine", "student_t", "rbf", "combined"]
+Divergence = Literal["kl", "jeffreys"]
 
 
 class PKTLoss(Section):
+    reads: ClassVar[set[str]] = {"embedding"}
     name: Literal["pkt"]
+    weight: float = 1.0
+    kernel: Kernel = "combined"
+    divergence: Divergence = "jeffreys"
+
+
+class InformationFlowLoss(Section):
+    """PKT on the embedding, and on every pair of `kd.pairs` with weight init * decay^epoch."""
+
+    reads: ClassVar[set[str]] = {"embedding", "features"}
+    name: Literal["information_flow"]
+    weight: float = 1.0
+    init: Annotated[float, Field(ge=0)] = 100.0
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.7
+    kernel: Kernel = "combined"
+    divergence: Divergence = "jeffreys"
+
+
+class RKDLoss(Section):
+    reads: ClassVar[set[str]] = {"embedding"}
+    name: Literal["rkd"]
+    weight: float = 1.0
+    distance_weight: float = 25.0
+    angle_weight: float = 50.0
+
+
+class CRDLoss(Section):
+    reads: ClassVar[set[str]] = {"embedding"}
+    name: Literal["crd"]
+    weight: float = 0.8
+    dim: PositiveInt = 128  # of the space where student and teacher meet
+    temperature: PositiveFloat = 0.07
+
+
+class SPLoss(Section):
+    reads: ClassVar[set[str]] = {"features"}
+    name: Literal["sp"]
+    weight: float = 3000.0
+
+
+class ATLoss(Section):
+    reads: ClassVar[set[str]] = {"features"}
+    name: Literal["at"]
+    weight: float = 1000.0
+
+
+class MapLoss(Section):
+    """On every pair of `kd.pairs`, through trained layers (projectors.py) from the student's maps to the teacher's."""
+
+    reads: ClassVar[set[str]] = {"features"}
+    name: Literal["hint", "vid", "reviewkd"]
     weight: float = 1.0
 
 
-Loss = Annotated[CrossEntropy | KDLoss | PKTLoss, Field(discriminator="name")]
+Loss = Annotated[
+    CrossEntropy
+    | KDLoss
+    | DISTLoss
+    | DKDLoss
+    | CohortLoss
+    | TokenLoss
+    | PKTLoss
+    | InformationFlowLoss
+    | RKDLoss
+    | CRDLoss
+    | SPLoss
+    | ATLoss
+    | MapLoss,
+    Field(discriminator="name"),
+]
 
 
 class Mix(Section):
@@ -287,6 +428,11 @@ class KD(PhaseTraining):
     """The rest of the run after the warm-up; without a teacher it is plain supervised training."""
 
     losses: Annotated[list[Loss], Field(min_length=1)] = [CrossEntropy(name="ce")]
+    # For losses on feature maps: (teacher stage, student stage). None: those of the warm-up, or else auto.
+    pairs: Literal["auto"] | list[tuple[int, int]] | None = None
+    # Losses that compare the samples of a batch see those of all ranks (global) or of their own (local); auto: global
+    # unless the gathered matrix is large (relational.py).
+    relational_scope: Literal["auto", "global", "local"] = "auto"
     mix: Mix | None = None
 
 
@@ -299,6 +445,8 @@ class Evaluate(Section):
     every: Duration | None = None  # None: at the end only
     batch: PositiveInt = 256  # per rank
     retrieval: bool = False  # at the end: mAP of the embeddings, queries = data.eval, database = data.train
+    # Of data.eval, on which each teacher and student stage are compared (CKA, information flow); 0: not at all.
+    similarity_samples: Annotated[int, Field(ge=0)] = 512
 
 
 class Checkpoint(Section):
@@ -315,11 +463,13 @@ class Log(Section):
 
 class Config(Section):
     run_dir: str
+    stage: Literal["distill", "heads"] = "distill"  # heads: train classifiers on a frozen teacher's stages
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # numpy's generators take no more
     duration: Annotated[Duration, AfterValidator(_run_length)]  # the whole run, warm-up included
     data: Data
-    student: Model
-    teacher: Model | None = None
+    student: Model | None = None
+    teacher: Teacher | None = None
+    heads: Heads = Heads()
     warmup: Warmup | None = None
     kd: KD = KD()
     optimizer: Optimizer
@@ -327,6 +477,7 @@ class Config(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     grad_accumulation: PositiveInt = 1
     clip_grad_norm: PositiveFloat | None = None
+    sync_batchnorm: bool = False  # the student's batch statistics over all ranks; GPUs only
     ema: Ema | None = None
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
@@ -340,13 +491,39 @@ class Config(Section):
         return values
 
     @model_validator(mode="after")
-    def _teacher_where_needed(self) -> Config:
-        if self.teacher is None:
+    def _networks_where_needed(self) -> Config:
+        names = [loss.name for loss in self.kd.losses]
+        if self.stage == "heads":
+            if self.teacher is None:
+                raise ValueError("stage: heads needs a teacher: add the section teacher")
+            unused = [key for key in ("student", "warmup") if getattr(self, key) is not None]
+            if unused or set(names) != {"ce"} or self.evaluate.retrieval or self.teacher.heads:
+                what = unused[0] if unused else "kd.losses other than ce, evaluate.retrieval and teacher.heads"
+                raise ValueError(f"stage: heads trains classifiers on the teacher alone: remove {what}")
+        elif self.student is None:
+            raise ValueError("student: missing: add the section student, with the name of a timm model")
+        elif self.teacher is None:
             if self.warmup is not None:
                 raise ValueError("warmup needs a teacher: add the section teacher, or remove warmup")
-            for loss in self.kd.losses:
-                if loss.name != "ce":
-                    raise ValueError(f"kd.losses: {loss.name} needs a teacher: add the section teacher, or use ce")
+            for name in names:
+                if name != "ce":
+                    raise ValueError(f"kd.losses: {name} needs a teacher: add the section teacher, or use ce")
+        elif "dih" in names and self.teacher.heads is None:
+            raise ValueError("kd.losses: dih needs teacher.heads, the heads.safetensors of a run with stage: heads")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_labels(self) -> Config:
+        mixed = self.kd.mix is not None and (self.kd.mix.mixup or self.kd.mix.cutmix)
+        for loss in self.kd.losses:
+            if mixed and loss.name in ("dkd", "crd"):
+                raise ValueError(
+                    f"kd.losses: {loss.name} reads the class of each sample, kd.mix mixes them: remove one"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _data_where_needed(self) -> Config:
         if self.evaluate.every is not None and self.data.eval is None:
             raise ValueError("evaluate.every needs shards to evaluate on: set data.eval")
         if self.evaluate.retrieval and self.data.eval is None:
