@@ -50,6 +50,49 @@ def test_a_pair_of_no_duration_is_skipped(tree):
     assert spans(found) == [("warmup 1/3", 0, 100), ("warmup 3/3", 100, 200), ("kd", 200, None)]
 
 
+@pytest.mark.parametrize("nothing", [0, 0.0, "0 epochs", "0.00 samples", "0e3 steps", "0%", ".0 percent"])
+def test_nothing_in_any_unit_skips_its_pair(tree, nothing):
+    assert spans(timetable(tree, duration=10, warmup={"durations": [1, nothing, 1]}))[1][0] == "warmup 3/3"
+
+
+@pytest.mark.parametrize("little", [0.001, "1 sample", "15 samples", "0.4 steps", "0.04%", "1e-3 epochs", 1e-7])
+def test_a_pair_of_less_than_a_step_is_refused(tree, little):
+    message = rf"^warmup.durations: {little} for pair 2 is less than one step \(an epoch has 100\): raise it, or give 0"
+    with pytest.raises(UserError, match=message):
+        timetable(tree, duration=10, warmup={"durations": [1, little, 1]})
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("sequential", [("warmup 1/3", 0, 100), ("warmup 2/3", 100, 150), ("warmup 3/3", 150, 350)]),
+        ("cumulative", [("warmup 1/3", 0, 100), ("warmup 2/3", 100, 150), ("warmup 3/3", 150, 350)]),
+        ("reversed", [("warmup 3/3", 0, 200), ("warmup 2/3", 200, 250), ("warmup 1/3", 250, 350)]),
+        ("all_at_once", [("warmup 1/1", 0, 350)]),
+        ("auto", [("warmup 1/3", 0, 100), ("warmup 2/3", 100, 150), ("warmup 3/3", 150, 350)]),
+    ],
+)
+def test_the_order_of_the_curriculum(tree, order, expected):
+    found = timetable(tree, duration=10, warmup={"durations": [1, "50 steps", 2], "curriculum": order})
+    assert spans(found) == [*expected, ("kd", 350, None)]
+    assert found.curriculum.order == order
+
+
+def test_all_at_once_has_one_learning_rate(tree):
+    warmup = {"curriculum": "all_at_once", "durations": [1, 1, 1]}
+    with pytest.raises(UserError, match=r"^warmup.lr: curriculum all_at_once has one phase.*: give one value"):
+        timetable(tree, duration=10, warmup=warmup | {"lr": [0.1, 0.2, 0.3]})
+    assert spans(timetable(tree, duration=10, warmup=warmup | {"lr": 0.1}))[-1] == ("kd", 300, None)
+
+
+def test_the_window_of_auto_is_at_least_a_step(tree):
+    for window in ("0 steps", 0.001, "1 sample"):
+        warmup = {"curriculum": "auto", "auto": {"window": window}}
+        with pytest.raises(UserError, match=rf"^warmup.auto.window: {window} is less than one step \(an epoch has 100"):
+            timetable(tree, duration=20, warmup=warmup)
+    assert timetable(tree, duration=20, warmup=warmup | {"curriculum": "sequential"}).total_steps == 2000
+
+
 def test_without_warmup_kd_begins_at_once(tree):
     del tree["warmup"]
     assert spans(timetable(tree, pairs=0)) == [("kd", 0, None)]
