@@ -1,6 +1,7 @@
 """Every loss against its formula in float64 loops, its gradient, and the inputs that break naive versions."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,37 +9,160 @@ import torch
 
 from indistill import losses
 
-
-def numpy_kd(student, teacher, temperature):
-    total = 0.0
-    for s, t in zip(student, teacher):
-        p = np.exp(t / temperature) / np.exp(t / temperature).sum()
-        q = np.exp(s / temperature) / np.exp(s / temperature).sum()
-        total += sum(p[k] * math.log(p[k] / q[k]) for k in range(len(p)))
-    return temperature**2 * total / len(student)
+LABELS = torch.tensor([2, 0, 1, 1])  # of 4 samples and 3 classes
 
 
-def numpy_pkt(student, teacher):
-    def cosine(a, b):
-        norms = [math.sqrt(sum(v * v for v in x)) + 1e-6 for x in (a, b)]
-        return (sum(x * y for x, y in zip(a, b)) / norms[0] / norms[1] + 1) / 2
+def dih(student, teacher, **options):
+    """A cohort of two, of which the second is the teacher upside down."""
+    return losses.dih(student, [teacher, teacher.flip(0)], LABELS[: len(student)] % student.shape[1], **options)
 
-    def student_t(a, b):
-        return 1 / (1 + math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b)) + 1e-6))
 
-    size, total = len(student), 0.0
-    for kernel in (cosine, student_t):
-        p = np.array([[kernel(a, b) for b in teacher] for a in teacher])
-        q = np.array([[kernel(a, b) for b in student] for a in student])
-        for i in range(size):
-            for j in range(size):
-                p_ij, q_ij = p[i, j] / p[i].sum(), q[i, j] / q[i].sum()
-                total += (p_ij - q_ij) * (math.log(p_ij) - math.log(q_ij)) / size**2
-    return total
+def dkd(student, teacher, **options):
+    return losses.dkd(student, teacher, LABELS[: len(student)] % student.shape[1], **options)
+
+
+# Each loss as a function of (student, teacher) of four samples, and the shapes it is given.
+LOGITS = {
+    "kd": losses.kd,
+    "kd standardized": partial(losses.kd, standardize=True),
+    "dist": partial(losses.dist, temperature=2.0),
+    "dkd": dkd,
+    "dih": dih,
+    "token hard": losses.token,
+    "token soft": partial(losses.token, mode="soft", temperature=3.0),
+}
+FEATURES = {
+    **{
+        f"pkt {kernel} {divergence}": partial(losses.pkt, kernel=kernel, divergence=divergence)
+        for kernel in ("cosine", "student_t", "rbf", "combined")
+        for divergence in ("kl", "jeffreys")
+    },
+    "sp": losses.sp,
+    "rkd": losses.rkd,
+}
+MAPS = {"at": losses.at, "hint": losses.hint}
+ALL = {**LOGITS, **FEATURES, **MAPS}
+SHAPES = (
+    dict.fromkeys(LOGITS, ((4, 3), (4, 3)))
+    | dict.fromkeys(FEATURES, ((4, 3), (4, 5)))
+    | {"at": ((4, 3, 2, 2), (4, 5, 2, 2)), "hint": ((4, 3, 2, 2), (4, 3, 2, 2))}
+)
 
 
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(name, dtype=torch.float64):
+    student, teacher = SHAPES[name]
+    return random(*student, dtype=dtype), random(*teacher, seed=1, dtype=dtype)
+
+
+def softmax(row):
+    return np.exp(row) / np.exp(row).sum()
+
+
+def kl(p, q):
+    return sum(p[k] * math.log(p[k] / q[k]) for k in range(len(p)))
+
+
+def numpy_kd(student, teacher, temperature):
+    total = sum(kl(softmax(t / temperature), softmax(s / temperature)) for s, t in zip(student, teacher))
+    return temperature**2 * total / len(student)
+
+
+def distance(a, b):
+    return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b)))
+
+
+def numpy_pkt(student, teacher, kernel, divergence):
+    def cosine(a, b, rows):
+        norms = [math.sqrt(sum(v * v for v in x)) + 1e-6 for x in (a, b)]
+        return (sum(x * y for x, y in zip(a, b)) / norms[0] / norms[1] + 1) / 2
+
+    def smooth(a, b):
+        return math.sqrt(distance(a, b) ** 2 + 1e-6)
+
+    def student_t(a, b, rows):
+        return 1 / (1 + smooth(a, b))
+
+    def rbf(a, b, rows):
+        return math.exp(-smooth(a, b) / np.mean([smooth(c, d) for c in rows for d in rows]))
+
+    size, total = len(student), 0.0
+    names = {"cosine": [cosine], "student_t": [student_t], "rbf": [rbf], "combined": [cosine, student_t]}
+    for function in names[kernel]:
+        p = np.array([[function(a, b, teacher) for b in teacher] for a in teacher])
+        q = np.array([[function(a, b, student) for b in student] for a in student])
+        for i in range(size):
+            p_i, q_i = p[i] / p[i].sum(), q[i] / q[i].sum()
+            total += kl(p_i, q_i) / size**2
+            if divergence == "jeffreys":
+                total += kl(q_i, p_i) / size**2
+    return total
+
+
+def numpy_dist(student, teacher, beta, gamma, temperature):
+    s = np.array([softmax(row / temperature) for row in student])
+    t = np.array([softmax(row / temperature) for row in teacher])
+    inter = 1 - np.mean([np.corrcoef(s[i], t[i])[0, 1] for i in range(s.shape[0])])
+    intra = 1 - np.mean([np.corrcoef(s[:, k], t[:, k])[0, 1] for k in range(s.shape[1])])
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def numpy_dkd(student, teacher, labels, alpha, beta, temperature):
+    total = 0.0
+    for s, t, label in zip(student, teacher, labels):
+        p, q = softmax(t / temperature), softmax(s / temperature)
+        tckd = kl([p[label], 1 - p[label]], [q[label], 1 - q[label]])
+        p, q = np.delete(p, label), np.delete(q, label)
+        total += alpha * tckd + beta * kl(p / p.sum(), q / q.sum())
+    return temperature**2 * total / len(student)
+
+
+def numpy_sp(student, teacher):
+    total, size = 0.0, len(student)
+    s, t = student.reshape(size, -1), teacher.reshape(size, -1)
+    for i in range(size):
+        s_row, t_row = [np.array([x[i] @ x[j] for j in range(size)]) for x in (s, t)]
+        total += ((s_row / math.sqrt(s_row @ s_row) - t_row / math.sqrt(t_row @ t_row)) ** 2).sum()
+    return total / size**2
+
+
+def huber(difference):
+    return difference**2 / 2 if abs(difference) < 1 else abs(difference) - 0.5
+
+
+def numpy_rkd(student, teacher, distance_weight, angle_weight):
+    size = len(student)
+    samples = range(size)
+    means = [
+        sum(distance(x[i], x[j]) for i in samples for j in samples) / (size * (size - 1)) for x in (student, teacher)
+    ]
+    total = 0.0
+    for i in samples:
+        for j in samples:
+            s, t = (distance(x[i], x[j]) / mean for x, mean in zip((student, teacher), means))
+            total += distance_weight * huber(s - t) / size**2
+
+    def angle(x, i, j, k):
+        if j in (i, k):
+            return 0.0
+        return (x[i] - x[j]) @ (x[k] - x[j]) / (distance(x[i], x[j]) * distance(x[k], x[j]))
+
+    for i in samples:
+        for j in samples:
+            for k in samples:
+                total += angle_weight * huber(angle(student, i, j, k) - angle(teacher, i, j, k)) / size**3
+    return total
+
+
+def numpy_at(student, teacher):
+    total = 0.0
+    for s, t in zip(student, teacher):
+        s, t = ((x**2).sum(axis=0) for x in (s, t))  # [H, W]; the length takes out the number of channels
+        total += ((s / math.sqrt((s**2).sum()) - t / math.sqrt((t**2).sum())) ** 2).sum()
+    return total / student[:, 0].size
 
 
 def test_kd_matches_the_formula():
@@ -59,53 +183,187 @@ def test_kd_by_hand():
     assert losses.kd(teacher, teacher).item() == 0
 
 
-def test_kd_is_finite_for_extreme_logits():
-    student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-    loss = losses.kd(student, -student.detach(), temperature=1.0)
-    loss.backward()
-    assert loss.isfinite()
-    assert student.grad.isfinite().all()
+def test_standardized_kd_matches_the_formula():
+    student, teacher = random(5, 7).numpy() * 3 + 1, random(5, 7, seed=1).numpy()
+    s, t = ([(row - row.mean()) / row.std(ddof=1) for row in x] for x in (student, teacher))
+    actual = losses.kd(torch.from_numpy(student), torch.from_numpy(teacher), 2.0, standardize=True)
+    assert actual.item() == pytest.approx(numpy_kd(s, t, 2.0), rel=1e-12)
 
 
-def test_pkt_matches_the_formula():
+def test_standardized_kd_sees_neither_shift_nor_scale():
+    student, teacher = random(4, 6), random(4, 6, seed=1)
+    plain = losses.kd(student, teacher, standardize=True).item()
+    changed = losses.kd(student * torch.tensor([[1.0], [2], [3], [0.5]]) - 7, teacher, standardize=True).item()
+    assert changed == pytest.approx(plain, rel=1e-9)
+    assert losses.kd(teacher * 5 + 2, teacher, standardize=True).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["cosine", "student_t", "rbf", "combined"])
+@pytest.mark.parametrize("divergence", ["kl", "jeffreys"])
+def test_pkt_matches_the_formula(kernel, divergence):
     student, teacher = random(6, 3), random(6, 5, seed=1) * 4 + 2
-    expected = numpy_pkt(student.numpy(), teacher.numpy())
-    assert losses.pkt(student, teacher).item() == pytest.approx(expected, rel=1e-9)
-    assert losses.pkt(student.float(), teacher.float()).item() == pytest.approx(expected, rel=1e-3)
+    expected = numpy_pkt(student.numpy(), teacher.numpy(), kernel, divergence)
+    assert losses.pkt(student, teacher, kernel, divergence).item() == pytest.approx(expected, rel=1e-9)
+    single = losses.pkt(student.float(), teacher.float(), kernel, divergence).item()
+    assert single == pytest.approx(expected, rel=1e-3)
+
+
+def test_pkt_is_by_default_combined_under_jeffreys():
+    student, teacher = random(6, 3), random(6, 5, seed=1)
+    assert losses.pkt(student, teacher) == losses.pkt(student, teacher, "combined", "jeffreys")
 
 
 def test_pkt_in_single_precision_is_close_far_from_the_origin():
     student, teacher = random(8, 4) * 0.1 + 50, random(8, 4, seed=1)
     student = student.float().double()  # the same numbers for both
-    expected = numpy_pkt(student.numpy(), teacher.numpy())
+    expected = numpy_pkt(student.numpy(), teacher.numpy(), "combined", "jeffreys")
     assert losses.pkt(student.float(), teacher.float()).item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_pkt_is_zero_for_equal_geometry():
-    features = random(6, 3)
-    assert losses.pkt(features, features).item() == 0
-    assert losses.pkt(features.flip(1), features).item() == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", ["zero row", "all zero", "identical rows", "opposite rows", "one sample", "large"])
-def test_pkt_and_its_gradient_are_finite(case, dtype):
-    student = {
-        "zero row": torch.cat([torch.zeros(1, 3), random(4, 3, dtype=torch.float32)]),
-        "all zero": torch.zeros(5, 3),
-        "identical rows": random(1, 3, dtype=torch.float32).repeat(5, 1),
-        "opposite rows": torch.tensor([[100.0, 0, 0], [-100, 0, 0]]),
-        "one sample": random(1, 3, dtype=torch.float32),
-        "large": random(5, 3, dtype=torch.float32) * 1e4,
-    }[case]
-    student = student.to(dtype).requires_grad_()
-    teacher = random(len(student), 4, seed=1, dtype=dtype)
-    for loss in (losses.pkt(student, teacher), losses.pkt(teacher, student)):
-        student.grad = None
-        loss.backward()
-        assert loss.dtype == torch.float32
+def test_pkt_rbf_beside_an_outlier():
+    # Its neighbours' probabilities are exp(-200) of its own: zero in float32, and log 0 is not finite.
+    student = random(400, 2, dtype=torch.float32)
+    student[0] = 1e6
+    student.requires_grad_()
+    for divergence in ("kl", "jeffreys"):
+        loss = losses.pkt(student, random(400, 2, seed=1, dtype=torch.float32), "rbf", divergence)
+        (gradient,) = torch.autograd.grad(loss, student)
         assert loss.isfinite()
-        assert student.grad.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+def test_pkt_refuses_unknown_names():
+    features = random(4, 3)
+    with pytest.raises(ValueError, match="kernel 'gauss'"):
+        losses.pkt(features, features, kernel="gauss")
+    with pytest.raises(ValueError, match="divergence 'js'"):
+        losses.pkt(features, features, divergence="js")
+
+
+def test_dist_matches_the_formula():
+    student, teacher = random(5, 7), random(5, 7, seed=1) * 2
+    for beta, gamma, temperature in ((1.0, 1.0, 1.0), (2.0, 0.0, 4.0), (0.0, 3.0, 2.0)):
+        expected = numpy_dist(student.numpy(), teacher.numpy(), beta, gamma, temperature)
+        assert losses.dist(student, teacher, beta, gamma, temperature).item() == pytest.approx(expected, rel=1e-9)
+    assert losses.dist(student, teacher) == losses.dist(student, teacher, 1.0, 1.0, 1.0)
+
+
+def test_dist_without_relations_is_one_each():
+    # Equal probabilities have no correlation with anything: 1 - 0, over the classes and over the samples.
+    assert losses.dist(torch.zeros(3, 4), random(3, 4)).item() == pytest.approx(2, abs=1e-6)
+
+
+def test_dkd_matches_the_formula():
+    student, teacher, labels = random(5, 7), random(5, 7, seed=1) * 2, torch.tensor([6, 0, 3, 3, 1])
+    for alpha, beta, temperature in ((1.0, 8.0, 4.0), (2.0, 0.0, 1.0), (0.0, 0.5, 1.0)):
+        expected = numpy_dkd(student.numpy(), teacher.numpy(), labels.numpy(), alpha, beta, temperature)
+        actual = losses.dkd(student, teacher, labels, alpha, beta, temperature)
+        assert actual.item() == pytest.approx(expected, rel=1e-12)
+    assert losses.dkd(student, teacher, labels) == losses.dkd(student, teacher, labels, 1.0, 8.0, 4.0)
+
+
+def test_dkd_with_the_weights_of_kd_is_kd():
+    # 2203.08679, equation 6: KL = TCKD + (1 - teacher's probability of the target) * NCKD.
+    student, teacher, label = random(1, 6), random(1, 6, seed=1), torch.tensor([4])
+    beta = 1 - torch.softmax(teacher / 3, dim=1)[0, 4].item()
+    expected = losses.kd(student, teacher, 3.0).item()
+    assert losses.dkd(student, teacher, label, 1.0, beta, 3.0).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_dkd_keeps_the_others_of_a_confident_teacher():
+    # A target 3000 above the others: their proportions count all the same, to the last digit.
+    teacher = torch.tensor([[3000.0, 0.25, 1.5, -1.0]])
+    student = torch.tensor([[-3000.0, 1.0, 0.5, 0.0]])
+    nckd = losses.dkd(student, teacher, torch.tensor([0]), alpha=0.0, beta=1.0, temperature=1.0)
+    assert nckd.item() == pytest.approx(losses.kd(student[:, 1:], teacher[:, 1:], 1.0).item(), rel=1e-6)
+
+
+def test_dkd_refuses_mixed_labels():
+    with pytest.raises(ValueError, match=r"dkd: labels \(4, 3\)"):
+        losses.dkd(random(4, 3), random(4, 3), torch.full((4, 3), 1 / 3))
+
+
+def test_dih_matches_the_formula():
+    student, labels = random(4, 3), LABELS
+    cohort = [random(4, 3, seed=seed) for seed in (1, 2, 3)]
+    hard = -np.mean([math.log(softmax(row)[label]) for row, label in zip(student.numpy(), labels)])
+    for alpha, temperature, weights in ((0.1, 5.0, None), (0.7, 2.0, [1.0, 0.5, 2.0])):
+        expected = sum(
+            weight * ((1 - alpha) * hard + alpha * numpy_kd(student.numpy(), member.numpy(), temperature))
+            for weight, member in zip(weights or [1, 1, 1], cohort)
+        )
+        actual = losses.dih(student, cohort, labels, alpha, temperature, weights)
+        assert actual.item() == pytest.approx(expected, rel=1e-12)
+    assert losses.dih(student, cohort, labels) == losses.dih(student, cohort, labels, 0.1, 5.0)
+
+
+def test_dih_takes_class_probabilities():
+    student, cohort = random(4, 3), [random(4, 3, seed=1)]
+    expected = losses.dih(student, cohort, LABELS)
+    one_hot = torch.nn.functional.one_hot(LABELS, 3)
+    assert losses.dih(student, cohort, one_hot.float()).item() == pytest.approx(expected.item(), rel=1e-12)
+    mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
+    expected = 0.7 * expected + 0.3 * losses.dih(student, cohort, LABELS.flip(0))
+    assert losses.dih(student, cohort, mixed).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_dih_refuses_what_does_not_fit():
+    logits = random(4, 3)
+    with pytest.raises(ValueError, match="0 cohort members"):
+        losses.dih(logits, [], LABELS)
+    with pytest.raises(ValueError, match="1 cohort members and 2 weights"):
+        losses.dih(logits, [logits], LABELS, weights=[1.0, 1.0])
+    with pytest.raises(ValueError, match=r"student \(4, 3\) and teacher \(4, 2\)"):
+        losses.dih(logits, [logits, logits[:, :2]], LABELS)
+    with pytest.raises(ValueError, match=r"labels \(3,\)"):
+        losses.dih(logits, [logits], LABELS[:3])
+
+
+def test_token_matches_the_formula():
+    student, teacher = random(5, 7), random(5, 7, seed=1)
+    hard = -np.mean([math.log(softmax(s)[t.argmax()]) for s, t in zip(student.numpy(), teacher.numpy())])
+    assert losses.token(student, teacher).item() == pytest.approx(hard, rel=1e-12)
+    assert losses.token(student, teacher, "hard", 9.0).item() == pytest.approx(hard, rel=1e-12)
+    soft = numpy_kd(student.numpy(), teacher.numpy(), 3.0)
+    assert losses.token(student, teacher, "soft", 3.0).item() == pytest.approx(soft, rel=1e-12)
+    with pytest.raises(ValueError, match="mode 'both'"):
+        losses.token(student, teacher, "both")
+
+
+def test_sp_matches_the_formula():
+    student, teacher = random(5, 3, 2, 2), random(5, 4, seed=1)
+    expected = numpy_sp(student.numpy(), teacher.numpy())
+    assert losses.sp(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_rkd_matches_the_formula():
+    student, teacher = random(5, 3), random(5, 4, seed=1) ** 3  # the cube: distances beyond Huber's quadratic part too
+    for weights in ((25.0, 50.0), (1.0, 0.0), (0.0, 1.0)):
+        expected = numpy_rkd(student.numpy(), teacher.numpy(), *weights)
+        assert losses.rkd(student, teacher, *weights).item() == pytest.approx(expected, rel=1e-9)
+    assert losses.rkd(student, teacher) == losses.rkd(student, teacher, 25.0, 50.0)
+
+
+def test_rkd_of_several_blocks_is_that_of_one():
+    def angles(x):
+        difference = x[None] - x[:, None]  # [B, B, D]
+        unit = difference / (difference.norm(dim=2, keepdim=True) + torch.eye(len(x))[..., None])
+        return torch.einsum("abd,acd->abc", unit, unit)
+
+    student = random(264, 2, dtype=torch.float32).requires_grad_()  # 264^3 > 2^24: two blocks
+    teacher = random(264, 3, seed=1, dtype=torch.float32)
+    loss = losses.rkd(student, teacher, 0.0, 1.0)
+    (gradient,) = torch.autograd.grad(loss, student)
+    expected = torch.nn.functional.smooth_l1_loss(angles(student), angles(teacher))
+    (expected_gradient,) = torch.autograd.grad(expected, student)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-8)
+
+
+def test_at_matches_the_formula():
+    student, teacher = random(3, 2, 4, 3), random(3, 5, 4, 3, seed=1)
+    expected = numpy_at(student.numpy(), teacher.numpy())
+    assert losses.at(student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_hint_matches_the_formula():
@@ -116,17 +374,64 @@ def test_hint_matches_the_formula():
     assert half.item() == pytest.approx(((student.half() - teacher.half()).float() ** 2).mean().item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("loss", [losses.kd, losses.pkt, losses.hint])
-def test_gradients(loss):
-    shape = (3, 2, 2, 2) if loss is losses.hint else (4, 3)
-    student, teacher = random(*shape).requires_grad_(), random(*shape, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(loss, (student, teacher))
+@pytest.mark.parametrize("name", [name for name in FEATURES if name != "rkd"])
+def test_maps_are_flattened(name):
+    student, teacher = random(4, 3, 2, 2), random(4, 5, 2, 2, seed=1)
+    student = student.contiguous(memory_format=torch.channels_last)
+    assert ALL[name](student, teacher) == ALL[name](student.flatten(1), teacher.flatten(1))
 
 
-@pytest.mark.parametrize("loss", [losses.kd, losses.pkt, losses.hint])
-def test_autocast_changes_nothing(loss):
-    shape = (3, 2, 2, 2) if loss is losses.hint else (16, 8)
-    student, teacher = random(*shape, dtype=torch.float32).requires_grad_(), random(*shape, seed=1, dtype=torch.float32)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("dih", "token hard")])
+def test_zero_for_equal_inputs(name):
+    _, teacher = inputs(name)
+    assert ALL[name](teacher, teacher).item() == pytest.approx(0, abs=1e-12)
+
+
+def rotation(size):
+    return torch.linalg.qr(random(size, size, seed=2)).Q
+
+
+def scaled_rows(x):
+    return x * torch.tensor([0.5, 1, 2, 3], dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *[(name, lambda x: x @ rotation(x.shape[1])) for name in FEATURES],
+        *[(name, lambda x: x + 7) for name in ("kd", "dkd", "dist", "rkd", "pkt student_t kl", "pkt rbf kl")],
+        *[(name, lambda x: x * 7) for name in ("sp", "rkd", "pkt cosine kl", "kd standardized")],
+        ("pkt cosine jeffreys", scaled_rows),
+        ("at", scaled_rows),
+        ("at", lambda x: x.flip(1)),
+    ],
+)
+def test_invariances(name, change):
+    student, teacher = inputs(name)
+    expected = ALL[name](student, teacher).item()
+    assert ALL[name](change(student), teacher).item() == pytest.approx(expected, rel=1e-5)
+    assert expected > 1e-4  # not zero before and after
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("dih", "dkd")])
+def test_order_of_samples_does_not_count(name):
+    student, teacher = inputs(name)
+    order = torch.tensor([2, 0, 3, 1])
+    expected = ALL[name](student, teacher).item()
+    assert ALL[name](student[order], teacher[order]).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients(name):
+    student, teacher = (x.requires_grad_() for x in inputs(name))
+    assert torch.autograd.gradcheck(ALL[name], (student, teacher))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_changes_nothing(name):
+    loss = ALL[name]
+    student, teacher = inputs(name, torch.float32)
+    student.requires_grad_()
     plain = loss(student, teacher)
     (plain_gradient,) = torch.autograd.grad(plain, student)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -136,14 +441,78 @@ def test_autocast_changes_nothing(loss):
     assert torch.equal(plain_gradient, cast_gradient)
 
 
+def degenerate(case, shape):
+    """float32 of the shape's width: the inputs at which a norm, a deviation, a distance or a logarithm vanishes."""
+    x = random(*shape, dtype=torch.float32)
+    match case:
+        case "zero row":
+            x[0] = 0
+        case "all zero":
+            x.zero_()
+        case "constant":
+            x.fill_(0.1)
+        case "identical rows":
+            x = x[:1].repeat(len(x), *[1] * (x.ndim - 1))
+        case "two identical rows":
+            x[1] = x[0]
+        case "opposite rows":
+            x = torch.stack([x[0], -x[0], x[0], -x[0]]) * 100
+        case "one sample":
+            x = x[:1]
+        case "one class or channel":
+            x = x[:, :1]
+        case "large":
+            x = x * 1e4
+        case "tiny":
+            x = x * 1e-4
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "zero row",
+        "all zero",
+        "constant",
+        "identical rows",
+        "two identical rows",
+        "opposite rows",
+        "one sample",
+        "one class or channel",
+        "large",
+        "tiny",
+    ],
+)
+@pytest.mark.parametrize("name", ALL)
+def test_degenerate_inputs_and_their_gradients_are_finite(name, case, dtype):
+    student = degenerate(case, SHAPES[name][0]).to(dtype)
+    width = student.shape[1] if name in LOGITS or name == "hint" else SHAPES[name][1][1]
+    teacher = random(len(student), width, *student.shape[2:], seed=1).to(dtype)
+    for pair in ((student, teacher), (teacher, student), (student, student.clone())):
+        learner = pair[0].clone().requires_grad_()
+        loss = ALL[name](learner, pair[1])
+        (gradient,) = torch.autograd.grad(loss, learner)
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("loss", "student", "teacher"),
     [
         (losses.kd, (4, 10), (4, 1)),
+        (losses.dist, (4, 10), (1, 10)),
+        (partial(losses.dkd, labels=LABELS), (4, 10), (4, 1)),
+        (losses.token, (4, 10), (4, 1)),
         (losses.pkt, (4, 3), (1, 3)),
+        (losses.sp, (4, 3), (1, 3)),
+        (losses.rkd, (4, 3), (1, 3)),
+        (losses.at, (2, 3, 4, 4), (2, 3, 4, 1)),
         (losses.hint, (2, 3, 4, 4), (2, 1, 4, 4)),
     ],
 )
 def test_shapes_are_not_broadcast(loss, student, teacher):
-    with pytest.raises(ValueError, match=rf"{loss.__name__}: student \({student[0]}"):
+    name = getattr(loss, "func", loss).__name__
+    with pytest.raises(ValueError, match=rf"{name}: student \({student[0]}"):
         loss(torch.zeros(student), torch.zeros(teacher))
