@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing
 from indistill.decode import BadImage, Box, cut, decode, decode_crop
 
-__all__ = ["BadImage", "decode", "eval_view", "train_view", "uniforms"]
+__all__ = ["BadImage", "decode", "eval_view", "train_view", "train_views", "uniforms"]
 
 _TRIES = 10  # to find a rectangle that fits; of 2 draws each; as many as torchvision's and timm's
 # Uniform numbers per sample and epoch. Each part has its own, so that switching one on leaves the others as they are.
@@ -81,7 +81,7 @@ def train_view(
     else:
         image = decode(image, where) if isinstance(image, bytes) else image
         if recipe.recipe == "pad_crop":
-            image = _pad_crop(image, *draws[_PLACE], recipe.padding, size)
+            image = _pad_crops(image[None], draws[None], recipe.padding, size)[0].transpose(1, 2, 0)
         else:
             image = eval_view(image, size, crop=1.0)
     if recipe.flip and draws[_FLIP] < 0.5:
@@ -96,6 +96,21 @@ def train_view(
     return _erase(image, draws[_ERASING], recipe.random_erasing) if recipe.random_erasing else image
 
 
+def train_views(images: np.ndarray, draws: np.ndarray, recipe: Augment, size: int) -> np.ndarray:
+    """`train_view` of many images of one size: uint8 [B, H, W, 3] and draws [B, DRAWS] to uint8 [B, 3, size, size].
+
+    Small images are padded, cropped and flipped all at once: one by one, numpy's calls cost more than the pixels.
+    """
+    if recipe.recipe != "pad_crop" or recipe.rand_augment or recipe.color_jitter or recipe.random_erasing:
+        views = [train_view(image, row, recipe, size) for image, row in zip(images, draws)]
+        return np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2))
+    views = _pad_crops(images, draws, recipe.padding, size)
+    if recipe.flip:
+        flipped = draws[:, _FLIP] < 0.5
+        views[flipped] = views[flipped, ..., ::-1]
+    return views
+
+
 def eval_view(image: np.ndarray | bytes, size: int, crop: float, where: str = "image") -> np.ndarray:
     """Resize the shorter side to size / crop, cut the centre: uint8 [H, W, 3], or a file, to uint8 [size, size, 3].
 
@@ -108,16 +123,16 @@ def eval_view(image: np.ndarray | bytes, size: int, crop: float, where: str = "i
     return image[top : top + size, left : left + size]
 
 
-def _pad_crop(image: np.ndarray, u: float, v: float, padding: int, size: int) -> np.ndarray:
-    """A random size x size window of the image with a black border of `padding` pixels (CIFAR's augmentation)."""
-    height, width = image.shape[:2]
-    top = int(u * (height + 2 * padding - size + 1)) - padding
-    left = int(v * (width + 2 * padding - size + 1)) - padding
-    window = np.zeros((size, size, 3), dtype=np.uint8)
-    inside = image[max(top, 0) : top + size, max(left, 0) : left + size]
-    y, x = max(-top, 0), max(-left, 0)
-    window[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
-    return window
+def _pad_crops(images: np.ndarray, draws: np.ndarray, padding: int, size: int) -> np.ndarray:
+    """Random size x size windows of images [B, H, W, 3] with a black border of `padding` pixels: [B, 3, size, size]."""
+    count, height, width, _ = images.shape
+    border_y, border_x = (max(padding, size - side - padding) for side in (height, width))  # a view may be larger
+    padded = np.zeros((count, 3, height + 2 * border_y, width + 2 * border_x), dtype=np.uint8)
+    padded[:, :, border_y : border_y + height, border_x : border_x + width] = images.transpose(0, 3, 1, 2)
+    free = np.array([height, width]) + 2 * padding - size + 1
+    top, left = (draws[:, _PLACE] * free).astype(np.int64).T - padding
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(2, 3))  # [B, 3, tops, lefts, S, S]
+    return windows[np.arange(count), :, top + border_y, left + border_x]
 
 
 def _resized_crop_box(shape: tuple[int, int], draws: np.ndarray, recipe: Augment) -> Box:

@@ -59,12 +59,17 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, request: Request) -> Batch:
         size, count = self.section.image_size, len(request.ids)
-        images = np.empty((count, 3, size, size), dtype=np.uint8)
-        labels = np.empty(count, dtype=np.int64)
         ids = np.array(request.ids)
         replaced: list[str] = []
         draws = augment.uniforms(self.seed, request.epoch, ids)  # [B, DRAWS]
-        for row in range(count):
+        if self.order is not None and self.memory is not None:
+            pixels, all_labels, missing = self.memory
+            images, labels = augment.train_views(pixels[ids], draws, self.section.augment, size), all_labels[ids]
+            left = [row for row in range(count) if ids[row] in missing] if missing else []
+        else:
+            images, labels = np.empty((count, 3, size, size), dtype=np.uint8), np.empty(count, dtype=np.int64)
+            left = range(count)
+        for row in left:
             try:
                 images[row], labels[row] = self._view(int(ids[row]), draws[row])
             except BadImage as bad:
@@ -77,7 +82,8 @@ class ImageDataset(Dataset):
     def _view(self, sample_id: int, draws: np.ndarray) -> tuple[np.ndarray, int]:
         """The augmented or evaluation view [3, S, S] of a sample, and its label. Raises BadImage."""
         image, label = self._image_and_label(sample_id)
-        size, where = self.section.image_size, self.shards.where(sample_id)
+        size = self.section.image_size
+        where = self.shards.where(sample_id) if isinstance(image, bytes) else "image"  # only decoding can fail
         if self.order is None:
             view = augment.eval_view(image, size, self.section.eval_crop, where)
         else:

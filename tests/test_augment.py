@@ -12,7 +12,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from indistill import augment
-from indistill.augment import DRAWS, decode, eval_view, train_view, uniforms
+from indistill.augment import DRAWS, decode, eval_view, train_view, train_views, uniforms
 from indistill.config import Augment, UserError
 
 RECIPES = ("none", "pad_crop", "random_resized_crop")
@@ -183,6 +183,19 @@ def test_where_no_crop_fits_the_centre_is_taken():
     section = Augment(scale=(1, 1), flip=False)
     for row in uniforms(0, 0, np.arange(20)):
         assert train_view(strip, row, section, 8).min() == 255
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("options", [{}, {"color_jitter": {}}, {"random_erasing": {"probability": 0.5}}])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("size", [24, 32])
+def test_views_of_a_batch_are_those_of_its_images(recipe, size, options, flip):
+    section = Augment(recipe=recipe, flip=flip, **options)
+    images, rows = np.stack([noise(32, 28, seed) for seed in range(30)]), uniforms(0, 0, np.arange(30))
+    views = train_views(images, rows, section, size)
+    assert views.flags.c_contiguous
+    for image, row, view in zip(images, rows, views):
+        assert np.array_equal(view, train_view(image, row, section, size).transpose(2, 0, 1))
 
 
 # --- evaluation views ------------------------------------------------------------------------------------------------
