@@ -9,15 +9,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indistill import taps
 from indistill.config import UserError
+
+NEEDS_DATA = ("activation", "taylor")  # the criteria that `calibrate` computes
+
+# Autograd nodes that move elements without computing: from a map in NCHW back to the layout that the network reads.
+LAYOUT = ("Alias", "Clone", "Permute", "Reshape", "Slice", "Squeeze", "Transpose", "UnsafeView", "Unsqueeze", "View")
 
 
 class PairPlan(NamedTuple):
@@ -59,7 +66,7 @@ class Plan(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """A layer that writes into a stage's output, and the batch norm that directly reads it, if any."""
+    """A layer that writes into a stage's output, and the batch norm that directly reads it on its way there, if any."""
 
     layer: nn.Conv2d | nn.Linear
     norm: nn.Module | None
@@ -73,15 +80,148 @@ def top_channels(importance: Tensor, width: int) -> Tensor:
 
 
 def l1_importance(model: nn.Module, stage: int, input_size: tuple[int, int, int] | None = None) -> Tensor:
-    """L1 norm of the filters behind each output channel of a stage: float32 [channels of the stage output].
+    """L1 norm of the filters behind each output channel of a stage: `filter_importance` with the criterion `l1`."""
+    return filter_importance(model, stage, input_size)
 
-    In a residual stage every layer that writes into the output counts: its norms are summed (coupled filters).
-    `input_size` (C, H, W) is needed only by models that take one size other than timm's default for them.
+
+def filter_importance(
+    model: nn.Module, stage: int, input_size: tuple[int, int, int] | None = None, criterion: str = "l1"
+) -> Tensor:
+    """What the weights say of each output channel of a stage: float32 [channels of the stage output].
+
+    `l1` (arXiv 1608.08710) and `l2` (1808.06866) are norms of the filter, `bn_scale` (1708.06519) is |gamma| of the
+    batch norm behind it. In a residual stage every layer that writes into the output counts: the scores of these
+    coupled filters are summed. `input_size` (C, H, W) is needed only by models that take one size other than timm's
+    default for them. Raises UserError for a stage that has no such filters or batch norms.
     """
-    norms = [
-        writer.layer.weight.detach().float().abs().flatten(1).sum(1) for writer in writers(model, stage, input_size)
-    ]
-    return torch.stack(norms).sum(0)  # [C]
+    found = writers(model, stage, input_size)
+    if criterion == "bn_scale":
+        if any(getattr(writer.norm, "weight", None) is None for writer in found):
+            raise UserError(
+                f"warmup.prune.criterion: bn_scale needs a batch norm with scales behind every layer that writes stage "
+                f"{stage} ({taps.stages(model)[stage].name}) of {type(model).__name__}: use l1, or choose other stages "
+                "in warmup.pairs"
+            )
+        scores = [writer.norm.weight.detach().float().abs() for writer in found]
+    elif criterion in ("l1", "l2"):
+        order = {"l1": 1, "l2": 2}[criterion]
+        filters = [writer.layer.weight.detach().float().flatten(1) for writer in found]  # [C, weights of one filter]
+        scores = [torch.linalg.vector_norm(weight, order, dim=1) for weight in filters]
+    else:
+        raise ValueError(f"no criterion of the weights: {criterion}")
+    return torch.stack(scores).sum(0)  # [C]
+
+
+def random_importance(seed: int, stage: int, width: int) -> Tensor:
+    """Chance, the control of every criterion: float64 [width] in [0, 1), the same wherever it is drawn."""
+    return torch.from_numpy(np.random.default_rng((seed, stage)).random(width))
+
+
+def calibrate(
+    net: nn.Module,
+    normalise: Callable[[Tensor], Tensor],
+    stages: Sequence[int],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    criterion: str,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> dict[int, Tensor]:
+    """What data says of each output channel of the teacher's `stages` (ascending): float64 [C] per stage.
+
+    `activation` is the mean of |map|; `taylor` the first-order change of the teacher's cross-entropy without the
+    channel, |mean over positions of activation * gradient| of each sample (arXiv 1611.06440, section 2.2). Both are
+    means over all samples.
+
+    `net` is the bare timm model; `batches` gives raw images [B, 3, H, W], which `normalise` prepares for it, and labels
+    int64 [B], on its device. `total` sums a float64 vector over the ranks; it is called once, with sums and the number
+    of samples, so that ranks may hold unequal numbers, or none. Raises UserError where `taylor` is not defined, and for
+    a stage of which every channel scores zero.
+    """
+    score = {"activation": _activation, "taylor": _taylor}[criterion]
+    widths = [taps.stages(net)[stage].channels for stage in stages]
+    sums = torch.zeros(sum(widths) + 1, dtype=torch.float64, device=next(net.parameters()).device)
+    with _evaluating(net):
+        for images, labels in batches:
+            scores = score(net, normalise(images), labels, stages)  # a [B, C_s] per stage
+            sums[:-1] += torch.cat(scores, dim=1).sum(0)
+            sums[-1] += len(images)
+    sums = total(sums)
+    if sums[-1] == 0:
+        raise ValueError("no batches to calibrate on")
+    importance = dict(zip(stages, (sums[:-1] / sums[-1]).split(widths)))
+    for stage, scores in importance.items():
+        if not (scores > 0).any():
+            raise UserError(
+                f"warmup.prune.criterion: {criterion} tells no channels of teacher stage {stage} apart, all are zero "
+                "or not a number: give the teacher trained weights, or use l1"
+            )
+    return importance
+
+
+@torch.no_grad()
+def _activation(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) -> list[Tensor]:
+    return [feature.abs().flatten(2).mean(2, dtype=torch.float64) for feature in taps.maps(net, x, stages)]
+
+
+@torch.enable_grad()
+def _taylor(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) -> list[Tensor]:
+    """Scores [B, C] per stage, at the very tensor that the later layers read.
+
+    A transformer's map is a copy of it, without the class token. That token counts here as one more position: of the
+    last block, a teacher that classifies by it reads nothing else.
+    """
+    outputs: list[Tensor] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        outputs.extend(o for o in (output if isinstance(output, tuple | list) else [output]) if isinstance(o, Tensor))
+
+    hooks = [module.register_forward_hook(note) for module in net.modules()]
+    try:
+        x = x.detach().requires_grad_()  # gives a frozen network a graph
+        final, maps = net.forward_intermediates(x, indices=list(stages), stop_early=False, output_fmt="NCHW")
+        logits = net.forward_head(final)  # [B, K]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # In eval mode samples do not mix: the gradient of the sum holds that of each sample's own loss.
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+
+    output_of_node = {output.grad_fn: output for output in outputs if output.requires_grad}
+    sources = [_layouts(feature, output_of_node) for feature in maps]
+    gradients = iter(torch.autograd.grad(loss, [tensor for row in sources for tensor in row], allow_unused=True))
+    scores = []
+    for stage, feature, row in zip(stages, maps, sources):
+        read = [(tensor, gradient) for tensor, gradient in zip(row, gradients) if gradient is not None]
+        if not read:
+            raise UserError(
+                f"warmup.prune.criterion: taylor cannot follow stage {stage} ({taps.stages(net)[stage].name}) of "
+                f"{type(net).__name__} to its loss: use activation, or choose other stages in warmup.pairs"
+            )
+        tensor, gradient = read[0]
+        same = tensor.shape == feature.shape and torch.equal(tensor, feature)
+        products = (tensor.detach() * gradient).movedim(1 if same else -1, 1)  # [B, C, ...]
+        scores.append(products.flatten(2).mean(2, dtype=torch.float64).abs())
+    return scores
+
+
+def _layouts(feature: Tensor, output_of_node: dict[object, Tensor]) -> list[Tensor]:
+    """A map and the module outputs it is copied from, nearest first; all but NCHW keep their channels last."""
+    found, node = [feature], feature.grad_fn
+    while node is not None and node.name().startswith(LAYOUT):
+        node = node.next_functions[0][0]
+        if node in output_of_node:
+            found.append(output_of_node[node])
+    return found
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | None = None) -> list[Writer]:
@@ -93,7 +233,7 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
     out.
     """
     layer_of_node: dict[object, nn.Module] = {}
-    norm_reading_node: dict[object, nn.Module] = {}
+    norm_reading_node: dict[object, tuple[nn.Module, object]] = {}  # with the node of its output
     maybe_gates: set[object] = set()
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -102,27 +242,23 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
             if isinstance(module, nn.Conv2d) and output.shape[2:].numel() == 1:
                 maybe_gates.add(output.grad_fn)
         else:
-            norm_reading_node.setdefault(inputs[0].grad_fn, module)
+            norm_reading_node.setdefault(inputs[0].grad_fn, (module, output.grad_fn))
 
     kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
     hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, kinds)]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         device = next(model.parameters()).device
         images = torch.zeros(1, *(input_size or model.pretrained_cfg["input_size"]), device=device, requires_grad=True)
-        with torch.enable_grad():
+        with _evaluating(model), torch.enable_grad():
             (output,) = taps.maps(model, images, [stage])  # [1, C, H, W]
             if output.shape[2:].numel() == 1:  # too small to tell gates, unless the model takes larger images
                 with contextlib.suppress(AssertionError, RuntimeError):
                     (output,) = taps.maps(model, images.repeat(1, 1, 4, 4), [stage])
     finally:
-        for module, training in modes:
-            module.training = training
         for hook in hooks:
             hook.remove()
 
-    found: list[Writer] = []
+    written: list[object] = []  # the nodes of the layers found
     queue, seen = [output.grad_fn], set()
     while queue:
         node = queue.pop()
@@ -132,18 +268,31 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
         layer = layer_of_node.get(node)
         if layer is not None:
             if node not in maybe_gates or output.shape[2:].numel() == 1:
-                found.append(Writer(layer, norm_reading_node.get(node)))
+                written.append(node)
             if not (isinstance(layer, nn.Conv2d) and layer.groups == layer.out_channels > 1):
                 continue
         queue.extend(parent for parent, _ in node.next_functions)
+
+    found = []
+    for node in written:
+        norm, normed = norm_reading_node.get(node, (None, None))
+        found.append(Writer(layer_of_node[node], norm if normed in seen else None))  # else it is of a side branch
 
     name, width = taps.stages(model)[stage].name, output.shape[1]
     if not found or any(len(writer.layer.weight) != width for writer in found):
         raise UserError(
             f"stage {stage} ({name}) of {type(model).__name__}: its {width} channels are not written by whole filters, "
-            "so their L1 norm is not defined: choose other stages in warmup.pairs"
+            "so they have no norms: choose other stages in warmup.pairs, or set warmup.prune.criterion: activation"
         )
     return found
+
+
+def check_pairs(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]]) -> None:
+    """Raises UserError for pairs (teacher stage, student stage) that name no stage or are out of order."""
+    for side, (role, net) in enumerate((("teacher", teacher), ("student", student))):
+        chosen, count = [pair[side] for pair in pairs], len(taps.stages(net))
+        if any(not 0 <= index < count for index in chosen) or sorted(set(chosen)) != chosen:
+            raise UserError(f"warmup.pairs: {role} stages {chosen}: need increasing indices from 0 to {count - 1}")
 
 
 def plan(
@@ -154,22 +303,30 @@ def plan(
     criterion: str = "l1",
     mode: str = "slice",
     adapter: str = "none",
+    importance: dict[int, Tensor] | None = None,
+    seed: int = 0,
 ) -> Plan:
     """Choose the teacher channels of every pair (teacher stage, student stage).
 
-    Raises UserError for a stage that does not exist, pairs out of order, and a student wider than its teacher where no
-    adapter lifts it.
+    The criteria of NEEDS_DATA take `importance`, the scores [C] of each teacher stage by `calibrate` (ValueError if
+    absent); `random` takes `seed`. Raises UserError for a stage that does not exist, pairs out of order, a student
+    wider than its teacher where no adapter lifts it, and a criterion that a stage does not have.
     """
-    sides = [("teacher", taps.stages(teacher)), ("student", taps.stages(student))]
-    for side, (role, stages) in enumerate(sides):
-        chosen = [pair[side] for pair in pairs]
-        if any(not 0 <= index < len(stages) for index in chosen) or sorted(set(chosen)) != chosen:
-            raise UserError(
-                f"warmup.pairs: {role} stages {chosen}: need increasing indices from 0 to {len(stages) - 1}"
-            )
+    check_pairs(teacher, student, pairs)
+
+    def scores(stage: int, width: int) -> Tensor:
+        if criterion in NEEDS_DATA:
+            if importance is None or stage not in importance:
+                raise ValueError(f"prune.plan: {criterion} needs the importance of teacher stage {stage}")
+            return importance[stage]
+        if criterion == "random":
+            return random_importance(seed, stage, width)
+        return filter_importance(teacher, stage, input_size, criterion)
+
     plans = []
     for teacher_stage, student_stage in pairs:
-        teacher_width, student_width = sides[0][1][teacher_stage].channels, sides[1][1][student_stage].channels
+        teacher_width = taps.stages(teacher)[teacher_stage].channels
+        student_width = taps.stages(student)[student_stage].channels
         kept = None
         if student_width > teacher_width and adapter == "none":
             raise UserError(
@@ -177,7 +334,7 @@ def plan(
                 f"stage {teacher_stage}: choose other warmup.pairs, or set warmup.adapter: conv1x1"
             )
         if student_width < teacher_width:
-            kept = top_channels(l1_importance(teacher, teacher_stage, input_size), student_width).tolist()
+            kept = top_channels(scores(teacher_stage, teacher_width), student_width).tolist()
         if mode == "paper_bn":
             published_norm(teacher, teacher_stage, input_size)  # refuses what it cannot do, before any step
         plans.append(PairPlan(teacher_stage, student_stage, teacher_width, student_width, kept))
