@@ -118,14 +118,12 @@ def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from indistill import config
+    from indistill import pipeline
 
-    settings = config.load(arguments.config, arguments.overrides)
-    from indistill.train import train
-
-    summary = train(settings, resume=arguments.resume)
+    summaries = pipeline.run(pipeline.load(arguments.config, arguments.overrides), arguments.resume)
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(summary["metrics"]))
+        metrics = {name: summary["metrics"] for name, summary in summaries.items()}
+        print(json.dumps(metrics.get("", metrics)))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -551,6 +551,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
     Raises UserError, in one line, for a missing or malformed file and for any unknown or ill-typed key.
     """
+    tree = read(path, overrides)
+    if "stages" in tree:
+        raise UserError(f"{path} is a chain of stages: give the config.yaml in a stage's run directory instead")
+    return parse(tree, source=" ".join([str(path), *overrides]))
+
+
+def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The plain tree that `load` parses, of any keys."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -561,7 +569,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         raise UserError(f"{path}: expected a mapping of keys at the top level")
     for override in overrides:
         _apply_override(tree, override)
-    return parse(tree, source=" ".join([str(path), *overrides]))
+    return tree
 
 
 def parse(tree: dict[str, Any], source: str) -> Config:

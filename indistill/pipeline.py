@@ -1,0 +1,203 @@
+"""Chains: a config with `stages`, each a run of its own in `run_dir/NAME`, that train one after the other.
+
+A stage is what the whole config shares, merged with its own keys. Its teacher may be the student of an earlier stage,
+`teacher: {stage: NAME}`, and its `teacher.heads` what an earlier stage of `stage: heads` trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from indistill import config
+from indistill.config import Config, UserError
+
+_NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # a directory, and a part of an override's dotted key
+_MAX_HEADER_BYTES = 100_000_000  # of safetensors, by its specification
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[tuple[str, Config]]:
+    """The name and config of every stage of a chain; a plain config is one stage with an empty name.
+
+    Overrides reach what the stages share (`data.root=X`, unless a stage sets it itself) and single stages, by number or
+    name (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any of them.
+    """
+    in_file = config.read(path).get("stages")
+    positions = {str(_name(stage)): i for i, stage in enumerate(in_file if isinstance(in_file, list) else [])}
+    tree = config.read(path, [_by_position(override, positions) for override in overrides])
+    source = " ".join([str(path), *overrides])
+    if "stages" not in tree:
+        return [("", config.parse(tree, source))]
+
+    shared, own = {key: value for key, value in tree.items() if key != "stages"}, tree["stages"]
+    if not own or not isinstance(own, list) or not all(isinstance(stage, dict) for stage in own):
+        raise UserError(f"{source}: stages: expected a list of mappings, one per stage, each with a name")
+    stages: dict[str, Config] = {}
+    for i, stage in enumerate(own):
+        name = _name(stage)
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(
+                f"{source}: stages.{i}.name: {name!r} cannot name a directory: a letter, then letters, digits, - and _"
+            )
+        if name in stages:
+            raise UserError(f"{source}: stages.{i}.name: {name} names an earlier stage too: choose another")
+        if "run_dir" in stage:
+            raise UserError(f"{source}: stage {name}: run_dir: a stage runs in run_dir/{name} of the chain: remove it")
+        merged = _merge(shared, {key: value for key, value in stage.items() if key != "name"})
+        if isinstance(shared.get("run_dir"), str):
+            merged["run_dir"] = str(Path(shared["run_dir"]) / name)
+        where = f"{source}: stage {name}"
+        if isinstance(merged.get("teacher"), dict):
+            merged["teacher"] = _teacher(merged["teacher"], stages, where)
+        stages[name] = config.parse(merged, where)
+    return list(stages.items())
+
+
+def run(stages: list[tuple[str, Config]], resume: str = "auto") -> dict[str, dict[str, Any]]:
+    """Train what `load` returned, stage by stage; finished stages are kept. Returns each stage's `summary.json`.
+
+    Raises UserError for a run directory that holds another stage, and for a stage that began with other weights than
+    an earlier stage has now.
+    """
+    chain = [name for name, _ in stages] != [""]
+    if chain and resume not in ("auto", "never"):
+        raise UserError(
+            f"--resume {resume}: a chain goes on from where it stopped, with auto: to go back in one stage, train the "
+            "config.yaml in its run directory"
+        )
+    # All ranks look before any can write. A stage that has to be refused is so before days of work on the others.
+    begun = {name for name, settings in stages if chain and _begun(settings)}
+    if begun and resume == "never":
+        raise UserError(f"--resume never: stage {min(begun)} has begun already: choose another run_dir, or auto")
+    finished = {name for name, settings in stages if name in begun and _summary(settings).exists()}
+    import torch
+
+    from indistill.train import train
+
+    summaries = {}
+    for i, (name, settings) in enumerate(stages):
+        if chain:
+            said = f"indistill: stage {name} ({i + 1} of {len(stages)}): "
+            _check_inputs(name, settings, begun=name in begun)
+            if name in finished:
+                _say(f"{said}finished before, kept in {settings.run_dir}")
+                summaries[name] = json.loads(_summary(settings).read_text())
+                continue
+            _say(f"{said}{'goes on' if name in begun else 'begins'} in {settings.run_dir}")
+        summaries[name] = train(settings, resume)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # that of all stages: under torchrun it cannot be made twice
+    return summaries
+
+
+def _name(stage: Any) -> Any:
+    return stage.get("name") if isinstance(stage, dict) else None
+
+
+def _by_position(override: str, positions: dict[str, int]) -> str:
+    """`stages.NAME.key=value` with the number of the stage in place of its name."""
+    dotted, equals, value = override.partition("=")
+    match dotted.split(".", 2):
+        case ["stages", name, key] if name in positions:
+            return f"stages.{positions[name]}.{key}{equals}{value}"
+    return override
+
+
+def _merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key, anything else replaces, null removes. An own `{stage: NAME}` replaces, too."""
+    merged = {**shared}
+    for key, value in own.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and "stage" not in value:
+            merged[key] = _merge(shared[key] if isinstance(shared.get(key), dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _teacher(section: dict[str, Any], earlier: dict[str, Config], where: str) -> dict[str, Any]:
+    """The section with files and models in place of its references to stages; its other keys stand."""
+    section = {**section}
+    if isinstance(section.get("heads"), dict):
+        name, settings = _referred(section["heads"], earlier, f"{where}: teacher.heads")
+        if settings.stage != "heads":
+            raise UserError(f"{where}: teacher.heads: stage {name} trains a student: name one with stage: heads")
+        section["heads"] = f"{settings.run_dir}/heads.safetensors"
+    if "stage" in section:
+        name, settings = _referred({"stage": section.pop("stage")}, earlier, f"{where}: teacher")
+        if settings.student is None:
+            raise UserError(f"{where}: teacher: stage {name} trains heads, not a student: name another stage")
+        student = settings.student.model_dump(mode="json", exclude_unset=True) | {"pretrained": False}
+        section = student | {"checkpoint": f"{settings.run_dir}/student.safetensors"} | section
+    return section
+
+
+def _referred(reference: dict[str, Any], earlier: dict[str, Config], where: str) -> tuple[str, Config]:
+    name = reference.get("stage")
+    if set(reference) != {"stage"} or not isinstance(name, str) or name not in earlier:
+        known = f"earlier stages: {', '.join(earlier)}" if earlier else "this is the first stage"
+        raise UserError(f"{where}: {reference} is no earlier stage ({known})")
+    return name, earlier[name]
+
+
+def _summary(settings: Config) -> Path:
+    return Path(settings.run_dir) / "summary.json"
+
+
+def _begun(settings: Config) -> bool:
+    """Whether there is work to keep. Raises UserError if it is that of another config."""
+    run_dir = Path(settings.run_dir)
+    saved = run_dir / "config.yaml"
+    difference = config.difference(config.load(saved), settings) if saved.exists() else None
+    if difference:
+        raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
+    return saved.exists() and (_summary(settings).exists() or any((run_dir / "checkpoints").glob("step-*")))
+
+
+def _check_inputs(name: str, settings: Config, begun: bool) -> None:
+    """Keep the hashes of the weights that a stage begins with, in `inputs.json`; later they must still be the same."""
+    run_dir, teacher = Path(settings.run_dir), settings.teacher
+    files = {"teacher.checkpoint": teacher and teacher.checkpoint, "teacher.heads": teacher and teacher.heads}
+    files["student.checkpoint"] = settings.student and settings.student.checkpoint
+    # A file that is missing is for train to tell.
+    hashes = {key: _sha256(Path(file)) for key, file in files.items() if file and Path(file).is_file()}
+    record = run_dir / "inputs.json"
+    if begun:
+        kept = json.loads(record.read_text()) if record.exists() else {}
+        for key, value in hashes.items():
+            if kept.get(key) != value:
+                raise UserError(
+                    f"stage {name} began with other weights than are now in {files[key]} ({key}): delete {run_dir} to "
+                    "train the stage again, or choose another run_dir"
+                )
+    elif hashes and os.environ.get("RANK", "0") == "0":
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(hashes, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another") from None
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's content. A safetensors header is sorted first: the library writes metadata in random order."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            header = file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES))
+            with contextlib.suppress(ValueError):  # damaged: for train to tell
+                header = json.dumps(json.loads(header), sort_keys=True).encode()
+            digest.update(header)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)

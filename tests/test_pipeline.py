@@ -1,0 +1,365 @@
+"""Chains of runs: what a stage's config is, and that the stages train as runs of their own would."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import kill_at_checkpoint
+from safetensors.torch import load_file, save_file
+
+from indistill import config, pipeline
+from indistill.cli import main
+from indistill.config import UserError
+from indistill.train import train
+
+NAMES = ["teacher", "auxiliary", "student"]
+
+
+@pytest.fixture
+def chain(tree: dict[str, Any]) -> dict[str, Any]:
+    """Teacher, auxiliary and student; 5, 6 and 7 steps."""
+    shared = {key: tree[key] for key in ("run_dir", "data", "optimizer", "log")}
+    shared["checkpoint"] = {"every_steps": 2}
+    shared["duration"] = "5 steps"
+    shared["stages"] = [
+        {"name": "teacher", "student": {"name": "cnn32_auxiliary"}},
+        {
+            "name": "auxiliary",
+            "duration": "6 steps",
+            "teacher": {"stage": "teacher"},
+            "student": {"name": "cnn32_auxiliary"},
+            "kd": {"losses": [{"name": "ce"}, {"name": "pkt"}]},
+        },
+        {
+            "name": "student",
+            "seed": 3,
+            "duration": "7 steps",
+            "teacher": {"stage": "auxiliary"},
+            "student": {"name": "cnn32_student"},
+            "warmup": {"durations": ["1 step", "1 step", "2 steps"]},
+            "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
+            "optimizer": {"lr": 2e-3},
+        },
+    ]
+    return shared
+
+
+def load(tree: dict[str, Any], *overrides: str) -> list[tuple[str, config.Config]]:
+    path = Path(tree["run_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(tree))
+    return pipeline.load(path, overrides)
+
+
+def plain(chain: dict[str, Any], name: str, **own: Any) -> config.Config:
+    """A stage written out by hand, without merging."""
+    shared = {key: chain[key] for key in ("data", "optimizer", "log", "checkpoint", "duration")}
+    return config.parse({**shared, "run_dir": f"{chain['run_dir']}/{name}", **own}, "test")
+
+
+def written_out(chain: dict[str, Any]) -> list[tuple[str, config.Config]]:
+    def teacher(stage):
+        return {"name": "cnn32_auxiliary", "checkpoint": f"{chain['run_dir']}/{stage}/student.safetensors"}
+
+    _, auxiliary, student = chain["stages"]
+    return [
+        ("teacher", plain(chain, "teacher", student={"name": "cnn32_auxiliary"})),
+        (
+            "auxiliary",
+            plain(
+                chain,
+                "auxiliary",
+                duration="6 steps",
+                teacher=teacher("teacher"),
+                student={"name": "cnn32_auxiliary"},
+                kd=auxiliary["kd"],
+            ),
+        ),
+        (
+            "student",
+            plain(
+                chain,
+                "student",
+                seed=3,
+                duration="7 steps",
+                teacher=teacher("auxiliary"),
+                student={"name": "cnn32_student"},
+                warmup=student["warmup"],
+                kd=student["kd"],
+                optimizer={"name": "adamw", "lr": 2e-3, "weight_decay": 0.01},
+            ),
+        ),
+    ]
+
+
+# --- what the stages are ---------------------------------------------------------------------------------------------
+
+
+def test_a_plain_config_is_one_stage_without_a_name(tree, settings):
+    assert load(tree) == [("", settings)]
+    assert load(tree, "seed=5") == [("", settings.model_copy(update={"seed": 5}))]
+
+
+def test_a_stage_is_what_is_shared_and_its_own(chain):
+    assert load(chain) == written_out(chain)
+
+
+def test_null_removes_and_lists_replace(chain):
+    chain["data"]["window"] = 7
+    chain["kd"] = {"losses": [{"name": "ce", "weight": 2.0}], "mix": {"mixup": 0.5}}
+    chain["stages"][1]["data"] = {"window": None, "augment": {"flip": False}}
+    chain["stages"][1]["kd"] = {"losses": [{"name": "kd"}], "mix": None}
+    teacher, auxiliary, _ = (settings for _, settings in load(chain))
+    assert (teacher.data.window, auxiliary.data.window) == (7, None)
+    assert (auxiliary.data.augment.flip, auxiliary.data.augment.recipe) == (False, "pad_crop")
+    assert auxiliary.data.train == teacher.data.train
+    assert [(loss.name, loss.weight) for loss in auxiliary.kd.losses] == [("kd", 1.0)]
+    assert (teacher.kd.mix.mixup, auxiliary.kd.mix) == (0.5, None)
+
+
+def test_a_teacher_takes_over_the_students_section(chain):
+    student = {"name": "cnn32_auxiliary", "pretrained": True, "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
+    chain["stages"][0]["student"] = student
+    chain["stages"][2]["teacher"] = {"stage": "teacher", "std": [0.5] * 3}
+    auxiliary, student = (settings.teacher for _, settings in load(chain)[1:])
+    assert (auxiliary.name, auxiliary.pretrained, auxiliary.kwargs) == ("cnn32_auxiliary", False, {"a": 1})
+    assert auxiliary.checkpoint == student.checkpoint == f"{chain['run_dir']}/teacher/student.safetensors"
+    assert (auxiliary.mean, auxiliary.std) == ((0.1,) * 3, (0.2,) * 3)
+    assert (student.mean, student.std) == ((0.1,) * 3, (0.5,) * 3)
+
+
+def test_a_reference_replaces_a_shared_teacher(chain):
+    chain["teacher"] = {"name": "resnet10t", "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
+    teacher, auxiliary, _ = (settings.teacher for _, settings in load(chain))
+    assert teacher.name == "resnet10t"
+    assert (auxiliary.name, auxiliary.kwargs, auxiliary.mean) == ("cnn32_auxiliary", {}, None)
+
+
+def test_heads_of_an_earlier_stage(chain):
+    heads = {"name": "heads", "stage": "heads", "teacher": {"stage": "teacher"}}
+    chain["stages"].insert(1, heads)
+    chain["stages"][3]["teacher"] = {"stage": "teacher", "heads": {"stage": "heads"}}
+    stages = dict(load(chain))
+    assert (stages["heads"].stage, stages["student"].stage) == ("heads", "distill")
+    assert stages["heads"].teacher.checkpoint == f"{chain['run_dir']}/teacher/student.safetensors"
+    assert stages["student"].teacher.heads == f"{chain['run_dir']}/heads/heads.safetensors"
+    assert stages["student"].teacher.checkpoint == f"{chain['run_dir']}/teacher/student.safetensors"
+    chain["stages"][3]["teacher"]["heads"] = "other.safetensors"
+    assert dict(load(chain))["student"].teacher.heads == "other.safetensors"
+    for section, message in (
+        ({"stage": "heads"}, "stage student: teacher: stage heads trains heads, not a student"),
+        ({"stage": "teacher", "heads": {"stage": "auxiliary"}}, "teacher.heads: stage auxiliary trains a student"),
+        ({"stage": "teacher", "heads": {"stage": "student"}}, r"teacher.heads: .*student.* is no earlier stage"),
+    ):
+        chain["stages"][3]["teacher"] = section
+        with pytest.raises(UserError, match=message):
+            load(chain)
+
+
+def test_overrides_reach_what_is_shared_and_single_stages(chain):
+    overrides = ["data.workers=0", "stages.0.duration=1 step", "stages.student.optimizer.lr=0.5", "run_dir=elsewhere"]
+    teacher, auxiliary, student = (settings for _, settings in load(chain, *overrides))
+    assert [s.data.workers for s in (teacher, auxiliary, student)] == [0, 0, 0]
+    assert [s.duration for s in (teacher, auxiliary, student)] == ["1 step", "6 steps", "7 steps"]
+    assert [s.optimizer.lr for s in (teacher, auxiliary, student)] == [1e-3, 1e-3, 0.5]
+    assert [s.run_dir for s in (teacher, auxiliary, student)] == [
+        "elsewhere/teacher",
+        "elsewhere/auxiliary",
+        "elsewhere/student",
+    ]
+    assert student.teacher.checkpoint == "elsewhere/auxiliary/student.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.1.name=teacher"], "stages.1.name: teacher names an earlier stage too"),
+        (["stages.1.name=a/b"], "stages.1.name: 'a/b' cannot name a directory"),
+        (["stages.1.name=.."], "stages.1.name: '..' cannot name a directory"),
+        (["stages.1.name=12"], "stages.1.name: 12 cannot name a directory"),
+        (["stages.1.name=null"], "stages.1.name: None cannot name a directory"),
+        (["stages=[]"], "stages: expected a list of mappings"),
+        (["stages={teacher: 3}"], "stages: expected a list of mappings"),
+        (["stages=[teacher]"], "stages: expected a list of mappings"),
+        (["stages.2.run_dir=x"], "stage student: run_dir: a stage runs in run_dir/student"),
+        (["stages.0.teacher.stage=teacher"], r"stage teacher: teacher: .* \(this is the first stage\)"),
+        (["stages.1.teacher.stage=student"], r"stage auxiliary: teacher: .*student.* \(earlier stages: teacher\)"),
+        (["stages.auxiliary.teacher.stage=auxiliary"], r"stage auxiliary: teacher: .*auxiliary.* is no earlier stage"),
+        (["stages.2.teacher.stage=[1]"], "stage student: teacher: .* is no earlier stage"),
+        (["stages.2.teacher.heads={stage: teacher, x: 1}"], "teacher.heads: .* is no earlier stage"),
+        (["stages.2.optimizer.lr=fast"], "stage student: optimizer.lr: "),
+        (["stages.nowhere.seed=1"], "stages.nowhere.seed does not lead to a key"),
+        (["optimiser.lr=1"], "stage teacher: unknown key 'optimiser'; the nearest valid key is 'optimizer'"),
+        (["run_dir=null"], "stage teacher: run_dir: "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_mistake_names_the_file_and_the_stage(chain, overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(chain, *overrides)
+    assert "\n" not in str(error.value)
+    assert "run.yaml" in str(error.value) or "override" in str(error.value)
+
+
+def test_other_commands_want_a_stage(chain, capsys):
+    load(chain)
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", str(Path(chain["run_dir"]).with_suffix(".yaml")), "student.safetensors"])
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err
+    assert "run.yaml is a chain of stages: give the config.yaml in a stage's run directory" in told
+    assert told.count("\n") == 1
+
+
+# --- how they train --------------------------------------------------------------------------------------------------
+
+
+def weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(run_dir) / "student.safetensors")
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """The run directory of a chain that ran through; made by the first test that needs it."""
+    made: dict[str, Any] = {}
+
+    def of(chain: dict[str, Any]) -> Path:
+        if not made:
+            run_dir = tmp_path_factory.mktemp("whole") / "run"
+            made.update(run_dir=run_dir, summaries=pipeline.run(load({**chain, "run_dir": str(run_dir)})))
+            assert list(made["summaries"]) == NAMES
+            for name, summary in made["summaries"].items():
+                assert summary == json.loads((run_dir / name / "summary.json").read_text())
+        return made["run_dir"]
+
+    return of
+
+
+@pytest.fixture
+def done(chain, whole) -> dict[str, Any]:
+    """A chain whose run directory holds a copy of the finished one."""
+    shutil.copytree(whole(chain), chain["run_dir"])
+    for name in ("auxiliary", "student"):  # the teachers' paths are part of a config
+        saved = Path(chain["run_dir"]) / name / "config.yaml"
+        saved.write_text(saved.read_text().replace(str(whole(chain)), chain["run_dir"]))
+    return chain
+
+
+def times(run_dir: str) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in Path(run_dir).rglob("*") if path.is_file()}
+
+
+def test_a_chain_is_its_stages_run_one_by_one(chain, whole, tmp_path):
+    reference = whole(chain)
+    assert [json.loads((reference / n / "summary.json").read_text())["step"] for n in ("teacher", "auxiliary")] == [
+        5,
+        6,
+    ]
+    chain["run_dir"] = str(tmp_path / "single")
+    for name, settings in written_out(chain):
+        train(settings)
+        assert same(weights(settings.run_dir), weights(reference / name))
+    assert not same(weights(reference / "teacher"), weights(reference / "auxiliary"))
+
+
+def test_finished_stages_are_kept(done, capsys):
+    before = times(done["run_dir"])
+    load(done)
+    main(["train", str(Path(done["run_dir"]).with_suffix(".yaml"))])
+    assert times(done["run_dir"]) == before
+    *told, metrics = capsys.readouterr().out.splitlines()
+    summaries = {name: json.loads(Path(f"{done['run_dir']}/{name}/summary.json").read_text()) for name in NAMES}
+    assert json.loads(metrics) == {name: summary["metrics"] for name, summary in summaries.items()}
+    assert all("finished before, kept" in line for line in told)
+    assert [line.split()[2:6] for line in told] == [
+        ["teacher", "(1", "of", "3):"],
+        ["auxiliary", "(2", "of", "3):"],
+        ["student", "(3", "of", "3):"],
+    ]
+
+
+def run_chain(tree: dict[str, Any]) -> None:
+    pipeline.run(pipeline.load(tree["chain"]))
+
+
+def test_a_chain_killed_in_its_second_stage_goes_on_bit_for_bit(chain, whole, capfd):
+    load(chain)
+    stage = {"chain": str(Path(chain["run_dir"]).with_suffix(".yaml")), "run_dir": f"{chain['run_dir']}/auxiliary"}
+    kill_at_checkpoint(run_chain, stage, step=2)
+    teacher = times(f"{chain['run_dir']}/teacher")
+    capfd.readouterr()
+    run_chain(stage)
+    assert times(f"{chain['run_dir']}/teacher") == teacher
+    told = capfd.readouterr().out
+    assert "stage teacher (1 of 3): finished before" in told
+    assert f"resumed from {stage['run_dir']}/checkpoints/step-0000000" in told
+    for name in NAMES:
+        assert same(weights(f"{chain['run_dir']}/{name}"), weights(whole(chain) / name))
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "begun"])
+def test_a_stage_whose_teacher_changed_is_refused(done, finished):
+    run_dir = Path(done["run_dir"])
+    if not finished:
+        (run_dir / "student" / "summary.json").unlink()
+    changed = weights(run_dir / "auxiliary")
+    changed["fc2.bias"] = changed["fc2.bias"] + 1
+    save_file(changed, run_dir / "auxiliary" / "student.safetensors")
+    before = times(run_dir)
+    message = r"stage student began with other weights than are now in .*/auxiliary/student.safetensors \(teacher.check"
+    with pytest.raises(UserError, match=message):
+        pipeline.run(load(done))
+    assert times(run_dir) == before
+
+    shutil.rmtree(run_dir / "student")  # as the message says
+    assert pipeline.run(load(done))["student"]["step"] == 7
+
+
+def test_a_stage_redone_to_the_same_weights_changes_nothing(done):
+    """The file differs all the same: safetensors writes its metadata in random order."""
+    shutil.rmtree(Path(done["run_dir"]) / "teacher")
+    before = times(done["run_dir"])
+    assert pipeline.run(load(done))["teacher"]["step"] == 5
+    after = times(done["run_dir"])
+    assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100], ids=["empty", "cut", "no header"])
+def test_a_damaged_teacher_is_told_in_one_line(done, content):
+    shutil.rmtree(Path(done["run_dir"]) / "student")
+    (Path(done["run_dir"]) / "auxiliary" / "student.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"teacher.checkpoint: .* is not a readable checkpoint"):
+        pipeline.run(load(done))
+
+
+def test_a_stage_that_began_outside_the_chain_is_not_trusted(done):
+    (Path(done["run_dir"]) / "student" / "inputs.json").unlink()
+    with pytest.raises(UserError, match="stage student began with other weights"):
+        pipeline.run(load(done))
+
+
+def test_a_changed_stage_is_refused_before_any_work(done):
+    shutil.rmtree(Path(done["run_dir"]) / "teacher")
+    before = times(done["run_dir"])
+    with pytest.raises(UserError, match=r"student holds a run of another config \(optimizer.lr: 0.002 -> 0.5\)"):
+        pipeline.run(load(done, "stages.student.optimizer.lr=0.5"))
+    assert times(done["run_dir"]) == before
+
+
+def test_resume_of_a_chain(done):
+    with pytest.raises(UserError, match=r"--resume somewhere: .*train the config.yaml in its run directory"):
+        pipeline.run(load(done), resume="somewhere")
+    with pytest.raises(UserError, match=r"--resume never: stage \w+ has begun already"):
+        pipeline.run(load(done), resume="never")
+    fresh = copy.deepcopy(done) | {"run_dir": done["run_dir"] + "-fresh", "stages": done["stages"][:1]}
+    assert list(pipeline.run(load(fresh), resume="never")) == ["teacher"]
