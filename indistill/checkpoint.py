@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -20,23 +20,38 @@ from timm.utils import ModelEmaV3
 
 from indistill import config
 from indistill.config import UserError
-from indistill.metrics import RunLog
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8,})")
 
 
+class Stateful(Protocol):
+    """What has a state beside tensors: small and JSON-able, the same on every rank."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
 class Checkpoints:
-    """The `checkpoints/` folder of a run. `identity` (config, plan, data) must be the same at save and resume."""
+    """The `checkpoints/` folder of a run.
+
+    `identity` (config, plan, data, teacher) must be the same at save and resume; `parts` are saved with the networks.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, run_dir: Path, section: config.Checkpoint, identity: dict[str, str]
+        self,
+        accelerator: Accelerator,
+        run_dir: Path,
+        section: config.Checkpoint,
+        identity: dict[str, str],
+        parts: dict[str, Stateful],
     ) -> None:
         self.accelerator, self.folder = accelerator, run_dir / "checkpoints"
-        self.section, self.identity = section, identity
+        self.section, self.identity, self.parts = section, identity, parts
         self.saved_at, self.best_top1 = time.monotonic(), -1.0
 
-    def resume(self, choice: str, ema: ModelEmaV3 | None, log: RunLog) -> tuple[int, dict[str, float]]:
+    def resume(self, choice: str, ema: ModelEmaV3 | None) -> tuple[int, dict[str, float]]:
         """Restore what `--resume auto|never|PATH` means: the completed steps, and the scores if then evaluated."""
         path = self.find(choice)
         if path is None:
@@ -44,7 +59,8 @@ class Checkpoints:
         state = self.load(path, ema)
         self.set_aside_later(state["step"])
         self.best_top1 = state["best_top1"]
-        log.restore(state["log"])
+        for name, part in self.parts.items():
+            part.restore(state["parts"][name])
         self.accelerator.print(f"resumed from {path} at step {state['step']}")
         return state["step"], state["scores"]
 
@@ -98,10 +114,10 @@ class Checkpoints:
         late = [time.monotonic() - self.saved_at > 60 * self.section.every_minutes]
         return broadcast_object_list(late)[0]
 
-    def save(self, step: int, ema: ModelEmaV3 | None, scores: dict[str, float], log: RunLog) -> Path:
+    def save(self, step: int, ema: ModelEmaV3 | None, scores: dict[str, float]) -> Path:
         """Write `step-XXXXXXXX`; call on all ranks. `scores["top1"]`, where there is one, ranks the best."""
         self.best_top1 = max(self.best_top1, scores.get("top1", -1.0))
-        log_state = log.state()
+        states = {name: part.state() for name, part in self.parts.items()}
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{final.name}"
         main = self.accelerator.is_main_process
@@ -119,7 +135,7 @@ class Checkpoints:
                 "identity": self.identity,
                 "scores": scores,
                 "best_top1": self.best_top1,
-                "log": log_state,
+                "parts": states,
             }
             (partial / "state.json").write_text(json.dumps(content))
         self.accelerator.wait_for_everyone()

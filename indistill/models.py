@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import timm
 import torch
-from safetensors.torch import save_model
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
 from timm.models import load_state_dict, register_model
 from torch import Tensor, nn
 
 from indistill import config, taps
 from indistill.config import UserError
+
+if TYPE_CHECKING:
+    from indistill.targets import Targets
+
+
+_MAX_HEAD_WEIGHTS = 10**8
+_TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
 
 
 class Output(NamedTuple):
@@ -29,14 +38,19 @@ class Output(NamedTuple):
     features: tuple[Tensor, ...]  # one map [B, C, H, W] per pair asked for
     embedding: Tensor | None = None  # [B, D], the classifier's input
     logits: Tensor | None = None  # [B, K]
+    token_logits: Tensor | None = None  # [B, K], of a distillation token
+    cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head
+    projected: Mapping[str, tuple[Tensor, ...]] = {}  # what each trainable part of a loss made of all this
 
 
 class Network(nn.Module):
     """A timm model that takes raw images and can stop at a stage.
 
-    The student is one such module, adapters included, so that it is wrapped for training exactly once; the teacher is
-    another, frozen. `stages` gives the stage of each pair, shallow to deep; `adapters` maps a pair to the module that
-    lifts its map to the teacher's width.
+    The student is one such module, all that is trained with it included, so that it is wrapped for training exactly
+    once; the teacher is another, frozen. `stages` gives the stage of each warm-up pair, shallow to deep, and
+    `adapters` maps a pair to the module that lifts its map to the teacher's width. `kd_stages` are the stages whose
+    maps KD reads, `reads` what else it reads of the student ("logits", "embedding", "token"), and `projectors` maps a
+    KD loss to its trainable part (projectors.py).
     """
 
     def __init__(
@@ -46,31 +60,70 @@ class Network(nn.Module):
         std: Sequence[float],
         stages: Sequence[int] = (),
         adapters: dict[int, nn.Module] | None = None,
-        with_logits: bool = True,
+        reads: Collection[str] = ("logits",),
+        kd_stages: Sequence[int] = (),
+        projectors: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
-        self.stages = list(stages)
+        self.stages, self.kd_stages = list(stages), list(kd_stages)
         self.adapters = nn.ModuleDict({str(pair): module for pair, module in (adapters or {}).items()})
-        # Without a loss on the logits, returning them would make DDP wait for gradients that never come.
-        self.with_logits = with_logits
+        self.projectors = nn.ModuleDict(dict(projectors or {}))
+        # With a loss on its distillation token, timm's model gives that token's logits apart while it trains.
+        self.with_token = "token" in reads
+        if self.with_token:
+            net.set_distilled_training(True)
+        # Returned without a loss that reads them, they would make DDP wait for gradients that never come.
+        self.with_logits = "logits" in reads
+        self.with_embedding = self.with_logits or "embedding" in reads
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, upto: int | None = None, pairs: Sequence[int] | None = None) -> Output:
+    def forward(
+        self,
+        images: Tensor,
+        upto: int | None = None,
+        pairs: Sequence[int] | None = None,
+        targets: Targets | None = None,
+    ) -> Output:
         """Images [B, 3, H, W], uint8 or float in 0..255.
 
-        With `upto`, only the maps of pairs up to that one, or of `pairs` among them, and no computation beyond its
-        stage; without, embedding and logits.
+        With `upto`, only the maps of warm-up pairs up to that one, or of `pairs` among them, and no computation beyond
+        its stage; without, all that KD reads, where projectors see the `targets` too.
         """
-        x = (images.float() - self.mean) / self.std  # [B, 3, H, W]
+        x = self.normalise(images)  # [B, 3, H, W]
         if upto is not None:
             pairs = range(upto + 1) if pairs is None else pairs
             features = taps.maps(self.net, x, [self.stages[pair] for pair in pairs])
             return Output(tuple(self._adapt(pair, feature) for pair, feature in zip(pairs, features)))
-        embedding = self.net.forward_head(self.net.forward_features(x), pre_logits=True)  # [B, D]
-        logits = self.net.get_classifier()(embedding) if self.with_logits or not self.training else None
-        return Output((), embedding, logits)
+        if self.training and not self.with_embedding:
+            return self._project(Output(tuple(taps.maps(self.net, x, self.kd_stages))), targets)
+        final, features = taps.maps_and_final(self.net, x, self.kd_stages)
+        embedding = self.net.forward_head(final, pre_logits=True)  # [B, D]
+        logits, token_logits = self._classify(final, embedding)
+        return self._project(Output(tuple(features), embedding, logits, token_logits), targets)
+
+    def _project(self, output: Output, targets: Targets | None) -> Output:
+        if targets is None or not self.projectors:
+            return output
+        return output._replace(projected={key: part(output, targets) for key, part in self.projectors.items()})
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
+
+    def maps(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
+        """The maps [B, C, H, W] of any stages (ascending), unadapted; nothing beyond the last of them is computed."""
+        return taps.maps(self.net, self.normalise(images), stages)
+
+    def _classify(self, final: Tensor, embedding: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Logits [B, K] and, with a loss on it, those of the distillation token."""
+        if self.training and not self.with_logits:
+            return None, None
+        if self.with_token and self.training:
+            return self.net.forward_head(final)
+        if isinstance(self.net.get_classifier(), nn.Module):
+            return self.net.get_classifier()(embedding), None
+        return self.net.forward_head(final), None  # DeiT: the mean of the class and the distillation token's
 
     def _adapt(self, pair: int, feature: Tensor) -> Tensor:
         return self.adapters[str(pair)](feature) if str(pair) in self.adapters else feature
@@ -122,7 +175,7 @@ def _load_weights(net: nn.Module, path: str, role: str) -> None:
         raise UserError(f"{role}.checkpoint: {path} is not a readable checkpoint: {reason}") from None
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{role}.checkpoint: {path} is not a state dict: save the state dict alone")
-    state = {key.removeprefix("net."): value for key, value in state.items() if not key.startswith("adapters.")}
+    state = {key.removeprefix("net."): value for key, value in state.items() if not key.startswith(_TRAINING_PARTS)}
     wanted = net.state_dict()
     for key in [*wanted, *state]:
         if key not in state or key not in wanted:
@@ -144,8 +197,10 @@ def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> N
     try:
         logits = net(images)
         with contextlib.suppress(RuntimeError, TypeError, AttributeError):
-            embedding = net.forward_head(net.forward_features(images), pre_logits=True)
-            same = torch.allclose(net.get_classifier()(embedding), logits)
+            features = net.forward_features(images)
+            embedding = net.forward_head(features, pre_logits=True)
+            distilled = isinstance(net.get_classifier(), tuple)  # DeiT's: the mean of two classifiers
+            same = torch.allclose(net.forward_head(features) if distilled else net.get_classifier()(embedding), logits)
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{role}: {name} cannot take {image_size} px images (data.image_size): {reason}") from None
@@ -153,6 +208,82 @@ def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> N
         net.train(training)
     if not same:
         raise UserError(f"{role}: the output of {name} is not its classifier on its embedding: use another variant")
+
+
+class Heads(nn.Module):
+    """A linear classifier on the flattened map of each of a frozen teacher's stages (arXiv 2103.00497, section 3).
+
+    The teacher runs no deeper than the deepest of them; it is no submodule, so no optimizer or checkpoint sees it.
+    `pool` averages maps of more than that many pixels a side. Raises UserError for stages that the teacher lacks and
+    for heads too large to be meant.
+    """
+
+    with_logits = True
+
+    def __init__(self, teacher: Network, stages: Sequence[int], pool: int | None, image_size: int) -> None:
+        super().__init__()
+        count = len(taps.stages(teacher.net))
+        if not stages or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < count:
+            raise UserError(f"heads.stages: {list(stages)}: need increasing indices from 0 to {count - 1}")
+        self._frozen = [teacher.eval().requires_grad_(False)]
+        self.stages, self.pool = list(stages), pool
+        with torch.no_grad():
+            maps = teacher.maps(torch.zeros(1, 3, image_size, image_size, device=teacher.mean.device), stages)
+        self.classifiers = nn.ModuleList()
+        for stage, feature in zip(stages, maps):
+            inputs = self._flatten(feature).shape[1]
+            if inputs * teacher.net.num_classes > _MAX_HEAD_WEIGHTS:
+                raise UserError(
+                    f"heads: stage {stage} gives {inputs} inputs for {teacher.net.num_classes} classes, more than "
+                    f"{_MAX_HEAD_WEIGHTS:.0e} weights: set heads.pool, 7 for instance"
+                )
+            self.classifiers.append(nn.Linear(inputs, teacher.net.num_classes))
+
+    def forward(self, images: Tensor, upto: None = None, pairs: Sequence[int] = (), targets: None = None) -> Output:
+        """Images as Network takes them; `cohort` holds each head's logits [B, K], `logits` the deepest's."""
+        with torch.no_grad():
+            maps = self._frozen[0].maps(images, self.stages)
+        cohort = self.classify(maps)
+        return Output((), None, cohort[-1], cohort=cohort)
+
+    def classify(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(classifier(self._flatten(feature)) for classifier, feature in zip(self.classifiers, maps))
+
+    def _flatten(self, feature: Tensor) -> Tensor:
+        if self.pool:
+            feature = nn.functional.adaptive_avg_pool2d(feature, [min(self.pool, size) for size in feature.shape[2:]])
+        return feature.flatten(1)  # [B, C * H * W]
+
+    def save(self, path: Path) -> None:
+        metadata = {"stages": json.dumps(self.stages), "pool": json.dumps(self.pool)}
+        save_model(self, str(path), metadata)
+
+    @classmethod
+    def load(cls, path: str, teacher: Network, image_size: int) -> Heads:
+        """Those of `heads.safetensors`. Raises UserError for a file that is none, or of another teacher's."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+            heads = cls(teacher, json.loads(metadata["stages"]), json.loads(metadata["pool"]), image_size)
+            load_model(heads, path)
+        except FileNotFoundError:
+            raise UserError(f"teacher.heads: no file {path}") from None
+        except UserError:
+            raise
+        except Exception as error:  # not safetensors, without our metadata, other shapes
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"teacher.heads: {path} holds no heads of this teacher: {reason}") from None
+        return heads.eval().requires_grad_(False).to(teacher.mean.device)
+
+
+def fingerprint(*modules: nn.Module | None) -> str:
+    """SHA-256 of the modules' weights: what their outputs depend on, wherever they came from."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in module.state_dict().items() if module else ():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save(network: Network, section: config.Model, path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,41 +12,108 @@ from torch.nn import functional as F
 from indistill import config, losses
 from indistill.curriculum import Phase
 from indistill.models import Output
+from indistill.relational import gather
 from indistill.targets import Targets
 
 
-def objective(
-    output: Output, targets: Targets, labels: Tensor, phase: Phase, kd: Sequence[config.Loss]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of the phase's losses, and each term unweighted, detached.
+@dataclass(frozen=True)
+class Objective:
+    """The losses of a run; `scope` says whose samples relational losses compare (relational.py)."""
 
-    Labels are int64 [B], or class probabilities [B, K] of mixed images.
-    """
-    if phase.pairs:
-        names = [f"mse_pair{pair + 1}" for pair in phase.pairs]
-        values = [losses.hint(*same_size(s, t)) for s, t in zip(output.features, targets.features)]
-        weights = phase.weights
-    else:
-        names = [loss.name for loss in kd]
-        values = [_term(loss, output, targets, labels) for loss in kd]
-        weights = [loss.weight for loss in kd]
-    total = sum(weight * value for weight, value in zip(weights, values))
-    return total, {name: value.detach() for name, value in zip(names, values)}
+    losses: Sequence[config.Loss]
+    steps_per_epoch: int
+    scope: str = "auto"
+
+    def __call__(
+        self, output: Output, targets: Targets, labels: Tensor, phase: Phase, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of the phase's losses, and each term unweighted, detached.
+
+        Labels are int64 [B], or class probabilities [B, K] of mixed images.
+        """
+        if phase.pairs:
+            names = [f"mse_pair{pair + 1}" for pair in phase.pairs]
+            values = [losses.hint(*same_size(s, t)) for s, t in zip(output.features, targets.features)]
+            weights = phase.weights
+        else:
+            epoch = (step - phase.start) // self.steps_per_epoch
+            names = term_names(self.losses)
+            values = [
+                self._term(loss, output, output.projected.get(str(i), ()), targets, labels, epoch)
+                for i, loss in enumerate(self.losses)
+            ]
+            weights = [loss.weight for loss in self.losses]
+        total = sum(weight * value for weight, value in zip(weights, values))
+        return total, {name: value.detach() for name, value in zip(names, values)}
+
+    def _term(
+        self,
+        loss: config.Loss,
+        output: Output,
+        projected: Sequence[Tensor],
+        targets: Targets,
+        labels: Tensor,
+        epoch: int,
+    ) -> Tensor:
+        together = partial(gather, scope=self.scope)  # what compares samples compares those of all ranks
+        match loss:
+            case config.CrossEntropy():
+                classifiers = output.cohort or (output.logits,)
+                return sum(_cross_entropy(logits, labels, loss.label_smoothing) for logits in classifiers)
+            case config.KDLoss():
+                return losses.kd(output.logits, targets.logits, loss.temperature, loss.standardize)
+            case config.DISTLoss():
+                return losses.dist(output.logits, targets.logits, loss.beta, loss.gamma, loss.temperature)
+            case config.DKDLoss():
+                return losses.dkd(output.logits, targets.logits, labels, loss.alpha, loss.beta, loss.temperature)
+            case config.CohortLoss():
+                cohort = (targets.logits, *targets.cohort)
+                return losses.dih(output.logits, cohort, labels, loss.alpha, loss.temperature, loss.weights)
+            case config.TokenLoss():
+                return losses.token(output.token_logits, targets.logits, loss.mode, loss.temperature)
+            case config.PKTLoss():
+                return losses.pkt(*together(output.embedding, targets.embedding), loss.kernel, loss.divergence)
+            case config.InformationFlowLoss():
+                layers = [(output.embedding, targets.embedding, 1.0)]
+                weight = loss.init * loss.decay**epoch
+                layers += [(s, t, weight) for s, t in zip(output.features, targets.features)]
+                return sum(
+                    weight * losses.pkt(*together(s.flatten(1), t.flatten(1)), loss.kernel, loss.divergence)
+                    for s, t, weight in layers
+                )
+            case config.RKDLoss():
+                embeddings = together(output.embedding, targets.embedding)
+                return losses.rkd(*embeddings, loss.distance_weight, loss.angle_weight)
+            case config.CRDLoss():
+                student, teacher, labels = together(*projected, labels)
+                return losses.crd(student, teacher, loss.temperature, labels)
+            case config.SPLoss():
+                return sum(losses.sp(*together(s, t)) for s, t in zip(output.features, targets.features))
+            case config.ATLoss():
+                return sum(losses.at(*same_size(s, t)) for s, t in zip(output.features, targets.features))
+            case config.MapLoss(name="hint"):
+                return sum(losses.hint(*same_size(s, t)) for s, t in zip(projected, targets.features))
+            case config.MapLoss(name="reviewkd"):
+                return sum(losses.reviewkd(s, t) for s, t in zip(projected, targets.features))
+            case config.MapLoss(name="vid"):
+                means, variances = projected[::2], projected[1::2]
+                return sum(losses.vid(*vmt) for vmt in zip(means, variances, targets.features))
 
 
-def _term(loss: config.Loss, output: Output, targets: Targets, labels: Tensor) -> Tensor:
-    match loss:
-        case config.CrossEntropy():
-            return F.cross_entropy(output.logits.float(), labels, label_smoothing=loss.label_smoothing)
-        case config.KDLoss():
-            return losses.kd(output.logits, targets.logits, loss.temperature)
-        case config.PKTLoss():
-            return losses.pkt(output.embedding, targets.embedding)
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def needs_logits(kd: Sequence[config.Loss]) -> bool:
-    """Whether any KD loss trains the student's classifier."""
-    return any(loss.name != "pkt" for loss in kd)
+def term_names(kd: Sequence[config.Loss]) -> list[str]:
+    """The losses' names; where one stands several times, with its place among them: kd, kd_2."""
+    names = [loss.name for loss in kd]
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts)]
+
+
+def reads(kd: Sequence[config.Loss], what: str) -> bool:
+    """Whether any KD loss reads the student's "logits", "embedding", "features" or distillation "token"."""
+    return any(what in loss.reads for loss in kd)
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,12 +32,13 @@ class PhaseOptim:
     """Sets learning rate and optimizer state for a step, phase by phase; the optimizer stays the same object."""
 
     def __init__(self, optimizer: Optimizer, settings: Config, timetable: Timetable) -> None:
-        self.optimizer, self.steps_per_epoch = optimizer, timetable.steps_per_epoch
+        self.optimizer, self.settings, self.timetable = optimizer, settings, timetable
         phases = timetable.curriculum.phases()
-        self.reset = {phase: _section(settings, phase).reset_optimizer for phase in phases}
         self.schedulers = {phase: _scheduler(optimizer, settings, phase, timetable) for phase in phases}
         self.options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        if {*self.reset.values()} != {"never"} and (optimizer.state or isinstance(optimizer, timm.optim.Lookahead)):
+        if {_section(settings, phase).reset_optimizer for phase in phases} != {"never"} and (
+            optimizer.state or isinstance(optimizer, timm.optim.Lookahead)
+        ):
             raise UserError(
                 f"reset_optimizer: {settings.optimizer.name} does not build its state anew: set never, or choose "
                 "another optimizer.name"
@@ -45,8 +46,10 @@ class PhaseOptim:
 
     def begin_step(self, step: int, phase: Phase) -> float:
         """Prepare the optimizer for a step of a phase; returns the learning rate."""
-        reset = self.reset[phase]
-        if (reset != "never" and step == phase.start) or (reset == "epoch" and step % self.steps_per_epoch == 0):
+        if phase not in self.schedulers:  # of a curriculum that sets its own pace
+            self.schedulers[phase] = _scheduler(self.optimizer, self.settings, phase, self.timetable)
+        reset, new_epoch = _section(self.settings, phase).reset_optimizer, step % self.timetable.steps_per_epoch == 0
+        if (reset != "never" and step == phase.start) or (reset == "epoch" and new_epoch):
             self._reset()
         self.schedulers[phase].step_update(step - phase.start)
         return self.optimizer.param_groups[0]["lr"]

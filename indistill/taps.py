@@ -39,6 +39,21 @@ def maps(net: nn.Module, images: Tensor, indices: Sequence[int]) -> list[Tensor]
     )
 
 
+def maps_and_final(net: nn.Module, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """What `forward_features` returns, and the maps [B, C, H, W] of the stages `indices` (ascending) on the way."""
+    if not indices:
+        return net.forward_features(images), []
+    return net.forward_intermediates(images, indices=list(indices), output_fmt="NCHW")
+
+
+def check(pairs: Sequence[tuple[int, int]], teacher: nn.Module, student: nn.Module, key: str) -> None:
+    """Raise UserError, naming the config's `key`, unless all stages exist and each pair is deeper than the last."""
+    for side, (role, net) in enumerate((("teacher", teacher), ("student", student))):
+        chosen, count = [pair[side] for pair in pairs], len(stages(net))
+        if any(not 0 <= index < count for index in chosen) or sorted(set(chosen)) != chosen:
+            raise UserError(f"{key}: {role} stages {chosen}: need increasing indices from 0 to {count - 1}")
+
+
 def match(teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
     """Pairs (teacher stage, student stage), shallow to deep; at most AUTO_PAIRS, the deepest.
 

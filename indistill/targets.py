@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from indistill import prune
+from indistill import models, prune
 from indistill.curriculum import Phase
-from indistill.models import Network
+from indistill.models import Heads, Network
 
 
 class Targets(NamedTuple):
-    features: tuple[Tensor, ...] = ()  # one pruned map [B, C_student, H_t, W_t] per active pair
+    features: tuple[Tensor, ...] = ()  # [B, C, H_t, W_t] per pair: pruned to the student's width in the warm-up
     embedding: Tensor | None = None  # [B, D_t]
     logits: Tensor | None = None  # [B, K]
+    cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head
 
 
 class LiveTargets:
     """The teacher, frozen and in eval mode, run on every batch and no deeper than the phase needs.
 
     Its parameters are outside the training wrapper and never in a checkpoint. Without a teacher all targets are None.
+    `kd_stages` are those whose whole maps KD reads; `heads` classify the maps of theirs.
     """
 
-    def __init__(self, teacher: Network | None, plan: prune.Plan, input_size: tuple[int, int, int]) -> None:
-        self.teacher = teacher
+    def __init__(
+        self,
+        teacher: Network | None,
+        plan: prune.Plan,
+        input_size: tuple[int, int, int],
+        kd_stages: Sequence[int] = (),
+        heads: Heads | None = None,
+    ) -> None:
+        self.teacher, self.kd_stages, self.heads = teacher, list(kd_stages), heads
         self.kept: list[Tensor | None] = []
         self.norms: list[nn.BatchNorm2d] = []
         if teacher is None:
             return
         teacher.eval().requires_grad_(False)
+        teacher.kd_stages = sorted({*kd_stages, *(heads.stages if heads else ())})
         device = next(teacher.parameters()).device
         self.kept = [None if pair.kept is None else torch.tensor(pair.kept, device=device) for pair in plan.pairs]
         if plan.mode == "paper_bn":
             self.norms = [prune.published_norm(teacher.net, pair.teacher_stage, input_size) for pair in plan.pairs]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that the targets come from."""
+        return models.fingerprint(self.teacher, self.heads)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, phase: Phase) -> Targets:
@@ -43,11 +59,18 @@ class LiveTargets:
         if self.teacher is None:
             return Targets()
         if not phase.pairs:
-            return Targets((), *self.teacher(images)[1:])
+            return self._all(images)
         if self.norms:
             return Targets(tuple(self._published_map(images, pair) for pair in phase.pairs))
         maps = self.teacher(images, upto=max(phase.pairs), pairs=phase.pairs).features
         return Targets(tuple(self._prune(feature, pair) for feature, pair in zip(maps, phase.pairs)))
+
+    def _all(self, images: Tensor) -> Targets:
+        output = self.teacher(images)
+        maps = dict(zip(self.teacher.kd_stages, output.features))
+        features = tuple(maps[stage] for stage in self.kd_stages)
+        cohort = self.heads.classify([maps[stage] for stage in self.heads.stages]) if self.heads else ()
+        return Targets(features, output.embedding, output.logits, cohort)
 
     def _prune(self, feature: Tensor, pair: int) -> Tensor:
         kept = self.kept[pair]

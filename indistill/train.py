@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs
 from accelerate.utils import set_seed as seed_everything
 from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
-from indistill import config, data, evaluate, models, optim, prune, taps
+from indistill import build, config, data, evaluate, models, optim
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
-from indistill.curriculum import Phase, Timetable
+from indistill.curriculum import Pace, Phase, Timetable
 from indistill.data import IndexedTraining
 from indistill.metrics import RunLog
-from indistill.models import Network
-from indistill.objective import needs_logits, objective
+from indistill.models import Heads, Network
+from indistill.objective import Objective, reads
 from indistill.stream import StreamedTraining
-from indistill.targets import LiveTargets
 
 
 def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
@@ -41,11 +41,13 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     # --- what the run is made of -------------------------------------------------------------------------------------
     accelerator = start_accelerator(settings)
     rank, accumulation = accelerator.process_index, settings.grad_accumulation
-    run_dir = on_main(accelerator, lambda: open_run_dir(settings))
+    run_dir = build.on_main(accelerator, lambda: open_run_dir(settings))
     training, eval_set = open_data(accelerator, settings)
-    student, teacher, plan = build_networks(accelerator, settings, run_dir)
-    targets_of = LiveTargets(teacher, plan, input_size(settings))
+    calibration = partial(training.loader, 0, device=accelerator.device)
+    student, targets_of, plan = build.networks(accelerator, settings, run_dir, calibration)
     timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(plan.pairs))
+    pace = Pace(timetable, settings.warmup, partial(mean_over_ranks, accelerator))
+    objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
     mix = make_mix(settings, accelerator)
     ema = settings.ema and ModelEmaV3(student, settings.ema.decay, use_warmup=settings.ema.warmup)
     optimizer = optim.create(student, settings.optimizer)
@@ -55,8 +57,9 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     # --- where it stands ---------------------------------------------------------------------------------------------
     log = RunLog(accelerator, run_dir, settings.log.every_steps, timetable, settings.data.max_bad_fraction)
     identity = {"config": config.fingerprint(settings), "plan": plan.hash, "data": training.fingerprint}
-    checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity)
-    first_step, scores = checkpoints.resume(resume, ema, log)
+    identity["teacher"] = targets_of.fingerprint
+    checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity, {"log": log, "pace": pace})
+    first_step, scores = checkpoints.resume(resume, ema)
     log.open(first_step)
     start_trackers(accelerator, settings)
     batches = log.waiting(training.loader(first_step, timetable.total_steps, accelerator.device))
@@ -65,35 +68,38 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     # --- the run -----------------------------------------------------------------------------------------------------
     wrapped.train()
     for step in range(first_step, timetable.total_steps):
-        phase = timetable.curriculum.at(step)
+        phase = pace.curriculum.at(step)
         lr = phase_optim.begin_step(step, phase)
         seed_everything(step_seed(settings.seed, step, rank))  # dropout and mixing, too, depend on the step alone
 
+        step_loss = torch.zeros((), device=accelerator.device)
         for _ in range(accumulation):
             with accelerator.accumulate(wrapped):
                 images, labels = mix(next(batches), phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
                 with accelerator.autocast():
                     targets = targets_of(images, phase)
-                output = wrapped(images, upto=phase.upto, pairs=phase.pairs)
-                loss, terms = objective(output, targets, labels, phase, settings.kd.losses)
+                output = wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
+                loss, terms = objective(output, targets, labels, phase, step)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and settings.clip_grad_norm:
                     accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+            step_loss += loss.detach() / accumulation
             log.add({"loss": loss.detach(), **terms}, weight=1 / accumulation)
         if ema:
             ema.update(student, step + 1)
 
         done = step + 1
+        phase = pace.end_step(done, phase, step_loss)  # with its end, where its loss has flattened
         logged, scores = log.end_step(done, phase, lr), {}
         if eval_set and timetable.evaluate_at(done):
             with log.off_the_clock():
-                scores = evaluate.accuracy(accelerator, evaluated, eval_set, settings.evaluate.batch)
+                scores = evaluation(accelerator, settings, evaluated, targets_of.teacher, eval_set)
             log.write_scores(done, scores)
         if checkpoints.due(done, logged, scores) or done == timetable.total_steps:
             with log.off_the_clock():
-                checkpoints.save(done, ema, scores, log)
+                checkpoints.save(done, ema, scores)
 
     # --- the result --------------------------------------------------------------------------------------------------
     if settings.evaluate.retrieval:
@@ -107,10 +113,12 @@ def start_accelerator(settings: Config) -> Accelerator:
     if not torch.cuda.is_available():
         if settings.mixed_precision == "fp16":
             raise UserError("mixed_precision: fp16 needs a GPU: use bf16 or no")
+        if settings.sync_batchnorm and world > 1:
+            raise UserError("sync_batchnorm needs GPUs: set it to false")
         if world > 1:
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else torchrun on CPUs is taken for single processes
     # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding, the head.
-    partly_unused = settings.warmup is not None or not needs_logits(settings.kd.losses)
+    partly_unused = settings.warmup is not None or not reads(settings.kd.losses, "logits")
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
@@ -138,20 +146,6 @@ def start_trackers(accelerator: Accelerator, settings: Config) -> None:
     if settings.log.tensorboard:
         plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.flatten(settings).items()}
         accelerator.init_trackers("tensorboard", config=plain)
-
-
-def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """Run on rank 0 alone and give every rank its result, or its UserError: none is left waiting for the others."""
-    outcome = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
-    result, message = broadcast_object_list(outcome)
-    if message is not None:
-        raise UserError(message)
-    return result
 
 
 def open_run_dir(settings: Config) -> Path:
@@ -183,63 +177,6 @@ def open_eval_set(settings: Config) -> data.ImageDataset:
     return data.ImageDataset(data.open_shards(settings.data, settings.data.eval), settings.data, settings.seed)
 
 
-def input_size(settings: Config) -> tuple[int, int, int]:
-    return (3, settings.data.image_size, settings.data.image_size)
-
-
-def build_networks(
-    accelerator: Accelerator, settings: Config, run_dir: Path
-) -> tuple[Network, Network | None, prune.Plan]:
-    """Student, teacher if there is one, and the pruning plan that binds their stages, on the device."""
-    seed_everything(settings.seed)
-    size, classes = settings.data.image_size, settings.data.num_classes
-    net = models.create(settings.student, classes, size, "student")
-    normalisation = models.normalisation(net, settings.student, "student")
-    if settings.teacher is None:
-        student = Network(net, *normalisation)
-        return student.to(accelerator.device), None, prune.Plan("none", "none", [])
-
-    teacher_net = models.create(settings.teacher, classes, size, "teacher")
-    plan = prune.Plan("none", "none", [])
-    if settings.warmup:
-        plan = agree_on_plan(accelerator, run_dir, lambda: make_plan(settings, teacher_net, net))
-    adapters = {
-        i: nn.Conv2d(pair.student_width, pair.teacher_width, kernel_size=1)
-        for i, pair in enumerate(plan.pairs)
-        if pair.student_width > pair.teacher_width
-    }
-    student_stages = [pair.student_stage for pair in plan.pairs]
-    student = Network(net, *normalisation, student_stages, adapters, with_logits=needs_logits(settings.kd.losses))
-    teacher_stages = [pair.teacher_stage for pair in plan.pairs]
-    teacher = Network(teacher_net, *models.normalisation(teacher_net, settings.teacher, "teacher"), teacher_stages)
-    return student.to(accelerator.device), teacher.to(accelerator.device), plan
-
-
-def make_plan(settings: Config, teacher: nn.Module, student: nn.Module) -> prune.Plan:
-    warmup = settings.warmup
-    pairs = taps.match(teacher, student) if warmup.pairs == "auto" else warmup.pairs
-    criterion, mode = warmup.prune.criterion, warmup.prune.mode
-    return prune.plan(teacher, student, pairs, input_size(settings), criterion, mode, warmup.adapter)
-
-
-def agree_on_plan(accelerator: Accelerator, run_dir: Path, make: Callable[[], prune.Plan]) -> prune.Plan:
-    """Rank 0 computes the plan, or reads that of the run it continues; every rank gets and confirms it."""
-    path = run_dir / "prune_plan.json"
-
-    def read_or_make() -> prune.Plan:
-        if path.exists():
-            return prune.Plan.read(path)
-        plan = make()
-        path.write_text(plan.to_json())
-        return plan
-
-    plan = on_main(accelerator, read_or_make)
-    hashes = set(gather_object([plan.hash]))
-    if len(hashes) != 1:
-        raise RuntimeError(f"the ranks disagree on the pruning plan: hashes {sorted(hashes)}")
-    return plan
-
-
 def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     """Scores of the config's student with the weights of a file or a checkpoint (its moving average, if any)."""
     if settings.data.eval is None:
@@ -248,6 +185,8 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     path = Path(checkpoint)
     if path.is_dir():
         path = next((path / name for name in ("ema.safetensors", "model.safetensors") if (path / name).is_file()), path)
+    if settings.stage == "heads":
+        raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
     student = settings.student.model_copy(update={"checkpoint": str(path), "pretrained": False})
     net = models.create(student, settings.data.num_classes, settings.data.image_size, "student")
     network = Network(net, *models.normalisation(net, student, "student")).to(accelerator.device)
@@ -285,12 +224,38 @@ def make_mix(settings: Config, accelerator: Accelerator) -> Callable[[data.Batch
     return mix
 
 
+def evaluation(
+    accelerator: Accelerator,
+    settings: Config,
+    student: Network | Heads,
+    teacher: Network | None,
+    eval_set: data.ImageDataset,
+) -> dict[str, float]:
+    """Accuracy and, beside a teacher, how alike their stages are, whether or not they are trained to be."""
+    section = settings.evaluate
+    scores = evaluate.accuracy(accelerator, student, eval_set, section.batch)
+    if teacher is None or not section.similarity_samples:
+        return scores
+    pairs = build.comparable_pairs(settings, teacher.net, student.net)
+    samples = section.similarity_samples
+    return scores | evaluate.similarity(accelerator, student, teacher, pairs, eval_set, section.batch, samples)
+
+
+def mean_over_ranks(accelerator: Accelerator, value: Tensor | float) -> float:
+    return accelerator.reduce(torch.as_tensor(value, device=accelerator.device), reduction="mean").item()
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 def finish(
-    accelerator: Accelerator, settings: Config, run_dir: Path, network: Network, scores: dict[str, float], log: RunLog
+    accelerator: Accelerator,
+    settings: Config,
+    run_dir: Path,
+    network: Network | Heads,
+    scores: dict[str, float],
+    log: RunLog,
 ) -> dict[str, Any]:
     """Write the student's weights and `summary.json`, and close what is open."""
     seconds = sum(log.phase_seconds.values())
@@ -303,11 +268,15 @@ def finish(
         "metrics": scores,
     }
     if accelerator.is_main_process:
-        models.save(network, settings.student, run_dir / "student.safetensors")
+        if settings.stage == "heads":
+            network.save(run_dir / "heads.safetensors")
+        else:
+            models.save(network, settings.student, run_dir / "student.safetensors")
         partial = run_dir / "summary.json.partial"
         partial.write_text(json.dumps(summary, indent=2) + "\n")
         partial.replace(run_dir / "summary.json")
     log.close()
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # and no end_training(): it would take the process group from the next stage of a chain
     return summary

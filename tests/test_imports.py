@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
 LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
 LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "targets"]
+LEAVES += ["similarity"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "cli"]
-MAY_USE_ACCELERATE = {"train", "checkpoint", "evaluate", "metrics"}
+MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "evaluate", "metrics"}
 TOP = {"train", "cli", "demo"}
 
 

@@ -10,7 +10,7 @@ from timm.models.vgg import VGG
 from indistill import config, prune, taps
 from indistill.curriculum import Phase
 from indistill.models import Network
-from indistill.objective import objective
+from indistill.objective import Objective
 from indistill.targets import LiveTargets
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
@@ -92,7 +92,7 @@ def test_a_warmup_step_teaches_the_active_stage_alone(teacher, student):
         output = student(images, upto=pair, pairs=(pair,))
         assert output.features[0].shape[1] == plan.pairs[pair].student_width
         assert (output.embedding, output.logits) == (None, None)
-        return objective(output, targets_of(images, warmup(pair)), None, warmup(pair), config.KD().losses)[0]
+        return Objective(config.KD().losses, 4)(output, targets_of(images, warmup(pair)), None, warmup(pair), 0)[0]
 
     before: set[str] = set()
     for pair, stage in enumerate(student.stages):

@@ -261,7 +261,7 @@ def test_an_adapter_lifts_the_map_of_its_pair():
 
 
 def test_without_a_loss_on_them_logits_are_for_evaluation_only():
-    ours = network(with_logits=False)
+    ours = network(reads=())
     assert ours(pictures()).logits is not None
     ours.train()
     embedding, logits = ours(pictures())[1:]

@@ -8,10 +8,14 @@ from torch.nn import functional as F
 from indistill import config, losses
 from indistill.curriculum import Phase
 from indistill.models import Output
-from indistill.objective import needs_logits, objective, same_size
+from indistill.objective import Objective, reads, same_size, term_names
 from indistill.targets import Targets
 
 KD = Phase("kd", 3, (), (), 10, None)
+
+
+def objective(output, targets, labels, phase, losses, step=10):
+    return Objective(losses, steps_per_epoch=4)(output, targets, labels, phase, step)
 
 
 def random(*shape, seed):
@@ -140,7 +144,88 @@ def test_sizes_that_do_not_divide_are_pooled_over_overlapping_windows():
     assert pooled[0, 0, 0].tolist() == pytest.approx([(a + b - 1) / 2 for a, b in windows])
 
 
-def test_needs_logits():
-    assert needs_logits(config.KD().losses)
-    assert needs_logits(config.KD(losses=[{"name": "pkt"}, {"name": "kd"}]).losses)
-    assert not needs_logits(config.KD(losses=[{"name": "pkt"}]).losses)
+def test_reads():
+    assert reads(config.KD().losses, "logits")
+    assert reads(config.KD(losses=[{"name": "pkt"}, {"name": "kd"}]).losses, "logits")
+    pkt = config.KD(losses=[{"name": "pkt"}]).losses
+    assert not reads(pkt, "logits")
+    assert reads(pkt, "embedding")
+    assert not reads(pkt, "features")
+
+
+def test_a_loss_given_twice_is_told_apart(output, targets):
+    section = config.KD(losses=[{"name": "kd", "temperature": 1.0}, {"name": "ce"}, {"name": "kd", "weight": 2.0}])
+    assert term_names(section.losses) == ["kd", "ce", "kd_2"]
+    total, terms = objective(output, targets, LABELS, KD, section.losses)
+    assert terms["kd"].item() == losses.kd(output.logits, targets.logits, 1.0).item()
+    assert terms["kd_2"].item() == losses.kd(output.logits, targets.logits, 4.0).item()
+    assert total.item() == pytest.approx((terms["kd"] + terms["ce"] + 2 * terms["kd_2"]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("step", "weight"), [(10, 100.0), (13, 100.0), (14, 70.0), (18, 49.0)])
+def test_information_flow_decays_epoch_by_epoch_on_the_pairs_alone(step, weight):
+    maps = [(random(6, 2 + i, 3, 3, seed=i), random(6, 4, 2, 2, seed=9 + i)) for i in range(2)]
+    output = Output(tuple(s for s, _ in maps), random(6, 12, seed=20))
+    targets = Targets(tuple(t for _, t in maps), random(6, 7, seed=21))
+    section = config.KD(losses=[{"name": "information_flow"}])
+    total, _ = objective(output, targets, LABELS, KD, section.losses, step)  # the phase begins at 10, an epoch is 4
+    pairs = sum(losses.pkt(s.flatten(1), t.flatten(1)) for s, t in maps)
+    expected = losses.pkt(output.embedding, targets.embedding) + weight * pairs
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_every_loss_of_the_config_has_its_term():
+    """Each with its parameters, on the inputs that it says it reads."""
+    maps = [(random(6, 3, 4, 4, seed=i), random(6, 5, 2, 2, seed=9 + i)) for i in range(2)]
+    student, teacher = tuple(s for s, _ in maps), tuple(t for _, t in maps)
+    logits, embedding = random(6, 5, seed=1), random(6, 12, seed=2)
+    targets = Targets(teacher, random(6, 7, seed=3), random(6, 5, seed=4), (random(6, 5, seed=5),))
+    cases = [
+        ({"name": "kd", "standardize": True}, losses.kd(logits, targets.logits, 4.0, True), 1.0),
+        ({"name": "dist", "beta": 2.0}, losses.dist(logits, targets.logits, 2.0, 1.0, 1.0), 1.0),
+        ({"name": "dkd", "beta": 0.5}, losses.dkd(logits, targets.logits, LABELS, 1.0, 0.5, 4.0), 1.0),
+        (
+            {"name": "dih", "weights": [1.0, 0.5]},
+            losses.dih(logits, [targets.logits, *targets.cohort], LABELS, 0.1, 5.0, [1.0, 0.5]),
+            1.0,
+        ),
+        ({"name": "token", "mode": "soft"}, losses.token(logits + 1, targets.logits, "soft", 1.0), 1.0),
+        ({"name": "pkt", "kernel": "rbf"}, losses.pkt(embedding, targets.embedding, "rbf", "jeffreys"), 1.0),
+        ({"name": "rkd"}, losses.rkd(embedding, targets.embedding, 25.0, 50.0), 1.0),
+        ({"name": "sp"}, sum(losses.sp(s, t) for s, t in maps), 3000.0),
+        ({"name": "at"}, sum(losses.at(*same_size(s, t)) for s, t in maps), 1000.0),
+    ]
+    for section, expected, weight in cases:
+        kd = config.KD(losses=[section]).losses
+        read = {name: value for name, value in (("logits", logits), ("embedding", embedding)) if reads(kd, name)}
+        if reads(kd, "token"):
+            read["token_logits"] = logits + 1
+        output = Output(student if reads(kd, "features") else (), **read)
+        total, terms = objective(output, targets, LABELS, KD, kd)
+        assert terms[section["name"]].item() == pytest.approx(expected.item(), rel=1e-6), section
+        assert total.item() == pytest.approx(weight * expected.item(), rel=1e-6), section
+
+
+def test_losses_with_trained_layers_compare_what_these_made():
+    maps = [(random(6, 5, 4, 4, seed=i), random(6, 5, 4, 4, seed=9 + i)) for i in range(2)]
+    targets = Targets(tuple(t for _, t in maps), random(6, 7, seed=3))
+    variance = random(1, 5, 1, 1, seed=8).exp()
+    unit = [torch.nn.functional.normalize(random(6, 4, seed=30 + i)) for i in range(2)]
+    cases = [
+        ("hint", [s for s, _ in maps], sum(losses.hint(s, t) for s, t in maps)),
+        ("reviewkd", [s for s, _ in maps], sum(losses.reviewkd(s, t) for s, t in maps)),
+        ("vid", [x for s, _ in maps for x in (s, variance)], sum(losses.vid(s, variance, t) for s, t in maps)),
+        ("crd", unit, losses.crd(*unit, 0.07, LABELS)),
+    ]
+    for name, projected, expected in cases:
+        kd = config.KD(losses=[{"name": "ce"}, {"name": name}]).losses
+        output = Output((), None, random(6, 5, seed=1), projected={"1": tuple(projected)})
+        _, terms = objective(output, targets, LABELS, KD, kd)
+        assert terms[name].item() == pytest.approx(expected.item(), rel=1e-6), name
+
+
+def test_cross_entropy_of_heads_is_their_sum():
+    cohort = (random(6, 5, seed=1), random(6, 5, seed=2))
+    _, terms = objective(Output((), None, cohort[-1], cohort=cohort), Targets(), LABELS, KD, config.KD().losses)
+    expected = sum(cross_entropy(logits, F.one_hot(LABELS, 5)) for logits in cohort)
+    assert terms["ce"].item() == pytest.approx(expected, rel=1e-6)

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from indistill.evaluate import retrieval_map
+from indistill.evaluate import precision_at, retrieval_map
+
+
+def plain_order(db, query, metric):
+    """The database's entries, nearest first, equal ones in the given order."""
+    if metric == "cosine":
+        norms = np.linalg.norm(db, axis=1) * np.linalg.norm(query)
+        distance = 1 - (db * query).sum(axis=1) / np.where(norms == 0, 1, norms)
+    else:
+        distance = np.sqrt(((db - query) ** 2).sum(axis=1))
+    return np.argsort(distance, kind="stable")
 
 
 def plain_map(db, db_labels, queries, query_labels, metric, protocol):
@@ -17,12 +27,7 @@ def plain_map(db, db_labels, queries, query_labels, metric, protocol):
         precision, recall = [], []
         batch = queries[start : start + 128]
         for query, label in zip(batch, query_labels[start : start + 128]):
-            if metric == "cosine":
-                norms = np.linalg.norm(db, axis=1) * np.linalg.norm(query)
-                distance = 1 - (db * query).sum(axis=1) / np.where(norms == 0, 1, norms)
-            else:
-                distance = np.sqrt(((db - query) ** 2).sum(axis=1))
-            relevant = db_labels[np.argsort(distance, kind="stable")] == label
+            relevant = db_labels[plain_order(db, query, metric)] == label
             found = np.cumsum(relevant)
             precision.append(found / np.arange(1, len(db) + 1))
             recall.append(found / relevant.sum())
@@ -116,6 +121,35 @@ def test_matches_plain_loops(query_size, metric, protocol):
         assert result == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("query_size", [1, 130])
+def test_precision_matches_plain_loops(query_size, metric):
+    ks = (1, 3, 10, 100, 200)
+    arrays = embeddings(200, query_size, classes=40, seed=1)
+    db, db_labels, queries, query_labels = (a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays)
+    orders = [plain_order(db, query, metric) for query in queries]
+    expected = {}
+    for k in ks:
+        expected[k] = np.mean([np.mean(db_labels[order[:k]] == label) for order, label in zip(orders, query_labels)])
+    assert precision_at(*as_tensors(arrays), ks=ks, metric=metric) == pytest.approx(expected, abs=1e-12)
+
+
+def test_precision_by_hand():
+    assert precision_at(*on_a_line([0, 1, 1, 0]), ks=(1, 2, 3, 4), metric="l2") == {1: 0, 2: 1 / 2, 3: 2 / 3, 4: 1 / 2}
+    query, label, db = torch.ones(1, 2), torch.tensor([1]), torch.ones(4, 2)  # ties keep the order of the database
+    for metric in ("cosine", "l2"):
+        for labels in ([1, 1, 0, 0], [0, 0, 1, 1]):
+            expected = {1: labels[0], 2: labels[0], 4: 1 / 2}
+            assert precision_at(db, torch.tensor(labels), query, label, (1, 2, 4), metric) == expected
+
+
+def test_precision_leaves_out_more_than_the_database_has():
+    assert list(precision_at(*as_tensors(embeddings(64, 5)))) == [1, 10]
+    assert list(precision_at(*as_tensors(embeddings(100, 5)))) == [1, 10, 100]
+    with pytest.raises(ValueError, match="precision at 0"):
+        precision_at(*as_tensors(embeddings(64, 5)), ks=(1, 0))
+
+
 def test_small_blocks_change_nothing(monkeypatch):
     example = as_tensors(embeddings(200, 150))
     for protocol in ("interpolated", "authors"):
@@ -123,6 +157,9 @@ def test_small_blocks_change_nothing(monkeypatch):
         monkeypatch.setattr("indistill.evaluate._BLOCK_ENTRIES", 200 * 7)
         assert retrieval_map(*example, protocol=protocol) == pytest.approx(whole, abs=1e-12)
         monkeypatch.undo()
+    whole = precision_at(*example)
+    monkeypatch.setattr("indistill.evaluate._BLOCK_ENTRIES", 200 * 7)
+    assert precision_at(*example) == whole
 
 
 def test_the_authors_figure_depends_on_the_order_of_the_queries():

@@ -1,0 +1,193 @@
+"""What a run trains and what teaches it: networks, pruning plan, targets, from the config.
+
+The plan is made once, by all ranks where it needs data, and is the same on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import set_seed as seed_everything
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+from torch.utils.data import DataLoader
+
+from indistill import models, projectors, prune, taps
+from indistill.config import Config, UserError
+from indistill.models import Heads, Network
+from indistill.objective import reads
+from indistill.prune import Plan
+from indistill.targets import LiveTargets
+
+NO_PLAN = Plan("none", "none", [])
+
+
+def networks(
+    accelerator: Accelerator, settings: Config, run_dir: Path, calibration: Callable[[int], DataLoader]
+) -> tuple[Network | Heads, LiveTargets, Plan]:
+    """What is trained, on the device; the teacher's targets; the plan that binds the stages of both.
+
+    `calibration(n)` gives this rank's share of n global batches. Raises UserError for whatever does not fit.
+    """
+    seed_everything(settings.seed)
+    device, size, losses = accelerator.device, input_size(settings), settings.kd.losses
+    if settings.stage == "heads":
+        return heads(accelerator, settings), LiveTargets(None, NO_PLAN, size), NO_PLAN
+    net = create_student(settings)
+    normalisation = models.normalisation(net, settings.student, "student")
+    if settings.teacher is None:
+        return trainable(settings, Network(net, *normalisation)).to(device), LiveTargets(None, NO_PLAN, size), NO_PLAN
+
+    teacher = create_teacher(settings).to(device)
+    plan = agree_on_plan(accelerator, settings, run_dir, teacher, net, calibration) if settings.warmup else NO_PLAN
+    stages = [(pair.teacher_stage, pair.student_stage) for pair in plan.pairs]
+    kd_pairs = choose_pairs(settings, teacher.net, net) if reads(losses, "features") else []
+    student = Network(
+        net,
+        *normalisation,
+        stages=[student_stage for _, student_stage in stages],
+        adapters={
+            i: nn.Conv2d(pair.student_width, pair.teacher_width, kernel_size=1)
+            for i, pair in enumerate(plan.pairs)
+            if pair.student_width > pair.teacher_width
+        },
+        reads=[what for what in ("logits", "embedding", "token") if reads(losses, what)],
+        kd_stages=[student_stage for _, student_stage in kd_pairs],
+        projectors=projectors.create(losses, projector_shape(teacher.net, net, kd_pairs)),
+    )
+    teacher.stages = [teacher_stage for teacher_stage, _ in stages]
+    cohort = settings.teacher.heads and Heads.load(settings.teacher.heads, teacher, settings.data.image_size)
+    for loss in losses:
+        if loss.name == "dih" and loss.weights is not None and len(loss.weights) != 1 + len(cohort.stages):
+            raise UserError(
+                f"kd.losses: dih.weights: {len(loss.weights)} for the teacher and {len(cohort.stages)} heads"
+            )
+    targets_of = LiveTargets(teacher, plan, size, [teacher_stage for teacher_stage, _ in kd_pairs], cohort)
+    return trainable(settings, student).to(device), targets_of, plan
+
+
+def trainable(settings: Config, student: Network) -> Network:
+    return convert_sync_batchnorm(student) if settings.sync_batchnorm else student
+
+
+def create_student(settings: Config) -> nn.Module:
+    net = models.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
+    if reads(settings.kd.losses, "token") and not hasattr(net, "set_distilled_training"):
+        raise UserError(
+            f"kd.losses: token needs a student with a distillation token, {settings.student.name} has none: choose one "
+            "such as deit_tiny_distilled_patch16_224"
+        )
+    return net
+
+
+def create_teacher(settings: Config) -> Network:
+    net = models.create(settings.teacher, settings.data.num_classes, settings.data.image_size, "teacher")
+    return Network(net, *models.normalisation(net, settings.teacher, "teacher"))
+
+
+def heads(accelerator: Accelerator, settings: Config) -> Heads:
+    """Intermediate classifiers on the teacher, which they hold and run themselves."""
+    teacher = create_teacher(settings).to(accelerator.device)
+    stages = settings.heads.stages
+    if stages == "auto":
+        stages = [stage for stage, _ in taps.match(teacher.net, teacher.net)]
+    return Heads(teacher, stages, settings.heads.pool, settings.data.image_size).to(accelerator.device)
+
+
+def choose_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
+    """(teacher stage, student stage) of what KD reads, else of the warm-up, else matched."""
+    pairs, key = settings.kd.pairs, "kd.pairs"
+    if pairs is None and settings.warmup:
+        pairs, key = settings.warmup.pairs, "warmup.pairs"
+    if pairs in (None, "auto"):
+        return taps.match(teacher, student)
+    taps.check(pairs, teacher, student, key)
+    return pairs
+
+
+def comparable_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
+    """As choose_pairs, but none where nothing matches: what no loss needs must not fail."""
+    try:
+        return choose_pairs(settings, teacher, student)
+    except UserError:
+        return []
+
+
+def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]]) -> projectors.Shape:
+    teacher_stages, student_stages = taps.stages(teacher), taps.stages(student)
+    return projectors.Shape(
+        student_widths=[student_stages[stage].channels for _, stage in pairs],
+        teacher_widths=[teacher_stages[stage].channels for stage, _ in pairs],
+        student_dim=student.head_hidden_size,
+        teacher_dim=teacher.head_hidden_size,
+    )
+
+
+def input_size(settings: Config) -> tuple[int, int, int]:
+    return (3, settings.data.image_size, settings.data.image_size)
+
+
+def agree_on_plan(
+    accelerator: Accelerator,
+    settings: Config,
+    run_dir: Path,
+    teacher: Network,
+    student: nn.Module,
+    calibration: Callable[[int], DataLoader],
+) -> Plan:
+    """Rank 0 computes the plan, or reads that of the run it continues; every rank gets and confirms it."""
+    path, warmup = run_dir / "prune_plan.json", settings.warmup
+    pairs = taps.match(teacher.net, student) if warmup.pairs == "auto" else warmup.pairs
+    taps.check(pairs, teacher.net, student, "warmup.pairs")
+    importance = None
+    if warmup.prune.criterion in prune.NEEDS_DATA and not on_main(accelerator, path.exists):
+        device, batches = accelerator.device, calibration(warmup.prune.batches)
+        importance = prune.calibrate(
+            teacher.net,
+            teacher.normalise,
+            [teacher_stage for teacher_stage, _ in pairs],
+            ((batch.images.to(device), batch.labels.to(device)) for batch in batches),
+            warmup.prune.criterion,
+            lambda x: accelerator.reduce(x, reduction="sum"),
+        )
+
+    def read_or_make() -> Plan:
+        if path.exists():
+            return Plan.read(path)
+        plan = prune.plan(
+            teacher.net,
+            student,
+            pairs,
+            input_size(settings),
+            warmup.prune.criterion,
+            warmup.prune.mode,
+            warmup.adapter,
+            importance,
+            settings.seed,
+        )
+        path.write_text(plan.to_json())
+        return plan
+
+    plan = on_main(accelerator, read_or_make)
+    hashes = set(gather_object([plan.hash]))
+    if len(hashes) != 1:
+        raise RuntimeError(f"the ranks disagree on the pruning plan: hashes {sorted(hashes)}")
+    return plan
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """Run on rank 0 alone and give every rank its result, or its UserError: none is left waiting for the others."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    result, message = broadcast_object_list(outcome)
+    if message is not None:
+        raise UserError(message)
+    return result

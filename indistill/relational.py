@@ -1,0 +1,50 @@
+"""Losses that compare the samples of a batch, on the batch of all ranks: gathered, with gradients.
+
+Without this, such a loss means something else on every world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MAX_ELEMENTS = 2**24  # of the gathered rows, and of their similarity matrix: 64 MiB each in float32
+
+Gather = Callable[..., tuple[Tensor, ...]]
+
+
+def gather(*rows: Tensor, scope: str = "global") -> tuple[Tensor, ...]:
+    """Each tensor [B, ...] of this rank as that of all ranks, [W * B, ...], in rank order.
+
+    Every rank must bring as many rows, and then compute the same loss of them; with gradients averaged over ranks, as
+    DDP does, the result is the gradient of that one loss on the global batch. `scope` "local" gathers nothing; "auto"
+    does while neither any gathered tensor nor the similarity matrix [W * B, W * B] exceeds MAX_ELEMENTS. As W * B is
+    the global batch, that choice does not depend on the world size.
+    """
+    if not dist.is_initialized() or scope == "local":
+        return rows
+    batch = dist.get_world_size() * len(rows[0])
+    widest = max(batch * x[0].numel() for x in rows)
+    if scope == "auto" and max(batch**2, widest) > MAX_ELEMENTS:
+        return rows
+    return tuple(_Gather.apply(x) for x in rows)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # The sum over ranks is W times the gradient of the one loss, and the average over ranks makes it one again.
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,0 +1,120 @@
+"""Losses that compare the samples of a batch: one loss and one gradient, however many ranks divide it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_ranks
+from torch import Tensor, nn
+
+from indistill import config, losses, relational
+from indistill import train as module
+from indistill.metrics import read_lines
+
+BATCH = 16
+LABELS = torch.arange(BATCH) % 5
+
+
+def crd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    student, teacher = (nn.functional.normalize(x, dim=1) for x in (student, teacher[:, :4]))
+    return losses.crd(student, teacher, 0.07, labels)
+
+
+LOSSES = {
+    "pkt": lambda student, teacher, _: losses.pkt(student, teacher),
+    "sp": lambda student, teacher, _: losses.sp(student, teacher),
+    "rkd": lambda student, teacher, _: losses.rkd(student, teacher),
+    "crd": crd,
+}
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(folder: str, scope: str) -> None:
+    """Each loss of this rank's share of a batch through a network in DDP: the loss, and the averaged gradients."""
+    import accelerate
+
+    accelerator = accelerate.Accelerator()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = slice(BATCH * rank // world, BATCH * (rank + 1) // world)
+    images, teacher = random(BATCH, 6, seed=1)[mine], random(BATCH, 7, seed=2)[mine]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    wrapped = accelerator.prepare_model(net)
+    told = {}
+    for name, loss_of in LOSSES.items():
+        net.zero_grad()
+        loss = loss_of(*relational.gather(wrapped(images), teacher, LABELS[mine], scope=scope))
+        accelerator.backward(loss)
+        told[name] = [loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())]
+    torch.save(told, Path(folder) / f"{world}-{rank}.pt")
+
+
+@pytest.mark.parametrize("scope", ["global", "auto"])
+def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(tmp_path, scope):
+    for world in (1, 2, 4):
+        run_ranks(gradients, world, str(tmp_path), scope)
+    expected = torch.load(tmp_path / "1-0.pt")
+    for world in (2, 4):
+        for rank in range(world):
+            told = torch.load(tmp_path / f"{world}-{rank}.pt")
+            for name in LOSSES:
+                for ours, one in zip(told[name], expected[name]):
+                    assert ours.abs().max() > 0
+                    assert torch.allclose(ours, one, rtol=1e-4, atol=1e-6 * one.abs().max().item()), (name, world)
+
+
+def test_local_scope_compares_each_ranks_own(tmp_path):
+    for world in (1, 2):
+        run_ranks(gradients, world, str(tmp_path), "local")
+    one, two = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt"))
+    assert not torch.isclose(one["sp"][0], two["sp"][0], rtol=1e-3)
+
+
+def gathered_rows(folder: str) -> None:
+    import accelerate
+
+    rank = accelerate.Accelerator().process_index
+    for name, limit in (("fits", 4 * 6), ("wide", 4 * 6 - 1), ("similar", 15)):
+        relational.MAX_ELEMENTS = limit
+        width = 1 if name == "similar" else 6
+        (rows,) = relational.gather(torch.full((2, width), float(rank)), scope="auto")
+        (Path(folder) / f"{name}-{rank}").write_text(str(len(rows)))
+
+
+def test_auto_gathers_while_neither_rows_nor_similarities_are_large(tmp_path):
+    run_ranks(gathered_rows, 2, str(tmp_path))
+    for rank in (0, 1):
+        lengths = {name: int((tmp_path / f"{name}-{rank}").read_text()) for name in ("fits", "wide", "similar")}
+        assert lengths == {"fits": 4, "wide": 2, "similar": 2}
+
+
+def run(tree: dict[str, Any]) -> None:
+    module.train(config.parse(tree, "test"))
+
+
+def test_a_run_with_every_loss_is_the_same_on_two_ranks(tree, tmp_path):
+    """Trained layers, all relational losses and information flow; no batch norm, so that ranks can agree."""
+    tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
+    tree["teacher"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["2 steps", "2 steps", "2 steps"]}
+    names = ["ce", "kd", "dist", "dkd", "pkt", "information_flow", "rkd", "crd", "sp", "at", "hint", "vid"]
+    tree["kd"] = {"losses": [{"name": name, "weight": 0.1} for name in names], "pairs": [[0, 0], [2, 2]]}
+    tree["duration"] = "12 steps"
+    tree["clip_grad_norm"] = 1.0
+    lines = []
+    for world in (1, 2):
+        started = {**copy.deepcopy(tree), "run_dir": str(tmp_path / f"run{world}")}
+        run_ranks(run, world, started)
+        lines.append([x for x in read_lines(Path(started["run_dir"]) / "metrics.jsonl") if "loss" in x])
+    assert len(lines[0]) == 12
+    assert {"hint", "vid", "crd", "information_flow"} <= lines[0][-1].keys()
+    for one, two in zip(*lines):
+        for name in {"loss", *names} & one.keys():
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), (name, one["step"])
