@@ -1,80 +1,140 @@
-"""Every config in configs/ is built: networks, plan, timetable and optimizer, with random weights."""
+"""Every config in configs/ is built with random weights and computes the loss of a batch: nothing in there may rot."""
 
+import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from indistill import config, models, optim, prune, taps
+from indistill import build, models, optim, pipeline
 from indistill.curriculum import Timetable
+from indistill.data import Batch
+from indistill.objective import Objective
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-IMAGENET, CIFAR10, DIGITS = 1_281_167, 50_000, 1_437  # training samples
-SAMPLES = {"imagenet": IMAGENET, "cifar10": CIFAR10, "digits": DIGITS}
+SAMPLES = {"imagenet": 1_281_167, "cifar10": 50_000, "digits": 1_437}  # training images
+COMPARED = [path for path in CONFIGS if path.stem.startswith(("imagenet_r34", "imagenet_r50"))]
+SEEN = 2  # images of a batch
+
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
 def opening_comment(path):
-    return path.read_text().partition("\nrun_dir:")[0]
+    return re.split(r"^(?!#)", path.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def commands(path):
+    """The arguments of each `indistill train` in the opening comment: the config's path, then overrides."""
+    lines = re.sub(r"\\\n# *", "", opening_comment(path))  # continued lines joined
+    return [shlex.split(arguments) for arguments in re.findall(r"indistill train (.*)", lines)]
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 5
+    assert len(CONFIGS) >= 10
+    assert len(COMPARED) == 6
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_opening_comment_tells_command_cost_and_result(path):
+@every_config
+def test_the_opening_comment_tells_commands_cost_and_result(path):
     opening = opening_comment(path)
-    assert all(line.startswith("#") for line in opening.splitlines())
-    commands = re.findall(r"indistill train (\S+)", opening)
-    assert commands == [f"configs/{path.name}"]
+    assert commands(path)
+    assert all(config == f"configs/{path.name}" for config, *_ in commands(path))
     assert "Expected: " in opening
     assert re.search(r"\d %", opening)
     assert re.search(r"Cost: \d|minute", opening)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_commands_overrides_are_keys(path):
-    command = re.search(r"indistill train \S+(.*)", opening_comment(path).replace("\\\n#", " "))[1]
-    config.load(path, re.findall(r"[\w.]+=\S+", command))
+@every_config
+def test_the_commands_overrides_are_keys_and_each_has_its_run_directory(path):
+    runs = [pipeline.load(path, overrides) for _, *overrides in commands(path)]
+    run_dirs = [settings.run_dir for stages in runs for _, settings in stages]
+    assert len(set(run_dirs)) == len(run_dirs)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_builds(path):
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+def test_recipes_are_compared_with_and_without_warmup_at_an_equal_budget(path):
+    [(_, with_warmup)], [(_, without)] = (pipeline.load(path, overrides) for _, *overrides in commands(path))
+    assert with_warmup.warmup is not None
+    assert without.warmup is None
+    changed = {"run_dir": "", "warmup": None}
+    assert with_warmup.model_copy(update=changed) == without.model_copy(update=changed)
+
+
+@pytest.fixture(scope="module")
+def create_once():
+    """`models.create` with one network per role and architecture, and the weights of none: many configs share them."""
+    networks = {}
+
+    def create(section, num_classes, image_size, role):
+        section = section.model_copy(update={"pretrained": False, "checkpoint": None})
+        key = (role, section.name, str(section.kwargs), num_classes, image_size)
+        if key not in networks:
+            networks[key] = create_network(section, num_classes, image_size, role)
+        return networks[key]
+
+    create_network = models.create
+    return create
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("with_warmup", [True, False], ids=["as-it-is", "warmup-null"])
+@every_config
+def test_a_config_builds_and_computes_its_losses(path, with_warmup, create_once, accelerator, tmp_path, monkeypatch):
+    stages = pipeline.load(path)
+    if not with_warmup:
+        stages = [(name, settings.model_copy(update={"warmup": None})) for name, settings in stages]
+    heads_of = {Path(settings.run_dir, "heads.safetensors"): settings for _, settings in stages}
+    monkeypatch.setattr(models, "create", create_once)
+    monkeypatch.setattr(models.Heads, "load", lambda file, *_: build.heads(accelerator, heads_of[Path(file)]))
+    for name, settings in stages:
+        (tmp_path / name).mkdir(exist_ok=True)
+        check_stage(path, settings, accelerator, tmp_path / name)
+
+
+@torch.no_grad()
+def check_stage(path, settings, accelerator, run_dir):
+    size, classes, warmup = settings.data.image_size, settings.data.num_classes, settings.warmup
     torch.manual_seed(0)
-    settings = config.load(path)
-    random_weights = {"pretrained": False, "checkpoint": None}
-    size, classes = settings.data.image_size, settings.data.num_classes
-    student_section = settings.student.model_copy(update=random_weights)
-    teacher_section = settings.teacher.model_copy(update=random_weights)
-    student = models.create(student_section, classes, size, "student")
-    teacher = models.create(teacher_section, classes, size, "teacher")
+    images = torch.randint(256, (SEEN, 3, size, size), dtype=torch.uint8)
+    labels = torch.tensor([0, classes - 1])
+    batch = Batch(images, labels, labels, [])
+    student, targets_of, plan = build.networks(accelerator, settings, run_dir, lambda batches: [batch])
 
-    warmup = settings.warmup
-    pairs = taps.match(teacher, student) if warmup.pairs == "auto" else warmup.pairs
-    plan = prune.plan(teacher, student, pairs, (3, size, size), warmup.prune.criterion, warmup.prune.mode)
-    assert len(plan.pairs) >= 3
-    assert any(pair.kept for pair in plan.pairs) or path.stem == "imagenet_r34_r18"  # whose widths are equal
+    assert len(plan.pairs) >= 3 if warmup else not plan.pairs
+    for pair in plan.pairs:
+        kept = pair.teacher_width if pair.kept is None else len(pair.kept)
+        assert kept == min(pair.teacher_width, pair.student_width)
 
-    images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-    for net, section, stages in (
-        (student, student_section, [pair.student_stage for pair in plan.pairs]),
-        (teacher, teacher_section, [pair.teacher_stage for pair in plan.pairs]),
-    ):
-        network = models.Network(net, *models.normalisation(net, section, "either"), stages).eval()
-        with torch.no_grad():
-            maps = network(images, upto=len(stages) - 1).features
-            assert network(images).logits.shape == (1, classes)
-        assert [m.shape[1] for m in maps] == [taps.stages(net)[stage].channels for stage in stages]
-
-    samples = next(count for name, count in SAMPLES.items() if path.stem.startswith(name))
-    timetable = Timetable.of(settings, samples // settings.data.global_batch, len(pairs))
-    phases = timetable.curriculum.phases()
-    assert [phase.name for phase in phases][-1] == "kd"
-    assert len(phases) == len(pairs) + 1
-    assert phases[-1].start < timetable.total_steps / 2
-    phase_optim = optim.PhaseOptim(optim.create(student, settings.optimizer), settings, timetable)
-    for phase in phases:
-        rate = phase_optim.begin_step((phase.start + (phase.end or timetable.total_steps)) // 2, phase)
-        assert 0 < rate <= settings.optimizer.lr
+    samples = next(count for prefix, count in SAMPLES.items() if path.stem.startswith(prefix))
+    timetable = Timetable.of(settings, samples // settings.data.global_batch, len(plan.pairs))
+    *before, last = timetable.curriculum.phases()
+    assert last.name == ("kd" if settings.teacher else "supervised")
+    assert last.start < timetable.total_steps / 2
+    assert bool(before) == bool(warmup)
     assert settings.data.global_batch % settings.data.streams == 0
+
+    phase_optim = optim.PhaseOptim(optim.create(student, settings.optimizer), settings, timetable)
+    for phase in (*before, last):
+        middle = (phase.start + (phase.end or timetable.total_steps)) // 2
+        assert 0 < phase_optim.begin_step(middle, phase) <= settings.optimizer.lr
+
+    objective = Objective(settings.kd.losses, timetable.steps_per_epoch, settings.kd.relational_scope)
+    mixed = torch.nn.functional.one_hot(labels, classes).float() if settings.kd.mix else labels
+    student.train()
+    for phase in (*before[-1:], last):  # the deepest maps, and all of the networks
+        targets = targets_of(images, phase)
+        output = student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
+        loss, terms = objective(output, targets, mixed, phase, phase.start)
+        assert 0 < loss.item() < math.inf
+        assert len(terms) == len(phase.pairs or settings.kd.losses)
+    assert student.eval()(images).logits.shape == (SEEN, classes)
