@@ -363,3 +363,21 @@ def test_resume_of_a_chain(done):
         pipeline.run(load(done), resume="never")
     fresh = copy.deepcopy(done) | {"run_dir": done["run_dir"] + "-fresh", "stages": done["stages"][:1]}
     assert list(pipeline.run(load(fresh), resume="never")) == ["teacher"]
+
+
+def test_heads_are_trained_and_teach(chain):
+    teacher, _, student = chain["stages"]
+    heads = {"name": "heads", "stage": "heads", "teacher": {"stage": "teacher"}, "duration": "3 steps"}
+    student["teacher"] = {"stage": "teacher", "heads": {"stage": "heads"}}
+    student["kd"] = {"losses": [{"name": "dih"}]}
+    chain["stages"] = [teacher, heads, student]
+    assert [s["step"] for s in pipeline.run(load(chain)).values()] == [5, 3, 7]
+    inputs = {n: json.loads(Path(f"{chain['run_dir']}/{n}/inputs.json").read_text()) for n in ("heads", "student")}
+    assert {name: set(files) for name, files in inputs.items()} == {
+        "heads": {"teacher.checkpoint"},
+        "student": {"teacher.checkpoint", "teacher.heads"},
+    }
+    file = Path(chain["run_dir"]) / "heads" / "heads.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")  # another weight
+    with pytest.raises(UserError, match=r"stage student began with other weights .* \(teacher.heads\)"):
+        pipeline.run(load(chain))
