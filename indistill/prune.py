@@ -287,14 +287,6 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
     return found
 
 
-def check_pairs(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]]) -> None:
-    """Raises UserError for pairs (teacher stage, student stage) that name no stage or are out of order."""
-    for side, (role, net) in enumerate((("teacher", teacher), ("student", student))):
-        chosen, count = [pair[side] for pair in pairs], len(taps.stages(net))
-        if any(not 0 <= index < count for index in chosen) or sorted(set(chosen)) != chosen:
-            raise UserError(f"warmup.pairs: {role} stages {chosen}: need increasing indices from 0 to {count - 1}")
-
-
 def plan(
     teacher: nn.Module,
     student: nn.Module,
@@ -312,7 +304,7 @@ def plan(
     absent); `random` takes `seed`. Raises UserError for a stage that does not exist, pairs out of order, a student
     wider than its teacher where no adapter lifts it, and a criterion that a stage does not have.
     """
-    check_pairs(teacher, student, pairs)
+    taps.check(pairs, teacher, student, "warmup.pairs")
 
     def scores(stage: int, width: int) -> Tensor:
         if criterion in NEEDS_DATA:
