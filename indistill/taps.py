@@ -43,7 +43,7 @@ def maps_and_final(net: nn.Module, images: Tensor, indices: Sequence[int]) -> tu
     """What `forward_features` returns, and the maps [B, C, H, W] of the stages `indices` (ascending) on the way."""
     if not indices:
         return net.forward_features(images), []
-    return net.forward_intermediates(images, indices=list(indices), output_fmt="NCHW")
+    return net.forward_intermediates(images, indices=list(indices), stop_early=False, output_fmt="NCHW")
 
 
 def check(pairs: Sequence[tuple[int, int]], teacher: nn.Module, student: nn.Module, key: str) -> None:
