@@ -131,11 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         for path in ("cifar10/cifar10-train-0000.tar.gz", "published/auxiliary_cifar10.pt"):
             if not (arguments.data / path).exists():
                 raise UserError(f"no {arguments.data / path}: name the folder that has it with DATA or --data")
-        before = [run for run in runs if run.summary()]
+        begun = sum(run.step() > 0 for run in runs)
         begin = time.perf_counter()
-        carry_out([run for run in runs if run not in before], arguments.jobs)
+        carry_out([run for run in runs if not run.summary()], arguments.jobs)
         minutes = (time.perf_counter() - begin) / 60
-        text = report(runs, arguments, minutes, len(before))
+        text = report(runs, arguments, minutes, begun)
     except UserError as error:
         print(f"reproduce_cifar10: {error}", file=sys.stderr)
         return 2
@@ -229,7 +229,7 @@ def train(run: Run) -> None:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def report(runs: list[Run], arguments: argparse.Namespace, minutes: float, done_before: int) -> str:
+def report(runs: list[Run], arguments: argparse.Namespace, minutes: float, begun: int) -> str:
     summaries = {run: run.summary() for run in runs}
     rows = []
     for method in arguments.methods:
@@ -239,15 +239,15 @@ def report(runs: list[Run], arguments: argparse.Namespace, minutes: float, done_
         rows.append([METHODS[method].title, *scores, f"{seconds:.0f}"])
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     command = shlex.join(["python", "benchmarks/reproduce_cifar10.py", *sys.argv[1:]])
-    earlier = f", without {done_before} runs that were done before" * bool(done_before)
+    earlier = f", without what {begun} of them had done before" * bool(begun)
     columns = ["%, mean ± standard deviation", *METRICS.values(), "seconds of training"]
     return f"""# CIFAR-10: InDistill, its baselines and ablations
 
 `{command}`,
 {datetime.date.today()}, {machine()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()},
-Python {platform.python_version()}, {arguments.jobs} runs at a time; load average {load} at the end.
+Python {platform.python_version()}, {arguments.jobs} at a time; load average {load} at the end.
 {", ".join(f"{name} {version(name)}" for name in LIBRARIES)}.
-{len(runs)} runs of {arguments.epochs:g} epochs, seeds 0 to {arguments.seeds - 1}; {minutes:.0f} minutes{earlier}.
+{arguments.epochs:g} epochs a run, {arguments.seeds} seeds; {len(runs)} runs in {minutes:.0f} minutes{earlier}.
 
 {table(columns, rows)}"""
 
