@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
 LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
 LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "targets"]
 LEAVES += ["similarity"]
-WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "cli"]
+WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "evaluate", "metrics"}
-TOP = {"train", "cli", "demo"}
+TOP = {"train", "cli", "demo", "pipeline"}
 
 
 def imports(module: str, top_level_only: bool = False) -> set[str]:

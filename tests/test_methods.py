@@ -144,6 +144,7 @@ def test_a_student_learns_from_the_cohort(heads_tree, tmp_path):
     other["teacher"] |= {"name": "cnn32_student"}
     with pytest.raises(UserError, match="holds no heads of this teacher"):
         run(other)
+    other = copy.deepcopy(tree) | {"run_dir": str(tmp_path / "none")}
     other["teacher"]["heads"] = str(tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="no file"):
         run(other)
