@@ -97,10 +97,11 @@ class Checkpoints:
         return state
 
     def set_aside_later(self, step: int) -> None:
-        """Going back to an earlier checkpoint: later ones of this run no longer count, but nothing is deleted."""
+        """Going back to an earlier checkpoint: later ones of this run no longer count, nor is it at its end."""
         if self.accelerator.is_main_process:
             for path in complete(self.folder):
                 if _step(path) > step:
+                    (self.folder.parent / "summary.json").unlink(missing_ok=True)
                     path.rename(path.with_name(f"superseded-{path.name}-{time.time_ns()}"))
 
     def due(self, step: int, logged: bool, scores: dict[str, float]) -> bool:

@@ -82,7 +82,7 @@ class Objective:
                     for s, t, weight in layers
                 )
             case config.RKDLoss():
-                embeddings = together(output.embedding, targets.embedding)
+                embeddings = together(output.embedding, targets.embedding, related=3 if loss.angle_weight else 2)
                 return losses.rkd(*embeddings, loss.distance_weight, loss.angle_weight)
             case config.CRDLoss():
                 student, teacher, labels = together(*projected, labels)

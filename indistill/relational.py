@@ -12,24 +12,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MAX_ELEMENTS = 2**24  # of the gathered rows, and of their similarity matrix: 64 MiB each in float32
+MAX_ELEMENTS = 2**24  # of the gathered rows, and of what relates them to each other: 64 MiB each in float32
 
 Gather = Callable[..., tuple[Tensor, ...]]
 
 
-def gather(*rows: Tensor, scope: str = "global") -> tuple[Tensor, ...]:
+def gather(*rows: Tensor, scope: str = "global", related: int = 2) -> tuple[Tensor, ...]:
     """Each tensor [B, ...] of this rank as that of all ranks, [W * B, ...], in rank order.
 
     Every rank must bring as many rows, and then compute the same loss of them; with gradients averaged over ranks, as
     DDP does, the result is the gradient of that one loss on the global batch. `scope` "local" gathers nothing; "auto"
-    does while neither any gathered tensor nor the similarity matrix [W * B, W * B] exceeds MAX_ELEMENTS. As W * B is
-    the global batch, that choice does not depend on the world size.
+    does while neither any gathered tensor nor the (W * B)^related relations exceed MAX_ELEMENTS: 4,096 samples in
+    pairs, 256 in triplets. As W * B is the global batch, that choice does not depend on the world size.
     """
     if not dist.is_initialized() or scope == "local":
         return rows
     batch = dist.get_world_size() * len(rows[0])
     widest = max(batch * x[0].numel() for x in rows)
-    if scope == "auto" and max(batch**2, widest) > MAX_ELEMENTS:
+    if scope == "auto" and max(batch**related, widest) > MAX_ELEMENTS:
         return rows
     return tuple(_Gather.apply(x) for x in rows)
 

@@ -243,6 +243,21 @@ def test_a_curriculum_trains_its_pairs(tree, curriculum, phases):
     assert sum(map(bool, terms)) == 13  # steps of warm-up
 
 
+def test_a_pace_of_its_own_is_kept_by_a_resumed_run(tree):
+    """Each pair gets at most 8 steps; a tolerance that nothing meets ends it after two windows of two steps."""
+    tree["warmup"] = {"curriculum": "auto", "durations": ["8 steps"] * 3}
+    tree["warmup"]["auto"] = {"window": "2 steps", "patience": 1, "tolerance": 0.5}
+    tree["duration"] = "30 steps"
+    tree["checkpoint"] = {"every_steps": 1, "keep_last": 99}
+    run(tree)
+    expected = [(line["phase"], line["loss"]) for line in lines(tree)]
+    phases = [phase for phase, _ in expected]
+    assert phases == ["warmup 1/3"] * 4 + ["warmup 2/3"] * 4 + ["warmup 3/3"] * 4 + ["kd"] * 18
+    for step in (10, 8, 3):  # in a window, at a boundary, before any decision
+        train(config.parse(tree, "test"), str(Path(tree["run_dir"]) / "checkpoints" / f"step-{step:08d}"))
+        assert [(line["phase"], line["loss"]) for line in lines(tree)] == expected
+
+
 def test_sync_batchnorm_converts_the_student_alone(tree):
     settings = config.parse(tree | {"sync_batchnorm": True}, "test")
     net = models.create(settings.student, 10, 32, "student")

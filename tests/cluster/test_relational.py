@@ -81,18 +81,20 @@ def gathered_rows(folder: str) -> None:
     import accelerate
 
     rank = accelerate.Accelerator().process_index
-    for name, limit in (("fits", 4 * 6), ("wide", 4 * 6 - 1), ("similar", 15)):
+    cases = [("fits", 4 * 6, 6, 2), ("wide", 4 * 6 - 1, 6, 2), ("pairs", 15, 1, 2), ("triplets", 63, 1, 3)]
+    for name, limit, width, related in cases:
         relational.MAX_ELEMENTS = limit
-        width = 1 if name == "similar" else 6
-        (rows,) = relational.gather(torch.full((2, width), float(rank)), scope="auto")
+        (rows,) = relational.gather(torch.full((2, width), float(rank)), scope="auto", related=related)
         (Path(folder) / f"{name}-{rank}").write_text(str(len(rows)))
 
 
-def test_auto_gathers_while_neither_rows_nor_similarities_are_large(tmp_path):
+def test_auto_gathers_while_neither_rows_nor_relations_are_many(tmp_path):
     run_ranks(gathered_rows, 2, str(tmp_path))
     for rank in (0, 1):
-        lengths = {name: int((tmp_path / f"{name}-{rank}").read_text()) for name in ("fits", "wide", "similar")}
-        assert lengths == {"fits": 4, "wide": 2, "similar": 2}
+        lengths = {
+            name: int((tmp_path / f"{name}-{rank}").read_text()) for name in ("fits", "wide", "pairs", "triplets")
+        }
+        assert lengths == {"fits": 4, "wide": 2, "pairs": 2, "triplets": 2}
 
 
 def run(tree: dict[str, Any]) -> None:
