@@ -86,6 +86,7 @@ class Run(NamedTuple):
             f"data.cache_dir={self.out / 'indices'}",
             f"teacher.checkpoint={self.data / 'published' / 'auxiliary_cifar10.pt'}",
             f"checkpoint.every_steps={STEPS_PER_EPOCH}",
+            "kd.lr=0.001",  # the authors' rate
             "evaluate.similarity_samples=0",
             "log.tensorboard=false",
         ]

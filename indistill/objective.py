@@ -63,7 +63,8 @@ class Objective:
             case config.KDLoss():
                 return losses.kd(output.logits, targets.logits, loss.temperature, loss.standardize)
             case config.DISTLoss():
-                return losses.dist(output.logits, targets.logits, loss.beta, loss.gamma, loss.temperature)
+                logits = together(output.logits, targets.logits)  # its intra-class term compares samples
+                return losses.dist(*logits, loss.beta, loss.gamma, loss.temperature)
             case config.DKDLoss():
                 return losses.dkd(output.logits, targets.logits, labels, loss.alpha, loss.beta, loss.temperature)
             case config.CohortLoss():

@@ -54,7 +54,7 @@ def test_all_methods_take_as_many_steps_and_a_tenth_of_the_rate_at_the_same_one(
         kd_begins = table.curriculum.phases()[-1].start
         assert kd_begins in (0, 390 * epochs * 12 // 70)
         assert [kd_begins + table.steps(text) for text in found.kd.schedule.decay_at] == [390 * epochs * 60 // 70]
-        assert (found.optimizer.name, found.optimizer.lr) == ("adam", 1e-3)
+        assert (found.optimizer.name, found.optimizer.lr, found.kd.lr) == ("adam", 1e-3, 1e-3)
         assert (found.data.global_batch, found.data.augment.recipe, found.data.augment.flip) == (128, "pad_crop", True)
 
 
