@@ -126,7 +126,8 @@ def check_stage(path, settings, accelerator, run_dir):
     phase_optim = optim.PhaseOptim(optim.create(student, settings.optimizer), settings, timetable)
     for phase in (*before, last):
         middle = (phase.start + (phase.end or timetable.total_steps)) // 2
-        assert 0 < phase_optim.begin_step(middle, phase) <= settings.optimizer.lr
+        own = (settings.warmup if phase.pairs else settings.kd).lr
+        assert 0 < phase_optim.begin_step(middle, phase) <= (own or settings.optimizer.lr)
 
     objective = Objective(settings.kd.losses, timetable.steps_per_epoch, settings.kd.relational_scope)
     mixed = torch.nn.functional.one_hot(labels, classes).float() if settings.kd.mix else labels
