@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
+from torch import nn
 
-from indistill import config
+from indistill import config, engine
 from indistill.config import UserError
 
 FORMAT_VERSION = 2
@@ -36,7 +38,8 @@ class Stateful(Protocol):
 class Checkpoints:
     """The `checkpoints/` folder of a run.
 
-    `identity` (config, plan, data, teacher) must be the same at save and resume; `parts` are saved with the networks.
+    `identity` (config, plan, data, teacher, engine) must be the same at save and resume; `parts` are saved with the
+    networks. `whole` gives the student with all its weights, on all ranks.
     """
 
     def __init__(
@@ -46,8 +49,9 @@ class Checkpoints:
         section: config.Checkpoint,
         identity: dict[str, str],
         parts: dict[str, Stateful],
+        whole: Callable[[], nn.Module],
     ) -> None:
-        self.accelerator, self.folder = accelerator, run_dir / "checkpoints"
+        self.accelerator, self.folder, self.whole = accelerator, run_dir / "checkpoints", whole
         self.section, self.identity, self.parts = section, identity, parts
         self.saved_at, self.best_top1 = time.monotonic(), -1.0
 
@@ -84,8 +88,9 @@ class Checkpoints:
             if state["format_version"] != FORMAT_VERSION:
                 raise UserError(f"{path}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
             for name, value in self.identity.items():
-                if state["identity"][name] != value:
-                    raise UserError(f"{path}: saved with another {name}: resume with the one of that run")
+                if (saved := state["identity"][name]) != value:
+                    which = f" ({saved}, not {value})" if name == "engine" else ""
+                    raise UserError(f"{path}: saved with another {name}{which}: resume with the one of that run")
             self.accelerator.load_state(str(path))
             if ema is not None:
                 load_model(ema.module, path / "ema.safetensors")
@@ -127,7 +132,10 @@ class Checkpoints:
                 shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial))
+        weights = self.whole() if engine.stage(self.accelerator) else None  # ZeRO's files are of use to ZeRO alone
         if main:
+            if weights is not None:
+                save_model(weights, str(partial / "model.safetensors"))
             if ema is not None:
                 save_model(ema.module, str(partial / "ema.safetensors"))
             content = {

@@ -461,6 +461,37 @@ class Log(Section):
     tensorboard: bool = True
 
 
+class DDP(Section):
+    """Every process holds the whole student and its optimizer's state."""
+
+    name: Literal["ddp"]
+
+
+class DeepSpeed(Section):
+    """ZeRO: the processes share out the optimizer's state (stage 1), the gradients too (2), the weights too (3).
+
+    None leaves a key to `config_file` or `accelerate launch`, or else to the default named.
+    """
+
+    name: Literal["deepspeed"]
+    stage: Literal[1, 2, 3] | None = None  # 2
+    offload_optimizer: Literal["none", "cpu"] | None = None  # none; cpu: state and update in host memory
+    offload_parameters: Literal["none", "cpu"] | None = None  # none; of stage 3
+    reduce_bucket_size: PositiveInt | None = None  # elements reduced at once; 5e7, which is 200 MB
+    allgather_bucket_size: PositiveInt | None = None  # elements gathered at once, stages 1 and 2; 5e7
+    prefetch_bucket_size: PositiveInt | None = None  # elements fetched ahead, stage 3; 5e7
+    config_file: str | None = None  # a DeepSpeed JSON or a file of `accelerate config`; what both set must agree
+
+    @model_validator(mode="after")
+    def _parameters_of_stage_3(self) -> DeepSpeed:
+        if self.offload_parameters == "cpu" and self.stage in (1, 2):
+            raise ValueError(f"offload_parameters: cpu needs stage 3, this is {self.stage}: set stage: 3, or remove it")
+        return self
+
+
+Engine = Annotated[DDP | DeepSpeed, Field(discriminator="name")]
+
+
 class Config(Section):
     run_dir: str
     stage: Literal["distill", "heads"] = "distill"  # heads: train classifiers on a frozen teacher's stages
@@ -478,6 +509,7 @@ class Config(Section):
     grad_accumulation: PositiveInt = 1
     clip_grad_norm: PositiveFloat | None = None
     sync_batchnorm: bool = False  # the student's batch statistics over all ranks; GPUs only
+    engine: Engine | None = None  # how the processes share the training; None: as `accelerate launch` says, else ddp
     ema: Ema | None = None
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+from typing import Any
+
 import timm.optim
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from indistill import config
@@ -29,10 +32,26 @@ def create(student: nn.Module, section: config.Optimizer) -> Optimizer:
 
 
 class PhaseOptim:
-    """Sets learning rate and optimizer state for a step, phase by phase; the optimizer stays the same object."""
+    """Sets learning rate and optimizer state for a step, phase by phase; the optimizer stays the same object.
 
-    def __init__(self, optimizer: Optimizer, settings: Config, timetable: Timetable) -> None:
+    `unused` maps the pairs of a phase to parameters that it takes no step with. An optimizer skips those without a
+    gradient by itself; ZeRO gives them zeros, with which it would let them decay, and count the steps.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        settings: Config,
+        timetable: Timetable,
+        unused: Mapping[tuple[int, ...], Set[Tensor]] | None = None,
+    ) -> None:
         self.optimizer, self.settings, self.timetable = optimizer, settings, timetable
+        self.pairs: tuple[int, ...] | None = None  # of the phase that the last step was in
+        self.stale_gradients: Tensor | None = None  # to be cleared when the pairs change (engine.prepare)
+        if unused:
+            _split_groups(optimizer, unused)
+            optimizer.register_step_pre_hook(self._set_unused_aside)
+            optimizer.register_step_post_hook(self._put_unused_back)
         phases = timetable.curriculum.phases()
         self.schedulers = {phase: _scheduler(optimizer, settings, phase, timetable) for phase in phases}
         self.options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -51,6 +70,9 @@ class PhaseOptim:
         reset, new_epoch = _section(self.settings, phase).reset_optimizer, step % self.timetable.steps_per_epoch == 0
         if (reset != "never" and step == phase.start) or (reset == "epoch" and new_epoch):
             self._reset()
+        if phase.pairs != self.pairs and self.stale_gradients is not None:
+            self.stale_gradients.zero_()
+        self.pairs = phase.pairs
         self.schedulers[phase].step_update(step - phase.start)
         return self.optimizer.param_groups[0]["lr"]
 
@@ -61,6 +83,27 @@ class PhaseOptim:
             for counter in group.keys() - options.keys() - {"params"}:  # where Lamb and Adan count
                 del group[counter]
             group.update(options)
+
+    def _set_unused_aside(self, optimizer: Optimizer, *_: Any) -> None:
+        self.aside = [(group, group["params"]) for group in optimizer.param_groups if self.pairs in group["unused_in"]]
+        for group, _ in self.aside:
+            group["params"] = []
+
+    def _put_unused_back(self, *_: Any) -> None:
+        for group, parameters in self.aside:
+            group["params"] = parameters
+
+
+def _split_groups(optimizer: Optimizer, unused: Mapping[tuple[int, ...], Set[Tensor]]) -> None:
+    """Split each group into parameters that the same phases leave unused, which the group then names."""
+    groups = []
+    for group in optimizer.param_groups:
+        together: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}
+        for parameter in group["params"]:
+            where = tuple(pairs for pairs, parameters in unused.items() if parameter in parameters)
+            together.setdefault(where, []).append(parameter)
+        groups += [{**group, "params": params, "unused_in": where} for where, params in together.items()]
+    optimizer.param_groups[:] = groups
 
 
 def _section(settings: Config, phase: Phase) -> config.PhaseTraining:

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from accelerate.utils import set_seed as seed_everything
 from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from indistill import build, config, data, evaluate, models, optim
+from indistill import build, config, data, engine, evaluate, models, optim
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
@@ -31,6 +30,7 @@ from indistill.metrics import RunLog
 from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
 from indistill.stream import StreamedTraining
+from indistill.targets import LiveTargets
 
 
 def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
@@ -50,20 +50,23 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
     mix = make_mix(settings, accelerator)
     ema = settings.ema and ModelEmaV3(student, settings.ema.decay, use_warmup=settings.ema.warmup)
+    whole = engine.whole(accelerator, student)
     optimizer = optim.create(student, settings.optimizer)
-    phase_optim = optim.PhaseOptim(optimizer, settings, timetable)
-    wrapped, optimizer = accelerator.prepare(student, optimizer)
+    blank = partial(blank_loss, accelerator, settings, student, targets_of, objective)
+    unused = engine.unused(accelerator, student, timetable.curriculum.phases(), blank)
+    phase_optim = optim.PhaseOptim(optimizer, settings, timetable, unused)
+    wrapped, optimizer = engine.prepare(accelerator, settings.mixed_precision, student, optimizer, phase_optim)
 
     # --- where it stands ---------------------------------------------------------------------------------------------
     log = RunLog(accelerator, run_dir, settings.log.every_steps, timetable, settings.data.max_bad_fraction)
     identity = {"config": config.fingerprint(settings), "plan": plan.hash, "data": training.fingerprint}
-    identity["teacher"] = targets_of.fingerprint
-    checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity, {"log": log, "pace": pace})
+    identity |= {"teacher": targets_of.fingerprint, "engine": engine.describe(accelerator)}
+    checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity, {"log": log, "pace": pace}, whole)
     first_step, scores = checkpoints.resume(resume, ema)
     log.open(first_step)
     start_trackers(accelerator, settings)
     batches = log.waiting(training.loader(first_step, timetable.total_steps, accelerator.device))
-    evaluated = ema.module if ema else student
+    evaluated = (lambda: ema.module) if ema else whole
 
     # --- the run -----------------------------------------------------------------------------------------------------
     wrapped.train()
@@ -88,14 +91,14 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
             step_loss += loss.detach() / accumulation
             log.add({"loss": loss.detach(), **terms}, weight=1 / accumulation)
         if ema:
-            ema.update(student, step + 1)
+            ema.update(whole(), step + 1)
 
         done = step + 1
         phase = pace.end_step(done, phase, step_loss)  # with its end, where its loss has flattened
         logged, scores = log.end_step(done, phase, lr), {}
         if eval_set and timetable.evaluate_at(done):
             with log.off_the_clock():
-                scores = evaluation(accelerator, settings, evaluated, targets_of.teacher, eval_set)
+                scores = evaluation(accelerator, settings, evaluated(), targets_of.teacher, eval_set)
             log.write_scores(done, scores)
         if checkpoints.due(done, logged, scores) or done == timetable.total_steps:
             with log.off_the_clock():
@@ -103,11 +106,11 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
 
     # --- the result --------------------------------------------------------------------------------------------------
     if settings.evaluate.retrieval:
-        scores |= evaluate.retrieval(accelerator, evaluated, training.dataset, eval_set, settings.evaluate.batch)
-    return finish(accelerator, settings, run_dir, evaluated, scores, log)
+        scores |= evaluate.retrieval(accelerator, evaluated(), training.dataset, eval_set, settings.evaluate.batch)
+    return finish(accelerator, settings, run_dir, evaluated(), scores, log)
 
 
-def start_accelerator(settings: Config) -> Accelerator:
+def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
     """Accelerate, on what the launcher gave us. Raises UserError if that is not what runs."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
@@ -115,27 +118,26 @@ def start_accelerator(settings: Config) -> Accelerator:
             raise UserError("mixed_precision: fp16 needs a GPU: use bf16 or no")
         if settings.sync_batchnorm and world > 1:
             raise UserError("sync_batchnorm needs GPUs: set it to false")
-        if world > 1:
-            os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else torchrun on CPUs is taken for single processes
+    zero = engine.zero_config(settings, world) if training else None
     # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding, the head.
     partly_unused = settings.warmup is not None or not reads(settings.kd.losses, "logits")
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
+    accelerator = engine.start(
+        zero,
+        settings.mixed_precision,
+        world,
+        [DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)],
         gradient_accumulation_steps=settings.grad_accumulation,
         log_with="tensorboard" if settings.log.tensorboard else None,
         project_dir=settings.run_dir,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)
-        ],
     )
     if accelerator.num_processes != world:
         raise UserError(
             f"the launcher started {world} processes, Accelerate sees {accelerator.num_processes}: unset ACCELERATE_* "
             "variables of another job, or check the accelerate config"
         )
+    zero_stage = f", ZeRO stage {engine.stage(accelerator)}" * (zero is not None)
     accelerator.print(
-        f"indistill: {world} process{'es' * (world > 1)} on {accelerator.device.type}, precision "
+        f"indistill: {world} process{'es' * (world > 1)} on {accelerator.device.type}{zero_stage}, precision "
         f"{settings.mixed_precision}, run directory {settings.run_dir}"
     )
     return accelerator
@@ -181,7 +183,7 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     """Scores of the config's student with the weights of a file or a checkpoint (its moving average, if any)."""
     if settings.data.eval is None:
         raise UserError("eval needs shards to evaluate on: set data.eval")
-    accelerator = start_accelerator(settings)
+    accelerator = start_accelerator(settings, training=False)
     path = Path(checkpoint)
     if path.is_dir():
         path = next((path / name for name in ("ema.safetensors", "model.safetensors") if (path / name).is_file()), path)
@@ -222,6 +224,22 @@ def make_mix(settings: Config, accelerator: Accelerator) -> Callable[[data.Batch
         return (images, labels) if mixup is None or phase.pairs else mixup(images.float(), labels)
 
     return mix
+
+
+def blank_loss(
+    accelerator: Accelerator,
+    settings: Config,
+    student: Network | Heads,
+    targets_of: LiveTargets,
+    objective: Objective,
+    phase: Phase,
+) -> Tensor:
+    """The loss of a phase on two black images: its graph names the parameters that the phase trains."""
+    images = torch.zeros(2, *build.input_size(settings), dtype=torch.uint8, device=accelerator.device)
+    labels = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
+    targets = targets_of(images, phase)
+    output = student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
+    return objective(output, targets, labels, phase, phase.start)[0]
 
 
 def evaluation(

@@ -12,7 +12,7 @@ LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
 LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "targets"]
 LEAVES += ["similarity"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
-MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "evaluate", "metrics"}
+MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "metrics"}
 TOP = {"train", "cli", "demo", "pipeline"}
 
 
