@@ -286,7 +286,7 @@ def prepare(
         # parts, never as such: what they hold themselves (positions, class tokens) has to stay whole.
         outermost = [p.numel() for m in student.modules() if any(m.children()) for p in m.parameters(recurse=False)]
         section, key = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"], _PERSISTENCE
-        section[key] = max(section.get(key, 100_000), *outermost)
+        section[key] = max([section.get(key, 100_000), *outermost])
     wrapped, optimizer = accelerator.prepare(student, optimizer)
     if precision == "fp16":
         _scale_losses(optimizer.optimizer)
@@ -339,7 +339,7 @@ def _scale_losses(optimizer: Any) -> None:
 def whole(accelerator: Accelerator, student: nn.Module) -> Callable[[], nn.Module]:
     """What gives the student with all its weights, to be called on all ranks. Call this before `prepare`.
 
-    Under ZeRO that is a copy, with the weights as of the latest call: in training they lie in pieces, or at least within
+    Under ZeRO that is a copy, with the weights as of the latest call: in training they lie in pieces (stage 3) or within
     larger buffers, which cannot be saved.
     """
     if not stage(accelerator):
