@@ -339,7 +339,7 @@ def _scale_losses(optimizer: Any) -> None:
 def whole(accelerator: Accelerator, student: nn.Module) -> Callable[[], nn.Module]:
     """What gives the student with all its weights, to be called on all ranks. Call this before `prepare`.
 
-    Under ZeRO that is a copy, with the weights as of the latest call: in training they lie in pieces (stage 3) or within
+    Under ZeRO that is a copy, with the weights as of the latest call: in training they lie in pieces (stage 3), or in
     larger buffers, which cannot be saved.
     """
     if not stage(accelerator):
