@@ -91,7 +91,7 @@ class Checkpoints:
                 if (saved := state["identity"][name]) != value:
                     which = f" ({saved}, not {value})" if name == "engine" else ""
                     raise UserError(f"{path}: saved with another {name}{which}: resume with the one of that run")
-            self.accelerator.load_state(str(path))
+            engine.load_state(self.accelerator, path)
             if ema is not None:
                 load_model(ema.module, path / "ema.safetensors")
         except UserError:

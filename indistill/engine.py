@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, convert_outputs_to_fp32
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -268,8 +270,7 @@ def stage(accelerator: Accelerator) -> int:
 
 def describe(accelerator: Accelerator) -> str:
     """What a checkpoint's optimizer state is bound to."""
-    zero = stage(accelerator)
-    return f"ZeRO stage {zero} on {accelerator.num_processes} processes" if zero else "ddp"
+    return f"ZeRO stage {stage(accelerator)}" if stage(accelerator) else "ddp"
 
 
 def prepare(
@@ -354,3 +355,55 @@ def whole(accelerator: Accelerator, student: nn.Module) -> Callable[[], nn.Modul
         return spare
 
     return gathered
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def load_state(accelerator: Accelerator, path: Path) -> None:
+    """Load what `save_state` and `model.safetensors` hold, in place; under ZeRO from any number of processes."""
+    files = sorted(path.glob("pytorch_model/zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+    if not stage(accelerator) or len(files) == accelerator.num_processes:
+        accelerator.load_state(str(path))
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    wrapped, zero = accelerator._models[0], accelerator._optimizers[0].optimizer
+    parameters = list(wrapped.module.parameters())
+    with GatheredParameters(parameters, modifier_rank=0):
+        wrapped.module.load_state_dict(load_file(path / "model.safetensors"))
+    zero.refresh_fp32_params()  # where they are copies, of what was loaded
+    saved = [torch.load(file, map_location="cpu", weights_only=False)["optimizer_state_dict"] for file in files]
+    zero.loss_scaler, zero.overflow = saved[0]["loss_scaler"], saved[0]["overflow"]
+    partitioned = stage(accelerator) == 3
+    states = [part["optimizer_state_dict" if partitioned else "base_optimizer_state"]["state"] for part in saved]
+    groups = zero.fp16_groups if partitioned else zero.bit16_groups
+    flats = zero.fp32_partitioned_groups_flat if partitioned else zero.single_partition_of_fp32_groups
+    for i, (group, flat) in enumerate(zip(groups, flats)):
+        sizes = [parameter.ds_numel if partitioned else parameter.numel() for parameter in group]
+        for name, value in states[0].get(i, {}).items():
+            if torch.is_tensor(value) and value.dim():
+                parts = [state[i][name] for state in states]
+                value = repartition(parts, sizes, partitioned, accelerator.process_index, accelerator.num_processes)
+                value = value.to(flat.device)
+            zero.optimizer.state[flat][name] = value
+
+
+def _rank_of(file: Path) -> int:
+    return int(file.name.removeprefix("zero_pp_rank_").partition("_")[0])
+
+
+def repartition(parts: Sequence[Tensor], sizes: Sequence[int], each: bool, rank: int, world: int) -> Tensor:
+    """A rank's part [n] of what lies in `parts` for another number of ranks, in the order of the ranks.
+
+    ZeRO lays parameters of these `sizes` end to end. In stages 1 and 2 it pads the whole to a multiple of 2 * world and
+    cuts it into `world` parts; in stage 3 it does so with `each` parameter, padded to a multiple of world.
+    """
+    if not each:
+        total = sum(sizes)
+        flat = torch.cat(list(parts))[:total]
+        return torch.nn.functional.pad(flat, (0, -total % (2 * world))).chunk(world)[rank]
+    cut = [part.split([math.ceil(size / len(parts)) for size in sizes]) for part in parts]
+    wholes = [torch.cat(pieces)[:size] for pieces, size in zip(zip(*cut), sizes)]
+    padded = [torch.nn.functional.pad(whole, (0, -size % world)) for whole, size in zip(wholes, sizes)]
+    return torch.cat([whole.chunk(world)[rank] for whole in padded])

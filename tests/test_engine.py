@@ -175,3 +175,22 @@ def test_unused_parameters_get_no_step(tree):
     step(20)
     assert {optimizer.state[parameter]["step"].item() for parameter in deep} == {1.0}
     assert optimizer.state[network[0].weight]["step"].item() == 2.0
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_repartition(each):
+    """From any number of ranks to any other: the parts that the other number would have had."""
+    wholes = [torch.arange(1.0, size + 1) + 100 * size for size in (7, 1, 12, 5)]
+
+    def parts(world):
+        if each:
+            cut = [list(torch.cat([x, torch.zeros(-len(x) % world)]).view(world, -1)) for x in wholes]
+            return [torch.cat(pieces) for pieces in zip(*cut)]
+        flat = torch.cat(wholes)
+        return list(torch.cat([flat, torch.zeros(-len(flat) % (2 * world))]).view(world, -1))
+
+    for old in (1, 2, 3, 8):
+        for new in (1, 2, 4, 5):
+            sizes = [len(x) for x in wholes]
+            found = [engine.repartition(parts(old), sizes, each, rank, new) for rank in range(new)]
+            assert all(torch.equal(a, b) for a, b in zip(found, parts(new)))
