@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from indistill import data
+from indistill import data, preemption
 from indistill.config import UserError
 from indistill.models import Heads, Network
+from indistill.preemption import Preempted
 from indistill.similarity import information, information_flow_divergence, linear_cka
 
 PRECISION_AT = (1, 10, 100)  # nearest entries
@@ -193,7 +194,10 @@ class _Spaced(data.ImageDataset):
 def _batches(
     accelerator: Accelerator, dataset: data.ImageDataset, batch: int, *networks: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's images and labels on its device, the networks in eval mode meanwhile, under the run's precision."""
+    """This rank's images and labels on its device, the networks in eval mode meanwhile, under the run's precision.
+
+    A rank that is asked to stop does so early. At the end all ranks raise Preempted if any was asked.
+    """
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
@@ -204,7 +208,12 @@ def _batches(
     try:
         with accelerator.autocast():
             for batch in loader:
+                if preemption.asked():
+                    break
                 yield batch.images.to(accelerator.device, non_blocking=True), batch.labels.to(accelerator.device)
+        mine = torch.tensor(float(preemption.asked()), device=accelerator.device)
+        if preemption.settle(accelerator.reduce(mine, reduction="sum").item()):
+            raise Preempted("stopped in an evaluation")
     finally:
         for network, mode in zip(networks, modes):
             network.train(mode)
