@@ -64,7 +64,8 @@ class Checkpoints:
         self.best_top1 = state["best_top1"]
         for name, part in self.parts.items():
             part.restore(state["parts"][name])
-        self.accelerator.print(f"resumed from {path} at step {state['step']}")
+        if self.accelerator.is_main_process:  # accelerator.print would say it on every node
+            print(f"resumed from {path} at step {state['step']}", flush=True)
         return state["step"], state["scores"]
 
     def find(self, resume: str) -> Path | None:

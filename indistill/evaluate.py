@@ -123,7 +123,8 @@ def similarity(
     scores: dict[str, float] = {}
     for layer, of_student, of_teacher in zip(layers, columns, columns):  # [N, C, H, W] or [N, D], each
         if not (of_student.isfinite().all() and of_teacher.isfinite().all()):
-            accelerator.print(f"indistill: similarity: {layer} is not finite, and left out")
+            if accelerator.is_main_process:
+                print(f"indistill: similarity: {layer} is not finite, and left out", flush=True)
         elif accelerator.is_main_process:
             scores[f"cka_{layer}"] = linear_cka(of_student, of_teacher).item()
             scores[f"information_student_{layer}"] = information(of_student, labels).item()

@@ -154,10 +154,12 @@ def start_accelerator(settings: Config) -> Accelerator:
             f"the launcher started {world} processes, Accelerate sees {accelerator.num_processes}: unset ACCELERATE_* "
             "variables of another job, or check the accelerate config"
         )
-    accelerator.print(
-        f"indistill: {world} process{'es' * (world > 1)} on {accelerator.device.type}, precision "
-        f"{settings.mixed_precision}, run directory {settings.run_dir}"
-    )
+    if accelerator.is_main_process:  # accelerator.print would say it on every node
+        print(
+            f"indistill: {world} process{'es' * (world > 1)} on {accelerator.device.type}, precision "
+            f"{settings.mixed_precision}, run directory {settings.run_dir}",
+            flush=True,
+        )
     return accelerator
 
 
