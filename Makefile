@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # The demo's and the tests' networks are so small that a second thread costs more than it gives.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint reproduce-cifar10 clean
+.PHONY: setup demo test test-slurm lint reproduce-cifar10 clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ demo: $(READY)
 
 test: $(READY) lint
 	@$(RUN) -m pytest
+
+# A few minutes, as root, with Debian's slurmctld slurmd slurm-client munge; says what is missing.
+test-slurm: $(READY)
+	@$(RUN) -m pytest -m slurm -rs tests/cluster/test_slurm.py
 
 lint: $(READY)
 	@$(RUN) -m ruff check .

@@ -55,8 +55,11 @@ class Checkpoints:
         self.section, self.identity, self.parts = section, identity, parts
         self.saved_at, self.best_top1 = time.monotonic(), -1.0
 
-    def resume(self, choice: str, ema: ModelEmaV3 | None) -> tuple[int, dict[str, float]]:
-        """Restore what `--resume auto|never|PATH` means: the completed steps, and the scores if then evaluated."""
+    def resume(self, choice: str, ema: ModelEmaV3 | None) -> tuple[int, dict[str, float] | None]:
+        """Restore what `--resume auto|never|PATH` means: the completed steps, and the scores if then evaluated.
+
+        No scores but None says that the evaluation is still to be done.
+        """
         path = self.find(choice)
         if path is None:
             return 0, {}
@@ -65,7 +68,8 @@ class Checkpoints:
         self.best_top1 = state["best_top1"]
         for name, part in self.parts.items():
             part.restore(state["parts"][name])
-        self.accelerator.print(f"resumed from {path} at step {state['step']}")
+        if self.accelerator.is_main_process:  # accelerator.print would say it on every node
+            print(f"resumed from {path} at step {state['step']}", flush=True)
         return state["step"], state["scores"]
 
     def find(self, resume: str) -> Path | None:
@@ -120,9 +124,9 @@ class Checkpoints:
         late = [time.monotonic() - self.saved_at > 60 * self.section.every_minutes]
         return broadcast_object_list(late)[0]
 
-    def save(self, step: int, ema: ModelEmaV3 | None, scores: dict[str, float]) -> Path:
+    def save(self, step: int, ema: ModelEmaV3 | None, scores: dict[str, float] | None) -> Path:
         """Write `step-XXXXXXXX`; call on all ranks. `scores["top1"]`, where there is one, ranks the best."""
-        self.best_top1 = max(self.best_top1, scores.get("top1", -1.0))
+        self.best_top1 = max(self.best_top1, (scores or {}).get("top1", -1.0))
         states = {name: part.state() for name, part in self.parts.items()}
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{final.name}"
@@ -149,8 +153,12 @@ class Checkpoints:
             (partial / "state.json").write_text(json.dumps(content))
         self.accelerator.wait_for_everyone()
         if main:
+            if final.exists():  # saved before its evaluation, which a preemption had stopped
+                final.rename(final.with_name(f".deleted-{final.name}"))
             partial.rename(final)
             self._retain()
+            for tracker in self.accelerator.trackers:
+                tracker.tracker.flush()  # TensorBoard's record then reaches as far as the checkpoint
         self.accelerator.wait_for_everyone()
         self.saved_at = time.monotonic()
         return final
@@ -176,4 +184,4 @@ def _step(path: Path) -> int:
 
 
 def _top1(path: Path) -> float | None:
-    return json.loads((path / "state.json").read_text())["scores"].get("top1")
+    return (json.loads((path / "state.json").read_text())["scores"] or {}).get("top1")

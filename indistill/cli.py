@@ -37,10 +37,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest  # overrides that stand after an option
+    from indistill import preemption
     from indistill.config import UserError
 
     try:
         arguments.run(arguments)
+    except preemption.Preempted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"indistill: {stopped}: the same command goes on from there", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(preemption.EXIT_CODE)  # at once: an orderly exit would wait for loaders and for shards on their way
     except UserError as error:
         # A loader worker's error arrives wrapped in its traceback, whose last line is the message.
         message = str(error).strip().splitlines()[-1].removeprefix("indistill.config.UserError: ")
@@ -118,9 +125,10 @@ def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from indistill import pipeline
+    from indistill import pipeline, preemption
 
-    summaries = pipeline.run(pipeline.load(arguments.config, arguments.overrides), arguments.resume)
+    with preemption.listening():
+        summaries = pipeline.run(pipeline.load(arguments.config, arguments.overrides), arguments.resume)
     if os.environ.get("RANK", "0") == "0":
         metrics = {name: summary["metrics"] for name, summary in summaries.items()}
         print(json.dumps(metrics.get("", metrics)))

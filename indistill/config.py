@@ -505,6 +505,7 @@ class Config(Section):
     kd: KD = KD()
     optimizer: Optimizer
     schedule: Schedule = Schedule()
+    max_hours: PositiveFloat | None = None  # of one start: then a checkpoint, and exit code 75
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     grad_accumulation: PositiveInt = 1
     clip_grad_norm: PositiveFloat | None = None
@@ -568,6 +569,7 @@ class Config(Section):
 # Keys that may change between two starts of the same run: they alter how it runs, not what it computes.
 OPERATIONAL_KEYS = (
     "run_dir",
+    "max_hours",
     "checkpoint",
     "log",
     "data.root",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from indistill import augment, config
+from indistill import augment, config, preemption
 from indistill.augment import BadImage
 from indistill.config import UserError
 from indistill.order import SampleOrder
@@ -229,6 +229,7 @@ def _loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.de
         sampler=_Requests(requests),
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=preemption.in_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else opening it draws from the global one, and a resumed run from another state
     )

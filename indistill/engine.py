@@ -239,9 +239,9 @@ def start(zero: dict[str, Any] | None, precision: str, world: int, handlers: lis
         if on_cpu and world > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"  # else torchrun on CPUs is taken for single processes
         return Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **arguments)
+    os.environ["ACCELERATE_USE_CPU"] = "false"  # Accelerate takes it for a word against DeepSpeed
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ["ACCELERATE_USE_CPU"] = "false"  # Accelerate takes it for a word against DeepSpeed
         handlers = [*handlers, InitProcessGroupKwargs(backend="gloo")]
         import deepspeed.comm  # noqa: F401
 

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from indistill import data
+from indistill import data, preemption
 from indistill.config import UserError
 from indistill.models import Heads, Network
+from indistill.preemption import Preempted
 from indistill.similarity import information, information_flow_divergence, linear_cka
 
 PRECISION_AT = (1, 10, 100)  # nearest entries
@@ -122,7 +123,8 @@ def similarity(
     scores: dict[str, float] = {}
     for layer, of_student, of_teacher in zip(layers, columns, columns):  # [N, C, H, W] or [N, D], each
         if not (of_student.isfinite().all() and of_teacher.isfinite().all()):
-            accelerator.print(f"indistill: similarity: {layer} is not finite, and left out")
+            if accelerator.is_main_process:
+                print(f"indistill: similarity: {layer} is not finite, and left out", flush=True)
         elif accelerator.is_main_process:
             scores[f"cka_{layer}"] = linear_cka(of_student, of_teacher).item()
             scores[f"information_student_{layer}"] = information(of_student, labels).item()
@@ -193,7 +195,10 @@ class _Spaced(data.ImageDataset):
 def _batches(
     accelerator: Accelerator, dataset: data.ImageDataset, batch: int, *networks: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's images and labels on its device, the networks in eval mode meanwhile, under the run's precision."""
+    """This rank's images and labels on its device, the networks in eval mode meanwhile, under the run's precision.
+
+    A rank that is asked to stop does so early. At the end all ranks raise Preempted if any was asked.
+    """
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
@@ -204,7 +209,12 @@ def _batches(
     try:
         with accelerator.autocast():
             for batch in loader:
+                if preemption.asked():
+                    break
                 yield batch.images.to(accelerator.device, non_blocking=True), batch.labels.to(accelerator.device)
+        mine = torch.tensor(float(preemption.asked()), device=accelerator.device)
+        if preemption.settle(accelerator.reduce(mine, reduction="sum").item()):
+            raise Preempted("stopped in an evaluation")
     finally:
         for network, mode in zip(networks, modes):
             network.train(mode)

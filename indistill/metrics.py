@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from indistill import preemption
 from indistill.config import UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
@@ -47,11 +48,14 @@ class RunLog:
         self.phase_seconds: dict[str, float] = {}
         self.bad: set[str] = set()  # undecodable samples, by name: this rank's, and all ranks' as of the last line
         self.bad_agreed = 0  # sum over the ranks of len(bad) when they last told each other
+        # If the last step was logged, means over the ranks: asked to stop, and seconds per step (preemption.py).
+        self.told: tuple[float, float] | None = None
         self.bar: tqdm | None = None
         self.clock = self.phase_clock = self.printed = time.perf_counter()
 
     def open(self, step: int) -> None:
         """Begin at `step` completed steps; lines of later steps, left by a run that was killed, are dropped."""
+        self.clock = self.phase_clock = self.printed = time.perf_counter()
         if not self.accelerator.is_main_process:
             return
         kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
@@ -60,7 +64,6 @@ class RunLog:
         os.replace(partial, self.path)
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.timetable.total_steps, initial=step, unit="step", dynamic_ncols=True)
-        self.clock = self.phase_clock = self.printed = time.perf_counter()
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time the loop waited for each counted."""
@@ -93,10 +96,13 @@ class RunLog:
         self.timed_steps += 1
         if self.bar is not None:
             self.bar.update()
+        self.told = None
         if step % self.every_steps and step != phase.end and step != self.timetable.total_steps:
             return False
-        means = self._means()
+        pace = (time.perf_counter() - self.clock) / self.timed_steps
+        means = self._means(bad=len(self.bad), asked=preemption.asked(), step_seconds=pace)
         self._agree_on_bad_samples(round(means.pop("bad") * self.accelerator.num_processes))
+        self.told = means.pop("asked"), means.pop("step_seconds")
         seconds = time.perf_counter() - self.clock
         line = {
             "step": step,
@@ -128,10 +134,8 @@ class RunLog:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next line to come out as if nothing had happened. Call on all ranks."""
-        means = self._means()
-        del means["bad"]
         return {
-            "sums": means,
+            "sums": self._means(),
             "window_steps": self.window_steps,
             "phase_seconds": self.phase_seconds,
             "bad": sorted(self.bad),
@@ -156,9 +160,12 @@ class RunLog:
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
         self.accelerator.log(numbers, step=line["step"])
 
-    def _means(self) -> dict[str, float]:
-        """Mean over the ranks of each sum, and of the number of bad samples they know, in one collective."""
-        sums = {**self.sums, "bad": torch.tensor(float(len(self.bad)), device=self.accelerator.device)}
+    def _means(self, **numbers: float) -> dict[str, float]:
+        """Mean over the ranks of each sum and of what else they tell each other, in one collective."""
+        device = self.accelerator.device
+        sums = self.sums | {name: torch.tensor(float(number), device=device) for name, number in numbers.items()}
+        if not sums:
+            return {}
         values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
         return dict(zip(sums, values.tolist()))
 

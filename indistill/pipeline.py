@@ -14,8 +14,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from indistill import config
+from indistill import config, preemption
 from indistill.config import Config, UserError
+from indistill.preemption import Preempted
 
 _NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # a directory, and a part of an override's dotted key
 _MAX_HEADER_BYTES = 100_000_000  # of safetensors, by its specification
@@ -62,9 +63,15 @@ def run(stages: list[tuple[str, Config]], resume: str = "auto") -> dict[str, dic
     """Train what `load` returned, stage by stage; finished stages are kept. Returns each stage's `summary.json`.
 
     Raises UserError for a run directory that holds another stage, and for a stage that began with other weights than
-    an earlier stage has now.
+    an earlier stage has now, and Preempted, after which no stage begins.
     """
     chain = [name for name, _ in stages] != [""]
+    run_dir = Path(stages[0][1].run_dir)
+    with preemption.status_in(run_dir.parent if chain else run_dir):
+        return _run(stages, resume, chain)
+
+
+def _run(stages: list[tuple[str, Config]], resume: str, chain: bool) -> dict[str, dict[str, Any]]:
     if chain and resume not in ("auto", "never"):
         raise UserError(
             f"--resume {resume}: a chain goes on from where it stopped, with auto: to go back in one stage, train the "
@@ -88,6 +95,8 @@ def run(stages: list[tuple[str, Config]], resume: str = "auto") -> dict[str, dic
                 _say(f"{said}finished before, kept in {settings.run_dir}")
                 summaries[name] = json.loads(_summary(settings).read_text())
                 continue
+            if preemption.asked():
+                raise Preempted(f"stopped before stage {name}")
             _say(f"{said}{'goes on' if name in begun else 'begins'} in {settings.run_dir}")
         summaries[name] = train(settings, resume)
     if torch.distributed.is_initialized():

@@ -22,7 +22,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from indistill import augment, config, remote, shards
+from indistill import augment, config, preemption, remote, shards
 from indistill.augment import BadImage
 from indistill.config import UserError
 from indistill.data import Batch, check_accumulation, wrong_label
@@ -50,6 +50,7 @@ class StreamedTraining:
             StreamedImages(self, first_step, (last_step - first_step) * self.accumulation),
             batch_size=None,
             num_workers=self.section.workers,
+            worker_init_fn=preemption.in_worker,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),
         )

@@ -29,6 +29,7 @@ from indistill.data import IndexedTraining
 from indistill.metrics import RunLog
 from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
+from indistill.preemption import Agreement, Preempted
 from indistill.stream import StreamedTraining
 from indistill.targets import LiveTargets
 
@@ -36,7 +37,8 @@ from indistill.targets import LiveTargets
 def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     """Run to the end and return the content of `summary.json`. `resume`: auto, never, or a checkpoint's path.
 
-    Raises UserError, before any step, for whatever in the config cannot work with this data and world size.
+    Raises UserError, before any step, for whatever in the config cannot work with this data and world size, and
+    Preempted where the run was asked to stop, with a checkpoint of that step.
     """
     # --- what the run is made of -------------------------------------------------------------------------------------
     accelerator = start_accelerator(settings)
@@ -67,9 +69,25 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     start_trackers(accelerator, settings)
     batches = log.waiting(training.loader(first_step, timetable.total_steps, accelerator.device))
     evaluated = (lambda: ema.module) if ema else whole
+    stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
+
+    def evaluate_step(done: int) -> dict[str, float]:
+        """The scores after `done` steps. If a preemption stops it, a resumed run begins with it."""
+        try:
+            with log.off_the_clock():
+                scores = evaluation(accelerator, settings, evaluated(), targets_of.teacher, eval_set)
+        except Preempted:
+            checkpoints.save(done, ema, None)
+            raise
+        log.write_scores(done, scores)
+        return scores
 
     # --- the run -----------------------------------------------------------------------------------------------------
     wrapped.train()
+    stop.open(settings.max_hours)
+    if scores is None:
+        scores = evaluate_step(first_step)
+        checkpoints.save(first_step, ema, scores)
     for step in range(first_step, timetable.total_steps):
         phase = pace.curriculum.at(step)
         lr = phase_optim.begin_step(step, phase)
@@ -96,13 +114,15 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
         done = step + 1
         phase = pace.end_step(done, phase, step_loss)  # with its end, where its loss has flattened
         logged, scores = log.end_step(done, phase, lr), {}
+        leaving = stop.reached(done, log.told)
         if eval_set and timetable.evaluate_at(done):
-            with log.off_the_clock():
-                scores = evaluation(accelerator, settings, evaluated(), targets_of.teacher, eval_set)
-            log.write_scores(done, scores)
-        if checkpoints.due(done, logged, scores) or done == timetable.total_steps:
+            scores = None if leaving else evaluate_step(done)
+        if leaving or checkpoints.due(done, logged, scores) or done == timetable.total_steps:
             with log.off_the_clock():
                 checkpoints.save(done, ema, scores)
+        if leaving:
+            raise Preempted(f"stopped at step {done} of {timetable.total_steps}")
+    stop.close()
 
     # --- the result --------------------------------------------------------------------------------------------------
     if settings.evaluate.retrieval:
@@ -136,10 +156,12 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
             "variables of another job, or check the accelerate config"
         )
     zero_stage = f", ZeRO stage {engine.stage(accelerator)}" * (zero is not None)
-    accelerator.print(
-        f"indistill: {world} process{'es' * (world > 1)} on {accelerator.device.type}{zero_stage}, precision "
-        f"{settings.mixed_precision}, run directory {settings.run_dir}"
-    )
+    if accelerator.is_main_process:  # accelerator.print would say it on every node
+        print(
+            f"indistill: {world} process{'es' * (world > 1)} on {accelerator.device.type}{zero_stage}, precision "
+            f"{settings.mixed_precision}, run directory {settings.run_dir}",
+            flush=True,
+        )
     return accelerator
 
 

@@ -200,6 +200,10 @@ def test_files_that_are_no_configs(tmp_path):
         (["data.eval=null", "evaluate.every=1"], "evaluate.every needs shards to evaluate on: set data.eval"),
         (["data.eval=null", "evaluate.retrieval=true"], "evaluate.retrieval needs query shards: set data.eval"),
         (["student.pretrained=true", "student.checkpoint=a.pt"], "student: pretrained and checkpoint exclude"),
+        (["student=null"], "student: missing: add the section student"),
+        (["kd.losses=[{name: dih}]"], "kd.losses: dih needs teacher.heads"),
+        (["kd.losses=[{name: dkd}]", "kd.mix={mixup: 0.2}"], "kd.losses: dkd reads the class of each sample"),
+        (["stage=heads", "warmup=null", "kd.losses=[{name: ce}]"], "stage: heads trains classifiers on the teacher"),
     ],
 )
 def test_what_does_not_go_together(file, overrides, message):

@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
 LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
 LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "targets"]
-LEAVES += ["similarity"]
+LEAVES += ["similarity", "preemption"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
+WITHOUT_TORCH += ["preemption"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "metrics"}
 TOP = {"train", "cli", "demo", "pipeline"}
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import unused_port
+
+from indistill import checkpoint
+from indistill.metrics import read_lines
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "{port}", "-m"],
@@ -36,3 +43,27 @@ def test_two_processes(tree, tmp_path: Path, launcher: str):
     assert result.stdout.count("indistill: 2 processes on cpu") == 1
     summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     assert (summary["world_size"], summary["step"]) == (2, 15)
+
+
+def test_torchrun_passes_sigterm_on(tree, tmp_path: Path):
+    """To launch/torchrun.sh alone, as Kubernetes does; SIGUSR1 to it is harmless."""
+    path, run_dir = tmp_path / "config.yaml", Path(tree["run_dir"])
+    path.write_text(json.dumps(tree | {"checkpoint": {"every_steps": None}}))
+    variables = {"PYTHON": sys.executable, "PET_NPROC_PER_NODE": "2", "PET_MASTER_PORT": str(unused_port())}
+    process = subprocess.Popen(
+        [REPOSITORY / "launch" / "torchrun.sh", path, "duration=1000000 steps", "warmup.durations=null"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables},
+        cwd=REPOSITORY,
+    )
+    try:
+        while len(read_lines(run_dir / "metrics.jsonl")) < 3:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+    finally:
+        process.kill()
+    assert (run_dir / "status").read_text() == "requeue\n"
+    (saved,) = checkpoint.complete(run_dir / "checkpoints")
+    assert saved.name == f"step-{read_lines(run_dir / 'metrics.jsonl')[-1]['step']:08d}"

@@ -54,6 +54,7 @@ def with_stage(tree: dict[str, Any], stage: int, folder: Path, name: str) -> dic
 
 def run(tree: dict[str, Any]) -> None:
     """Train, and leave this rank's world size, engine and final weights' hash behind."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with one GPU two ranks could not share it
     finish = module.finish
 
     def telling_finish(accelerator, settings, run_dir, network, scores, log):

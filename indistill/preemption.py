@@ -1,0 +1,226 @@
+"""Stopping in good order when a machine is taken away.
+
+SIGTERM, SIGUSR1, SIGUSR2 or a time limit ask one rank or all of them. The ranks agree at the end of a step, write a
+checkpoint, and exit with EXIT_CODE. A second signal ends the process at once, and so does the first where no step is
+under way: while a run starts, and after its last checkpoint. So does the first if no step ends within PATIENCE_SECONDS.
+A rank that waits for data is such a case: the others wait for it within the step, where nothing consistent can be
+saved. It waits on; if its shard comes too late, all leave without a checkpoint and the last one counts.
+
+`status` in the run directory, or in that of the whole chain, tells a launcher what to do next:
+
+    running   killed, if no process is left: start it again, it goes on from its newest checkpoint
+    requeue   stopped in good order: start it again
+    failed    a mistake that no other start would mend
+    done      nothing is left to do
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from indistill.config import UserError
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PATIENCE_SECONDS = 25.0  # torchrun and Kubernetes kill 30 s after SIGTERM
+SAME_SECONDS = 1.0  # signals this close are one: a launcher passes on what the scheduler has sent to all processes
+CHECK_SECONDS = 2.0  # between agreements of the ranks
+MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of what is left if that is less
+
+
+class Preempted(Exception):
+    """The run stopped in good order, on all ranks and with a checkpoint: the same command goes on with it."""
+
+
+@dataclass
+class _Process:
+    """What this process knows of its own end: signals come to a process, whichever run or stage it is at."""
+
+    asked_at: float = math.inf  # of the first signal, by time.monotonic
+    deadline: float = math.inf  # by time.time
+    began: float | None = None  # by time.time, of this start of a run or chain
+    status: Path | None = None
+    in_steps: bool = False  # a signal waits for the end of a step
+    agreed: bool = False  # a checkpoint is being written, which may take its time
+
+
+_process = _Process()
+
+
+# --- being asked -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Obey the signals in here; in the main thread only.
+
+    A thread hears them, from the pipe that Python's C handler writes to: a Python handler would have to wait for a main
+    thread that waits in a collective.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    threading.Thread(target=_listen, args=(reader,), name="preemption", daemon=True).start()
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(writer)
+        _process.asked_at = math.inf
+
+
+def _listen(reader: int) -> None:
+    while True:
+        patience = None
+        if _process.asked_at < math.inf and not _process.agreed:
+            patience = max(0.0, _process.asked_at + PATIENCE_SECONDS - time.monotonic())
+        if not select.select([reader], [], [], patience)[0]:
+            if not _process.agreed:
+                _leave(f"no step ended within {PATIENCE_SECONDS:.0f} s of the signal")
+            continue
+        numbers = os.read(reader, 64)
+        if not numbers:
+            os.close(reader)
+            return
+        for number in numbers:
+            if number in SIGNALS:
+                _hear(signal.Signals(number).name)
+
+
+def _hear(name: str) -> None:
+    now = time.monotonic()
+    if _process.asked_at == math.inf:
+        _process.asked_at = now
+        if not _process.in_steps:
+            _leave(name)
+    elif now - _process.asked_at > SAME_SECONDS:
+        _leave(f"a second signal, {name}")
+
+
+def _leave(reason: str) -> NoReturn:
+    """End this process at once; its last checkpoint is what counts."""
+    rank = os.environ.get("RANK", "0")
+    with contextlib.suppress(OSError):
+        os.write(2, f"indistill: rank {rank} leaves at once: {reason}\n".encode())
+    _mark("requeue")
+    os._exit(EXIT_CODE)
+
+
+def asked() -> bool:
+    """Whether this process has been asked to stop. The others may know nothing of it yet."""
+    return _process.asked_at < math.inf or time.time() >= _process.deadline
+
+
+def in_worker(worker_id: int) -> None:
+    """For a DataLoader's `worker_init_fn`: only the rank that it loads for may end a worker.
+
+    Schedulers signal every process of a job, and a worker that dies would take the step down with it.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    rank = multiprocessing.parent_process().pid
+
+    def obey_the_rank() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != rank:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_the_rank, daemon=True).start()
+
+
+# --- agreeing --------------------------------------------------------------------------------------------------------
+
+
+class Agreement:
+    """Whether the ranks stop: decided between two steps, the same on all of them.
+
+    A logged line sums its terms over the ranks anyway and takes the question along. Between lines one number is summed
+    every CHECK_SECONDS, counted in steps by the pace that the last line told all ranks; at every step until the first.
+    """
+
+    def __init__(self, world: int, mean_over_ranks: Callable[[float], float]) -> None:
+        self.world, self.mean_over_ranks, self.every_steps = world, mean_over_ranks, 1
+
+    def open(self, max_hours: float | None) -> None:
+        """Steps begin: from here to `close` a signal waits for the end of one."""
+        _process.in_steps, _process.agreed = True, False
+        _process.deadline = _deadline(max_hours, time.time())
+
+    def close(self) -> None:
+        _process.in_steps, _process.deadline = False, math.inf
+
+    def reached(self, step: int, told: tuple[float, float] | None) -> bool:
+        """Call on all ranks after each step; `told` at a logged one: their means of `asked` and seconds per step."""
+        if self.world == 1:
+            return settle(asked())
+        if told is not None:
+            ranks_asked, step_seconds = told
+            self.every_steps = max(1, int(CHECK_SECONDS / max(step_seconds, 1e-3)))
+            return settle(ranks_asked)
+        return step % self.every_steps == 0 and settle(self.mean_over_ranks(float(asked())))
+
+
+def settle(ranks_asked: float) -> bool:
+    """Whether any rank was asked: then all stop, and take the time that a checkpoint needs."""
+    _process.agreed = ranks_asked > 0
+    if _process.agreed:
+        _process.deadline = math.inf  # met
+    return _process.agreed
+
+
+def _deadline(max_hours: float | None, now: float) -> float:
+    """When to stop, by time.time: before the job's time limit, and `max_hours` after this start."""
+    deadline = math.inf if max_hours is None else (_process.began or now) + 3600 * max_hours
+    job_end = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
+    if now < job_end < math.inf:  # a shell may outlive the job that it began in
+        deadline = min(deadline, job_end - min(MARGIN_SECONDS, (job_end - now) / 10))
+    return deadline
+
+
+# --- telling the launcher --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def status_in(run_dir: Path) -> Iterator[None]:
+    """Keep `run_dir/status` while a run or a chain goes on in here."""
+    _process.status, _process.began = run_dir / "status", time.time()
+    _mark("running")
+    try:
+        yield
+        _mark("done")
+    except Preempted:
+        _mark("requeue")
+        raise
+    except UserError as error:
+        _mark("failed", on_any_rank=error.found_by_one_rank)
+        raise
+    finally:
+        _process.status = _process.began = None
+
+
+def _mark(word: str, on_any_rank: bool = False) -> None:
+    """Not being able to write is no reason to fail: checkpoints will tell, and the exit code says the same."""
+    status = _process.status
+    if status is None or (os.environ.get("RANK", "0") != "0" and not on_any_rank):
+        return
+    with contextlib.suppress(OSError):
+        if word == "requeue" and status.read_text().strip() == "failed":
+            return  # on another rank: torchrun then ends this one, by a signal
+        status.parent.mkdir(parents=True, exist_ok=True)
+        partial = status.with_name(f".status-{os.getpid()}")
+        partial.write_text(word + "\n")
+        partial.replace(status)
