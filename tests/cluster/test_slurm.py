@@ -78,7 +78,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     del os.environ["SLURM_CONF"]
 
 
-def wait_for(what: str, happened: Callable[[], Any], timeout: float = 400.0) -> Any:
+def wait_for(what: str, happened: Callable[[], Any], timeout: float = 900.0) -> Any:
     deadline = time.monotonic() + timeout
     while not (found := happened()):
         assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
@@ -121,11 +121,12 @@ class Job:
     def wait_for_steps(self, number: int) -> None:
         wait_for(f"step {number}", lambda: len(self.steps()) >= number)
 
-    def wait_for_restart(self, number: int, timeout: float = 400.0) -> None:
+    def wait_for_restart(self, number: int, timeout: float = 900.0) -> None:
         wait_for(f"restart {number}", lambda: int(self.shown("Restarts")) >= number, timeout)
 
     def ranks(self) -> list[int]:
-        return [int(pid) for pid in shell("pgrep", "-f", f"{self.hold.parent}/rank -u").split()]
+        found = subprocess.run(["pgrep", "-f", f"{self.hold.parent}/rank -u"], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
 
 
 @pytest.fixture
