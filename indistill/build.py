@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from accelerate.utils import set_seed as seed_everything
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from indistill import models, projectors, prune, taps
+from indistill import engine, models, projectors, prune, taps
 from indistill.config import Config, UserError
 from indistill.models import Heads, Network
 from indistill.objective import reads
@@ -144,7 +143,7 @@ def agree_on_plan(
     pairs = taps.match(teacher.net, student) if warmup.pairs == "auto" else warmup.pairs
     taps.check(pairs, teacher.net, student, "warmup.pairs")
     importance = None
-    if warmup.prune.criterion in prune.NEEDS_DATA and not on_main(accelerator, path.exists):
+    if warmup.prune.criterion in prune.NEEDS_DATA and not engine.on_main(accelerator, path.exists):
         device, batches = accelerator.device, calibration(warmup.prune.batches)
         importance = prune.calibrate(
             teacher.net,
@@ -172,22 +171,8 @@ def agree_on_plan(
         path.write_text(plan.to_json())
         return plan
 
-    plan = on_main(accelerator, read_or_make)
+    plan = engine.on_main(accelerator, read_or_make)
     hashes = set(gather_object([plan.hash]))
     if len(hashes) != 1:
         raise RuntimeError(f"the ranks disagree on the pruning plan: hashes {sorted(hashes)}")
     return plan
-
-
-def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """Run on rank 0 alone and give every rank its result, or its UserError: none is left waiting for the others."""
-    outcome = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
-    result, message = broadcast_object_list(outcome)
-    if message is not None:
-        raise UserError(message)
-    return result

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
 
 _PLAIN_LINE_SECONDS = 10.0  # between progress lines where no terminal can show a bar
+
+
+@dataclass
+class Pause:
+    seconds: float = 0.0
 
 
 class RunLog:
@@ -51,6 +57,7 @@ class RunLog:
         # If the last step was logged, means over the ranks: asked to stop, and seconds per step (preemption.py).
         self.told: tuple[float, float] | None = None
         self.bar: tqdm | None = None
+        self.unwritten: list[str] = []  # lines for metrics.jsonl, while the disk is full
         self.clock = self.phase_clock = self.printed = time.perf_counter()
 
     def open(self, step: int) -> None:
@@ -119,18 +126,19 @@ class RunLog:
         self._show(line)
         return True
 
-    def write_scores(self, step: int, scores: dict[str, float]) -> None:
-        if scores:
-            self._write({"step": step, **scores})
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """A line beside those of the steps: scores, or what a checkpoint cost."""
+        if numbers:
+            self._write({"step": step, **numbers})
 
     @contextlib.contextmanager
-    def off_the_clock(self) -> Iterator[None]:
+    def off_the_clock(self) -> Iterator[Pause]:
         """Time spent here (evaluation, checkpoints) is not the training step's."""
-        begin = time.perf_counter()
-        yield
-        pause = time.perf_counter() - begin
-        self.clock += pause
-        self.phase_clock += pause
+        pause, begin = Pause(), time.perf_counter()
+        yield pause
+        pause.seconds = time.perf_counter() - begin
+        self.clock += pause.seconds
+        self.phase_clock += pause.seconds
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next line to come out as if nothing had happened. Call on all ranks."""
@@ -153,12 +161,23 @@ class RunLog:
             self.bar.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and its numbers to the trackers."""
-        if self.accelerator.is_main_process:
+        """One line of metrics.jsonl, and its numbers to the trackers. A full disk is told, and does not end the run."""
+        if not self.accelerator.is_main_process:
+            return
+        self.unwritten.append(json.dumps(line) + "\n")
+        size = self.path.stat().st_size
+        try:
             with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.writelines(self.unwritten)
+        except OSError as error:
+            os.truncate(self.path, size)  # no half line, to which the next would be added
+            if len(self.unwritten) == 1:
+                print(f"indistill: METRICS NOT WRITTEN, kept for later: {error}", file=sys.stderr, flush=True)
+            return
+        self.unwritten.clear()
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
-        self.accelerator.log(numbers, step=line["step"])
+        with contextlib.suppress(OSError):  # TensorBoard's, of the same disk
+            self.accelerator.log(numbers, step=line["step"])
 
     def _means(self, **numbers: float) -> dict[str, float]:
         """Mean over the ranks of each sum and of what else they tell each other, in one collective."""

@@ -21,7 +21,7 @@ from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from indistill import build, config, data, engine, evaluate, models, optim
+from indistill import build, config, data, deepspeed_config, engine, evaluate, models, optim
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
@@ -43,7 +43,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     # --- what the run is made of -------------------------------------------------------------------------------------
     accelerator = start_accelerator(settings)
     rank, accumulation = accelerator.process_index, settings.grad_accumulation
-    run_dir = build.on_main(accelerator, lambda: open_run_dir(settings))
+    run_dir = engine.on_main(accelerator, lambda: open_run_dir(settings))
     training, eval_set = open_data(accelerator, settings)
     calibration = partial(training.loader, 0, device=accelerator.device)
     student, targets_of, plan = build.networks(accelerator, settings, run_dir, calibration)
@@ -77,17 +77,23 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
             with log.off_the_clock():
                 scores = evaluation(accelerator, settings, evaluated(), targets_of.teacher, eval_set)
         except Preempted:
-            checkpoints.save(done, ema, None)
+            save(done, None)
+            checkpoints.wait()
             raise
-        log.write_scores(done, scores)
+        log.write(done, scores)
         return scores
+
+    def save(done: int, scores: dict[str, float] | None) -> None:
+        with log.off_the_clock() as stall:
+            checkpoints.save(done, ema, scores)
+        log.write(done, {"checkpoint_stall_seconds": stall.seconds})
 
     # --- the run -----------------------------------------------------------------------------------------------------
     wrapped.train()
     stop.open(settings.max_hours)
     if scores is None:
         scores = evaluate_step(first_step)
-        checkpoints.save(first_step, ema, scores)
+        save(first_step, scores)
     for step in range(first_step, timetable.total_steps):
         phase = pace.curriculum.at(step)
         lr = phase_optim.begin_step(step, phase)
@@ -118,11 +124,12 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
         if eval_set and timetable.evaluate_at(done):
             scores = None if leaving else evaluate_step(done)
         if leaving or checkpoints.due(done, logged, scores) or done == timetable.total_steps:
-            with log.off_the_clock():
-                checkpoints.save(done, ema, scores)
+            save(done, scores)
         if leaving:
+            checkpoints.wait()
             raise Preempted(f"stopped at step {done} of {timetable.total_steps}")
     stop.close()
+    checkpoints.close()
 
     # --- the result --------------------------------------------------------------------------------------------------
     if settings.evaluate.retrieval:
@@ -138,7 +145,7 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
             raise UserError("mixed_precision: fp16 needs a GPU: use bf16 or no")
         if settings.sync_batchnorm and world > 1:
             raise UserError("sync_batchnorm needs GPUs: set it to false")
-    zero = engine.zero_config(settings, world) if training else None
+    zero = deepspeed_config.zero_config(settings, world) if training else None
     # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding, the head.
     partly_unused = settings.warmup is not None or not reads(settings.kd.losses, "logits")
     accelerator = engine.start(

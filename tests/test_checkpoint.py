@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import resource
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from conftest import run_ranks
+from safetensors.torch import load_file
 
 from indistill import checkpoint, config
+from indistill.cli import main
 from indistill.config import UserError
+from indistill.metrics import RunLog, read_lines
 from indistill.train import train
 
 
@@ -32,7 +42,7 @@ def test_the_newest_are_kept_and_nothing_else_is_left(finished):
     _, folder = finished
     assert names(folder) == ["step-00000020", "step-00000024"]
     assert names(folder / "step-00000024") == [
-        "model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json",
+        "manifest.json", "model.safetensors", "optimizer-00000.pt", "state.json",
     ]  # fmt: skip
 
 
@@ -60,19 +70,80 @@ def test_an_unfinished_save_does_not_count(finished):
     partial = folder / ".partial-step-00000099"
     partial.mkdir()
     (partial / "state.json").write_text("{}")
-    (folder / "step-00000098").mkdir()  # not even a state
-    assert sorted(path.name for path in checkpoint.complete(folder)) == ["step-00000020", "step-00000024"]
+    assert [path.name for path in checkpoint.saved(folder)] == ["step-00000020", "step-00000024"]
     run(tree)
+    assert names(folder) == ["step-00000020", "step-00000024"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "state.json"])
-def test_a_damaged_checkpoint_is_named(finished, name):
-    tree, folder = finished
-    path = folder / "step-00000024" / name
+def test_the_manifest_holds_sizes_and_hashes(finished):
+    folder = finished[1] / "step-00000024"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest.keys() | {"manifest.json"} == set(names(folder))
+    for name, entry in manifest.items():
+        content = (folder / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"step-00000024.*damaged.*delete it") as caught:
-        run(tree)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damage_is_found(finished):
+    path = finished[1] / "step-00000024"
+    assert checkpoint.damaged(path) is None
+    for name in names(path):
+        content = (path / name).read_bytes()
+        for damage in (cut, flip_a_bit, Path.unlink):
+            damage(path / name)
+            assert (name if name != "manifest.json" else "") in checkpoint.damaged(path)
+            (path / name).write_bytes(content)
+    assert checkpoint.damaged(path) is None
+
+
+@pytest.mark.parametrize(("name", "damage"), [("optimizer-00000.pt", cut), ("manifest.json", Path.unlink)])
+def test_a_damaged_checkpoint_is_passed_over(finished, name, damage, capfd):
+    tree, folder = finished
+    lines = read_lines(folder.parent / "metrics.jsonl")
+    student = load_file(folder.parent / "student.safetensors")
+    damage(folder / "step-00000024" / name)
+    with pytest.raises(UserError, match=r"step-00000024: damaged \(.*, and no other to go on from") as caught:
+        run(tree, resume=str(folder / "step-00000024"))
     assert "\n" not in str(caught.value)
+    capfd.readouterr()
+
+    run(tree)
+    out, err = capfd.readouterr()
+    assert "step-00000024 is damaged (" in err
+    assert name in err
+    assert "step-00000020 at step 20" in out
+    assert [name for name in names(folder) if name.startswith("step")] == ["step-00000020", "step-00000024"]
+    assert checkpoint.damaged(folder / "step-00000024") is None
+    again = read_lines(folder.parent / "metrics.jsonl")
+    assert [line["loss"] for line in again if "loss" in line] == [line["loss"] for line in lines if "loss" in line]
+    for name, value in load_file(folder.parent / "student.safetensors").items():
+        assert torch.equal(value, student[name])
+
+
+def test_all_damaged(finished):
+    tree, folder = finished
+    for path in folder.iterdir():
+        flip_a_bit(path / "model.safetensors")
+    with pytest.raises(UserError, match=r"step-00000020: damaged \(model.safetensors has another SHA-256"):
+        run(tree)
+
+
+def rewrite(path: Path, content: dict[str, Any]) -> None:
+    """With its entry in the manifest."""
+    path.write_text(json.dumps(content))
+    manifest = path.with_name("manifest.json")
+    entry = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {path.name: entry}))
 
 
 @pytest.mark.parametrize("key", ["plan", "data", "config"])
@@ -81,7 +152,7 @@ def test_another_identity_is_refused_by_name(finished, key):
     path = folder / "step-00000024" / "state.json"
     state = json.loads(path.read_text())
     state["identity"][key] = "0" * 64
-    path.write_text(json.dumps(state))
+    rewrite(path, state)
     with pytest.raises(UserError, match=f"another {key}"):
         run(tree)
 
@@ -89,7 +160,7 @@ def test_another_identity_is_refused_by_name(finished, key):
 def test_another_format_is_refused(finished):
     tree, folder = finished
     path = folder / "step-00000024" / "state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    rewrite(path, json.loads(path.read_text()) | {"format_version": 99})
     with pytest.raises(UserError, match="format 99"):
         run(tree)
 
@@ -125,3 +196,83 @@ def test_an_edited_plan_is_refused(finished):
     path.write_text(json.dumps(plan))
     with pytest.raises(UserError, match=r"prune_plan.json"):
         run(tree)
+
+
+def limit_files(tree: dict[str, Any], bytes_per_file: int, first: int, last: int) -> None:
+    """Train in a process that can write no larger files from step `first` on, until after step `last`."""
+    end_step = RunLog.end_step
+
+    def limiting_end_step(log, step, *arguments):
+        if step == first:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, resource.RLIM_INFINITY))
+        if step == last + 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return end_step(log, step, *arguments)
+
+    RunLog.end_step = limiting_end_step
+    with (Path(tree["run_dir"]).parent / "stderr").open("w", buffering=1) as sys.stderr:
+        main(["train", tree["config"]])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_is_told_and_costs_no_run(tree, tmp_path, world):
+    """Nothing more can be written, then a few bytes, then all: the run goes on, and its record is whole."""
+    tree["checkpoint"] = {"every_steps": 3, "keep_last": 9}
+    plain = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "plain" / "run")}
+    run(plain)
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree))
+    limited = tree | {"config": str(path)}
+    run_ranks(limit_files, world, limited, 500, 7, 13)  # steps 9 and 12
+    run_dir = Path(tree["run_dir"])
+    told = (run_dir.parent / "stderr").read_text()
+    assert told.count("CHECKPOINT NOT WRITTEN at step") == 2
+    assert "step 9: rank 0" in told
+    assert told.count("METRICS NOT WRITTEN") == 1
+    assert names(run_dir / "checkpoints") == [f"step-{step:08d}" for step in (3, 6, 15, 18, 21, 24)]
+    losses, expected = (
+        [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+        for folder in (run_dir, Path(plain["run_dir"]))
+    )
+    assert losses == pytest.approx(expected, rel=0 if world == 1 else 1e-2)
+    assert len(losses) == 24
+
+
+def test_a_disk_that_stays_full_ends_the_run(tree, tmp_path):
+    tree["checkpoint"] = {"every_steps": 3, "keep_last": 9}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree))
+    run_ranks(limit_files, 2, tree | {"config": str(path)}, 30_000, 7, 99, exit_code=2)
+    told = (tmp_path / "stderr").read_text()
+    assert told.count("CHECKPOINT NOT WRITTEN") == 3
+    assert "the last 3 checkpoints could not be written (rank 0" in told.splitlines()[-1]
+    assert names(tmp_path / "run" / "checkpoints") == ["step-00000003", "step-00000006"]
+    assert (tmp_path / "run" / "status").read_text() == "failed\n"
+
+
+def test_a_step_waits_for_the_copy_alone(tree, monkeypatch):
+    """The disk takes a second for each checkpoint; training takes steps meanwhile, and the stall says so."""
+    begun, ended, steps = [], [], []
+    write_file, end_step = checkpoint._write_file, RunLog.end_step
+
+    def slow_write_file(path, content):
+        if path.name == "state.json":
+            begun.append(len(steps))
+            time.sleep(1)
+            ended.append(len(steps))
+        return write_file(path, content)
+
+    monkeypatch.setattr(checkpoint, "_write_file", slow_write_file)
+    monkeypatch.setattr(RunLog, "end_step", lambda log, step, *a: (steps.append(step), end_step(log, step, *a))[1])
+    tree["checkpoint"] = {"every_steps": 20}
+    run(tree)
+    assert begun[0] == 20
+    assert ended[0] > 20
+    stalls = {
+        line["step"]: line["checkpoint_stall_seconds"]
+        for line in read_lines(Path(tree["run_dir"]) / "metrics.jsonl")
+        if "checkpoint_stall_seconds" in line
+    }
+    assert stalls.keys() == {20, 24}
+    assert 0 < stalls[20] < 0.9

@@ -102,7 +102,7 @@ def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, 
     for event, number in events:
         run_until(path, event, world, preemption.EXIT_CODE, number=number)
         assert status(run_dir) == "requeue"
-        stopped_at.append(max(checkpoint.complete(run_dir / "checkpoints")).name)
+        stopped_at.append(checkpoint.saved(run_dir / "checkpoints")[-1].name)
     assert stopped_at == [f"step-{step:08d}" for step in (2, 4, 12, 16, 24)]
     run_until(path, "never", world, exit_code=0)
     assert status(run_dir) == "done"
@@ -182,7 +182,7 @@ def test_loader_workers_leave_it_to_their_rank(tree, tmp_path):
     process = start(train_in_a_group, path)
     process.join(timeout=300)
     assert process.exitcode == preemption.EXIT_CODE
-    assert [path.name for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    assert [path.name for path in checkpoint.saved(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
 
 
 def train_slowly_set_up(path: str) -> None:

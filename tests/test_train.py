@@ -127,7 +127,7 @@ def test_the_teacher_is_in_no_checkpoint(tree):
     folder = Path(tree["run_dir"]) / "checkpoints" / "step-00000024"
     student = sum(p.numel() for p in models.CNN32((8, 16, 32), 64).state_dict().values())
     assert sum(v.numel() for v in load_file(folder / "model.safetensors").values()) == student
-    state = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
+    state = torch.load(folder / "optimizer-00000.pt", weights_only=True)["optimizer"]["state"]
     assert sum(moments["exp_avg"].numel() for moments in state.values()) == sum(
         p.numel() for p in models.CNN32((8, 16, 32), 64).parameters()
     )

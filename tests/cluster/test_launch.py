@@ -65,5 +65,5 @@ def test_torchrun_passes_sigterm_on(tree, tmp_path: Path):
     finally:
         process.kill()
     assert (run_dir / "status").read_text() == "requeue\n"
-    (saved,) = checkpoint.complete(run_dir / "checkpoints")
+    (saved,) = checkpoint.saved(run_dir / "checkpoints")
     assert saved.name == f"step-{read_lines(run_dir / 'metrics.jsonl')[-1]['step']:08d}"

@@ -163,7 +163,7 @@ def test_at_its_time_limit_a_job_is_requeued_and_goes_on(uninterrupted, slurm_tr
     job = Job(tmp_path, slurm_tree, "--time=2", "--signal=USR1@30")
     job.wait_for_restart(1)
     assert (job.run_dir / "status").read_text() == "requeue\n"
-    stopped_at = max(checkpoint.complete(job.run_dir / "checkpoints")).name
+    stopped_at = checkpoint.saved(job.run_dir / "checkpoints")[-1].name
     (tmp_path / "hold").unlink()
     assert job.wait() == "COMPLETED"
     assert f"resumed from {job.run_dir}/checkpoints/{stopped_at}" in job.output.read_text()
