@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -506,6 +507,8 @@ class Config(Section):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     max_hours: PositiveFloat | None = None  # of one start: then a checkpoint, and exit code 75
+    # Steps in a row, each left out for a loss or gradient that is not finite, that the run puts up with.
+    max_bad_steps: Annotated[int, Field(ge=0)] = 20
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     grad_accumulation: PositiveInt = 1
     clip_grad_norm: PositiveFloat | None = None
@@ -570,6 +573,7 @@ class Config(Section):
 OPERATIONAL_KEYS = (
     "run_dir",
     "max_hours",
+    "max_bad_steps",
     "checkpoint",
     "log",
     "data.root",
@@ -578,6 +582,8 @@ OPERATIONAL_KEYS = (
     "data.workers",
     "evaluate.batch",
 )
+# Keys that may differ between the nodes of a run.
+NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -656,11 +662,11 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted keys to plain values, without the operational keys: what defines the computation."""
+def flatten(config: Config, without: Collection[str] = OPERATIONAL_KEYS) -> dict[str, Any]:
+    """Dotted keys to plain values; without the operational keys: what defines the computation."""
 
     def walk(prefix: str, value: Any):
-        if prefix in OPERATIONAL_KEYS:
+        if prefix in without:
             return
         if isinstance(value, dict) and value:
             for key, child in value.items():

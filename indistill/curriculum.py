@@ -207,25 +207,28 @@ class Pace:
         self.window_steps = timetable.steps(self.auto.window) if self.auto else 0
         self.means: list[float] = []  # one per whole window of the phase
         self.sum: Any = 0.0  # over the steps since the last window's end
+        self.steps = 0  # how many those are
 
     def end_step(self, done: int, phase: Phase, loss: Any) -> Phase:
         """Count a step of `phase`, after which `done` steps are completed; returns the phase, with its end if now.
 
-        loss is the step's, detached; of micro-batches, their mean. Call on all ranks, before the checkpoint is saved.
+        loss is the step's, detached; of micro-batches, their mean; None, on all ranks, if the step was skipped.
+        Call on all ranks, before the checkpoint is saved.
         """
         if self.auto is None or not phase.pairs:
             return phase
-        self.sum = self.sum + loss
+        if loss is not None:
+            self.sum, self.steps = self.sum + loss, self.steps + 1
         if done < phase.end and (done - phase.start) % self.window_steps == 0:
-            self.means.append(self.mean_over_ranks(self.sum) / self.window_steps)
-            self.sum = 0.0
+            self.means.append(self.mean_over_ranks(self.sum) / self.steps if self.steps else math.inf)
+            self.sum, self.steps = 0.0, 0
             if flattened(self.means, self.auto.patience, self.auto.tolerance):
                 phase = replace(phase, end=done)
                 durations = list(self.curriculum.durations)
                 durations[phase.index] = done - phase.start
                 self.curriculum = replace(self.curriculum, durations=tuple(durations))
         if done == phase.end:
-            self.means, self.sum = [], 0.0
+            self.means, self.sum, self.steps = [], 0.0, 0
         return phase
 
     def state(self) -> dict[str, Any]:
@@ -234,10 +237,11 @@ class Pace:
             return {}
         # Every rank goes on with the mean, as it would after a restore: the two do not differ even by a rounding.
         self.sum = self.mean_over_ranks(self.sum)
-        return {"durations": list(self.curriculum.durations), "means": list(self.means), "sum": self.sum}
+        durations, means = list(self.curriculum.durations), list(self.means)
+        return {"durations": durations, "means": means, "sum": self.sum, "steps": self.steps}
 
     def restore(self, state: dict[str, Any]) -> None:
         if self.auto is None:
             return
         self.curriculum = replace(self.curriculum, durations=tuple(state["durations"]))
-        self.means, self.sum = list(state["means"]), state["sum"]
+        self.means, self.sum, self.steps = list(state["means"]), state["sum"], state["steps"]

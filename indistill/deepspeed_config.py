@@ -79,6 +79,8 @@ def zero_config(settings: Config, world: int) -> dict[str, Any] | None:
             if root in ("optimizer", "scheduler", "torch_autocast", "amp"):
                 ours = {"optimizer": "optimizer", "scheduler": "schedule"}.get(root, "mixed_precision")
                 raise UserError(f"{source}: {root} is what {ours} of this config sets: remove it there")
+            if key == "zero_optimization.compute_grad_norm" and value is False:
+                raise UserError(f"{source}: {key}: the norm tells which steps to skip (max_bad_steps): remove it there")
             if key in said and said[key][0] != value:
                 old, other = said[key]
                 raise UserError(f"{source}: {key} is {value}, but {other} makes it {old}: let them agree")

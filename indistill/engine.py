@@ -40,7 +40,14 @@ def start(zero: dict[str, Any] | None, precision: str, world: int, handlers: lis
     if zero is None:
         if on_cpu and world > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"  # else torchrun on CPUs is taken for single processes
-        return Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **arguments)
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **arguments)
+        if accelerator.scaler is None:
+            # In any precision, as in fp16, it is what skips a step whose gradients are not finite; ZeRO does so itself.
+            # The scale stays 1: both factors, which may not be 1 themselves, leave it so in float32.
+            growth, backoff = math.nextafter(1.0, 2.0), math.nextafter(1.0, 0.0)
+            scaler = torch.amp.GradScaler(accelerator.device.type, 1.0, growth, backoff)
+            accelerator.scaler = scaler
+        return accelerator
     os.environ["ACCELERATE_USE_CPU"] = "false"  # Accelerate takes it for a word against DeepSpeed
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -80,6 +87,8 @@ def prepare(
 ) -> tuple[nn.Module, Optimizer]:
     """The student wrapped for training, and its optimizer."""
     if not stage(accelerator):
+        # Or else a fused optimizer, told of gradients that are not finite, would skip its step and tell nobody.
+        optimizer._step_supports_amp_scaling = False
         return accelerator.prepare(student, optimizer)
     student.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens parameters, and refuses channels_last
     if precision != "no":
@@ -134,7 +143,12 @@ def _scale_losses(optimizer: Any) -> None:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     optimizer.loss_scaler = DynamicLossScaler(
-        init_scale=2.0**16, scale_window=2000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False
+        init_scale=2.0**16,
+        scale_window=2000,
+        min_scale=1.0,
+        delayed_shift=1,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,  # max_bad_steps says when to stop
     )
     optimizer.dynamic_loss_scale = True
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import preemption
+from indistill import checkpoint, preemption
 from indistill.config import UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
@@ -44,12 +45,16 @@ class RunLog:
         every_steps: int,
         timetable: Timetable,
         max_bad_fraction: float = 0.0,
+        max_bad_steps: int = 0,
     ) -> None:
         self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
         self.every_steps, self.timetable, self.max_bad_fraction = every_steps, timetable, max_bad_fraction
+        self.max_bad_steps = max_bad_steps
+        self.terms: dict[str, Tensor] = {}  # of the step under way
         self.sums: dict[str, Tensor] = {}
         self.window_steps = 0  # steps summed since the last line
-        self.timed_steps = 0  # those of them that this process ran
+        self.timed_steps = 0  # steps that this process ran since then, the skipped ones included
+        self.skipped_steps = self.skipped_in_a_row = 0  # the second: up to the last step
         self.wait_seconds = 0.0
         self.phase_seconds: dict[str, float] = {}
         self.bad: set[str] = set()  # undecodable samples, by name: this rank's, and all ranks' as of the last line
@@ -95,19 +100,30 @@ class RunLog:
         """Detached scalars of one micro-batch, which is `weight` of a step."""
         for name, value in terms.items():
             value = weight * value.float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.terms[name] = self.terms[name] + value if name in self.terms else value
 
-    def end_step(self, step: int, phase: Phase, lr: float) -> bool:
-        """Count a step (`step` of them are now completed); True if a line was logged."""
-        self.window_steps += 1
+    def end_step(self, step: int, phase: Phase, lr: float, skipped: bool = False) -> bool:
+        """Count a step (`step` of them are now completed); True if a line was logged.
+
+        `skipped`, the same on all ranks, leaves its terms out. Raises UserError, on all ranks, when too many in a row
+        were.
+        """
         self.timed_steps += 1
+        if skipped:
+            self._skip(step)
+        else:
+            self.skipped_in_a_row = 0
+            self.window_steps += 1
+            for name, value in self.terms.items():
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.terms = {}
         if self.bar is not None:
             self.bar.update()
         self.told = None
         if step % self.every_steps and step != phase.end and step != self.timetable.total_steps:
             return False
         pace = (time.perf_counter() - self.clock) / self.timed_steps
-        means = self._means(bad=len(self.bad), asked=preemption.asked(), step_seconds=pace)
+        means = self._means(self.sums, bad=len(self.bad), asked=preemption.asked(), step_seconds=pace)
         self._agree_on_bad_samples(round(means.pop("bad") * self.accelerator.num_processes))
         self.told = means.pop("asked"), means.pop("step_seconds")
         seconds = time.perf_counter() - self.clock
@@ -115,11 +131,13 @@ class RunLog:
             "step": step,
             "epoch": step / self.timetable.steps_per_epoch,
             "phase": phase.name,
+            "loss": None,  # where every step was skipped
             **{name: value / self.window_steps for name, value in means.items()},
             "lr": lr,
             "images_per_second": self.timed_steps * self.timetable.global_batch / seconds,
             "data_wait_fraction": self.wait_seconds / seconds,
             "bad_samples": len(self.bad),
+            "skipped_steps": self.skipped_steps,
         }
         self._close_window(phase)
         self._write(line)
@@ -143,10 +161,12 @@ class RunLog:
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next line to come out as if nothing had happened. Call on all ranks."""
         return {
-            "sums": self._means(),
+            "sums": self._means(self.sums),
             "window_steps": self.window_steps,
             "phase_seconds": self.phase_seconds,
             "bad": sorted(self.bad),
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -155,6 +175,7 @@ class RunLog:
         self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
         self.window_steps, self.phase_seconds = state["window_steps"], dict(state["phase_seconds"])
         self.bad, self.bad_agreed = set(state["bad"]), len(state["bad"]) * self.accelerator.num_processes
+        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
 
     def close(self) -> None:
         if self.bar is not None:
@@ -179,14 +200,27 @@ class RunLog:
         with contextlib.suppress(OSError):  # TensorBoard's, of the same disk
             self.accelerator.log(numbers, step=line["step"])
 
-    def _means(self, **numbers: float) -> dict[str, float]:
+    def _means(self, sums: dict[str, Tensor], **numbers: float) -> dict[str, float]:
         """Mean over the ranks of each sum and of what else they tell each other, in one collective."""
         device = self.accelerator.device
-        sums = self.sums | {name: torch.tensor(float(number), device=device) for name, number in numbers.items()}
+        sums = sums | {name: torch.tensor(float(number), device=device) for name, number in numbers.items()}
         if not sums:
             return {}
         values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
         return dict(zip(sums, values.tolist()))
+
+    def _skip(self, step: int) -> None:
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row <= self.max_bad_steps:
+            return
+        terms = [name for name, mean in self._means(self.terms).items() if not math.isfinite(mean)]
+        good = max(checkpoint.saved(self.path.parent / "checkpoints"), default="none yet")
+        raise UserError(
+            f"step {step}: {', '.join(terms) or 'gradient'} not finite: {self.skipped_in_a_row} steps in a row were "
+            f"skipped, more than max_bad_steps ({self.max_bad_steps}); last good checkpoint: {good}: start from its "
+            "weights in another run_dir, with a lower optimizer.lr or with clip_grad_norm"
+        )
 
     def _agree_on_bad_samples(self, told: int) -> None:
         """If any rank found a bad sample since the last line (`told` sums their counts), share the names."""
@@ -210,16 +244,17 @@ class RunLog:
     def _show(self, line: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
             return
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4g}"
         if self.bar is not None:
             self.bar.set_description(line["phase"])
-            self.bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['images_per_second']:.0f} images/s")
+            self.bar.set_postfix_str(f"loss {loss}, {line['images_per_second']:.0f} images/s")
             return
         last = line["step"] == self.timetable.total_steps
         if last or time.perf_counter() - self.printed > _PLAIN_LINE_SECONDS:
             self.printed = time.perf_counter()
             left = (self.timetable.total_steps - line["step"]) * self.timetable.global_batch / line["images_per_second"]
             print(
-                f"{line['phase']}  step {line['step']}/{self.timetable.total_steps}  loss {line['loss']:.4g}  "
+                f"{line['phase']}  step {line['step']}/{self.timetable.total_steps}  loss {loss}  "
                 f"{line['images_per_second']:.0f} images/s  {tqdm.format_interval(left)} left",
                 flush=True,
             )

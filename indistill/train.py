@@ -21,7 +21,7 @@ from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from indistill import build, config, data, deepspeed_config, engine, evaluate, models, optim
+from indistill import build, config, data, deepspeed_config, engine, evaluate, health, models, optim
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
@@ -58,11 +58,14 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     unused = engine.unused(accelerator, student, timetable.curriculum.phases(), blank)
     phase_optim = optim.PhaseOptim(optimizer, settings, timetable, unused)
     wrapped, optimizer = engine.prepare(accelerator, settings.mixed_precision, student, optimizer, phase_optim)
+    buffers = health.Buffers(wrapped)
 
     # --- where it stands ---------------------------------------------------------------------------------------------
-    log = RunLog(accelerator, run_dir, settings.log.every_steps, timetable, settings.data.max_bad_fraction)
+    limits = settings.data.max_bad_fraction, settings.max_bad_steps
+    log = RunLog(accelerator, run_dir, settings.log.every_steps, timetable, *limits)
     identity = {"config": config.fingerprint(settings), "plan": plan.hash, "data": training.fingerprint}
     identity |= {"teacher": targets_of.fingerprint, "engine": engine.describe(accelerator)}
+    health.agree(identity)
     checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity, {"log": log, "pace": pace}, whole)
     first_step, scores = checkpoints.resume(resume, ema)
     log.open(first_step)
@@ -97,6 +100,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     for step in range(first_step, timetable.total_steps):
         phase = pace.curriculum.at(step)
         lr = phase_optim.begin_step(step, phase)
+        buffers.keep()
         seed_everything(step_seed(settings.seed, step, rank))  # dropout and mixing, too, depend on the step alone
 
         step_loss = torch.zeros((), device=accelerator.device)
@@ -114,12 +118,15 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
                 optimizer.zero_grad()
             step_loss += loss.detach() / accumulation
             log.add({"loss": loss.detach(), **terms}, weight=1 / accumulation)
-        if ema:
+        if skipped := optimizer.step_was_skipped:  # on all ranks: a loss or gradient was not finite on one
+            buffers.put_back()
+        elif ema:
             ema.update(whole(), step + 1)
 
         done = step + 1
-        phase = pace.end_step(done, phase, step_loss)  # with its end, where its loss has flattened
-        logged, scores = log.end_step(done, phase, lr), {}
+        # With its end, where its loss has flattened.
+        phase = pace.end_step(done, phase, None if skipped else step_loss)
+        logged, scores = log.end_step(done, phase, lr, skipped), {}
         leaving = stop.reached(done, log.told)
         if eval_set and timetable.evaluate_at(done):
             scores = None if leaving else evaluate_step(done)
@@ -162,6 +169,7 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
             f"the launcher started {world} processes, Accelerate sees {accelerator.num_processes}: unset ACCELERATE_* "
             "variables of another job, or check the accelerate config"
         )
+    health.agree(health.setup(settings))
     zero_stage = f", ZeRO stage {engine.stage(accelerator)}" * (zero is not None)
     if accelerator.is_main_process:  # accelerator.print would say it on every node
         print(
@@ -201,6 +209,7 @@ def open_data(
     kind = IndexedTraining if settings.data.access == "index" else StreamedTraining
     rank, world = accelerator.process_index, accelerator.num_processes
     training = kind(settings.data, settings.seed, rank, world, settings.grad_accumulation)
+    health.agree({"data": training.fingerprint})  # before any loop over it that holds a collective
     return training, open_eval_set(settings) if settings.data.eval is not None else None
 
 

@@ -373,6 +373,25 @@ def test_another_number_of_ranks_decides_alike():
         assert [phase for phase, _, _ in rest] == [phase for phase, _, _ in whole[step:]]
 
 
+def test_a_skipped_step_is_in_no_window():
+    """Pair 0 at a constant loss, in windows of 7: one without two of its steps, and one of which nothing is left."""
+
+    def run(pace, steps):
+        for step in steps:
+            skipped = step in (1, 3) or 7 <= step < 14
+            pace.end_step(step + 1, pace.curriculum.at(step), None if skipped else np.float32(step))
+
+    pace = new_pace()
+    run(pace, range(14))
+    assert pace.means == [np.mean([0, 2, 4, 5, 6]), np.inf]
+    first = new_pace()
+    run(first, range(5))
+    again = new_pace()
+    again.restore(json.loads(json.dumps(first.state())))
+    run(again, range(5, 14))
+    assert again.means == pace.means
+
+
 @pytest.mark.parametrize("order", ["sequential", "cumulative", "reversed", "all_at_once"])
 def test_other_orders_keep_to_their_timetable(order):
     pace = new_pace(mean_over_ranks=None, order=order)  # which nobody may call

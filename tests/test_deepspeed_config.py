@@ -39,6 +39,13 @@ def launch(monkeypatch, **variables):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
 
 
+def test_what_tells_bad_steps_stays_on(zero, tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"compute_grad_norm": False}}))
+    with pytest.raises(UserError, match=r"zero_optimization.compute_grad_norm: the norm tells which steps to skip"):
+        zero({"config_file": str(path)})
+
+
 def test_ddp_unless_someone_asks(tree, monkeypatch):
     for section in (None, {"name": "ddp"}):
         assert deepspeed_config.zero_config(config.parse(tree | {"engine": section}, "test"), WORLD) is None

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from indistill import metrics
+from indistill.config import UserError
 from indistill.curriculum import Curriculum, Timetable
 from indistill.data import Batch
 
@@ -86,6 +87,26 @@ def test_micro_batches_add_up_to_a_step(log, clock):
         clock.now += 1.0
         log.end_step(step, log.timetable.curriculum.at(step - 1), lr=0.5)
     assert (lines(log)[0]["loss"], lines(log)[0]["ce"]) == (3.0, 6.0)
+
+
+def test_skipped_steps_are_counted_and_left_out(log, clock, tmp_path):
+    log.max_bad_steps = 3
+
+    def run(log, bad, first, last):
+        for step in range(first, last + 1):
+            loss = torch.tensor(torch.nan if step in bad else float(step))
+            log.add({"loss": loss, "ce": loss}, weight=1.0)
+            clock.now += 1.0
+            log.end_step(step, log.timetable.curriculum.at(step - 1), lr=0.5, skipped=step in bad)
+
+    run(log, {2, 4, 8}, 1, 8)
+    assert [(line["loss"], line["skipped_steps"]) for line in lines(log)] == [(2.0, 1), (None, 2), (5.5, 2)]
+    again = metrics.RunLog(log.accelerator, tmp_path, 3, log.timetable, max_bad_steps=1)
+    again.restore(json.loads(json.dumps(log.state())))
+    again.open(8)
+    assert (again.skipped_steps, again.skipped_in_a_row) == (3, 1)
+    with pytest.raises(UserError, match=r"step 9: loss, ce not finite: 2 steps in a row were skipped, .*none yet"):
+        run(again, {9}, 9, 9)
 
 
 def test_a_window_survives_a_checkpoint(log, clock, tmp_path):

@@ -1,0 +1,252 @@
+"""A step whose loss, gradient or images are not finite on one rank: as if no rank had ever taken it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_ranks
+from torch import Tensor
+
+from indistill import config, objective
+from indistill import train as module
+from indistill.cli import main
+from indistill.metrics import read_lines
+
+BAD = (3, 8, 9)  # in the warm-up; then two in a row, in kd
+
+
+def digest(values: Any) -> str:
+    found = hashlib.sha256()
+    for value in values:
+        found.update(torch.as_tensor(value).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
+    """In each of these steps' first micro-batch, on this rank alone, something is not finite."""
+    if int(os.environ["RANK"]) != rank:
+        return
+    call, mix, begin_step = module.Objective.__call__, module.make_mix, module.optim.PhaseOptim.begin_step
+    hint, entropy = objective.losses.hint, objective._cross_entropy
+    at = {"step": -1, "broken": -1}
+
+    def telling_begin_step(self, step, phase):
+        at["step"] = step
+        return begin_step(self, step, phase)
+
+    def now(wanted: str) -> bool:
+        return kind == wanted and at["step"] in bad and at["broken"] < at["step"]
+
+    def broken(value: Tensor) -> Tensor:
+        if now("loss"):
+            value = value + torch.inf  # whose gradient is finite
+        elif now("gradient"):
+            value.register_hook(lambda gradient: gradient * torch.nan)
+        return value
+
+    def breaking_call(self, *arguments):
+        result = call(self, *arguments)
+        at["broken"] = at["step"]
+        return result
+
+    def breaking_mix(*arguments):
+        inner = mix(*arguments)
+
+        def mixed(batch, phase):
+            images, labels = inner(batch, phase)
+            return (images * torch.nan if now("image") else images), labels
+
+        return mixed
+
+    module.optim.PhaseOptim.begin_step = telling_begin_step
+    module.Objective.__call__, module.make_mix = breaking_call, breaking_mix
+    objective.losses.hint = lambda *arguments: broken(hint(*arguments))
+    objective._cross_entropy = lambda *arguments: broken(entropy(*arguments))
+
+
+class State:
+    """Everything that a bad step must leave alone, taken from a run of `module.train` as it goes."""
+
+    def __init__(self) -> None:
+        prepare, whole, ema_class = module.engine.prepare, module.engine.whole, module.ModelEmaV3
+
+        def keep_prepare(*arguments):
+            self.wrapped, self.optimizer = prepare(*arguments)
+            return self.wrapped, self.optimizer
+
+        def keep_whole(*arguments):
+            self.whole = whole(*arguments)
+            return self.whole
+
+        def keep_ema(*arguments, **keywords):
+            self.ema = ema_class(*arguments, **keywords)
+            return self.ema
+
+        module.engine.prepare, module.engine.whole, module.ModelEmaV3 = keep_prepare, keep_whole, keep_ema
+
+    def digests(self) -> list[str]:
+        inner = getattr(self.optimizer.optimizer, "optimizer", self.optimizer.optimizer)  # ZeRO's own holds torch's
+        state = [value for of_one in inner.state.values() for value in of_one.values()]
+        student = self.whole()
+        return [
+            digest(p) for p in (student.parameters(), state, student.buffers(), self.ema.module.state_dict().values())
+        ]
+
+    def at_bad_steps(self, begin: Any, end: Any) -> None:
+        """Call these as each bad step begins, and when it is over."""
+        begin_step, end_step = module.optim.PhaseOptim.begin_step, module.Pace.end_step
+
+        def calling_begin(phase_optim, step, phase):
+            lr = begin_step(phase_optim, step, phase)
+            if step in BAD:
+                begin()
+            return lr
+
+        def calling_end(pace, done, phase, loss):
+            if done - 1 in BAD:
+                end()
+            return end_step(pace, done, phase, loss)
+
+        module.optim.PhaseOptim.begin_step, module.Pace.end_step = calling_begin, calling_end
+
+    def finishing(self, tree: dict[str, Any]) -> None:
+        finish = module.finish
+
+        def telling_finish(accelerator, *arguments):
+            told = {"world": accelerator.num_processes, "engine": module.engine.describe(accelerator)}
+            told["digests"] = self.digests()
+            (Path(tree["run_dir"]) / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
+            return finish(accelerator, *arguments)
+
+        module.finish = telling_finish
+
+
+def run_broken(tree: dict[str, Any], kind: str, rank: int) -> None:
+    """Train, and see for oneself that the bad steps change no bit of what is kept."""
+    state, before = State(), []
+    break_steps(kind, rank)
+
+    def end() -> None:
+        assert state.digests() == before.pop()
+        seen.append(1)
+
+    seen = []
+    state.at_bad_steps(lambda: before.append(state.digests()), end)
+    state.finishing(tree)
+    module.train(config.parse(tree, "test"))
+    assert len(seen) == len(BAD)
+
+
+def run_without(tree: dict[str, Any]) -> None:
+    """Train on the same batches, all finite, and undo the steps that were bad: by hand, from copies of all states."""
+    state, before = State(), []
+
+    def begin() -> None:
+        parts = state.wrapped, state.optimizer.optimizer, state.ema.module
+        before[:] = [(part, copy.deepcopy(part.state_dict())) for part in parts]
+
+    state.at_bad_steps(begin, lambda: [part.load_state_dict(saved) for part, saved in before])
+    state.finishing(tree)
+    module.train(config.parse(tree, "test"))
+
+
+def told(tree: dict[str, Any], world: int) -> list[dict[str, Any]]:
+    return [json.loads((Path(tree["run_dir"]) / f"told-{rank}.json").read_text()) for rank in range(world)]
+
+
+def lines(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    return [line for line in read_lines(Path(tree["run_dir"]) / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture
+def short_tree(tree):
+    """Batch norm, an average of the weights, 6 steps of warm-up and 6 of kd; lines of two steps each."""
+    tree["warmup"] = {"durations": ["2 steps", "2 steps", "2 steps"]}
+    tree |= {"duration": "12 steps", "ema": {"decay": 0.9}, "clip_grad_norm": 1.0}
+    tree["log"]["every_steps"] = 2
+    tree["checkpoint"] = {"every_steps": 3, "keep_last": 9}
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "rank", "precision", "accumulation"),
+    [("gradient", 1, 0, "bf16", 2), ("image", 2, 0, "no", 1), ("loss", 2, 1, "bf16", 2), ("loss", 1, 0, "no", 1)],
+)
+def test_a_bad_step_leaves_no_trace(short_tree, tmp_path, kind, world, rank, precision, accumulation):
+    short_tree |= {"mixed_precision": precision, "grad_accumulation": accumulation}
+    without = {**copy.deepcopy(short_tree), "run_dir": str(tmp_path / "without"), "log": {"every_steps": 1}}
+    run_ranks(run_broken, world, short_tree, kind, rank)
+    run_ranks(run_without, world, without)
+    ranks, expected = told(short_tree, world), told(without, world)
+    assert [one["world"] for one in ranks] == [world] * world
+    assert [one["digests"] for one in ranks] == [one["digests"] for one in expected]
+    assert ranks[0]["digests"][:2] == ranks[-1]["digests"][:2]  # batch norm's statistics are each rank's own
+
+    per_step = [line["loss"] for line in lines(without)]
+    windows = [[loss for step, loss in enumerate(per_step) if step // 2 == i and step not in BAD] for i in range(6)]
+    means = [sum(window) / len(window) if window else None for window in windows]
+    assert means[4] is None  # both steps of it were bad
+    assert [line["loss"] for line in lines(short_tree)] == [m if m is None else pytest.approx(m) for m in means]
+    assert [line["skipped_steps"] for line in lines(short_tree)] == [0, 1, 1, 1, 3, 3]
+
+
+def resume(tree: dict[str, Any]) -> None:
+    break_steps("loss", 0)
+    module.train(config.parse(tree, "test"))
+    again = Path(tree["run_dir"]) / "checkpoints" / "step-00000009"  # between two bad steps
+    whole = lines(tree)
+    assert whole[-1]["skipped_steps"] == len(BAD)
+    break_steps("loss", 0)  # counts its steps anew
+    module.train(config.parse(tree, "test"), str(again))
+    kept = {"step", "loss", "skipped_steps"}
+    assert [{k: line[k] for k in kept} for line in lines(tree)] == [{k: line[k] for k in kept} for line in whole]
+
+
+def test_the_count_is_in_the_checkpoint(short_tree):
+    run_ranks(resume, 1, short_tree)
+
+
+def stopped(arguments: list[str], folder: str) -> None:
+    import sys
+
+    break_steps("loss", 1, range(5, 100))
+    with open(f"{folder}/stderr-{os.environ['RANK']}", "w") as sys.stderr:
+        main(arguments)
+
+
+def test_too_many_in_a_row_stop_the_run(short_tree, tmp_path):
+    short_tree |= {"warmup": None, "max_bad_steps": 3}
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(short_tree))
+    run_ranks(stopped, 2, ["train", str(path)], str(tmp_path), exit_code=2)
+    message = (tmp_path / "stderr-0").read_text()
+    assert "step 9: loss, ce not finite: 4 steps in a row were skipped, more than max_bad_steps (3)" in message
+    assert f"last good checkpoint: {short_tree['run_dir']}/checkpoints/step-00000006:" in message
+    assert (Path(short_tree["run_dir"]) / "status").read_text() == "failed\n"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or importlib.util.find_spec("transformers") is None,
+    reason="needs deepspeed and transformers: pip install deepspeed transformers",
+)
+@pytest.mark.parametrize(("stage", "kind", "accumulation"), [(2, "loss", 2), (3, "loss", 2), (2, "image", 1)])
+def test_under_zero(short_tree, tmp_path, stage, kind, accumulation):
+    """What run_broken sees, of each rank's part; and the losses of DDP."""
+    short_tree["grad_accumulation"] = accumulation
+    section = {"name": "deepspeed", "stage": stage, "reduce_bucket_size": 4000}
+    zero = {**copy.deepcopy(short_tree), "run_dir": str(tmp_path / "zero"), "engine": section}
+    run_ranks(run_broken, 2, zero, kind, 1)
+    assert [one["engine"] for one in told(zero, 2)] == [f"ZeRO stage {stage}"] * 2
+    run_ranks(run_broken, 2, short_tree, kind, 1)
+    assert [line["loss"] for line in lines(zero)] == [
+        loss if loss is None else pytest.approx(loss, rel=1e-4) for loss in (line["loss"] for line in lines(short_tree))
+    ]
+    assert [line["skipped_steps"] for line in lines(zero)] == [0, 1, 1, 1, 3, 3]

@@ -1,0 +1,78 @@
+"""The guard against steps that are not finite, on a network by itself; and what ranks compare at start."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from indistill import engine, health
+from indistill.config import UserError
+
+
+@pytest.mark.parametrize("keys", [{}, {"fused": True}])
+def test_the_scaler_skips_and_scales_by_one(keys):
+    """Whatever the optimizer could do by itself, the skip is known; and the factors, which act, change no scale."""
+    accelerator = engine.start(None, "no", 1, [])
+    assert accelerator.scaler.get_growth_factor() > 1 > accelerator.scaler.get_backoff_factor()
+    accelerator.scaler.set_growth_interval(1)  # it grows at each good step
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, **keys)
+    network, optimizer = engine.prepare(accelerator, "no", network, optimizer, None)
+    for factor in (1.0, torch.nan, torch.inf, 1.0):
+        before = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
+        accelerator.backward(factor * network(torch.ones(1, 2, device=accelerator.device)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.step_was_skipped == (factor != 1.0)
+        assert accelerator.scaler.get_scale() == 1.0
+        same = str(before) == str((network.state_dict(), optimizer.state_dict()))
+        assert same == (factor != 1.0)
+
+
+def test_buffers_come_back():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    network(torch.rand(2, 3, 8, 8))
+    buffers = health.Buffers(network)
+    network(torch.rand(2, 3, 8, 8))
+    buffers.keep()
+    kept = copy.deepcopy(list(network.buffers()))
+    network(torch.full((2, 3, 8, 8), torch.nan))
+    assert network[1].running_mean.isnan().all()
+    buffers.put_back()
+    assert all(torch.equal(buffer, value) for buffer, value in zip(network.buffers(), kept, strict=True))
+    assert network[1].num_batches_tracked == 2
+    health.Buffers(nn.Linear(2, 2)).keep()  # none at all
+
+
+def test_a_changed_source_file_is_another_version(tmp_path, monkeypatch):
+    package = Path(health.__file__).parent
+    monkeypatch.setattr(health, "__file__", shutil.copy(package / "health.py", tmp_path))
+    first = health.software()
+    assert health.software() == first
+    (tmp_path / "losses.py").write_text("")
+    second = health.software()
+    assert first.keys() == second.keys()
+    assert {name for name in first if first[name] != second[name]} == {"indistill"}
+
+
+def test_who_differs_is_told(monkeypatch):
+    told = [{"seed": 1, "data": "a"}] * 9 + [{"seed": 1, "data": "b"}, {"seed": 1, "data": "c"}] + [{"data": "b"}] * 2
+    monkeypatch.setattr(health, "gather_object", lambda mine: told)
+    with pytest.raises(UserError, match=r"seed: ranks 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. have 1, ranks 11, 12 have None: "):
+        health.agree({})
+    told[11:] = []
+    with pytest.raises(UserError, match=r"data: ranks 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. have a, rank 9 has b: "):
+        health.agree({})
+    told[9:] = []
+    health.agree({})
+
+
+def test_one_process_agrees_with_itself():
+    Accelerator()
+    health.agree({"seed": 1})
