@@ -506,6 +506,8 @@ class Config(Section):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     max_hours: PositiveFloat | None = None  # of one start: then a checkpoint, and exit code 75
+    # That ranks wait for each other: then they leave, with exit code 75. After half of it the slow one is named.
+    collective_timeout_minutes: PositiveFloat = 30.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     grad_accumulation: PositiveInt = 1
     clip_grad_norm: PositiveFloat | None = None
@@ -570,6 +572,7 @@ class Config(Section):
 OPERATIONAL_KEYS = (
     "run_dir",
     "max_hours",
+    "collective_timeout_minutes",
     "checkpoint",
     "log",
     "data.root",

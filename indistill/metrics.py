@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import preemption
+from indistill import preemption, watchdog
 from indistill.config import UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
@@ -70,12 +70,14 @@ class RunLog:
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
+            watchdog.at("waiting for data")
             try:
                 batch = next(iterator, None)
             except UserError as error:
                 error.found_by_one_rank = True
                 raise
             self.wait_seconds += time.perf_counter() - begin
+            watchdog.at("training")
             if batch is None:
                 return
             for name in batch.replaced:
@@ -124,10 +126,12 @@ class RunLog:
             self._write({"step": step, **scores})
 
     @contextlib.contextmanager
-    def off_the_clock(self) -> Iterator[None]:
+    def off_the_clock(self, doing: str) -> Iterator[None]:
         """Time spent here (evaluation, checkpoints) is not the training step's."""
         begin = time.perf_counter()
+        watchdog.at(doing)
         yield
+        watchdog.at("training")
         pause = time.perf_counter() - begin
         self.clock += pause
         self.phase_clock += pause

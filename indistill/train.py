@@ -21,7 +21,7 @@ from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from indistill import build, config, data, engine, evaluate, models, optim
+from indistill import build, config, data, engine, evaluate, models, optim, watchdog
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
@@ -74,7 +74,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     def evaluate_step(done: int) -> dict[str, float]:
         """The scores after `done` steps. If a preemption stops it, a resumed run begins with it."""
         try:
-            with log.off_the_clock():
+            with log.off_the_clock("evaluating"):
                 scores = evaluation(accelerator, settings, evaluated(), targets_of.teacher, eval_set)
         except Preempted:
             checkpoints.save(done, ema, None)
@@ -85,11 +85,13 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     # --- the run -----------------------------------------------------------------------------------------------------
     wrapped.train()
     stop.open(settings.max_hours)
+    watchdog.open(run_dir, settings.collective_timeout_minutes)
     if scores is None:
         scores = evaluate_step(first_step)
         checkpoints.save(first_step, ema, scores)
     for step in range(first_step, timetable.total_steps):
         phase = pace.curriculum.at(step)
+        watchdog.begin_step(step + 1, phase.name)
         lr = phase_optim.begin_step(step, phase)
         seed_everything(step_seed(settings.seed, step, rank))  # dropout and mixing, too, depend on the step alone
 
@@ -118,7 +120,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
         if eval_set and timetable.evaluate_at(done):
             scores = None if leaving else evaluate_step(done)
         if leaving or checkpoints.due(done, logged, scores) or done == timetable.total_steps:
-            with log.off_the_clock():
+            with log.off_the_clock("saving a checkpoint"):
                 checkpoints.save(done, ema, scores)
         if leaving:
             raise Preempted(f"stopped at step {done} of {timetable.total_steps}")
@@ -145,6 +147,7 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
         zero,
         settings.mixed_precision,
         world,
+        settings.collective_timeout_minutes,
         [DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)],
         gradient_accumulation_steps=settings.grad_accumulation,
         log_with="tensorboard" if settings.log.tensorboard else None,
@@ -317,6 +320,7 @@ def finish(
         partial.replace(run_dir / "summary.json")
     log.close()
     accelerator.wait_for_everyone()
+    watchdog.close()
     for tracker in accelerator.trackers:
         tracker.finish()  # and no end_training(): it would take the process group from the next stage of a chain
     return summary

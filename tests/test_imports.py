@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
 LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
 LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "targets"]
-LEAVES += ["similarity", "preemption"]
+LEAVES += ["similarity", "preemption", "watchdog"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
-WITHOUT_TORCH += ["preemption"]
+WITHOUT_TORCH += ["preemption", "watchdog"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "metrics"}
 TOP = {"train", "cli", "demo", "pipeline"}
 
