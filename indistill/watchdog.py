@@ -195,8 +195,8 @@ def explaining(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(traceback.format_exc())
-        message = re.sub(r"^\[\S*?(\w+\.cc):\d+\] ", "", str(error).strip().splitlines()[0])
-        preemption.leave(f"{_place}: lost the other processes: {message} (traceback: {file}); {_next()}")
+        sentence = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0]
+        preemption.leave(f"{_place}: lost the other processes: {sentence} (traceback: {file}); {_next()}")
 
 
 def _of_collective(error: RuntimeError) -> bool:

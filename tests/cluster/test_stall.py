@@ -91,5 +91,5 @@ def test_a_rank_that_dies_ends_the_other_in_one_line(tree, tmp_path):
     assert line.endswith("step-00000015")
     errors = Path(tree["run_dir"]) / "errors" / "rank-0.txt"
     assert str(errors) in line
-    assert "accelerator.backward" in errors.read_text()
+    assert "indistill/train.py" in errors.read_text()
     assert (Path(tree["run_dir"]) / "status").read_text() == "requeue\n"
