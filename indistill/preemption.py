@@ -9,7 +9,7 @@ saved. It waits on; if its shard comes too late, all leave without a checkpoint 
 `status` in the run directory, or in that of the whole chain, tells a launcher what to do next:
 
     running   killed, if no process is left: start it again, it goes on from its newest checkpoint
-    requeue   stopped in good order: start it again
+    requeue   stopped in good order, or its processes lost each other: start it again
     failed    a mistake that no other start would mend
     done      nothing is left to do
 """

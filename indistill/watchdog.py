@@ -82,6 +82,7 @@ def alive() -> None:
 def open(run_dir: Path, timeout_minutes: float) -> None:
     """Watch this process until `close`, in a run of several."""
     global _place, _run_dir, _closed
+    close()
     _place, _run_dir, _closed = _START._replace(since=time.monotonic()), run_dir, threading.Event()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         threading.Thread(target=_watch, args=(_closed, timeout_minutes), name="watchdog", daemon=True).start()
@@ -197,6 +198,8 @@ def explaining(folder: Path) -> Iterator[None]:
             file.write_text(traceback.format_exc())
         sentence = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0]
         preemption.leave(f"{_place}: lost the other processes: {sentence} (traceback: {file}); {_next()}")
+    finally:
+        close()
 
 
 def _of_collective(error: RuntimeError) -> bool:
