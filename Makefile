@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # The demo's and the tests' networks are so small that a second thread costs more than it gives.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slurm lint reproduce-cifar10 clean
+.PHONY: setup demo test test-slurm test-netns lint reproduce-cifar10 clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ test: $(READY) lint
 # A few minutes, as root, with Debian's slurmctld slurmd slurm-client munge; says what is missing.
 test-slurm: $(READY)
 	@$(RUN) -m pytest -m slurm -rs tests/cluster/test_slurm.py
+
+# A few minutes, as root, with iproute2: two hosts as network namespaces.
+test-netns: $(READY)
+	@$(RUN) -m pytest -m netns -rs tests/cluster/test_netns.py
 
 lint: $(READY)
 	@$(RUN) -m ruff check .

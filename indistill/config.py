@@ -509,6 +509,8 @@ class Config(Section):
     max_hours: PositiveFloat | None = None  # of one start: then a checkpoint, and exit code 75
     # Steps in a row, each left out for a loss or gradient that is not finite, that the run puts up with.
     max_bad_steps: Annotated[int, Field(ge=0)] = 20
+    # That ranks wait for each other: then they leave, with exit code 75. After half of it the slow one is named.
+    collective_timeout_minutes: PositiveFloat = 30.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     grad_accumulation: PositiveInt = 1
     clip_grad_norm: PositiveFloat | None = None
@@ -574,6 +576,7 @@ OPERATIONAL_KEYS = (
     "run_dir",
     "max_hours",
     "max_bad_steps",
+    "collective_timeout_minutes",
     "checkpoint",
     "log",
     "data.root",

@@ -7,17 +7,27 @@ mixed precision is the same autocast, and a parameter that a phase does not use 
 from __future__ import annotations
 
 import copy
+import ipaddress
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, broadcast_object_list, convert_outputs_to_fp32
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+    convert_outputs_to_fp32,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,33 +41,47 @@ _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
 # --- how it runs -----------------------------------------------------------------------------------------------------
 
 
-def start(zero: dict[str, Any] | None, precision: str, world: int, handlers: list, **arguments: Any) -> Accelerator:
-    """Accelerate under DDP or, with a configuration, under ZeRO; `arguments` are those of Accelerator."""
+def start(
+    zero: dict[str, Any] | None,
+    precision: str,
+    world: int,
+    timeout_minutes: float,
+    handlers: list[KwargsHandler],
+    **arguments: Any,
+) -> Accelerator:
+    """Accelerate under DDP or, with a configuration, under ZeRO; `arguments` are those of Accelerator.
+
+    A collective fails after `timeout_minutes`; it is the first call's in a process, whose process group stays.
+    """
     # Of an earlier run of this process, which may have had another engine or precision. The process group stays.
     AcceleratorState._reset_state(reset_partial_state=True)
     asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     on_cpu = not torch.cuda.is_available()
+    # The microsecond, because Accelerate drops what equals its default, and gloo's default is another.
+    timeout = timedelta(minutes=timeout_minutes, microseconds=1)
+    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)) and (interface := _interface()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if zero is None:
         if on_cpu and world > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"  # else torchrun on CPUs is taken for single processes
+        handlers = [*handlers, InitProcessGroupKwargs(timeout=timeout)]
         accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **arguments)
         if accelerator.scaler is None:
             # In any precision, as in fp16, it is what skips a step whose gradients are not finite; ZeRO does so itself.
             # The scale stays 1: both factors, which may not be 1 themselves, leave it so in float32.
             growth, backoff = math.nextafter(1.0, 2.0), math.nextafter(1.0, 0.0)
-            scaler = torch.amp.GradScaler(accelerator.device.type, 1.0, growth, backoff)
-            accelerator.scaler = scaler
+            accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, 1.0, growth, backoff)
         return accelerator
     os.environ["ACCELERATE_USE_CPU"] = "false"  # Accelerate takes it for a word against DeepSpeed
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        handlers = [*handlers, InitProcessGroupKwargs(backend="gloo")]
         import deepspeed.comm  # noqa: F401
 
         # For gloo alone; else DeepSpeed compiles collectives of its own for minutes. (As an attribute of the package,
         # the name deepspeed.comm.torch is torch itself.)
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # checked by zero_config; Accelerate would refuse any
+    handlers = [*handlers, InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)]
     plugin = DeepSpeedPlugin(hf_ds_config=zero, zero3_init_flag=False)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers, deepspeed_plugin=plugin, **arguments)
     # A later run of this process asks anew: it may be another engine's.
@@ -69,6 +93,19 @@ def start(zero: dict[str, Any] | None, precision: str, world: int, handlers: lis
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         accelerator.autocast = partial(torch.autocast, accelerator.device.type, dtype)
     return accelerator
+
+
+def _interface() -> str | None:
+    """The network interface that leads to the first node; gloo takes that of the host's name, often the loopback."""
+    try:
+        family, *_, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # chooses a way, and sends nothing
+            ours = probe.getsockname()[0]
+    except OSError:
+        return None  # for the rendezvous to tell
+    names = [name for name, own in psutil.net_if_addrs().items() if any(a.address == ours for a in own)]
+    return names[0] if names and not ipaddress.ip_address(ours).is_loopback else None
 
 
 def stage(accelerator: Accelerator) -> int:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from indistill import data, preemption
+from indistill import data, preemption, watchdog
 from indistill.config import UserError
 from indistill.models import Heads, Network
 from indistill.preemption import Preempted
@@ -209,6 +209,7 @@ def _batches(
     try:
         with accelerator.autocast():
             for batch in loader:
+                watchdog.alive()
                 if preemption.asked():
                     break
                 yield batch.images.to(accelerator.device, non_blocking=True), batch.labels.to(accelerator.device)

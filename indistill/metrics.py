@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import checkpoint, preemption
+from indistill import checkpoint, preemption, watchdog
 from indistill.config import UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
@@ -82,12 +82,14 @@ class RunLog:
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
+            watchdog.at("waiting for data")
             try:
                 batch = next(iterator, None)
             except UserError as error:
                 error.found_by_one_rank = True
                 raise
             self.wait_seconds += time.perf_counter() - begin
+            watchdog.at("training")
             if batch is None:
                 return
             for name in batch.replaced:
@@ -150,10 +152,12 @@ class RunLog:
             self._write({"step": step, **numbers})
 
     @contextlib.contextmanager
-    def off_the_clock(self) -> Iterator[Pause]:
+    def off_the_clock(self, doing: str) -> Iterator[Pause]:
         """Time spent here (evaluation, checkpoints) is not the training step's."""
         pause, begin = Pause(), time.perf_counter()
+        watchdog.at(doing)
         yield pause
+        watchdog.at("training")
         pause.seconds = time.perf_counter() - begin
         self.clock += pause.seconds
         self.phase_clock += pause.seconds

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from indistill import config, preemption
+from indistill import config, preemption, watchdog
 from indistill.config import Config, UserError
 from indistill.preemption import Preempted
 
@@ -67,7 +67,8 @@ def run(stages: list[tuple[str, Config]], resume: str = "auto") -> dict[str, dic
     """
     chain = [name for name, _ in stages] != [""]
     run_dir = Path(stages[0][1].run_dir)
-    with preemption.status_in(run_dir.parent if chain else run_dir):
+    run_dir = run_dir.parent if chain else run_dir
+    with preemption.status_in(run_dir), watchdog.explaining(run_dir):
         return _run(stages, resume, chain)
 
 

@@ -9,7 +9,7 @@ saved. It waits on; if its shard comes too late, all leave without a checkpoint 
 `status` in the run directory, or in that of the whole chain, tells a launcher what to do next:
 
     running   killed, if no process is left: start it again, it goes on from its newest checkpoint
-    requeue   stopped in good order: start it again
+    requeue   stopped in good order, or its processes lost each other: start it again
     failed    a mistake that no other start would mend
     done      nothing is left to do
 """
@@ -56,6 +56,7 @@ class _Process:
 
 
 _process = _Process()
+_leaving = threading.Lock()
 
 
 # --- being asked -----------------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def _listen(reader: int) -> None:
             patience = max(0.0, _process.asked_at + PATIENCE_SECONDS - time.monotonic())
         if not select.select([reader], [], [], patience)[0]:
             if not _process.agreed:
-                _leave(f"no step ended within {PATIENCE_SECONDS:.0f} s of the signal")
+                leave(f"no step ended within {PATIENCE_SECONDS:.0f} s of the signal")
             continue
         numbers = os.read(reader, 64)
         if not numbers:
@@ -106,13 +107,14 @@ def _hear(name: str) -> None:
     if _process.asked_at == math.inf:
         _process.asked_at = now
         if not _process.in_steps:
-            _leave(name)
+            leave(name)
     elif now - _process.asked_at > SAME_SECONDS:
-        _leave(f"a second signal, {name}")
+        leave(f"a second signal, {name}")
 
 
-def _leave(reason: str) -> NoReturn:
+def leave(reason: str) -> NoReturn:
     """End this process at once; its last checkpoint is what counts."""
+    _leaving.acquire()  # for good: of several threads the first gives its reason
     rank = os.environ.get("RANK", "0")
     with contextlib.suppress(OSError):
         os.write(2, f"indistill: rank {rank} leaves at once: {reason}\n".encode())

@@ -21,7 +21,7 @@ from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from indistill import build, config, data, deepspeed_config, engine, evaluate, health, models, optim
+from indistill import build, config, data, deepspeed_config, engine, evaluate, health, models, optim, watchdog
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
@@ -77,7 +77,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     def evaluate_step(done: int) -> dict[str, float]:
         """The scores after `done` steps. If a preemption stops it, a resumed run begins with it."""
         try:
-            with log.off_the_clock():
+            with log.off_the_clock("evaluating"):
                 scores = evaluation(accelerator, settings, evaluated(), targets_of.teacher, eval_set)
         except Preempted:
             save(done, None)
@@ -87,18 +87,20 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
         return scores
 
     def save(done: int, scores: dict[str, float] | None) -> None:
-        with log.off_the_clock() as stall:
+        with log.off_the_clock("saving a checkpoint") as stall:
             checkpoints.save(done, ema, scores)
         log.write(done, {"checkpoint_stall_seconds": stall.seconds})
 
     # --- the run -----------------------------------------------------------------------------------------------------
     wrapped.train()
     stop.open(settings.max_hours)
+    watchdog.open(run_dir, settings.collective_timeout_minutes)
     if scores is None:
         scores = evaluate_step(first_step)
         save(first_step, scores)
     for step in range(first_step, timetable.total_steps):
         phase = pace.curriculum.at(step)
+        watchdog.begin_step(step + 1, phase.name)
         lr = phase_optim.begin_step(step, phase)
         buffers.keep()
         seed_everything(step_seed(settings.seed, step, rank))  # dropout and mixing, too, depend on the step alone
@@ -159,6 +161,7 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
         zero,
         settings.mixed_precision,
         world,
+        settings.collective_timeout_minutes,
         [DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)],
         gradient_accumulation_steps=settings.grad_accumulation,
         log_with="tensorboard" if settings.log.tensorboard else None,
@@ -333,6 +336,7 @@ def finish(
         partial.replace(run_dir / "summary.json")
     log.close()
     accelerator.wait_for_everyone()
+    watchdog.close()
     for tracker in accelerator.trackers:
         tracker.finish()  # and no end_training(): it would take the process group from the next stage of a chain
     return summary

@@ -71,7 +71,7 @@ def test_a_line_is_the_mean_of_its_window_which_ends_with_the_phase(log, clock):
 
 def test_wait_and_throughput_are_those_of_the_steps(log, clock):
     steps(log, clock, 1, 2)
-    with log.off_the_clock():
+    with log.off_the_clock("evaluating"):
         clock.now += 1000.0  # an evaluation
     steps(log, clock, 3, 4)
     for line in lines(log):

@@ -1,0 +1,141 @@
+"""Two hosts as two network namespaces of this machine, with a cable between them: run by `make test-netns`.
+
+Needs root and iproute2. Both hosts share this machine's file system, as those of a cluster share the run directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import unused_port
+
+from indistill import checkpoint
+from indistill.metrics import read_lines
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ADDRESSES = ("10.203.77.1", "10.203.77.2")
+TIMEOUT_MINUTES = 2.0
+
+pytestmark = pytest.mark.netns
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """The names of two namespaces, which are those of their network interfaces, too."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2 (the command ip)")
+    names = [f"indt{os.getpid()}{side}" for side in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        for name, address in zip(names, ADDRESSES):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this machine gives no network namespaces: {error.stderr.decode().strip()}")
+    else:
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def launch(config: Path, variables: dict[str, str], *before: str) -> subprocess.Popen:
+    """launch/torchrun.sh as a user calls it; stdout and stderr are in one pipe."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GLOO_", "NCCL_"))}
+    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "PET_MASTER_PORT": str(unused_port()), **variables}
+    command = [*before, REPOSITORY / "launch" / "torchrun.sh", config]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def on_both(hosts: list[str], config: Path) -> list[subprocess.Popen]:
+    """One rank on each host, which has a name of its own that no one resolves."""
+    port = str(unused_port())
+    nodes = []
+    for i, host in enumerate(hosts):
+        variables = {"PET_NNODES": "2", "PET_NODE_RANK": str(i), "PET_NPROC_PER_NODE": "1"}
+        variables |= {"PET_MASTER_ADDR": ADDRESSES[0], "PET_MASTER_PORT": port}
+        enter = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", f'hostname node{i}; exec "$@"', "sh"]
+        nodes.append(launch(config, variables, *enter))
+    return nodes
+
+
+def outputs(processes: list[subprocess.Popen], timeout: float = 1500.0) -> list[str]:
+    try:
+        return [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for(happened: Callable[[], Any], processes: list[subprocess.Popen], timeout: float = 1500.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), outputs(processes)
+        time.sleep(0.05)
+
+
+def record(run_dir: Path) -> list[dict[str, Any]]:
+    clocks = ("images_per_second", "data_wait_fraction")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in read_lines(run_dir / "metrics.jsonl")]
+
+
+def test_a_run_on_two_hosts_outlives_a_cut_cable(tree, tmp_path, hosts):
+    tree |= {"duration": "600 steps", "checkpoint": {"every_steps": 10}, "evaluate": {"every": "250 steps"}}
+    tree |= {"collective_timeout_minutes": TIMEOUT_MINUTES}
+    paths = {name: tmp_path / f"{name}.yaml" for name in ("one_host", "two_hosts")}
+    for name, path in paths.items():
+        path.write_text(json.dumps(tree | {"run_dir": str(tmp_path / name)}))
+    run_dir, one_host = tmp_path / "two_hosts", tmp_path / "one_host"
+
+    processes = on_both(hosts, paths["two_hosts"])
+    wait_for(lambda: len(read_lines(run_dir / "metrics.jsonl")) >= 25, processes)
+    ip("-n", hosts[1], "link", "set", hosts[1], "down")
+    cut = time.monotonic()
+    told = outputs(processes)
+    seconds = time.monotonic() - cut
+    print(*told, f"both ended {seconds:.0f} s after the cut", sep="\n")
+    assert seconds < 60 * TIMEOUT_MINUTES + 15
+    assert all(process.returncode not in (0, None) for process in processes)
+    assert "indistill: 2 processes on cpu" in told[0]
+    for rank, text in enumerate(told):
+        assert re.search(rf"indistill: rank {rank} leaves at once: step \d+, phase \S+, [a-z ]+: ", text)
+        assert "step-0000" in text
+    named = re.search(r"indistill: rank 1 \(node1\) has not been heard from for (\d+) s, last in step \d+, .*", told[0])
+    assert named[0].endswith("; rank 0 waits for it")
+    assert (run_dir / "status").read_text() == "requeue\n"
+    assert not (run_dir / "summary.json").exists()
+    newest = max(checkpoint.complete(run_dir / "checkpoints"))
+    assert 20 <= int(newest.name.removeprefix("step-")) < 600
+
+    ip("-n", hosts[1], "link", "set", hosts[1], "up")
+    processes = on_both(hosts, paths["two_hosts"])
+    told = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert f"resumed from {newest}" in told[0]
+    assert (run_dir / "status").read_text() == "done\n"
+    assert json.loads((run_dir / "summary.json").read_text())["world_size"] == 2
+
+    alone = launch(paths["one_host"], {"PET_NPROC_PER_NODE": "2"})
+    text = outputs([alone])[0]
+    assert alone.returncode == 0, text
+    assert len(record(run_dir)) == 603  # 600 steps, and 3 evaluations
+    assert record(run_dir) == record(one_host)
