@@ -297,12 +297,13 @@ def fingerprint(*modules: nn.Module | None) -> str:
     return digest.hexdigest()
 
 
-def shard(network: Network, device: torch.device) -> None:
+def shard(network: Network, device: torch.device, input_size: tuple[int, int, int]) -> None:
     """Cut a frozen network's parameters over all ranks (FSDP2), in place; its outputs stay the same, bit for bit.
 
     The parameters of a block are gathered for its forward pass and freed after it; those outside any block, for as long
     as `forward` or `maps` of the network runs. Those two are what may be called from now on: on all ranks, equally
     often and equally deep, without gradients. The network may come from the CPU: block by block goes to the device.
+    Raises UserError for one that runs a block by parts.
     """
     network.to(memory_format=torch.contiguous_format)  # FSDP takes no other
     mesh = DeviceMesh.from_group(torch.distributed.group.WORLD, device.type)
@@ -311,6 +312,18 @@ def shard(network: Network, device: torch.device) -> None:
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
     register_fsdp_forward_method(network, "maps")
     network.to(device)  # scalars
+    images = torch.zeros(1, *input_size, device=device)
+    try:
+        with torch.no_grad():
+            network.maps(images, [stage.index for stage in taps.stages(network.net)])
+            network(images)
+    except RuntimeError as error:  # of operators that met what nobody gathered
+        if "DTensor" not in str(error):
+            raise
+        name = type(network.net).__name__
+        raise UserError(
+            f"teacher.shard: {name} runs some blocks by parts, which cannot be gathered: remove it"
+        ) from None
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:

@@ -48,7 +48,7 @@ class LiveTargets:
         if plan.mode == "paper_bn":
             self.norms = [prune.published_norm(teacher.net, pair.teacher_stage, input_size) for pair in plan.pairs]
         if shard_on is not None:
-            models.shard(teacher, shard_on)
+            models.shard(teacher, shard_on, input_size)
         device = teacher.mean.device
         self.kept = [None if pair.kept is None else torch.tensor(pair.kept, device=device) for pair in plan.pairs]
         if heads is not None:
