@@ -40,7 +40,9 @@ def networks(
     if settings.teacher is None:
         return trainable(settings, Network(net, *normalisation)).to(device), LiveTargets(None, NO_PLAN, size), NO_PLAN
 
-    teacher = create_teacher(settings).to(device)
+    # One that is to be sharded may not fit a device, and stays on the CPU until then.
+    shard_on = device if settings.teacher.shard and accelerator.num_processes > 1 else None
+    teacher = create_teacher(settings).to("cpu" if shard_on else device)
     plan = agree_on_plan(accelerator, settings, run_dir, teacher, net, calibration) if settings.warmup else NO_PLAN
     stages = [(pair.teacher_stage, pair.student_stage) for pair in plan.pairs]
     kd_pairs = choose_pairs(settings, teacher.net, net) if reads(losses, "features") else []
@@ -64,7 +66,8 @@ def networks(
             raise UserError(
                 f"kd.losses: dih.weights: {len(loss.weights)} for the teacher and {len(cohort.stages)} heads"
             )
-    targets_of = LiveTargets(teacher, plan, size, [teacher_stage for teacher_stage, _ in kd_pairs], cohort)
+    kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
+    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on)
     return trainable(settings, student).to(device), targets_of, plan
 
 
@@ -143,14 +146,14 @@ def agree_on_plan(
     taps.check(pairs, teacher.net, student, "warmup.pairs")
     importance = None
     if warmup.prune.criterion in prune.NEEDS_DATA and not engine.on_main(accelerator, path.exists):
-        device, batches = accelerator.device, calibration(warmup.prune.batches)
+        device, batches = teacher.mean.device, calibration(warmup.prune.batches)
         importance = prune.calibrate(
             teacher.net,
             teacher.normalise,
             [teacher_stage for teacher_stage, _ in pairs],
             ((batch.images.to(device), batch.labels.to(device)) for batch in batches),
             warmup.prune.criterion,
-            lambda x: accelerator.reduce(x, reduction="sum"),
+            lambda x: accelerator.reduce(x.to(accelerator.device), reduction="sum"),
         )
 
     def read_or_make() -> Plan:

@@ -208,6 +208,9 @@ class Model(Section):
 
 class Teacher(Model):
     heads: str | None = None  # heads.safetensors of a run with stage: heads
+    # Its weights cut over all processes, and gathered block by block as it runs: for one too large for a GPU. The
+    # targets are the same, so that a run may go on without; one process holds it whole all the same.
+    shard: bool = False
 
 
 class Heads(Section):
@@ -538,6 +541,8 @@ class Config(Section):
             if unused or set(names) != {"ce"} or self.evaluate.retrieval or self.teacher.heads:
                 what = unused[0] if unused else "kd.losses other than ce, evaluate.retrieval and teacher.heads"
                 raise ValueError(f"stage: heads trains classifiers on the teacher alone: remove {what}")
+            if self.teacher.shard:
+                raise ValueError("stage: heads needs the whole teacher on every process: remove teacher.shard")
         elif self.student is None:
             raise ValueError("student: missing: add the section student, with the name of a timm model")
         elif self.teacher is None:
@@ -584,6 +589,7 @@ OPERATIONAL_KEYS = (
     "data.cache_bytes",
     "data.workers",
     "evaluate.batch",
+    "teacher.shard",
 )
 # Keys that may differ between the nodes of a run.
 NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")

@@ -1,5 +1,6 @@
 """Exact evaluation over all ranks: accuracy, retrieval, and how alike two networks are; every sample counted once."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from indistill import data, preemption, watchdog
 from indistill.config import UserError
@@ -116,7 +118,7 @@ def similarity(
     rows = []
     for images, labels in _batches(accelerator, part, batch, student, teacher):
         maps = [_bounded_maps(network, images, stages, len(part)) for network, stages in sides]
-        rows.append([labels, *(x for pair in zip(*maps) for x in pair)])
+        rows.append([labels, *(x[: len(labels)] for pair in zip(*maps) for x in pair)])
 
     columns = _columns(accelerator, rows, len(part))
     labels = next(columns)
@@ -198,7 +200,13 @@ def _batches(
     """This rank's images and labels on its device, the networks in eval mode meanwhile, under the run's precision.
 
     A rank that is asked to stop does so early. At the end all ranks raise Preempted if any was asked.
+
+    A sharded network runs on all ranks together: beside one, no rank stops early, and those that have a batch less than
+    others end with a black image and no label.
     """
+    together = any(isinstance(network, FSDPModule) for network in networks)
+    shares = data.eval_shares(len(dataset), accelerator.num_processes)
+    batches = [math.ceil(len(share) / batch) for share in shares]
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
@@ -210,9 +218,13 @@ def _batches(
         with accelerator.autocast():
             for batch in loader:
                 watchdog.alive()
-                if preemption.asked():
+                if preemption.asked() and not together:
                     break
                 yield batch.images.to(accelerator.device, non_blocking=True), batch.labels.to(accelerator.device)
+            if together and batches[accelerator.process_index] < max(batches):
+                size = dataset.section.image_size
+                black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=accelerator.device)
+                yield black, torch.zeros(0, dtype=torch.int64, device=accelerator.device)
         mine = torch.tensor(float(preemption.asked()), device=accelerator.device)
         if preemption.settle(accelerator.reduce(mine, reduction="sum").item()):
             raise Preempted("stopped in an evaluation")

@@ -20,6 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from timm.models import load_state_dict, register_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from indistill import config, taps
 from indistill.config import UserError
@@ -111,7 +114,9 @@ class Network(nn.Module):
         return output._replace(projected={key: part(output, targets) for key, part in self.projectors.items()})
 
     def normalise(self, images: Tensor) -> Tensor:
-        return (images.float() - self.mean) / self.std
+        x = (images.float() - self.mean) / self.std
+        # Sharded weights cannot be channels_last; then the images must be, for the same kernels to run.
+        return x.contiguous(memory_format=torch.channels_last) if isinstance(self, FSDPModule) else x
 
     def maps(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
         """The maps [B, C, H, W] of any stages (ascending), unadapted; nothing beyond the last of them is computed."""
@@ -279,13 +284,55 @@ class Heads(nn.Module):
 
 
 def fingerprint(*modules: nn.Module | None) -> str:
-    """SHA-256 of the modules' weights: what their outputs depend on, wherever they came from."""
+    """SHA-256 of the modules' weights: what their outputs depend on, wherever they came from.
+
+    Call on all ranks, if one is sharded.
+    """
     digest = hashlib.sha256()
     for module in modules:
         for name, value in module.state_dict().items() if module else ():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def shard(network: Network, device: torch.device, input_size: tuple[int, int, int]) -> None:
+    """Cut a frozen network's parameters over all ranks (FSDP2), in place; its outputs stay the same, bit for bit.
+
+    The parameters of a block are gathered for its forward pass and freed after it; those outside any block, for as long
+    as `forward` or `maps` of the network runs. Those two are what may be called from now on: on all ranks, equally
+    often and equally deep, without gradients. The network may come from the CPU: block by block goes to the device.
+    Raises UserError for one that runs a block by parts.
+    """
+    network.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+    mesh = DeviceMesh.from_group(torch.distributed.group.WORLD, device.type)
+    scalars = {parameter for parameter in network.parameters() if parameter.dim() == 0}  # FSDP refuses them
+    for part in [*_blocks(network.net), network]:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+    register_fsdp_forward_method(network, "maps")
+    network.to(device)  # scalars
+    images = torch.zeros(1, *input_size, device=device)
+    try:
+        with torch.no_grad():
+            network.maps(images, [stage.index for stage in taps.stages(network.net)])
+            network(images)
+    except RuntimeError as error:  # of operators that met what nobody gathered
+        if "DTensor" not in str(error):
+            raise
+        name = type(network.net).__name__
+        raise UserError(
+            f"teacher.shard: {name} runs some blocks by parts, which cannot be gathered: remove it"
+        ) from None
+
+
+def _blocks(net: nn.Module) -> list[nn.Module]:
+    """What a network repeats, inner ones first: the elements of its lists that are neither lists nor single layers."""
+    lists = (nn.Sequential, nn.ModuleList)
+    # RegNet's stages name their blocks one by one instead.
+    listing = [m for m in net.modules() if isinstance(m, lists) or len({type(child) for child in m.children()}) == 1]
+    parts = dict.fromkeys(part for module in listing for part in module.children())
+    return [part for part in reversed(parts) if not isinstance(part, lists) and [*part.children()]]
 
 
 def save(network: Network, section: config.Model, path: Path) -> None:

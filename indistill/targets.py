@@ -25,7 +25,8 @@ class LiveTargets:
     """The teacher, frozen and in eval mode, run on every batch and no deeper than the phase needs.
 
     Its parameters are outside the training wrapper and never in a checkpoint. Without a teacher all targets are None.
-    `kd_stages` are those whose whole maps KD reads; `heads` classify the maps of theirs.
+    `kd_stages` are those whose whole maps KD reads; `heads` classify the maps of theirs. With a device to `shard_on`, a
+    teacher on the CPU is cut over it and those of all other ranks, which then run it together.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class LiveTargets:
         input_size: tuple[int, int, int],
         kd_stages: Sequence[int] = (),
         heads: Heads | None = None,
+        shard_on: torch.device | None = None,
     ) -> None:
         self.teacher, self.kd_stages, self.heads = teacher, list(kd_stages), heads
         self.kept: list[Tensor | None] = []
@@ -43,10 +45,14 @@ class LiveTargets:
             return
         teacher.eval().requires_grad_(False)
         teacher.kd_stages = sorted({*kd_stages, *(heads.stages if heads else ())})
-        device = next(teacher.parameters()).device
-        self.kept = [None if pair.kept is None else torch.tensor(pair.kept, device=device) for pair in plan.pairs]
         if plan.mode == "paper_bn":
             self.norms = [prune.published_norm(teacher.net, pair.teacher_stage, input_size) for pair in plan.pairs]
+        if shard_on is not None:
+            models.shard(teacher, shard_on, input_size)
+        device = teacher.mean.device
+        self.kept = [None if pair.kept is None else torch.tensor(pair.kept, device=device) for pair in plan.pairs]
+        if heads is not None:
+            heads.to(device)
 
     @property
     def fingerprint(self) -> str:

@@ -204,6 +204,10 @@ def test_files_that_are_no_configs(tmp_path):
         (["kd.losses=[{name: dih}]"], "kd.losses: dih needs teacher.heads"),
         (["kd.losses=[{name: dkd}]", "kd.mix={mixup: 0.2}"], "kd.losses: dkd reads the class of each sample"),
         (["stage=heads", "warmup=null", "kd.losses=[{name: ce}]"], "stage: heads trains classifiers on the teacher"),
+        (
+            ["stage=heads", "student=null", "warmup=null", "kd.losses=[{name: ce}]", "teacher.shard=true"],
+            "stage: heads needs the whole teacher on every process: remove teacher.shard",
+        ),
     ],
 )
 def test_what_does_not_go_together(file, overrides, message):
@@ -247,6 +251,7 @@ def test_dump_is_read_back_equal(tree, file):
         "data.cache_dir=/tmp/cache",
         "data.workers=9",
         "evaluate.batch=8",
+        "teacher.shard=true",
     ],
 )
 def test_operational_keys_do_not_change_the_run(file, settings, override):

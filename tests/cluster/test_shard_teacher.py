@@ -1,0 +1,267 @@
+"""`teacher.shard`: a teacher in pieces on two processes (gloo) is the whole one, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import run_ranks
+from torch import nn
+
+from indistill import checkpoint, config, evaluate, models, preemption, prune
+from indistill import train as module
+from indistill.curriculum import Phase
+from indistill.metrics import read_lines
+from indistill.models import Heads, Network
+from indistill.preemption import Preempted
+from indistill.targets import LiveTargets
+
+SIZE = (3, 64, 64)
+VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "num_heads": 2, "depth": 4}
+NETS = {  # with the stages of the warm-up's pairs
+    "resnet26": ({}, [1, 2, 3, 4]),
+    "test_vit": (VIT, [0, 1, 3]),
+    "regnety_002": ({}, [1, 4]),  # squeeze-excite: maps of one pixel; blocks that are in no list
+    "test_nfnet": ({"skipinit": True}, [1, 3]),  # scalar parameters
+}
+
+
+def trained(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """As after training: no zero or one left that would hide a parameter."""
+    torch.manual_seed(7)
+    net = timm.create_model(name, **{"num_classes": 7, **kwargs})
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.05)
+        for buffer in net.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand(buffer.shape))
+    return net
+
+
+def alive_bytes() -> int:
+    """Of all tensors that Python knows."""
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, nn.Parameter):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def compare(folder: str, name: str) -> None:
+    """All targets of the whole and of the sharded teacher on this rank's own images; then what this rank holds."""
+    import accelerate
+
+    accelerator = accelerate.Accelerator()
+    assert accelerator.num_processes == 2
+    kwargs, stages = NETS[name]
+    net = trained(name, kwargs)
+    widths = [feature["num_chs"] for feature in getattr(net.feature_info, "info", net.feature_info)]
+    kept = [sorted(range(0, widths[stage], 3)) for stage in stages]  # every third channel
+    pairs = [prune.PairPlan(stage, i, widths[stage], len(kept[i]), kept[i]) for i, stage in enumerate(stages)]
+    plan = prune.Plan("l1", "slice", pairs)
+    targets_of = {}
+    for kind in ("whole", "sharded"):
+        teacher = Network(copy.deepcopy(net), (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), stages)
+        heads = Heads(teacher, stages[:2], 4, SIZE[1])
+        with torch.no_grad():
+            for parameter in heads.parameters():
+                parameter.fill_(0.1).cumsum_(0)
+        shard_on = accelerator.device if kind == "sharded" else None
+        targets_of[kind] = LiveTargets(teacher, plan, SIZE, stages[1:], heads, shard_on)
+    del teacher, net
+    whole, sharded = targets_of["whole"], targets_of["sharded"]
+    expected_fingerprint = whole.fingerprint
+    assert sharded.fingerprint == expected_fingerprint
+
+    images = torch.randint(0, 256, (3, *SIZE), generator=torch.manual_seed(accelerator.process_index))
+    images = images.to(torch.uint8)
+    chosen = [*range(len(stages))]
+    warmup = [Phase("warmup", i, (i,), (1.0,), 0, 4) for i in chosen]
+    at_once = Phase("warmup", chosen[-1], (*chosen,), (1.0,) * len(chosen), 0, 4)
+    phases = [*warmup, at_once, Phase("kd", None, (), (), 4, 9)]
+    compared = 0
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for phase in phases:
+                ours, theirs = sharded(images, phase), whole(images, phase)
+                tensors = [
+                    (*targets.features, *targets.cohort, targets.embedding, targets.logits)
+                    for targets in (ours, theirs)
+                ]
+                for mine, expected in zip(*tensors, strict=True):
+                    assert (mine is None) == (expected is None)
+                    if expected is not None:
+                        assert expected.isfinite().all()
+                        assert expected.std() > 0
+                        assert mine.dtype == expected.dtype
+                        assert mine.stride() == expected.stride()
+                        assert torch.equal(mine, expected), (name, phase, enabled)
+                        compared += 1
+            maps = [network.maps(images, stages) for network in (sharded.teacher, whole.teacher)]
+            assert all(torch.equal(*pair) for pair in zip(*maps, strict=True))
+    assert sharded.fingerprint == expected_fingerprint
+
+    total = sum(parameter.numel() for parameter in whole.teacher.parameters())
+    local = [p.to_local() if p.dim() else p for p in sharded.teacher.parameters()]
+    with_sharded = alive_bytes()
+    held = sum(value.numel() for value in local)
+    del local, sharded, targets_of["sharded"]
+    gc.collect()
+    freed = (with_sharded - alive_bytes()) / 4  # parameters and a few buffers, all of four bytes
+    told = {"compared": compared, "total": total, "held": held, "freed": freed}
+    (Path(folder) / f"{accelerator.process_index}.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_features_are_bit_equal_and_each_rank_holds_its_share(tmp_path, name):
+    run_ranks(compare, 2, str(tmp_path), name)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    pairs = len(NETS[name][1])
+    for rank in told:
+        # Each pair alone, all at once, in KD the maps but the first, two heads, embedding, logits; in two precisions.
+        assert rank["compared"] == 2 * (pairs + pairs + (pairs - 1) + 2 + 2)
+        assert rank["held"] == pytest.approx(rank["total"] / 2, rel=0.03)
+        assert rank["freed"] == pytest.approx(rank["total"] / 2, rel=0.1)  # nothing gathered was kept
+    assert sum(rank["held"] for rank in told) == pytest.approx(told[0]["total"], rel=0.01)
+
+
+def refuse(name: str) -> None:
+    import accelerate
+
+    device = accelerate.Accelerator().device
+    network = Network(timm.create_model(name, num_classes=7), (0.5,) * 3, (0.5,) * 3).eval().requires_grad_(False)
+    with pytest.raises(config.UserError, match=r"teacher\.shard: XceptionAligned runs some blocks by parts"):
+        models.shard(network, device, SIZE)
+
+
+def test_a_network_that_runs_parts_of_blocks_is_refused():
+    run_ranks(refuse, 2, "xception41")
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uneven_tree(tree):
+    """Ten steps, and evaluations on 51 images, of which one rank has a batch and the other two."""
+    tree |= {"duration": "10 steps", "checkpoint": {"every_steps": 5}, "evaluate": {"every": "5 steps", "batch": 25}}
+    tree["warmup"] = {
+        "durations": ["2 steps", "2 steps", "2 steps"],
+        "prune": {"criterion": "activation", "batches": 2},
+    }
+    return tree
+
+
+@pytest.fixture
+def vit_tree(uneven_tree):
+    vit = {"img_size": 32, "num_heads": 2, "depth": 3}
+    uneven_tree["student"] = {"name": "test_vit", "kwargs": {**vit, "embed_dim": 32}}
+    uneven_tree["teacher"] = {"name": "test_vit", "kwargs": {**vit, "embed_dim": 64}}
+    uneven_tree["warmup"]["pairs"] = [[0, 0], [1, 1], [2, 2]]
+    return uneven_tree
+
+
+def variant(tree: dict[str, Any], folder: Path, shard: bool) -> dict[str, Any]:
+    own = {**copy.deepcopy(tree), "run_dir": str(folder / ("sharded" if shard else "whole"))}
+    own["teacher"]["shard"] = shard
+    return own
+
+
+def run(*trees: dict[str, Any]) -> None:
+    """Train; each teacher has to be whole or sharded on both ranks as asked."""
+    evaluation = module.evaluation
+    for tree in trees:
+
+        def checking_evaluation(accelerator, settings, student, teacher, eval_set):
+            pieces = [hasattr(parameter, "to_local") for parameter in teacher.parameters()]
+            assert pieces == [settings.teacher.shard and accelerator.num_processes == 2] * len(pieces)
+            return evaluation(accelerator, settings, student, teacher, eval_set)
+
+        module.evaluation = checking_evaluation
+        module.train(config.parse(tree, "test"))
+
+
+def told(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
+    """Loss and terms of every step, the plan, and the final scores."""
+    run_dir = Path(tree["run_dir"])
+    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line]
+    steps = [{key: value for key, value in line.items() if key in ("step", "loss", "kd", "ce")} for line in lines]
+    scores = json.loads((run_dir / "summary.json").read_text())["metrics"]
+    return steps, (run_dir / "prune_plan.json").read_text(), scores
+
+
+def run_until(stop: int, tree: dict[str, Any]) -> None:
+    """Train, and vanish after the checkpoint at step `stop`."""
+    save = checkpoint.Checkpoints.save
+
+    def stopping_save(checkpoints, step, *arguments):
+        save(checkpoints, step, *arguments)
+        if step == stop:
+            os._exit(0)
+
+    checkpoint.Checkpoints.save = stopping_save
+    run(tree)
+
+
+def test_a_run_is_the_same_and_goes_on_with_or_without(vit_tree, tmp_path):
+    whole, sharded = (variant(vit_tree, tmp_path, shard) for shard in (False, True))
+    run_ranks(run, 2, whole, sharded)
+    steps, _, scores = told(whole)
+    assert len(steps) == 10
+    assert {"top1", "cka_pair3", "information_teacher_embedding"} <= scores.keys()
+    assert told(sharded) == told(whole)
+
+    changing = {**copy.deepcopy(sharded), "run_dir": str(tmp_path / "changing")}
+    run_ranks(run_until, 2, 5, {**copy.deepcopy(whole), "run_dir": changing["run_dir"]})
+    run_ranks(run, 2, changing)
+    assert told(changing) == told(whole)
+
+
+def test_one_process_holds_it_whole(vit_tree, tmp_path):
+    whole, sharded = (variant(vit_tree, tmp_path, shard) for shard in (False, True))
+    run_ranks(run, 1, whole, sharded)
+    assert told(sharded) == told(whole)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or importlib.util.find_spec("transformers") is None,
+    reason="needs deepspeed and transformers: pip install deepspeed transformers",
+)
+def test_beside_zero_and_in_half_precision(uneven_tree, tmp_path):
+    uneven_tree["student"] = {"name": "resnet10t", "kwargs": {"channels": [8, 16, 24, 32]}}
+    uneven_tree["teacher"] = {"name": "resnet10t", "kwargs": {"channels": [16, 32, 48, 64]}}
+    uneven_tree["warmup"]["pairs"] = [[1, 1], [2, 2], [3, 3]]
+    uneven_tree |= {"engine": {"name": "deepspeed", "stage": 2}, "mixed_precision": "bf16"}
+    whole, sharded = (variant(uneven_tree, tmp_path, shard) for shard in (False, True))
+    run_ranks(run, 2, whole, sharded)
+    assert len(told(whole)[0]) == 10
+    assert told(sharded) == told(whole)
+
+
+def stop_one(tree: dict[str, Any]) -> None:
+    """One rank is asked to stop before the other's second batch, for which both gather the teacher."""
+    import accelerate
+
+    accelerator = accelerate.Accelerator()
+    settings = config.parse(tree, "test")
+    student, teacher = (
+        Network(trained("test_vit", {**section["kwargs"], "num_classes": 10}), (0.5,) * 3, (0.5,) * 3).eval()
+        for section in (tree["student"], tree["teacher"])
+    )
+    models.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))
+    preemption.asked = lambda: accelerator.process_index == 1
+    with pytest.raises(Preempted):
+        evaluate.similarity(accelerator, student, teacher, [(0, 0)], module.open_eval_set(settings), batch=10)
+
+
+def test_a_rank_that_is_asked_to_stop_leaves_none_waiting(vit_tree):
+    run_ranks(stop_one, 2, vit_tree)
