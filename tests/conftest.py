@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -80,7 +81,15 @@ def settings(tree: dict[str, Any]) -> config.Config:
 
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["indistill.train"])  # torch, timm and accelerate are imported once
+
+
+def preload(*modules: str) -> None:
+    """Have fresh processes begin with `modules` imported. For a test module's top level: before the first starts."""
+    # torch, timm and accelerate are imported once
+    _context.set_forkserver_preload(["indistill.train", *modules])
+
+
+preload()
 
 
 def start(function: Callable, *arguments: Any, rank: int | None = None, world: int = 1, port: int = 0):
@@ -105,28 +114,44 @@ def unused_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(function: Callable, world: int, *arguments: Any, exit_code: int = 0) -> None:
-    """Run `function(*arguments)` on `world` ranks and require that all of them end with `exit_code`."""
+def start_ranks(function: Callable, world: int | None, *arguments: Any) -> list:
+    """A fresh process for each of `world` ranks, or for None a single one that no launcher started."""
+    if world is None:
+        return [start(function, *arguments)]
     port = unused_port()
-    processes = [start(function, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
+    return [start(function, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
+
+
+def run_ranks(function: Callable, world: int | None, *arguments: Any, exit_code: int = 0) -> None:
+    """Run `function(*arguments)` on `world` ranks and require that all of them end with `exit_code`."""
+    processes = start_ranks(function, world, *arguments)
     for process in processes:
         process.join(timeout=300)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [exit_code] * world
+    assert codes == [exit_code] * len(processes)
 
 
-def kill_at_checkpoint(function: Callable, tree: dict[str, Any], step: int, world: int = 1) -> None:
+def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "auto") -> None:
+    """Train to the end, or be asked to stop after `step` steps: then only their checkpoint is left."""
+    from indistill import preemption, train
+
+    with pytest.MonkeyPatch.context() as patch:
+        if step is not None:
+            patch.setattr(preemption.Agreement, "reached", lambda _, done, __: preemption.settle(done == step))
+        with contextlib.suppress(preemption.Preempted):
+            train.train(config.parse(tree, "test"), resume)
+
+
+def kill_at_checkpoint(function: Callable, tree: dict[str, Any], step: int, world: int | None = None) -> None:
     """Start `function(tree)` on `world` ranks and SIGKILL them as soon as the checkpoint of `step` is there.
 
     On a machine that looks away for longer than the rest of the run takes, the run may end first: then once more.
     """
     run_dir = Path(tree["run_dir"])
     for _ in range(5):
-        port = unused_port()
-        ranks = [None] if world == 1 else range(world)
-        processes = [start(function, tree, rank=rank, world=world, port=port) for rank in ranks]
+        processes = start_ranks(function, world, tree)
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and all(process.is_alive() for process in processes):
             if (run_dir / "checkpoints" / f"step-{step:08d}").exists():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import start, unused_port
+from conftest import run_ranks, start
 from safetensors.torch import load_file
 
 from indistill import checkpoint, cli, config, data, preemption
@@ -56,17 +56,9 @@ def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: 
     cli.main(["train", path])
 
 
-def run_until(path: str, event: str, world: int, exit_code: int, **keywords: Any) -> None:
-    port = unused_port()
-    ranks = [None] if world == 1 else range(world)
-    arguments = (path, event, keywords.get("number", signal.SIGTERM), keywords.get("whom", world - 1))
-    processes = [start(train_and_signal, *arguments, rank=rank, world=world, port=port) for rank in ranks]
-    for process in processes:
-        process.join(timeout=300)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [exit_code] * world
+def run_until(path: str, event: str, world: int | None, exit_code: int, number: int = signal.SIGTERM) -> None:
+    """The last rank gets the signal."""
+    run_ranks(train_and_signal, world, path, event, number, (world or 1) - 1, exit_code=exit_code)
 
 
 def written(folder: Path, name: str, tree: dict[str, Any]) -> str:
@@ -91,7 +83,7 @@ def evaluated_tree(tree):
     return tree
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [None, 2])
 def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, tmp_path, world):
     """In the warm-up, at the end of a phase, in an evaluation during the warm-up, in KD, in the last evaluation."""
     run_until(written(tmp_path, "whole", evaluated_tree), "never", world, exit_code=0)
@@ -208,11 +200,11 @@ def test_no_stage_begins_after_one_that_was_stopped(tree, tmp_path):
         | {"name": "student", "teacher": {"stage": "teacher"}},
     ]
     path, run_dir = written(tmp_path, "chain", {**tree, "duration": "15 steps", "stages": stages}), tmp_path / "chain"
-    run_until(path, "step 2", 1, preemption.EXIT_CODE)
+    run_until(path, "step 2", None, preemption.EXIT_CODE)
     assert status(run_dir) == "requeue"
     assert not (run_dir / "student").exists()
-    run_until(path, "step 2", 1, preemption.EXIT_CODE)  # the fourth of the first stage: it is the first of the second
-    run_until(path, "never", 1, exit_code=0)
+    run_until(path, "step 2", None, preemption.EXIT_CODE)  # the fourth of the first stage is the first of the second
+    run_until(path, "never", None, exit_code=0)
     assert status(run_dir) == "done"
     assert [json.loads((run_dir / name / "summary.json").read_text())["step"] for name in ("teacher", "student")] == [
         4, 15,
