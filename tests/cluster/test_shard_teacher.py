@@ -6,17 +6,16 @@ import copy
 import gc
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import run_ranks
+from conftest import run_ranks, train_until
 from torch import nn
 
-from indistill import checkpoint, config, evaluate, models, preemption, prune
+from indistill import config, evaluate, models, preemption, prune
 from indistill import train as module
 from indistill.curriculum import Phase
 from indistill.metrics import read_lines
@@ -199,19 +198,6 @@ def told(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], str, dict[str, flo
     return steps, (run_dir / "prune_plan.json").read_text(), scores
 
 
-def run_until(stop: int, tree: dict[str, Any]) -> None:
-    """Train, and vanish after the checkpoint at step `stop`."""
-    save = checkpoint.Checkpoints.save
-
-    def stopping_save(checkpoints, step, *arguments):
-        save(checkpoints, step, *arguments)
-        if step == stop:
-            os._exit(0)
-
-    checkpoint.Checkpoints.save = stopping_save
-    run(tree)
-
-
 def test_a_run_is_the_same_and_goes_on_with_or_without(vit_tree, tmp_path):
     whole, sharded = (variant(vit_tree, tmp_path, shard) for shard in (False, True))
     run_ranks(run, 2, whole, sharded)
@@ -221,7 +207,7 @@ def test_a_run_is_the_same_and_goes_on_with_or_without(vit_tree, tmp_path):
     assert told(sharded) == told(whole)
 
     changing = {**copy.deepcopy(sharded), "run_dir": str(tmp_path / "changing")}
-    run_ranks(run_until, 2, 5, {**copy.deepcopy(whole), "run_dir": changing["run_dir"]})
+    run_ranks(train_until, 2, {**copy.deepcopy(whole), "run_dir": changing["run_dir"]}, 5)
     run_ranks(run, 2, changing)
     assert told(changing) == told(whole)
 
