@@ -18,7 +18,7 @@ from indistill.config import UserError
 @pytest.mark.parametrize("keys", [{}, {"fused": True}])
 def test_the_scaler_skips_and_scales_by_one(keys):
     """Whatever the optimizer could do by itself, the skip is known; and the factors, which act, change no scale."""
-    accelerator = engine.start(None, "no", 1, [])
+    accelerator = engine.start(None, "no", 1, 30.0, [])
     assert accelerator.scaler.get_growth_factor() > 1 > accelerator.scaler.get_backoff_factor()
     accelerator.scaler.set_growth_interval(1)  # it grows at each good step
     network = nn.Linear(2, 2)

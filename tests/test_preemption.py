@@ -68,7 +68,9 @@ def written(folder: Path, name: str, tree: dict[str, Any]) -> str:
 
 
 def record(run_dir: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in read_lines(run_dir / "metrics.jsonl")]
+    """All lines but those of checkpoints, of which a stopped run has more."""
+    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if "checkpoint_stall_seconds" not in line]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def status(run_dir: Path) -> str:
