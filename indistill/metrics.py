@@ -248,7 +248,7 @@ class RunLog:
     def _show(self, line: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
             return
-        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4g}"
+        loss = "of no step" if line["loss"] is None else f"{line['loss']:.4g}"
         if self.bar is not None:
             self.bar.set_description(line["phase"])
             self.bar.set_postfix_str(f"loss {loss}, {line['images_per_second']:.0f} images/s")

@@ -31,7 +31,8 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
     def other_teacher(settings):
         teacher = teacher_of(settings)
         with torch.no_grad():
-            next(teacher.parameters()).view(-1)[0] += 1e-3
+            parameter = next(teacher.parameters())
+            parameter[(0,) * parameter.dim()] += 1e-3
         return teacher
 
     def both(pattern: str, change: tuple[Any, str, Any] | None = None, mine: dict[str, Any] = tree) -> None:

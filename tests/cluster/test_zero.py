@@ -197,16 +197,21 @@ def run_scaled(trees: list[dict[str, Any]], scales: list[float]) -> None:
     module.engine.prepare = prepare
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_dynamic_loss_scale(tree, tmp_path, stage):
+# The exponents: squares of gradients then overflow where ZeRO takes their norm in float32, or else the gradients.
+@pytest.mark.parametrize(("stage", "exponent"), [(2, 70), (3, 128)])
+def test_a_dynamic_loss_scale(tree, tmp_path, stage, exponent):
     """Powers of two change no bit; a scale that overflows costs its steps, halves, and training goes on."""
     tree |= {"duration": "16 steps", "clip_grad_norm": 0.05}
     plain, scaled, over = (with_stage(tree, stage, tmp_path, name) for name in ("plain", "scaled", "over"))
-    run_ranks(run_scaled, 2, [plain, scaled, over], [1.0, 2.0**16, 2.0**130])
+    run_ranks(run_scaled, 2, [plain, scaled, over], [1.0, 2.0**16, 2.0**exponent])
     assert losses(scaled["run_dir"]) == losses(plain["run_dir"])
     assert (Path(scaled["run_dir"]) / "scale").read_text() == str(2.0**16)
-    assert all(math.isfinite(loss) for loss in losses(over["run_dir"]))
-    assert 1 < float((Path(over["run_dir"]) / "scale").read_text()) < 2.0**130
+    of_over = losses(over["run_dir"])
+    skipped = of_over.count(None)
+    assert 1 <= skipped <= 12
+    assert of_over[0] is None
+    assert all(math.isfinite(loss) for loss in of_over if loss is not None)
+    assert float((Path(over["run_dir"]) / "scale").read_text()) == 2.0 ** (exponent - skipped)
 
 
 def test_accelerate_launch(tree, tmp_path):
