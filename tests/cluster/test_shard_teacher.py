@@ -134,7 +134,7 @@ def test_features_are_bit_equal_and_each_rank_holds_its_share(tmp_path, name):
         # Each pair alone, all at once, in KD the maps but the first, two heads, embedding, logits; in two precisions.
         assert rank["compared"] == 2 * (pairs + pairs + (pairs - 1) + 2 + 2)
         assert rank["held"] == pytest.approx(rank["total"] / 2, rel=0.03)
-        assert rank["alive"] == pytest.approx(rank["total"] / 2, rel=0.03)
+        assert rank["alive"] == pytest.approx(rank["total"] / 2, abs=15_000)  # less than a block: images and the like
         assert rank["gathered"] > 1.4 * rank["total"]  # and would have been seen
     assert sum(rank["held"] for rank in told) == pytest.approx(told[0]["total"], rel=0.01)
 
