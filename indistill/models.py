@@ -21,7 +21,7 @@ from safetensors.torch import load_model, save_model
 from timm.models import load_state_dict, register_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from indistill import config, taps
@@ -114,9 +114,8 @@ class Network(nn.Module):
         return output._replace(projected={key: part(output, targets) for key, part in self.projectors.items()})
 
     def normalise(self, images: Tensor) -> Tensor:
-        x = (images.float() - self.mean) / self.std
-        # Sharded weights cannot be channels_last; then the images must be, for the same kernels to run.
-        return x.contiguous(memory_format=torch.channels_last) if isinstance(self, FSDPModule) else x
+        # Said by the images too: weights that are in pieces, or made anew by a layer (NFNet's), do not say it.
+        return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def maps(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
         """The maps [B, C, H, W] of any stages (ascending), unadapted; nothing beyond the last of them is computed."""
