@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 
 # The demo's and the tests' networks are so small that a second thread costs more than it gives.
 export OMP_NUM_THREADS ?= 1
+# Where this is set, each of the tests' many processes would compile torch and timm anew, for most of a minute.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-slurm test-netns lint reproduce-cifar10 clean
 setup: $(READY)
