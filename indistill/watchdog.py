@@ -106,7 +106,9 @@ def _watch(closed: threading.Event, timeout_minutes: float) -> None:
         store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=interval))
     except dist.DistError:
         store = None  # then nobody is named; the end is told all the same
-    while not closed.wait(interval):
+    pause = 0.0
+    while not closed.wait(pause):
+        pause = interval
         place, now = _place, time.monotonic()
         still = now - place.since
         if still > timeout:
@@ -147,7 +149,7 @@ def verdict(reports: dict[int, Report | None], silent: dict[int, float]) -> str:
     if silent:
         late = sorted(silent)
         known = [reports[rank] for rank in late if reports[rank]]
-        last = f", last in {min(known, key=lambda report: report.place.passed).place}" if known else ""
+        last = f" (last: {min(known, key=lambda report: report.place.passed).place})" if known else ""
         what = f"not been heard from for {max(silent.values()):.0f} s{last}"
     else:
         least = min(report.place.passed for report in reports.values())

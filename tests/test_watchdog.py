@@ -23,10 +23,10 @@ def test_the_rank_that_is_behind_is_named():
 def test_silent_ranks_are_named_first():
     reports = {0: report("a", 91, "training"), 1: report("b", 90, "waiting for data"), 2: report("c", 91, "training")}
     assert verdict(reports, {2: 15.2}) == (
-        "rank 2 (c) has not been heard from for 15 s, last in step 1204, phase kd, training; ranks 0-1 wait for it"
+        "rank 2 (c) has not been heard from for 15 s (last: step 1204, phase kd, training); ranks 0-1 wait for it"
     )
     assert verdict(reports | {1: None}, {1: 20.0, 2: 15.0}) == (
-        "ranks 1 (host unknown), 2 (c) have not been heard from for 20 s, last in step 1204, phase kd, training; "
+        "ranks 1 (host unknown), 2 (c) have not been heard from for 20 s (last: step 1204, phase kd, training); "
         "rank 0 waits for them"
     )
 

@@ -24,7 +24,7 @@ from indistill.metrics import read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.203.77.1", "10.203.77.2")
-TIMEOUT_MINUTES = 2.0
+TIMEOUT_MINUTES = 1.0
 
 pytestmark = pytest.mark.netns
 
@@ -110,18 +110,19 @@ def test_a_run_on_two_hosts_outlives_a_cut_cable(tree, tmp_path, hosts):
     processes = on_both(hosts, paths["two_hosts"])
     wait_for(lambda: len(read_lines(run_dir / "metrics.jsonl")) >= 25, processes)
     ip("-n", hosts[1], "link", "set", hosts[1], "down")
-    cut = time.monotonic()
+    cut = time.time()
     told = outputs(processes)
-    seconds = time.monotonic() - cut
-    print(*told, f"both ended {seconds:.0f} s after the cut", sep="\n")
-    assert seconds < 60 * TIMEOUT_MINUTES + 15
+    ranks_seconds, seconds = (run_dir / "status").stat().st_mtime - cut, time.time() - cut
+    print(*told, f"the ranks ended {ranks_seconds:.0f} s after the cut, torchrun {seconds:.0f} s", sep="\n")
+    assert ranks_seconds < 60 * TIMEOUT_MINUTES + 10
     assert all(process.returncode not in (0, None) for process in processes)
     assert "indistill: 2 processes on cpu" in told[0]
     for rank, text in enumerate(told):
         assert re.search(rf"indistill: rank {rank} leaves at once: step \d+, phase \S+, [a-z ]+: ", text)
         assert "step-0000" in text
-    named = re.search(r"indistill: rank 1 \(node1\) has not been heard from for (\d+) s, last in step \d+, .*", told[0])
-    assert named[0].endswith("; rank 0 waits for it")
+    assert re.search(
+        r"indistill: rank 1 \(node1\) has not been heard from for \d+ s \(last: .+\); rank 0 waits for it", told[0]
+    )
     assert (run_dir / "status").read_text() == "requeue\n"
     assert not (run_dir / "summary.json").exists()
     newest = max(checkpoint.complete(run_dir / "checkpoints"))
