@@ -81,7 +81,9 @@ def test_a_rank_that_waits_for_data_is_named_before_the_timeout(tree, tmp_path):
     assert (Path(tree["run_dir"]) / "status").read_text() == "requeue\n"
 
 
-def test_a_rank_that_dies_ends_the_other_in_one_line(tree, tmp_path):
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+def test_a_rank_that_dies_ends_the_other_in_one_line(tree, tmp_path, engine):
+    tree["engine"] = {"name": engine}
     codes, (stderr, _) = run(tree, tmp_path, "dies")
     assert codes == [preemption.EXIT_CODE, -signal.SIGKILL]
     assert "Traceback" not in stderr
