@@ -111,7 +111,10 @@ def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp
     ranks = told(whole["run_dir"])
     assert [(t["world"], t["engine"]) for t in ranks] == [(2, f"ZeRO stage {stage}")] * 2
     assert ranks[0]["hash"] == ranks[1]["hash"]
-    assert losses(whole["run_dir"]) == pytest.approx(of_ddp["losses"], rel=1e-4)
+    # Stage 3 sums in another order, and Adam makes the rounding of gradients near zero as large as any.
+    found, expected = losses(whole["run_dir"]), of_ddp["losses"]
+    assert found[:10] == pytest.approx(expected[:10], rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5 if stage < 3 else 3e-3)
     student = load_file(f"{whole['run_dir']}/student.safetensors")
     assert student.keys() == of_ddp["student"].keys()
     for name, value in of_ddp["student"].items():
