@@ -217,11 +217,12 @@ def test_a_dynamic_loss_scale(tree, tmp_path, stage, exponent):
     assert float((Path(over["run_dir"]) / "scale").read_text()) == 2.0 ** (exponent - skipped)
 
 
-def test_accelerate_launch(tree, tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_launch(tree, tmp_path, stage):
     """With the file that users get, and a word on the command line: the accelerate config alone says ZeRO."""
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(tree | {"duration": "15 steps"}))
-    launch = ["--config_file", str(ROOT / "launch/accelerate/zero2.yaml"), "--num_processes", "2"]
+    launch = ["--config_file", str(ROOT / f"launch/accelerate/zero{stage}.yaml"), "--num_processes", "2"]
     launch += ["--main_process_port", str(unused_port()), "-m", "indistill", "train", str(path)]
     result = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch],
@@ -231,6 +232,6 @@ def test_accelerate_launch(tree, tmp_path):
         timeout=400,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("indistill: 2 processes on cpu, ZeRO stage 2") == 1
+    assert result.stdout.count(f"indistill: 2 processes on cpu, ZeRO stage {stage}") == 1
     summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     assert (summary["world_size"], summary["step"]) == (2, 15)
