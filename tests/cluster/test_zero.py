@@ -41,7 +41,8 @@ def zero_tree(tree, tmp_path):
     # Wider than the teacher, so that each pair has an adapter, which later phases do not use.
     tree["student"], tree["teacher"] = {"name": "cnn32_auxiliary"}, {"name": "cnn32_student"}
     tree["warmup"] |= {"adapter": "conv1x1", "reset_optimizer": "start", "lr": [1e-3, 2e-3, 3e-3]}
-    tree["optimizer"] = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1}
+    # With Adam's own eps of 1e-8 the rounding of gradients near zero would move a parameter as far as any gradient.
+    tree["optimizer"] = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "kwargs": {"eps": 1e-4}}
     tree["grad_accumulation"] = 2
     tree["clip_grad_norm"] = 0.05
     tree["ema"] = {"decay": 0.9}
@@ -111,18 +112,13 @@ def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp
     ranks = told(whole["run_dir"])
     assert [(t["world"], t["engine"]) for t in ranks] == [(2, f"ZeRO stage {stage}")] * 2
     assert ranks[0]["hash"] == ranks[1]["hash"]
-    # Stage 3 sums in another order, and Adam makes the rounding of gradients near zero as large as any.
     found, expected = losses(whole["run_dir"]), of_ddp["losses"]
     assert found[:10] == pytest.approx(expected[:10], rel=1e-5)
-    assert found == pytest.approx(expected, rel=1e-5 if stage < 3 else 3e-3)
-    close = 1e-3 if stage < 3 else 1e-2
+    assert found == pytest.approx(expected, rel=1e-4)
     student = load_file(f"{whole['run_dir']}/student.safetensors")
     assert student.keys() == of_ddp["student"].keys()
     for name, value in of_ddp["student"].items():
-        # A bias before a batch norm has rounding for a gradient, which Adam makes as large as any; the mean follows it.
-        if name.endswith("running_mean") or (name.startswith("conv") and name.endswith("bias") and "bn" not in name):
-            continue
-        assert student[name].numpy() == pytest.approx(value.numpy(), rel=close, abs=close), name
+        assert student[name].numpy() == pytest.approx(value.numpy(), rel=1e-3, abs=1e-3), name
 
     resumed = with_stage(zero_tree, stage, tmp_path, "resumed")
     if stage == 2:
