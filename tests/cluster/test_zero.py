@@ -78,6 +78,18 @@ def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> 
         train_until(tree, stop, resume)
 
 
+def run_contiguous(tree: dict[str, Any]) -> None:
+    """Train under DDP with the memory format that ZeRO has: that of DDP sums in another order."""
+    prepare = module.engine.prepare
+
+    def contiguous_prepare(accelerator, precision, student, *arguments):
+        student.to(memory_format=torch.contiguous_format)
+        return prepare(accelerator, precision, student, *arguments)
+
+    module.engine.prepare = contiguous_prepare
+    run(tree)
+
+
 def run_all(trees: list[dict[str, Any]]) -> None:
     """One after the other in the same processes, as a chain does."""
     for tree in trees:
@@ -101,7 +113,7 @@ def of_ddp() -> dict[str, Any]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp, stage):
     if not of_ddp:
-        run_ranks(run, 2, zero_tree)
+        run_ranks(run_contiguous, 2, zero_tree)
         assert [t["engine"] for t in told(zero_tree["run_dir"])] == ["ddp"] * 2
         of_ddp["losses"] = losses(zero_tree["run_dir"])
         of_ddp["student"] = load_file(f"{zero_tree['run_dir']}/student.safetensors")
@@ -112,13 +124,11 @@ def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp
     ranks = told(whole["run_dir"])
     assert [(t["world"], t["engine"]) for t in ranks] == [(2, f"ZeRO stage {stage}")] * 2
     assert ranks[0]["hash"] == ranks[1]["hash"]
-    found, expected = losses(whole["run_dir"]), of_ddp["losses"]
-    assert found[:10] == pytest.approx(expected[:10], rel=1e-5)
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert losses(whole["run_dir"]) == pytest.approx(of_ddp["losses"], rel=1e-5)
     student = load_file(f"{whole['run_dir']}/student.safetensors")
     assert student.keys() == of_ddp["student"].keys()
     for name, value in of_ddp["student"].items():
-        assert student[name].numpy() == pytest.approx(value.numpy(), rel=1e-3, abs=1e-3), name
+        assert student[name].numpy() == pytest.approx(value.numpy(), rel=1e-4, abs=1e-4), name
 
     resumed = with_stage(zero_tree, stage, tmp_path, "resumed")
     if stage == 2:
