@@ -30,7 +30,7 @@ from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
 from indistill.preemption import Agreement, Preempted
 from indistill.stream import StreamedTraining
-from indistill.targets import LiveTargets
+from indistill.targets import CachedTargets, LiveTargets
 
 
 def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
@@ -47,6 +47,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     calibration = partial(training.loader, 0, device=accelerator.device)
     student, targets_of, plan = build.networks(accelerator, settings, run_dir, calibration)
     timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(plan.pairs))
+    targets_of.bring_along(training, timetable)
     pace = Pace(timetable, settings.warmup, partial(mean_over_ranks, accelerator))
     objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
     mix = make_mix(settings, accelerator)
@@ -109,8 +110,9 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
         step_loss = torch.zeros((), device=accelerator.device)
         for _ in range(accumulation):
             with accelerator.accumulate(wrapped):
-                images, labels = mix(next(batches), phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
-                targets = targets_of(images, phase)
+                batch = next(batches)
+                images, labels = mix(batch, phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
+                targets = targets_of(images, phase, batch.records)
                 output = wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
                 loss, terms = objective(output, targets, labels, phase, step)
                 accelerator.backward(loss)
@@ -275,7 +277,7 @@ def blank_loss(
     accelerator: Accelerator,
     settings: Config,
     student: Network | Heads,
-    targets_of: LiveTargets,
+    targets_of: LiveTargets | CachedTargets,
     objective: Objective,
     phase: Phase,
 ) -> Tensor:
