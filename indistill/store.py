@@ -337,8 +337,8 @@ class Reader:
                 shard = self._shards_of(ids[bad])
                 path, record = place(self.root, view, field, shard), ids[bad] - self._first_ids[shard]
                 raise UserError(
-                    f"{path}: record {record} is damaged, or its image could not be decoded when the targets were made, and can be now: delete the file and "
-                    "run `indistill targets CONFIG` again"
+                    f"{path}: record {record} is damaged, or its image could not be decoded when the targets were made "
+                    "and can be now: delete the file and run `indistill targets CONFIG` again"
                 )
             found[field] = torch.from_numpy(rows)
         return found
@@ -374,9 +374,7 @@ class Reader:
                 return np.memmap(file, np.uint8, "r", shape=shape)
         try:
             if (found := os.stat(path).st_size) != size:
-                raise UserError(
-                    f"{path}: {found} bytes, not {size}: delete it and run `indistill targets CONFIG` again"
-                )
+                raise UserError(f"{path}: {found} bytes, not {size}: run `indistill targets CONFIG` again")
             records = np.memmap(path, np.uint8, "r", shape=shape)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}: run `indistill targets CONFIG` again") from None
