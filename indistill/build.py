@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed as seed_everything
 from timm.layers import convert_sync_batchnorm
@@ -21,15 +23,23 @@ from indistill.objective import reads
 from indistill.prune import Plan
 from indistill.targets import LiveTargets
 
+if TYPE_CHECKING:
+    from indistill.sources import Sources
+
 NO_PLAN = Plan("none", "none", [])
 
 
 def networks(
-    accelerator: Accelerator, settings: Config, run_dir: Path, calibration: Callable[[int], DataLoader]
+    accelerator: Accelerator,
+    settings: Config,
+    run_dir: Path,
+    calibration: Callable[[int], DataLoader],
+    sources: Sources,
 ) -> tuple[Network | Heads, LiveTargets, Plan]:
     """What is trained, on the device; the teacher's targets; the plan that binds the stages of both.
 
-    `calibration(n)` gives this rank's share of n global batches. Raises UserError for whatever does not fit.
+    `calibration(n)` gives this rank's share of n global batches, `sources` the teacher. Raises UserError for whatever
+    does not fit.
     """
     seed_everything(settings.seed)
     device, size, losses = accelerator.device, input_size(settings), settings.kd.losses
@@ -42,7 +52,9 @@ def networks(
 
     # One that is to be sharded may not fit a device, and stays on the CPU until then.
     shard_on = device if settings.teacher.shard and accelerator.num_processes > 1 else None
-    teacher = create_teacher(settings).to("cpu" if shard_on else device)
+    with torch.random.fork_rng():  # whether it is created here or was before, the student's layers begin the same
+        torch.manual_seed(settings.seed)
+        teacher = sources.teacher(settings).to("cpu" if shard_on else device)
     plan = agree_on_plan(accelerator, settings, run_dir, teacher, net, calibration) if settings.warmup else NO_PLAN
     stages = [(pair.teacher_stage, pair.student_stage) for pair in plan.pairs]
     kd_pairs = choose_pairs(settings, teacher.net, net) if reads(losses, "features") else []
@@ -68,7 +80,8 @@ def networks(
             )
     kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
     precision = settings.teacher.precision or settings.mixed_precision
-    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, settings.compile)
+    run = sources.forward(teacher, settings)
+    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, run)
     return trainable(settings, student).to(device), targets_of, plan
 
 

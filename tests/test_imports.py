@@ -13,8 +13,8 @@ LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "tar
 LEAVES += ["similarity", "preemption", "watchdog", "deepspeed_config"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
 WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
-MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics"}
-TOP = {"train", "cli", "demo", "pipeline"}
+MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics", "sources", "together"}
+TOP = {"train", "cli", "demo", "pipeline", "together"}
 
 
 def imports(module: str, top_level_only: bool = False) -> set[str]:
