@@ -46,7 +46,7 @@ class Pair(NamedTuple):
 
 PAIRS = {
     "r34_r18": Pair("resnet34", "resnet18", 8, 256),
-    "r50_mobilenetv3": Pair("resnet50", "mobilenetv3_large_100", 8, 256),
+    "r50_mobilenetv3": Pair("resnet50", "mobilenetv3_large_100", 8, 128),
     "vit_s_vit_ti": Pair("vit_small_patch16_224", "vit_tiny_patch16_224", 8, 256),
 }
 
@@ -541,11 +541,12 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     precisions = ["bf16"] if GPU else ["fp32", "bf16"]
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=precisions)
-    parser.add_argument("--batch", type=int, help="images a step (default: 256 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch", type=int, help="images a step (default: 128 or 256 on a GPU, 8 on a CPU)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=10 if GPU else 1, help="of a turn")
     parser.add_argument("--peers", help="folder of torchdistill: pip install --no-deps --target FOLDER torchdistill")
     parser.add_argument("--compile", action="store_true", help="also with compile: true, in KD")
+    parser.add_argument("--out", default=f"step_{'gpu' if GPU else 'cpu'}", help="name of the results")
     parser.add_argument("--no-warmup", action="store_true", help="KD only")
     parser.add_argument("--profile", action="store_true", help="also the operators that take longest, of (a) and (b)")
     arguments = parser.parse_args()
@@ -560,15 +561,16 @@ def main() -> None:
             for precision in arguments.precisions:
                 parts += compare(name, precision, folder, arguments, found)
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"step_{'gpu' if GPU else 'cpu'}.md"
+    file = RESULTS / f"{arguments.out}.md"
     file.write_text("\n".join(parts))
     record = [{**result._asdict(), "job": result.job._asdict() | {"folder": "", "peers": ""}} for result in found]
     file.with_suffix(".json").write_text(json.dumps(record) + "\n")
     print("\n".join(parts))
 
 
-METHOD = """Each contestant is a process; they take turns, in another order each round. Medians; ratios are formed within a
-round. On a CPU the measure is processor time, one thread each, and memory the growth of the resident set after imports.
+METHOD = """Each contestant is a process; they take turns, in another order each round. Medians; ratios are formed
+within a round. On a CPU the measure is processor time, one thread each; memory is the growth of the resident set
+since imports.
 """
 
 
