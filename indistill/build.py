@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -22,15 +23,23 @@ from indistill.objective import reads
 from indistill.prune import Plan
 from indistill.targets import CachedTargets, LiveTargets
 
+if TYPE_CHECKING:
+    from indistill.sources import Sources
+
 NO_PLAN = Plan("none", "none", [])
 
 
 def networks(
-    accelerator: Accelerator, settings: Config, run_dir: Path, calibration: Callable[[int], DataLoader]
+    accelerator: Accelerator,
+    settings: Config,
+    run_dir: Path,
+    calibration: Callable[[int], DataLoader],
+    sources: Sources,
 ) -> tuple[Network | Heads, LiveTargets | CachedTargets, Plan]:
     """What is trained, on the device; the teacher's targets; the plan that binds the stages of both.
 
-    `calibration(n)` gives this rank's share of n global batches. Raises UserError for whatever does not fit.
+    `calibration(n)` gives this rank's share of n global batches, `sources` the teacher. Raises UserError for whatever
+    does not fit.
     """
     seed_everything(settings.seed)
     device, size, losses = accelerator.device, input_size(settings), settings.kd.losses
@@ -45,9 +54,11 @@ def networks(
     # One that is to be sharded may not fit a device, and stays on the CPU until then.
     shard_on = device if settings.teacher.shard and accelerator.num_processes > 1 else None
     if reader is None:
-        # What is initialised after it does not depend on whether it is here.
-        with torch.random.fork_rng(devices=[]):
-            teacher = create_teacher(settings).to("cpu" if shard_on else device)
+        with (
+            torch.random.fork_rng()
+        ):  # wherever the teacher was created, if at all, the student's layers begin the same
+            torch.manual_seed(settings.seed)
+            teacher = sources.teacher(settings).to("cpu" if shard_on else device)
     teacher_net = reader.manifest.teacher if reader else teacher.net
     plan = NO_PLAN
     if settings.warmup and reader:
@@ -78,7 +89,8 @@ def networks(
     cohort = settings.teacher.heads and Heads.load(settings.teacher.heads, teacher, settings.data.image_size)
     check_cohort(losses, len(cohort.stages) if cohort else 0)
     precision, pool = settings.teacher.precision or settings.mixed_precision, settings.targets.pool
-    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, settings.compile, pool)
+    run = sources.forward(teacher, settings)
+    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, run, pool)
     return trainable(settings, student).to(device), targets_of, plan
 
 

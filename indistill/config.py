@@ -659,8 +659,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Raises UserError, in one line, for a missing or malformed file and for any unknown or ill-typed key.
     """
     tree = read(path, overrides)
-    if "stages" in tree:
-        raise UserError(f"{path} is a chain of stages: give the config.yaml in a stage's run directory instead")
+    for kind in ("stages", "students"):
+        if kind in tree:
+            raise UserError(f"{path} has several {kind}: give the config.yaml in the run directory of one instead")
     return parse(tree, source=" ".join([str(path), *overrides]))
 
 

@@ -32,6 +32,7 @@ from indistill import build, config, data, engine, health, remote, store, taps
 from indistill.config import Config, UserError
 from indistill.curriculum import Timetable
 from indistill.data import Batch, IndexedTraining, Request
+from indistill.sources import Sources
 from indistill.store import Manifest, Reader
 from indistill.targets import LiveTargets, fields_of
 from indistill.train import start_accelerator
@@ -257,7 +258,8 @@ def prepare(settings: Config) -> Job:
     health.agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        _, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration)
+        _, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration, Sources())
+    targets_of.hold_weights()
 
     phases = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs)).curriculum.phases()
     heads = len(targets_of.heads.stages) if targets_of.heads else 0

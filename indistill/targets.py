@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,8 +31,8 @@ class LiveTargets:
     Its parameters are outside the training wrapper and never in a checkpoint. Without a teacher all targets are None.
     `kd_stages` are those whose whole maps KD reads; `heads` classify the maps of theirs. With a device to `shard_on`, a
     teacher on the CPU is cut over it and those of all other ranks, which then run it together. It runs in its own
-    `precision`, whatever the caller's autocast says. Maps of more than `pool` pixels a side are averaged. `fingerprint`
-    is that of the weights that the targets come from.
+    `precision`, whatever the caller's autocast says, by way of `run` where that is given. Maps of more than `pool`
+    pixels a side are averaged. `fingerprint` is that of the weights that the targets come from.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class LiveTargets:
         heads: Heads | None = None,
         shard_on: torch.device | None = None,
         precision: str = "no",
-        compile: bool = False,
+        run: Callable[..., Output] | None = None,
         pool: int | None = None,
     ) -> None:
         self.pool = pool
         self.teacher, self.kd_stages, self.heads = teacher, list(kd_stages), heads
-        self.fingerprint = models.fingerprint(teacher, heads)
+        self.run = run or teacher
+        self.fingerprint = " ".join(part.fingerprint for part in (teacher, heads) if part)
         self.kept: list[Tensor | None] = []
         self.norms: list[nn.BatchNorm2d] = []
         if teacher is None:
@@ -58,16 +59,21 @@ class LiveTargets:
         teacher.kd_stages = sorted({*kd_stages, *(heads.stages if heads else ())})
         if plan.mode == "paper_bn":
             self.norms = [prune.published_norm(teacher.net, pair.teacher_stage, input_size) for pair in plan.pairs]
-        models.run_in(teacher, precision, hold=shard_on is None)
+        models.run_in(teacher, precision)
+        self.held_in = precision if shard_on is None else "no"  # FSDP takes one precision
         # FSDP gathers weights into tensors that it uses again.
         self.without_gradient = torch.inference_mode if shard_on is None else torch.no_grad
         if shard_on is not None:
             models.shard(teacher, shard_on, input_size)
-        self.run = torch.compile(teacher, dynamic=False) if compile else teacher
         device = teacher.mean.device
         self.kept = [None if pair.kept is None else torch.tensor(pair.kept, device=device) for pair in plan.pairs]
         if heads is not None:
             heads.to(device)
+
+    def hold_weights(self) -> None:
+        """Keep the teacher's weights in its precision, once no plan is made from them any more."""
+        if self.teacher is not None:
+            models.hold(self.teacher, self.held_in)
 
     def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
         """Nothing is stored that batches could bring along."""
@@ -148,6 +154,9 @@ class CachedTargets:
         phases = timetable.curriculum.phases()
         self.reader.check(training.fingerprint, [field for phase in phases for field in self._fields(phase)])
         training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))
+
+    def hold_weights(self) -> None:
+        """There are none."""
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
         """From the records of the batch, uint8 [B, bytes] per field; zeros without them."""

@@ -13,8 +13,9 @@ LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "sto
 LEAVES += ["similarity", "preemption", "watchdog", "deepspeed_config"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
 WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
-MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics", "precompute"}
-TOP = {"train", "cli", "demo", "pipeline", "precompute"}
+MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics", "sources", "together"}
+MAY_USE_ACCELERATE |= {"precompute"}
+TOP = {"train", "cli", "demo", "pipeline", "together", "precompute"}
 
 
 def imports(module: str, top_level_only: bool = False) -> set[str]:
