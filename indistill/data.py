@@ -200,7 +200,7 @@ class IndexedTraining:
         shards, stored = self.dataset.shards, self.dataset.stored
         if shards.remote:
             shards.prefetch(self._ids(order, step))
-        if stored is not None and stored.remote and (fields := self.fields_at(step)):
+        if stored is not None and stored.remote and (fields := self._fields(step)):
             view = augment.view_of(self.section.augment, step // self.steps_per_epoch)
             stored.prefetch(view, self._ids(order, step), fields)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
-LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
+LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment", "data"]
 LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "store", "targets"]
 LEAVES += ["similarity", "preemption", "watchdog", "deepspeed_config"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
