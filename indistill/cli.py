@@ -30,6 +30,14 @@ def main(argv: list[str] | None = None) -> None:
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
     evaluate.set_defaults(run=_evaluate)
 
+    targets = commands.add_parser("targets", help="run the teacher once, for a config with targets: cached")
+    targets.add_argument("config", help="YAML file; what is there is kept, so a job that stopped goes on")
+    targets.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    targets.add_argument(
+        "--verify", type=int, metavar="N", help="recompute N random records; exit code 1 if any differs"
+    )
+    targets.set_defaults(run=_targets)
+
     _add_shards(commands.add_parser("shards", help="pack, index and verify WebDataset shards"))
 
     arguments, rest = parser.parse_known_args(argv)
@@ -143,3 +151,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     metrics = evaluate_checkpoint(settings, arguments.checkpoint)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(metrics))
+
+
+def _targets(arguments: argparse.Namespace) -> None:
+    from indistill import config
+
+    settings = config.load(arguments.config, arguments.overrides)
+    from indistill import precompute
+
+    if arguments.verify is None:
+        precompute.write(settings)
+    elif not precompute.verify(settings, arguments.verify):
+        sys.exit(1)

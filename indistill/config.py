@@ -147,6 +147,9 @@ class Augment(Section):
     color_jitter: ColorJitter | None = None
     random_erasing: RandomErasing | None = None
 
+    # So many views of each sample, over and over: that of an epoch is epoch % views. None: a new one every epoch.
+    views: PositiveInt | None = None
+
     @model_validator(mode="after")
     def _ranges(self) -> Augment:
         return _with_ranges(self)
@@ -445,6 +448,25 @@ class KD(PhaseTraining):
     mix: Mix | None = None
 
 
+class Targets(Section):
+    """Where the teacher's outputs come from: from it, on every batch, or from what `indistill targets` stored.
+
+    What is stored is exact unless `top_k` or `features` say otherwise.
+    """
+
+    source: Literal["live", "cached", "auto"] = "live"
+    dir: str | None = None  # of the stored ones; for training also a URL. None: run_dir/targets
+    top_k: PositiveInt | None = None  # the largest probabilities of each sample; None: all logits, float32
+    features: Literal["float32", "bf16", "int8"] = "float32"  # int8: with a scale per sample and channel
+    # Maps of more than so many pixels a side are averaged to that, live as well as stored. (No loss is the same after,
+    # though one against a smaller student map averages anyway.)
+    pool: PositiveInt | None = None
+
+    @property
+    def lossy(self) -> bool:
+        return self.top_k is not None or self.features != "float32"
+
+
 class Ema(Section):
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
     warmup: bool = True  # ramp the decay up, so that short runs profit too
@@ -512,6 +534,8 @@ class Config(Section):
     heads: Heads = Heads()
     warmup: Warmup | None = None
     kd: KD = KD()
+    # A bare word is the source: `targets: cached`.
+    targets: Annotated[Targets, BeforeValidator(lambda x: {"source": x} if isinstance(x, str) else x)] = Targets()
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     max_hours: PositiveFloat | None = None  # of one start: then a checkpoint, and exit code 75
@@ -573,6 +597,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _targets_that_can_be_stored(self) -> Config:
+        if self.targets.top_k is not None and self.targets.top_k > self.data.num_classes:
+            raise ValueError(f"targets.top_k is larger than data.num_classes ({self.data.num_classes}): lower it")
+        if self.targets.source == "cached" and (reason := why_not_stored(self)):
+            raise ValueError(f"targets: cached: {reason}, or set targets: live")
+        return self
+
+    @model_validator(mode="after")
     def _data_where_needed(self) -> Config:
         if self.evaluate.every is not None and self.data.eval is None:
             raise ValueError("evaluate.every needs shards to evaluate on: set data.eval")
@@ -581,6 +613,24 @@ class Config(Section):
         if self.evaluate.retrieval and self.data.access == "stream":
             raise ValueError("evaluate.retrieval needs the training set by index: set data.access: index")
         return self
+
+
+def why_not_stored(config: Config) -> str | None:
+    """Why a run's targets cannot be stored, with the remedy; None if they can."""
+    mix, warmup = config.kd.mix, config.warmup
+    if config.stage == "heads" or config.teacher is None:
+        return "there are none without teacher and student: add the sections"
+    if config.data.augment.views is None:
+        return "data.augment.views, how many views of each sample there are, is missing: set it"
+    if config.data.access == "stream":
+        return "data.access: stream has no sample ids to store them by: set it to index"
+    if mix is not None and (mix.mixup or mix.cutmix):
+        return "kd.mix makes new images at every step: remove it"
+    if warmup is not None and warmup.prune.mode == "paper_bn":
+        return "warmup.prune.mode: paper_bn depends on the batch: set it to slice"
+    if warmup is not None and warmup.curriculum == "auto":
+        return "warmup.curriculum: auto does not say ahead which targets a step reads: choose another"
+    return None
 
 
 # Keys that may change between two starts of the same run: they alter how it runs, not what it computes.
@@ -597,6 +647,7 @@ OPERATIONAL_KEYS = (
     "data.workers",
     "evaluate.batch",
     "teacher.shard",
+    "targets.dir",
 )
 # Keys that may differ between the nodes of a run.
 NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")
@@ -679,8 +730,11 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def flatten(config: Config, without: Collection[str] = OPERATIONAL_KEYS) -> dict[str, Any]:
-    """Dotted keys to plain values; without the operational keys: what defines the computation."""
+def flatten(config: Config, without: Collection[str] | None = None) -> dict[str, Any]:
+    """Dotted keys to plain values; without the operational keys (None): what defines the computation."""
+    if without is None:
+        # A run may go on from stored targets that are exact, or without. From rounded ones it would be another run.
+        without = OPERATIONAL_KEYS if config.targets.lossy else (*OPERATIONAL_KEYS, "targets.source")
 
     def walk(prefix: str, value: Any):
         if prefix in without:

@@ -225,7 +225,7 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
     files = {"teacher.checkpoint": teacher and teacher.checkpoint, "teacher.heads": teacher and teacher.heads}
     files["student.checkpoint"] = settings.student and settings.student.checkpoint
     # A file that is missing is for train to tell.
-    hashes = {key: _sha256(Path(file)) for key, file in files.items() if file and Path(file).is_file()}
+    hashes = {key: sha256(Path(file)) for key, file in files.items() if file and Path(file).is_file()}
     record = run_dir / "inputs.json"
     if begun:
         kept = json.loads(record.read_text()) if record.exists() else {}
@@ -243,7 +243,7 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
             raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another") from None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     """Of a file's content. A safetensors header is sorted first: the library writes metadata in random order."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -29,7 +29,7 @@ from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
 from indistill.preemption import Agreement, Preempted
 from indistill.sources import Sources, open_eval_set
-from indistill.targets import LiveTargets
+from indistill.targets import CachedTargets, LiveTargets
 
 
 def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
@@ -56,6 +56,7 @@ def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, Non
     calibration = partial(training.loader, 0, device=accelerator.device)
     student, targets_of, plan = build.networks(accelerator, settings, run_dir, calibration, sources)
     timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(plan.pairs))
+    targets_of.bring_along(training, timetable)
     pace = Pace(timetable, settings.warmup, partial(mean_over_ranks, accelerator))
     objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
     mix = make_mix(settings, accelerator)
@@ -120,8 +121,9 @@ def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, Non
         step_loss = torch.zeros((), device=accelerator.device)
         for _ in range(accumulation):
             with accelerator.accumulate(wrapped):
-                images, labels = mix(next(batches), phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
-                targets = targets_of(images, phase)
+                batch = next(batches)
+                images, labels = mix(batch, phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
+                targets = targets_of(images, phase, batch.records)
                 output = wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
                 loss, terms = objective(output, targets, labels, phase, step)
                 accelerator.backward(loss)
@@ -272,7 +274,7 @@ def blank_loss(
     accelerator: Accelerator,
     settings: Config,
     student: Network | Heads,
-    targets_of: LiveTargets,
+    targets_of: LiveTargets | CachedTargets,
     objective: Objective,
     phase: Phase,
 ) -> Tensor:
