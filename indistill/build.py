@@ -54,9 +54,7 @@ def networks(
     # One that is to be sharded may not fit a device, and stays on the CPU until then.
     shard_on = device if settings.teacher.shard and accelerator.num_processes > 1 else None
     if reader is None:
-        with (
-            torch.random.fork_rng()
-        ):  # wherever the teacher was created, if at all, the student's layers begin the same
+        with torch.random.fork_rng():  # whether it is created here or not, the student's layers begin the same
             torch.manual_seed(settings.seed)
             teacher = sources.teacher(settings).to("cpu" if shard_on else device)
     teacher_net = reader.manifest.teacher if reader else teacher.net

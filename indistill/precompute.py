@@ -271,6 +271,7 @@ def prepare(settings: Config) -> Job:
     pairs = sorted({pair for phase in phases for pair in phase.pairs})
     batch = settings.data.global_batch // world // accumulation
     images = torch.zeros(batch, *build.input_size(settings), dtype=torch.uint8, device=accelerator.device)
+    targets_of.hold_weights()
     found = targets_of.everything(images, pairs)
     hashes = build.weights_hashes(settings)
     manifest = Manifest(

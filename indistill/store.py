@@ -337,8 +337,8 @@ class Reader:
                 shard = self._shards_of(ids[bad])
                 path, record = place(self.root, view, field, shard), ids[bad] - self._first_ids[shard]
                 raise UserError(
-                    f"{path}: record {record} is damaged, or its image could not be decoded when the targets were made "
-                    "and can be now: delete the file and run `indistill targets CONFIG` again"
+                    f"{path}: record {record} is damaged, or its image could not be decoded when the targets were "
+                    "made, and can be now: delete the file and run `indistill targets CONFIG` again"
                 )
             found[field] = torch.from_numpy(rows)
         return found

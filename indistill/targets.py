@@ -49,7 +49,7 @@ class LiveTargets:
     ) -> None:
         self.pool = pool
         self.teacher, self.kd_stages, self.heads = teacher, list(kd_stages), heads
-        self.run = run or teacher
+        self.run = teacher if run is None else run  # a compiled one cannot say whether it is empty
         self.fingerprint = " ".join(part.fingerprint for part in (teacher, heads) if part)
         self.kept: list[Tensor | None] = []
         self.norms: list[nn.BatchNorm2d] = []
@@ -70,13 +70,13 @@ class LiveTargets:
         if heads is not None:
             heads.to(device)
 
+    def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
+        """Nothing is stored that batches could bring along."""
+
     def hold_weights(self) -> None:
         """Keep the teacher's weights in its precision, once no plan is made from them any more."""
         if self.teacher is not None:
             models.hold(self.teacher, self.held_in)
-
-    def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
-        """Nothing is stored that batches could bring along."""
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
         """Images [B, 3, H, W] as the student gets them, mixing included. `records` are for CachedTargets."""

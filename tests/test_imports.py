@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
-LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment", "data"]
-LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "store", "targets"]
+LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
+LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "store", "targets", "data"]
 LEAVES += ["similarity", "preemption", "watchdog", "deepspeed_config"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
 WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
-MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics", "sources", "together"}
-MAY_USE_ACCELERATE |= {"precompute"}
+MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics"}
+MAY_USE_ACCELERATE |= {"sources", "together", "precompute"}
 TOP = {"train", "cli", "demo", "pipeline", "together", "precompute"}
 
 
