@@ -167,17 +167,11 @@ class IndexedTraining:
         self.dataset = ImageDataset(shards, section, seed, self.order)
         self.steps_per_epoch = self.order.steps_per_epoch(section.global_batch)
         self.fingerprint = shards.fingerprint
-        self.readers: list[Callable[[int], tuple[str, ...]]] = []
+        self.fields_at: Callable[[int], tuple[str, ...]] = lambda step: ()
 
     def bring_along(self, stored: Reader, fields_at: Callable[[int], tuple[str, ...]]) -> None:
-        """Have loaders read from the stored targets what a run needs of them at a global step; of several runs, all."""
-        if self.dataset.stored is not None and self.dataset.stored.root != stored.root:
-            raise UserError(f"targets.dir: {stored.root} here, {self.dataset.stored.root} for the first: set it once")
-        self.dataset.stored = stored
-        self.readers.append(fields_at)
-
-    def _fields(self, step: int) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(field for fields_at in self.readers for field in fields_at(step)))
+        """Have loaders read from the stored targets what each global step needs of them."""
+        self.dataset.stored, self.fields_at = stored, fields_at
 
     def loader(self, first_step: int, last_step: int, device: torch.device) -> DataLoader:
         """The micro-batches of the global steps [first_step, last_step)."""
@@ -190,7 +184,7 @@ class IndexedTraining:
         for step in range(first_step, last_step):
             self._prefetch(ahead, min(step + PREFETCH_STEPS, last_step - 1))
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            fields = self._fields(step)
+            fields = self.fields_at(step)
             ids = self._ids(self.order, step)
             for begin in range(0, rank_batch, micro_batch):
                 first_row = self.rank * rank_batch + begin
@@ -200,7 +194,7 @@ class IndexedTraining:
         shards, stored = self.dataset.shards, self.dataset.stored
         if shards.remote:
             shards.prefetch(self._ids(order, step))
-        if stored is not None and stored.remote and (fields := self._fields(step)):
+        if stored is not None and stored.remote and (fields := self.fields_at(step)):
             view = augment.view_of(self.section.augment, step // self.steps_per_epoch)
             stored.prefetch(view, self._ids(order, step), fields)
 
