@@ -305,7 +305,7 @@ def save_teacher(path: Path, seed: int) -> None:
 def test_a_mismatch_is_refused_by_name(stored, tmp_path):
     weights = tmp_path / "teacher.safetensors"
     save_teacher(weights, seed=1)
-    stored = with_(stored, f"teacher.checkpoint={weights}", "kd.losses=[{name: ce}, {name: kd}]", "duration=13 steps")
+    stored = with_(stored, f"teacher.checkpoint={weights}", "kd.losses=[{name: ce}, {name: kd}]")
     assert "no stored targets there" in refusal(stored)
     compute(stored)
     root = stored["targets"]["dir"]
@@ -323,6 +323,7 @@ def test_a_mismatch_is_refused_by_name(stored, tmp_path):
         "targets.top_k=3": "made with targets.top_k: None, this run has 3",
         "targets.pool=2": "made with targets.pool: None, this run has 2",
         "data.train=eval-*.tar": "made from other shards",
+        "warmup.durations=[8 steps, 1 steps, 1 steps]": "lacks pair1 in view 1, made for other durations",
         "kd.losses=[{name: pkt}]": "holds pair1, pair2, pair3, logits, and not embedding, which this run reads",
     }.items():  # fmt: skip
         message = refusal(stored, *re.split(r" (?=teacher)", override))
@@ -402,7 +403,7 @@ class Stopped(Exception):
 def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     compute(stored)
     whole = files(stored)
-    assert len(whole) == 2 * 3 * len(FIELDS)  # views, shards, fields
+    assert len(whole) == 3 * (2 * len(FIELDS) - 1)  # shards, views and fields; pair1 is trained within one epoch
     part = with_(stored, f"targets.dir={tmp_path}/part")
     write_shard, written = precompute.write_shard, []
 
@@ -465,11 +466,11 @@ def test_the_command(stored, tmp_path, capsys):
     path.write_text(yaml.safe_dump(stored))
     cli.main(["targets", str(path), "targets.top_k=4"])
     told = capsys.readouterr().out
-    assert re.search(r"^logits +32 B a sample", told, re.MULTILINE)
-    assert "2 views of 192 samples: 0.012 GB" in told
+    assert re.search(r"^logits +32 B a sample +2 views", told, re.MULTILINE)
+    assert "192 samples: 0.010 GB" in told
     cli.main(["targets", str(path), "targets.top_k=4", "--verify", "30"])
     assert re.search(
-        r"^240 records recomputed: \d+ the same bit for bit, .* but 0 wrong$", capsys.readouterr().out, re.M
+        r"^2\d\d records recomputed: \d+ the same bit for bit, .* but 0 wrong$", capsys.readouterr().out, re.M
     )
 
     file = tmp_path / "targets" / "view-001" / "pair2" / "shard-00002.bin"
