@@ -18,7 +18,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import pack_images, run_ranks, train_until
 
-from indistill import cli, config, models, packing, pipeline, precompute, prune, shards, store
+from indistill import cli, config, models, packing, pipeline, precompute, prune, shards, store, targets
 from indistill import train as module
 from indistill.config import UserError
 from indistill.metrics import read_lines
@@ -511,3 +511,20 @@ def test_no_room_is_told_before_the_work(stored, monkeypatch):
     monkeypatch.setattr(precompute.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
     with pytest.raises(UserError, match=r"0.0 GB are to be written, 0.0 GB are free: lower data.augment.views"):
         compute(stored)
+
+
+def test_the_readmes_table_of_bytes():
+    stages, sections = ((64, 56), (128, 28), (256, 14), (512, 7)), {
+        "exact": {},
+        "bf16": {"features": "bf16"},
+        "int8": {"features": "int8"},
+        "pool": {"features": "int8", "pool": 14, "top_k": 50},
+    }  # fmt: skip
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    for values in sections.values():
+        section, sizes = config.Targets(**values), []
+        for pair, (channels, side) in enumerate(stages, start=1):
+            target = targets.pooled(torch.zeros(1, channels, side, side), section.pool)
+            sizes.append(store.describe(f"pair{pair}", target, section).record.itemsize)
+        sizes.append(store.describe("logits", torch.zeros(1, 1000), section).record.itemsize)
+        assert f"| {' | '.join(f'{size:,}' for size in sizes)} |" in text
