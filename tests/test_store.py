@@ -21,6 +21,7 @@ from conftest import pack_images, run_ranks, train_until
 from indistill import cli, config, models, packing, pipeline, precompute, prune, shards, store, targets
 from indistill import train as module
 from indistill.config import UserError
+from indistill.curriculum import Phase
 from indistill.metrics import read_lines
 from indistill.store import Field
 
@@ -455,8 +456,9 @@ def test_two_ranks_write_what_one_does(stored, tmp_path):
     compute(stored)
     whole = files(stored)
     pair = with_(stored, f"targets.dir={tmp_path}/pair")
-    live = with_(stored, f"run_dir={tmp_path}/live")
-    run_ranks(compute_and_train, 2, pair, live, with_(pair, f"run_dir={tmp_path}/cached", "targets.source=cached"))
+    live = with_(stored, f"run_dir={tmp_path}/live", "duration=15 steps")
+    cached = with_(pair, f"run_dir={tmp_path}/cached", "duration=15 steps", "targets.source=cached")
+    run_ranks(compute_and_train, 2, pair, live, cached)
     assert files(pair) == whole  # cnn32 gives the same bits in batches of 16 and 32
     assert terms(tmp_path / "cached") == terms(tmp_path / "live")
 
@@ -528,3 +530,28 @@ def test_the_readmes_table_of_bytes():
             sizes.append(store.describe(f"pair{pair}", target, section).record.itemsize)
         sizes.append(store.describe("logits", torch.zeros(1, 1000), section).record.itemsize)
         assert f"| {' | '.join(f'{size:,}' for size in sizes)} |" in text
+
+
+def test_heads_and_a_teacher_in_half_precision(stored, tmp_path):
+    run(
+        stored, tmp_path / "heads", "stage=heads", "student=null", "warmup=null", "kd.losses=[{name: ce}]", "duration=2"
+    )
+    cohort = (f"teacher.heads={tmp_path}/heads/heads.safetensors", "kd.losses=[{name: dih}, {name: at}]")
+    cohort = (*cohort, "mixed_precision=bf16", "duration=20 steps")
+    live = run(stored, tmp_path / "live", *cohort)
+    manifest = compute(with_(stored, *cohort))
+    assert [name for name in manifest.fields if name.startswith("head")] == ["head1", "head2", "head3"]
+    assert manifest.fields["pair1"].dtype == manifest.fields["logits"].dtype == "bfloat16"
+    assert run(stored, tmp_path / "cached", "targets.source=cached", *cohort) == live
+
+
+def test_without_records_targets_are_zeros_of_their_shape(stored):
+    """As ZeRO needs them, to learn which parameters a phase trains."""
+    reader = store.Reader(stored["targets"]["dir"], compute(stored), None, 0)
+    cached = targets.CachedTargets(reader, config.parse(stored, "test").kd.losses, [0, 1, 2])
+    found = cached(torch.zeros(2, 3, 32, 32), Phase("kd", 3, (), (), 13, None))
+    assert [tuple(x.shape) for x in found.features] == [(2, 16, 15, 15), (2, 32, 6, 6), (2, 64, 2, 2)]
+    assert (found.embedding.shape, found.logits.shape) == ((2, 128), (2, 10))
+    (pruned,) = cached(torch.zeros(2, 3, 32, 32), Phase("warmup 2/3", 1, (1,), (1.0,), 4, 8)).features
+    assert pruned.shape == (2, 16, 6, 6)
+    assert not pruned.any()
