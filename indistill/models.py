@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _MAX_HEAD_WEIGHTS = 10**8
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
 
 
@@ -308,7 +308,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def run_in(network: Network, precision: str) -> None:
     """Have a frozen network run under autocast in `precision` (no: float32), whatever the caller's autocast says."""
-    autocast = torch.autocast(network.mean.device.type, _DTYPES[precision], enabled=precision != "no")
+    autocast = torch.autocast(network.mean.device.type, DTYPES[precision], enabled=precision != "no")
     network.forward, network.maps = autocast(network.forward), autocast(network.maps)
 
 
@@ -320,7 +320,7 @@ def hold(network: Network, precision: str) -> None:
     """
     for module in network.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
-            module.to(_DTYPES[precision])
+            module.to(DTYPES[precision])
 
 
 def shard(network: Network, device: torch.device, input_size: tuple[int, int, int]) -> None:
