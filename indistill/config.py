@@ -146,6 +146,7 @@ class Augment(Section):
     rand_augment: RandAugment | None = None
     color_jitter: ColorJitter | None = None
     random_erasing: RandomErasing | None = None
+    views: PositiveInt | None = None  # of an image, taken in turn, epoch by epoch; None: a new one in every epoch
 
     @model_validator(mode="after")
     def _ranges(self) -> Augment:
@@ -440,6 +441,16 @@ class KD(PhaseTraining):
     mix: Mix | None = None
 
 
+class Targets(Section):
+    """Where the teacher's targets come from: the teacher, run on every batch, or a store of them."""
+
+    source: Literal["live", "cached", "auto"] = "live"  # auto: for each phase what `indistill plan` finds cheaper
+    dir: str | None = None  # of the store
+    top_k: PositiveInt | None = None  # of the logits only the k largest; None: all, in float32
+    features: Literal["float32", "bf16", "int8"] = "bf16"  # of maps; int8 has one float32 scale per channel
+    pool: PositiveInt | None = None  # maps of more than this many pixels a side are averaged to it
+
+
 class Ema(Section):
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
     warmup: bool = True  # ramp the decay up, so that short runs profit too
@@ -496,6 +507,25 @@ class DeepSpeed(Section):
 Engine = Annotated[DDP | DeepSpeed, Field(discriminator="name")]
 
 
+class Machine(Section):
+    """What `indistill plan` and `targets.source: auto` reckon with. The defaults are a node of 8 H100 (docs/scaling.md).
+
+    Bandwidths are what a stream of large messages gets, in one direction.
+    """
+
+    # Sustained by a device in the run's precision. 100e12 is a tenth of an H100's peak in bf16, what convolutional
+    # networks get; transformers get three times as much.
+    flops_per_second: PositiveFloat = 100e12
+    memory_bytes: PositiveFloat = 80e9  # of a device
+    devices_per_node: PositiveInt = 8
+    intra_node_bytes_per_second: PositiveFloat = 300e9  # of a device: NVLink
+    inter_node_bytes_per_second: PositiveFloat = 40e9  # a device's share of the node's network: one of 400 Gbit/s each
+    latency_seconds: Annotated[float, Field(ge=0)] = 5e-6  # of each hop around a ring
+    overlap: Probability = 0.8  # of a step's communication, what the backward pass can hide
+    decode_images_per_second: PositiveFloat = 650.0  # by one loader worker (benchmarks/results/loader.md)
+    read_bytes_per_second: PositiveFloat = 5e9  # by a node, of the storage of cached targets
+
+
 class Config(Section):
     run_dir: str
     stage: Literal["distill", "heads"] = "distill"  # heads: train classifiers on a frozen teacher's stages
@@ -518,11 +548,13 @@ class Config(Section):
     grad_accumulation: PositiveInt = 1
     clip_grad_norm: PositiveFloat | None = None
     sync_batchnorm: bool = False  # the student's batch statistics over all ranks; GPUs only
+    targets: Targets = Targets()
     engine: Engine | None = None  # how the processes share the training; None: as `accelerate launch` says, else ddp
     ema: Ema | None = None
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    machine: Machine = Machine()
 
     @model_validator(mode="before")
     @classmethod
@@ -590,6 +622,7 @@ OPERATIONAL_KEYS = (
     "data.workers",
     "evaluate.batch",
     "teacher.shard",
+    "machine",
 )
 # Keys that may differ between the nodes of a run.
 NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")

@@ -13,7 +13,7 @@ LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "tar
 LEAVES += ["similarity", "preemption", "watchdog", "deepspeed_config"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
 WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
-MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics"}
+MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "estimate", "evaluate", "health", "metrics"}
 TOP = {"train", "cli", "demo", "pipeline"}
 
 
