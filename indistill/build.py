@@ -67,7 +67,8 @@ def networks(
                 f"kd.losses: dih.weights: {len(loss.weights)} for the teacher and {len(cohort.stages)} heads"
             )
     kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
-    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on)
+    precision = settings.teacher.precision or settings.mixed_precision
+    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, settings.compile)
     return trainable(settings, student).to(device), targets_of, plan
 
 

@@ -30,7 +30,7 @@ from torch import distributed, nn
 from indistill import config, engine
 from indistill.config import UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MOST_FAILURES = 3  # saves in a row that may fail before the run does
 _NAME = re.compile(r"step-(\d{8,})")
 

@@ -190,6 +190,10 @@ class Data(Section):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
+# YAML reads a bare no as false.
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
+
+
 class Model(Section):
     name: str  # any timm model
     pretrained: bool = False
@@ -209,6 +213,7 @@ class Model(Section):
 
 class Teacher(Model):
     heads: str | None = None  # heads.safetensors of a run with stage: heads
+    precision: Precision | None = None  # its own; None: mixed_precision
     # Its weights cut over all processes, and gathered block by block as it runs: for one too large for a GPU. The
     # targets are the same, so that a run may go on without; one process holds it whole all the same.
     shard: bool = False
@@ -544,7 +549,8 @@ class Config(Section):
     max_bad_steps: Annotated[int, Field(ge=0)] = 20
     # That ranks wait for each other: then they leave, with exit code 75. After half of it the slow one is named.
     collective_timeout_minutes: PositiveFloat = 30.0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
+    compile: bool = False  # torch.compile for both networks: minutes at the start of each phase, faster steps
     grad_accumulation: PositiveInt = 1
     clip_grad_norm: PositiveFloat | None = None
     sync_batchnorm: bool = False  # the student's batch statistics over all ranks; GPUs only
@@ -556,12 +562,13 @@ class Config(Section):
     log: Log = Log()
     machine: Machine = Machine()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _yaml_no_is_false(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("mixed_precision") is False:
-            return {**values, "mixed_precision": "no"}
-        return values
+    @model_validator(mode="after")
+    def _compiled_where_it_can_be(self) -> Config:
+        if self.compile and self.engine is not None and self.engine.name == "deepspeed":
+            raise ValueError("compile: true works with engine: ddp: remove one")
+        if self.compile and self.teacher is not None and self.teacher.shard:
+            raise ValueError("compile: true needs the whole teacher on every process: remove it, or teacher.shard")
+        return self
 
     @model_validator(mode="after")
     def _networks_where_needed(self) -> Config:

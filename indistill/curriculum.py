@@ -207,20 +207,20 @@ class Pace:
         self.window_steps = timetable.steps(self.auto.window) if self.auto else 0
         self.means: list[float] = []  # one per whole window of the phase
         self.sum: Any = 0.0  # over the steps since the last window's end
-        self.steps = 0  # how many those are
+        self.steps: Any = 0  # how many those are
 
-    def end_step(self, done: int, phase: Phase, loss: Any) -> Phase:
+    def end_step(self, done: int, phase: Phase, loss: Any, taken: Any = 1) -> Phase:
         """Count a step of `phase`, after which `done` steps are completed; returns the phase, with its end if now.
 
-        loss is the step's, detached; of micro-batches, their mean; None, on all ranks, if the step was skipped.
-        Call on all ranks, before the checkpoint is saved.
+        loss is the step's, detached; of micro-batches, their mean. If the step was skipped, on all ranks, it is 0, and
+        so is `taken`; both are numbers, or scalars on the device. Call on all ranks, before the checkpoint is saved.
         """
         if self.auto is None or not phase.pairs:
             return phase
-        if loss is not None:
-            self.sum, self.steps = self.sum + loss, self.steps + 1
+        self.sum, self.steps = self.sum + loss, self.steps + taken
         if done < phase.end and (done - phase.start) % self.window_steps == 0:
-            self.means.append(self.mean_over_ranks(self.sum) / self.steps if self.steps else math.inf)
+            steps = int(self.steps)
+            self.means.append(self.mean_over_ranks(self.sum) / steps if steps else math.inf)
             self.sum, self.steps = 0.0, 0
             if flattened(self.means, self.auto.patience, self.auto.tolerance):
                 phase = replace(phase, end=done)
@@ -236,7 +236,7 @@ class Pace:
         if self.auto is None:
             return {}
         # Every rank goes on with the mean, as it would after a restore: the two do not differ even by a rounding.
-        self.sum = self.mean_over_ranks(self.sum)
+        self.sum, self.steps = self.mean_over_ranks(self.sum), int(self.steps)
         durations, means = list(self.curriculum.durations), list(self.means)
         return {"durations": durations, "means": means, "sum": self.sum, "steps": self.steps}
 

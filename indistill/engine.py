@@ -121,12 +121,10 @@ def describe(accelerator: Accelerator) -> str:
 
 def prepare(
     accelerator: Accelerator, precision: str, student: nn.Module, optimizer: Optimizer, phase_optim: PhaseOptim
-) -> tuple[nn.Module, Optimizer]:
-    """The student wrapped for training, and its optimizer."""
+) -> tuple[nn.Module, Optimizer, Callable[[], Tensor]]:
+    """The student wrapped for training, its optimizer, and what tells on the device if the last step was skipped."""
     if not stage(accelerator):
-        # Or else a fused optimizer, told of gradients that are not finite, would skip its step and tell nobody.
-        optimizer._step_supports_amp_scaling = False
-        return accelerator.prepare(student, optimizer)
+        return *accelerator.prepare(student, optimizer), _skipped(accelerator, optimizer)
     student.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens parameters, and refuses channels_last
     if precision != "no":
         student.forward = convert_outputs_to_fp32(accelerator.autocast()(student.forward))  # as Accelerate does for DDP
@@ -141,7 +139,24 @@ def prepare(
         _scale_losses(optimizer.optimizer)
     # Stage 3 keeps the gradients of parameters that a phase no longer uses, and would count them when it clips.
     phase_optim.stale_gradients = getattr(optimizer.optimizer, "grad_partitions_flat_buffer", None)
-    return wrapped, optimizer
+    return wrapped, optimizer, lambda: torch.tensor(optimizer.step_was_skipped, device=accelerator.device)
+
+
+def _skipped(accelerator: Accelerator, optimizer: Optimizer) -> Callable[[], Tensor]:
+    """A bool [] on the device: whether the optimizer left out its last step.
+
+    A fused optimizer is told by the scaler what it found, and skips by itself, so that nobody waits for the device. For
+    the others the scaler waits, and Accelerate knows.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return lambda: torch.tensor(accelerator._optimizers[-1].step_was_skipped, device=accelerator.device)
+    found = torch.zeros((), dtype=torch.bool, device=accelerator.device)
+
+    def keep(optimizer: Optimizer, *_: Any) -> None:
+        found.copy_(optimizer.found_inf)  # the scaler gives it for the time of the step
+
+    optimizer.register_step_pre_hook(keep)
+    return lambda: found
 
 
 def unused(
@@ -232,7 +247,8 @@ def optimizer_part(accelerator: Accelerator) -> dict[str, Any]:
 
 def restore(accelerator: Accelerator, weights: dict[str, Tensor], parts: Sequence[dict[str, Any]]) -> None:
     """Load the student's weights and the parts of its optimizer's state, in place, whatever the number of ranks was."""
-    optimizer, student = accelerator._optimizers[0], accelerator.unwrap_model(accelerator._models[0])
+    optimizer = accelerator._optimizers[0]
+    student = accelerator.unwrap_model(accelerator._models[0], keep_torch_compile=False)
     if not stage(accelerator):
         student.load_state_dict(weights)
         optimizer.load_state_dict(parts[0]["optimizer"])

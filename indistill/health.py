@@ -9,7 +9,8 @@ from typing import Any
 import timm
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 from indistill import __version__, config
 from indistill.config import Config, UserError
@@ -67,6 +68,24 @@ class Buffers:
         if self.buffers:
             torch._foreach_copy_(self.kept, self.buffers)
 
-    def put_back(self) -> None:
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.kept)
+    def put_back(self, skipped: Tensor) -> None:
+        """As they were, where `skipped` (bool []) is true: the device alone knows."""
+        for buffer, kept in zip(self.buffers, self.kept):
+            torch.where(skipped, kept, buffer, out=buffer)
+
+
+class Ema(ModelEmaV3):
+    """timm's moving average; a skipped step leaves it as it is."""
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:
+        """`step` counts from 1; `skipped`, bool [], stays on the device."""
+        weight = (1.0 - self.get_decay(step)) * ~skipped  # []
+        both = list(zip(self.module.state_dict().values(), model.state_dict().values()))
+        averages = [average for average, _ in both if average.is_floating_point()]
+        changes = torch._foreach_sub([value for average, value in both if average.is_floating_point()], averages)
+        torch._foreach_mul_(changes, weight)
+        torch._foreach_add_(averages, changes)
+        for average, value in both:
+            if not average.is_floating_point():
+                average.copy_(value)  # batch norm's counts, put back before

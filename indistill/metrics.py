@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,14 @@ class RunLog:
         self.every_steps, self.timetable, self.max_bad_fraction = every_steps, timetable, max_bad_fraction
         self.max_bad_steps = max_bad_steps
         self.terms: dict[str, Tensor] = {}  # of the step under way
-        self.sums: dict[str, Tensor] = {}
-        self.window_steps = 0  # steps summed since the last line
-        self.timed_steps = 0  # steps that this process ran since then, the skipped ones included
-        self.skipped_steps = self.skipped_in_a_row = 0  # the second: up to the last step
+        self.names: list[str] = []  # of the terms in the sums: a window lies within a phase
+        self.zero = torch.zeros((), device=accelerator.device)
+        # Over the steps since the last line: the sum of each term and, last, the number of steps: [T + 1]. First of
+        # those that were taken, then of the skipped ones.
+        self.sums = self.skipped_sums = self.zero
+        self.in_a_row = self.most_in_a_row = self.zero  # skipped steps: up to the last step; the most since a line
+        self.timed_steps = 0  # steps that this process ran since the last line, the skipped ones included
+        self.skipped_steps = 0  # up to the last line
         self.wait_seconds = 0.0
         self.phase_seconds: dict[str, float] = {}
         self.bad: set[str] = set()  # undecodable samples, by name: this rank's, and all ranks' as of the last line
@@ -104,20 +109,19 @@ class RunLog:
             value = weight * value.float()
             self.terms[name] = self.terms[name] + value if name in self.terms else value
 
-    def end_step(self, step: int, phase: Phase, lr: float, skipped: bool = False) -> bool:
+    def end_step(self, step: int, phase: Phase, lr: float, skipped: Tensor) -> bool:
         """Count a step (`step` of them are now completed); True if a line was logged.
 
-        `skipped`, the same on all ranks, leaves its terms out. Raises UserError, on all ranks, when too many in a row
-        were.
+        `skipped`, a bool [] on the device and the same on all ranks, leaves its terms out. Raises UserError, on all
+        ranks and where a line is logged, when too many in a row were.
         """
         self.timed_steps += 1
-        if skipped:
-            self._skip(step)
-        else:
-            self.skipped_in_a_row = 0
-            self.window_steps += 1
-            for name, value in self.terms.items():
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.names = list(self.terms)
+        values = torch.stack([*self.terms.values(), torch.ones_like(self.zero)])  # [T + 1]
+        self.sums = self.sums + values.masked_fill(skipped, 0.0)
+        self.skipped_sums = self.skipped_sums + values.masked_fill(~skipped, 0.0)
+        self.in_a_row = (self.in_a_row + 1) * skipped
+        self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         self.terms = {}
         if self.bar is not None:
             self.bar.update()
@@ -125,16 +129,16 @@ class RunLog:
         if step % self.every_steps and step != phase.end and step != self.timetable.total_steps:
             return False
         pace = (time.perf_counter() - self.clock) / self.timed_steps
-        means = self._means(self.sums, bad=len(self.bad), asked=preemption.asked(), step_seconds=pace)
-        self._agree_on_bad_samples(round(means.pop("bad") * self.accelerator.num_processes))
-        self.told = means.pop("asked"), means.pop("step_seconds")
+        means, taken, bad, asked, step_seconds = self._agree(step, len(self.bad), preemption.asked(), pace)
+        self._agree_on_bad_samples(round(bad * self.accelerator.num_processes))
+        self.told = asked, step_seconds
         seconds = time.perf_counter() - self.clock
         line = {
             "step": step,
             "epoch": step / self.timetable.steps_per_epoch,
             "phase": phase.name,
             "loss": None,  # where every step was skipped
-            **{name: value / self.window_steps for name, value in means.items()},
+            **({name: value / taken for name, value in means.items()} if taken else {}),
             "lr": lr,
             "images_per_second": self.timed_steps * self.timetable.global_batch / seconds,
             "data_wait_fraction": self.wait_seconds / seconds,
@@ -164,22 +168,22 @@ class RunLog:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next line to come out as if nothing had happened. Call on all ranks."""
+        device = {name: getattr(self, name) for name in ("sums", "skipped_sums", "in_a_row", "most_in_a_row")}
         return {
-            "sums": self._means(self.sums),
-            "window_steps": self.window_steps,
+            **{name: self.accelerator.reduce(value, reduction="mean").tolist() for name, value in device.items()},
+            "names": self.names,
             "phase_seconds": self.phase_seconds,
             "bad": sorted(self.bad),
             "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         # Every rank takes the mean over the ranks, whose mean over any number of ranks is itself.
-        device = self.accelerator.device
-        self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
-        self.window_steps, self.phase_seconds = state["window_steps"], dict(state["phase_seconds"])
+        for name in ("sums", "skipped_sums", "in_a_row", "most_in_a_row"):
+            setattr(self, name, torch.tensor(state[name], device=self.accelerator.device))
+        self.names, self.phase_seconds = state["names"], dict(state["phase_seconds"])
         self.bad, self.bad_agreed = set(state["bad"]), len(state["bad"]) * self.accelerator.num_processes
-        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self.skipped_steps = state["skipped_steps"]
 
     def close(self) -> None:
         if self.bar is not None:
@@ -204,27 +208,24 @@ class RunLog:
         with contextlib.suppress(OSError):  # TensorBoard's, of the same disk
             self.accelerator.log(numbers, step=line["step"])
 
-    def _means(self, sums: dict[str, Tensor], **numbers: float) -> dict[str, float]:
-        """Mean over the ranks of each sum and of what else they tell each other, in one collective."""
-        device = self.accelerator.device
-        sums = sums | {name: torch.tensor(float(number), device=device) for name, number in numbers.items()}
-        if not sums:
-            return {}
-        values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
-        return dict(zip(sums, values.tolist()))
-
-    def _skip(self, step: int) -> None:
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row <= self.max_bad_steps:
-            return
-        terms = [name for name, mean in self._means(self.terms).items() if not math.isfinite(mean)]
-        good = max(checkpoint.saved(self.path.parent / "checkpoints"), default="none yet")
-        raise UserError(
-            f"step {step}: {', '.join(terms) or 'gradient'} not finite: {self.skipped_in_a_row} steps in a row were "
-            f"skipped, more than max_bad_steps ({self.max_bad_steps}); last good checkpoint: {good}: start from its "
-            "weights in another run_dir, with a lower optimizer.lr or with clip_grad_norm"
-        )
+    def _agree(self, step: int, *numbers: float) -> tuple[dict[str, float], float, ...]:
+        """What the line says, in one collective: the means over the ranks of each term's sum, the number of steps that
+        were taken, and the means of `numbers`. Raises UserError if too many in a row were skipped.
+        """
+        numbers = torch.tensor([float(number) for number in numbers], device=self.zero.device)
+        parts = self.sums, self.skipped_sums, self.most_in_a_row[None], numbers
+        told = iter(self.accelerator.reduce(torch.cat(parts), reduction="mean").tolist())
+        (*sums, taken), (*of_skipped, skipped), (in_a_row,), numbers = (list(islice(told, len(part))) for part in parts)
+        self.skipped_steps += round(skipped)
+        if in_a_row > self.max_bad_steps:
+            terms = [name for name, value in zip(self.names, of_skipped) if not math.isfinite(value)]
+            good = max(checkpoint.saved(self.path.parent / "checkpoints"), default="none yet")
+            raise UserError(
+                f"step {step}: {', '.join(terms) or 'gradient'} not finite: {in_a_row:.0f} steps in a row were "
+                f"skipped, more than max_bad_steps ({self.max_bad_steps}); last good checkpoint: {good}: start from "
+                "its weights in another run_dir, with a lower optimizer.lr or with clip_grad_norm"
+            )
+        return dict(zip(self.names, sums)), taken, *numbers
 
     def _agree_on_bad_samples(self, told: int) -> None:
         """If any rank found a bad sample since the last line (`told` sums their counts), share the names."""
@@ -242,7 +243,9 @@ class RunLog:
     def _close_window(self, phase: Phase) -> None:
         now = time.perf_counter()
         self.phase_seconds[phase.name] = self.phase_seconds.get(phase.name, 0.0) + now - self.phase_clock
-        self.sums, self.window_steps, self.timed_steps, self.wait_seconds = {}, 0, 0, 0.0
+        self.sums = self.skipped_sums = self.zero
+        self.most_in_a_row = self.in_a_row
+        self.timed_steps, self.wait_seconds = 0, 0.0
         self.clock = self.phase_clock = now
 
     def _show(self, line: dict[str, Any]) -> None:

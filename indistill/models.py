@@ -305,6 +305,20 @@ def fingerprint(*modules: nn.Module | None) -> str:
     return digest.hexdigest()
 
 
+def run_in(network: Network, precision: str, hold: bool) -> None:
+    """Have a frozen network run under autocast in `precision` (no: float32), whatever the caller's autocast says.
+
+    With `hold`, weights that autocast would convert at every pass are held in that precision. The outputs are the same,
+    bit for bit: a layer that does more with its weights than multiply (NFNet's, which standardises them) keeps them.
+    """
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    autocast = torch.autocast(network.mean.device.type, dtype, enabled=precision != "no")
+    network.forward, network.maps = autocast(network.forward), autocast(network.maps)
+    for module in network.modules() if hold else ():
+        if type(module) in (nn.Conv2d, nn.Linear):
+            module.to(dtype)
+
+
 def shard(network: Network, device: torch.device, input_size: tuple[int, int, int]) -> None:
     """Cut a frozen network's parameters over all ranks (FSDP2), in place; its outputs stay the same, bit for bit.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import timm.optim
+import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -15,20 +16,42 @@ from indistill import config
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 
+# Of torch: one kernel for all parameters, which also leaves out a bad step without asking the host (engine.prepare).
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
-def create(student: nn.Module, section: config.Optimizer) -> Optimizer:
-    """Any timm optimizer; as timm does, biases and norms get no weight decay. UserError if timm refuses."""
+
+def create(student: nn.Module, section: config.Optimizer, fused: bool = False) -> Optimizer:
+    """Any timm optimizer; as timm does, biases and norms get no weight decay. UserError if timm refuses.
+
+    `fused`: in torch's fused version, if it has one, which takes the same steps. (With `dampening`, SGD's first one is
+    damped, too.)
+    """
     try:
-        return timm.optim.create_optimizer_v2(
+        fused = fused and timm.optim.get_optimizer_class(section.name, bind_defaults=False) in FUSED
+        optimizer = timm.optim.create_optimizer_v2(
             student,
             opt=section.name,
             lr=section.lr,
             weight_decay=section.weight_decay,
             momentum=section.momentum,
-            **section.kwargs,
+            **({"fused": True} if fused else {}) | section.kwargs,
         )
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"optimizer: timm refuses {section.name}: {' '.join(str(error).split())[:200]}") from None
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:
+        optimizer.register_step_pre_hook(_begin_momentum)
+    return optimizer
+
+
+def _begin_momentum(optimizer: Optimizer, *_: Any) -> None:
+    """Momentum zero for parameters that have their first gradient, which torch's fused SGD gives to all or none.
+
+    They may be some of many where the curriculum moves on. The step is the same: 0 * momentum + gradient.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 class PhaseOptim:

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from accelerate.utils import set_seed as seed_everything
 from timm.data.mixup import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from indistill import build, config, data, deepspeed_config, engine, evaluate, health, models, optim, watchdog
@@ -51,13 +50,15 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     pace = Pace(timetable, settings.warmup, partial(mean_over_ranks, accelerator))
     objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
     mix = make_mix(settings, accelerator)
-    ema = settings.ema and ModelEmaV3(student, settings.ema.decay, use_warmup=settings.ema.warmup)
+    ema = settings.ema and health.Ema(student, settings.ema.decay, use_warmup=settings.ema.warmup)
     whole = engine.whole(accelerator, student)
-    optimizer = optim.create(student, settings.optimizer)
+    optimizer = optim.create(student, settings.optimizer, fused=not engine.stage(accelerator))
     blank = partial(blank_loss, accelerator, settings, student, targets_of, objective)
     unused = engine.unused(accelerator, student, timetable.curriculum.phases(), blank)
     phase_optim = optim.PhaseOptim(optimizer, settings, timetable, unused)
-    wrapped, optimizer = engine.prepare(accelerator, settings.mixed_precision, student, optimizer, phase_optim)
+    wrapped, optimizer, was_skipped = engine.prepare(
+        accelerator, settings.mixed_precision, student, optimizer, phase_optim
+    )
     buffers = health.Buffers(wrapped)
 
     # --- where it stands ---------------------------------------------------------------------------------------------
@@ -109,8 +110,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
         for _ in range(accumulation):
             with accelerator.accumulate(wrapped):
                 images, labels = mix(next(batches), phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
-                with accelerator.autocast():
-                    targets = targets_of(images, phase)
+                targets = targets_of(images, phase)
                 output = wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
                 loss, terms = objective(output, targets, labels, phase, step)
                 accelerator.backward(loss)
@@ -120,14 +120,13 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
                 optimizer.zero_grad()
             step_loss += loss.detach() / accumulation
             log.add({"loss": loss.detach(), **terms}, weight=1 / accumulation)
-        if skipped := optimizer.step_was_skipped:  # on all ranks: a loss or gradient was not finite on one
-            buffers.put_back()
-        elif ema:
-            ema.update(whole(), step + 1)
-
         done = step + 1
+        skipped = was_skipped()  # on all ranks: a loss or gradient was not finite on one
+        buffers.put_back(skipped)
+        if ema:
+            ema.update(whole(), done, skipped)
         # With its end, where its loss has flattened.
-        phase = pace.end_step(done, phase, None if skipped else step_loss)
+        phase = pace.end_step(done, phase, step_loss.masked_fill(skipped, 0.0), ~skipped)
         logged, scores = log.end_step(done, phase, lr, skipped), {}
         leaving = stop.reached(done, log.told)
         if eval_set and timetable.evaluate_at(done):
@@ -150,10 +149,14 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
     """Accelerate, on what the launcher gave us. Raises UserError if that is not what runs."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
-        if settings.mixed_precision == "fp16":
-            raise UserError("mixed_precision: fp16 needs a GPU: use bf16 or no")
+        for key, section in (("mixed_precision", settings), ("teacher.precision", settings.teacher)):
+            if section and getattr(section, key.removeprefix("teacher.")) == "fp16":
+                raise UserError(f"{key}: fp16 needs a GPU: use bf16 or no")
         if settings.sync_batchnorm and world > 1:
             raise UserError("sync_batchnorm needs GPUs: set it to false")
+    if settings.compile:
+        # Each network has a graph for each phase; with more than the usual 8 in all, the others would not be compiled.
+        torch._dynamo.config.recompile_limit = 64
     zero = deepspeed_config.zero_config(settings, world) if training else None
     # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding, the head.
     partly_unused = settings.warmup is not None or not reads(settings.kd.losses, "logits")
@@ -164,6 +167,7 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
         settings.collective_timeout_minutes,
         [DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)],
         gradient_accumulation_steps=settings.grad_accumulation,
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if settings.compile else None,
         log_with="tensorboard" if settings.log.tensorboard else None,
         project_dir=settings.run_dir,
     )

@@ -379,7 +379,7 @@ def test_a_skipped_step_is_in_no_window():
     def run(pace, steps):
         for step in steps:
             skipped = step in (1, 3) or 7 <= step < 14
-            pace.end_step(step + 1, pace.curriculum.at(step), None if skipped else np.float32(step))
+            pace.end_step(step + 1, pace.curriculum.at(step), np.float32(0 if skipped else step), taken=not skipped)
 
     pace = new_pace()
     run(pace, range(14))
@@ -398,7 +398,7 @@ def test_other_orders_keep_to_their_timetable(order):
     before = pace.curriculum
     for step in range(TOTAL):
         phase = pace.curriculum.at(step)
-        assert pace.end_step(step + 1, phase, loss=None) is phase
+        assert pace.end_step(step + 1, phase, loss=1.0) is phase
     assert pace.state() == {}
     pace.restore({})
     assert pace.curriculum == before == Curriculum(4, durations=LONGEST, order=order)
@@ -406,5 +406,5 @@ def test_other_orders_keep_to_their_timetable(order):
 
 def test_no_warmup_no_pace():
     pace = Pace(Timetable(10, 32, TOTAL, None, Curriculum(0)), None, mean_over_ranks=None)
-    assert pace.end_step(1, pace.curriculum.at(0), loss=None).name == "kd"
+    assert pace.end_step(1, pace.curriculum.at(0), loss=1.0).name == "kd"
     assert pace.state() == {}

@@ -13,6 +13,8 @@ from indistill.config import UserError
 from indistill.curriculum import Curriculum, Timetable
 from indistill.data import Batch
 
+NOT_SKIPPED = torch.tensor(False)
+
 
 class Clock:
     now = 100.0
@@ -50,7 +52,7 @@ def steps(log, clock, first, last, loss=lambda step: float(step)):
         next(waiting)
         clock.now += 1.0
         log.add({"loss": torch.tensor(loss(step))}, weight=1.0)
-        log.end_step(step, log.timetable.curriculum.at(step - 1), lr=0.5)
+        log.end_step(step, log.timetable.curriculum.at(step - 1), lr=0.5, skipped=NOT_SKIPPED)
 
 
 def lines(log):
@@ -85,7 +87,7 @@ def test_micro_batches_add_up_to_a_step(log, clock):
         for loss in (2.0, 4.0):
             log.add({"loss": torch.tensor(loss), "ce": torch.tensor(2 * loss)}, weight=0.5)
         clock.now += 1.0
-        log.end_step(step, log.timetable.curriculum.at(step - 1), lr=0.5)
+        log.end_step(step, log.timetable.curriculum.at(step - 1), lr=0.5, skipped=NOT_SKIPPED)
     assert (lines(log)[0]["loss"], lines(log)[0]["ce"]) == (3.0, 6.0)
 
 
@@ -97,14 +99,14 @@ def test_skipped_steps_are_counted_and_left_out(log, clock, tmp_path):
             loss = torch.tensor(torch.nan if step in bad else float(step))
             log.add({"loss": loss, "ce": loss}, weight=1.0)
             clock.now += 1.0
-            log.end_step(step, log.timetable.curriculum.at(step - 1), lr=0.5, skipped=step in bad)
+            log.end_step(step, log.timetable.curriculum.at(step - 1), lr=0.5, skipped=torch.tensor(step in bad))
 
     run(log, {2, 4, 8}, 1, 8)
     assert [(line["loss"], line["skipped_steps"]) for line in lines(log)] == [(2.0, 1), (None, 2), (5.5, 2)]
     again = metrics.RunLog(log.accelerator, tmp_path, 3, log.timetable, max_bad_steps=1)
     again.restore(json.loads(json.dumps(log.state())))
     again.open(8)
-    assert (again.skipped_steps, again.skipped_in_a_row) == (3, 1)
+    assert (again.skipped_steps, again.in_a_row) == (2, 1)  # as of the last line, of the last step
     with pytest.raises(UserError, match=r"step 9: loss, ce not finite: 2 steps in a row were skipped, .*none yet"):
         run(again, {9}, 9, 9)
 

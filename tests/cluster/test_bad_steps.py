@@ -76,11 +76,11 @@ class State:
     """Everything that a bad step must leave alone, taken from a run of `module.train` as it goes."""
 
     def __init__(self) -> None:
-        prepare, whole, ema_class = module.engine.prepare, module.engine.whole, module.ModelEmaV3
+        prepare, whole, ema_class = module.engine.prepare, module.engine.whole, module.health.Ema
 
         def keep_prepare(*arguments):
-            self.wrapped, self.optimizer = prepare(*arguments)
-            return self.wrapped, self.optimizer
+            self.wrapped, self.optimizer, was_skipped = prepare(*arguments)
+            return self.wrapped, self.optimizer, was_skipped
 
         def keep_whole(*arguments):
             self.whole = whole(*arguments)
@@ -90,7 +90,7 @@ class State:
             self.ema = ema_class(*arguments, **keywords)
             return self.ema
 
-        module.engine.prepare, module.engine.whole, module.ModelEmaV3 = keep_prepare, keep_whole, keep_ema
+        module.engine.prepare, module.engine.whole, module.health.Ema = keep_prepare, keep_whole, keep_ema
 
     def digests(self) -> list[str]:
         inner = getattr(self.optimizer.optimizer, "optimizer", self.optimizer.optimizer)  # ZeRO's own holds torch's
@@ -110,10 +110,10 @@ class State:
                 begin()
             return lr
 
-        def calling_end(pace, done, phase, loss):
+        def calling_end(pace, done, *arguments):
             if done - 1 in BAD:
                 end()
-            return end_step(pace, done, phase, loss)
+            return end_step(pace, done, *arguments)
 
         module.optim.PhaseOptim.begin_step, module.Pace.end_step = calling_begin, calling_end
 
@@ -228,8 +228,9 @@ def test_too_many_in_a_row_stop_the_run(short_tree, tmp_path):
     path.write_text(json.dumps(short_tree))
     run_ranks(stopped, 2, ["train", str(path)], str(tmp_path), exit_code=2)
     message = (tmp_path / "stderr-0").read_text()
-    assert "step 9: loss, ce not finite: 4 steps in a row were skipped, more than max_bad_steps (3)" in message
-    assert f"last good checkpoint: {short_tree['run_dir']}/checkpoints/step-00000006:" in message
+    # The fourth of them was step 9, which has no line.
+    assert "step 10: loss, ce not finite: 5 steps in a row were skipped, more than max_bad_steps (3)" in message
+    assert f"last good checkpoint: {short_tree['run_dir']}/checkpoints/step-00000009:" in message
     assert (Path(short_tree["run_dir"]) / "status").read_text() == "failed\n"
 
 
