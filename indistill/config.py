@@ -513,7 +513,7 @@ Engine = Annotated[DDP | DeepSpeed, Field(discriminator="name")]
 
 
 class Machine(Section):
-    """What `indistill plan` and `targets.source: auto` reckon with. The defaults are a node of 8 H100 (docs/scaling.md).
+    """What `indistill plan` and `targets.source: auto` reckon with; by default a node of 8 H100 (docs/scaling.md).
 
     Bandwidths are what a stream of large messages gets, in one direction.
     """

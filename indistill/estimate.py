@@ -1,7 +1,7 @@
 """What a run will take, reckoned before it starts: operations, time, memory, bytes of targets and on the network.
 
-`of_run` builds the networks as training does, on the CPU, and puts each phase's loss and gradient through PyTorch's fake
-tensors, which have shapes and no content: seconds. What follows is arithmetic on the numbers of `config.Machine`.
+`of_run` builds the networks as training does, on the CPU, and puts each phase's loss and gradient through PyTorch's
+fake tensors, which have shapes and no content: seconds. What follows is arithmetic on the numbers of `config.Machine`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +39,8 @@ _BACKWARD = 2 / 3  # of the student's operations
 _SEEN = (2, 4)  # images of two batches: their difference tells an image's part from the batch's
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """A stage pair of the warm-up: the target is `channels` of the teacher's map; `kept` says which, if it is known."""
 
     teacher_stage: str
@@ -50,7 +51,8 @@ class Pair(NamedTuple):
     kept: list[int] | None
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True)
+class Work:
     """What an image takes in a phase. A multiply-add counts as two operations."""
 
     teacher_flops: int
@@ -61,7 +63,8 @@ class Work(NamedTuple):
     student_maps: list[tuple[int, ...]]  # shape of each map that the phase reads of the student
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """Recomputing a phase's targets against reading them, in seconds of one device after the other."""
 
     source: str  # the cheaper: live or cached
@@ -70,7 +73,8 @@ class Choice(NamedTuple):
     uncached: str | None  # why they cannot be cached
 
 
-class PhaseCost(NamedTuple):
+@dataclass(frozen=True)
+class PhaseCost:
     name: str
     start: int  # step
     steps: int
@@ -84,7 +88,8 @@ class PhaseCost(NamedTuple):
     hours: float
 
 
-class Scale(NamedTuple):
+@dataclass(frozen=True)
+class Scale:
     """A number of nodes, every device with as many images a step as now (weak scaling); values by phase."""
 
     nodes: int
@@ -126,7 +131,10 @@ def measure(
     settings: Config, student: Network | Heads, targets_of: LiveTargets, objective: Objective, phase: Phase
 ) -> Work:
     """The work of a phase, from its loss and gradient on fake images: nothing is computed, and nothing changed."""
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
     runs = [_run(settings, student, targets_of, objective, phase, batch) for batch in _SEEN]
+    for buffer, before in buffers:
+        buffer.copy_(before)  # batch norm has counted the batches
     (*_, fewer, _, _), (teacher_flops, student_flops, more, targets, maps) = runs
     activation_bytes = (more - fewer) // (_SEEN[1] - _SEEN[0])
     batch_bytes = fewer - _SEEN[0] * activation_bytes
@@ -158,7 +166,7 @@ def _run(
         return tensor
 
     student.train()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(batch, *build.input_size(settings), dtype=torch.uint8, device=parameter.device)
         labels = torch.zeros(batch, dtype=torch.int64, device=parameter.device)
         if settings.kd.mix and not phase.pairs:
@@ -578,7 +586,7 @@ def _pairs(
     if not plan.pairs:
         return []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        images = torch.zeros(1, *build.input_size(settings), dtype=torch.uint8)
+        images = torch.zeros(_SEEN[0], *build.input_size(settings), dtype=torch.uint8)
         sides = (teacher, [p.teacher_stage for p in plan.pairs]), (student, [p.student_stage for p in plan.pairs])
         maps = [[tuple(m.shape[1:]) for m in network.maps(images, stages)] for network, stages in sides]
     pairs = []
@@ -697,8 +705,8 @@ def _scaled(e: Estimate, machine: config.Machine) -> str:
         _table(f"Scaling under DDP, {batch} images a device (same batch: {e.global_batch} on all)", columns, rows)
         + f"\nRing all-reduce: machine.intra_node_bytes_per_second {machine.intra_node_bytes_per_second:.3g}, "
         f"inter_node_bytes_per_second {machine.inter_node_bytes_per_second:.3g} a device, latency_seconds "
-        f"{machine.latency_seconds:.3g} a hop, overlap {machine.overlap:g}. Of the phases the one that scales worst, and the "
-        "last."
+        f"{machine.latency_seconds:.3g} a hop, overlap {machine.overlap:g}. Of the phases "
+        "the one that scales worst, and the last."
     )
 
 
