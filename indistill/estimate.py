@@ -696,7 +696,7 @@ def _scaled(e: Estimate, machine: config.Machine) -> str:
     for s in e.scaling:
         row = [str(s.nodes), str(s.devices)]
         for name in shown:
-            kept = f"{s.batch_efficiency[name]:.0%} of {s.batch}" if s.batch else "-"
+            kept = f"{s.batch_efficiency[name]:.0%} at {s.batch}" if s.batch else "-"
             seconds, rate = s.communication_seconds[name], s.images_per_second[name]
             row += [f"{1e3 * seconds:.1f}", f"{rate:,.0f}", f"{s.efficiency[name]:.0%}", kept]
         rows.append(row)
