@@ -125,8 +125,8 @@ def peak(plan: estimate.Estimate, peaks: dict[str, int]) -> str:
     columns = ["phase", "activations", "images", "gradients", "measured peak", "error of the first two", "of all three"]
     return (
         f"## Memory of a step, MB\n\n{table(columns, rows)}\n\nWhat the allocator had out at most during one step, "
-        "beyond weights, optimizer and teacher, which are there before it (torch.profiler). The plan counts all three, as DDP "
-        "holds all gradients in every phase; one process has those of the layers that are trained, and deep layers' "
+        "beyond weights, optimizer and teacher, which are there before it (torch.profiler). The plan counts all "
+        "three, as DDP holds all gradients in every phase; one process has those of trained layers, and deep layers' "
         "while the shallow ones' activations are still there. Buffers of single operations are in the peak alone."
     )
 

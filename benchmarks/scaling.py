@@ -146,9 +146,9 @@ def speed(runs: dict[int, list[list[list[recorded.Step]]]]) -> str:
             rows.append([phase, str(world), *times, f"{rate:.1f}", *ratios])
     columns = ["phase", "processes", "wall ms a step", "CPU ms a step and process", "images/s", "wall efficiency"]
     return (
-        f"## Speed\n\n{table([*columns, 'CPU efficiency'], rows)}\n\nMedians over all steps and processes. Efficiency is "
-        "the time of one process, which has no DDP, over that of each of several. The CPU's time holds what DDP and gloo "
-        "copy and sum, not what a process waits for others."
+        f"## Speed\n\n{table([*columns, 'CPU efficiency'], rows)}\n\nMedians over all steps and processes. Efficiency "
+        "is the time of one process, which has no DDP, over that of each of several. The CPU's time holds what DDP and "
+        "gloo copy and sum, not what a process waits for others."
     )
 
 

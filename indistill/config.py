@@ -146,7 +146,9 @@ class Augment(Section):
     rand_augment: RandAugment | None = None
     color_jitter: ColorJitter | None = None
     random_erasing: RandomErasing | None = None
-    views: PositiveInt | None = None  # of an image, taken in turn, epoch by epoch; None: a new one in every epoch
+
+    # So many views of each sample, over and over: that of an epoch is epoch % views. None: a new one every epoch.
+    views: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _ranges(self) -> Augment:
@@ -447,13 +449,22 @@ class KD(PhaseTraining):
 
 
 class Targets(Section):
-    """Where the teacher's targets come from: the teacher, run on every batch, or a store of them."""
+    """Where the teacher's outputs come from: from it, on every batch, or from what `indistill targets` stored.
 
-    source: Literal["live", "cached", "auto"] = "live"  # auto: for each phase what `indistill plan` finds cheaper
-    dir: str | None = None  # of the store
-    top_k: PositiveInt | None = None  # of the logits only the k largest; None: all, in float32
-    features: Literal["float32", "bf16", "int8"] = "bf16"  # of maps; int8 has one float32 scale per channel
-    pool: PositiveInt | None = None  # maps of more than this many pixels a side are averaged to it
+    What is stored is exact unless `top_k` or `features` say otherwise.
+    """
+
+    source: Literal["live", "cached", "auto"] = "live"
+    dir: str | None = None  # of the stored ones; for training also a URL. None: run_dir/targets
+    top_k: PositiveInt | None = None  # the largest probabilities of each sample; None: all logits, float32
+    features: Literal["float32", "bf16", "int8"] = "float32"  # int8: with a scale per sample and channel
+    # Maps of more than so many pixels a side are averaged to that, live as well as stored. (No loss is the same after,
+    # though one against a smaller student map averages anyway.)
+    pool: PositiveInt | None = None
+
+    @property
+    def lossy(self) -> bool:
+        return self.top_k is not None or self.features != "float32"
 
 
 class Ema(Section):
@@ -542,6 +553,8 @@ class Config(Section):
     heads: Heads = Heads()
     warmup: Warmup | None = None
     kd: KD = KD()
+    # A bare word is the source: `targets: cached`.
+    targets: Annotated[Targets, BeforeValidator(lambda x: {"source": x} if isinstance(x, str) else x)] = Targets()
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     max_hours: PositiveFloat | None = None  # of one start: then a checkpoint, and exit code 75
@@ -554,7 +567,6 @@ class Config(Section):
     grad_accumulation: PositiveInt = 1
     clip_grad_norm: PositiveFloat | None = None
     sync_batchnorm: bool = False  # the student's batch statistics over all ranks; GPUs only
-    targets: Targets = Targets()
     engine: Engine | None = None  # how the processes share the training; None: as `accelerate launch` says, else ddp
     ema: Ema | None = None
     evaluate: Evaluate = Evaluate()

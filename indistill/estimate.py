@@ -173,7 +173,8 @@ def _run(
             labels = torch.zeros(batch, settings.data.num_classes, device=parameter.device)
         with FlopCounterMode(display=False) as teaching, autocast:
             targets = targets_of(images, phase)
-        with FlopCounterMode(display=False) as learning:
+        backward = {torch.ops.aten.convolution_backward: _convolution_backward}
+        with FlopCounterMode(display=False, custom_mapping=backward) as learning:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 run = convert_outputs_to_fp32(autocast(student.forward))
                 output = run(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
@@ -181,6 +182,18 @@ def _run(
             trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
             torch.autograd.grad(loss, trained, allow_unused=True)
     return teaching.get_total_flops(), learning.get_total_flops(), sum(kept.values()), targets, output.features
+
+
+def _convolution_backward(
+    gradient: Sequence[int], images: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    """Operations of `aten::convolution_backward`, from shapes: as many as forward for either gradient that is wanted.
+
+    torch's own formula counts the weight's of a grouped convolution as if each channel saw all others.
+    """
+    *_, transposed, _, _, wanted = rest
+    pixels = math.prod((images if transposed else gradient)[2:])
+    return sum(wanted[:2]) * 2 * images[0] * pixels * math.prod(weight)
 
 
 def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Targets) -> dict[str, Tensor]:
@@ -219,7 +232,8 @@ def record_bytes(name: str, shape: Sequence[int], section: config.Targets) -> in
         scales = _FLOAT * channels if section.features == "int8" else 0
         return channels * pixels * {"float32": 4, "bf16": 2, "int8": 1}[section.features] + scales + checksum
     if section.top_k and name != "embedding":
-        return min(section.top_k, shape[0]) * (_FLOAT + 4) + checksum  # value and class
+        number = 2 if shape[0] <= 2**15 else 4  # of a class
+        return section.top_k * (_FLOAT + number) + _FLOAT + checksum  # probabilities, classes, what is left over
     return _FLOAT * shape[0] + checksum
 
 
@@ -229,6 +243,8 @@ def uncached(settings: Config, phase: Phase) -> str | None:
         return "data.access: stream"
     if settings.data.augment.views is None:
         return "no data.augment.views"
+    if settings.warmup and settings.warmup.curriculum == "auto":
+        return "warmup.curriculum: auto"
     if phase.pairs:
         return "prune.mode: paper_bn" if settings.warmup.prune.mode == "paper_bn" else None
     if settings.kd.mix and (settings.kd.mix.mixup or settings.kd.mix.cutmix):
