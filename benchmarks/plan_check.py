@@ -1,6 +1,6 @@
 """How far is `indistill plan` from what training then takes?
 
-    OMP_NUM_THREADS=1 python benchmarks/plan_check.py [--rounds 3]
+    OMP_NUM_THREADS=1 python benchmarks/plan_check.py [--rounds 4]
 
 Method: benchmarks/README.md. It prints its tables and writes them to benchmarks/results/plan_check.md.
 """
@@ -29,7 +29,7 @@ RESULT = Path(__file__).parent / "results" / "plan_check.md"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     heading = recorded.heading("Plan and run", f"python benchmarks/plan_check.py --rounds {arguments.rounds}")
