@@ -8,19 +8,15 @@ Method: benchmarks/README.md. It prints its tables and writes them to benchmarks
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import io
 import itertools
-import os
-import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +25,7 @@ import timm.data
 import torch
 import webdataset
 from PIL import Image
+from report import RESULTS, heading, table
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -39,7 +36,6 @@ from indistill import augment, config, data, decode, shards
 SIZE = 224  # pixels
 BATCH = 64
 SEED = 0
-RESULT = Path(__file__).parent / "results" / "loader.md"
 LIBRARIES = ("torch", "torchvision", "timm", "webdataset", "pillow", "simplejpeg", "numpy")
 IMAGENET_SAMPLES, IMAGENET_SHARDS = 1_281_167, 1024
 
@@ -51,6 +47,7 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data/imagenet-sample", help="folder of .tar shards of JPEGs")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
+    command = f"python benchmarks/loader.py --data {arguments.data} --rounds {arguments.rounds}"
     torch.set_num_threads(1)
     random.seed(SEED)
     urls = sorted(str(path) for path in Path(arguments.data).glob("*.tar"))
@@ -59,37 +56,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         files = [sample.image for sample in shards.ShardSet(urls, cache_dir=scratch).iterate()]
         parts = [
-            heading(arguments, files),
+            heading("Loader", command, LIBRARIES) + about(files),
             loaders(urls, files, Path(scratch), arguments.rounds),
             decoders(files, arguments.rounds),
             cold_start(files, Path(scratch)),
         ]
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(parts))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "loader.md").write_text("\n".join(parts))
     print("\n".join(parts))
 
 
-def heading(arguments: argparse.Namespace, files: list[bytes]) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    load = " ".join(f"{minutes:.1f}" for minutes in os.getloadavg())
+def about(files: list[bytes]) -> str:
     kilobytes = np.mean([len(file) for file in files]) / 1e3
     megapixels = np.mean([np.prod(Image.open(io.BytesIO(file)).size) for file in files]) / 1e6
-    return f"""# Loader
-
-`python benchmarks/loader.py --data {arguments.data} --rounds {arguments.rounds}`,
-{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()},
-Python {platform.python_version()}; load average {load} at the start.
-{versions}.
-{len(files)} JPEGs, on average {kilobytes:.0f} kB and {megapixels:.2f} Mpixel.
-"""
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    return f"{len(files)} JPEGs, on average {kilobytes:.0f} kB and {megapixels:.2f} Mpixel.\n"
 
 
 # --- whole loaders ---------------------------------------------------------------------------------------------------
@@ -292,11 +272,6 @@ def play(turns: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
             if number:
                 seconds[name].append(time.process_time() - begin)
     return seconds
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import recorded
 import torch
 from recorded import table
 
-from indistill import config, estimate, metrics
+from indistill import config, estimate, metrics, precompute
 from indistill import train as training
 
 SIZE, BATCH, STEPS, LAST = 96, 16, 5, 6
@@ -38,12 +38,14 @@ def main() -> None:
         plan = estimate.of_run(settings, world=1)
         runs = [recorded.train(at(settings, folder / f"run{i}")) for i in range(arguments.rounds)]
         peaks = memory(at(settings, folder / "profiled"))
+        files = stored(settings, folder / "targets")
     parts = [
         heading,
         f"ResNet-34 to a ResNet-18 of half the width, {BATCH} images of {SIZE} pixels a step, one process and thread, "
         f"float32, {arguments.rounds} runs of {4 * STEPS + LAST} steps.",
         times(plan, runs),
         peak(plan, peaks),
+        targets(plan, files),
     ]
     RESULT.write_text("\n\n".join(parts) + "\n")
     print(RESULT.read_text())
@@ -128,6 +130,33 @@ def peak(plan: estimate.Estimate, peaks: dict[str, int]) -> str:
         "beyond weights, optimizer and teacher, which are there before it (torch.profiler). The plan counts all "
         "three, as DDP holds all gradients in every phase; one process has those of trained layers, and deep layers' "
         "while the shallow ones' activations are still there. Buffers of single operations are in the peak alone."
+    )
+
+
+def stored(settings: config.Config, folder: Path) -> dict[str, int]:
+    """Bytes on the disk of the targets of one view of all images, by target, as `indistill targets` writes them."""
+    one_view = settings.data.augment.model_copy(update={"views": 1})
+    cached = settings.model_copy(
+        update={
+            "data": settings.data.model_copy(update={"augment": one_view}),
+            "targets": config.Targets(source="cached", dir=str(folder)),
+        }
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        precompute.write(cached)
+    fields = sorted(path for path in (folder / "view-000").iterdir())
+    return {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in fields}
+
+
+def targets(plan: estimate.Estimate, files: dict[str, int]) -> str:
+    records = {name: size for phase in plan.phases for name, size in phase.record_bytes.items()}
+    rows = []
+    for name in sorted(records.keys() | files.keys()):
+        predicted, found = records.get(name, 0) * plan.samples, files.get(name, 0)
+        rows.append([name, f"{predicted:,}", f"{found:,}"])
+    return (
+        f"## Bytes of cached targets\n\n{table(['target', 'predicted', 'measured'], rows)}\n\nOne view of "
+        f"{plan.samples} images, in float32: what `indistill targets` leaves on the disk."
     )
 
 

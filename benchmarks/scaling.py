@@ -209,7 +209,7 @@ def fit(sums: dict[int, dict[int, float]]) -> str:
     return (
         f"## The ring, fitted\n\n{table(columns, rows)}\n\nAll-reduces by themselves, medians; fitted: latency_seconds "
         f"{machine.latency_seconds:.2g} a hop, intra_node_bytes_per_second {1 / per_byte:.3g}. Median error "
-        f" {statistics.median(errors):.0%}, largest {max(errors):.0%}."
+        f"{statistics.median(errors):.0%}, largest {max(errors):.0%}."
     )
 
 

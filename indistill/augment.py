@@ -1,4 +1,4 @@
-"""Augmentation as a pure function of (seed, epoch, sample id).
+"""Augmentation as a pure function of (seed, view, sample id), where each epoch has its view, if nothing else is asked.
 
 The same sample gets the same view in a given epoch whatever worker, rank or world size computes it, so a view can be
 computed elsewhere, or again. The recipes are those of timm and torchvision, with every parameter drawn here.
@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing
 from indistill.decode import BadImage, Box, cut, decode, decode_crop
 
-__all__ = ["BadImage", "decode", "eval_view", "train_view", "train_views", "uniforms"]
+__all__ = ["BadImage", "decode", "eval_view", "train_view", "train_views", "uniforms", "view_of"]
 
 _TRIES = 10  # to find a rectangle that fits; of 2 draws each; as many as torchvision's and timm's
 # Uniform numbers per sample and epoch. Each part has its own, so that switching one on leaves the others as they are.
@@ -42,15 +42,20 @@ _NOISE = np.array(
 _NOISE = _NOISE.round().clip(0, 255).astype(np.uint8)
 
 
-def uniforms(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+def view_of(recipe: Augment, epoch: int) -> int:
+    """Which view of its samples an epoch shows, as `uniforms` takes it."""
+    return epoch if recipe.views is None else epoch % recipe.views
+
+
+def uniforms(seed: int, view: int, ids: np.ndarray) -> np.ndarray:
     """Random numbers in [0, 1) that depend on their counters alone: float64 [len(ids), DRAWS].
 
-    Counter-based (the SplitMix64 finaliser over seed, epoch, id and position), since seeding a generator per sample
+    Counter-based (the SplitMix64 finaliser over seed, view, id and position), since seeding a generator per sample
     would cost more than a small image's crop.
     """
     with np.errstate(over="ignore"):
         state = _mix(np.uint64(seed))
-        state = _mix(state ^ np.uint64(epoch))
+        state = _mix(state ^ np.uint64(view))
         state = _mix(state ^ np.asarray(ids, dtype=np.uint64))[:, None]  # [B, 1]
         bits = _mix(state ^ np.arange(DRAWS, dtype=np.uint64))  # [B, DRAWS]
     return (bits >> np.uint64(11)) * 2.0**-53

@@ -7,29 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed as seed_everything
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from indistill import engine, models, projectors, prune, taps
+from indistill import config, engine, models, pipeline, projectors, prune, store, taps
 from indistill.config import Config, UserError
 from indistill.models import Heads, Network
 from indistill.objective import reads
 from indistill.prune import Plan
-from indistill.targets import LiveTargets
+from indistill.targets import CachedTargets, LiveTargets
+
+if TYPE_CHECKING:
+    from indistill.sources import Sources
 
 NO_PLAN = Plan("none", "none", [])
 
 
 def networks(
-    accelerator: Accelerator, settings: Config, run_dir: Path, calibration: Callable[[int], DataLoader]
-) -> tuple[Network | Heads, LiveTargets, Plan]:
+    accelerator: Accelerator,
+    settings: Config,
+    run_dir: Path,
+    calibration: Callable[[int], DataLoader],
+    sources: Sources,
+) -> tuple[Network | Heads, LiveTargets | CachedTargets, Plan]:
     """What is trained, on the device; the teacher's targets; the plan that binds the stages of both.
 
-    `calibration(n)` gives this rank's share of n global batches. Raises UserError for whatever does not fit.
+    `calibration(n)` gives this rank's share of n global batches, `sources` the teacher. Raises UserError for whatever
+    does not fit.
     """
     seed_everything(settings.seed)
     device, size, losses = accelerator.device, input_size(settings), settings.kd.losses
@@ -40,12 +50,21 @@ def networks(
     if settings.teacher is None:
         return trainable(settings, Network(net, *normalisation)).to(device), LiveTargets(None, NO_PLAN, size), NO_PLAN
 
+    reader = open_targets(accelerator, settings) if settings.targets.source == "cached" else None
     # One that is to be sharded may not fit a device, and stays on the CPU until then.
     shard_on = device if settings.teacher.shard and accelerator.num_processes > 1 else None
-    teacher = create_teacher(settings).to("cpu" if shard_on else device)
-    plan = agree_on_plan(accelerator, settings, run_dir, teacher, net, calibration) if settings.warmup else NO_PLAN
+    if reader is None:
+        with torch.random.fork_rng():  # whether it is created here or not, the student's layers begin the same
+            torch.manual_seed(settings.seed)
+            teacher = sources.teacher(settings).to("cpu" if shard_on else device)
+    teacher_net = reader.manifest.teacher if reader else teacher.net
+    plan = NO_PLAN
+    if settings.warmup and reader:
+        plan = stored_plan(accelerator, settings, run_dir, reader, net)
+    elif settings.warmup:
+        plan = agree_on_plan(accelerator, settings, run_dir, teacher, net, calibration)
     stages = [(pair.teacher_stage, pair.student_stage) for pair in plan.pairs]
-    kd_pairs = choose_pairs(settings, teacher.net, net) if reads(losses, "features") else []
+    kd_pairs = choose_pairs(settings, teacher_net, net) if reads(losses, "features") else []
     student = Network(
         net,
         *normalisation,
@@ -57,19 +76,26 @@ def networks(
         },
         reads=[what for what in ("logits", "embedding", "token") if reads(losses, what)],
         kd_stages=[student_stage for _, student_stage in kd_pairs],
-        projectors=projectors.create(losses, projector_shape(teacher.net, net, kd_pairs)),
+        projectors=projectors.create(losses, projector_shape(teacher_net, net, kd_pairs)),
     )
+    kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
+    if reader:
+        check_cohort(losses, reader.manifest.heads)
+        return trainable(settings, student).to(device), CachedTargets(reader, losses, kd_stages), plan
+
     teacher.stages = [teacher_stage for teacher_stage, _ in stages]
     cohort = settings.teacher.heads and Heads.load(settings.teacher.heads, teacher, settings.data.image_size)
-    for loss in losses:
-        if loss.name == "dih" and loss.weights is not None and len(loss.weights) != 1 + len(cohort.stages):
-            raise UserError(
-                f"kd.losses: dih.weights: {len(loss.weights)} for the teacher and {len(cohort.stages)} heads"
-            )
-    kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
-    precision = settings.teacher.precision or settings.mixed_precision
-    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, settings.compile)
+    check_cohort(losses, len(cohort.stages) if cohort else 0)
+    precision, pool = settings.teacher.precision or settings.mixed_precision, settings.targets.pool
+    run = sources.forward(teacher, settings)
+    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, run, pool)
     return trainable(settings, student).to(device), targets_of, plan
+
+
+def check_cohort(losses: Sequence[config.Loss], heads: int) -> None:
+    for loss in losses:
+        if loss.name == "dih" and loss.weights is not None and len(loss.weights) != 1 + heads:
+            raise UserError(f"kd.losses: dih.weights: {len(loss.weights)} for the teacher and {heads} heads")
 
 
 def trainable(settings: Config, student: Network) -> Network:
@@ -175,3 +201,51 @@ def agree_on_plan(
         return plan
 
     return engine.on_main(accelerator, read_or_make)
+
+
+# --- targets that are stored -----------------------------------------------------------------------------------------
+
+
+def open_targets(accelerator: Accelerator, settings: Config) -> store.Reader:
+    """Raises UserError, naming what differs, unless the stored targets are this config's."""
+    root = store.directory(settings)
+
+    def read() -> store.Manifest:
+        manifest = store.load(root)
+        store.check(root, manifest, settings, weights_hashes(settings))
+        return manifest
+
+    section = settings.data
+    return store.Reader(root, engine.on_main(accelerator, read), section.cache_dir, int(section.cache_bytes))
+
+
+def weights_hashes(settings: Config) -> dict[str, str | None]:
+    """By key of the config, the SHA-256 of the files that the teacher comes from; None for one that is not here."""
+    files = {"teacher.checkpoint": settings.teacher.checkpoint, "teacher.heads": settings.teacher.heads}
+    return {key: pipeline.sha256(Path(file)) if Path(file).is_file() else None for key, file in files.items() if file}
+
+
+def stored_plan(
+    accelerator: Accelerator, settings: Config, run_dir: Path, reader: store.Reader, student: nn.Module
+) -> Plan:
+    """The plan that the targets were made by, kept as that of the run. Raises UserError if it is of another student."""
+    plan, path = reader.manifest.pruning(), run_dir / "prune_plan.json"
+    pairs, key = settings.warmup.pairs, "warmup.pairs"
+    pairs = taps.match(reader.manifest.teacher, student) if pairs == "auto" else pairs
+    taps.check(pairs, reader.manifest.teacher, student, key)
+    again = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
+    ours = [(teacher, stage, taps.stages(student)[stage].channels) for teacher, stage in pairs]
+    theirs = [(pair.teacher_stage, pair.student_stage, pair.student_width) for pair in plan.pairs]
+    if ours != theirs:
+        raise UserError(
+            f"{reader.root}: made for pairs (teacher stage, student stage, width) {theirs}, this student has {ours}: "
+            f"{again}"
+        )
+
+    def keep() -> None:
+        if path.exists() and Plan.read(path).hash != plan.hash:
+            raise UserError(f"{reader.root}: made with another plan than {path}, with which this run began: {again}")
+        path.write_text(plan.to_json())
+
+    engine.on_main(accelerator, keep)
+    return plan

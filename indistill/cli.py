@@ -39,6 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     plan.add_argument("--json", action="store_true", help="all numbers, for programs")
     plan.set_defaults(run=_plan)
 
+    targets = commands.add_parser("targets", help="run the teacher once, for a config with targets: cached")
+    targets.add_argument("config", help="YAML file; what is there is kept, so a job that stopped goes on")
+    targets.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    targets.add_argument(
+        "--verify", type=int, metavar="N", help="recompute N random records; exit code 1 if any differs"
+    )
+    targets.set_defaults(run=_targets)
+
     _add_shards(commands.add_parser("shards", help="pack, index and verify WebDataset shards"))
 
     arguments, rest = parser.parse_known_args(argv)
@@ -174,3 +182,15 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(
         "\n\n\n".join(f"stage {name}: " * bool(name) + estimate.text(of_stage) for name, of_stage in estimates.items())
     )
+
+
+def _targets(arguments: argparse.Namespace) -> None:
+    from indistill import config
+
+    settings = config.load(arguments.config, arguments.overrides)
+    from indistill import precompute
+
+    if arguments.verify is None:
+        precompute.write(settings)
+    elif not precompute.verify(settings, arguments.verify):
+        sys.exit(1)

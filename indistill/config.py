@@ -617,6 +617,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _targets_that_can_be_stored(self) -> Config:
+        if self.targets.top_k is not None and self.targets.top_k > self.data.num_classes:
+            raise ValueError(f"targets.top_k is larger than data.num_classes ({self.data.num_classes}): lower it")
+        if self.targets.source == "cached" and (reason := why_not_stored(self)):
+            raise ValueError(f"targets: cached: {reason}, or set targets: live")
+        return self
+
+    @model_validator(mode="after")
     def _data_where_needed(self) -> Config:
         if self.evaluate.every is not None and self.data.eval is None:
             raise ValueError("evaluate.every needs shards to evaluate on: set data.eval")
@@ -625,6 +633,24 @@ class Config(Section):
         if self.evaluate.retrieval and self.data.access == "stream":
             raise ValueError("evaluate.retrieval needs the training set by index: set data.access: index")
         return self
+
+
+def why_not_stored(config: Config) -> str | None:
+    """Why a run's targets cannot be stored, with the remedy; None if they can."""
+    mix, warmup = config.kd.mix, config.warmup
+    if config.stage == "heads" or config.teacher is None:
+        return "there are none without teacher and student: add the sections"
+    if config.data.augment.views is None:
+        return "data.augment.views, how many views of each sample there are, is missing: set it"
+    if config.data.access == "stream":
+        return "data.access: stream has no sample ids to store them by: set it to index"
+    if mix is not None and (mix.mixup or mix.cutmix):
+        return "kd.mix makes new images at every step: remove it"
+    if warmup is not None and warmup.prune.mode == "paper_bn":
+        return "warmup.prune.mode: paper_bn depends on the batch: set it to slice"
+    if warmup is not None and warmup.curriculum == "auto":
+        return "warmup.curriculum: auto does not say ahead which targets a step reads: choose another"
+    return None
 
 
 # Keys that may change between two starts of the same run: they alter how it runs, not what it computes.
@@ -642,6 +668,7 @@ OPERATIONAL_KEYS = (
     "evaluate.batch",
     "teacher.shard",
     "machine",
+    "targets.dir",
 )
 # Keys that may differ between the nodes of a run.
 NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")
@@ -653,8 +680,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Raises UserError, in one line, for a missing or malformed file and for any unknown or ill-typed key.
     """
     tree = read(path, overrides)
-    if "stages" in tree:
-        raise UserError(f"{path} is a chain of stages: give the config.yaml in a stage's run directory instead")
+    for kind in ("stages", "students"):
+        if kind in tree:
+            raise UserError(f"{path} has several {kind}: give the config.yaml in the run directory of one instead")
     return parse(tree, source=" ".join([str(path), *overrides]))
 
 
@@ -723,8 +751,11 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def flatten(config: Config, without: Collection[str] = OPERATIONAL_KEYS) -> dict[str, Any]:
-    """Dotted keys to plain values; without the operational keys: what defines the computation."""
+def flatten(config: Config, without: Collection[str] | None = None) -> dict[str, Any]:
+    """Dotted keys to plain values; without the operational keys (None): what defines the computation."""
+    if without is None:
+        # A run may go on from stored targets that are exact, or without. From rounded ones it would be another run.
+        without = OPERATIONAL_KEYS if config.targets.lossy else (*OPERATIONAL_KEYS, "targets.source")
 
     def walk(prefix: str, value: Any):
         if prefix in without:

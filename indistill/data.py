@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from indistill.config import UserError
 from indistill.order import SampleOrder
 from indistill.shards import ShardSet
 
+if TYPE_CHECKING:
+    from indistill.store import Reader
+
 PREFETCH_STEPS = 32  # how far ahead of the loader the next remote shards are fetched
 
 
@@ -25,6 +28,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [B]
     ids: Tensor  # int64 [B], place of each sample in the data set; -1 where it has none (data.access: stream)
     replaced: list[str]  # the samples that could not be decoded, and why: others stand in for them
+    records: Mapping[str, Tensor] = {}  # stored targets, uint8 [B, bytes of a record] per field (store.py)
 
 
 class Request(NamedTuple):
@@ -34,6 +38,8 @@ class Request(NamedTuple):
     step: int  # within the epoch
     first_row: int  # place of ids[0] in the global batch
     ids: np.ndarray  # int64 [B]
+    fields: tuple[str, ...] = ()  # of the stored targets, which are to come along
+    stand_ins: bool = True  # else a sample that cannot be decoded leaves a black image, with id -1
 
 
 class ImageDataset(Dataset):
@@ -47,6 +53,7 @@ class ImageDataset(Dataset):
     def __init__(self, shards: ShardSet, section: config.Data, seed: int, order: SampleOrder | None = None) -> None:
         self.shards, self.section, self.seed, self.order = shards, section, seed, order
         self.memory = self._decode_all() if section.in_memory else None
+        self.stored: Reader | None = None  # what a request's fields are read from
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -61,7 +68,8 @@ class ImageDataset(Dataset):
         size, count = self.section.image_size, len(request.ids)
         ids = np.array(request.ids)
         replaced: list[str] = []
-        draws = augment.uniforms(self.seed, request.epoch, ids)  # [B, DRAWS]
+        view = augment.view_of(self.section.augment, request.epoch)
+        draws = augment.uniforms(self.seed, view, ids)  # [B, DRAWS]
         if self.order is not None and self.memory is not None:
             pixels, all_labels, missing = self.memory
             images, labels = augment.train_views(pixels[ids], draws, self.section.augment, size), all_labels[ids]
@@ -76,8 +84,11 @@ class ImageDataset(Dataset):
                 if self.order is None:
                     raise
                 replaced.append(str(bad))
-                ids[row], images[row], labels[row] = self._stand_in(request, row, replaced)
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids), replaced)
+                ids[row], images[row], labels[row] = (
+                    self._stand_in(request, row, replaced) if request.stand_ins else (-1, 0, -1)
+                )
+        records = self.stored.read(view, ids, request.fields) if request.fields else {}
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids), replaced, records)
 
     def _view(self, sample_id: int, draws: np.ndarray) -> tuple[np.ndarray, int]:
         """The augmented or evaluation view [3, S, S] of a sample, and its label. Raises BadImage."""
@@ -97,7 +108,8 @@ class ImageDataset(Dataset):
         place += request.step * per_stream
         for later in range(place + 1, place + self.order.span):
             sample_id = self.order.stream_sample(request.epoch, stream, later)
-            draws = augment.uniforms(self.seed, request.epoch, np.array([sample_id]))[0]
+            view = augment.view_of(self.section.augment, request.epoch)
+            draws = augment.uniforms(self.seed, view, np.array([sample_id]))[0]
             try:
                 return sample_id, *self._view(sample_id, draws)
             except BadImage as bad:
@@ -155,23 +167,36 @@ class IndexedTraining:
         self.dataset = ImageDataset(shards, section, seed, self.order)
         self.steps_per_epoch = self.order.steps_per_epoch(section.global_batch)
         self.fingerprint = shards.fingerprint
+        self.fields_at: Callable[[int], tuple[str, ...]] = lambda step: ()
+
+    def bring_along(self, stored: Reader, fields_at: Callable[[int], tuple[str, ...]]) -> None:
+        """Have loaders read from the stored targets what each global step needs of them."""
+        self.dataset.stored, self.fields_at = stored, fields_at
 
     def loader(self, first_step: int, last_step: int, device: torch.device) -> DataLoader:
         """The micro-batches of the global steps [first_step, last_step)."""
-        return _loader(self.dataset, self._requests(first_step, last_step), device)
+        return loader(self.dataset, self._requests(first_step, last_step), device)
 
     def _requests(self, first_step: int, last_step: int) -> Iterator[Request]:
         rank_batch = self.section.global_batch // self.world
         micro_batch = rank_batch // self.accumulation
         ahead = copy.deepcopy(self.order)  # with caches of its own, at another place of the epoch
         for step in range(first_step, last_step):
-            if self.dataset.shards.remote:
-                self.dataset.shards.prefetch(self._ids(ahead, min(step + PREFETCH_STEPS, last_step - 1)))
+            self._prefetch(ahead, min(step + PREFETCH_STEPS, last_step - 1))
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            fields = self.fields_at(step)
             ids = self._ids(self.order, step)
             for begin in range(0, rank_batch, micro_batch):
                 first_row = self.rank * rank_batch + begin
-                yield Request(epoch, step_of_epoch, first_row, ids[begin : begin + micro_batch])
+                yield Request(epoch, step_of_epoch, first_row, ids[begin : begin + micro_batch], fields)
+
+    def _prefetch(self, order: SampleOrder, step: int) -> None:
+        shards, stored = self.dataset.shards, self.dataset.stored
+        if shards.remote:
+            shards.prefetch(self._ids(order, step))
+        if stored is not None and stored.remote and (fields := self.fields_at(step)):
+            view = augment.view_of(self.section.augment, step // self.steps_per_epoch)
+            stored.prefetch(view, self._ids(order, step), fields)
 
     def _ids(self, order: SampleOrder, step: int) -> np.ndarray:
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
@@ -209,7 +234,7 @@ def eval_loader(dataset: ImageDataset, batch: int, rank: int, world: int, device
     """One rank's share of the set, in order."""
     share = eval_shares(len(dataset), world)[rank]
     requests = (Request(0, 0, i, np.array(share[i : i + batch])) for i in range(0, len(share), batch))
-    return _loader(dataset, requests, device)
+    return loader(dataset, requests, device)
 
 
 class _Requests(Sampler):
@@ -222,7 +247,8 @@ class _Requests(Sampler):
         return self.requests
 
 
-def _loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> DataLoader:
+def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> DataLoader:
+    """The batch of each request, in order."""
     workers = 0 if dataset.memory is not None else dataset.section.workers  # a crop from memory is no work to share
     return DataLoader(
         dataset,

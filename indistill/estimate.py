@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import build, config, models, optim, prune, relational, taps
+from indistill import build, config, models, optim, prune, relational, store, taps
 from indistill.config import Config
 from indistill.curriculum import Phase, Timetable
 from indistill.data import IndexedTraining, check_accumulation
 from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
 from indistill.order import SampleOrder
+from indistill.sources import Sources
 from indistill.stream import StreamedTraining
 from indistill.targets import LiveTargets, Targets
 
@@ -224,17 +225,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def record_bytes(name: str, shape: Sequence[int], section: config.Targets) -> int:
-    """Of one view of an image in a store: the target `name` of `shape`, and a checksum of 4 bytes."""
-    checksum = 4
-    if len(shape) == 3:
-        channels, *sides = shape
-        pixels = math.prod(min(side, section.pool or side) for side in sides)
-        scales = _FLOAT * channels if section.features == "int8" else 0
-        return channels * pixels * {"float32": 4, "bf16": 2, "int8": 1}[section.features] + scales + checksum
-    if section.top_k and name != "embedding":
-        number = 2 if shape[0] <= 2**15 else 4  # of a class
-        return section.top_k * (_FLOAT + number) + _FLOAT + checksum  # probabilities, classes, what is left over
-    return _FLOAT * shape[0] + checksum
+    """Of one view of an image in a store: the target `name` of `shape`, checksum included."""
+    kind, top_k = store.wanted_format(name, len(shape) == 3, section)
+    field = store.Field(format=kind, shape=tuple(shape), dtype="float32", channels_last=False, top_k=top_k)
+    return field.record.itemsize
 
 
 def uncached(settings: Config, phase: Phase) -> str | None:
@@ -564,6 +558,8 @@ def _networks(
     unknown, notes = None, []
     AcceleratorState._reset_state(reset_partial_state=True)  # of a run of this process
     accelerator = Accelerator(cpu=True)
+    live = settings.targets.model_copy(update={"source": "live"})  # a store need not be there yet
+    settings = settings.model_copy(update={"targets": live})
     with tempfile.TemporaryDirectory() as folder:
         if (
             settings.teacher
@@ -583,7 +579,7 @@ def _networks(
             unknown = "decided on calibration batches"
         while True:
             try:
-                return *build.networks(accelerator, settings, Path(folder), None), unknown, notes
+                return *build.networks(accelerator, settings, Path(folder), None, Sources()), unknown, notes
             except models.NoWeights as error:
                 section = getattr(settings, error.role).model_copy(update={"pretrained": False})
                 settings = settings.model_copy(update={error.role: section})

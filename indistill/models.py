@@ -11,6 +11,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _MAX_HEAD_WEIGHTS = 10**8
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
 
 
@@ -91,6 +93,11 @@ class Network(nn.Module):
         self.to(memory_format=torch.channels_last)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as they were when it was first asked for, on all ranks if they are sharded by then."""
+        return fingerprint(self)
 
     def forward(
         self,
@@ -261,6 +268,10 @@ class Heads(nn.Module):
         cohort = self.classify(maps)
         return Output((), None, cohort[-1], cohort=cohort)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self)
+
     def classify(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(classifier(self._flatten(feature)) for classifier, feature in zip(self.classifiers, maps))
 
@@ -291,32 +302,34 @@ class Heads(nn.Module):
         return heads.eval().requires_grad_(False).to(teacher.mean.device)
 
 
-def fingerprint(*modules: nn.Module | None) -> str:
-    """SHA-256 of the modules' weights: what their outputs depend on, wherever they came from.
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a module's weights: what its outputs depend on, wherever they came from.
 
-    Call on all ranks, if one is sharded.
+    Call on all ranks, if it is sharded.
     """
     digest = hashlib.sha256()
-    for module in modules:
-        for name, value in module.state_dict().items() if module else ():
-            value = value.full_tensor() if isinstance(value, DTensor) else value
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, value in module.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def run_in(network: Network, precision: str, hold: bool) -> None:
-    """Have a frozen network run under autocast in `precision` (no: float32), whatever the caller's autocast says.
-
-    With `hold`, weights that autocast would convert at every pass are held in that precision. The outputs are the same,
-    bit for bit: a layer that does more with its weights than multiply (NFNet's, which standardises them) keeps them.
-    """
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    autocast = torch.autocast(network.mean.device.type, dtype, enabled=precision != "no")
+def run_in(network: Network, precision: str) -> None:
+    """Have a frozen network run under autocast in `precision` (no: float32), whatever the caller's autocast says."""
+    autocast = torch.autocast(network.mean.device.type, _DTYPES[precision], enabled=precision != "no")
     network.forward, network.maps = autocast(network.forward), autocast(network.maps)
-    for module in network.modules() if hold else ():
+
+
+def hold(network: Network, precision: str) -> None:
+    """Keep the weights that autocast would convert at every pass in its precision, in place.
+
+    The outputs are the same, bit for bit: a layer that does more with its weights than multiply (NFNet's, which
+    standardises them) keeps them.
+    """
+    for module in network.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
-            module.to(dtype)
+            module.to(_DTYPES[precision])
 
 
 def shard(network: Network, device: torch.device, input_size: tuple[int, int, int]) -> None:

@@ -1,7 +1,7 @@
-"""Chains: a config with `stages`, each a run of its own in `run_dir/NAME`, that train one after the other.
+"""Configs of several runs, each in `run_dir/NAME`: a chain of `stages`, one after the other, or `students` at once.
 
-A stage is what the whole config shares, merged with its own keys. Its teacher may be the student of an earlier stage,
-`teacher: {stage: NAME}`, and its `teacher.heads` what an earlier stage of `stage: heads` trained.
+A stage or student is what the whole config shares, merged with its own keys. A stage's teacher may be the student of an
+earlier stage, `teacher: {stage: NAME}`, and its `teacher.heads` what an earlier stage of `stage: heads` trained.
 """
 
 from __future__ import annotations
@@ -22,41 +22,72 @@ _NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # a directory, and a part of an
 _MAX_HEADER_BYTES = 100_000_000  # of safetensors, by its specification
 
 
+# What decides the images and what the teacher makes of them.
+_SHARED = ("seed", "duration", "data", "teacher", "stage", "mixed_precision", "grad_accumulation", "compile", "kd.mix")
+_SHARED += ("engine", "collective_timeout_minutes", "max_hours")
+
+
+class Students(list):
+    """Name and config of students that train at once, on the same images and one teacher."""
+
+
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[tuple[str, Config]]:
-    """The name and config of every stage of a chain; a plain config is one stage with an empty name.
+    """The name and config of every stage of a chain, or of `Students`; a plain config is one with an empty name.
 
-    Overrides reach what the stages share (`data.root=X`, unless a stage sets it itself) and single stages, by number or
-    name (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any of them.
+    Overrides reach what they share (`data.root=X`, unless one sets it itself) and single ones, by number or name
+    (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any of them.
     """
-    in_file = config.read(path).get("stages")
-    positions = {str(_name(stage)): i for i, stage in enumerate(in_file if isinstance(in_file, list) else [])}
-    tree = config.read(path, [_by_position(override, positions) for override in overrides])
+    in_file = config.read(path)
+    kind = "students" if "students" in in_file else "stages"
+    listed = in_file[kind] if isinstance(in_file.get(kind), list) else []
+    positions = {str(_name(stage)): i for i, stage in enumerate(listed)}
+    tree = config.read(path, [_by_position(override, kind, positions) for override in overrides])
     source = " ".join([str(path), *overrides])
-    if "stages" not in tree:
+    if kind not in tree:
         return [("", config.parse(tree, source))]
+    if kind == "students" and "stages" in tree:
+        raise UserError(f"{source}: students and stages exclude each other: keep one")
 
-    shared, own = {key: value for key, value in tree.items() if key != "stages"}, tree["stages"]
+    shared, own = {key: value for key, value in tree.items() if key != kind}, tree[kind]
     if not own or not isinstance(own, list) or not all(isinstance(stage, dict) for stage in own):
-        raise UserError(f"{source}: stages: expected a list of mappings, one per stage, each with a name")
+        raise UserError(f"{source}: {kind}: expected a list of mappings, each with a name")
     stages: dict[str, Config] = {}
     for i, stage in enumerate(own):
         name = _name(stage)
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError(
-                f"{source}: stages.{i}.name: {name!r} cannot name a directory: a letter, then letters, digits, - and _"
+                f"{source}: {kind}.{i}.name: {name!r} cannot name a directory: a letter, then letters, digits, - and _"
             )
         if name in stages:
-            raise UserError(f"{source}: stages.{i}.name: {name} names an earlier stage too: choose another")
+            raise UserError(f"{source}: {kind}.{i}.name: {name} names an earlier one too: choose another")
         if "run_dir" in stage:
-            raise UserError(f"{source}: stage {name}: run_dir: a stage runs in run_dir/{name} of the chain: remove it")
+            raise UserError(f"{source}: {kind[:-1]} {name}: run_dir: it runs in run_dir/{name} of the file: remove it")
         merged = _merge(shared, {key: value for key, value in stage.items() if key != "name"})
         if isinstance(shared.get("run_dir"), str):
             merged["run_dir"] = str(Path(shared["run_dir"]) / name)
-        where = f"{source}: stage {name}"
-        if isinstance(merged.get("teacher"), dict):
+        where = f"{source}: {kind[:-1]} {name}"
+        if kind == "stages" and isinstance(merged.get("teacher"), dict):
             merged["teacher"] = _teacher(merged["teacher"], stages, where)
         stages[name] = config.parse(merged, where)
-    return list(stages.items())
+        if kind == "students":
+            _check_student(next(iter(stages.values())), stages[name], where)
+    return (Students if kind == "students" else list)(stages.items())
+
+
+def _check_student(first: Config, settings: Config, where: str) -> None:
+    """Raise UserError for a student that cannot train beside the first one."""
+    theirs, mine = (config.flatten(one, without=()) for one in (first, settings))
+    for key in sorted(theirs.keys() | mine.keys()):
+        if f"{key}.".startswith(tuple(f"{part}." for part in _SHARED)) and theirs.get(key) != mine.get(key):
+            raise UserError(
+                f"{where}: {key}: {mine.get(key)} here, {theirs.get(key)} for the first: set it once, for all students"
+            )
+    if settings.teacher is None or settings.stage != "distill":
+        raise UserError(f"{where}: students share a teacher: add the section teacher, and no stage: heads")
+    if settings.engine is not None and settings.engine.name == "deepspeed":
+        raise UserError(f"{where}: engine: DeepSpeed takes one student a process: train them one by one, or use ddp")
+    if settings.teacher.shard:
+        raise UserError(f"{where}: teacher.shard: students need the whole teacher on every process: remove it")
 
 
 def run(stages: list[tuple[str, Config]], resume: str = "auto") -> dict[str, dict[str, Any]]:
@@ -69,7 +100,25 @@ def run(stages: list[tuple[str, Config]], resume: str = "auto") -> dict[str, dic
     run_dir = Path(stages[0][1].run_dir)
     run_dir = run_dir.parent if chain else run_dir
     with preemption.status_in(run_dir), watchdog.explaining(run_dir):
-        return _run(stages, resume, chain)
+        return _run_together(stages, resume) if isinstance(stages, Students) else _run(stages, resume, chain)
+
+
+def _run_together(students: Students, resume: str) -> dict[str, dict[str, Any]]:
+    if resume not in ("auto", "never"):
+        raise UserError(
+            f"--resume {resume}: several students go on from where they stopped, with auto: to go back with one, train "
+            "the config.yaml in its run directory"
+        )
+    for _, settings in students:  # a run that has to be refused is so before another begins
+        _begun(settings)
+    import torch
+
+    from indistill import together
+
+    summaries = together.train(students, resume)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return summaries
 
 
 def _run(stages: list[tuple[str, Config]], resume: str, chain: bool) -> dict[str, dict[str, Any]]:
@@ -109,12 +158,12 @@ def _name(stage: Any) -> Any:
     return stage.get("name") if isinstance(stage, dict) else None
 
 
-def _by_position(override: str, positions: dict[str, int]) -> str:
+def _by_position(override: str, kind: str, positions: dict[str, int]) -> str:
     """`stages.NAME.key=value` with the number of the stage in place of its name."""
     dotted, equals, value = override.partition("=")
     match dotted.split(".", 2):
-        case ["stages", name, key] if name in positions:
-            return f"stages.{positions[name]}.{key}{equals}{value}"
+        case [first, name, key] if first == kind and name in positions:
+            return f"{kind}.{positions[name]}.{key}{equals}{value}"
     return override
 
 
@@ -176,7 +225,7 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
     files = {"teacher.checkpoint": teacher and teacher.checkpoint, "teacher.heads": teacher and teacher.heads}
     files["student.checkpoint"] = settings.student and settings.student.checkpoint
     # A file that is missing is for train to tell.
-    hashes = {key: _sha256(Path(file)) for key, file in files.items() if file and Path(file).is_file()}
+    hashes = {key: sha256(Path(file)) for key, file in files.items() if file and Path(file).is_file()}
     record = run_dir / "inputs.json"
     if begun:
         kept = json.loads(record.read_text()) if record.exists() else {}
@@ -194,7 +243,7 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
             raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another") from None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     """Of a file's content. A safetensors header is sorted first: the library writes metadata in random order."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -106,12 +106,13 @@ class StreamedImages(IterableDataset):
             if not 0 <= labels[row] < section.num_classes:
                 raise UserError(wrong_label(where, labels[row], section.num_classes))
             # There are no ids here: the key, as a number, makes a view the same wherever its sample turns up.
-            draws = augment.uniforms(self.training.seed, int(epoch), np.array([zlib.crc32(key.encode())]))[0]
+            view = augment.view_of(section.augment, int(epoch))
+            draws = augment.uniforms(self.training.seed, view, np.array([zlib.crc32(key.encode())]))[0]
             try:
-                view = augment.train_view(image, draws, section.augment, section.image_size, where)
+                image = augment.train_view(image, draws, section.augment, section.image_size, where)
             except BadImage as bad:
                 replaced.append(str(bad))
                 continue
-            images[row] = view.transpose(2, 0, 1)
+            images[row] = image.transpose(2, 0, 1)
             row += 1
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.full((count,), -1), replaced)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from indistill import models, prune
-from indistill.curriculum import Phase
-from indistill.models import Heads, Network
+from indistill import config, models, prune
+from indistill.curriculum import Phase, Timetable
+from indistill.models import Heads, Network, Output
+from indistill.store import Reader
+
+if TYPE_CHECKING:
+    from indistill.data import IndexedTraining
 
 
 class Targets(NamedTuple):
@@ -27,7 +31,8 @@ class LiveTargets:
     Its parameters are outside the training wrapper and never in a checkpoint. Without a teacher all targets are None.
     `kd_stages` are those whose whole maps KD reads; `heads` classify the maps of theirs. With a device to `shard_on`, a
     teacher on the CPU is cut over it and those of all other ranks, which then run it together. It runs in its own
-    `precision`, whatever the caller's autocast says. `fingerprint` is that of the weights that the targets come from.
+    `precision`, whatever the caller's autocast says, by way of `run` where that is given. Maps of more than `pool`
+    pixels a side are averaged. `fingerprint` is that of the weights that the targets come from.
     """
 
     def __init__(
@@ -39,10 +44,13 @@ class LiveTargets:
         heads: Heads | None = None,
         shard_on: torch.device | None = None,
         precision: str = "no",
-        compile: bool = False,
+        run: Callable[..., Output] | None = None,
+        pool: int | None = None,
     ) -> None:
+        self.pool = pool
         self.teacher, self.kd_stages, self.heads = teacher, list(kd_stages), heads
-        self.fingerprint = models.fingerprint(teacher, heads)
+        self.run = run or teacher
+        self.fingerprint = " ".join(part.fingerprint for part in (teacher, heads) if part)
         self.kept: list[Tensor | None] = []
         self.norms: list[nn.BatchNorm2d] = []
         if teacher is None:
@@ -51,29 +59,35 @@ class LiveTargets:
         teacher.kd_stages = sorted({*kd_stages, *(heads.stages if heads else ())})
         if plan.mode == "paper_bn":
             self.norms = [prune.published_norm(teacher.net, pair.teacher_stage, input_size) for pair in plan.pairs]
-        models.run_in(teacher, precision, hold=shard_on is None)
+        models.run_in(teacher, precision)
+        self.held_in = precision if shard_on is None else "no"  # FSDP takes one precision
         # FSDP gathers weights into tensors that it uses again.
         self.without_gradient = torch.inference_mode if shard_on is None else torch.no_grad
         if shard_on is not None:
             models.shard(teacher, shard_on, input_size)
-        self.run = torch.compile(teacher, dynamic=False) if compile else teacher
         device = teacher.mean.device
         self.kept = [None if pair.kept is None else torch.tensor(pair.kept, device=device) for pair in plan.pairs]
         if heads is not None:
             heads.to(device)
 
-    def __call__(self, images: Tensor, phase: Phase) -> Targets:
-        """Images [B, 3, H, W] as the student gets them, mixing included."""
+    def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
+        """Nothing is stored that batches could bring along."""
+
+    def hold_weights(self) -> None:
+        """Keep the teacher's weights in its precision, once no plan is made from them any more."""
+        if self.teacher is not None:
+            models.hold(self.teacher, self.held_in)
+
+    def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
+        """Images [B, 3, H, W] as the student gets them, mixing included. `records` are for CachedTargets."""
         if self.teacher is None:
             return Targets()
         if phase.pairs:
             maps = self._maps(images, phase.pairs)
             return Targets(tuple(self._prune(feature, pair) for feature, pair in zip(maps, phase.pairs)))
         with self.without_gradient():
-            output = self.run(images)
-            maps = dict(zip(self.teacher.kd_stages, output.features))
-            cohort = self.heads.classify([maps[stage].float() for stage in self.heads.stages]) if self.heads else ()
-        features = tuple(_own(maps[stage]) for stage in self.kd_stages)
+            output, maps, cohort = self._all(images)
+        features = tuple(pooled(_own(maps[stage]), self.pool) for stage in self.kd_stages)
         return Targets(features, _own(output.embedding), _own(output.logits), tuple(map(_own, cohort)))
 
     def _maps(self, images: Tensor, pairs: tuple[int, ...]) -> Sequence[Tensor]:
@@ -82,9 +96,29 @@ class LiveTargets:
                 return [self._published_map(images, pair) for pair in pairs]
             return self.run(images, upto=max(pairs), pairs=pairs).features
 
+    def everything(self, images: Tensor, pairs: Sequence[int]) -> dict[str, Tensor]:
+        """What these pairs and KD read, by field (store.py), in one pass of the teacher."""
+        self.teacher.kd_stages = sorted({*self.teacher.kd_stages, *self.teacher.stages})
+        with self.without_gradient():
+            output, maps, cohort = self._all(images)
+        return {
+            **{f"pair{pair + 1}": self._prune(maps[self.teacher.stages[pair]], pair) for pair in pairs},
+            **{f"stage{stage}": pooled(maps[stage], self.pool) for stage in self.kd_stages},
+            **{f"head{i}": logits for i, logits in enumerate(cohort, start=1)},
+            "embedding": output.embedding,
+            "logits": output.logits,
+        }
+
+    def _all(self, images: Tensor) -> tuple[Output, dict[int, Tensor], tuple[Tensor, ...]]:
+        """The whole pass, its maps by stage, and the logits of the cohort."""
+        output = self.run(images)
+        maps = dict(zip(self.teacher.kd_stages, output.features))
+        cohort = self.heads.classify([maps[stage].float() for stage in self.heads.stages]) if self.heads else ()
+        return output, maps, cohort
+
     def _prune(self, feature: Tensor, pair: int) -> Tensor:
         kept = self.kept[pair]
-        return _own(feature) if kept is None else feature.index_select(1, kept)
+        return pooled(_own(feature) if kept is None else feature.index_select(1, kept), self.pool)
 
     def _published_map(self, images: Tensor, pair: int) -> Tensor:
         """The map as the published code makes it (`prune.mode: paper_bn`).
@@ -101,6 +135,66 @@ class LiveTargets:
             return self.teacher(images, upto=pair, pairs=(pair,)).features[0]
         finally:
             hook.remove()
+
+
+class CachedTargets:
+    """What `indistill targets` stored (store.py), brought along by the batches; there is no teacher.
+
+    Its calls are those of LiveTargets.
+    """
+
+    teacher = None
+
+    def __init__(self, reader: Reader, losses: Sequence[config.Loss], kd_stages: Sequence[int]) -> None:
+        self.reader, self.losses, self.kd_stages = reader, losses, list(kd_stages)
+        self.fingerprint = reader.manifest.teacher.fingerprint
+
+    def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
+        """Have the loader read what each step's phase needs. Raises UserError for targets of other data, or without."""
+        phases = timetable.curriculum.phases()
+        self.reader.check(training.fingerprint, [field for phase in phases for field in self._fields(phase)])
+        training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))
+
+    def hold_weights(self) -> None:
+        """There are none."""
+
+    def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
+        """From the records of the batch, uint8 [B, bytes] per field; zeros without them."""
+        tensors = {}
+        for name in self._fields(phase):
+            field = self.reader.manifest.fields[name]
+            if records:
+                tensors[name] = field.decode(records[name].to(images.device, non_blocking=True))
+            else:
+                tensors[name] = field.blank(len(images), images.device)
+        if phase.pairs:
+            return Targets(tuple(tensors.values()))
+        features = tuple(tensors[f"stage{stage}"] for stage in self.kd_stages)
+        cohort = tuple(tensor for name, tensor in tensors.items() if name.startswith("head"))
+        return Targets(features, tensors.get("embedding"), tensors.get("logits"), cohort)
+
+    def _fields(self, phase: Phase) -> tuple[str, ...]:
+        return fields_of(phase, self.losses, self.kd_stages, self.reader.manifest.heads)
+
+
+def fields_of(phase: Phase, losses: Sequence[config.Loss], kd_stages: Sequence[int], heads: int) -> tuple[str, ...]:
+    """What a phase reads of the stored targets (store.py); a teacher with `heads` intermediate classifiers."""
+    if phase.pairs:
+        return tuple(f"pair{pair + 1}" for pair in phase.pairs)
+    fields = [f"stage{stage}" for stage in kd_stages]
+    if any("embedding" in loss.reads for loss in losses):
+        fields.append("embedding")
+    if any("logits" in loss.reads and loss.name != "ce" for loss in losses):
+        fields.append("logits")
+    if any(loss.name == "dih" for loss in losses):
+        fields += [f"head{i}" for i in range(1, heads + 1)]
+    return tuple(fields)
+
+
+def pooled(feature: Tensor, side: int | None) -> Tensor:
+    """A map [B, C, H, W] averaged to at most `side` pixels a side."""
+    size = [min(side, pixels) if side else pixels for pixels in feature.shape[2:]]
+    return feature if size == [*feature.shape[2:]] else F.adaptive_avg_pool2d(feature, size)
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ from indistill import build, config, data, deepspeed_config, engine, evaluate, h
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
-from indistill.data import IndexedTraining
 from indistill.metrics import RunLog
 from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
 from indistill.preemption import Agreement, Preempted
-from indistill.stream import StreamedTraining
-from indistill.targets import LiveTargets
+from indistill.sources import Sources, open_eval_set
+from indistill.targets import CachedTargets, LiveTargets
 
 
 def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
@@ -39,14 +38,25 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     Raises UserError, before any step, for whatever in the config cannot work with this data and world size, and
     Preempted where the run was asked to stop, with a checkpoint of that step.
     """
+    run = steps(settings, resume, Sources())
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            return end.value
+
+
+def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, None, dict[str, Any]]:
+    """`train`, which pauses before its first step and after each, with the number of completed steps."""
     # --- what the run is made of -------------------------------------------------------------------------------------
     accelerator = start_accelerator(settings)
     rank, accumulation = accelerator.process_index, settings.grad_accumulation
     run_dir = engine.on_main(accelerator, lambda: open_run_dir(settings))
-    training, eval_set = open_data(accelerator, settings)
+    training, eval_set = sources.data(accelerator, settings)
     calibration = partial(training.loader, 0, device=accelerator.device)
-    student, targets_of, plan = build.networks(accelerator, settings, run_dir, calibration)
+    student, targets_of, plan = build.networks(accelerator, settings, run_dir, calibration, sources)
     timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(plan.pairs))
+    targets_of.bring_along(training, timetable)
     pace = Pace(timetable, settings.warmup, partial(mean_over_ranks, accelerator))
     objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
     mix = make_mix(settings, accelerator)
@@ -71,7 +81,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     first_step, scores = checkpoints.resume(resume, ema)
     log.open(first_step)
     start_trackers(accelerator, settings)
-    batches = log.waiting(training.loader(first_step, timetable.total_steps, accelerator.device))
+    batches = log.waiting(sources.batches(training, first_step, timetable.total_steps, accelerator.device))
     evaluated = (lambda: ema.module) if ema else whole
     stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
 
@@ -99,6 +109,8 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
     if scores is None:
         scores = evaluate_step(first_step)
         save(first_step, scores)
+    yield first_step
+    targets_of.hold_weights()
     for step in range(first_step, timetable.total_steps):
         phase = pace.curriculum.at(step)
         watchdog.begin_step(step + 1, phase.name)
@@ -109,8 +121,9 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
         step_loss = torch.zeros((), device=accelerator.device)
         for _ in range(accumulation):
             with accelerator.accumulate(wrapped):
-                images, labels = mix(next(batches), phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
-                targets = targets_of(images, phase)
+                batch = next(batches)
+                images, labels = mix(batch, phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
+                targets = targets_of(images, phase, batch.records)
                 output = wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
                 loss, terms = objective(output, targets, labels, phase, step)
                 accelerator.backward(loss)
@@ -136,6 +149,7 @@ def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
         if leaving:
             checkpoints.wait()
             raise Preempted(f"stopped at step {done} of {timetable.total_steps}")
+        yield done
     stop.close()
     checkpoints.close()
 
@@ -209,21 +223,6 @@ def open_run_dir(settings: Config) -> Path:
     return run_dir
 
 
-def open_data(
-    accelerator: Accelerator, settings: Config
-) -> tuple[IndexedTraining | StreamedTraining, data.ImageDataset | None]:
-    """Training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
-    kind = IndexedTraining if settings.data.access == "index" else StreamedTraining
-    rank, world = accelerator.process_index, accelerator.num_processes
-    training = kind(settings.data, settings.seed, rank, world, settings.grad_accumulation)
-    health.agree({"data": training.fingerprint})  # before any loop over it that holds a collective
-    return training, open_eval_set(settings) if settings.data.eval is not None else None
-
-
-def open_eval_set(settings: Config) -> data.ImageDataset:
-    return data.ImageDataset(data.open_shards(settings.data, settings.data.eval), settings.data, settings.seed)
-
-
 def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     """Scores of the config's student with the weights of a file or a checkpoint (its moving average, if any)."""
     if settings.data.eval is None:
@@ -275,7 +274,7 @@ def blank_loss(
     accelerator: Accelerator,
     settings: Config,
     student: Network | Heads,
-    targets_of: LiveTargets,
+    targets_of: LiveTargets | CachedTargets,
     objective: Objective,
     phase: Phase,
 ) -> Tensor:

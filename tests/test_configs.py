@@ -14,6 +14,7 @@ from indistill import build, models, optim, pipeline
 from indistill.curriculum import Timetable
 from indistill.data import Batch
 from indistill.objective import Objective
+from indistill.sources import Sources
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SAMPLES = {"imagenet": 1_281_167, "cifar10": 50_000, "digits": 1_437}  # training images
@@ -74,7 +75,7 @@ def create_once():
         key = (role, section.name, str(section.kwargs), num_classes, image_size)
         if key not in networks:
             networks[key] = create_network(section, num_classes, image_size, role)
-        return networks[key]
+        return networks[key].float()  # a run before may hold a teacher in half precision
 
     create_network = models.create
     return create
@@ -108,7 +109,7 @@ def check_stage(path, settings, accelerator, run_dir):
     images = torch.randint(256, (SEEN, 3, size, size), dtype=torch.uint8)
     labels = torch.tensor([0, classes - 1])
     batch = Batch(images, labels, labels, [])
-    student, targets_of, plan = build.networks(accelerator, settings, run_dir, lambda batches: [batch])
+    student, targets_of, plan = build.networks(accelerator, settings, run_dir, lambda batches: [batch], Sources())
 
     assert len(plan.pairs) >= 3 if warmup else not plan.pairs
     for pair in plan.pairs:

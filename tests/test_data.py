@@ -42,7 +42,7 @@ def loaded(section, first=0, last=STEPS_PER_EPOCH, **keywords):
 
 
 def joined(batches):
-    *tensors, replaced = zip(*batches)
+    *tensors, replaced, _ = zip(*batches)
     return data.Batch(*(torch.cat(parts) for parts in tensors), list(itertools.chain(*replaced)))
 
 

@@ -19,6 +19,7 @@ from indistill.cli import main
 from indistill.config import UserError
 from indistill.curriculum import Timetable
 from indistill.estimate import Work
+from indistill.sources import Sources
 
 # Multiply-adds of an image in the small networks: 3x3 convolutions without padding, a 2x2 pool after each.
 STUDENT = [8 * 27 * 30**2, 16 * 72 * 13**2, 32 * 144 * 4**2, 128 * 64 + 64 * 10]
@@ -63,7 +64,7 @@ def test_half_precision_halves_activations_and_holds_weights_once_more(tree, set
 
 def test_pairs_are_those_of_training(settings, found, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    _, _, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None)
+    _, _, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None, Sources())
     assert [pair.kept for pair in found.pairs] == [pair.kept for pair in plan.pairs]
     assert [pair.teacher_map for pair in found.pairs] == [(16, 15, 15), (32, 6, 6), (64, 2, 2)]
     assert [pair.student_map for pair in found.pairs] == [(8, 15, 15), (16, 6, 6), (32, 2, 2)]
@@ -73,7 +74,7 @@ def test_pairs_are_those_of_training(settings, found, tmp_path):
 
 def test_measuring_changes_nothing(settings, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    student, targets_of, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None)
+    student, targets_of, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None, Sources())
     before = {name: value.clone() for name, value in student.state_dict().items()}
     timetable = Timetable.of(settings, 6, len(plan.pairs))
     for phase in timetable.curriculum.phases():
@@ -228,7 +229,6 @@ def test_bytes_of_a_record():
     assert estimate.record_bytes("pair1", shape, section(features="float32")) == 4 * 280 + 4
     assert estimate.record_bytes("pair1", shape, section(features="bf16")) == 2 * 280 + 4
     assert estimate.record_bytes("pair1", shape, section(features="int8")) == 280 + 4 * 8 + 4
-    assert estimate.record_bytes("pair1", shape, section(features="int8", pool=6)) == 8 * 6 * 5 + 4 * 8 + 4
     assert estimate.record_bytes("logits", (1000,), section()) == 4004
     assert estimate.record_bytes("logits", (1000,), section(top_k=50)) == 50 * 6 + 4 + 4  # and what is left over
     assert estimate.record_bytes("head1", (40_000,), section(top_k=50)) == 50 * 8 + 4 + 4

@@ -52,7 +52,9 @@ def live_targets(name: str, precision: str) -> LiveTargets:
     net = timm.create_model(name, num_classes=10, **TEACHERS[name])
     student = timm.create_model(name, num_classes=10, **TEACHERS[name])
     plan = prune.plan(net, student, [(1, 1)], (3, 64, 64))
-    return LiveTargets(Network(net, MEAN, STD, [1]), plan, (3, 64, 64), kd_stages=[1], precision=precision)
+    targets_of = LiveTargets(Network(net, MEAN, STD, [1]), plan, (3, 64, 64), kd_stages=[1], precision=precision)
+    targets_of.hold_weights()
+    return targets_of
 
 
 @pytest.mark.parametrize("name", TEACHERS)

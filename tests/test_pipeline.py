@@ -179,7 +179,7 @@ def test_overrides_reach_what_is_shared_and_single_stages(chain):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stages.1.name=teacher"], "stages.1.name: teacher names an earlier stage too"),
+        (["stages.1.name=teacher"], "stages.1.name: teacher names an earlier one too"),
         (["stages.1.name=a/b"], "stages.1.name: 'a/b' cannot name a directory"),
         (["stages.1.name=.."], "stages.1.name: '..' cannot name a directory"),
         (["stages.1.name=12"], "stages.1.name: 12 cannot name a directory"),
@@ -187,7 +187,7 @@ def test_overrides_reach_what_is_shared_and_single_stages(chain):
         (["stages=[]"], "stages: expected a list of mappings"),
         (["stages={teacher: 3}"], "stages: expected a list of mappings"),
         (["stages=[teacher]"], "stages: expected a list of mappings"),
-        (["stages.2.run_dir=x"], "stage student: run_dir: a stage runs in run_dir/student"),
+        (["stages.2.run_dir=x"], "stage student: run_dir: it runs in run_dir/student"),
         (["stages.0.teacher.stage=teacher"], r"stage teacher: teacher: .* \(this is the first stage\)"),
         (["stages.1.teacher.stage=student"], r"stage auxiliary: teacher: .*student.* \(earlier stages: teacher\)"),
         (["stages.auxiliary.teacher.stage=auxiliary"], r"stage auxiliary: teacher: .*auxiliary.* is no earlier stage"),
@@ -213,7 +213,7 @@ def test_other_commands_want_a_stage(chain, capsys):
         main(["eval", str(Path(chain["run_dir"]).with_suffix(".yaml")), "student.safetensors"])
     assert exit_.value.code == 2
     told = capsys.readouterr().err
-    assert "run.yaml is a chain of stages: give the config.yaml in a stage's run directory" in told
+    assert "run.yaml has several stages: give the config.yaml in the run directory of one" in told
     assert told.count("\n") == 1
 
 

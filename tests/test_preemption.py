@@ -184,7 +184,7 @@ def train_slowly_set_up(path: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(600)
 
-    module.open_data = set_up
+    module.Sources.data = set_up
     cli.main(["train", path])
 
 

@@ -1,0 +1,705 @@
+"""How fast is a training step, next to the least that it could take and to what people use today?
+
+    python benchmarks/step.py [--pairs r34_r18 ...] [--precisions fp32 bf16] [--rounds 7] [--peers FOLDER]
+
+Method: benchmarks/README.md. It prints its tables and writes them to benchmarks/results/step_cpu.md or step_gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+from report import RESULTS, heading, table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CLASSES, SIZE, TEMPERATURE, LR = 1000, 224, 4.0, 1e-3
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EPOCHS = (3, 4, 5, 6)  # of the four pairs of the warm-up: alpha = 2
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense
+LIBRARIES = ("torch", "timm", "accelerate", "torchdistill")
+GPU = torch.cuda.is_available()
+
+
+class Pair(NamedTuple):
+    teacher: str
+    student: str
+    cpu_batch: int
+    gpu_batch: int
+
+
+PAIRS = {
+    "r34_r18": Pair("resnet34", "resnet18", 8, 256),
+    "r50_mobilenetv3": Pair("resnet50", "mobilenetv3_large_100", 8, 128),
+    "vit_s_vit_ti": Pair("vit_small_patch16_224", "vit_tiny_patch16_224", 8, 256),
+}
+
+
+class Job(NamedTuple):
+    """One contestant at one computation, for a process of its own."""
+
+    contestant: str
+    pair: str
+    precision: str  # fp32 or bf16
+    stage: int | None  # timm's index of the pair that the warm-up trains, the same for both networks; None: KD
+    batch: int
+    folder: str  # with the weights that all begin with
+    peers: str | None  # where torchdistill is
+    profile: bool = False
+
+    @property
+    def phase(self) -> str:
+        return "KD" if self.stage is None else f"warm-up {self.stage}"
+
+
+# --- contestants: each makes a function that takes one step and returns its loss --------------------------------------
+
+Step = Callable[[], Tensor]
+
+
+class Parts:
+    """What the contestants other than indistill share: the networks, an optimizer, the images."""
+
+    def __init__(self, job: Job, channels_last: bool = True, fused: bool = True) -> None:
+        self.job, self.device = job, torch.device("cuda" if GPU else "cpu")
+        self.teacher, self.student = networks(job)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.teacher.eval().to(self.device, memory_format=layout)
+        self.student.train().to(self.device, memory_format=layout)
+        # As timm groups them, and indistill: biases and norms do not decay.
+        import timm.optim
+
+        self.optimizer = timm.optim.create_optimizer_v2(
+            self.student, opt="momentum", lr=LR, weight_decay=1e-4, momentum=0.9, fused=fused
+        )
+        self.layout = layout
+        self.mean, self.std = (255 * torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+        self.images, self.labels = synthetic(job)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Normalised images and labels, from uint8 in host memory."""
+        images = self.images.to(self.device, non_blocking=True)
+        x = ((images.float() - self.mean) / self.std).contiguous(memory_format=self.layout)
+        return x, self.labels.to(self.device, non_blocking=True)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.precision == "bf16")
+
+    def update(self, loss: Tensor) -> Tensor:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    student, teacher = student.float(), teacher.float()
+    soft = F.kl_div(
+        F.log_softmax(student / TEMPERATURE, 1), F.log_softmax(teacher / TEMPERATURE, 1), reduction="batchmean",
+        log_target=True,
+    )  # fmt: skip
+    return 0.5 * F.cross_entropy(student, labels) + 0.5 * TEMPERATURE**2 * soft
+
+
+def maps_upto(net: nn.Module, x: Tensor, stage: int) -> Tensor:
+    return net.forward_intermediates(x, indices=[stage], stop_early=True, intermediates_only=True)[0]
+
+
+def by_hand(job: Job) -> Step:
+    """(a) The same computation with nothing around it."""
+    parts = Parts(job)
+    if job.precision == "bf16":
+        parts.teacher.bfloat16()
+    dtype = next(parts.teacher.parameters()).dtype
+
+    def step() -> Tensor:
+        x, labels = parts.batch()
+        with torch.inference_mode():
+            seen = x.to(dtype)
+            target = parts.teacher(seen) if job.stage is None else maps_upto(parts.teacher, seen, job.stage)
+        target = target.clone()
+        with parts.autocast():
+            output = parts.student(x) if job.stage is None else maps_upto(parts.student, x, job.stage)
+        loss = kd_loss(output, target, labels) if job.stage is None else F.mse_loss(output.float(), target.float())
+        return parts.update(loss)
+
+    return step
+
+
+def every_layer(job: Job) -> Step:
+    """(c) By hand, with both networks computed to their ends in the warm-up."""
+    parts = Parts(job)
+
+    def step() -> Tensor:
+        x, _ = parts.batch()
+        with torch.inference_mode(), parts.autocast():
+            target = parts.teacher.forward_intermediates(x, indices=[job.stage])[1][0]
+        target = target.clone()
+        with parts.autocast():
+            final, (output,) = parts.student.forward_intermediates(x, indices=[job.stage])
+            parts.student.forward_head(final)
+        return parts.update(F.mse_loss(output.float(), target.float()))
+
+    return step
+
+
+def as_published(job: Job) -> Step:
+    """(c') As (c), with gradients into the teacher, and at each stage its last convolution run again, pruned.
+
+    The published code does both at every step. Here, for ResNets of basic blocks.
+    """
+    parts = Parts(job)
+    stages = {1: "layer1", 2: "layer2", 3: "layer3", 4: "layer4"}
+    seen: dict[str, Tensor] = {}
+    for name in stages.values():
+        block = parts.teacher.get_submodule(name)[-1]
+        block.register_forward_hook(lambda _, inputs, __, name=name: seen.update({f"{name}.in": inputs[0]}))
+        block.conv2.register_forward_hook(lambda _, inputs, __, name=name: seen.update({f"{name}.h": inputs[0]}))
+    widths = {name: parts.student.get_submodule(name)[-1].conv2.out_channels for name in stages.values()}
+
+    def pruned(name: str) -> Tensor:
+        block, kept = parts.teacher.get_submodule(name)[-1], slice(0, widths[name])
+        h = F.conv2d(seen[f"{name}.h"], block.conv2.weight[kept], padding=1)
+        norm = block.bn2
+        h = F.batch_norm(h, norm.running_mean[kept], norm.running_var[kept], norm.weight[kept], norm.bias[kept])
+        return F.relu(h + seen[f"{name}.in"][:, kept])
+
+    def step() -> Tensor:
+        x, _ = parts.batch()
+        with parts.autocast():
+            parts.teacher(x)
+            targets = {stage: pruned(name) for stage, name in stages.items()}
+            final, (output,) = parts.student.forward_intermediates(x, indices=[job.stage])
+            parts.student.forward_head(final)
+        loss = parts.update(F.mse_loss(output.float(), targets[job.stage].float()))
+        parts.teacher.zero_grad()
+        return loss
+
+    return step
+
+
+def timm_task(job: Job, channels_last: bool = False) -> Step:
+    """(e) timm's LogitDistillationTask, as its train.py steps it: no channels_last unless asked for."""
+    from timm.task import LogitDistillationTask
+
+    parts = Parts(job, channels_last=channels_last, fused=False)
+    task = LogitDistillationTask(
+        parts.student, parts.teacher, nn.CrossEntropyLoss(), task_loss_weight=0.5, temperature=TEMPERATURE,
+        device=parts.device, verbose=False,
+    ).to(parts.device)  # fmt: skip
+    task.train()
+
+    def step() -> Tensor:
+        x, labels = parts.batch()
+        with parts.autocast():
+            loss = task(x, labels)["loss"]
+        return parts.update(loss)
+
+    return step
+
+
+def torchdistill(job: Job) -> Step:
+    """(d) torchdistill's DistillationBox, as its image_classification.py steps it, configured as in its KD example."""
+    sys.path.insert(0, job.peers)
+    from torchdistill.core.distillation import DistillationBox
+
+    parts = Parts(job, channels_last=False)
+    network = {"forward_proc": "forward_batch_only", "sequential": [], "wrapper": None}
+    kd = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": "."}
+    kd |= {"teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": 0.5, "reduction": "batchmean"}
+    criterion = {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"weight": 1.0}}}}
+    criterion["kwargs"]["sub_terms"]["kd"]["criterion"] = {"key": "KDLoss", "kwargs": kd}
+    settings = {
+        "num_epochs": 1,
+        "teacher": {**network, "requires_grad": False},
+        "student": {**network, "requires_grad": True},
+        "optimizer": {"key": "SGD", "kwargs": {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4}},
+        "criterion": criterion,
+    }
+    box = DistillationBox(parts.teacher, parts.student, {}, settings, parts.device, [0], False, 1)
+    box.pre_epoch_process(epoch=0)
+
+    def step() -> Tensor:
+        x, labels = parts.batch()
+        with parts.autocast():
+            loss = box.forward_process(x, labels, None)
+        box.post_forward_process(loss=loss)
+        loss.item()  # as its script logs it, at every step
+        return loss.detach()
+
+    return step
+
+
+# GPU only: what the step is made of, and what might make it faster, on the loop by hand.
+
+
+def teacher_alone(job: Job) -> Step:
+    parts = Parts(job)
+    parts.teacher.to(torch.bfloat16 if job.precision == "bf16" else torch.float32)
+    dtype = next(parts.teacher.parameters()).dtype
+
+    def step() -> Tensor:
+        with torch.inference_mode():
+            return parts.teacher(parts.batch()[0].to(dtype)).float().mean()
+
+    return step
+
+
+def student_alone(job: Job) -> Step:
+    parts = Parts(job)
+
+    def step() -> Tensor:
+        x, labels = parts.batch()
+        with parts.autocast():
+            output = parts.student(x)
+        return parts.update(F.cross_entropy(output.float(), labels))
+
+    return step
+
+
+def with_overlap(job: Job) -> Step:
+    """The teacher's pass on the next batch goes on beside the student's step on this one, in a stream of its own."""
+    parts = Parts(job)
+    parts.teacher.bfloat16()
+    beside, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    ready: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def look_ahead() -> None:
+        beside.wait_stream(main)
+        with torch.cuda.stream(beside), torch.inference_mode():
+            x, labels = parts.batch()
+            ready.append((x, labels, parts.teacher(x.bfloat16())))
+
+    def step() -> Tensor:
+        if not ready:
+            look_ahead()
+        main.wait_stream(beside)
+        x, labels, target = (tensor.clone() for tensor in ready.pop())
+        look_ahead()
+        with parts.autocast():
+            output = parts.student(x)
+        return parts.update(kd_loss(output, target, labels))
+
+    return step
+
+
+def with_graphed_teacher(job: Job) -> Step:
+    """The teacher's pass replayed as a CUDA graph."""
+    parts = Parts(job)
+    parts.teacher.bfloat16()
+    held = parts.batch()[0].bfloat16()
+    with torch.no_grad():
+        for _ in range(3):
+            parts.teacher(held)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            target = parts.teacher(held)
+
+    def step() -> Tensor:
+        x, labels = parts.batch()
+        held.copy_(x)
+        graph.replay()
+        with parts.autocast():
+            output = parts.student(x)
+        return parts.update(kd_loss(output, target, labels))
+
+    return step
+
+
+def compiled_by_hand(job: Job) -> Step:
+    parts = Parts(job)
+    if job.precision == "bf16":
+        parts.teacher.bfloat16()
+    dtype = next(parts.teacher.parameters()).dtype
+    teacher, student = torch.compile(parts.teacher), torch.compile(parts.student)
+
+    def step() -> Tensor:
+        x, labels = parts.batch()
+        with torch.no_grad():
+            target = teacher(x.to(dtype))
+        with parts.autocast():
+            output = student(x)
+        return parts.update(kd_loss(output, target, labels))
+
+    return step
+
+
+BY_HAND: dict[str, Callable[[Job], Step]] = {
+    "by hand": by_hand,
+    "by hand, every layer": every_layer,
+    "as published": as_published,
+    "timm task": timm_task,
+    "timm task, channels_last": lambda job: timm_task(job, channels_last=True),
+    "torchdistill": torchdistill,
+    "teacher alone": teacher_alone,
+    "student alone": student_alone,
+    "by hand, teacher ahead in a stream": with_overlap,
+    "by hand, teacher as a CUDA graph": with_graphed_teacher,
+    "by hand, compiled": compiled_by_hand,
+}
+OURS = {"indistill": {}, "indistill, compiled": {"compile": True}}
+
+
+def networks(job: Job) -> tuple[nn.Module, nn.Module]:
+    import timm
+    from safetensors.torch import load_model
+
+    pair, nets = PAIRS[job.pair], []
+    for role, name in (("teacher", pair.teacher), ("student", pair.student)):
+        nets.append(timm.create_model(name, num_classes=CLASSES))
+        load_model(nets[-1], f"{job.folder}/{job.pair}-{role}.safetensors")
+    return nets[0], nets[1]
+
+
+def synthetic(job: Job) -> tuple[Tensor, Tensor]:
+    """uint8 [B, 3, 224, 224] and int64 [B] in host memory, the same for all."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (job.batch, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(CLASSES, (job.batch,), generator=generator)
+    return (images.pin_memory(), labels.pin_memory()) if GPU else (images, labels)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def clock() -> float:
+    if GPU:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()  # of all threads, of which there is one
+
+
+def turns(pipe: Connection, profiler: torch.profiler.profile | None) -> Iterator[None]:
+    """An item for each step that the parent asks for; what lies between them is timed, turn by turn."""
+    for number, count in enumerate(iter(pipe.recv, None)):
+        if profiler and number == 1:  # all is created and warm
+            profiler.start()
+        begin = clock()
+        yield from itertools.repeat(None, count)
+        pipe.send(clock() - begin)
+    if profiler:
+        profiler.stop()
+
+
+def work(job: Job, pipe: Connection) -> None:
+    """A contestant's process: takes its turns, and tells its first loss and its peak memory."""
+    import timm  # noqa: F401, for all have the same before they begin
+
+    import indistill.train  # noqa: F401
+
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    first: list[Tensor] = []
+    profiler = torch.profiler.profile() if job.profile else None
+    if job.contestant in OURS:
+        ours(job, turns(pipe, profiler), first)
+    else:
+        step = BY_HAND[job.contestant](job)
+        for _ in turns(pipe, profiler):
+            loss = step()
+            if not first:
+                first.append(loss)
+    peak = torch.cuda.max_memory_allocated() if GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = {"loss": first[0].item(), "bytes": peak - (0 if GPU else 1024 * before)}
+    if job.profile:
+        sort = "self_cuda_time_total" if GPU else "self_cpu_time_total"
+        told["profile"] = profiler.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=40)
+    pipe.send(told)
+    os._exit(0)
+
+
+class Stopped(Exception):
+    """The parent has asked for the last turn."""
+
+
+def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
+    """(b) `indistill.train.train` itself, with a loader that has one batch and waits for turns."""
+    from indistill import config, data, sources, train
+
+    images, labels = synthetic(job)
+    batch = data.Batch(images, labels, torch.arange(job.batch), [])
+
+    class Synthetic:
+        steps_per_epoch, fingerprint, dataset = 10**6, "synthetic", None
+
+        def loader(self, *_: Any, **__: Any) -> Iterator[data.Batch]:
+            for _ in asked:
+                yield batch
+            raise Stopped
+
+    add = train.RunLog.add
+
+    def noting_add(log: Any, terms: dict[str, Tensor], weight: float) -> None:
+        first.append(terms["loss"])
+        train.RunLog.add = add
+        add(log, terms, weight)
+
+    train.RunLog.add = noting_add
+    sources.open_data = lambda *_: (Synthetic(), None)
+    pair = PAIRS[job.pair]
+    networks = {
+        role: {"name": name, "checkpoint": f"{job.folder}/{job.pair}-{role}.safetensors"}
+        for role, name in (("teacher", pair.teacher), ("student", pair.student))
+    }
+    with tempfile.TemporaryDirectory() as run_dir:
+        tree = {
+            "run_dir": run_dir,
+            "duration": "1e9 steps",
+            "data": {"train": "none", "num_classes": CLASSES, "global_batch": job.batch, "streams": job.batch},
+            **networks,
+            "warmup": None if job.stage is None else {"pairs": [[job.stage] * 2], "durations": ["1e9 steps"]},
+            "kd": {
+                "losses": [
+                    {"name": "ce", "weight": 0.5},
+                    {"name": "kd", "weight": 0.5, "temperature": TEMPERATURE},
+                ]
+            },
+            "optimizer": {"name": "momentum", "lr": LR, "momentum": 0.9, "weight_decay": 1e-4},
+            "mixed_precision": {"fp32": "no"}.get(job.precision, job.precision),
+            "checkpoint": {"every_steps": None},
+            "log": {"tensorboard": False},
+            **OURS[job.contestant],
+        }
+        with contextlib.suppress(Stopped), contextlib.redirect_stdout(sys.stderr):
+            train.train(config.parse(tree, "step.py"))
+
+
+class Result(NamedTuple):
+    job: Job
+    seconds: list[float]  # per step, of each round
+    loss: float
+    bytes: int
+    profile: str
+
+    @property
+    def images_per_second(self) -> float:
+        return self.job.batch / statistics.median(self.seconds)
+
+
+def play(jobs: list[Job], rounds: int, steps: int) -> list[Result]:
+    """Each in a process of its own, in turns of some steps, in another order each round."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for job in jobs:
+        pipe, other = context.Pipe()
+        process = context.Process(target=work, args=(job, other), daemon=True)
+        process.start()
+        other.close()  # so that a child that dies is an EOFError here
+        pipes.append(pipe)
+        processes.append(process)
+    seconds: list[list[float]] = [[] for _ in jobs]
+    for number in range(rounds + 1):  # the first is for warming up
+        for i in random.sample(range(len(jobs)), len(jobs)):
+            pipes[i].send(steps if number else 2)
+            taken = pipes[i].recv() / steps
+            if number:
+                seconds[i].append(taken)
+        print(f"{jobs[0].pair} {jobs[0].precision} {jobs[0].phase}: round {number} of {rounds}", file=sys.stderr)
+    results = []
+    for job, pipe, process, of_job in zip(jobs, pipes, processes, seconds):
+        pipe.send(None)
+        told = pipe.recv()
+        process.join()
+        results.append(Result(job, of_job, told["loss"], told["bytes"], told.get("profile", "")))
+    check_losses(results)
+    return results
+
+
+def check_losses(results: list[Result]) -> None:
+    """All that distil compute the same loss on the first batch: of the same weights, images and labels."""
+    reference = next((result for result in results if result.job.contestant == "by hand"), None)
+    for result in results:
+        if reference is None or result.job.contestant.endswith(" alone"):
+            continue
+        close = 1e-4 if result.job.precision == "fp32" else 3e-2
+        if abs(result.loss - reference.loss) > close * abs(reference.loss):
+            raise SystemExit(f"{result.job}: first loss {result.loss}, by hand {reference.loss}")
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    precisions = ["bf16"] if GPU else ["fp32", "bf16"]
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=precisions)
+    parser.add_argument("--batch", type=int, help="images a step (default: 128 or 256 on a GPU, 8 on a CPU)")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=10 if GPU else 1, help="of a turn")
+    parser.add_argument("--peers", help="folder of torchdistill: pip install --no-deps --target FOLDER torchdistill")
+    parser.add_argument("--compile", action="store_true", help="also with compile: true, in KD")
+    parser.add_argument("--out", default=f"step_{'gpu' if GPU else 'cpu'}", help="name of the results")
+    parser.add_argument("--no-warmup", action="store_true", help="KD only")
+    parser.add_argument("--profile", action="store_true", help="also the operators that take longest, of (a) and (b)")
+    arguments = parser.parse_args()
+    sys.path += [arguments.peers] if arguments.peers else []
+    random.seed(0)
+    command = f"python benchmarks/step.py {' '.join(sys.argv[1:])}".strip()
+    parts = [heading("A training step", command, LIBRARIES), METHOD]
+    found: list[Result] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.pairs:
+            save_weights(name, folder)
+            for precision in arguments.precisions:
+                parts += compare(name, precision, folder, arguments, found)
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{arguments.out}.md"
+    file.write_text("\n".join(parts))
+    record = [{**result._asdict(), "job": result.job._asdict() | {"folder": "", "peers": ""}} for result in found]
+    file.with_suffix(".json").write_text(json.dumps(record) + "\n")
+    print("\n".join(parts))
+
+
+METHOD = """Each contestant is a process; they take turns, in another order each round. Medians; ratios are formed
+within a round. On a CPU the measure is processor time, one thread each; memory is the growth of the resident set
+since imports.
+"""
+
+
+def compare(name: str, precision: str, folder: str, arguments: argparse.Namespace, found: list[Result]) -> list[str]:
+    batch = arguments.batch or (PAIRS[name].gpu_batch if GPU else PAIRS[name].cpu_batch)
+    pair = PAIRS[name]
+
+    def job(contestant: str, stage: int | None = None) -> Job:
+        return Job(contestant, name, precision, stage, batch, folder, arguments.peers, arguments.profile)
+
+    kd = ["by hand", "indistill", "timm task", "timm task, channels_last"]
+    has_torchdistill = bool(arguments.peers) and importlib.util.find_spec("scipy") is not None
+    kd += ["torchdistill"] * has_torchdistill
+    kd += ["indistill, compiled", "by hand, compiled"] * arguments.compile
+    if GPU:
+        kd += ["by hand, teacher ahead in a stream", "by hand, teacher as a CUDA graph"]
+        kd += ["teacher alone", "student alone"]
+    results = play([job(contestant) for contestant in kd], arguments.rounds, arguments.steps)
+    found += results
+    title = f"## {pair.teacher} to {pair.student}, {precision}, batches of {batch}\n"
+    parts = [title, "### KD\n", contest(results)]
+    if not has_torchdistill:
+        parts.append("torchdistill: not installed here (`--peers`).\n")
+    parts += targets_of_kd(results)
+    if arguments.profile:
+        parts += [f"```\n{result.job.contestant}\n{result.profile}\n```\n" for result in results[:2]]
+    if name == "r34_r18" and not arguments.no_warmup:
+        parts += warmup(job, arguments, found)
+    return parts
+
+
+def warmup(job: Callable[[str, int], Job], arguments: argparse.Namespace, found: list[Result]) -> list[str]:
+    """All four pairs, each against the three other ways."""
+    contestants = ["by hand", "indistill", "by hand, every layer", "as published"]
+    phases = {}
+    for stage in (1, 2, 3, 4):
+        jobs = [job(contestant, stage) for contestant in contestants]
+        phases[stage] = play(jobs, arguments.rounds, arguments.steps)
+        found += phases[stage]
+    predicted = {stage: [operations(result.job) for result in phases[stage]] for stage in phases}
+    rows = []
+    for stage, results in phases.items():
+        ratios = [ratio(result, results[1]) for result in results]
+        counted = [of_one / predicted[stage][1] for of_one in predicted[stage]]
+        rows.append([f"{stage} ({EPOCHS[stage - 1]} epochs)", f"{results[1].images_per_second:.1f}"])
+        rows[-1] += [f"{ratios[i]:.2f} ({counted[i]:.2f})" for i in (0, 2, 3)]
+    whole, counted = (
+        [sum(e * of_stage[i] for e, of_stage in zip(EPOCHS, per_stage)) for i in range(4)]
+        for per_stage in (
+            [[statistics.median(result.seconds) for result in results] for results in phases.values()],
+            list(predicted.values()),
+        )
+    )
+    rows.append(["whole", ""] + [f"{whole[i] / whole[1]:.2f} ({counted[i] / counted[1]:.2f})" for i in (0, 2, 3)])
+    columns = ["pair", "indistill, images/s", "by hand (limit)", "every layer (c)", "as published (c')"]
+    first = [ratio(phases[1][i], phases[1][1]) for i in range(4)]
+    verdicts = [
+        verdict("the four pairs against (c)", whole[2] / whole[1], 1.2),
+        verdict("the four pairs against (c')", whole[3] / whole[1], 1.9),
+        verdict("the first pair against (c)", first[2], 2.4),
+        verdict("the first pair against (c')", first[3], 3.0),
+    ]
+    return [
+        "### Warm-up: time of a step, relative to indistill's (in brackets: by operations)\n",
+        table(columns, rows),
+        *verdicts,
+    ]
+
+
+def contest(results: list[Result]) -> str:
+    ours = next(result for result in results if result.job.contestant == "indistill")
+    rows = []
+    for result in results:
+        flops = operations(result.job) * result.images_per_second
+        peak = next((peak for name, peak in PEAK_FLOPS.items() if GPU and name in torch.cuda.get_device_name()), None)
+        share = f"{flops / 1e9:.0f}" if peak is None else f"{flops / 1e12:.0f} T, {flops / peak:.0%} of peak"
+        rows.append([result.job.contestant, f"{result.images_per_second:.1f}", f"{ratio(result, ours):.3f}"])
+        rows[-1] += [f"{result.bytes / 2**20:.0f}", share]
+    return table(["", "images/s", "time relative to indistill", "peak memory, MiB", "GFLOP/s"], rows)
+
+
+def targets_of_kd(results: list[Result]) -> list[str]:
+    by_name = {result.job.contestant: result for result in results}
+    ours, hand = by_name["indistill"], by_name["by hand"]
+    found = [verdict("KD against the loop by hand", ratio(hand, ours), 0.97)]
+    for peer in ("torchdistill", "timm task"):
+        if peer in by_name:
+            found.append(verdict(f"KD against {peer}", ratio(by_name[peer], ours), 1.1))
+    return [*found, verdict("peak memory against the loop by hand, at most", ours.bytes / hand.bytes, 1.05, most=True)]
+
+
+def verdict(what: str, measured: float, wanted: float, most: bool = False) -> str:
+    met = measured <= wanted if most else measured >= wanted
+    by = "" if met else f", missed by {abs(measured / wanted - 1):.1%}"
+    return f"- {what}: {measured:.3f} of {wanted} wanted: {'met' if met else 'not met'}{by}"
+
+
+def ratio(theirs: Result, ours: Result) -> float:
+    """Their time over ours, the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(theirs.seconds, ours.seconds))
+
+
+_counted: dict[tuple, float] = {}
+
+
+def operations(job: Job) -> float:
+    """Floating-point operations of a step per image, a multiply-add as two, counted on the loop by hand."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    same = "by hand" if job.contestant not in ("by hand, every layer", "as published") else job.contestant
+    same = job.contestant if job.contestant.endswith(" alone") else same
+    key = (job.pair, same, job.stage)
+    if key not in _counted:
+        step = BY_HAND[same](job._replace(precision="fp32", batch=2))
+        with FlopCounterMode(display=False) as counter:
+            step()
+        _counted[key] = counter.get_total_flops() / 2
+    return _counted[key]
+
+
+def save_weights(name: str, folder: str) -> None:
+    """What all contestants begin with: random weights, whose values change no time."""
+    import timm
+    from safetensors.torch import save_model
+
+    torch.manual_seed(0)
+    for role, model in (("teacher", PAIRS[name].teacher), ("student", PAIRS[name].student)):
+        save_model(timm.create_model(model, num_classes=CLASSES), f"{folder}/{name}-{role}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

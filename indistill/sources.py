@@ -1,0 +1,52 @@
+"""Where a run's images and its teacher come from: its own, here; together.py has those that several runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from accelerate import Accelerator
+
+from indistill import build, data, health
+from indistill.config import Config
+from indistill.data import Batch, IndexedTraining
+from indistill.models import Network, Output
+from indistill.stream import StreamedTraining
+
+
+class Sources:
+    """A run's own."""
+
+    def data(
+        self, accelerator: Accelerator, settings: Config
+    ) -> tuple[IndexedTraining | StreamedTraining, data.ImageDataset | None]:
+        """Training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
+        return open_data(accelerator, settings)
+
+    def batches(
+        self, training: IndexedTraining | StreamedTraining, first_step: int, last_step: int, device: torch.device
+    ) -> Iterable[Batch]:
+        """The micro-batches of the steps [first_step, last_step)."""
+        return training.loader(first_step, last_step, device)
+
+    def teacher(self, settings: Config) -> Network:
+        """Raises UserError for a teacher that cannot be had or does not fit."""
+        return build.create_teacher(settings)
+
+    def forward(self, teacher: Network, settings: Config) -> Callable[..., Output]:
+        """What runs it on a batch, with the arguments of `Network.forward`."""
+        return torch.compile(teacher, dynamic=False) if settings.compile else teacher
+
+
+def open_data(
+    accelerator: Accelerator, settings: Config
+) -> tuple[IndexedTraining | StreamedTraining, data.ImageDataset | None]:
+    kind = IndexedTraining if settings.data.access == "index" else StreamedTraining
+    rank, world = accelerator.process_index, accelerator.num_processes
+    training = kind(settings.data, settings.seed, rank, world, settings.grad_accumulation)
+    health.agree({"data": training.fingerprint})  # before any loop over it that holds a collective
+    return training, open_eval_set(settings) if settings.data.eval is not None else None
+
+
+def open_eval_set(settings: Config) -> data.ImageDataset:
+    return data.ImageDataset(data.open_shards(settings.data, settings.data.eval), settings.data, settings.seed)
