@@ -18,13 +18,13 @@ from unittest import mock
 
 import recorded
 import torch
-from recorded import table
+from report import RESULTS, heading, table
 
 from indistill import config, estimate, metrics, precompute
 from indistill import train as training
 
 SIZE, BATCH, STEPS, LAST = 96, 16, 5, 6
-RESULT = Path(__file__).parent / "results" / "plan_check.md"
+RESULT = RESULTS / "plan_check.md"
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    heading = recorded.heading("Plan and run", f"python benchmarks/plan_check.py --rounds {arguments.rounds}")
+    begin = heading("Plan and run", f"python benchmarks/plan_check.py --rounds {arguments.rounds}", recorded.LIBRARIES)
     with recorded.scratch(samples=64, size=SIZE) as folder:
         settings = config.parse(recorded.tree(folder, folder / "run", SIZE, BATCH, STEPS, LAST), "benchmark")
         plan = estimate.of_run(settings, world=1)
@@ -40,7 +40,7 @@ def main() -> None:
         peaks = memory(at(settings, folder / "profiled"))
         files = stored(settings, folder / "targets")
     parts = [
-        heading,
+        begin,
         f"ResNet-34 to a ResNet-18 of half the width, {BATCH} images of {SIZE} pixels a step, one process and thread, "
         f"float32, {arguments.rounds} runs of {4 * STEPS + LAST} steps.",
         times(plan, runs),
@@ -76,7 +76,7 @@ def times(plan: estimate.Estimate, runs: list[list[recorded.Step]]) -> str:
     found = sum(statistics.median(measured[n]) * s for n, s in zip(flops, shares))
     columns = ["phase", "GFLOP a step", "predicted s", "measured s", "its range", "error"]
     return (
-        f"## Time of a step\n\n{table(columns, rows)}\n\nCPU time of the process, median over the steps of all runs "
+        f"## Time of a step\n\n{table(columns, rows)}\nCPU time of the process, median over the steps of all runs "
         f"but the first of each phase. The one number that is fitted is machine.flops_per_second, to {last}: "
         f"{rate:.3g}. Largest error {max(map(abs, errors)):.0%}; of the whole run {whole / found - 1:+.1%}."
     )
@@ -126,7 +126,7 @@ def peak(plan: estimate.Estimate, peaks: dict[str, int]) -> str:
         rows.append([phase.name, *(f"{size / 1e6:.1f}" for size in parts), *errors])
     columns = ["phase", "activations", "images", "gradients", "measured peak", "error of the first two", "of all three"]
     return (
-        f"## Memory of a step, MB\n\n{table(columns, rows)}\n\nWhat the allocator had out at most during one step, "
+        f"## Memory of a step, MB\n\n{table(columns, rows)}\nWhat the allocator had out at most during one step, "
         "beyond weights, optimizer and teacher, which are there before it (torch.profiler). The plan counts all "
         "three, as DDP holds all gradients in every phase; one process has those of trained layers, and deep layers' "
         "while the shallow ones' activations are still there. Buffers of single operations are in the peak alone."
@@ -155,7 +155,7 @@ def targets(plan: estimate.Estimate, files: dict[str, int]) -> str:
         predicted, found = records.get(name, 0) * plan.samples, files.get(name, 0)
         rows.append([name, f"{predicted:,}", f"{found:,}"])
     return (
-        f"## Bytes of cached targets\n\n{table(['target', 'predicted', 'measured'], rows)}\n\nOne view of "
+        f"## Bytes of cached targets\n\n{table(['target', 'predicted', 'measured'], rows)}\nOne view of "
         f"{plan.samples} images, in float32: what `indistill targets` leaves on the disk."
     )
 

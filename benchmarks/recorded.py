@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
 import itertools
 import os
-import platform
 import shutil
 import socket
 import struct
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,6 +22,7 @@ from PIL import Image
 from indistill import config, packing
 
 CLASSES = 10
+LIBRARIES = ("torch", "timm", "accelerate", "deepspeed")
 _BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
 
 
@@ -120,25 +118,3 @@ def scratch(samples: int, size: int) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
-
-
-def heading(title: str, command: str) -> str:
-    load = " ".join(f"{minutes:.1f}" for minutes in os.getloadavg())
-    return (
-        f"# {title}\n\n`{command}`, {datetime.date.today()}, {processor()}, {os.cpu_count()} cores, "
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {version('torch')}, "
-        f"timm {version('timm')}; load average {load} at the start."
-    )
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

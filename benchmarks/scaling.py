@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import recorded
 import torch
-from recorded import table
+from report import RESULTS, heading, table
 
 from indistill import config, estimate
 
@@ -28,7 +28,7 @@ SIZE, BATCH, STEPS, LAST = 64, 8, 5, 8
 WORLDS = (1, 2, 4)
 SIZES = [2**n for n in range(10, 25, 2)]  # bytes summed by themselves
 ENGINES = {"ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3}
-RESULT = Path(__file__).parent / "results" / "scaling.md"
+RESULT = RESULTS / "scaling.md"
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--without-zero", action="store_true", help="where DeepSpeed is not installed")
     arguments = parser.parse_args()
     _context.set_forkserver_preload(["indistill.train", "recorded"])  # torch, timm and accelerate are imported once
-    heading = recorded.heading("Scaling", f"python benchmarks/scaling.py --rounds {arguments.rounds}")
+    begin = heading("Scaling", f"python benchmarks/scaling.py --rounds {arguments.rounds}", recorded.LIBRARIES)
     with recorded.scratch(samples=64, size=SIZE) as folder:
         runs: dict[int, list[list[list[recorded.Step]]]] = {world: [] for world in WORLDS}
         for number in range(arguments.rounds):
@@ -54,7 +54,7 @@ def main() -> None:
         }
     sums = {world: on_ranks(all_reduces, world)[0] for world in WORLDS[1:]}
     parts = [
-        heading,
+        begin,
         f"ResNet-34 to a ResNet-18 of half the width, {BATCH} images of {SIZE} pixels a process and step (weak "
         f"scaling), one thread a process, float32, gloo over the loopback, {arguments.rounds} runs of each. "
         f"**{os.cpu_count()} cores**: more processes than that take turns, and their wall clock says nothing.",
@@ -146,7 +146,7 @@ def speed(runs: dict[int, list[list[list[recorded.Step]]]]) -> str:
             rows.append([phase, str(world), *times, f"{rate:.1f}", *ratios])
     columns = ["phase", "processes", "wall ms a step", "CPU ms a step and process", "images/s", "wall efficiency"]
     return (
-        f"## Speed\n\n{table([*columns, 'CPU efficiency'], rows)}\n\nMedians over all steps and processes. Efficiency "
+        f"## Speed\n\n{table([*columns, 'CPU efficiency'], rows)}\nMedians over all steps and processes. Efficiency "
         "is the time of one process, which has no DDP, over that of each of several. The CPU's time holds what DDP and "
         "gloo copy and sum, not what a process waits for others."
     )
@@ -171,7 +171,7 @@ def crossing(
         rows.append([name, last, "2", *compared(plans[2].network_bytes[name], sent(ranks, last))])
     columns = ["engine", "phase", "processes", "predicted bytes", "measured bytes", "error"]
     return (
-        f"## Bytes that cross\n\n{table(columns, rows)}\n\nWhat a process sends in a step, mean over processes and "
+        f"## Bytes that cross\n\n{table(columns, rows)}\nWhat a process sends in a step, mean over processes and "
         "steps; measured is what the kernel counts as received of its TCP connections (payload, without headers)."
     )
 
@@ -207,7 +207,7 @@ def fit(sums: dict[int, dict[int, float]]) -> str:
         )
     columns = ["bytes summed", "processes", "predicted ms", "measured ms", "error"]
     return (
-        f"## The ring, fitted\n\n{table(columns, rows)}\n\nAll-reduces by themselves, medians; fitted: latency_seconds "
+        f"## The ring, fitted\n\n{table(columns, rows)}\nAll-reduces by themselves, medians; fitted: latency_seconds "
         f"{machine.latency_seconds:.2g} a hop, intra_node_bytes_per_second {1 / per_byte:.3g}. Median error "
         f"{statistics.median(errors):.0%}, largest {max(errors):.0%}."
     )
