@@ -37,6 +37,14 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
 
 
+class NoWeights(UserError):
+    """A model's pretrained weights could not be had; `role` says whose, student or teacher."""
+
+    def __init__(self, message: str, role: str) -> None:
+        super().__init__(message)
+        self.role = role
+
+
 class Output(NamedTuple):
     """What one forward pass returns; None for what was not asked for or not reached."""
 
@@ -164,7 +172,8 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     except Exception as error:  # timm, the hub client and the network each raise their own
         instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * section.pretrained
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{role}: timm could not create {section.name}: {reason}{instead}") from None
+        message = f"{role}: timm could not create {section.name}: {reason}{instead}"
+        raise (NoWeights(message, role) if section.pretrained else UserError(message)) from None
     if net.num_classes != num_classes:
         raise UserError(
             f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is {num_classes}: "

@@ -14,7 +14,7 @@ LEAVES += ["similarity", "preemption", "watchdog", "deepspeed_config"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
 WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics"}
-MAY_USE_ACCELERATE |= {"sources", "together", "precompute", "apart"}
+MAY_USE_ACCELERATE |= {"estimate", "sources", "together", "precompute", "apart"}
 TOP = {"train", "cli", "demo", "pipeline", "together", "precompute", "apart"}
 
 
