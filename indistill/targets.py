@@ -49,7 +49,7 @@ class LiveTargets:
     ) -> None:
         self.pool = pool
         self.teacher, self.kd_stages, self.heads = teacher, list(kd_stages), heads
-        self.run = run or teacher
+        self.run = teacher if run is None else run  # a compiled one cannot say whether it is empty
         self.fingerprint = " ".join(part.fingerprint for part in (teacher, heads) if part)
         self.kept: list[Tensor | None] = []
         self.norms: list[nn.BatchNorm2d] = []
@@ -157,8 +157,7 @@ class CachedTargets:
 
     def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
         """Have the loader read what each step's phase needs. Raises UserError for targets of other data, or without."""
-        phases = timetable.curriculum.phases()
-        self.reader.check(training.fingerprint, [field for phase in phases for field in self._fields(phase)])
+        self.reader.check(training.fingerprint, needed(timetable, self._fields, self.reader.manifest.views))
         training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))
 
     def hold_weights(self) -> None:
@@ -195,6 +194,17 @@ def fields_of(phase: Phase, losses: Sequence[config.Loss], kd_stages: Sequence[i
     if any(loss.name == "dih" for loss in losses):
         fields += [f"head{i}" for i in range(1, heads + 1)]
     return tuple(fields)
+
+
+def needed(timetable: Timetable, fields: Callable[[Phase], Sequence[str]], views: int) -> dict[str, set[int]]:
+    """What a run reads of the stored targets: each field of its phases, and in which of the views."""
+    found: dict[str, set[int]] = {}
+    for phase in timetable.curriculum.phases():
+        end = timetable.total_steps if phase.end is None else phase.end
+        epochs = {step // timetable.steps_per_epoch for step in range(phase.start, end)}
+        for field in fields(phase):
+            found.setdefault(field, set()).update(epoch % views for epoch in epochs)
+    return found
 
 
 def pooled(feature: Tensor, side: int | None) -> Tensor:
