@@ -98,16 +98,22 @@ class LiveTargets:
 
     def everything(self, images: Tensor, pairs: Sequence[int]) -> dict[str, Tensor]:
         """What these pairs and KD read, by field (store.py), in one pass of the teacher."""
-        self.teacher.kd_stages = sorted({*self.teacher.kd_stages, *self.teacher.stages})
+        found = self.found(images, sorted({*self.kd_stages, *self.teacher.stages}), whole=True)
+        kept = {f"pair{pair + 1}": self._prune(found[f"stage{self.teacher.stages[pair]}"], pair) for pair in pairs}
+        return {name: pooled(x, self.pool) if x.dim() == 4 else x for name, x in found.items()} | kept
+
+    def found(self, images: Tensor, stages: Sequence[int], whole: bool) -> dict[str, Tensor]:
+        """By field, whole maps of the stages (ascending) and, of the `whole` network, what lies behind them."""
+        if not whole:
+            with self.without_gradient():
+                maps = self.teacher.maps(images, stages)
+            return {f"stage{stage}": feature for stage, feature in zip(stages, maps)}
+        self.teacher.kd_stages = sorted({*stages, *(self.heads.stages if self.heads else ())})
         with self.without_gradient():
             output, maps, cohort = self._all(images)
-        return {
-            **{f"pair{pair + 1}": self._prune(maps[self.teacher.stages[pair]], pair) for pair in pairs},
-            **{f"stage{stage}": pooled(maps[stage], self.pool) for stage in self.kd_stages},
-            **{f"head{i}": logits for i, logits in enumerate(cohort, start=1)},
-            "embedding": output.embedding,
-            "logits": output.logits,
-        }
+        found = {f"stage{stage}": feature for stage, feature in maps.items()}
+        found |= {f"head{i}": logits for i, logits in enumerate(cohort, start=1)}
+        return found | {"embedding": output.embedding, "logits": output.logits}
 
     def _all(self, images: Tensor) -> tuple[Output, dict[int, Tensor], tuple[Tensor, ...]]:
         """The whole pass, its maps by stage, and the logits of the cohort."""

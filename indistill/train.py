@@ -56,6 +56,7 @@ def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, Non
     calibration = partial(training.loader, 0, device=accelerator.device)
     student, targets_of, plan = build.networks(accelerator, settings, run_dir, calibration, sources)
     timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(plan.pairs))
+    targets_of = sources.targets(targets_of, plan, timetable, settings)
     targets_of.bring_along(training, timetable)
     pace = Pace(timetable, settings.warmup, partial(mean_over_ranks, accelerator))
     objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
