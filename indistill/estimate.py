@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import build, config, models, optim, prune, relational, store, taps
-from indistill.config import Config
+from indistill import build, config, engine, models, optim, prune, relational, store, taps
+from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import IndexedTraining, check_accumulation
 from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
 from indistill.order import SampleOrder
+from indistill.prune import Plan
 from indistill.sources import Sources
 from indistill.stream import StreamedTraining
-from indistill.targets import LiveTargets, Targets
+from indistill.targets import CachedTargets, LiveTargets, Targets
 
 ENGINES = ("ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 NODES = (1, 2, 8, 64)
@@ -266,6 +267,42 @@ def decide(settings: Config, works: Mapping[Phase, Work], timetable: Timetable) 
         source = "cached" if reason is None and cached < live else "live"
         choices[phase.name] = Choice(source, live, cached, reason)
     return choices
+
+
+def cheaper_stored(
+    settings: Config, student: Network, live: LiveTargets, objective: Objective, timetable: Timetable
+) -> list[str]:
+    """The phases, by name, in which `targets.source: auto` reads stored targets. Call it before `engine.prepare`."""
+    phases = timetable.curriculum.phases()
+    works = {phase: measure(settings, student, live, objective, phase) for phase in phases}
+    return [name for name, choice in decide(settings, works, timetable).items() if choice.source == "cached"]
+
+
+def choose(
+    accelerator: Accelerator,
+    settings: Config,
+    student: Network,
+    live: LiveTargets,
+    objective: Objective,
+    timetable: Timetable,
+    plan: Plan,
+) -> LiveTargets | CachedTargets:
+    """What `targets.source: auto` trains from: stored targets where they are cheaper, and there. Call on all ranks."""
+    phases = [] if config.why_not_stored(settings) else cheaper_stored(settings, student, live, objective, timetable)
+    there = phases and engine.on_main(accelerator, lambda: store.exists(store.directory(settings)))
+    if accelerator.is_main_process:
+        told = f"stored in {', '.join(phases)}" if there else "live"
+        hint = ": `indistill targets CONFIG` would make the run shorter" if phases and not there else ""
+        print(f"indistill: targets: auto: {told}{hint}", flush=True)
+    if not there:
+        return live
+    reader = build.open_targets(accelerator, settings)
+    if plan.pairs and reader.manifest.pruning().hash != plan.hash:
+        raise UserError(
+            f"{reader.root}: made with another pruning plan than this run's: run `indistill targets CONFIG` again, in "
+            "another targets.dir, or set targets: live"
+        )
+    return CachedTargets(reader, settings.kd.losses, live.kd_stages, live, phases)
 
 
 def _decode_seconds(settings: Config) -> float:

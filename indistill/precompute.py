@@ -28,10 +28,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import build, config, data, engine, health, remote, store, taps
+from indistill import build, config, data, engine, estimate, health, remote, store, taps
 from indistill.config import Config, UserError
-from indistill.curriculum import Timetable
+from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch, IndexedTraining, Request
+from indistill.objective import Objective
 from indistill.sources import Sources
 from indistill.store import Manifest, Reader
 from indistill.targets import LiveTargets, fields_of, needed
@@ -257,6 +258,7 @@ def prepare(settings: Config) -> Job:
         raise UserError(f"targets.dir {root}: is written to a file system: give a path, and copy what is there")
     if settings.teacher.shard and world > 1:
         raise UserError("targets: every process runs a whole teacher: set teacher.shard=false, or start one process")
+    auto = settings.targets.source == "auto"
     live = {"targets": settings.targets.model_copy(update={"source": "live"})}
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
     accelerator = start_accelerator(settings, training=False)
@@ -265,19 +267,29 @@ def prepare(settings: Config) -> Job:
     health.agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        _, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration, Sources())
+        student, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration, Sources())
     targets_of.hold_weights()
 
     timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))
     heads, losses = len(targets_of.heads.stages) if targets_of.heads else 0, settings.kd.losses
-    of_phase = partial(fields_of, losses=losses, kd_stages=targets_of.kd_stages, heads=heads)
+    phases = {phase.name for phase in timetable.curriculum.phases()}
+    if auto:
+        objective = Objective(losses, timetable.steps_per_epoch, settings.kd.relational_scope)
+        phases = estimate.cheaper_stored(settings, student, targets_of, objective, timetable)
+        if not phases:
+            raise UserError(
+                "targets: auto: in no phase would reading be cheaper, as `indistill plan` shows: all are live"
+            )
+
+    def of_phase(phase: Phase) -> tuple[str, ...]:
+        return fields_of(phase, losses, targets_of.kd_stages, heads) if phase.name in phases else ()
+
     views = needed(timetable, of_phase, settings.data.augment.views)
     if not views:
         raise UserError("targets: neither warmup nor kd.losses reads anything of the teacher: nothing is to be stored")
     pairs = sorted({pair for phase in timetable.curriculum.phases() for pair in phase.pairs})
     batch = settings.data.global_batch // world // accumulation
     images = torch.zeros(batch, *build.input_size(settings), dtype=torch.uint8, device=accelerator.device)
-    targets_of.hold_weights()
     found = targets_of.everything(images, pairs)
     hashes = build.weights_hashes(settings)
     manifest = Manifest(

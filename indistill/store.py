@@ -244,6 +244,11 @@ def place(root: str, view: int, field: str, shard: int) -> str:
     return f"{root}/view-{view:03d}/{field}/shard-{shard:05d}.bin"
 
 
+def exists(root: str) -> bool:
+    """Whether targets are stored there, if only in part; a URL is taken at its word."""
+    return remote.is_remote(root) or os.path.isdir(root)
+
+
 def load(root: str) -> Manifest:
     """Raises UserError for a directory that holds none, or whose job has not ended."""
     path = f"{root}/manifest.json"

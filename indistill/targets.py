@@ -144,16 +144,24 @@ class LiveTargets:
 
 
 class CachedTargets:
-    """What `indistill targets` stored (store.py), brought along by the batches; there is no teacher.
+    """What `indistill targets` stored (store.py), brought along by the batches; its calls are those of LiveTargets.
 
-    Its calls are those of LiveTargets.
+    There is no teacher, unless `live` is given: then the phases named are stored, and the others live.
     """
 
-    teacher = None
-
-    def __init__(self, reader: Reader, losses: Sequence[config.Loss], kd_stages: Sequence[int]) -> None:
-        self.reader, self.losses, self.kd_stages = reader, losses, list(kd_stages)
+    def __init__(
+        self,
+        reader: Reader,
+        losses: Sequence[config.Loss],
+        kd_stages: Sequence[int],
+        live: LiveTargets | None = None,
+        phases: Sequence[str] = (),
+    ) -> None:
+        self.reader, self.losses, self.kd_stages, self.live, self.phases = reader, losses, list(kd_stages), live, phases
+        self.teacher = live and live.teacher
         self.fingerprint = reader.manifest.teacher.fingerprint
+        if live and any(field.format != "float32" for field in reader.manifest.fields.values()):
+            self.fingerprint += f" rounded in {', '.join(phases)}"  # a run that goes on has to read the same
 
     def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
         """Have the loader read what each step's phase needs. Raises UserError for targets of other data, or without."""
@@ -161,10 +169,13 @@ class CachedTargets:
         training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))
 
     def hold_weights(self) -> None:
-        """There are none."""
+        if self.live:
+            self.live.hold_weights()
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
         """From the records of the batch, uint8 [B, bytes] per field; zeros without them."""
+        if self.live and phase.name not in self.phases:
+            return self.live(images, phase)
         tensors = {}
         for name in self._fields(phase):
             field = self.reader.manifest.fields[name]
@@ -179,6 +190,8 @@ class CachedTargets:
         return Targets(features, tensors.get("embedding"), tensors.get("logits"), cohort)
 
     def _fields(self, phase: Phase) -> tuple[str, ...]:
+        if self.live and phase.name not in self.phases:
+            return ()
         return fields_of(phase, self.losses, self.kd_stages, self.reader.manifest.heads)
 
 
