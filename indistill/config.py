@@ -458,8 +458,7 @@ class Targets(Section):
     dir: str | None = None  # of the stored ones; for training also a URL. None: run_dir/targets
     top_k: PositiveInt | None = None  # the largest probabilities of each sample; None: all logits, float32
     features: Literal["float32", "bf16", "int8"] = "float32"  # int8: with a scale per sample and channel
-    # Maps of more than so many pixels a side are averaged to that, live as well as stored. (No loss is the same after,
-    # though one against a smaller student map averages anyway.)
+    # Maps of more than so many pixels a side are averaged to that, live as well as stored: it changes what they teach.
     pool: PositiveInt | None = None
 
     @property
