@@ -1,4 +1,4 @@
-"""What only a GPU can show: half precision with loss scaling, and nccl. Skipped without one."""
+"""What only a GPU can show: half precision with loss scaling, who waits for the device, nccl. Skipped without one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import run_ranks, unused_port
 
-from indistill import config
-from indistill.metrics import read_lines
+from indistill import config, models, precompute
+from indistill.metrics import RunLog, read_lines
+from indistill.models import Network
+from indistill.optim import PhaseOptim
 from indistill.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -43,9 +46,69 @@ def test_the_loss_scale_is_in_the_checkpoint(tree):
     run(tree)
     whole = losses(tree)
     checkpoint = Path(tree["run_dir"]) / "checkpoints" / "step-00000012"
-    assert (checkpoint / "scaler.pt").exists()
+    saved = torch.load(checkpoint / "optimizer-00000.pt", map_location="cpu", weights_only=True)
+    assert saved["scaler"]["scale"] > 1
     train(config.parse(tree, "test"), str(checkpoint))
     assert losses(tree) == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_no_step_between_lines_waits_for_the_gpu(tree, monkeypatch, precision):
+    """CUDA itself raises at whatever would wait, in all steps that write no line."""
+    tree |= {"mixed_precision": precision, "grad_accumulation": 2, "clip_grad_norm": 1.0, "ema": {"decay": 0.9}}
+    tree["log"]["every_steps"] = 6
+    tree["data"] |= {"in_memory": False, "workers": 1}  # else batches are not pinned by a thread of their own
+    begin_step, end_step = PhaseOptim.begin_step, RunLog.end_step
+    quiet = []
+
+    def begin(phase_optim, step, phase):
+        if step > 0 and step + 1 not in (4, 6, 8, 12, 13, 18, 24):  # the first opens the loader; these have lines
+            quiet.append(step)
+            torch.cuda.set_sync_debug_mode("error")
+        return begin_step(phase_optim, step, phase)
+
+    def end(log, *arguments):
+        try:
+            return end_step(log, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(PhaseOptim, "begin_step", begin)
+    monkeypatch.setattr(RunLog, "end_step", end)
+    run(tree)
+    assert len(quiet) == 16
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_compiled_run_follows_the_plain_one(tree, tmp_path, precision):
+    tree["mixed_precision"] = precision
+    plain = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "plain")}
+    run(plain)
+    run(tree | {"compile": True})
+    assert losses(tree) == pytest.approx(losses(plain), rel=1e-3 if precision == "no" else 3e-2)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_convnext"])
+def test_a_teacher_held_in_half_precision_gives_what_autocast_gives(name):
+    kwargs = {"img_size": 64} if name == "test_vit" else {}
+    network = Network(timm.create_model(name, num_classes=10, **kwargs), (0.5,) * 3, (0.2,) * 3).cuda().eval()
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        expected = network(images).logits
+    models.run_in(network, "bf16")
+    models.hold(network, "bf16")
+    with torch.inference_mode():
+        assert torch.equal(network(images).logits, expected)
+
+
+def test_stored_targets_follow_the_live_ones(tree, tmp_path):
+    tree["data"]["augment"]["views"] = 2
+    tree["targets"] = {"dir": str(tmp_path / "targets")}
+    live = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "live")}
+    run(live)
+    precompute.write(config.parse(tree, "test"))
+    run(tree | {"targets": tree["targets"] | {"source": "cached"}})
+    assert losses(tree) == pytest.approx(losses(live), rel=1e-4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
