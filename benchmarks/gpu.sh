@@ -27,7 +27,7 @@ part() { # seconds, then a command
     timeout --kill-after=10 "$@"
 }
 {
-    part 170 python3 -m pytest -x -q tests/cluster/test_gpu.py tests/test_targets.py tests/test_store.py || failed=1
+    part 170 python3 -m pytest -x -q tests/cluster/test_gpu.py tests/test_targets.py tests/test_fast_paths.py || failed=1
     peers=()
     [ -d "$site/torchdistill" ] && peers=(--peers "$site")
     part 140 python3 benchmarks/step.py --pairs r34_r18 --rounds 5 --compile --out step_gpu "${peers[@]}" ||
