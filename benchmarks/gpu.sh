@@ -6,7 +6,7 @@
 # Wheels that the machine lacks are taken from $WHEELS (.whl), if there are any; on a machine with a network, before:
 #   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
 #       --platform manylinux_2_28_x86_64 -d .whl webdataset braceexpand simplejpeg pydantic pydantic-core \
-#       annotated-types typing-inspection hypothesis sortedcontainers torchdistill
+#       annotated-types typing-inspection hypothesis sortedcontainers pytest pluggy iniconfig torchdistill
 # Results: benchmarks/results/step_gpu*.md and .json, gpu.log; copies in $OUT, if it is set. Exit code 1 if a test failed,
 # whatever became of the figures.
 set -uo pipefail
@@ -36,5 +36,6 @@ part() { # seconds, then a command
         echo "gpu.sh: the other pairs did not end"
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 } > >(tee "$results/gpu.log") 2>&1
+wait $! # for the last lines of the log
 [ -n "${OUT:-}" ] && cp "$results"/step_gpu* "$results/gpu.log" "$OUT"/
 exit "$failed"

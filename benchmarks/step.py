@@ -600,8 +600,8 @@ def write(name: str, parts: list[str], found: list[Result]) -> None:
 
 
 METHOD = """Each contestant is a process; they take turns, in another order each round. Medians; ratios are formed
-within a round. On a CPU the measure is processor time, one thread each; memory is the growth of the resident set
-since imports.
+within a round. On a CPU the measure is processor time, one thread each; memory is the highest resident set of the
+timed steps, less what imports take.
 """
 
 
@@ -613,7 +613,8 @@ def compare(
     pair = PAIRS[name]
 
     def job(contestant: str, stage: int | None = None) -> Job:
-        return Job(contestant, name, precision, stage, batch, folder, arguments.peers, arguments.profile)
+        recorded = arguments.profile and contestant in ("by hand", "indistill")
+        return Job(contestant, name, precision, stage, batch, folder, arguments.peers, recorded)
 
     kd = ["by hand", "indistill", "timm task", "timm task, channels_last"]
     has_torchdistill = importlib.util.find_spec("torchdistill") is not None
@@ -630,7 +631,7 @@ def compare(
         yield "torchdistill: not installed here (`--peers`).\n"
     yield from targets_of_kd(results)
     if arguments.profile:
-        yield from (f"```\n{result.job.contestant}\n{result.profile}\n```\n" for result in results[:2])
+        yield from (f"```\n{result.job.contestant}\n{result.profile}\n```\n" for result in results if result.profile)
     if name == "r34_r18" and not arguments.no_warmup:
         yield from warmup(job, arguments, found)
 
