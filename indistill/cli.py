@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -29,6 +30,14 @@ def main(argv: list[str] | None = None) -> None:
     evaluate.add_argument("checkpoint", help="a step-XXXXXXXX directory, a .safetensors or a .pt file")
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
     evaluate.set_defaults(run=_evaluate)
+
+    plan = commands.add_parser("plan", help="what a run will take: time, memory, bytes; without a GPU")
+    plan.add_argument("config", help="YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    plan.add_argument("--world", type=_count, metavar="N", help="processes (default: machine.devices_per_node)")
+    plan.add_argument("--samples", type=_count, metavar="N", help="training images, where their shards are not")
+    plan.add_argument("--json", action="store_true", help="all numbers, for programs")
+    plan.set_defaults(run=_plan)
 
     targets = commands.add_parser("targets", help="run the teacher once, for a config with targets: cached")
     targets.add_argument("config", help="YAML file; what is there is kept, so a job that stopped goes on")
@@ -65,6 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         if "RANK" in os.environ:
             os._exit(2)  # at once: an orderly exit would wait for ranks that wait for this one
         sys.exit(2)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +166,22 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     metrics = evaluate_checkpoint(settings, arguments.checkpoint)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(metrics))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from indistill import pipeline
+
+    stages = pipeline.load(arguments.config, arguments.overrides)
+    from indistill import estimate
+
+    estimates = estimate.of_chain(stages, arguments.world, arguments.samples)
+    if arguments.json:
+        trees = {name: dataclasses.asdict(of_stage) for name, of_stage in estimates.items()}
+        print(json.dumps(trees.get("", trees)))
+        return
+    print(
+        "\n\n\n".join(f"stage {name}: " * bool(name) + estimate.text(of_stage) for name, of_stage in estimates.items())
+    )
 
 
 def _targets(arguments: argparse.Namespace) -> None:

@@ -458,8 +458,7 @@ class Targets(Section):
     dir: str | None = None  # of the stored ones; for training also a URL. None: run_dir/targets
     top_k: PositiveInt | None = None  # the largest probabilities of each sample; None: all logits, float32
     features: Literal["float32", "bf16", "int8"] = "float32"  # int8: with a scale per sample and channel
-    # Maps of more than so many pixels a side are averaged to that, live as well as stored. (No loss is the same after,
-    # though one against a smaller student map averages anyway.)
+    # Maps of more than so many pixels a side are averaged to that, live as well as stored: it changes what they teach.
     pool: PositiveInt | None = None
 
     @property
@@ -523,6 +522,25 @@ class DeepSpeed(Section):
 Engine = Annotated[DDP | DeepSpeed, Field(discriminator="name")]
 
 
+class Machine(Section):
+    """What `indistill plan` and `targets.source: auto` reckon with; by default a node of 8 H100 (docs/scaling.md).
+
+    Bandwidths are what a stream of large messages gets, in one direction.
+    """
+
+    # Sustained by a device in the run's precision. 100e12 is a tenth of an H100's peak in bf16, what convolutional
+    # networks get; transformers get three times as much.
+    flops_per_second: PositiveFloat = 100e12
+    memory_bytes: PositiveFloat = 80e9  # of a device
+    devices_per_node: PositiveInt = 8
+    intra_node_bytes_per_second: PositiveFloat = 300e9  # of a device: NVLink
+    inter_node_bytes_per_second: PositiveFloat = 40e9  # a device's share of the node's network: one of 400 Gbit/s each
+    latency_seconds: Annotated[float, Field(ge=0)] = 5e-6  # of each hop around a ring
+    overlap: Probability = 0.8  # of a step's communication, what the backward pass can hide
+    decode_images_per_second: PositiveFloat = 650.0  # by one loader worker (benchmarks/results/loader.md)
+    read_bytes_per_second: PositiveFloat = 5e9  # by a node, of the storage of cached targets
+
+
 class Config(Section):
     run_dir: str
     stage: Literal["distill", "heads"] = "distill"  # heads: train classifiers on a frozen teacher's stages
@@ -553,6 +571,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    machine: Machine = Machine()
 
     @model_validator(mode="after")
     def _compiled_where_it_can_be(self) -> Config:
@@ -647,6 +666,7 @@ OPERATIONAL_KEYS = (
     "data.workers",
     "evaluate.batch",
     "teacher.shard",
+    "machine",
     "targets.dir",
 )
 # Keys that may differ between the nodes of a run.

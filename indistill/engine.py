@@ -59,8 +59,7 @@ def start(
     on_cpu = not torch.cuda.is_available()
     # The microsecond, because Accelerate drops what equals its default, and gloo's default is another.
     timeout = timedelta(minutes=timeout_minutes, microseconds=1)
-    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)) and (interface := _interface()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    find_interface(world)
     if zero is None:
         if on_cpu and world > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"  # else torchrun on CPUs is taken for single processes
@@ -93,6 +92,12 @@ def start(
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         accelerator.autocast = partial(torch.autocast, accelerator.device.type, dtype)
     return accelerator
+
+
+def find_interface(world: int) -> None:
+    """Have gloo use the network between the nodes, where there are several."""
+    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)) and (interface := _interface()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _interface() -> str | None:

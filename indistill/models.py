@@ -33,8 +33,16 @@ if TYPE_CHECKING:
 
 
 _MAX_HEAD_WEIGHTS = 10**8
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
+
+
+class NoWeights(UserError):
+    """A model's pretrained weights could not be had; `role` says whose, student or teacher."""
+
+    def __init__(self, message: str, role: str) -> None:
+        super().__init__(message)
+        self.role = role
 
 
 class Output(NamedTuple):
@@ -164,7 +172,8 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     except Exception as error:  # timm, the hub client and the network each raise their own
         instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * section.pretrained
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{role}: timm could not create {section.name}: {reason}{instead}") from None
+        message = f"{role}: timm could not create {section.name}: {reason}{instead}"
+        raise (NoWeights(message, role) if section.pretrained else UserError(message)) from None
     if net.num_classes != num_classes:
         raise UserError(
             f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is {num_classes}: "
@@ -308,7 +317,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def run_in(network: Network, precision: str) -> None:
     """Have a frozen network run under autocast in `precision` (no: float32), whatever the caller's autocast says."""
-    autocast = torch.autocast(network.mean.device.type, _DTYPES[precision], enabled=precision != "no")
+    autocast = torch.autocast(network.mean.device.type, DTYPES[precision], enabled=precision != "no")
     network.forward, network.maps = autocast(network.forward), autocast(network.maps)
 
 
@@ -320,7 +329,7 @@ def hold(network: Network, precision: str) -> None:
     """
     for module in network.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
-            module.to(_DTYPES[precision])
+            module.to(DTYPES[precision])
 
 
 def shard(network: Network, device: torch.device, input_size: tuple[int, int, int]) -> None:

@@ -28,7 +28,12 @@ _SHARED += ("engine", "collective_timeout_minutes", "max_hours")
 
 
 class Students(list):
-    """Name and config of students that train at once, on the same images and one teacher."""
+    """Name and config of students that train at once, on the same images and one teacher.
+
+    On `groups`: equal, all of them on all ranks (together.py), or disjoint, each on ranks of its own (apart.py).
+    """
+
+    groups: str = "equal"
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[tuple[str, Config]]:
@@ -48,6 +53,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
     if kind == "students" and "stages" in tree:
         raise UserError(f"{source}: students and stages exclude each other: keep one")
 
+    groups = tree.pop("student_groups", "equal") if kind == "students" else "equal"
+    if groups not in ("equal", "disjoint"):
+        raise UserError(f"{source}: student_groups: {groups!r} is neither equal nor disjoint")
     shared, own = {key: value for key, value in tree.items() if key != kind}, tree[kind]
     if not own or not isinstance(own, list) or not all(isinstance(stage, dict) for stage in own):
         raise UserError(f"{source}: {kind}: expected a list of mappings, each with a name")
@@ -70,11 +78,15 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
             merged["teacher"] = _teacher(merged["teacher"], stages, where)
         stages[name] = config.parse(merged, where)
         if kind == "students":
-            _check_student(next(iter(stages.values())), stages[name], where)
-    return (Students if kind == "students" else list)(stages.items())
+            _check_student(next(iter(stages.values())), stages[name], groups, where)
+    if kind == "stages":
+        return list(stages.items())
+    students = Students(stages.items())
+    students.groups = groups
+    return students
 
 
-def _check_student(first: Config, settings: Config, where: str) -> None:
+def _check_student(first: Config, settings: Config, groups: str, where: str) -> None:
     """Raise UserError for a student that cannot train beside the first one."""
     theirs, mine = (config.flatten(one, without=()) for one in (first, settings))
     for key in sorted(theirs.keys() | mine.keys()):
@@ -88,6 +100,12 @@ def _check_student(first: Config, settings: Config, where: str) -> None:
         raise UserError(f"{where}: engine: DeepSpeed takes one student a process: train them one by one, or use ddp")
     if settings.teacher.shard:
         raise UserError(f"{where}: teacher.shard: students need the whole teacher on every process: remove it")
+    if settings.targets.source != "live":
+        raise UserError(f"{where}: targets: stored ones leave no teacher to share: train the students one by one")
+    warmup = settings.warmup
+    if groups == "disjoint" and warmup and (warmup.curriculum == "auto" or warmup.prune.mode == "paper_bn"):
+        what = "warmup.curriculum: auto" if warmup.curriculum == "auto" else "warmup.prune.mode: paper_bn"
+        raise UserError(f"{where}: student_groups: disjoint: every group has to know the others' targets: no {what}")
 
 
 def run(stages: list[tuple[str, Config]], resume: str = "auto") -> dict[str, dict[str, Any]]:
@@ -113,9 +131,9 @@ def _run_together(students: Students, resume: str) -> dict[str, dict[str, Any]]:
         _begun(settings)
     import torch
 
-    from indistill import together
+    from indistill import apart, together
 
-    summaries = together.train(students, resume)
+    summaries = (apart if students.groups == "disjoint" else together).train(students, resume)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return summaries

@@ -28,13 +28,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import build, config, data, engine, health, remote, store, taps
+from indistill import build, config, data, engine, estimate, health, remote, store, taps
 from indistill.config import Config, UserError
-from indistill.curriculum import Timetable
+from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch, IndexedTraining, Request
+from indistill.objective import Objective
 from indistill.sources import Sources
 from indistill.store import Manifest, Reader
-from indistill.targets import LiveTargets, fields_of
+from indistill.targets import LiveTargets, fields_of, needed
 from indistill.train import start_accelerator
 
 SAME = 0.01  # of a record's largest value: more than one step of its rounding, less than any other image's difference
@@ -70,7 +71,8 @@ def write(settings: Config) -> Manifest:
     """Compute what is not there yet. Raises UserError, before any work, for what cannot be stored, or not there."""
     job = prepare(settings)
     manifest, rank, world = job.manifest, job.accelerator.process_index, job.accelerator.num_processes
-    everything = [(view, shard) for view in range(manifest.views) for shard in range(len(manifest.samples))]
+    views = [view for view in range(manifest.views) if manifest.fields_in(view)]
+    everything = [(view, shard) for view in views for shard in range(len(manifest.samples))]
     todo = engine.on_main(job.accelerator, lambda: begin(job, everything))
     mine, first_ids = todo[rank::world], np.cumsum([0, *manifest.samples])
 
@@ -100,11 +102,13 @@ def begin(job: Job, everything: list[tuple[int, int]]) -> list[tuple[int, int]]:
     print(job.manifest.table(), flush=True)
     if len(todo) < len(everything):
         print(f"indistill: {len(everything) - len(todo)} of {len(everything)} shards are there", flush=True)
-    record = sum(field.record.itemsize for field in job.manifest.fields.values())
-    needed, free = record * sum(job.manifest.samples[shard] for _, shard in todo), shutil.disk_usage(job.root).free
-    if needed > free:
+    space, free = 0, shutil.disk_usage(job.root).free
+    for view, shard in todo:
+        fields = job.manifest.fields_in(view).values()
+        space += job.manifest.samples[shard] * sum(field.record.itemsize for field in fields)
+    if space > free:
         raise UserError(
-            f"targets.dir {job.root}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free: lower "
+            f"targets.dir {job.root}: {space / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free: lower "
             "data.augment.views or targets.pool, set targets.features: int8 or targets.top_k, or choose another"
         )
     if todo:
@@ -129,14 +133,15 @@ def is_there(job: Job, view: int, shard: int) -> bool:
         return all(
             os.stat(store.place(str(job.root), view, name, shard)).st_size
             == field.record.itemsize * job.manifest.samples[shard]
-            for name, field in job.manifest.fields.items()
+            for name, field in job.manifest.fields_in(view).items()
         )
     return False
 
 
 def write_shard(job: Job, view: int, shard: int, batches: Iterator[Batch], bar: tqdm) -> None:
     """One file per field, all of which appear at the end."""
-    paths = {name: Path(store.place(str(job.root), view, name, shard)) for name in job.manifest.fields}
+    fields = job.manifest.fields_in(view)
+    paths = {name: Path(store.place(str(job.root), view, name, shard)) for name in fields}
     parts = {name: path.with_name(f"{path.name}.part") for name, path in paths.items()}
     with contextlib.ExitStack() as stack:
         files = {}
@@ -149,8 +154,9 @@ def write_shard(job: Job, view: int, shard: int, batches: Iterator[Batch], bar: 
             for name in batch.replaced:
                 print(f"indistill: no targets of {name}", file=sys.stderr, flush=True)
             undecoded = batch.ids.numpy() < 0
-            for name, tensor in job.tensors(batch.images).items():
-                records = job.manifest.fields[name].encode(tensor)
+            tensors = job.tensors(batch.images)
+            for name, field in fields.items():
+                records = field.encode(tensors[name])
                 records[undecoded] = np.zeros((), records.dtype)
                 files[name].write(records.tobytes())
             left -= len(batch.ids)
@@ -190,23 +196,25 @@ def verify(settings: Config, count: int) -> bool:
         ids = np.array(sorted(place % samples for place in chosen if place // samples == view), dtype=np.int64)
         requests += [(view, ids[start : start + stored.batch]) for start in range(0, len(ids), stored.batch)]
     reader = Reader(str(job.root), stored, None, 0)
-    mine, exact, largest = [], 0, 0.0
+    mine, records, exact, largest = [], 0, 0, 0.0
     with one_rank_tells():
         for (view, ids), batch in zip(requests[rank::world], job.batches(requests[rank::world])):
             undecoded = batch.ids.numpy() < 0
-            for name, tensor in job.tensors(batch.images).items():
+            tensors = job.tensors(batch.images)
+            for name, field in stored.fields_in(view).items():
                 rows = reader.rows(view, ids, name)
-                problems, same, difference = compare(stored.fields[name], tensor, rows, undecoded)
+                problems, same, difference = compare(field, tensors[name], rows, undecoded)
+                records += len(rows)
                 exact, largest = exact + same, max(largest, difference)
                 mine += [f"view {view}, {job.dataset.shards.where(ids[row])}: {name}: {what}" for row, what in problems]
-    told = gather_object([(mine, exact, largest)])
-    wrong = [line for lines, _, _ in told for line in lines]
+    told = gather_object([(mine, records, exact, largest)])
+    wrong = [line for lines, *_ in told for line in lines]
     if rank == 0:
         for line in wrong:
             print(line)
         print(
-            f"{len(chosen) * len(stored.fields)} records recomputed: {sum(part[1] for part in told)} the same bit for "
-            f"bit, the others within {max(part[2] for part in told):.1e} of their largest value, but {len(wrong)} wrong"
+            f"{sum(part[1] for part in told)} records recomputed: {sum(part[2] for part in told)} the same bit for "
+            f"bit, the others within {max(part[3] for part in told):.1e} of their largest value, but {len(wrong)} wrong"
         )
     job.accelerator.end_training()
     return not wrong
@@ -250,6 +258,7 @@ def prepare(settings: Config) -> Job:
         raise UserError(f"targets.dir {root}: is written to a file system: give a path, and copy what is there")
     if settings.teacher.shard and world > 1:
         raise UserError("targets: every process runs a whole teacher: set teacher.shard=false, or start one process")
+    auto = settings.targets.source == "auto"
     live = {"targets": settings.targets.model_copy(update={"source": "live"})}
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
     accelerator = start_accelerator(settings, training=False)
@@ -258,19 +267,29 @@ def prepare(settings: Config) -> Job:
     health.agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        _, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration, Sources())
+        student, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration, Sources())
+    targets_of.hold_weights()
 
-    phases = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs)).curriculum.phases()
-    heads = len(targets_of.heads.stages) if targets_of.heads else 0
-    names = dict.fromkeys(
-        name for phase in phases for name in fields_of(phase, settings.kd.losses, targets_of.kd_stages, heads)
-    )
-    if not names:
+    timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))
+    heads, losses = len(targets_of.heads.stages) if targets_of.heads else 0, settings.kd.losses
+    phases = {phase.name for phase in timetable.curriculum.phases()}
+    if auto:
+        objective = Objective(losses, timetable.steps_per_epoch, settings.kd.relational_scope)
+        phases = estimate.cheaper_stored(settings, student, targets_of, objective, timetable)
+        if not phases:
+            raise UserError(
+                "targets: auto: in no phase would reading be cheaper, as `indistill plan` shows: all are live"
+            )
+
+    def of_phase(phase: Phase) -> tuple[str, ...]:
+        return fields_of(phase, losses, targets_of.kd_stages, heads) if phase.name in phases else ()
+
+    views = needed(timetable, of_phase, settings.data.augment.views)
+    if not views:
         raise UserError("targets: neither warmup nor kd.losses reads anything of the teacher: nothing is to be stored")
-    pairs = sorted({pair for phase in phases for pair in phase.pairs})
+    pairs = sorted({pair for phase in timetable.curriculum.phases() for pair in phase.pairs})
     batch = settings.data.global_batch // world // accumulation
     images = torch.zeros(batch, *build.input_size(settings), dtype=torch.uint8, device=accelerator.device)
-    targets_of.hold_weights()
     found = targets_of.everything(images, pairs)
     hashes = build.weights_hashes(settings)
     manifest = Manifest(
@@ -288,7 +307,10 @@ def prepare(settings: Config) -> Job:
         plan=json.loads(plan.to_json()),
         data=training.fingerprint,
         samples=training.dataset.shards.sizes,
-        fields={name: store.describe(name, found[name], settings.targets) for name in names},
+        fields={
+            name: store.describe(name, found[name], settings.targets).model_copy(update={"views": sorted(seen)})
+            for name, seen in views.items()
+        },
         batch=batch,
     )
     health.agree({"teacher": targets_of.fingerprint, "plan": plan.hash})

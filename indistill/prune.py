@@ -52,17 +52,25 @@ class Plan(NamedTuple):
         return json.dumps({**json.loads(self._body()), "hash": self.hash})
 
     @classmethod
+    def parse(cls, text: str) -> Plan:
+        """What `to_json` gave. Raises ValueError if it is damaged or was edited."""
+        try:
+            tree = json.loads(text)
+            plan = cls(tree["criterion"], tree["mode"], [PairPlan(**pair) for pair in tree["pairs"]])
+            intact = tree["hash"] == plan.hash
+        except (KeyError, TypeError):
+            intact = False
+        if not intact:
+            raise ValueError("not a plan, or an edited one")
+        return plan
+
+    @classmethod
     def read(cls, path: Path) -> Plan:
         """Raises UserError if the file is damaged or was edited."""
         try:
-            tree = json.loads(path.read_text())
-            plan = cls(tree["criterion"], tree["mode"], [PairPlan(**pair) for pair in tree["pairs"]])
-            intact = tree["hash"] == plan.hash
-        except (ValueError, KeyError, TypeError):
-            intact = False
-        if not intact:
-            raise UserError(f"{path}: damaged or edited by hand: restore it, or start in another run_dir")
-        return plan
+            return cls.parse(path.read_text())
+        except ValueError:
+            raise UserError(f"{path}: damaged or edited by hand: restore it, or start in another run_dir") from None
 
 
 class Writer(NamedTuple):

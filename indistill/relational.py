@@ -28,10 +28,14 @@ def gather(*rows: Tensor, scope: str = "global", related: int = 2) -> tuple[Tens
     if not dist.is_initialized() or scope == "local":
         return rows
     batch = dist.get_world_size() * len(rows[0])
-    widest = max(batch * x[0].numel() for x in rows)
-    if scope == "auto" and max(batch**related, widest) > MAX_ELEMENTS:
+    if not gathers(scope, batch, max(x[0].numel() for x in rows), related):
         return rows
     return tuple(_Gather.apply(x) for x in rows)
+
+
+def gathers(scope: str, batch: int, widest: int, related: int) -> bool:
+    """Whether `gather` gathers rows of at most `widest` numbers of `batch` samples on all ranks together."""
+    return scope == "global" or (scope == "auto" and max(batch**related, batch * widest) <= MAX_ELEMENTS)
 
 
 class _Gather(torch.autograd.Function):

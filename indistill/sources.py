@@ -9,25 +9,32 @@ from accelerate import Accelerator
 
 from indistill import build, data, health
 from indistill.config import Config
+from indistill.curriculum import Timetable
 from indistill.data import Batch, IndexedTraining
 from indistill.models import Network, Output
+from indistill.prune import Plan
 from indistill.stream import StreamedTraining
+from indistill.targets import CachedTargets, LiveTargets
+
+Training = IndexedTraining | StreamedTraining
 
 
 class Sources:
     """A run's own."""
 
-    def data(
-        self, accelerator: Accelerator, settings: Config
-    ) -> tuple[IndexedTraining | StreamedTraining, data.ImageDataset | None]:
+    def data(self, accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
         """Training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
         return open_data(accelerator, settings)
 
-    def batches(
-        self, training: IndexedTraining | StreamedTraining, first_step: int, last_step: int, device: torch.device
-    ) -> Iterable[Batch]:
+    def batches(self, training: Training, first_step: int, last_step: int, device: torch.device) -> Iterable[Batch]:
         """The micro-batches of the steps [first_step, last_step)."""
         return training.loader(first_step, last_step, device)
+
+    def targets(
+        self, targets_of: LiveTargets | CachedTargets, plan: Plan, timetable: Timetable, settings: Config
+    ) -> LiveTargets | CachedTargets:
+        """What gives the targets of a batch, from what the networks were built with."""
+        return targets_of
 
     def teacher(self, settings: Config) -> Network:
         """Raises UserError for a teacher that cannot be had or does not fit."""
@@ -38,9 +45,7 @@ class Sources:
         return torch.compile(teacher, dynamic=False) if settings.compile else teacher
 
 
-def open_data(
-    accelerator: Accelerator, settings: Config
-) -> tuple[IndexedTraining | StreamedTraining, data.ImageDataset | None]:
+def open_data(accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
     kind = IndexedTraining if settings.data.access == "index" else StreamedTraining
     rank, world = accelerator.process_index, accelerator.num_processes
     training = kind(settings.data, settings.seed, rank, world, settings.grad_accumulation)

@@ -1,8 +1,8 @@
 """Targets computed once: what `indistill targets` writes (precompute.py) and a run with `targets: cached` reads.
 
-A directory holds `manifest.json` and, for each view of the data set, field and data shard, one file of fixed-size
-records, `view-000/logits/shard-00012.bin`, one record per sample in the order of the shard. A phase reads the fields it
-needs, and a remote cache fetches no others. Fields are
+A directory holds `manifest.json` and, for each field, data shard and view of the data set, of those that the run reads,
+a file of fixed-size records, `view-000/logits/shard-00012.bin`, one per sample in the order of the shard. A phase reads
+the fields it needs, and a remote cache fetches no others. Fields are
 
     pair1, pair2, ...   maps of the warm-up's pairs, pruned
     stage2, ...         whole maps of teacher stages that KD reads
@@ -51,6 +51,7 @@ class Field(BaseModel):
     dtype: str  # what the teacher gave: values that are stored exactly come back as that
     channels_last: bool  # likewise; sums over a map depend on it in their last bits
     top_k: int | None = None
+    views: list[int] = []  # in which the config's run reads it, and in which it is stored
 
     @property
     def record(self) -> np.dtype:
@@ -195,19 +196,24 @@ class Manifest(BaseModel):
                 return f"{key}: {mine.get(key)} -> {theirs.get(key)}"
         return None
 
+    def fields_in(self, view: int) -> dict[str, Field]:
+        return {name: field for name, field in self.fields.items() if view in field.views}
+
     @property
     def heads(self) -> int:
         """How many intermediate classifiers are stored."""
         return sum(name.startswith("head") for name in self.fields)
 
     def table(self) -> str:
-        """Bytes of each field: of a record, and of a view of the data set."""
-        samples, sizes = sum(self.samples), {name: field.record.itemsize for name, field in self.fields.items()}
-        lines = [
-            f"{name:<10} {size:>12,} B a sample {size * samples / 1e9:>12.3f} GB a view" for name, size in sizes.items()
-        ]
-        total = self.views * samples * sum(sizes.values())
-        return "\n".join([*lines, f"{self.views} views of {samples:,} samples: {total / 1e9:.3f} GB"])
+        """Bytes of each field: of a record, and in all."""
+        samples, lines, total = sum(self.samples), [], 0
+        for name, field in self.fields.items():
+            size = field.record.itemsize * samples * len(field.views)
+            lines.append(
+                f"{name:<10} {field.record.itemsize:>9,} B a sample {len(field.views):>4} views {size / 1e9:>10.3f} GB"
+            )
+            total += size
+        return "\n".join([*lines, f"{samples:,} samples: {total / 1e9:.3f} GB"])
 
 
 def _told(manifest: Manifest) -> dict[str, Any]:
@@ -236,6 +242,11 @@ def directory(settings: Config) -> str:
 
 def place(root: str, view: int, field: str, shard: int) -> str:
     return f"{root}/view-{view:03d}/{field}/shard-{shard:05d}.bin"
+
+
+def exists(root: str) -> bool:
+    """Whether targets are stored there, if only in part; a URL is taken at its word."""
+    return remote.is_remote(root) or os.path.isdir(root)
 
 
 def load(root: str) -> Manifest:
@@ -313,16 +324,18 @@ class Reader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
 
-    def check(self, data: str, fields: Sequence[str]) -> None:
-        """Raise UserError unless these are targets of that data, with those fields."""
+    def check(self, data: str, needed: dict[str, set[int]]) -> None:
+        """Raise UserError unless these are targets of that data, with the fields in the views that are needed."""
         again = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
         if data != self.manifest.data:
             told = f"{self.manifest.data[:12]}, data.train has now {data[:12]}"
             raise UserError(f"{self.root}: made from other shards (fingerprint {told}): {again}")
-        for field in fields:
-            if field not in self.manifest.fields:
+        for name, views in needed.items():
+            if name not in self.manifest.fields:
                 stored = ", ".join(self.manifest.fields)
-                raise UserError(f"{self.root}: holds {stored}, and not {field}, which this run reads: {again}")
+                raise UserError(f"{self.root}: holds {stored}, and not {name}, which this run reads: {again}")
+            if missing := views - set(self.manifest.fields[name].views):
+                raise UserError(f"{self.root}: lacks {name} in view {min(missing)}, made for other durations: {again}")
 
     @property
     def remote(self) -> bool:
@@ -374,9 +387,7 @@ class Reader:
                 return np.memmap(file, np.uint8, "r", shape=shape)
         try:
             if (found := os.stat(path).st_size) != size:
-                raise UserError(
-                    f"{path}: {found} bytes, not {size}: delete it and run `indistill targets CONFIG` again"
-                )
+                raise UserError(f"{path}: {found} bytes, not {size}: run `indistill targets CONFIG` again")
             records = np.memmap(path, np.uint8, "r", shape=shape)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}: run `indistill targets CONFIG` again") from None

@@ -49,7 +49,7 @@ class LiveTargets:
     ) -> None:
         self.pool = pool
         self.teacher, self.kd_stages, self.heads = teacher, list(kd_stages), heads
-        self.run = run or teacher
+        self.run = teacher if run is None else run  # a compiled one cannot say whether it is empty
         self.fingerprint = " ".join(part.fingerprint for part in (teacher, heads) if part)
         self.kept: list[Tensor | None] = []
         self.norms: list[nn.BatchNorm2d] = []
@@ -98,16 +98,22 @@ class LiveTargets:
 
     def everything(self, images: Tensor, pairs: Sequence[int]) -> dict[str, Tensor]:
         """What these pairs and KD read, by field (store.py), in one pass of the teacher."""
-        self.teacher.kd_stages = sorted({*self.teacher.kd_stages, *self.teacher.stages})
+        found = self.found(images, sorted({*self.kd_stages, *self.teacher.stages}), whole=True)
+        kept = {f"pair{pair + 1}": self._prune(found[f"stage{self.teacher.stages[pair]}"], pair) for pair in pairs}
+        return {name: pooled(x, self.pool) if x.dim() == 4 else x for name, x in found.items()} | kept
+
+    def found(self, images: Tensor, stages: Sequence[int], whole: bool) -> dict[str, Tensor]:
+        """By field, whole maps of the stages (ascending) and, of the `whole` network, what lies behind them."""
+        if not whole:
+            with self.without_gradient():
+                maps = self.teacher.maps(images, stages)
+            return {f"stage{stage}": feature for stage, feature in zip(stages, maps)}
+        self.teacher.kd_stages = sorted({*stages, *(self.heads.stages if self.heads else ())})
         with self.without_gradient():
             output, maps, cohort = self._all(images)
-        return {
-            **{f"pair{pair + 1}": self._prune(maps[self.teacher.stages[pair]], pair) for pair in pairs},
-            **{f"stage{stage}": pooled(maps[stage], self.pool) for stage in self.kd_stages},
-            **{f"head{i}": logits for i, logits in enumerate(cohort, start=1)},
-            "embedding": output.embedding,
-            "logits": output.logits,
-        }
+        found = {f"stage{stage}": feature for stage, feature in maps.items()}
+        found |= {f"head{i}": logits for i, logits in enumerate(cohort, start=1)}
+        return found | {"embedding": output.embedding, "logits": output.logits}
 
     def _all(self, images: Tensor) -> tuple[Output, dict[int, Tensor], tuple[Tensor, ...]]:
         """The whole pass, its maps by stage, and the logits of the cohort."""
@@ -138,28 +144,38 @@ class LiveTargets:
 
 
 class CachedTargets:
-    """What `indistill targets` stored (store.py), brought along by the batches; there is no teacher.
+    """What `indistill targets` stored (store.py), brought along by the batches; its calls are those of LiveTargets.
 
-    Its calls are those of LiveTargets.
+    There is no teacher, unless `live` is given: then the phases named are stored, and the others live.
     """
 
-    teacher = None
-
-    def __init__(self, reader: Reader, losses: Sequence[config.Loss], kd_stages: Sequence[int]) -> None:
-        self.reader, self.losses, self.kd_stages = reader, losses, list(kd_stages)
+    def __init__(
+        self,
+        reader: Reader,
+        losses: Sequence[config.Loss],
+        kd_stages: Sequence[int],
+        live: LiveTargets | None = None,
+        phases: Sequence[str] = (),
+    ) -> None:
+        self.reader, self.losses, self.kd_stages, self.live, self.phases = reader, losses, list(kd_stages), live, phases
+        self.teacher = live and live.teacher
         self.fingerprint = reader.manifest.teacher.fingerprint
+        if live and any(field.format != "float32" for field in reader.manifest.fields.values()):
+            self.fingerprint += f" rounded in {', '.join(phases)}"  # a run that goes on has to read the same
 
     def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
         """Have the loader read what each step's phase needs. Raises UserError for targets of other data, or without."""
-        phases = timetable.curriculum.phases()
-        self.reader.check(training.fingerprint, [field for phase in phases for field in self._fields(phase)])
+        self.reader.check(training.fingerprint, needed(timetable, self._fields, self.reader.manifest.views))
         training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))
 
     def hold_weights(self) -> None:
-        """There are none."""
+        if self.live:
+            self.live.hold_weights()
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
         """From the records of the batch, uint8 [B, bytes] per field; zeros without them."""
+        if self.live and phase.name not in self.phases:
+            return self.live(images, phase)
         tensors = {}
         for name in self._fields(phase):
             field = self.reader.manifest.fields[name]
@@ -174,6 +190,8 @@ class CachedTargets:
         return Targets(features, tensors.get("embedding"), tensors.get("logits"), cohort)
 
     def _fields(self, phase: Phase) -> tuple[str, ...]:
+        if self.live and phase.name not in self.phases:
+            return ()
         return fields_of(phase, self.losses, self.kd_stages, self.reader.manifest.heads)
 
 
@@ -189,6 +207,17 @@ def fields_of(phase: Phase, losses: Sequence[config.Loss], kd_stages: Sequence[i
     if any(loss.name == "dih" for loss in losses):
         fields += [f"head{i}" for i in range(1, heads + 1)]
     return tuple(fields)
+
+
+def needed(timetable: Timetable, fields: Callable[[Phase], Sequence[str]], views: int) -> dict[str, set[int]]:
+    """What a run reads of the stored targets: each field of its phases, and in which of the views."""
+    found: dict[str, set[int]] = {}
+    for phase in timetable.curriculum.phases():
+        end = timetable.total_steps if phase.end is None else phase.end
+        epochs = {step // timetable.steps_per_epoch for step in range(phase.start, end)}
+        for field in fields(phase):
+            found.setdefault(field, set()).update(epoch % views for epoch in epochs)
+    return found
 
 
 def pooled(feature: Tensor, side: int | None) -> Tensor:

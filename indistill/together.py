@@ -17,11 +17,10 @@ from torch import Tensor
 
 from indistill import data, models
 from indistill.config import Config
-from indistill.data import Batch, IndexedTraining
+from indistill.data import Batch
 from indistill.models import Network, Output
 from indistill.preemption import Preempted
-from indistill.sources import Sources
-from indistill.stream import StreamedTraining
+from indistill.sources import Sources, Training
 from indistill.train import steps
 
 
@@ -54,7 +53,7 @@ class Shared(Sources):
 
     def __init__(self, settings: Config, students: int) -> None:
         self.accumulation = settings.grad_accumulation
-        self.opened: tuple[IndexedTraining | StreamedTraining, data.ImageDataset | None] | None = None
+        self.opened: tuple[Training, data.ImageDataset | None] | None = None
         # Micro-batches, counted from the start of the run: where each student is, and those that one still needs.
         self.places = [0] * students
         self.loaded: dict[int, Batch] = {}
@@ -62,7 +61,7 @@ class Shared(Sources):
         self.network: Network | None = None  # the teacher as it was created; each student's has stages of its own
         self.teacher_pass: TeacherPass | None = None
 
-    def data(self, *arguments: Any) -> tuple[IndexedTraining | StreamedTraining, data.ImageDataset | None]:
+    def data(self, *arguments: Any) -> tuple[Training, data.ImageDataset | None]:
         self.opened = self.opened or super().data(*arguments)
         return self.opened
 
@@ -72,9 +71,7 @@ class Shared(Sources):
             _ = self.network.fingerprint  # of the weights as they are now
         return copy.copy(self.network)
 
-    def batch(
-        self, place: int, training: IndexedTraining | StreamedTraining, last_step: int, device: torch.device
-    ) -> Batch:
+    def batch(self, place: int, training: Training, last_step: int, device: torch.device) -> Batch:
         """The micro-batch at a place. The first to be asked for is the earliest of all."""
         if self.loader is None:
             batches = super().batches(training, place // self.accumulation, last_step, device)
@@ -94,17 +91,13 @@ class _Share(Sources):
     def __init__(self, shared: Shared, student: int) -> None:
         self.shared, self.student = shared, student
 
-    def data(
-        self, accelerator: Accelerator, settings: Config
-    ) -> tuple[IndexedTraining | StreamedTraining, data.ImageDataset | None]:
+    def data(self, accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
         return self.shared.data(accelerator, settings)
 
     def teacher(self, settings: Config) -> Network:
         return self.shared.teacher(settings)
 
-    def batches(
-        self, training: IndexedTraining | StreamedTraining, first_step: int, last_step: int, device: torch.device
-    ) -> Iterator[Batch]:
+    def batches(self, training: Training, first_step: int, last_step: int, device: torch.device) -> Iterator[Batch]:
         shared = self.shared
         places = range(first_step * shared.accumulation, last_step * shared.accumulation)
         shared.places[self.student] = places.start  # at once: what comes later is kept until this student has seen it

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed as seed_everything
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from indistill import build, config, data, deepspeed_config, engine, evaluate, health, models, optim, watchdog
+from indistill import build, config, data, deepspeed_config, engine, estimate, evaluate, health, models, optim, watchdog
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
@@ -56,9 +56,12 @@ def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, Non
     calibration = partial(training.loader, 0, device=accelerator.device)
     student, targets_of, plan = build.networks(accelerator, settings, run_dir, calibration, sources)
     timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(plan.pairs))
-    targets_of.bring_along(training, timetable)
     pace = Pace(timetable, settings.warmup, partial(mean_over_ranks, accelerator))
     objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
+    if settings.targets.source == "auto":
+        targets_of = estimate.choose(accelerator, settings, student, targets_of, objective, timetable, plan)
+    targets_of = sources.targets(targets_of, plan, timetable, settings)
+    targets_of.bring_along(training, timetable)
     mix = make_mix(settings, accelerator)
     ema = settings.ema and health.Ema(student, settings.ema.decay, use_warmup=settings.ema.warmup)
     whole = engine.whole(accelerator, student)

@@ -98,6 +98,7 @@ def _watch(closed: threading.Event, timeout_minutes: float) -> None:
     import torch.distributed as dist
 
     rank, world, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 60 * timeout_minutes
+    name = f"indistill/{os.environ.get('INDISTILL_GROUP', '')}"  # the store is that of all groups (apart.py)
     interval = min(10.0, timeout / 20)
     told, heard = -1, {}  # the place that was told of; each rank's latest text, and when it was first seen
     # A connection of its own: the process group's may be waiting.
@@ -117,11 +118,11 @@ def _watch(closed: threading.Event, timeout_minutes: float) -> None:
             continue
         try:
             # The store is on rank 0's node. For the others this is a send without an answer: it cannot wait.
-            store.set(f"indistill/{rank}", json.dumps(Report(socket.gethostname(), place, still)))
+            store.set(f"{name}{rank}", json.dumps(Report(socket.gethostname(), place, still)))
             if rank != 0 or still < timeout / 4:
                 continue
             for other in range(world):
-                key = f"indistill/{other}"
+                key = f"{name}{other}"
                 text = store.get(key) if store.check([key]) else None
                 if other not in heard or heard[other][0] != text:
                     heard[other] = text, now

@@ -14,8 +14,8 @@ LEAVES += ["similarity", "preemption", "watchdog", "deepspeed_config"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
 WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics"}
-MAY_USE_ACCELERATE |= {"sources", "together", "precompute"}
-TOP = {"train", "cli", "demo", "pipeline", "together", "precompute"}
+MAY_USE_ACCELERATE |= {"estimate", "sources", "together", "precompute", "apart"}
+TOP = {"train", "cli", "demo", "pipeline", "together", "precompute", "apart"}
 
 
 def imports(module: str, top_level_only: bool = False) -> set[str]:

@@ -1,0 +1,120 @@
+"""What plan_check.py and scaling.py share: a small run of the real loop, with each of its steps recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+from indistill import config, packing
+
+CLASSES = 10
+LIBRARIES = ("torch", "timm", "accelerate", "deepspeed")
+_BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
+
+
+class Step(NamedTuple):
+    """The clocks at the end of a step."""
+
+    phase: str
+    wall: float  # seconds
+    cpu: float  # seconds of this process
+    sent: int  # bytes by TCP so far
+
+
+def pack(folder: Path, samples: int, size: int) -> None:
+    """Shards of noise: what an image shows costs nothing here."""
+    random = np.random.RandomState(0)
+
+    def image(i: int) -> tuple[str, bytes, str, int]:
+        buffer = io.BytesIO()
+        Image.fromarray(random.randint(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
+        return f"{i:05d}", buffer.getvalue(), "png", i % CLASSES
+
+    packing.pack(map(image, range(samples)), folder, "train", samples_per_shard=samples)
+
+
+def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: int) -> dict[str, Any]:
+    """A config: a ResNet of half the width, four stage pairs for `steps` steps each, then KD for `last`."""
+    return {
+        "run_dir": str(run_dir),
+        "duration": f"{4 * steps + last} steps",
+        "data": {
+            "root": str(folder),
+            "train": "train-*.tar",
+            "num_classes": CLASSES,
+            "image_size": size,
+            "global_batch": batch,
+            "streams": 4,
+            "in_memory": True,
+            "augment": {"recipe": "none", "flip": False},
+        },
+        "teacher": {"name": "resnet34"},
+        "student": {"name": "resnet18", "kwargs": {"channels": [32, 64, 128, 256]}},
+        "warmup": {"durations": [f"{steps} steps"] * 4},
+        "kd": {"losses": [{"name": "ce"}, {"name": "kd"}, {"name": "pkt"}]},
+        "optimizer": {"name": "momentum", "lr": 0.001},
+        "checkpoint": {"every_steps": None},
+        "log": {"every_steps": 10**6, "tensorboard": False},
+    }
+
+
+def train(settings: config.Config) -> list[Step]:
+    """Train, and return every step's end."""
+    from indistill import metrics
+    from indistill import train as training
+
+    steps: list[Step] = []
+    end_step = metrics.RunLog.end_step
+
+    def recorded(log: metrics.RunLog, done: int, phase: Any, *arguments: Any) -> Any:
+        result = end_step(log, done, phase, *arguments)
+        steps.append(Step(phase.name, time.perf_counter(), time.process_time(), sent_bytes()))
+        return result
+
+    with mock.patch.object(metrics.RunLog, "end_step", recorded), contextlib.redirect_stdout(io.StringIO()):
+        training.train(settings, "never")
+    return steps
+
+
+def within_phases(steps: list[Step]) -> Iterator[tuple[Step, Step]]:
+    """Each step's end with the one before it, without those that begin a phase."""
+    return ((before, step) for before, step in itertools.pairwise(steps) if before.phase == step.phase)
+
+
+def sent_bytes() -> int:
+    """That other processes have received of this one by TCP, the loopback's included: the kernel's count (Linux)."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as copy:
+                if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
+                    info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
+                    total += struct.unpack_from("Q", info, _BYTES_ACKED)[0]
+    return total
+
+
+@contextlib.contextmanager
+def scratch(samples: int, size: int) -> Iterator[Path]:
+    """A folder with the shards in it, removed at the end."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        pack(folder, samples, size)
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,133 @@
+"""Students on disjoint groups of ranks: each computes what it would alone, and the teacher sees each image once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import run_ranks
+
+from indistill import apart, config, pipeline
+from indistill.cli import main
+from indistill.metrics import read_lines
+from indistill.models import Network
+from indistill.train import train
+
+STUDENTS = [
+    {"name": "small", "student": {"name": "cnn32_student"}},
+    {
+        "name": "resnet",
+        "student": {"name": "resnet10t", "kwargs": {"channels": [8, 8, 16, 16], "stem_width": 8}},
+        "warmup": {"pairs": [[0, 0], [1, 3]], "durations": ["3 steps", "6 steps"]},
+        "kd": {"losses": [{"name": "ce"}, {"name": "at"}, {"name": "pkt"}]},
+    },
+]
+
+
+@pytest.fixture
+def path(tree, tmp_path):
+    tree.pop("student")
+    tree |= {"students": copy.deepcopy(STUDENTS), "student_groups": "disjoint", "duration": "18 steps"}
+    tree["checkpoint"] = {"every_steps": 4, "keep_last": 9}
+    tree["run_dir"] = str(tmp_path / "run")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def run(path: Path, folder: Path) -> None:
+    """Train, and note how many images the teacher saw, and how many bytes each all-gather sent."""
+    told: dict[str, Any] = {"images": 0, "sent": []}
+    rank, normalise, begin_groups = os.environ["RANK"], Network.normalise, apart._begin_groups
+
+    def noting_normalise(network, images):
+        if not network.training and torch.is_inference_mode_enabled():  # and not in an evaluation
+            told["images"] += len(images)
+        return normalise(network, images)
+
+    class Noting:
+        def __init__(self, group):
+            self.group = group
+
+        def allgather(self, parts, sent):
+            told["sent"].append(sent[0].numel())
+            return self.group.allgather(parts, sent)
+
+    Network.normalise = noting_normalise
+    apart._begin_groups = lambda *arguments: Noting(begin_groups(*arguments))
+    pipeline.run(pipeline.load(path))
+    assert os.environ["RANK"] == rank
+    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+
+
+def alone(path: Path, folder: Path) -> None:
+    for name, settings in pipeline.load(path):
+        train(config.parse({**settings.model_dump(mode="json"), "run_dir": str(folder / name)}, "test"))
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize(("size", "precision", "close"), [(1, "no", 1e-4), (2, "no", 1e-4), (1, "bf16", 1e-2)])
+def test_each_student_is_what_it_would_be_alone(path, tmp_path, size, precision, close):
+    """On 2 groups of `size` ranks. Convolutions on parts of a batch differ from those on the whole in the last bits."""
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"mixed_precision": precision}))
+    run_ranks(run, 2 * size, path, tmp_path)
+    run_ranks(alone, size, path, tmp_path / "alone")
+    for name in ("small", "resnet"):
+        summary = json.loads((tmp_path / "run" / name / "summary.json").read_text())
+        assert summary["world_size"] == size
+        assert len(losses(tmp_path / "run" / name)) == 18
+        assert losses(tmp_path / "run" / name) == pytest.approx(losses(tmp_path / "alone" / name), rel=close)
+    assert (tmp_path / "run" / "status").read_text() == "done\n"
+    for rank in range(2 * size):
+        told = json.loads((tmp_path / f"told-{rank}.json").read_text())
+        assert told["images"] == 18 * 32 // (2 * size)  # of the training images each once, over all ranks
+        assert len(told["sent"]) == 18
+        # First the maps of both students' first pair, 8 and 16 channels of 15 x 15; last what the losses of
+        # KD read: logits for the first student; for the other the maps of two stages and the embedding.
+        part, width = 32 // (2 * size), 4 if precision == "no" else 2
+        assert told["sent"][0] == width * part * (8 + 16) * 15 * 15
+        assert told["sent"][-1] == width * part * (10 + 16 * 15 * 15 + 32 * 6 * 6 + 128)
+
+
+def test_groups_go_on_from_a_step_that_both_have(path, tmp_path):
+    run_ranks(run, 2, path, tmp_path)
+    runs = tmp_path / "run"
+    whole = {name: losses(runs / name) for name in ("small", "resnet")}
+    for name, steps in (("small", (18, 16)), ("resnet", (18,))):  # as after a kill
+        (runs / name / "summary.json").unlink()
+        for step in steps:
+            (runs / name / "checkpoints" / f"step-{step:08d}").rename(tmp_path / f"{name}-{step}")
+    run_ranks(run, 2, path, tmp_path)
+    assert {name: losses(runs / name) for name in ("small", "resnet")} == whole
+    assert len(list((runs / "resnet" / "checkpoints").glob("superseded-step-00000016-*"))) == 1
+    assert not list((runs / "small" / "checkpoints").glob("superseded-*"))
+
+
+def refused(path: Path, folder: Path) -> None:
+    with (folder / f"stderr-{os.environ['RANK']}").open("w", buffering=1) as sys.stderr:
+        main(["train", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "message"),
+    [
+        (3, {}, "student_groups: disjoint: 3 processes cannot be cut into 2 equal groups: start a multiple of 2"),
+        (2, {"grad_accumulation": 32}, "1 images of a rank and accumulation step cannot be shared out to 2 teachers"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(path, tmp_path, world, overrides, message):
+    tree = yaml.safe_load(path.read_text())
+    tree["data"]["streams"] = 1 if world == 3 else 8
+    path.write_text(yaml.safe_dump(tree | overrides))
+    run_ranks(refused, world, path, tmp_path, exit_code=2)
+    assert message in (tmp_path / "stderr-0").read_text()
