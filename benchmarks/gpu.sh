@@ -6,9 +6,9 @@
 # Wheels that the machine lacks are taken from $WHEELS (.whl), if there are any; on a machine with a network, before:
 #   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
 #       --platform manylinux_2_28_x86_64 -d .whl webdataset braceexpand simplejpeg pydantic pydantic-core \
-#       annotated-types typing-inspection hypothesis sortedcontainers torchdistill
-# Results: benchmarks/results/step_gpu*.md and .json, gpu.log; copies in $OUT, if it is set. Exit code 1 if a test failed,
-# whatever became of the figures.
+#       annotated-types typing-inspection hypothesis sortedcontainers pytest pluggy iniconfig torchdistill
+# Results: benchmarks/results/step_gpu*.md and .json, gpu.log; copies in $OUT, if it is set. Exit code 1 if a test
+# failed, whatever became of the figures.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=benchmarks/results
@@ -27,14 +27,15 @@ part() { # seconds, then a command
     timeout --kill-after=10 "$@"
 }
 {
-    part 170 python3 -m pytest -x -q tests/cluster/test_gpu.py tests/test_targets.py tests/test_fast_paths.py || failed=1
+    part 130 python3 -m pytest -x -q tests/cluster/test_gpu.py tests/test_targets.py tests/test_store.py || failed=1
     peers=()
     [ -d "$site/torchdistill" ] && peers=(--peers "$site")
-    part 140 python3 benchmarks/step.py --pairs r34_r18 --rounds 5 --compile --out step_gpu "${peers[@]}" ||
-        echo "gpu.sh: r34_r18 did not end"
-    part 130 python3 benchmarks/step.py --pairs r50_mobilenetv3 vit_s_vit_ti --rounds 5 --out step_gpu_others "${peers[@]}" ||
-        echo "gpu.sh: the other pairs did not end"
+    # What is there when the time is up has been written.
+    part 235 python3 benchmarks/step.py --rounds 5 --out step_gpu "${peers[@]}" || echo "gpu.sh: step.py did not end"
+    part 100 python3 benchmarks/step.py --pairs r34_r18 --no-warmup --rounds 3 --compile --out step_gpu_compiled ||
+        echo "gpu.sh: step.py --compile did not end"
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 } > >(tee "$results/gpu.log") 2>&1
+wait $! # for the last lines of the log
 [ -n "${OUT:-}" ] && cp "$results"/step_gpu* "$results/gpu.log" "$OUT"/
 exit "$failed"

@@ -15,13 +15,13 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CLASSES, SIZE, TEMPERATURE, LR = 1000, 224, 4.0, 1e-3
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EPOCHS = (3, 4, 5, 6)  # of the four pairs of the warm-up: alpha = 2
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense
 LIBRARIES = ("torch", "timm", "accelerate", "torchdistill")
@@ -89,7 +88,10 @@ class Parts:
             self.student, opt="momentum", lr=LR, weight_decay=1e-4, momentum=0.9, fused=fused
         )
         self.layout = layout
-        self.mean, self.std = (255 * torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+        torch.backends.cudnn.benchmark = True  # as torchdistill's and timm's scripts set it
+        known = [(net.pretrained_cfg["mean"], net.pretrained_cfg["std"]) for net in (self.teacher, self.student)]
+        assert known[0] == known[1], "one normalisation serves both networks"
+        self.mean, self.std = (255 * torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in known[0])
         self.images, self.labels = synthetic(job)
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -214,12 +216,12 @@ def timm_task(job: Job, channels_last: bool = False) -> Step:
     return step
 
 
-def torchdistill(job: Job) -> Step:
+def torchdistill(job: Job, channels_last: bool = False) -> Step:
     """(d) torchdistill's DistillationBox, as its image_classification.py steps it, configured as in its KD example."""
-    sys.path.insert(0, job.peers)
+    sys.path += [job.peers] if job.peers else []
     from torchdistill.core.distillation import DistillationBox
 
-    parts = Parts(job, channels_last=False)
+    parts = Parts(job, channels_last=channels_last)
     network = {"forward_proc": "forward_batch_only", "sequential": [], "wrapper": None}
     kd = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": "."}
     kd |= {"teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": 0.5, "reduction": "batchmean"}
@@ -348,6 +350,7 @@ BY_HAND: dict[str, Callable[[Job], Step]] = {
     "timm task": timm_task,
     "timm task, channels_last": lambda job: timm_task(job, channels_last=True),
     "torchdistill": torchdistill,
+    "torchdistill, channels_last": lambda job: torchdistill(job, channels_last=True),
     "teacher alone": teacher_alone,
     "student alone": student_alone,
     "by hand, teacher ahead in a stream": with_overlap,
@@ -386,16 +389,40 @@ def clock() -> float:
     return time.process_time()  # of all threads, of which there is one
 
 
-def turns(pipe: Connection, profiler: torch.profiler.profile | None) -> Iterator[None]:
-    """An item for each step that the parent asks for; what lies between them is timed, turn by turn."""
-    for number, count in enumerate(iter(pipe.recv, None)):
-        if profiler and number == 1:  # all is created and warm
-            profiler.start()
-        begin = clock()
-        yield from itertools.repeat(None, count)
-        pipe.send(clock() - begin)
-    if profiler:
-        profiler.stop()
+def turns(pipe: Connection) -> Iterator[None]:
+    """An item for each step that the parent asks for; what lies between them is timed, or recorded, turn by turn.
+
+    The peak of memory is that of the turns after the first, when all is created and warm.
+    """
+    for number, (count, recorded) in enumerate(iter(pipe.recv, None)):
+        if number == 1:
+            reset_peak()
+        with torch.profiler.profile() if recorded else contextlib.nullcontext() as profiler:
+            begin = clock()
+            yield from itertools.repeat(None, count)
+            seconds = clock() - begin
+        pipe.send(operators(profiler) if recorded else seconds)
+
+
+def operators(profiler: torch.profiler.profile) -> str:
+    sort = "self_cuda_time_total" if GPU else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=40)
+
+
+def reset_peak() -> None:
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most since `reset_peak`.
+
+    Not getrusage's ru_maxrss, which begins with what the parent had when it started this process.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
 
 
 def work(job: Job, pipe: Connection) -> None:
@@ -405,23 +432,18 @@ def work(job: Job, pipe: Connection) -> None:
     import indistill.train  # noqa: F401
 
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     first: list[Tensor] = []
-    profiler = torch.profiler.profile() if job.profile else None
     if job.contestant in OURS:
-        ours(job, turns(pipe, profiler), first)
+        ours(job, turns(pipe), first)
     else:
         step = BY_HAND[job.contestant](job)
-        for _ in turns(pipe, profiler):
+        for _ in turns(pipe):
             loss = step()
             if not first:
                 first.append(loss)
-    peak = torch.cuda.max_memory_allocated() if GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    told = {"loss": first[0].item(), "bytes": peak - (0 if GPU else 1024 * before)}
-    if job.profile:
-        sort = "self_cuda_time_total" if GPU else "self_cpu_time_total"
-        told["profile"] = profiler.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=40)
-    pipe.send(told)
+    peak = torch.cuda.max_memory_allocated() if GPU else resident("VmHWM") - before
+    pipe.send({"loss": first[0].item(), "bytes": peak})
     os._exit(0)
 
 
@@ -507,17 +529,21 @@ def play(jobs: list[Job], rounds: int, steps: int) -> list[Result]:
     seconds: list[list[float]] = [[] for _ in jobs]
     for number in range(rounds + 1):  # the first is for warming up
         for i in random.sample(range(len(jobs)), len(jobs)):
-            pipes[i].send(steps if number else 2)
+            pipes[i].send((steps if number else 2, False))
             taken = pipes[i].recv() / steps
             if number:
                 seconds[i].append(taken)
         print(f"{jobs[0].pair} {jobs[0].precision} {jobs[0].phase}: round {number} of {rounds}", file=sys.stderr)
     results = []
     for job, pipe, process, of_job in zip(jobs, pipes, processes, seconds):
+        profile = ""
+        if job.profile:
+            pipe.send((5, True))
+            profile = pipe.recv()
         pipe.send(None)
         told = pipe.recv()
         process.join()
-        results.append(Result(job, of_job, told["loss"], told["bytes"], told.get("profile", "")))
+        results.append(Result(job, of_job, told["loss"], told["bytes"], profile))
     check_losses(results)
     return results
 
@@ -559,31 +585,40 @@ def main() -> None:
         for name in arguments.pairs:
             save_weights(name, folder)
             for precision in arguments.precisions:
-                parts += compare(name, precision, folder, arguments, found)
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{arguments.out}.md"
-    file.write_text("\n".join(parts))
-    record = [{**result._asdict(), "job": result.job._asdict() | {"folder": "", "peers": ""}} for result in found]
-    file.with_suffix(".json").write_text(json.dumps(record) + "\n")
+                for part in compare(name, precision, folder, arguments, found):
+                    parts.append(part)
+                    write(arguments.out, parts, found)  # as far as it has come, should it be cut off
     print("\n".join(parts))
 
 
+def write(name: str, parts: list[str], found: list[Result]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.md"
+    file.write_text("\n".join(parts))
+    record = [{**result._asdict(), "job": result.job._asdict() | {"folder": "", "peers": ""}} for result in found]
+    file.with_suffix(".json").write_text(json.dumps(record) + "\n")
+
+
 METHOD = """Each contestant is a process; they take turns, in another order each round. Medians; ratios are formed
-within a round. On a CPU the measure is processor time, one thread each; memory is the growth of the resident set
-since imports.
+within a round. On a CPU the measure is processor time, one thread each; memory is the highest resident set of the
+timed steps, less what imports take.
 """
 
 
-def compare(name: str, precision: str, folder: str, arguments: argparse.Namespace, found: list[Result]) -> list[str]:
+def compare(
+    name: str, precision: str, folder: str, arguments: argparse.Namespace, found: list[Result]
+) -> Iterator[str]:
+    """The parts of the report on one pair of networks, each as soon as it is there; `found` gets the results."""
     batch = arguments.batch or (PAIRS[name].gpu_batch if GPU else PAIRS[name].cpu_batch)
     pair = PAIRS[name]
 
     def job(contestant: str, stage: int | None = None) -> Job:
-        return Job(contestant, name, precision, stage, batch, folder, arguments.peers, arguments.profile)
+        recorded = arguments.profile and contestant in ("by hand", "indistill")
+        return Job(contestant, name, precision, stage, batch, folder, arguments.peers, recorded)
 
     kd = ["by hand", "indistill", "timm task", "timm task, channels_last"]
-    has_torchdistill = bool(arguments.peers) and importlib.util.find_spec("scipy") is not None
-    kd += ["torchdistill"] * has_torchdistill
+    has_torchdistill = importlib.util.find_spec("torchdistill") is not None
+    kd += ["torchdistill", "torchdistill, channels_last"] * has_torchdistill
     kd += ["indistill, compiled", "by hand, compiled"] * arguments.compile
     if GPU:
         kd += ["by hand, teacher ahead in a stream", "by hand, teacher as a CUDA graph"]
@@ -591,15 +626,14 @@ def compare(name: str, precision: str, folder: str, arguments: argparse.Namespac
     results = play([job(contestant) for contestant in kd], arguments.rounds, arguments.steps)
     found += results
     title = f"## {pair.teacher} to {pair.student}, {precision}, batches of {batch}\n"
-    parts = [title, "### KD\n", contest(results)]
+    yield from (title, "### KD\n", contest(results))
     if not has_torchdistill:
-        parts.append("torchdistill: not installed here (`--peers`).\n")
-    parts += targets_of_kd(results)
+        yield "torchdistill: not installed here (`--peers`).\n"
+    yield from targets_of_kd(results)
     if arguments.profile:
-        parts += [f"```\n{result.job.contestant}\n{result.profile}\n```\n" for result in results[:2]]
+        yield from (f"```\n{result.job.contestant}\n{result.profile}\n```\n" for result in results if result.profile)
     if name == "r34_r18" and not arguments.no_warmup:
-        parts += warmup(job, arguments, found)
-    return parts
+        yield from warmup(job, arguments, found)
 
 
 def warmup(job: Callable[[str, int], Job], arguments: argparse.Namespace, found: list[Result]) -> list[str]:
@@ -656,7 +690,7 @@ def targets_of_kd(results: list[Result]) -> list[str]:
     by_name = {result.job.contestant: result for result in results}
     ours, hand = by_name["indistill"], by_name["by hand"]
     found = [verdict("KD against the loop by hand", ratio(hand, ours), 0.97)]
-    for peer in ("torchdistill", "timm task"):
+    for peer in ("torchdistill", "torchdistill, channels_last", "timm task", "timm task, channels_last"):
         if peer in by_name:
             found.append(verdict(f"KD against {peer}", ratio(by_name[peer], ours), 1.1))
     return [*found, verdict("peak memory against the loop by hand, at most", ours.bytes / hand.bytes, 1.05, most=True)]

@@ -171,6 +171,7 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
                 raise UserError(f"{key}: fp16 needs a GPU: use bf16 or no")
         if settings.sync_batchnorm and world > 1:
             raise UserError("sync_batchnorm needs GPUs: set it to false")
+    torch.backends.cudnn.benchmark = True  # a run has few shapes, and steps without end to use what is found for them
     if settings.compile:
         # Each network has a graph for each phase; with more than the usual 8 in all, the others would not be compiled.
         torch._dynamo.config.recompile_limit = 64
