@@ -515,7 +515,19 @@ class Result(NamedTuple):
         return self.job.batch / statistics.median(self.seconds)
 
 
-def play(jobs: list[Job], rounds: int, steps: int) -> list[Result]:
+def play(jobs: list[Job], arguments: argparse.Namespace) -> list[Result]:
+    """Several launches of all, since where its memory lies may make a process some per cent slower for good."""
+    launches = [launch(jobs, arguments.rounds, arguments.steps) for _ in range(arguments.launches)]
+    return [
+        of_job[0]._replace(
+            seconds=[seconds for result in of_job for seconds in result.seconds],
+            bytes=int(statistics.median(result.bytes for result in of_job)),
+        )
+        for of_job in zip(*launches)
+    ]
+
+
+def launch(jobs: list[Job], rounds: int, steps: int) -> list[Result]:
     """Each in a process of its own, in turns of some steps, in another order each round."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
@@ -568,7 +580,8 @@ def main() -> None:
     precisions = ["bf16"] if GPU else ["fp32", "bf16"]
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=precisions)
     parser.add_argument("--batch", type=int, help="images a step (default: 128 or 256 on a GPU, 8 on a CPU)")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--launches", type=int, default=1 if GPU else 3, help="of each process, with so many rounds")
     parser.add_argument("--steps", type=int, default=10 if GPU else 1, help="of a turn")
     parser.add_argument("--peers", help="folder of torchdistill: pip install --no-deps --target FOLDER torchdistill")
     parser.add_argument("--compile", action="store_true", help="also with compile: true, in KD")
@@ -623,7 +636,7 @@ def compare(
     if GPU:
         kd += ["by hand, teacher ahead in a stream", "by hand, teacher as a CUDA graph"]
         kd += ["teacher alone", "student alone"]
-    results = play([job(contestant) for contestant in kd], arguments.rounds, arguments.steps)
+    results = play([job(contestant) for contestant in kd], arguments)
     found += results
     title = f"## {pair.teacher} to {pair.student}, {precision}, batches of {batch}\n"
     yield from (title, "### KD\n", contest(results))
@@ -642,7 +655,7 @@ def warmup(job: Callable[[str, int], Job], arguments: argparse.Namespace, found:
     phases = {}
     for stage in (1, 2, 3, 4):
         jobs = [job(contestant, stage) for contestant in contestants]
-        phases[stage] = play(jobs, arguments.rounds, arguments.steps)
+        phases[stage] = play(jobs, arguments)
         found += phases[stage]
     predicted = {stage: [operations(result.job) for result in phases[stage]] for stage in phases}
     rows = []

@@ -227,5 +227,5 @@ def pooled(feature: Tensor, side: int | None) -> Tensor:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A copy of an inference tensor: autograd keeps none for a backward pass."""
-    return tensor.clone() if tensor.is_inference() else tensor
+    """A copy, since autograd keeps no inference tensor for a backward pass; laid out the same, sharded or not."""
+    return tensor.clone()
