@@ -1,4 +1,3 @@
-import time
 import tracemalloc
 
 import numpy as np
@@ -134,25 +133,23 @@ def test_a_suggestion_works():
         SampleOrder([1000] * 5, 0).batch(0, 5000 // 128, 128)
 
 
-def test_fourteen_million_samples_are_quick():
+def test_any_of_fourteen_million_samples_is_little_work(monkeypatch):
+    """Nothing is held for each sample, and a batch anywhere shuffles the shards and a window or two of each stream."""
     sizes = np.random.RandomState(0).randint(1400, 2018, 8192)
     tracemalloc.start()
-    begin = time.perf_counter()
     order = SampleOrder(sizes, 0)
     order.batch(0, 0, 4096)
-    seconds = time.perf_counter() - begin
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert order.num_samples > 13_900_000
-    assert seconds < 2
-    assert peak_bytes < 500e6
+    assert peak_bytes < 20e6
+    shuffles = []
+    random = SampleOrder._random
+    monkeypatch.setattr(SampleOrder, "_random", lambda *counters: shuffles.append(1) or random(*counters))
     steps = np.random.RandomState(1).randint(order.steps_per_epoch(4096), size=30)
-    times = []
     for epoch, step in enumerate(steps):  # every one in another epoch: no cache helps
-        begin = time.perf_counter()
         order.batch(epoch, int(step), 4096)
-        times.append(time.perf_counter() - begin)
-    assert np.median(times) < 0.020
+    assert len(shuffles) <= 30 * (1 + 2 * order.streams)
 
 
 def clumping(batches, shard_size):
