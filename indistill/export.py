@@ -208,7 +208,16 @@ def _write_timm(network: Network, source: Source, folder: Path) -> None:
         "num_classes": net.num_classes,
     }
     net.pretrained_cfg = record
-    save_for_hf(net, str(folder), model_args=dict(settings.student.kwargs), safe_serialization=True)
+    names = _class_names(settings.data)
+    save_for_hf(
+        net,
+        str(folder),
+        model_config={"label_names": names} if names else {},
+        model_args=dict(settings.student.kwargs),
+        safe_serialization=True,
+    )
+    # safetensors lets nobody but its owner read a file; who may read the other one may read this.
+    (folder / FILES["timm"]).chmod((folder / "config.json").stat().st_mode)
 
 
 def _write_onnx(network: Network, source: Source, folder: Path) -> None:
@@ -253,11 +262,23 @@ def _metadata(network: Network, source: Source) -> dict[str, Any]:
         "input": "images: uint8 RGB [batch, 3, image_size, image_size], resized and cropped; normalised inside",
         "output": "logits: float32 [batch, num_classes]",
         "num_classes": network.net.num_classes,
+        "classes": _class_names(source.settings.data),
         **_preprocessing(network, source.settings),
         "student": source.settings.student.name,
         "weights": source.weights,
         "step": source.step,
     }
+
+
+def _class_names(section: config.Data) -> list[str] | None:
+    """Those that packing wrote down beside the training shards, in the order of the labels; None if it is not there."""
+    urls = [section.train] if isinstance(section.train, str) else section.train
+    record = Path(section.root or "", urls[0]).parent / "dataset.json"
+    try:
+        names = json.loads(record.read_text()).get("classes")
+    except (OSError, ValueError):
+        return None
+    return names if names and len(names) == section.num_classes else None
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -448,7 +469,7 @@ def _method(source: Source) -> str:
 def _metrics(source: Source) -> str:
     if not source.scores:
         return "These weights were not evaluated: `indistill eval CONFIG FOLDER` does."
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in source.scores.items())
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in source.scores.items())
     precision = source.settings.mixed_precision
     under = f" (computed under {precision} autocast)" if precision != "no" else ""
     return f"At step {source.step:,}, of these weights{under}:\n\n| | |\n|---|---|\n{rows}"

@@ -170,9 +170,9 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     try:
         net = timm.create_model(section.name, pretrained=section.pretrained, **kwargs)
     except Exception as error:  # timm, the hub client and the network each raise their own
-        instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * section.pretrained
+        instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * (role != "eval")
         reason = " ".join(str(error).split())[:300]
-        message = f"{role}: timm could not create {section.name}: {reason}{instead}"
+        message = f"{role}: timm could not create {section.name}: {reason}" + instead * section.pretrained
         raise (NoWeights(message, role) if section.pretrained else UserError(message)) from None
     if net.num_classes != num_classes:
         raise UserError(

@@ -229,7 +229,7 @@ def open_run_dir(settings: Config) -> Path:
 
 
 def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
-    """Scores of what `export.load_for_eval` takes: a checkpoint (its moving average, if any), an export, a timm model."""
+    """Scores of a checkpoint (its moving average, if any), an export or a timm model, as `load_for_eval` takes them."""
     if settings.data.eval is None:
         raise UserError("eval needs shards to evaluate on: set data.eval")
     accelerator = start_accelerator(settings, training=False)
