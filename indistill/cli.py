@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     evaluate.add_argument("config", help="YAML file: what to evaluate on")
     evaluate.add_argument(
         "checkpoint",
-        help="of the config's student a step-XXXXXXXX directory, a .safetensors or a .pt file; a folder that export "
-        "wrote; or the name of a timm model (timm:NAME where there is a file of that name)",
+        help="of the config's student a run, a step-XXXXXXXX directory, a .safetensors or a .pt file; a folder that "
+        "export wrote; or the name of a timm model (timm:NAME where there is a file of that name)",
     )
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
     evaluate.add_argument("--json", action="store_true", help="all digits, for programs")

@@ -63,18 +63,15 @@ def export(
     if form == "onnx":
         _need_onnx()
     destination = Path(destination)
-    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise UserError(f"{destination}: is no folder: choose another destination")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise UserError(f"{destination}: is not empty: choose another destination")
-    source = find(Path(run), weights, step)
-    network = load_file(source.settings, source.file).eval()
-    images, origin = _images(source.settings)
-
-    partial = destination.with_name(f".partial-{destination.name}")
-    command = ["indistill", "export", str(run), str(destination), "--format", form, "--weights", source.weights]
-    command += ["--checkpoint", step] if step else []
+    partial = destination.absolute().with_name(f".partial-{destination.absolute().name}")
     try:
+        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise UserError(f"{destination}: is there and no empty folder: choose another destination")
+        source = find(Path(run), weights, step)
+        command = ["indistill", "export", str(run), str(destination), "--format", form, "--weights", source.weights]
+        command += ["--checkpoint", step] if step else []
+        network = load_file(source.settings, source.file).eval()
+        images, origin = _images(source.settings)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir(parents=True)
         _write(form, network, source, partial)
@@ -300,10 +297,11 @@ class Program(nn.Module):
 
 
 def load_for_eval(settings: Config, what: str) -> Network | Program:
-    """What `indistill eval` scores: a weights file or checkpoint of the config's student, an exported folder, a model.
+    """What `indistill eval` scores.
 
-    A model is a timm name (or timm:NAME, for one that is also a path), with its own pretrained weights and
-    normalisation. Raises UserError for what is none of these or does not fit the config.
+    A weights file, checkpoint or run of the config's student, an exported folder, or a model: a timm name (timm:NAME for
+    one that is also a path), with its own pretrained weights and normalisation. Raises UserError for what is none of
+    these or does not fit the config.
     """
     path = Path(what)
     if path.is_dir() and any((path / file).is_file() for file in ("config.json", FILES["onnx"], FILES["torch"])):
@@ -314,7 +312,8 @@ def load_for_eval(settings: Config, what: str) -> Network | Program:
     if settings.stage == "heads":
         raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
     if path.is_dir():
-        path = next((path / name for name in ("ema.safetensors", "model.safetensors") if (path / name).is_file()), path)
+        names = ("student.safetensors", "ema.safetensors", "model.safetensors")  # of a run, else of a checkpoint
+        path = next((path / name for name in names if (path / name).is_file()), path)
     return load_file(settings, path)
 
 
@@ -435,7 +434,7 @@ def card(source: Source, network: Network, form: str, command: str, checked: str
         f"**Data.** Trained on `{section.train}`, evaluated on `{section.eval}`.",
         f"**Metrics.** {_metrics(source)}",
         f"**Exported by** `{command}`. {checked} Trained by `indistill train config.yaml run_dir=RUN "
-        "data.root=SHARDS` with",
+        "data.root=SHARDS`, config.yaml being",
         f"```yaml\n{recipe(settings)}```",
     ]
     return "\n\n".join(lines) + "\n"

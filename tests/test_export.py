@@ -185,7 +185,7 @@ def test_the_card_says_what_it_is(trained, tmp_path):
     assert scope["logits"].shape == (1, 10)
 
 
-def test_raw_weights_and_earlier_checkpoints(trained, tmp_path, capsys):
+def test_raw_weights_and_earlier_checkpoints(trained, tmp_path, monkeypatch):
     last = trained / "checkpoints" / "step-00000096"
     source = export.export(trained, tmp_path / "raw", weights="raw")
     assert (source.weights, source.step, source.scores) == ("raw", 96, {})
@@ -195,8 +195,13 @@ def test_raw_weights_and_earlier_checkpoints(trained, tmp_path, capsys):
     assert not torch.equal(exported["fc2.weight"], average["net.fc2.weight"])
     assert "These weights were not evaluated" in (tmp_path / "raw" / "README.md").read_text()
 
-    export.export(trained, tmp_path / "earlier", step="step-00000064")
+    (tmp_path / "earlier").mkdir()
+    monkeypatch.chdir(tmp_path)
+    export.export(trained, "earlier", step="step-00000064")
     assert "--checkpoint step-00000064`" in (tmp_path / "earlier" / "README.md").read_text()
+    assert evaluate_checkpoint(settings_of(trained), str(trained)) == evaluate_checkpoint(
+        settings_of(trained), str(last)
+    )
     earlier = trained / "checkpoints" / "step-00000064"
     assert evaluate_checkpoint(settings_of(trained), str(tmp_path / "earlier")) == evaluate_checkpoint(
         settings_of(trained), str(earlier)
@@ -282,8 +287,8 @@ def test_mistakes_are_one_line(run_copy, tmp_path, capsys, monkeypatch):
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    assert "full: is not empty" in refused(capsys, "export", run_copy, tmp_path / "full")
-    assert "file: is no folder" in refused(capsys, "export", run_copy, tmp_path / "full" / "file")
+    assert "full: is there and no empty folder" in refused(capsys, "export", run_copy, tmp_path / "full")
+    assert "file: is there and no empty folder" in refused(capsys, "export", run_copy, tmp_path / "full" / "file")
     assert "cannot be written" in refused(capsys, "export", run_copy, tmp_path / "full" / "file" / "below")
     assert "holds no config.yaml" in refused(capsys, "export", tmp_path, destination)
     assert "no checkpoint of" in line("--checkpoint", "step-00000003")
