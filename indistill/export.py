@@ -299,9 +299,9 @@ class Program(nn.Module):
 def load_for_eval(settings: Config, what: str) -> Network | Program:
     """What `indistill eval` scores.
 
-    A weights file, checkpoint or run of the config's student, an exported folder, or a model: a timm name (timm:NAME for
-    one that is also a path), with its own pretrained weights and normalisation. Raises UserError for what is none of
-    these or does not fit the config.
+    A weights file, checkpoint or run of the config's student, an exported folder, or a model: a timm name (timm:NAME
+    for one that is also a path), with its own pretrained weights and normalisation. Raises UserError for what is none
+    of these or does not fit the config.
     """
     path = Path(what)
     if path.is_dir() and any((path / file).is_file() for file in ("config.json", FILES["onnx"], FILES["torch"])):
@@ -414,17 +414,15 @@ def card(source: Source, network: Network, form: str, command: str, checked: str
     teacher = "None: trained on the labels alone."
     if settings.teacher is not None:
         teacher = f"{settings.teacher.name}, {_weights(settings.teacher)}."
+    student = settings.student
+    began = f" It began {_weights(student)}." if student.pretrained or student.checkpoint else ""
     kept = f"moving average (decay {settings.ema.decay})" if source.weights == "ema" else "as trained"
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {architecture}, a distilled student",
         f"{parameters:,} parameters, {network.net.num_classes} classes. Weights: {kept}, after {source.step:,} steps"
         + (" of training." if source.finished else " of a run that had not finished.")
-        + (
-            f" It began {_weights(settings.student)}."
-            if settings.student.pretrained or settings.student.checkpoint
-            else ""
-        ),
+        + began,
         f"```python\n{_USE[form].format(register=register, size=section.image_size)}\n```",
         f"**Input.** {taken}. The shorter side is resized to {int(section.image_size / section.eval_crop)} pixels "
         f"(bilinear), the centre of {section.image_size} x {section.image_size} cut out; mean "

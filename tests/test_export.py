@@ -98,6 +98,8 @@ def test_timm_loads_it(trained, tmp_path, capsys):
     assert net.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
 
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3).fc2.out_features == 3
+
     transform = timm.data.create_transform(**preprocessing)
     images, labels = pictures(trained)
     with torch.no_grad():
@@ -146,7 +148,11 @@ def test_programs_give_the_checkpoints_scores(trained, tmp_path, form, capsys):
 
     summary = json.loads((trained / "summary.json").read_text())
     assert evaluate_checkpoint(settings_of(trained), str(folder)) == summary["metrics"]
-    assert "load none that you do not trust" in (folder / "README.md").read_text() or form == "onnx"
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    assert ("load none that you do not trust" in code) == (form == "torch")
+    scope = {"images": pixels[:5] if form == "onnx" else torch.from_numpy(pixels[:5])}
+    exec(code.replace("FOLDER", str(folder)), scope)
+    assert scope["logits"].shape == (5, 10)
     with pytest.raises(UserError, match="gives no embeddings to retrieve by"):
         evaluate_checkpoint(config.load(trained / "config.yaml", ["evaluate.retrieval=true"]), str(folder))
     with pytest.raises(UserError, match=r"has 10 classes, data.num_classes is 12"):
