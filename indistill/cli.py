@@ -25,11 +25,26 @@ def main(argv: list[str] | None = None) -> None:
     )
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="evaluate a checkpoint or a weights file of the config's student")
-    evaluate.add_argument("config", help="YAML file")
-    evaluate.add_argument("checkpoint", help="a step-XXXXXXXX directory, a .safetensors or a .pt file")
+    evaluate = commands.add_parser("eval", help="score a checkpoint, an exported student or any timm model")
+    evaluate.add_argument("config", help="YAML file: what to evaluate on")
+    evaluate.add_argument(
+        "checkpoint",
+        help="of the config's student a run, a step-XXXXXXXX directory, a .safetensors or a .pt file; a folder that "
+        "export wrote; or the name of a timm model (timm:NAME where there is a file of that name)",
+    )
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    evaluate.add_argument("--json", action="store_true", help="all digits, for programs")
     evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="take a run's student home, for timm, ONNX or torch.export")
+    export.add_argument(
+        "source", metavar="run", help="a run directory; of a run that is not finished, its newest checkpoint counts"
+    )
+    export.add_argument("destination", metavar="dest", help="a folder, made if missing; else empty")
+    export.add_argument("--format", choices=("timm", "onnx", "torch"), default="timm", help="default: timm")
+    export.add_argument("--weights", choices=("ema", "raw"), help="default: the moving average, where the run kept one")
+    export.add_argument("--checkpoint", metavar="step-XXXXXXXX", help="default: the end of the run, or the newest")
+    export.set_defaults(run=_export)
 
     plan = commands.add_parser("plan", help="what a run will take: time, memory, bytes; without a GPU")
     plan.add_argument("config", help="YAML file")
@@ -164,8 +179,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from indistill.train import evaluate_checkpoint
 
     metrics = evaluate_checkpoint(settings, arguments.checkpoint)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if arguments.json:
         print(json.dumps(metrics))
+        return
+    width = max(map(len, metrics), default=0)
+    print("\n".join(f"{name:{width}}  {100 * value:6.2f} %" for name, value in metrics.items()))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from indistill import export
+
+    export.export(arguments.source, arguments.destination, arguments.format, arguments.weights, arguments.checkpoint)
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -13,13 +13,13 @@ import pickle
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
-from timm.models import load_state_dict, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, load_state_dict, register_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -160,7 +160,7 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     Raises UserError for an unknown name, weights that cannot be had or do not fit, a head of another size than
     `num_classes`, and a head that does not follow timm's interface. Nothing is ever initialised at random silently.
     """
-    if not timm.is_model(section.name):
+    if not section.name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(section.name):
         close = difflib.get_close_matches(section.name, timm.list_models(), n=3)
         raise UserError(
             f"{role}.name: timm has no model {section.name!r}" + (f"; near: {', '.join(close)}" * bool(close))
@@ -170,9 +170,9 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     try:
         net = timm.create_model(section.name, pretrained=section.pretrained, **kwargs)
     except Exception as error:  # timm, the hub client and the network each raise their own
-        instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * section.pretrained
+        instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * (role != "eval")
         reason = " ".join(str(error).split())[:300]
-        message = f"{role}: timm could not create {section.name}: {reason}{instead}"
+        message = f"{role}: timm could not create {section.name}: {reason}" + instead * section.pretrained
         raise (NoWeights(message, role) if section.pretrained else UserError(message)) from None
     if net.num_classes != num_classes:
         raise UserError(
@@ -392,6 +392,18 @@ def normalisation(net: nn.Module, section: config.Model, role: str) -> tuple[Seq
     return timm_config["mean"], timm_config["std"]
 
 
+# timm reads its models' input from such a record; means and deviations are those that the authors trained with.
+_CNN32_CFG = {
+    "input_size": (3, 32, 32),
+    "num_classes": 10,
+    "mean": tuple(v / 255 for v in (125.3, 123.0, 113.9)),
+    "std": tuple(v / 255 for v in (63.0, 62.1, 66.7)),
+    "first_conv": "conv1",
+    "classifier": "fc2",
+}
+default_cfgs = generate_default_cfgs({"cnn32_student": _CNN32_CFG, "cnn32_auxiliary": _CNN32_CFG})
+
+
 class CNN32(nn.Module):
     """The small network of arXiv 2205.10003 for 32x32 images, under timm's interface.
 
@@ -399,15 +411,7 @@ class CNN32(nn.Module):
     fc2. Stage i is the map after the i-th pool. Module names are those of the published state dicts.
     """
 
-    def __init__(
-        self,
-        widths: tuple[int, int, int],
-        hidden: int,
-        num_classes: int = 10,
-        pretrained_cfg: object = None,  # timm gives every model these three
-        pretrained_cfg_overlay: object = None,
-        cache_dir: object = None,
-    ) -> None:
+    def __init__(self, widths: tuple[int, int, int], hidden: int, num_classes: int = 10) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = hidden
@@ -420,13 +424,7 @@ class CNN32(nn.Module):
             previous = width
         self.fc1 = nn.Linear(4 * widths[-1], hidden)  # a 32x32 image leaves a 2x2 map
         self.fc2 = nn.Linear(hidden, num_classes)
-        # The means and deviations that the authors trained with; timm reads its models' from here too.
-        self.pretrained_cfg = self.default_cfg = {
-            "input_size": (3, 32, 32),
-            "num_classes": num_classes,
-            "mean": tuple(v / 255 for v in (125.3, 123.0, 113.9)),
-            "std": tuple(v / 255 for v in (63.0, 62.1, 66.7)),
-        }
+        self.pretrained_cfg = self.default_cfg = _CNN32_CFG
 
     def _stage(self, i: int, x: Tensor) -> Tensor:
         x = getattr(self, f"conv{i}_bn")(getattr(self, f"conv{i}")(x))
@@ -465,15 +463,18 @@ class CNN32(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-@register_model
-def cnn32_auxiliary(pretrained: bool = False, **kwargs: object) -> CNN32:
-    if pretrained:
+def _cnn32(name: str, pretrained: bool, widths: tuple[int, int, int], hidden: int, **kwargs: Any) -> CNN32:
+    if pretrained and not kwargs.get("pretrained_cfg"):  # it says where an exported one's weights are
         raise ValueError("no hub holds its weights")
-    return CNN32(widths=(16, 32, 64), hidden=128, **kwargs)
+    shape = {"widths": widths, "hidden": hidden}
+    return build_model_with_cfg(CNN32, name, pretrained, kwargs_filter=("in_chans",), **shape, **kwargs)
 
 
 @register_model
-def cnn32_student(pretrained: bool = False, **kwargs: object) -> CNN32:
-    if pretrained:
-        raise ValueError("no hub holds its weights")
-    return CNN32(widths=(8, 16, 32), hidden=64, **kwargs)
+def cnn32_auxiliary(pretrained: bool = False, **kwargs: Any) -> CNN32:
+    return _cnn32("cnn32_auxiliary", pretrained, widths=(16, 32, 64), hidden=128, **kwargs)
+
+
+@register_model
+def cnn32_student(pretrained: bool = False, **kwargs: Any) -> CNN32:
+    return _cnn32("cnn32_student", pretrained, widths=(8, 16, 32), hidden=64, **kwargs)

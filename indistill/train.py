@@ -24,6 +24,7 @@ from indistill import build, config, data, deepspeed_config, engine, estimate, e
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
+from indistill.export import Program, load_for_eval
 from indistill.metrics import RunLog
 from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
@@ -228,18 +229,13 @@ def open_run_dir(settings: Config) -> Path:
 
 
 def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
-    """Scores of the config's student with the weights of a file or a checkpoint (its moving average, if any)."""
+    """Scores of a checkpoint (its moving average, if any), an export or a timm model, as `load_for_eval` takes them."""
     if settings.data.eval is None:
         raise UserError("eval needs shards to evaluate on: set data.eval")
     accelerator = start_accelerator(settings, training=False)
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = next((path / name for name in ("ema.safetensors", "model.safetensors") if (path / name).is_file()), path)
-    if settings.stage == "heads":
-        raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
-    student = settings.student.model_copy(update={"checkpoint": str(path), "pretrained": False})
-    net = models.create(student, settings.data.num_classes, settings.data.image_size, "student")
-    network = Network(net, *models.normalisation(net, student, "student")).to(accelerator.device)
+    network = load_for_eval(settings, checkpoint).to(accelerator.device)
+    if settings.evaluate.retrieval and isinstance(network, Program):
+        raise UserError(f"{checkpoint}: gives no embeddings to retrieve by: evaluate.retrieval=false, or a timm export")
     eval_set = open_eval_set(settings)
     scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
     if settings.evaluate.retrieval:

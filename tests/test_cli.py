@@ -103,7 +103,7 @@ def test_a_cut_shard(config_file, tree, tmp_path, capsys):
 def test_eval_scores_a_weights_file(config_file, tree, tmp_path, capsys):
     main(["train", str(config_file), "duration=13 steps"])
     trained = capsys.readouterr().out.strip().splitlines()[-1]
-    main(["eval", str(config_file), f"{tree['run_dir']}/student.safetensors"])
+    main(["eval", str(config_file), f"{tree['run_dir']}/student.safetensors", "--json"])
     scores = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert scores.keys() == {"top1", "top5"}
     assert scores.items() <= json.loads(trained).items()  # which also tells how alike student and teacher are

@@ -15,6 +15,7 @@ WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "cu
 WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics"}
 MAY_USE_ACCELERATE |= {"estimate", "sources", "together", "precompute", "apart"}
+OPTIONAL = ("deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime")  # of the extras
 TOP = {"train", "cli", "demo", "pipeline", "together", "precompute", "apart"}
 
 
@@ -37,6 +38,7 @@ def uses(module: str, package: str, **keywords: bool) -> bool:
 def test_who_may_import_what(module):
     if module in WITHOUT_TORCH:
         assert not any(uses(module, name, top_level_only=True) for name in ("torch", "torchvision", "timm"))
+    assert not any(uses(module, name, top_level_only=True) for name in OPTIONAL)
     if module not in MAY_USE_ACCELERATE:
         assert not uses(module, "accelerate")
     if module not in TOP:
