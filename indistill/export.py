@@ -305,6 +305,11 @@ def load_for_eval(settings: Config, what: str) -> Network | Program:
     """
     path = Path(what)
     if path.is_dir() and any((path / file).is_file() for file in ("config.json", FILES["onnx"], FILES["torch"])):
+        if not any((path / file).is_file() for file in ("config.json", FILES["onnx"])):
+            raise UserError(
+                f"{path / FILES['torch']}: is a program, and to load one may run anything: evaluate the run, or an "
+                "export of another --format"
+            )
         return load_folder(path, settings)
     name = what.removeprefix("timm:")
     if name != what or (not path.exists() and (timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:")))):
@@ -325,7 +330,7 @@ def load_file(settings: Config, path: Path) -> Network:
 
 
 def load_folder(folder: Path, settings: Config) -> Network | Program:
-    """What `export` wrote. A torch.export file is a program, and may run anything as it is loaded: trust its author."""
+    """What `export` wrote; a torch.export file only just now, since that may run anything as it is loaded."""
     if (folder / "config.json").is_file():
         return _pretrained(f"local-dir:{folder}", settings)
     onnx = (folder / FILES["onnx"]).is_file()

@@ -121,7 +121,7 @@ def test_timm_loads_it(trained, tmp_path, capsys):
 def test_programs_give_the_checkpoints_scores(trained, tmp_path, form, capsys):
     folder = tmp_path / "student"
     main(["export", str(trained), str(folder), "--format", form])
-    images, _ = pictures(trained)
+    images, labels = pictures(trained)
     pixels = np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])  # uint8 [51, 3, 32, 32]
     extra = {"metadata.json": ""}
     if form == "onnx":
@@ -147,12 +147,17 @@ def test_programs_give_the_checkpoints_scores(trained, tmp_path, form, capsys):
         np.testing.assert_allclose(run(pixels[:batch]), expected[:batch], atol=1e-4)
 
     summary = json.loads((trained / "summary.json").read_text())
-    assert evaluate_checkpoint(settings_of(trained), str(folder)) == summary["metrics"]
+    assert top1(torch.from_numpy(run(pixels)), labels) == pytest.approx(summary["metrics"]["top1"], rel=1e-6)
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     assert ("load none that you do not trust" in code) == (form == "torch")
     scope = {"images": pixels[:5] if form == "onnx" else torch.from_numpy(pixels[:5])}
     exec(code.replace("FOLDER", str(folder)), scope)
     assert scope["logits"].shape == (5, 10)
+    if form == "torch":
+        with pytest.raises(UserError, match=r"model\.pt2: is a program, and to load one may run anything"):
+            evaluate_checkpoint(settings_of(trained), str(folder))
+        return
+    assert evaluate_checkpoint(settings_of(trained), str(folder)) == summary["metrics"]
     with pytest.raises(UserError, match="gives no embeddings to retrieve by"):
         evaluate_checkpoint(config.load(trained / "config.yaml", ["evaluate.retrieval=true"]), str(folder))
     with pytest.raises(UserError, match=r"has 10 classes, data.num_classes is 12"):
@@ -356,11 +361,10 @@ def test_eval_of_a_timm_model(trained, monkeypatch, tmp_path):
 
 def test_what_eval_cannot_load(trained, tmp_path):
     settings = settings_of(trained)
-    for form in ("onnx", "torch"):
-        (tmp_path / form).mkdir()
-        (tmp_path / form / export.FILES[form]).write_bytes(b"nothing")
-        with pytest.raises(UserError, match=rf"{form}: holds no readable {form} export: "):
-            export.load_for_eval(settings, str(tmp_path / form))
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"onnx: holds no readable onnx export: "):
+        export.load_for_eval(settings, str(tmp_path / "onnx"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"^eval: timm could not create local-dir:[^()]*$"):
         export.load_for_eval(settings, str(tmp_path))
