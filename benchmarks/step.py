@@ -1,6 +1,6 @@
 """How fast is a training step, next to the least that it could take and to what people use today?
 
-    python benchmarks/step.py [--pairs r34_r18 ...] [--precisions fp32 bf16] [--rounds 7] [--peers FOLDER]
+    python benchmarks/step.py [--pairs r34_r18 ...] [--precisions fp32 bf16] [--peers FOLDER]
 
 Method: benchmarks/README.md. It prints its tables and writes them to benchmarks/results/step_cpu.md or step_gpu.md.
 """
