@@ -567,6 +567,8 @@ def check_losses(results: list[Result]) -> None:
         if reference is None or result.job.contestant.endswith(" alone"):
             continue
         close = 1e-4 if result.job.precision == "fp32" else 3e-2
+        if result.job.precision == "bf16" and not GPU and result.job.contestant.startswith(("timm", "torchdistill")):
+            close = 0.1  # on CPUs autocast leaves their log_softmax in bf16, in which a small divergence is mostly lost
         if abs(result.loss - reference.loss) > close * abs(reference.loss):
             raise SystemExit(f"{result.job}: first loss {result.loss}, by hand {reference.loss}")
 
