@@ -157,7 +157,7 @@ def _run(
 ) -> tuple[int, int, int, Targets, Sequence[Tensor]]:
     """Operations of teacher and student, bytes kept for the backward pass, targets, and the student's maps."""
     parameter = next(student.parameters())
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
+    dtype = models.DTYPES[settings.mixed_precision]
     autocast = torch.autocast(parameter.device.type, dtype, enabled=settings.mixed_precision != "no")
     kept: dict[int, int] = {}  # bytes by storage
 
