@@ -27,8 +27,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(RUN) -m indistill.demo
 
+# A process a core, at most 4: each imports torch and takes more than 1 GB, and some tests start processes of their own.
 test: $(READY) lint
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 # A few minutes, as root, with Debian's slurmctld slurmd slurm-client munge; says what is missing.
 test-slurm: $(READY)

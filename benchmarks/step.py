@@ -589,7 +589,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also with compile: true, in KD")
     parser.add_argument("--out", default=f"step_{'gpu' if GPU else 'cpu'}", help="name of the results")
     parser.add_argument("--no-warmup", action="store_true", help="KD only")
-    parser.add_argument("--profile", action="store_true", help="also the operators that take longest, of (a) and (b)")
+    parser.add_argument("--profile", action="store_true", help="also the operators that take longest")
     arguments = parser.parse_args()
     sys.path += [arguments.peers] if arguments.peers else []
     random.seed(0)
@@ -628,7 +628,7 @@ def compare(
     pair = PAIRS[name]
 
     def job(contestant: str, stage: int | None = None) -> Job:
-        recorded = arguments.profile and contestant in ("by hand", "indistill")
+        recorded = arguments.profile and contestant in ("by hand", "indistill", "by hand, every layer")
         return Job(contestant, name, precision, stage, batch, folder, arguments.peers, recorded)
 
     kd = ["by hand", "indistill", "timm task", "timm task, channels_last"]
@@ -645,8 +645,7 @@ def compare(
     if not has_torchdistill:
         yield "torchdistill: not installed here (`--peers`).\n"
     yield from targets_of_kd(results)
-    if arguments.profile:
-        yield from (f"```\n{result.job.contestant}\n{result.profile}\n```\n" for result in results if result.profile)
+    yield from profiles(results)
     if name == "r34_r18" and not arguments.no_warmup:
         yield from warmup(job, arguments, found)
 
@@ -686,7 +685,12 @@ def warmup(job: Callable[[str, int], Job], arguments: argparse.Namespace, found:
         "### Warm-up: time of a step, relative to indistill's (in brackets: by operations)\n",
         table(columns, rows),
         *verdicts,
+        *profiles(phases[1]),  # the pair whose target asks for most
     ]
+
+
+def profiles(results: list[Result]) -> list[str]:
+    return [f"```\n{result.job.contestant}\n{result.profile}\n```\n" for result in results if result.profile]
 
 
 def contest(results: list[Result]) -> str:

@@ -1,3 +1,22 @@
 """indistill: knowledge distillation at cluster scale."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from indistill.api import Trainer
+    from indistill.config import UserError
+
 __version__ = "0.1.0"
+__all__ = ["Trainer", "UserError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names at their first use, so that `indistill --help` need not wait for what they import."""
+    if name == "Trainer":
+        from indistill.api import Trainer as value
+    elif name == "UserError":
+        from indistill.config import UserError as value
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value

@@ -7,9 +7,12 @@ import dataclasses
 import json
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from indistill import __version__
+
+if TYPE_CHECKING:
+    from indistill.api import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -163,22 +166,20 @@ def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from indistill import pipeline, preemption
+    from indistill import preemption
 
+    trainer = _trainer(arguments)
     with preemption.listening():
-        summaries = pipeline.run(pipeline.load(arguments.config, arguments.overrides), arguments.resume)
+        summary = trainer.train(arguments.resume)
     if os.environ.get("RANK", "0") == "0":
-        metrics = {name: summary["metrics"] for name, summary in summaries.items()}
-        print(json.dumps(metrics.get("", metrics)))
+        metrics = (
+            {name: of_run["metrics"] for name, of_run in summary.items()} if trainer.several else summary["metrics"]
+        )
+        print(json.dumps(metrics))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from indistill import config
-
-    settings = config.load(arguments.config, arguments.overrides)
-    from indistill.train import evaluate_checkpoint
-
-    metrics = evaluate_checkpoint(settings, arguments.checkpoint)
+    metrics = _trainer(arguments).evaluate(arguments.checkpoint)
     if os.environ.get("RANK", "0") != "0":
         return
     if arguments.json:
@@ -195,28 +196,27 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from indistill import pipeline
-
-    stages = pipeline.load(arguments.config, arguments.overrides)
+    trainer = _trainer(arguments)
+    plan = trainer.plan(arguments.world, arguments.samples)
     from indistill import estimate
 
-    estimates = estimate.of_chain(stages, arguments.world, arguments.samples)
-    if arguments.json:
-        trees = {name: dataclasses.asdict(of_stage) for name, of_stage in estimates.items()}
-        print(json.dumps(trees.get("", trees)))
-        return
-    print(
-        "\n\n\n".join(f"stage {name}: " * bool(name) + estimate.text(of_stage) for name, of_stage in estimates.items())
-    )
+    if not trainer.several:
+        print(json.dumps(dataclasses.asdict(plan)) if arguments.json else estimate.text(plan))
+    elif arguments.json:
+        print(json.dumps({name: dataclasses.asdict(of_run) for name, of_run in plan.items()}))
+    else:
+        print("\n\n\n".join(f"stage {name}: {estimate.text(of_run)}" for name, of_run in plan.items()))
 
 
 def _targets(arguments: argparse.Namespace) -> None:
-    from indistill import config
-
-    settings = config.load(arguments.config, arguments.overrides)
-    from indistill import precompute
-
+    trainer = _trainer(arguments)
     if arguments.verify is None:
-        precompute.write(settings)
-    elif not precompute.verify(settings, arguments.verify):
+        trainer.write_targets()
+    elif not trainer.verify_targets(arguments.verify):
         sys.exit(1)
+
+
+def _trainer(arguments: argparse.Namespace) -> Trainer:
+    from indistill.api import Trainer
+
+    return Trainer(arguments.config, *arguments.overrides)

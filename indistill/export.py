@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -62,7 +63,11 @@ def export(
     """
     if form == "onnx":
         _need_onnx()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("export runs in one process: start it without a launcher")
     destination = Path(destination)
+    if destination.resolve() == Path.cwd():
+        raise UserError(f"{destination}: is the folder that the command runs in: name another, which is made")
     partial = destination.absolute().with_name(f".partial-{destination.absolute().name}")
     try:
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

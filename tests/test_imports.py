@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
 LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
 LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "store", "targets", "data"]
 LEAVES += ["similarity", "preemption", "watchdog", "deepspeed_config"]
-WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "cli"]
+WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "api", "cli"]
 WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics"}
 MAY_USE_ACCELERATE |= {"estimate", "sources", "together", "precompute", "apart"}
 OPTIONAL = ("deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime")  # of the extras
-TOP = {"train", "cli", "demo", "pipeline", "together", "precompute", "apart"}
+TOP = {"train", "api", "cli", "demo", "pipeline", "together", "precompute", "apart"}
 
 
 def imports(module: str, top_level_only: bool = False) -> set[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import unused_port
 
-from indistill import checkpoint
+from indistill import Trainer, checkpoint, store
 from indistill.metrics import read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,13 +27,11 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes(tree, tmp_path: Path, launcher: str):
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(tree))
+def launch(launcher: str, *arguments: str) -> None:
+    """Run `indistill ARGUMENTS` as two processes, and require that it is two and that they end well."""
     command = [part.format(port=unused_port()) for part in LAUNCHERS[launcher]]
     result = subprocess.run(
-        [sys.executable, "-m", *command, "indistill", "train", str(path), "duration=15 steps", "--resume", "never"],
+        [sys.executable, "-m", *command, "indistill", *arguments],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -41,8 +39,25 @@ def test_two_processes(tree, tmp_path: Path, launcher: str):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("indistill: 2 processes on cpu") == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes(tree, tmp_path: Path, launcher: str):
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(tree))
+    launch(launcher, "train", str(path), "duration=15 steps", "--resume", "never")
     summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     assert (summary["world_size"], summary["step"]) == (2, 15)
+
+
+def test_targets_by_accelerate_launch(tree, tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    overrides = ["data.augment.views=2", f"targets={{source: cached, dir: {tmp_path}/t}}"]
+    path.write_text(json.dumps(tree))
+    launch("accelerate launch", "targets", str(path), *overrides)
+    manifest = store.load(f"{tmp_path}/t")
+    assert (manifest.views, sum(manifest.samples)) == (2, 192)
+    assert Trainer(path, *overrides).verify_targets(64)
 
 
 def test_torchrun_passes_sigterm_on(tree, tmp_path: Path):

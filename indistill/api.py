@@ -1,0 +1,103 @@
+"""What the command line does, from Python; the command line is a thin layer over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from indistill import pipeline
+from indistill.config import Config, UserError
+
+if TYPE_CHECKING:
+    from indistill.estimate import Estimate
+    from indistill.export import Source
+    from indistill.models import Network
+
+
+class Trainer:
+    """A config, and what can be done with it: plan, train, score, export.
+
+    config: a YAML file. overrides: `"a.b=c"` texts that replace its values, as on the command line.
+
+    A file may hold several runs, a chain of `stages` or `students` of one teacher: then `train` and `plan` return a
+    mapping from their names, and the other methods, which are about one run, refuse.
+
+    Raises UserError, here and in every method, for a mistake in the config, the data or the weights: one line that
+    names what is wrong and what would work. Nothing heavy is imported before a method is called.
+    """
+
+    def __init__(self, config: str | Path, *overrides: str) -> None:
+        self.config = config
+        self.runs: list[tuple[str, Config]] = pipeline.load(config, overrides)
+
+    @property
+    def several(self) -> bool:
+        return [name for name, _ in self.runs] != [""]
+
+    @property
+    def settings(self) -> Config:
+        """The validated, frozen config of the only run."""
+        if self.several:
+            kind = "students" if isinstance(self.runs, pipeline.Students) else "stages"
+            raise UserError(
+                f"{self.config} has several {kind}: give the config.yaml in the run directory of one instead"
+            )
+        return self.runs[0][1]
+
+    def plan(self, world: int | None = None, samples: int | None = None) -> Estimate | dict[str, Estimate]:
+        """What `train` will take in time, memory and bytes, without a GPU; `print(estimate.text(plan))` shows it.
+
+        world: processes; None: the config's `machine.devices_per_node`. samples: training images, where their shards
+        are not on this machine.
+        """
+        from indistill import estimate
+
+        estimates = estimate.of_chain(self.runs, world, samples)
+        return estimates if self.several else estimates[""]
+
+    def train(self, resume: str = "auto") -> dict[str, Any]:
+        """Train to the end, from the newest checkpoint in `run_dir` if there is one; returns `summary.json`'s content.
+
+        resume: auto; never, from the start; or the path of a checkpoint.
+        """
+        summaries = pipeline.run(self.runs, resume)
+        return summaries if self.several else summaries[""]
+
+    def evaluate(self, what: str | Path | None = None) -> dict[str, float]:
+        """Scores on `data.eval`, as fractions of 1: top1, top5 and, with `evaluate.retrieval`, mAP.
+
+        what: a run, checkpoint or weights file of the config's student, an exported folder, or the name of a timm
+        model; None: this run's student.
+        """
+        from indistill.train import evaluate_checkpoint
+
+        return evaluate_checkpoint(self.settings, str(what or self.settings.run_dir))
+
+    def student(self, what: str | Path | None = None) -> Network:
+        """This run's student, in eval mode on the CPU, as `evaluate` would find it.
+
+        It normalises by itself: `student(images).logits` of uint8 images [B, 3, S, S] is [B, K].
+        """
+        from indistill.export import load_for_eval
+
+        return load_for_eval(self.settings, str(what or self.settings.run_dir)).eval()
+
+    def export(
+        self, destination: str | Path, form: str = "timm", weights: str | None = None, checkpoint: str | None = None
+    ) -> Source:
+        """Write this run's student for others to load; see `indistill.export.export`."""
+        from indistill.export import export
+
+        return export(self.settings.run_dir, destination, form, weights, checkpoint)
+
+    def write_targets(self) -> None:
+        """Run the teacher once over the data set, for `targets.source: cached` or `auto`."""
+        from indistill import precompute
+
+        precompute.write(self.settings)
+
+    def verify_targets(self, records: int) -> bool:
+        """Whether so many random records of stored targets are what the teacher says now; prints those that are not."""
+        from indistill import precompute
+
+        return precompute.verify(self.settings, records)
