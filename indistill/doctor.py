@@ -159,11 +159,7 @@ def versions(here: Here) -> Said:
     try:
         required, wanted = metadata.requires("indistill") or [], metadata.metadata("indistill")["Requires-Python"]
     except metadata.PackageNotFoundError:
-        yield (
-            WARN,
-            "indistill is not installed as a package, which would say what versions it needs",
-            "pip install -e .",
-        )
+        yield WARN, "indistill is not installed as a package, which says what versions it needs", "pip install -e ."
         return
     if wanted and not SpecifierSet(wanted).contains(python, prereleases=True):
         yield FAIL, f"python {python}, indistill needs {wanted}", "make another environment"
@@ -396,11 +392,8 @@ def gpu(here: Here) -> Said:
 def _no_gpu() -> Item:
     driver, hidden = _driver(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if driver is None:
-        return (
-            WARN,
-            "none: a run computes on the CPU",
-            "in containers --gpus all (Docker) or --nv (Apptainer) shows them",
-        )
+        remedy = "in containers Docker's --gpus all or Apptainer's --nv show them"
+        return WARN, "none: a run computes on the CPU", remedy
     if hidden in ("", "-1"):
         told = f"CUDA_VISIBLE_DEVICES={hidden} hides those of this node: a run computes on the CPU"
         return WARN, told, "unset it, or ask the scheduler for some"
@@ -854,7 +847,8 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
     found = {0: list(here.found)}
     if here.met:
         end = time.monotonic() + CHECK_SECONDS
-        here.connect(5.0)
+        with contextlib.suppress(dist.DistError):
+            here.connect(5.0)
         for rank in range(1, here.world):
             told = here.hear("found", rank, end - time.monotonic())
             if told is None:
@@ -870,14 +864,12 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
 
 def merged(found: dict[int, list[Line]], hosts: dict[int, str]) -> list[Finding]:
     """The lines of all ranks in the order of the checks, each once, with those that have it."""
-    ranks: dict[Line, dict[int, None]] = {}
+    ranks: dict[Line, dict[int, str]] = {}  # and their hosts
     for rank, lines in found.items():
         for line in lines:
-            ranks.setdefault(line, {})[rank] = None
+            ranks.setdefault(line, {})[rank] = hosts[rank]
     order = [*map(_name, (*ALONE, *TOGETHER)), "ranks"]
-    findings = [
-        Finding(*line, list(who), list(dict.fromkeys(hosts[rank] for rank in who))) for line, who in ranks.items()
-    ]
+    findings = [Finding(*line, list(who), list(dict.fromkeys(who.values()))) for line, who in ranks.items()]
     return sorted(findings, key=lambda finding: order.index(finding.check))
 
 
