@@ -852,6 +852,7 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
         for rank in range(1, here.world):
             told = here.hear("found", rank, end - time.monotonic())
             if told is None:
+                here.hosts[rank] = here.hear("came", rank, 0.01) or "host unknown"
                 found[0].append(Line("ranks", FAIL, f"{here.named([rank])} does not answer", "see its output"))
             else:
                 here.hosts[rank], found[rank] = told[0], [Line(*line) for line in told[1]]
@@ -868,9 +869,9 @@ def merged(found: dict[int, list[Line]], hosts: dict[int, str]) -> list[Finding]
     for rank, lines in found.items():
         for line in lines:
             ranks.setdefault(line, {})[rank] = hosts[rank]
-    order = [*map(_name, (*ALONE, *TOGETHER)), "ranks"]
+    order = {name: i for i, name in enumerate(map(_name, (*ALONE, *TOGETHER)))}  # that of other ranks may be another
     findings = [Finding(*line, list(who), list(dict.fromkeys(who.values()))) for line, who in ranks.items()]
-    return sorted(findings, key=lambda finding: order.index(finding.check))
+    return sorted(findings, key=lambda finding: order.get(finding.check, len(order)))
 
 
 def text(findings: Sequence[Finding], world: int) -> str:

@@ -167,14 +167,16 @@ def test_a_run_dir(tree, tmp_path):
 
 def test_checkpoints_have_the_size_that_is_told(tree, monkeypatch):
     tree |= {"ema": {"decay": 0.9}, "checkpoint": {"keep_last": 1, "keep_best": 0}}
-    train.train(config.parse(tree | {"duration": "13 steps"}, "test"))
+    train.train(config.parse(tree, "test"))  # to KD, in which every layer has its optimizer state
     (folder,) = Path(tree["run_dir"], "checkpoints").iterdir()
     size = sum(file.stat().st_size for file in folder.iterdir())
     space(monkeypatch, 2.2 * size)
     (line,) = look(doctor.checkpoints, tree)
     assert line.level == OK
     told, unit = line.what.split(" each, up to ")[0].split()
-    assert float(told) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(size, rel=0.05)
+    assert float(told) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(
+        size, rel=0.1
+    )  # with names, hashes and JSON, 20 kB
     assert look(doctor.checkpoints, tree | {"checkpoint": {"keep_last": 8}})[0].level == WARN
     space(monkeypatch, 1.5 * size)
     assert look(doctor.checkpoints, tree)[0].level == FAIL
