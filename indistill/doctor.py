@@ -263,7 +263,8 @@ def start(here: Here) -> Said:
         here.connect(CHECK_SECONDS)
     here.met = several
     backend = f", {dist.get_backend()}" if dist.is_initialized() else ""
-    yield OK, f"{here.world} process{'es' * several} on {here.device.type}{backend}"
+    told = f"{here.world} process{'es' * several} on {here.device.type}{backend}"
+    yield OK, f"{told}, {engine.describe(accelerator)}"
 
 
 def agreement(here: Here) -> Said:
@@ -700,6 +701,7 @@ def reading(here: Here) -> Said:
             yield WARN, told, "`indistill shards verify` names all of them"
         elif not section.in_memory and speed < planned / 2:
             told = f"{what}, less than half of the {planned:g} of machine.decode_images_per_second"
+            told += f" (load average here: {os.getloadavg()[0]:.1f})"
             yield WARN, told, "smaller images (`shards pack --resize`), more data.workers, a nearer disk"
         else:
             yield OK, what
@@ -891,5 +893,5 @@ def text(findings: Sequence[Finding], world: int) -> str:
     for (check, level), count in shown.items():
         if count > MOST_SHOWN:
             lines.append(f"{level:4}  {check}: {count - MOST_SHOWN} more of this kind (--json has them)")
-    counts = [f"{sum(finding.level == level for finding in findings)} {level}" for level in (OK, WARN, FAIL)]
+    counts = [f"{sum(n for (_, of), n in shown.items() if of == level)} {level}" for level in (OK, WARN, FAIL)]
     return "\n".join([*lines, ", ".join(counts)])

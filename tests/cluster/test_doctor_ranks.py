@@ -86,7 +86,7 @@ def test_two_ranks(tree, tmp_path):
     assert (told["ok"], told["processes"]) == (True, 2)
     assert {line["level"] for line in told["lines"]} <= {"ok", "warn"}
     (line,) = lines(told, "start")
-    assert (line["what"], line["ranks"], line["hosts"]) == ("2 processes on cpu, gloo", [0, 1], [HOST])
+    assert (line["what"], line["ranks"], line["hosts"]) == ("2 processes on cpu, gloo, ddp", [0, 1], [HOST])
     (line,) = lines(told, "agreement")
     assert line["what"] == f"2 ranks on 1 node ({HOST}): the same software and config"
     (line,) = lines(told, "all reduce")
