@@ -131,11 +131,11 @@ def test_a_missing_rank_is_named_in_time(tree, tmp_path):
 
 
 def test_a_rank_that_hangs_or_dies_is_named(tree, tmp_path):
-    codes, told = run(tree, tmp_path, "hangs", seconds=(60.0, 2.0))
+    codes, told = run(tree, tmp_path, "hangs", seconds=(60.0, 3.0))
     assert codes == [1, 0]
     (line,) = lines(told, "hangs")
-    assert (line["level"], line["what"], line["ranks"]) == ("FAIL", "not over within 2 s", [1])
-    codes, told = run(tree, tmp_path, "dies", seconds=(60.0, 2.0))
+    assert (line["level"], line["what"], line["ranks"]) == ("FAIL", "not over within 3 s", [1])
+    codes, told = run(tree, tmp_path, "dies", seconds=(60.0, 3.0))
     assert codes == [1, 3]
     (line,) = lines(told, "ranks")
     assert line["what"] == f"rank 1 ({HOST}) does not answer"
