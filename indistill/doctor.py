@@ -243,6 +243,11 @@ def _hurting(here: Here, values: dict[str, str]) -> Iterator[tuple[str, ...]]:
 def start(here: Here) -> Said:
     """The process group that training would use, made in the same way."""
     zero, precision, several = None, "no", here.world > 1
+    absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if several and absent:
+        told = f"WORLD_SIZE={here.world}, but no {', '.join(absent)}"
+        yield FAIL, told, "unset it, or start with torchrun or accelerate launch"
+        return
     try:
         for settings in here.settings[::-1]:  # the first one's is the one that counts
             train.check_devices(settings, here.world)
@@ -796,10 +801,12 @@ def _look(check: Check, here: Here) -> list[str]:
 def _said(check: Check, here: Here) -> Said:
     try:
         yield from check(here)
-    except UserError as error:
-        yield FAIL, " ".join(str(error).split())
     except Exception as error:  # of whatever it tried
-        yield FAIL, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        text = str(error).strip()
+        if "Traceback (most recent" in text:  # of a loader worker, as the command line has it
+            text = text.splitlines()[-1].removeprefix("indistill.config.UserError: ")
+        text = " ".join(text.split())[:500]
+        yield FAIL, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def _name(check: Check) -> str:
@@ -861,7 +868,7 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
     findings = merged(found, here.hosts)
     bad = any(finding.level == FAIL for finding in findings)
     tree = {"ok": not bad, "processes": here.world, "lines": [finding._asdict() for finding in findings]}
-    print(json.dumps(tree) if as_json else text(findings, here.world), file=out, flush=True)
+    print(json.dumps(tree) if as_json else text(findings, len(found)), file=out, flush=True)
     return int(bad)
 
 
@@ -876,8 +883,8 @@ def merged(found: dict[int, list[Line]], hosts: dict[int, str]) -> list[Finding]
     return sorted(findings, key=lambda finding: order.get(finding.check, len(order)))
 
 
-def text(findings: Sequence[Finding], world: int) -> str:
-    """A line each; of what is ok and differs by rank only rank 0's."""
+def text(findings: Sequence[Finding], heard: int) -> str:
+    """A line each, of `heard` ranks; of what is ok and differs by rank only rank 0's."""
     lines, shown = [], dict[tuple[str, str], int]()
     for check, level, what, remedy, ranks, hosts in findings:
         if level == OK and 0 not in ranks:
@@ -886,7 +893,7 @@ def text(findings: Sequence[Finding], world: int) -> str:
         if shown[check, level] > MOST_SHOWN:
             continue
         who = ""
-        if level != OK and len(ranks) < world:
+        if level != OK and len(ranks) < heard:
             numbers = ", ".join(map(str, ranks[:MOST_SHOWN])) + ", ..." * (len(ranks) > MOST_SHOWN)
             who = f"rank{'s' * (len(ranks) > 1)} {numbers} ({', '.join(hosts[:MOST_SHOWN])}): "
         lines.append(f"{level:4}  {check}: {who}{what}" + f": {remedy}" * bool(remedy))

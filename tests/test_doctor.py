@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
@@ -272,6 +273,10 @@ def test_reading(tree, data_dir, tmp_path):
     (line,) = look(doctor.reading, with_data(tree, root=str(cut.parent)))
     assert (line.level, f"{cut}: the tar is cut or damaged" in line.what) == (FAIL, True)
     assert list(cut.parent.iterdir()) == [cut]
+    packed = cut.with_name("train-0.tar.gz")
+    packed.write_bytes(gzip.compress(sorted(data_dir.glob("train-*.tar"))[0].read_bytes()))
+    (line,) = look(doctor.reading, with_data(tree, root=str(cut.parent), train="train-0.tar.gz"))  # in the worker
+    assert (line.level, line.what.startswith(f"{packed}: a compressed shard cannot be read at")) == (FAIL, True)
 
 
 def test_reading_what_cannot_be_decoded(tree, tmp_path):
@@ -315,6 +320,13 @@ def test_a_check_that_crashes_is_a_line(capsys, monkeypatch):
         "FAIL  broken check: ValueError: the text of the error",
         "1 ok, 0 warn, 1 FAIL",
     ]
+
+
+def test_a_launch_that_is_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    (line,) = look(doctor.start)
+    assert (line.level, line.what.startswith("WORLD_SIZE=2, but no RANK, ")) == (FAIL, True)
 
 
 def test_lines_of_many_ranks():
