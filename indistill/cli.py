@@ -57,6 +57,12 @@ def main(argv: list[str] | None = None) -> None:
     plan.add_argument("--json", action="store_true", help="all numbers, for programs")
     plan.set_defaults(run=_plan)
 
+    doctor = commands.add_parser("doctor", help="whether a run will work here: on this machine, or on these nodes")
+    doctor.add_argument("config", nargs="?", help="YAML file; without one only the machine is looked at")
+    doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    doctor.add_argument("--json", action="store_true", help="all lines, of all processes, for programs")
+    doctor.set_defaults(run=_doctor)
+
     targets = commands.add_parser("targets", help="run the teacher once, for a config with targets: cached")
     targets.add_argument("config", help="YAML file; what is there is kept, so a job that stopped goes on")
     targets.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -206,6 +212,19 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(json.dumps({name: dataclasses.asdict(of_run) for name, of_run in plan.items()}))
     else:
         print("\n\n\n".join(f"stage {name}: {estimate.text(of_run)}" for name, of_run in plan.items()))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from indistill import pipeline
+
+    stages = pipeline.load(arguments.config, arguments.overrides) if arguments.config else []
+    from indistill import doctor
+
+    code = doctor.run(stages, arguments.json)
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(code)  # at once: an orderly exit would wait for ranks that may be stuck
+    sys.exit(code)
 
 
 def _targets(arguments: argparse.Namespace) -> None:

@@ -128,7 +128,7 @@ def _run_together(students: Students, resume: str) -> dict[str, dict[str, Any]]:
             "the config.yaml in its run directory"
         )
     for _, settings in students:  # a run that has to be refused is so before another begins
-        _begun(settings)
+        has_begun(settings)
     import torch
 
     from indistill import apart, together
@@ -146,7 +146,7 @@ def _run(stages: list[tuple[str, Config]], resume: str, chain: bool) -> dict[str
             "config.yaml in its run directory"
         )
     # All ranks look before any can write. A stage that has to be refused is so before days of work on the others.
-    begun = {name for name, settings in stages if chain and _begun(settings)}
+    begun = {name for name, settings in stages if chain and has_begun(settings)}
     if begun and resume == "never":
         raise UserError(f"--resume never: stage {min(begun)} has begun already: choose another run_dir, or auto")
     finished = {name for name, settings in stages if name in begun and _summary(settings).exists()}
@@ -227,7 +227,7 @@ def _summary(settings: Config) -> Path:
     return Path(settings.run_dir) / "summary.json"
 
 
-def _begun(settings: Config) -> bool:
+def has_begun(settings: Config) -> bool:
     """Whether there is work to keep. Raises UserError if it is that of another config."""
     run_dir = Path(settings.run_dir)
     saved = run_dir / "config.yaml"

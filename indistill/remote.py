@@ -221,7 +221,7 @@ def _fetch(url: str, file: str, size: int | None = None, cache: ShardCache | Non
     try:
         for attempt in range(1, FETCH_ATTEMPTS + 1):
             try:
-                with _open_remote(url) as (source, length):
+                with open_remote(url) as (source, length):
                     if size is not None and length not in (None, size):
                         raise UserError(changed(url, f"it has {length} bytes, its index says {size}"))
                     promised = size or length or 0
@@ -263,12 +263,12 @@ def _hopeless(error: Exception) -> bool:
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[IO[bytes]]:
     """A shard's bytes from front to end, where it is: nothing is cached or checked."""
-    with open(path, "rb") if not is_remote(path) else _open_remote(path) as opened:
+    with open(path, "rb") if not is_remote(path) else open_remote(path) as opened:
         yield opened[0] if is_remote(path) else opened
 
 
 @contextlib.contextmanager
-def _open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
+def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
     """The stream of a remote file and, where the source tells, its size in bytes."""
     if url.startswith(("http://", "https://")):  # fsspec would need aiohttp for these
         with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_SECONDS) as response:

@@ -226,7 +226,7 @@ def _compressed(path: str) -> bool:
 def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None = None) -> Index:
     """The shard's index, built and saved first if there is none. Raises UserError if it does not fit the shard."""
     problem = None
-    for file in _index_files(path, cache_dir):
+    for file in index_files(path, cache_dir):
         if os.path.exists(file) or (is_remote(path) and cache.fetch_index(path, file)):
             index = _parse_index(file)
             if is_remote(path) or index.bytes == (size := os.stat(path).st_size):
@@ -247,7 +247,7 @@ def build_index(path: str, cache_dir: str | None = None, cache: ShardCache | Non
         if cache:
             cache.discard(path)  # so that it is fetched again when it has been mended
         raise
-    _save_index(_index_files(path, cache_dir)[0], index)
+    _save_index(index_files(path, cache_dir)[0], index)
     return index
 
 
@@ -262,7 +262,7 @@ def _decoded(key: bytes) -> str:
     return key.decode("utf-8", "surrogateescape")  # as tarfile decodes names
 
 
-def _index_files(path: str, cache_dir: str | None) -> list[str]:
+def index_files(path: str, cache_dir: str | None) -> list[str]:
     """Where the shard's index may be, the preferred place first."""
     if cache_dir is None:
         return [f"{path}.index.json"]
@@ -427,7 +427,7 @@ def _verify_shard(task: tuple[str, str | None]) -> list[BadMember]:
                 except Exception as error:  # Pillow's decoders raise many kinds
                     report(key, f"cannot be decoded: {_undecodable(error)}")
             size = os.fstat(stream.fileno()).st_size
-        for file in filter(os.path.exists, _index_files(path, cache_dir)):
+        for file in filter(os.path.exists, index_files(path, cache_dir)):
             if not all(map(np.array_equal, _parse_index(file), _index(size, *zip(*rows)))):
                 report("", f"{file} does not fit the shard: run `indistill shards index` on it")
     except UserError as error:

@@ -166,12 +166,7 @@ def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, Non
 def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
     """Accelerate, on what the launcher gave us. Raises UserError if that is not what runs."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if not torch.cuda.is_available():
-        for key, section in (("mixed_precision", settings), ("teacher.precision", settings.teacher)):
-            if section and getattr(section, key.removeprefix("teacher.")) == "fp16":
-                raise UserError(f"{key}: fp16 needs a GPU: use bf16 or no")
-        if settings.sync_batchnorm and world > 1:
-            raise UserError("sync_batchnorm needs GPUs: set it to false")
+    check_devices(settings, world)
     torch.backends.cudnn.benchmark = True  # a run has few shapes, and steps without end to use what is found for them
     if settings.compile:
         # Each network has a graph for each phase; with more than the usual 8 in all, the others would not be compiled.
@@ -204,6 +199,17 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
             flush=True,
         )
     return accelerator
+
+
+def check_devices(settings: Config, world: int) -> None:
+    """Raise UserError for what would need a GPU that is not here."""
+    if torch.cuda.is_available():
+        return
+    for key, section in (("mixed_precision", settings), ("teacher.precision", settings.teacher)):
+        if section and getattr(section, key.removeprefix("teacher.")) == "fp16":
+            raise UserError(f"{key}: fp16 needs a GPU: use bf16 or no")
+    if settings.sync_batchnorm and world > 1:
+        raise UserError("sync_batchnorm needs GPUs: set it to false")
 
 
 def start_trackers(accelerator: Accelerator, settings: Config) -> None:

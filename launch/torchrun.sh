@@ -10,6 +10,7 @@ set -euo pipefail
 export PET_NPROC_PER_NODE=${PET_NPROC_PER_NODE:-gpu} # gpu: one process for each; on CPUs a number
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}         # of each process; its loader workers come on top
 export PET_MASTER_PORT=${PET_MASTER_PORT:-29500}     # free on the first node
+INDISTILL_COMMAND=${INDISTILL_COMMAND:-train}        # doctor: whether the run would work here
 # ---------------------------------------------------------------------------------------------------------------------
 
 export PET_NNODES=${PET_NNODES:-1}
@@ -21,4 +22,4 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     trap '' TERM
     export PET_SIGNALS_TO_HANDLE=SIGINT
 fi
-exec "${PYTHON:-python}" -m torch.distributed.run -m indistill train "$@"
+exec "${PYTHON:-python}" -m torch.distributed.run -m indistill "$INDISTILL_COMMAND" "$@"

@@ -16,7 +16,7 @@ WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics"}
 MAY_USE_ACCELERATE |= {"estimate", "sources", "together", "precompute", "apart"}
 OPTIONAL = ("deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime")  # of the extras
-TOP = {"train", "api", "cli", "demo", "pipeline", "together", "precompute", "apart"}
+TOP = {"train", "api", "cli", "demo", "pipeline", "together", "precompute", "apart", "doctor"}
 
 
 def imports(module: str, top_level_only: bool = False) -> set[str]:

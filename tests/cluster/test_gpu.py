@@ -15,7 +15,7 @@ import timm
 import torch
 from conftest import run_ranks, unused_port
 
-from indistill import config, models, precompute
+from indistill import config, doctor, models, precompute
 from indistill.metrics import RunLog, read_lines
 from indistill.models import Network
 from indistill.optim import PhaseOptim
@@ -136,3 +136,11 @@ def test_torchrun_with_nccl(tree, tmp_path):
     assert "on cuda" in done.stdout
     summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     assert summary["world_size"] == world
+
+
+def test_doctor_sees_the_gpu():
+    here = doctor.Here()
+    doctor._look(doctor.gpu, here)
+    assert len(here.found) == torch.cuda.device_count()
+    assert torch.cuda.get_device_name(0) in here.found[0].what
+    assert here.found[0].level != doctor.FAIL
