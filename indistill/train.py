@@ -190,6 +190,8 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
             f"the launcher started {world} processes, Accelerate sees {accelerator.num_processes}: unset ACCELERATE_* "
             "variables of another job, or check the accelerate config"
         )
+    if accelerator.gradient_accumulation_steps != settings.grad_accumulation:
+        raise UserError("ACCELERATE_GRADIENT_ACCUMULATION_STEPS would replace grad_accumulation: unset it")
     health.agree(health.setup(settings))
     zero_stage = f", ZeRO stage {engine.stage(accelerator)}" * (zero is not None)
     if accelerator.is_main_process:  # accelerator.print would say it on every node

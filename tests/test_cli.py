@@ -65,6 +65,12 @@ def test_a_mistake_is_one_line(config_file, tree, capsys, overrides, message):
     assert not (Path(tree["run_dir"]) / "tensorboard").exists()
 
 
+def test_a_variable_of_accelerate_that_would_replace_a_key(config_file, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    line = refused(capsys, "train", config_file)
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS would replace grad_accumulation: unset it" in line
+
+
 def test_a_head_of_another_size(config_file, tmp_path, capsys):
     weights = tmp_path / "head.safetensors"
     network = models.Network(models.CNN32((16, 32, 64), 128, num_classes=7), (0, 0, 0), (1, 1, 1))
