@@ -54,6 +54,19 @@ def main(argv: list[str] | None = None) -> None:
     plan.add_argument("--json", action="store_true", help="all numbers, for programs")
     plan.set_defaults(run=_plan)
 
+    report = commands.add_parser("report", help="one HTML file of a run, or of several side by side")
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="run",
+        help="a run directory; a chain's or several students' stands for the runs in it",
+    )
+    report.add_argument(
+        "--output", metavar="FILE", help="default: RUN/report.html; of several, comparison.html beside the first"
+    )
+    report.add_argument("--baseline", metavar="RUN", help="a run to compare the results with: the student alone, say")
+    report.set_defaults(run=_report)
+
     targets = commands.add_parser("targets", help="run the teacher once, for a config with targets: cached")
     targets.add_argument("config", help="YAML file; what is there is kept, so a job that stopped goes on")
     targets.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -208,6 +221,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(
         "\n\n\n".join(f"stage {name}: " * bool(name) + estimate.text(of_stage) for name, of_stage in estimates.items())
     )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from indistill import report
+
+    print(report.write(arguments.runs, arguments.output, arguments.baseline))
 
 
 def _targets(arguments: argparse.Namespace) -> None:
