@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-_FLAGS = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking".split()
+_FLAGS = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
 _FLAGS += ["disable-component-update", "disable-sync", "remote-debugging-pipe"]
 _TIMEOUT_SECONDS = 120.0
 
@@ -89,7 +89,9 @@ class Browser:
 
     def screenshot(self, file: Path) -> None:
         """Of the whole page."""
-        picture = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        picture = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         file.write_bytes(base64.b64decode(picture["data"]))
 
     def _receive(self) -> dict[str, Any]:
