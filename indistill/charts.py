@@ -168,7 +168,7 @@ def draw(chart: Chart, place: int) -> tuple[str, dict[str, Any]]:
     html = (
         f'<figure class="chart">{title} <span class="unit">{escape(unit)}</span></figcaption>'
         + (f'<div class="names">{"".join(names)}</div>' if len(series) > 1 else "")
-        + f'<div class="plot" data-chart="{place}" tabindex="0" role="img" aria-label="{label}">'
+        + f'<div class="plot" data-chart="{place}" tabindex="0" role="group" aria-label="{label}">'
         + "".join(f'<span class="y" style="top:{100 - at / 10:.2f}%">{text}</span>' for at, text in y_axis.labels)
         + "".join(f'<span class="x" style="left:{at / 10:.2f}%">{text}</span>' for at, text in x_axis.labels)
         + f'<span class="xlabel">{escape(chart.x)}</span>{_band_names(chart.bands, x_axis)}'

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -130,7 +131,7 @@ def run_dirs(path: Path) -> list[Path]:
         raise UserError(f"{path}: {what}: give the run_dir of a run, of a chain or of several students")
 
     def began(folder: Path) -> tuple[float, str]:
-        starts = [line["time"] for line in read_lines(folder / "history.jsonl") if line.get("event") == "start"]
+        starts = [line["time"] for line in _history(folder) if line["event"] == "start"]
         return (starts[0] if starts else (folder / "config.yaml").stat().st_mtime), folder.name
 
     return sorted(inside, key=began)
@@ -159,7 +160,7 @@ def read(folder: Path, name: str) -> Run:
         lines=lines,
         summary=summary,
         status="done" if summary else words[0] if words and words[0] != "done" else "",
-        history=_lines(folder / "history.jsonl"),
+        history=_history(folder),
         plan=_json(folder / "prune_plan.json"),
         networks=_json(folder / _NETWORKS),
         checkpoints=kept,
@@ -189,6 +190,11 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    lines = _lines(folder / "history.jsonl")
+    return [one for one in lines if one.get("event") in ("start", "end") and isinstance(one.get("time"), int | float)]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -352,8 +358,10 @@ def _report(page: _Page, run: Run, baseline: Run | None) -> None:
     bands = phases(run)
     page.add("<h2>Training</h2>")
     if bands:
-        names = [band.name for band in bands]
-        page.add(f'<p class="note">Bands are the phases: {escape(", ".join(names))}.</p>')
+        last = run.steps[-1]
+        epoch = f" An epoch has {last['step'] / last['epoch']:,.0f} steps." if last.get("epoch") else ""
+        names = ", ".join(band.name for band in bands)
+        page.add(f'<p class="note">{escape(f"Bands are the phases: {names}.{epoch}")}</p>')
     page.draw([_losses(run, bands), _accuracy(run, bands), _rate(run, bands)])
     if any(key.startswith(("cka_", "information_")) for line in run.lines for key in line):
         page.add("<h2>How alike teacher and student are</h2>")
@@ -551,18 +559,13 @@ def phases(run: Run) -> list[Band]:
     return bands
 
 
-_NO_TERMS = {"step", "epoch", "phase", "lr", "images_per_second", "data_wait_fraction", "bad_samples", "skipped_steps"}
-
-
 def _losses(run: Run, bands: Sequence[Band]) -> Chart:
-    """The whole and, in lines of more than one, its terms."""
-    terms = dict.fromkeys(
-        key for line in run.steps for key, value in line.items()
-        if key not in _NO_TERMS and isinstance(value, int | float | None)
-    )  # fmt: skip
-    alike = [key for key in terms if key != "loss" and all(line.get(key) in (None, line["loss"]) for line in run.steps)]
-    shown = [key for key in terms if key not in alike]
-    series = [Series(key, run.points(key)) for key in shown]
+    """The whole and those terms that say something else."""
+    names = "|".join(re.escape(loss.name) for loss in run.settings.kd.losses)
+    keys = dict.fromkeys(key for line in run.steps for key in line)
+    terms = [key for key in keys if re.fullmatch(rf"mse_pair\d+|({names})(_\d+)?", key)]
+    other = [key for key in terms if any(line.get(key) not in (None, line["loss"]) for line in run.steps)]
+    series = [Series(key, run.points(key)) for key in ("loss", *other)]
     return Chart("Loss", "mean over the steps since the last line", series, bands=bands, may_be_log=True)
 
 
@@ -675,8 +678,8 @@ def _starts(run: Run) -> list[str]:
     """A row for each start, with its end: the line after it, unless that is another start."""
     if not run.history:
         return ['<p class="none">Not recorded.</p>']
-    rows, events = [], [line for line in run.history if line.get("event") in ("start", "end")]
-    for line, following in zip(events, [*events[1:], {}]):
+    rows = []
+    for line, following in zip(run.history, [*run.history[1:], {}]):
         if line["event"] != "start":
             continue
         ended = following if following.get("event") == "end" else {}
@@ -712,7 +715,7 @@ def _left_out(run: Run) -> list[str]:
 
 
 def _environment(run: Run) -> list[str]:
-    starts = [line for line in run.history if line.get("event") == "start"]
+    starts = [line for line in run.history if line["event"] == "start"]
     if not starts:
         return ['<p class="none">The environment was not recorded.</p>']
     latest = dict(starts[-1])
@@ -770,7 +773,7 @@ def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
     for key in scores:
         row(f"{key} %", lambda run, _, key=key: percent(run.scores.get(key), ""))
     row("bad samples", lambda run, _: number(run.steps[-1].get("bad_samples", 0) if run.steps else 0))
-    row("starts", lambda run, _: number(sum(line.get("event") == "start" for line in run.history) or None))
+    row("starts", lambda run, _: number(sum(line["event"] == "start" for line in run.history) or None))
     return rows
 
 

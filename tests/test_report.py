@@ -192,7 +192,7 @@ def test_the_page_in_a_browser(chain, run, browser, tmp_path):
     assert browser.value("window.hacked") is None
     assert browser.value("document.querySelectorAll('img').length") == 0
     text = browser.value("document.body.textContent")
-    assert text.count(EVIL) == 2 + text.count("root: ")  # of a sample, a host and the config
+    assert text.count(EVIL) >= 3  # a sample and a host, where it started and in the environment
     assert browser.value("document.querySelector('h1').textContent") == "<script>window.hacked = 1;"
 
     def rows(table: str) -> dict[str, list[str]]:
