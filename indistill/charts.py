@@ -15,7 +15,7 @@ from typing import Any
 
 MOST_POINTS = 1000  # of a curve
 _COLOURS = 8
-_DOTS = 40  # a curve of fewer points shows each
+_DOTS = 25  # where no curve of a chart has more points, each is marked
 _LOG_RATIO = 30.0  # from here on positive values are easier to read on a logarithmic axis
 
 Point = tuple[float, float | None]  # a value that is None, or not finite, interrupts the curve
@@ -68,12 +68,12 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers within [low, high], at most `most` of them."""
+    """Round numbers within [low, high], at most `most` + 1 of them."""
     span = high - low
     if span <= 0:
         return [low]
     power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= most - 1 + 1e-9)
+    step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= most + 1e-9)
     return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -148,16 +148,15 @@ def draw(chart: Chart, place: int) -> tuple[str, dict[str, Any]]:
     xs = [x for one in series for x, _ in one.points]
     y_axis = _y_axis(chart, [y for one in series for _, y in one.points if y is not None])
     half = 0.5 if chart.bars else 0.0
-    x_axis = _Axis(min([*xs, *(band.start for band in chart.bands)]) - half, max(xs) + half, False)
-    if x_axis.high == x_axis.low:
-        x_axis = _Axis(x_axis.low - 1, x_axis.high + 1, False)
+    x_axis = _Axis(min(0, *xs) - half, max(1, *xs) + half, False)
 
     shapes = [_bands(chart.bands, x_axis)]
     shapes += [f'<path class="grid" d="M0 {1000 - at:.1f}H1000"/>' for at, _ in y_axis.labels]
     colours = [i if one.colour is None else one.colour for i, one in enumerate(series)]
+    dots = all(len(one.points) <= _DOTS for one in series)
     for colour, one in zip(colours, series):
-        shapes.append(_bars(one, x_axis, y_axis, colour) if chart.bars else _curve(one, x_axis, y_axis, colour))
-    unit = f"{chart.unit}, logarithmic" if y_axis.log else chart.unit
+        shapes.append(_bars(one, x_axis, y_axis, colour) if chart.bars else _curve(one, x_axis, y_axis, colour, dots))
+    unit = ", ".join(part for part in (chart.unit, "logarithmic" if y_axis.log else "") if part)
     thinned = any(len(one.points) > MOST_POINTS for one in chart.series)
     note = " ".join(part for part in (chart.note, _THINNED if thinned else "") if part)
     names = [
@@ -167,7 +166,7 @@ def draw(chart: Chart, place: int) -> tuple[str, dict[str, Any]]:
     label = escape(f"{told}. Arrow keys show the values.", quote=True)
     html = (
         f'<figure class="chart">{title} <span class="unit">{escape(unit)}</span></figcaption>'
-        + (f'<div class="names">{"".join(names)}</div>' if len(series) > 1 else "")
+        + (f'<div class="names">{"".join(names)}</div>' if len(series) > 1 or series[0].colour is not None else "")
         + f'<div class="plot" data-chart="{place}" tabindex="0" role="group" aria-label="{label}">'
         + "".join(f'<span class="y" style="top:{100 - at / 10:.2f}%">{text}</span>' for at, text in y_axis.labels)
         + "".join(f'<span class="x" style="left:{at / 10:.2f}%">{text}</span>' for at, text in x_axis.labels)
@@ -203,19 +202,18 @@ _THINNED = (
 )
 
 
-def _curve(series: Series, x_axis: _Axis, y_axis: _Axis, colour: int) -> str:
-    parts, pen, dots = [], "M", []
+def _curve(series: Series, x_axis: _Axis, y_axis: _Axis, colour: int, dots: bool) -> str:
+    parts, marks, pen = [], [], "M"
     for x, y in series.points:
         if y is None:
             pen = "M"
             continue
         at = f"{x_axis.at(x):.1f} {1000 - y_axis.at(y):.1f}"
-        parts.append(pen + at)
-        dots.append(f"M{at}h0")
+        parts.append(f"{pen}{at}h0" if pen == "M" else f"{pen}{at}")  # h0 shows a point that stands alone
+        marks.append(f"M{at}h0")
         pen = "L"
     line = f'<path class="s{colour % _COLOURS}" d="{"".join(parts)}"/>'
-    few = len(dots) <= _DOTS
-    return line + (f'<path class="s{colour % _COLOURS} dot" d="{"".join(dots)}"/>' if few else "")
+    return line + (f'<path class="s{colour % _COLOURS} dot" d="{"".join(marks)}"/>' if dots else "")
 
 
 def _bars(series: Series, x_axis: _Axis, y_axis: _Axis, colour: int) -> str:
@@ -277,15 +275,15 @@ def page(title: str, body: str, data: dict[str, Any]) -> str:
     )
 
 
-# Each colour has a contrast of 4.5 to its background, text one of 7.
+# To the background text has a contrast of 7, each colour one of 4.5, and the grey of what is left out one of 3.
 _STYLE = """
 :root { --bg: #ffffff; --fg: #1b1f24; --muted: #4d5661; --line: #d5dae0; --card: #f6f8fa; --band0: #e6eef9;
   --band1: #f3f1e4; --c0: #0b5cad; --c1: #b34700; --c2: #08734a; --c3: #8136a8; --c4: #b0203a; --c5: #0b6e82;
-  --c6: #77590c; --c7: #59626e; }
+  --c6: #77590c; --c7: #89929c; }
 @media screen and (prefers-color-scheme: dark) {
   :root { --bg: #14171c; --fg: #e8ebef; --muted: #aab3be; --line: #353c46; --card: #1c2027; --band0: #1d2938;
     --band1: #2b291f; --c0: #6cb2ff; --c1: #ffa868; --c2: #5ccf98; --c3: #d09bf5; --c4: #ff8c9d; --c5: #5ccfe0;
-    --c6: #dfbf5f; --c7: #a3acb8; } }
+    --c6: #dfbf5f; --c7: #6f7985; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--bg); color: var(--fg);
@@ -306,11 +304,11 @@ a { color: var(--c0); }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th[scope=row], th:first-child { text-align: left; font-weight: 600; }
+th[scope=row], th:first-child { text-align: left; font-weight: 600; position: sticky; left: 0; background: var(--bg); }
 thead th { color: var(--muted); font-weight: 500; }
 .texts td { text-align: left; white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
 .texts th { text-align: left; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.2rem 2rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1.2rem 2rem; }
 figure { margin: 0; min-width: 0; }
 .names { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .85rem; }
 .name i { display: inline-block; width: .75em; height: .75em; margin-right: .35em; border-radius: 2px; }
@@ -334,6 +332,7 @@ path.band0 { fill: var(--band0); } path.band1 { fill: var(--band1); }
   font-variant-numeric: tabular-nums; z-index: 1; }
 .tip div { display: flex; justify-content: space-between; gap: .9rem; }
 .tip i { display: inline-block; width: .65em; height: .65em; margin-right: .35em; border-radius: 2px; }
+@media (max-width: 32rem) { th, td { padding: .28rem .45rem; } }
 [hidden] { display: none !important; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }

@@ -330,9 +330,8 @@ def html(runs: Sequence[Run], title: str, baseline: Run | None = None) -> str:
     """The page of one run, or of several: their comparison first, then each."""
     page = _Page()
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    page.add(
-        f'<header><h1>{escape(title)}</h1><p class="sub">indistill {escape(__version__)}, {now}</p></header><main>'
-    )
+    told = f"As of {now}, indistill {__version__}"
+    page.add(f'<header><h1>{escape(title)}</h1><p class="sub">{escape(told)}</p></header><main>')
     if len(runs) > 1:
         _compare(page, runs)
         for run in runs:
@@ -403,7 +402,9 @@ def _results(run: Run, baseline: Run | None) -> list[_Row]:
         same = all(
             run.networks.get("speed", {}).get(key) == baseline.networks.get("speed", {}).get(key) for key in _SAME
         )
-        rows.append(row._replace(role=f"baseline {baseline.name}", seconds=row.seconds if same else None))
+        rows.append(
+            row._replace(role="baseline", name=f"{row.name} in {baseline.name}", seconds=row.seconds if same else None)
+        )
     return rows
 
 
@@ -459,10 +460,10 @@ def _cards(run: Run, rows: Sequence[_Row]) -> str:
         )
     of_teacher = next((row.top1 for row in rows if row.role == "teacher"), None)
     if top1 is not None and of_teacher is not None:
-        cards.append((f"{100 * (top1 - of_teacher):+.2f}", "points to the teacher"))
-    of_baseline = next((row.top1 for row in rows if row.role.startswith("baseline")), None)
+        cards.append((f"{100 * (top1 - of_teacher):+.2f}", "points against the teacher"))
+    of_baseline = next((row.top1 for row in rows if row.role == "baseline"), None)
     if top1 is not None and of_baseline is not None:
-        cards.append((f"{100 * (top1 - of_baseline):+.2f}", "points to the baseline"))
+        cards.append((f"{100 * (top1 - of_baseline):+.2f}", "points against the baseline"))
     if ratio := _ratio(rows, "parameters"):
         cards.append((f"{ratio:.1f}×", "fewer parameters"))
     if ratio := _ratio(rows, "seconds"):
@@ -477,31 +478,22 @@ def _cards(run: Run, rows: Sequence[_Row]) -> str:
 
 def _results_table(run: Run, rows: Sequence[_Row], baseline: Run | None) -> list[str]:
     speed = run.networks.get("speed", {})
-    columns = ["", "network", "parameters", "GFLOP an image", "ms an image", "top-1 %", "mAP %"]
+    columns = ["", "top-1 %", "mAP %", "parameters", "GFLOP an image", "ms an image", "network"]
 
     def cells(row: _Row) -> list[str]:
         milliseconds = row.seconds and 1000 * row.seconds / speed["batch"]
         giga = row.flops and row.flops / 1e9
         size = f"{row.parameters:,}" if row.parameters else "–"
-        return [
-            row.role,
-            row.name,
-            size,
-            number(giga),
-            number(milliseconds),
-            percent(row.top1, ""),
-            percent(row.map, ""),
-        ]
+        scores = percent(row.top1, ""), percent(row.map, "")
+        return [row.role, *scores, size, number(giga), number(milliseconds), row.name]
 
     table = [cells(row) for row in rows]
     ratios = [_ratio(rows, key) for key in ("parameters", "flops", "seconds")]
     if any(ratios):
-        table.append(["teacher / student", "", *(f"{ratio:.2f}×" if ratio else "–" for ratio in ratios), "", ""])
+        table.append(["teacher / student", "", "", *(f"{ratio:.2f}×" if ratio else "–" for ratio in ratios), ""])
     if run.settings.stage == "heads":
         heads = {key: value for key, value in run.scores.items() if key.startswith("top1_head")}
-        table += [
-            [key.removeprefix("top1_"), "", "–", "–", "–", percent(value, ""), "–"] for key, value in heads.items()
-        ]
+        table += [[key.removeprefix("top1_"), percent(value, ""), *"–––––"] for key, value in heads.items()]
     notes = ["GFLOP: of a forward pass, a multiply-add counts as two operations."]
     if "seconds" in speed:
         threads = f", {speed['threads']} thread{'s' * (speed['threads'] != 1)}" if speed.get("threads") else ""
@@ -566,7 +558,8 @@ def _losses(run: Run, bands: Sequence[Band]) -> Chart:
     terms = [key for key in keys if re.fullmatch(rf"mse_pair\d+|({names})(_\d+)?", key)]
     other = [key for key in terms if any(line.get(key) not in (None, line["loss"]) for line in run.steps)]
     series = [Series(key, run.points(key)) for key in ("loss", *other)]
-    return Chart("Loss", "mean over the steps since the last line", series, bands=bands, may_be_log=True)
+    note = "Terms are shown without their weights." if other else ""
+    return Chart("Loss", "mean since the last line", series, bands=bands, may_be_log=True, note=note)
 
 
 def _accuracy(run: Run, bands: Sequence[Band]) -> Chart:
@@ -706,12 +699,15 @@ def moment(seconds: float) -> str:
 def _left_out(run: Run) -> list[str]:
     last = run.steps[-1] if run.steps else {}
     bad = max(len(run.bad), last.get("bad_samples", 0))
-    lines = [f"{bad:,} sample{'s' * (bad != 1)} could not be decoded, and the next of the stream stood in."]
-    lines.append(f"{last.get('skipped_steps', 0):,} steps were skipped for a loss or gradient that was not finite.")
+    skipped = last.get("skipped_steps", 0)
+    told = f"{bad:,} of the samples could not be decoded: the next of its stream stood in for each." if bad else ""
+    told = told or "Every sample could be decoded."
+    left_out = f"{skipped:,} steps were skipped" if skipped else "No step was skipped"
+    told += f" {left_out} for a loss or gradient that was not finite."
     names = "".join(f"<li>{escape(str(name))}</li>" for name in run.bad[:_MOST_NAMES])
     more = f"<p>and {len(run.bad) - _MOST_NAMES:,} more</p>" if len(run.bad) > _MOST_NAMES else ""
     listed = f"<details><summary>Their names, by the newest checkpoint</summary><ul>{names}</ul>{more}</details>"
-    return [f"<p>{escape(' '.join(lines))}</p>", listed if names else ""]
+    return [f"<p>{escape(told)}</p>", listed if names else ""]
 
 
 def _environment(run: Run) -> list[str]:
