@@ -332,7 +332,8 @@ path.band0 { fill: var(--band0); } path.band1 { fill: var(--band1); }
   font-variant-numeric: tabular-nums; z-index: 1; }
 .tip div { display: flex; justify-content: space-between; gap: .9rem; }
 .tip i { display: inline-block; width: .65em; height: .65em; margin-right: .35em; border-radius: 2px; }
-@media (max-width: 32rem) { th, td { padding: .28rem .45rem; } }
+@media (max-width: 32rem) { th, td { padding: .28rem .45rem; }
+  th[scope=row] { min-width: 7.5rem; white-space: normal; overflow-wrap: anywhere; } }
 [hidden] { display: none !important; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }

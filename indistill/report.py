@@ -759,8 +759,8 @@ def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
 
     row("parameters", of_student("parameters", lambda value: f"{value:,}" if value else "–"))
     row("GFLOP an image", of_student("flops", lambda value: number(value and value / 1e9)))
-    row("fewer parameters than the teacher", times("parameters"))
-    row("as fast as the teacher, measured", times("seconds"))
+    row("compression", times("parameters"))
+    row("speed-up, measured", times("seconds"))
     row("steps", lambda run, _: number(max((line["step"] for line in run.lines), default=0)))
     row("training", lambda run, _: duration(run.summary["seconds"]) if run.summary.get("seconds") else "–")
     row("images/s", lambda run, _: number(run.summary.get("images_per_second")))
