@@ -148,6 +148,7 @@ def draw(chart: Chart, place: int) -> tuple[str, dict[str, Any]]:
     xs = [x for one in series for x, _ in one.points]
     y_axis = _y_axis(chart, [y for one in series for _, y in one.points if y is not None])
     half = 0.5 if chart.bars else 0.0
+    xs += [band.end for band in chart.bands]
     x_axis = _Axis(min(0, *xs) - half, max(1, *xs) + half, False)
 
     shapes = [_bands(chart.bands, x_axis)]
@@ -228,10 +229,11 @@ def _bars(series: Series, x_axis: _Axis, y_axis: _Axis, colour: int) -> str:
 
 
 def _bands(bands: Sequence[Band], axis: _Axis) -> str:
-    """The last one, where the run is bound, stays plain."""
+    """Those of the warm-up; what follows stays plain."""
     return "".join(
         f'<path class="band{i % 2}" d="M{axis.at(band.start):.1f} 0V1000H{axis.at(band.end):.1f}V0z"/>'
-        for i, band in enumerate(bands[:-1])
+        for i, band in enumerate(bands)
+        if band.name.startswith("warmup")
     )
 
 
@@ -306,7 +308,8 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th[scope=row], th:first-child { text-align: left; font-weight: 600; position: sticky; left: 0; background: var(--bg); }
 thead th { color: var(--muted); font-weight: 500; }
-.texts td { text-align: left; white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
+.texts td { text-align: left; white-space: normal; min-width: 5rem; overflow-wrap: anywhere; }
+.texts td:last-child { min-width: 10rem; }
 .texts th { text-align: left; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1.2rem 2rem; }
 figure { margin: 0; min-width: 0; }

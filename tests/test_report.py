@@ -259,6 +259,10 @@ def test_the_page_in_a_browser(chain, run, browser, tmp_path):
 
 
 def test_a_comparison_in_a_browser(chain, run, browser, tmp_path):
+    """With a run that was killed in its warm-up, between two evaluations."""
+    (run / "summary.json").unlink()
+    lines = [line for line in read_lines(run / "metrics.jsonl") if line["step"] <= 7]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = report.write([chain / "student", run, chain / "teacher"], tmp_path / "deep" / "compared.html", measure=False)
     browser.complaints.clear(), browser.requests.clear()
     browser.open(page, 360, touch=True)
