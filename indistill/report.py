@@ -18,12 +18,15 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from indistill import __version__, charts, config
 from indistill.charts import Band, Chart, Series, number
 from indistill.config import Config, UserError
 from indistill.history import read_lines
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _NETWORKS = "networks.json"
 _SPEED_SECONDS = 5.0  # for the rounds of measuring, the first of which is not counted
@@ -213,7 +216,7 @@ def networks(run: Run, measure: bool) -> dict[str, Any]:
     sections = {"teacher": run.settings.teacher, "student": run.settings.student}
     sections = {role: section for role, section in sections.items() if section is not None}
     for role, section in sections.items():
-        if role not in known:
+        if "parameters" not in known.get(role, {}):
             known[role] = {"name": section.name, **_told(lambda section=section: size(section, run.settings.data))}
     if measure and "seconds" not in known.get("speed", {}):
         known["speed"] = _told(lambda: speed(list(sections.items()), run.settings))
@@ -231,7 +234,7 @@ def _told(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"unknown": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
-def _create(section: config.Model, data: config.Data) -> Any:
+def _create(section: config.Model, data: config.Data) -> nn.Module:
     """The timm model of a section, without its weights."""
     import timm
 
@@ -270,7 +273,7 @@ def speed(sections: Sequence[tuple[str, config.Model]], settings: Config) -> dic
     batch = _BATCH[device.type]
     images = torch.zeros(batch, 3, settings.data.image_size, settings.data.image_size, dtype=torch.uint8, device=device)
 
-    def seconds(net: torch.nn.Module) -> float:
+    def seconds(net: nn.Module) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begin = time.perf_counter()

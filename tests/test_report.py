@@ -456,3 +456,19 @@ def test_ticks_are_few_and_round(low, high):
     assert 1 <= len(ticks) <= 6
     assert all(low - 1e-12 <= tick <= high + 1e-12 for tick in ticks)
     assert high == low or len(ticks) >= 2
+
+
+def test_colours_have_contrast():
+    """By the formula of WCAG 2, in light and in dark."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = charts._STYLE.split("@media screen and (prefers-color-scheme: dark)")
+    for style in (light, dark):
+        colours = dict(re.findall(r"--(\w+): (#\w{6})", style))
+        for name, least in {"fg": 7, "muted": 7, **{f"c{i}": 4.5 for i in range(7)}, "c7": 3}.items():
+            brighter, darker = sorted((luminance(colours[name]), luminance(colours["bg"])), reverse=True)
+            assert (brighter + 0.05) / (darker + 0.05) >= least, name
