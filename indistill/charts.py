@@ -289,7 +289,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--bg); color: var(--fg);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { margin: .2rem 0; font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }
 h2 { margin: 2.2rem 0 .6rem; font-size: 1.2rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
 p { margin: .4rem 0; overflow-wrap: anywhere; }
@@ -344,7 +344,8 @@ details.run { border-top: 2px solid var(--line); padding-top: .6rem; }
 details.run > summary { font-size: 1.25rem; }
 pre { overflow-x: auto; padding: .7rem; background: var(--card); border: 1px solid var(--line); border-radius: .4rem;
   font-size: .8rem; line-height: 1.4; }
-@media print { body { max-width: none; font-size: 12px; } figure, tr, .card { break-inside: avoid; }
+@media print { html { font-size: 11px; } body { max-width: none; } figure, tr, .card { break-inside: avoid; }
+  i { print-color-adjust: exact; } th, td { white-space: normal; }
   .plot { height: 9rem; } .charts { grid-template-columns: 1fr 1fr; } pre { white-space: pre-wrap; } }
 """ + "".join(
     f".s{i} {{ stroke: var(--c{i}) }} .f{i} {{ background: var(--c{i}) }} .b{i} {{ fill: var(--c{i}); stroke: none }}\n"

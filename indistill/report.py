@@ -580,7 +580,7 @@ def _similarities(run: Run, bands: Sequence[Band]) -> list[Chart]:
     layers = list(dict.fromkeys(
         key.removeprefix("cka_") for line in run.lines for key in line if key.startswith("cka_")
     ))  # fmt: skip
-    samples = f"On {run.settings.evaluate.similarity_samples} images of data.eval."
+    samples = f"On at most {run.settings.evaluate.similarity_samples} images of data.eval."
     drawn = [
         Chart(
             "Alignment of the maps (linear CKA)", "0 to 1", [Series(one, run.points(f"cka_{one}")) for one in layers],
