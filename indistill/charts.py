@@ -138,13 +138,15 @@ def _y_axis(chart: Chart, values: Sequence[float]) -> _Axis:
     return _Axis(low, high, False, scale)
 
 
-def draw(chart: Chart, place: int) -> tuple[str, dict[str, Any]]:
-    """A chart's markup and its numbers, whose place in the page's list is `place`. Empty series are left out."""
+def draw(chart: Chart, place: int) -> tuple[str, dict[str, Any]] | None:
+    """A chart's markup and its numbers, whose place in the page's list is `place`; None if there are none.
+
+    Series without any are left out.
+    """
     series = [Series(one.name, thin(one.points), one.colour) for one in chart.series]
     series = [one for one in series if any(y is not None for _, y in one.points)]
-    title = f"<figcaption><b>{escape(chart.title)}</b>"
     if not series:
-        return f'<figure class="chart">{title}</figcaption><p class="none">Nothing recorded.</p></figure>', {}
+        return None
     xs = [x for one in series for x, _ in one.points]
     y_axis = _y_axis(chart, [y for one in series for _, y in one.points if y is not None])
     half = 0.5 if chart.bars else 0.0
@@ -166,7 +168,7 @@ def draw(chart: Chart, place: int) -> tuple[str, dict[str, Any]]:
     told = f"{chart.title}, {unit}, by {chart.x}: {', '.join(one.name for one in series)}"
     label = escape(f"{told}. Arrow keys show the values.", quote=True)
     html = (
-        f'<figure class="chart">{title} <span class="unit">{escape(unit)}</span></figcaption>'
+        f'<figure><figcaption><b>{escape(chart.title)}</b> <span class="unit">{escape(unit)}</span></figcaption>'
         + (f'<div class="names">{"".join(names)}</div>' if len(series) > 1 or series[0].colour is not None else "")
         + f'<div class="plot" data-chart="{place}" tabindex="0" role="group" aria-label="{label}">'
         + "".join(f'<span class="y" style="top:{100 - at / 10:.2f}%">{text}</span>' for at, text in y_axis.labels)

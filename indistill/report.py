@@ -315,15 +315,13 @@ class _Page:
     def add(self, *parts: str) -> None:
         self.parts += parts
 
-    def draw(self, drawings: Iterable[Chart | None]) -> None:
-        """Side by side; None and charts without any point are left out."""
+    def draw(self, drawings: Iterable[Chart]) -> None:
+        """Side by side; charts without any point are left out."""
         drawn = []
         for chart in drawings:
-            if chart is None or not any(y is not None for one in chart.series for _, y in one.points):
-                continue
-            markup, numbers = charts.draw(chart, len(self.charts))
-            drawn.append(markup)
-            self.charts.append(numbers)
+            if found := charts.draw(chart, len(self.charts)):
+                drawn.append(found[0])
+                self.charts.append(found[1])
         self.add(
             f'<div class="charts">{"".join(drawn)}</div>' if drawn else '<p class="none">Nothing recorded yet.</p>'
         )
