@@ -103,10 +103,10 @@ def curves(file: Path) -> dict[tuple[str, str], list[tuple[float, float]]]:
     }
 
 
-def cells(file: Path) -> dict[str, list[str]]:
-    """The rows of all tables: heading to the other cells, as they stand in the markup."""
-    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', file.read_text())
-    return {heading: re.findall(r"<td>(.*?)</td>", rest) for heading, rest in rows}
+def rows(file: Path) -> list[tuple[str, list[str]]]:
+    """The rows of all tables: heading and the other cells, as they stand in the markup."""
+    found = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', file.read_text())
+    return [(heading, re.findall(r"<td>(.*?)</td>", rest)) for heading, rest in found]
 
 
 # --- what a run records ----------------------------------------------------------------------------------------------
@@ -195,20 +195,20 @@ def test_the_page_in_a_browser(chain, run, browser, tmp_path):
     assert text.count(EVIL) >= 3  # a sample and a host, where it started and in the environment
     assert browser.value("document.querySelector('h1').textContent") == "<script>window.hacked = 1;"
 
-    def rows(table: str) -> dict[str, list[str]]:
+    def shown_rows(table: str) -> dict[str, list[str]]:
         cells = "[...row.cells].map(cell => cell.textContent)"
         found = browser.value(f"[...document.querySelectorAll('[aria-label={table}] tbody tr')].map(row => {cells})")
         return {first: rest for first, *rest in found}
 
     summary, of_teacher = (json.loads((folder / "summary.json").read_text()) for folder in (run, chain / "teacher"))
-    results = rows("Results")
+    results = shown_rows("Results")
     of_student = results["student"]
     assert of_student[5] == "cnn32_student"
     assert of_student[:2] == [f"{100 * summary['metrics'][key]:.2f}" for key in ("top1", "map_cosine")]
     assert results["teacher"][0] == f"{100 * of_teacher['metrics']['top1']:.2f}"  # of the run that it comes from
     seconds = json.loads((run / "networks.json").read_text())["speed"]["seconds"]
     assert results["teacher / student"][4] == f"{seconds['teacher'] / seconds['student']:.2f}×"
-    assert [row[0] for row in rows("Phases").values()] == ["4", "4", "5", "11"]
+    assert [row[0] for row in shown_rows("Phases").values()] == ["4", "4", "5", "11"]
 
     # What a pointer, a finger and the arrow keys show.
     def shown(title: str, act: str, share: float = 0.5) -> dict[str, str]:
@@ -300,7 +300,7 @@ def test_every_number_of_the_run_is_in_its_curves(chain):
         assert [channel for channel, _ in found[title, "kept"]] == pair["kept"]
         assert sorted(found[title, "kept"] + found[title, "left out"]) == list(enumerate(importance))
         assert min(y for _, y in found[title, "kept"]) >= max(y for _, y in found[title, "left out"])
-    ends = [rest for rest in cells(page).values() if rest and rest[-1].startswith(("requeue", "done"))]
+    ends = [rest for _, rest in rows(page) if rest[-1].startswith(("requeue", "done"))]
     assert [row[0] for row in ends] == ["0", "10"]
     assert "Started 2 times: 1 restart." in page.read_text()
     assert "Speed not measured yet" in page.read_text()
@@ -341,7 +341,7 @@ def test_several_runs_and_those_of_a_chain(chain, run, tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump(other))
     page = report.write([run, chain / "student"], measure=False)
     assert page == run.parent / "comparison.html"
-    table = cells(page)
+    table = dict(rows(page))
     assert table["optimizer.lr"] == ["0.25", "0.001"]
     assert "seed" not in table
     top1 = json.loads((run / "summary.json").read_text())["metrics"]["top1"]
@@ -405,9 +405,9 @@ def test_every_kind_of_run_has_a_report(run, kind):
     if kind == "killed":
         assert "killed or crashed, without a word" in text
     if kind == "heads":
-        assert cells(page)["head1"][0] == "25.00"
+        assert dict(rows(page))["head1"][0] == "25.00"
     if kind == "supervised":
-        assert "teacher" not in cells(page)
+        assert "teacher" not in dict(rows(page))
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, run, capsys):
