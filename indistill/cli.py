@@ -63,6 +63,19 @@ def main(argv: list[str] | None = None) -> None:
     doctor.add_argument("--json", action="store_true", help="all lines, of all processes, for programs")
     doctor.set_defaults(run=_doctor)
 
+    report = commands.add_parser("report", help="one HTML file of a run, or of several side by side")
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="run",
+        help="a run directory; a chain's or several students' stands for the runs in it",
+    )
+    report.add_argument(
+        "--output", metavar="FILE", help="default: RUN/report.html; of several, comparison.html beside the first"
+    )
+    report.add_argument("--baseline", metavar="RUN", help="a run to compare the results with: the student alone, say")
+    report.set_defaults(run=_report)
+
     targets = commands.add_parser("targets", help="run the teacher once, for a config with targets: cached")
     targets.add_argument("config", help="YAML file; what is there is kept, so a job that stopped goes on")
     targets.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -225,6 +238,12 @@ def _doctor(arguments: argparse.Namespace) -> None:
     if "RANK" in os.environ:
         os._exit(code)  # at once: an orderly exit would wait for ranks that may be stuck
     sys.exit(code)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from indistill import report
+
+    print(report.write(arguments.runs, arguments.output, arguments.baseline))
 
 
 def _targets(arguments: argparse.Namespace) -> None:

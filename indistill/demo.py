@@ -59,7 +59,7 @@ def main() -> None:
         )
     other = ", ".join(f"{part} {seconds[part]:.0f} s" for part in ("import", "pack"))
     print(f"\nOther parts: {other}; {time.perf_counter() - start:.0f} s in all.")
-    print(f"Look next at {settings.run_dir}/metrics.jsonl, `tensorboard --logdir {ROOT}`, {CONFIG} and README.md.")
+    print(f"Look next at {settings.run_dir}/report.html, `tensorboard --logdir {ROOT}`, {CONFIG} and README.md.")
 
 
 def pack_digits(folder: Path) -> None:

@@ -6,15 +6,19 @@ mixed precision is the same autocast, and a parameter that a phase does not use 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ipaddress
 import math
 import os
+import platform
+import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -111,6 +115,16 @@ def _interface() -> str | None:
         return None  # for the rendezvous to tell
     names = [name for name, own in psutil.net_if_addrs().items() if any(a.address == ours for a in own)]
     return names[0] if names and not ipaddress.ip_address(ours).is_loopback else None
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls it: the GPU's product name, or that of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: *(.+)", Path("/proc/cpuinfo").read_text()):
+            return f"CPU: {found[1]}"
+    return f"CPU: {platform.processor() or platform.machine()}"
 
 
 def stage(accelerator: Accelerator) -> int:

@@ -27,6 +27,7 @@ from indistill import checkpoint, preemption, watchdog
 from indistill.config import UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
+from indistill.history import read_lines
 
 _PLAIN_LINE_SECONDS = 10.0  # between progress lines where no terminal can show a bar
 
@@ -265,13 +266,3 @@ class RunLog:
                 f"{line['images_per_second']:.0f} images/s  {tqdm.format_interval(left)} left",
                 flush=True,
             )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; one that was cut by a kill is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(text))
-    return lines

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from indistill import history
 from indistill.config import UserError
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
@@ -48,6 +49,7 @@ class _Process:
     """What this process knows of its own end: signals come to a process, whichever run or stage it is at."""
 
     asked_at: float = math.inf  # of the first signal, by time.monotonic
+    asked_by: str = "another rank"  # the first signal's name, or the time limit
     deadline: float = math.inf  # by time.time
     began: float | None = None  # by time.time, of this start of a run or chain
     status: Path | None = None
@@ -81,7 +83,7 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         os.close(writer)
-        _process.asked_at = math.inf
+        _process.asked_at, _process.asked_by = math.inf, _Process.asked_by
 
 
 def _listen(reader: int) -> None:
@@ -105,7 +107,7 @@ def _listen(reader: int) -> None:
 def _hear(name: str) -> None:
     now = time.monotonic()
     if _process.asked_at == math.inf:
-        _process.asked_at = now
+        _process.asked_at, _process.asked_by = now, name
         if not _process.in_steps:
             leave(name)
     elif now - _process.asked_at > SAME_SECONDS:
@@ -119,6 +121,8 @@ def leave(reason: str) -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(2, f"indistill: rank {rank} leaves at once: {reason}\n".encode())
     _mark("requeue")
+    if _process.status is not None:
+        history.end(_process.status.parent, "requeue", f"left at once: {reason}")
     os._exit(EXIT_CODE)
 
 
@@ -180,6 +184,8 @@ def settle(ranks_asked: float) -> bool:
     """Whether any rank was asked: then all stop, and take the time that a checkpoint needs."""
     _process.agreed = ranks_asked > 0
     if _process.agreed:
+        if time.time() >= _process.deadline and _process.asked_at == math.inf:
+            _process.asked_by = "the time limit"
         _process.deadline = math.inf  # met
     return _process.agreed
 
@@ -204,11 +210,16 @@ def status_in(run_dir: Path) -> Iterator[None]:
     try:
         yield
         _mark("done")
-    except Preempted:
+    except Preempted as stopped:
         _mark("requeue")
+        history.end(run_dir, "requeue", f"{stopped}, asked by {_process.asked_by}")
         raise
     except UserError as error:
         _mark("failed", on_any_rank=error.found_by_one_rank)
+        history.end(run_dir, "failed", str(error))
+        raise
+    except BaseException as error:
+        history.end(run_dir, "crashed", f"{type(error).__name__}: {error}")
         raise
     finally:
         _process.status = _process.began = None

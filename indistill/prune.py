@@ -39,6 +39,9 @@ class Plan(NamedTuple):
     criterion: str
     mode: str
     pairs: list[PairPlan]
+    # For people to look at, and no part of the hash: by pair the scores of all teacher channels, to six digits; None
+    # where all are kept. Empty in plans of earlier versions.
+    importance: Sequence[list[float] | None] = ()
 
     @property
     def hash(self) -> str:
@@ -46,17 +49,19 @@ class Plan(NamedTuple):
         return hashlib.sha256(self._body().encode()).hexdigest()
 
     def _body(self) -> str:
-        return json.dumps({**self._asdict(), "pairs": [pair._asdict() for pair in self.pairs]}, sort_keys=True)
+        pairs = [pair._asdict() for pair in self.pairs]
+        return json.dumps({"criterion": self.criterion, "mode": self.mode, "pairs": pairs}, sort_keys=True)
 
     def to_json(self) -> str:
-        return json.dumps({**json.loads(self._body()), "hash": self.hash})
+        return json.dumps({**json.loads(self._body()), "hash": self.hash, "importance": self.importance})
 
     @classmethod
     def parse(cls, text: str) -> Plan:
         """What `to_json` gave. Raises ValueError if it is damaged or was edited."""
         try:
             tree = json.loads(text)
-            plan = cls(tree["criterion"], tree["mode"], [PairPlan(**pair) for pair in tree["pairs"]])
+            pairs = [PairPlan(**pair) for pair in tree["pairs"]]
+            plan = cls(tree["criterion"], tree["mode"], pairs, tuple(tree.get("importance", ())))
             intact = tree["hash"] == plan.hash
         except (KeyError, TypeError):
             intact = False
@@ -323,22 +328,25 @@ def plan(
             return random_importance(seed, stage, width)
         return filter_importance(teacher, stage, input_size, criterion)
 
-    plans = []
+    plans, looked_at = [], []
     for teacher_stage, student_stage in pairs:
         teacher_width = taps.stages(teacher)[teacher_stage].channels
         student_width = taps.stages(student)[student_stage].channels
-        kept = None
+        kept = of_channels = None
         if student_width > teacher_width and adapter == "none":
             raise UserError(
                 f"student stage {student_stage} has {student_width} channels, more than the {teacher_width} of teacher "
                 f"stage {teacher_stage}: choose other warmup.pairs, or set warmup.adapter: conv1x1"
             )
         if student_width < teacher_width:
-            kept = top_channels(scores(teacher_stage, teacher_width), student_width).tolist()
+            of_channels = scores(teacher_stage, teacher_width)
+            kept = top_channels(of_channels, student_width).tolist()
+            of_channels = [float(f"{score:.6g}") for score in of_channels.tolist()]
+        looked_at.append(of_channels)
         if mode == "paper_bn":
             published_norm(teacher, teacher_stage, input_size)  # refuses what it cannot do, before any step
         plans.append(PairPlan(teacher_stage, student_stage, teacher_width, student_width, kept))
-    return Plan(criterion, mode, plans)
+    return Plan(criterion, mode, plans, tuple(looked_at))
 
 
 def published_norm(model: nn.Module, stage: int, input_size: tuple[int, int, int]) -> nn.BatchNorm2d:

@@ -186,7 +186,7 @@ class Manifest(BaseModel):
 
     def pruning(self) -> Plan:
         pairs = [PairPlan(**pair) for pair in self.plan["pairs"]]
-        return Plan(self.plan["criterion"], self.plan["mode"], pairs)
+        return Plan(self.plan["criterion"], self.plan["mode"], pairs, tuple(self.plan.get("importance", ())))
 
     def difference(self, other: Manifest) -> str | None:
         """The first thing in which they are of different targets, as `what: this -> other`."""

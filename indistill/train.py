@@ -20,7 +20,21 @@ from accelerate.utils import set_seed as seed_everything
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from indistill import build, config, data, deepspeed_config, engine, estimate, evaluate, health, models, optim, watchdog
+from indistill import (
+    build,
+    config,
+    data,
+    deepspeed_config,
+    engine,
+    estimate,
+    evaluate,
+    health,
+    history,
+    models,
+    optim,
+    report,
+    watchdog,
+)
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
@@ -84,6 +98,7 @@ def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, Non
     checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity, {"log": log, "pace": pace}, whole)
     first_step, scores = checkpoints.resume(resume, ema)
     log.open(first_step)
+    record_start(accelerator, run_dir, first_step)
     start_trackers(accelerator, settings)
     batches = log.waiting(sources.batches(training, first_step, timetable.total_steps, accelerator.device))
     evaluated = (lambda: ema.module) if ema else whole
@@ -214,6 +229,12 @@ def check_devices(settings: Config, world: int) -> None:
         raise UserError("sync_batchnorm needs GPUs: set it to false")
 
 
+def record_start(accelerator: Accelerator, run_dir: Path, step: int) -> None:
+    if accelerator.is_main_process:
+        device, software = engine.device_name(accelerator.device), health.software()
+        history.start(run_dir, step, world_size=accelerator.num_processes, device=device, software=software)
+
+
 def start_trackers(accelerator: Accelerator, settings: Config) -> None:
     """TensorBoard, in run_dir/tensorboard, with the configuration as hyperparameters."""
     if settings.log.tensorboard:
@@ -327,7 +348,7 @@ def finish(
     scores: dict[str, float],
     log: RunLog,
 ) -> dict[str, Any]:
-    """Write the student's weights and `summary.json`, and close what is open."""
+    """Write the student's weights, `summary.json` and the report, and close what is open."""
     seconds = sum(log.phase_seconds.values())
     summary = {
         "step": log.timetable.total_steps,
@@ -345,6 +366,8 @@ def finish(
         partial = run_dir / "summary.json.partial"
         partial.write_text(json.dumps(summary, indent=2) + "\n")
         partial.replace(run_dir / "summary.json")
+        history.end(run_dir, "done")
+        report.at_end(run_dir)
     log.close()
     accelerator.wait_for_everyone()
     watchdog.close()

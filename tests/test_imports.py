@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
 LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
 LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "store", "targets", "data"]
-LEAVES += ["similarity", "preemption", "watchdog", "deepspeed_config"]
+LEAVES += ["similarity", "history", "preemption", "watchdog", "deepspeed_config", "charts"]
 WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "api", "cli"]
-WITHOUT_TORCH += ["preemption", "watchdog", "deepspeed_config"]
+WITHOUT_TORCH += ["history", "preemption", "watchdog", "deepspeed_config", "charts", "report"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics"}
 MAY_USE_ACCELERATE |= {"estimate", "sources", "together", "precompute", "apart"}
 OPTIONAL = ("deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime")  # of the extras

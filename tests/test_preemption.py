@@ -100,6 +100,12 @@ def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, 
     assert stopped_at == [f"step-{step:08d}" for step in (2, 4, 12, 16, 24)]
     run_until(path, "never", world, exit_code=0)
     assert status(run_dir) == "done"
+    kept = read_lines(run_dir / "history.jsonl")
+    assert [line["step"] for line in kept if line["event"] == "start"] == [0, 2, 4, 12, 16, 24]
+    ends = [line for line in kept if line["event"] == "end"]
+    assert [line["how"] for line in ends] == ["requeue"] * 5 + ["done"]
+    asked = [number.name if world is None else "another rank" for _, number in events]  # rank 0 tells, as it knows
+    assert [line["reason"].rpartition(" asked by ")[2] for line in ends[:5]] == asked
 
     whole = record(tmp_path / "whole")
     assert [line["step"] for line in whole if "top1" in line] == [12, 24]
@@ -145,6 +151,9 @@ def test_a_step_that_does_not_end(tree, tmp_path, patience, signals, least, most
     assert least < time.monotonic() - began < most
     assert status(tmp_path / "run") == "requeue"
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    end = read_lines(tmp_path / "run" / "history.jsonl")[-1]
+    why = "a second signal, SIGTERM" if signals == 2 else "no step ended within 2 s of the signal"
+    assert (end["how"], end["reason"]) == ("requeue", f"left at once: {why}")
 
 
 def train_in_a_group(path: str) -> None:

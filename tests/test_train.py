@@ -77,7 +77,7 @@ def test_the_run_directory_tells_the_run(tree):
     assert list(run_dir.glob("tensorboard/events.out.tfevents.*"))
     assert {path.name for path in run_dir.iterdir()} == {
         "config.yaml", "prune_plan.json", "metrics.jsonl", "checkpoints", "summary.json", "student.safetensors",
-        "tensorboard",
+        "tensorboard", "history.jsonl", "networks.json", "report.html",
     }  # fmt: skip
 
     # The weights left behind score what the run says they score.
@@ -178,6 +178,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tree, step, reference):
     kill_at_checkpoint(run, tree, step=step - step % 2)
     run(tree)
     assert record(run_dir) == expected
+    starts = read_lines(run_dir / "history.jsonl")
+    assert [line["event"] for line in starts] == ["start", "start", "end"]  # the first was killed without a word
+    assert starts[1]["step"] >= step - step % 2
     for name in ("student.safetensors", "checkpoints/step-00000024/ema.safetensors"):
         ours, theirs = load_file(run_dir / name), load_file(reference_dir / name)
         assert ours.keys() == theirs.keys()
