@@ -1,0 +1,108 @@
+"""Trackers: what arrives in TensorBoard, and that none can end a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import tracking
+from accelerate.utils import LoggerType
+from conftest import train_until
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from indistill import config, trackers
+from indistill.config import UserError
+from indistill.metrics import read_lines
+
+
+def test_the_names_are_accelerates():
+    assert sorted(config.TRACKERS) == sorted(set(LoggerType.list()) - {"all"})
+    assert sorted(config.TRACKERS) == sorted(tracking.LOGGER_TYPE_TO_CLASS)
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("tensorbord", "tensorboard"), ("w&b", "wandb"), ("all", "aim")])
+def test_an_unknown_name_is_told_the_nearest(tree, name, nearest):
+    with pytest.raises(UserError, match=rf"trackers.1: unknown tracker '{name}'; the nearest valid one is '{nearest}'"):
+        config.parse(tree | {"trackers": ["tensorboard", name]}, "test")
+
+
+class Failing(tracking.GeneralTracker):
+    """Raises in one of its methods."""
+
+    name, requires_logging_directory, tracker = "", False, None
+    fails_in = ""
+
+    def __init__(self, project: str, **options: Any) -> None:
+        super().__init__()
+
+    def start(self) -> None:
+        self._maybe_fail("start")
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        if step == 5:
+            self._maybe_fail("log")
+
+    def finish(self) -> None:
+        self._maybe_fail("finish")
+
+    def _maybe_fail(self, where: str) -> None:
+        if self.fails_in == "input":
+            input("API key: ")
+        if self.fails_in == where:
+            raise OSError(5, "no route\nto it")
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_run_with_trackers_that_fail(tree, capsys, monkeypatch):
+    """Each is told once; the run goes on, and TensorBoard has what metrics.jsonl has, also of a run that went back."""
+    fails_in = {"wandb": "start", "aim": "log", "comet_ml": "finish", "clearml": "input"}
+    for name, where in fails_in.items():
+        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, type(name, (Failing,), {"fails_in": where}))
+    installed = [LoggerType(name) for name in ("tensorboard", *fails_in)]
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: installed)
+    tree |= {"trackers": ["mlflow", "tensorboard", *fails_in], "checkpoint": {"every_steps": 8, "keep_last": 9}}
+    tree["evaluate"] = {"every": "10 steps", "similarity_samples": 0}
+    run_dir = Path(tree["run_dir"])
+
+    train_until(tree, step=11)
+    told = [line for line in capsys.readouterr().err.splitlines() if "tracker" in line]
+    reason = r"OSError: \[Errno 5\] no route to it"
+    expected = [
+        r"mlflow: not installed \(pip install mlflow\)",
+        rf"wandb could not be started \({reason}\)",
+        r"clearml could not be started \(EOFError: .*\)",
+        rf"aim failed at step 5 \({reason}\)",
+        rf"comet_ml failed at the end \({reason}\)",
+    ]
+    assert len(told) == len(expected)
+    for line, pattern in zip(told, expected):
+        assert re.fullmatch(f"indistill: tracker {pattern}: the run goes on without it", line), line
+
+    folder = run_dir / "tensorboard"
+    assert [step for step, _ in scalars(folder, "loss")] == list(range(1, 12))
+    tree["trackers"] = ["tensorboard"]
+    train_until(tree, step=14, resume=str(run_dir / "checkpoints" / "step-00000008"))
+    train_until(tree)
+    lines = read_lines(run_dir / "metrics.jsonl")
+    for tag in ("loss", "images_per_second", "top1", "checkpoint_stall_seconds"):
+        wanted = [(line["step"], line[tag]) for line in lines if tag in line]
+        assert len(wanted) > 1
+        assert scalars(folder, tag) == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
+    assert json.loads((run_dir / "summary.json").read_text())["step"] == 24
+
+    (session,) = folder.glob("*/events.*")  # of three starts
+    told = EventAccumulator(str(session.parent)).Reload().PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(told["_hparams_/session_start_info"]).session_start_info
+    assert set(start.hparams) == set(config.flatten(config.parse(tree, "test"), without=()))
+    assert start.hparams["optimizer.lr"].number_value == 1e-3
+    assert start.hparams["teacher.name"].string_value == "cnn32_auxiliary"
+    assert start.hparams["compile"].bool_value is False
+    assert start.hparams["warmup.durations"].string_value == "['4 steps', '4 steps', '5 steps']"
