@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,18 @@ from indistill import config
 from indistill.config import Config
 
 _PROJECT = "indistill"
-_FINISH_SECONDS = 60.0  # that wandb may take at the end, to send what a slow network has left over
+# wandb's, at the end, for what a slow network has left over: a run that is stopped is killed 30 s later.
+_FINISH_SECONDS = "20"
+_PATIENCE_SECONDS = 10.0  # with a line that fails: libraries that retry over a network may take minutes for each
 
 
 class Trackers:
-    """Those of one run, on rank 0. No method raises: a tracker that fails is told of, by `say`, and left out."""
+    """Those of one run, on rank 0. No method raises: what fails is told, once, by `say`, and the run goes on."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.running: dict[str, GeneralTracker] = {}
+        self.failed: set[str] = set()  # that have missed a line; they get the next ones all the same
 
     def start(self, settings: Config, run_id: str, step: int) -> None:
         """Begin, or go on after `step` completed steps; `run_id` is the same at every start of a run."""
@@ -38,9 +42,14 @@ class Trackers:
             if name not in installed:
                 self.say(f"tracker {name}: not installed (pip install {name}): the run goes on without it")
                 continue
-            with self._or_without(name, "could not be started"), _no_keyboard():
+            with self._told(name, "could not be started", "the run goes on without it"), _no_keyboard():
                 kind = LOGGER_TYPE_TO_CLASS[name]
-                project = name if name == "tensorboard" else _PROJECT  # TensorBoard's is a folder in run_dir
+                project = _PROJECT
+                if name == "tensorboard":
+                    project = name  # its folder in run_dir
+                elif name == "wandb":
+                    project = os.environ.get("WANDB_PROJECT", project)
+                    os.environ.setdefault("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)
                 place = (run_dir,) if kind.requires_logging_directory else ()
                 tracker = kind(project, *place, **_options(name, run_dir, run_id, step))
                 tracker.start()
@@ -51,24 +60,36 @@ class Trackers:
                     tracker.store_init_configuration(plain)  # TensorBoard would list each start as another run
 
     def log(self, numbers: dict[str, float], step: int) -> None:
+        """A tracker that holds the run up before it fails gets no other chance."""
         for name, tracker in [*self.running.items()]:
-            with self._or_without(name, f"failed at step {step}"):
+            begin = time.monotonic()
+            try:
                 tracker.log(numbers, step=step)
+            except Exception as error:
+                if time.monotonic() - begin > _PATIENCE_SECONDS:
+                    del self.running[name]
+                    self._tell(name, f"failed at step {step}", error, "the run goes on without it")
+                elif name not in self.failed:
+                    self.failed.add(name)
+                    self._tell(name, f"failed at step {step}", error, "the run goes on, and tries again at each line")
 
     def finish(self) -> None:
         for name, tracker in [*self.running.items()]:
-            with self._or_without(name, "failed at the end"):
+            with self._told(name, "failed at the end", "metrics.jsonl has what it may lack"):
                 tracker.finish()
         self.running.clear()
 
     @contextlib.contextmanager
-    def _or_without(self, name: str, what: str) -> Iterator[None]:
+    def _told(self, name: str, what: str, so: str) -> Iterator[None]:
         try:
             yield
         except (Exception, SystemExit) as error:
             self.running.pop(name, None)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self.say(f"tracker {name} {what} ({reason}): the run goes on without it")
+            self._tell(name, what, error, so)
+
+    def _tell(self, name: str, what: str, error: BaseException, so: str) -> None:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        self.say(f"tracker {name} {what} ({reason}): {so}")
 
 
 def _options(name: str, run_dir: Path, run_id: str, step: int) -> dict[str, Any]:
@@ -77,8 +98,9 @@ def _options(name: str, run_dir: Path, run_id: str, step: int) -> dict[str, Any]
         case "tensorboard":  # hides what a run that was killed had told after its last checkpoint
             return {"purge_step": step + 1 if step else 0}
         case "wandb":  # create_new: several students may run in one process
-            options = {"name": run_dir.name, "id": run_id, "resume": "allow", "dir": str(run_dir)}
-            return options | {"reinit": "create_new", "settings": {"finish_timeout": _FINISH_SECONDS}}
+            return {
+                "name": run_dir.name, "id": run_id, "resume": "allow", "dir": str(run_dir), "reinit": "create_new",
+            }  # fmt: skip
         case "trackio":  # goes on by name alone
             return {"name": f"{run_dir.name}-{run_id[:8]}", "resume": "allow"}
         case "mlflow":

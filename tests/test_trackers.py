@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,26 @@ class Failing(tracking.GeneralTracker):
     name, requires_logging_directory, tracker = "", False, None
     fails_in = ""
 
-    def __init__(self, project: str, **options: Any) -> None:
+    def __init__(self, project: str, *folder: Any, **options: Any) -> None:
         super().__init__()
+        self.logged.clear()
 
     def start(self) -> None:
         self._maybe_fail("start")
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        if step == 5:
-            self._maybe_fail("log")
+        self.logged.append(step)
+        if step in (5, 6):
+            time.sleep(0.2 * (self.fails_in == "slow"))
+            self._maybe_fail("log", "slow")
 
     def finish(self) -> None:
         self._maybe_fail("finish")
 
-    def _maybe_fail(self, where: str) -> None:
+    def _maybe_fail(self, *where: str) -> None:
         if self.fails_in == "input":
             input("API key: ")
-        if self.fails_in == where:
+        if self.fails_in in where:
             raise OSError(5, "no route\nto it")
 
 
@@ -63,9 +67,12 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 def test_a_run_with_trackers_that_fail(tree, capsys, monkeypatch):
     """Each is told once; the run goes on, and TensorBoard has what metrics.jsonl has, also of a run that went back."""
-    fails_in = {"wandb": "start", "aim": "log", "comet_ml": "finish", "clearml": "input"}
+    fails_in = {"wandb": "start", "aim": "log", "comet_ml": "finish", "clearml": "input", "swanlab": "slow"}
+    monkeypatch.setattr(trackers, "_PATIENCE_SECONDS", 0.1)
+    logged = {name: [] for name in fails_in}
     for name, where in fails_in.items():
-        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, type(name, (Failing,), {"fails_in": where}))
+        kind = type(name, (Failing,), {"fails_in": where, "logged": logged[name]})
+        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, kind)
     installed = [LoggerType(name) for name in ("tensorboard", *fails_in)]
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: installed)
     tree |= {"trackers": ["mlflow", "tensorboard", *fails_in], "checkpoint": {"every_steps": 8, "keep_last": 9}}
@@ -76,15 +83,19 @@ def test_a_run_with_trackers_that_fail(tree, capsys, monkeypatch):
     told = [line for line in capsys.readouterr().err.splitlines() if "tracker" in line]
     reason = r"OSError: \[Errno 5\] no route to it"
     expected = [
-        r"mlflow: not installed \(pip install mlflow\)",
-        rf"wandb could not be started \({reason}\)",
-        r"clearml could not be started \(EOFError: .*\)",
-        rf"aim failed at step 5 \({reason}\)",
-        rf"comet_ml failed at the end \({reason}\)",
+        r"mlflow: not installed \(pip install mlflow\): the run goes on without it",
+        rf"wandb could not be started \({reason}\): the run goes on without it",
+        r"clearml could not be started \(EOFError: .*\): the run goes on without it",
+        rf"aim failed at step 5 \({reason}\): the run goes on, and tries again at each line",
+        rf"swanlab failed at step 5 \({reason}\): the run goes on without it",
+        rf"comet_ml failed at the end \({reason}\): metrics.jsonl has what it may lack",
     ]
     assert len(told) == len(expected)
     for line, pattern in zip(told, expected):
-        assert re.fullmatch(f"indistill: tracker {pattern}: the run goes on without it", line), line
+        assert re.fullmatch(f"indistill: tracker {pattern}", line), line
+    assert logged["wandb"] == logged["clearml"] == []
+    assert logged["swanlab"] == [1, 2, 3, 4, 5]
+    assert sorted(set(logged["aim"])) == list(range(1, 12))
 
     folder = run_dir / "tensorboard"
     assert [step for step, _ in scalars(folder, "loss")] == list(range(1, 12))
