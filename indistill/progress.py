@@ -32,7 +32,7 @@ class Progress:
                 initial=step,
                 position=self.position,
                 dynamic_ncols=True,
-                bar_format="  ".join([self.name] * bool(self.name) + ["step {n_fmt}/{total_fmt}"]),
+                bar_format=_row(self.name, "step {n_fmt}/{total_fmt}"),
             )
 
     def step(self) -> None:
@@ -48,7 +48,10 @@ class Progress:
             width = self.bar.format_dict["ncols"] or 100
             self.bar.bar_format = live(line, terms, phase, self.timetable, self.name, width)
             self.bar.refresh()
-        elif line["step"] in (phase.end, self.timetable.total_steps) or self._due():
+        elif (
+            line["step"] in (phase.end, self.timetable.total_steps)
+            or time.perf_counter() - self.printed > _PLAIN_SECONDS
+        ):
             self._print(plain(line, terms, phase, self.timetable, self.name), sys.stdout)
             self.printed = time.perf_counter()
 
@@ -57,7 +60,7 @@ class Progress:
         told = [f"{name} {100 * score:.2f} %" for name, score in scores.items() if name.startswith("top")]
         if told:
             at = f"evaluation at step {step}/{self.timetable.total_steps}"
-            self._print("  ".join([self.name] * bool(self.name) + [at, *told]), sys.stdout)
+            self._print(_row(self.name, at, *told), sys.stdout)
 
     def say(self, message: str) -> None:
         """Something that went wrong, above the live line."""
@@ -66,9 +69,6 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-    def _due(self) -> bool:
-        return time.perf_counter() - self.printed > _PLAIN_SECONDS
 
     def _print(self, text: str, file: TextIO) -> None:
         with tqdm.external_write_mode(file):
@@ -92,7 +92,7 @@ def plain(line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: T
     parts += [f"{line['images_per_second']:.0f} images/s", f"data wait {100 * line['data_wait_fraction']:.0f} %"]
     in_phase, in_run = time_left(line, phase, timetable)
     parts.append(f"left: {in_run}" if phase.end is None else f"left: phase {in_phase}, run {in_run}")
-    return "  ".join([name] * bool(name) + parts)
+    return _row(name, *parts)
 
 
 def live(line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: Timetable, name: str, width: int) -> str:
@@ -105,8 +105,8 @@ def live(line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: Ti
     steps = str(timetable.total_steps)
     lost = line["loss"] is None
     # Each with its importance: the higher, the sooner it goes.
-    parts = [(name, 1)] if name else []
-    parts += [
+    parts = [
+        (name, 1),
         (f"[{number}/{of}] {phase.name}", 0),
         (f"epoch {line['epoch']:.1f}", 5),
         (f"step {steps}/{steps}", 0),
@@ -118,9 +118,9 @@ def live(line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: Ti
         (f"wait {100 * line['data_wait_fraction']:.0f}%", 6),
         (f"left {in_run}" if phase.end is None else f"left {in_phase}, run {in_run}", 3),
     ]
-    while len("  ".join(text for text, _ in parts)) > width and len(parts) > 1:
+    while len(_row(*(text for text, _ in parts))) > width and len(parts) > 1:
         parts.remove(max(parts, key=lambda part: part[1]))
-    return "  ".join(text for text, _ in parts).replace(f"step {steps}/{steps}", "step {n_fmt}/{total_fmt}")
+    return _row(*(text for text, _ in parts)).replace(f"step {steps}/{steps}", "step {n_fmt}/{total_fmt}")
 
 
 def time_left(line: dict[str, Any], phase: Phase, timetable: Timetable) -> tuple[str, str]:
@@ -140,6 +140,10 @@ def _place(phase: Phase, timetable: Timetable) -> tuple[int, int]:
     """The phase's number, from 1, and how many there are."""
     names = [one.name for one in timetable.curriculum.phases()]
     return names.index(phase.name) + 1, len(names)
+
+
+def _row(*parts: str) -> str:
+    return "  ".join(filter(None, parts))
 
 
 def _several(terms: Sequence[str]) -> Sequence[str]:
