@@ -21,7 +21,7 @@ from indistill import pipeline, progress
 from indistill.curriculum import Curriculum, Timetable
 
 TIMETABLE = Timetable(5004, 256, 500_400, None, Curriculum(3, durations=(15_012, 20_016, 25_020)))
-WARMUP, KD = TIMETABLE.curriculum.phases()[1::2][0], TIMETABLE.curriculum.phases()[-1]
+_, WARMUP, _, KD = TIMETABLE.curriculum.phases()
 LINE = {"step": 25_000, "epoch": 4.99600, "phase": "warmup 2/3", "loss": 0.0123456, "mse_pair2": 0.0123456, "lr": 0.1}
 LINE |= {"images_per_second": 2560.0, "data_wait_fraction": 0.034, "bad_samples": 0, "skipped_steps": 0}
 IN_KD = LINE | {"step": 400_400, "epoch": 80.016, "phase": "kd", "loss": 3.21987, "ce": 1.20123, "kd": 2.01864}
@@ -51,7 +51,8 @@ def test_a_plain_line():
         (100, "small  [4/4] kd  epoch 80.0  step 400400/500400  loss 3.22  2560 img/s  wait 3%  left 2:46:40"),
         (90, "small  [4/4] kd  epoch 80.0  step 400400/500400  loss 3.22  2560 img/s  left 2:46:40"),
         (80, "small  [4/4] kd  step 400400/500400  loss 3.22  2560 img/s  left 2:46:40"),
-        (60, "small  [4/4] kd  step 400400/500400  loss 3.22"),
+        (60, "small  [4/4] kd  step 400400/500400  loss 3.22  left 2:46:40"),
+        (40, "small  [4/4] kd  step 400400/500400"),
         (10, "step 400400/500400"),  # that tqdm cuts
     ],
 )
