@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -71,7 +72,8 @@ class Progress:
             self.bar.close()
 
     def _print(self, text: str, file: TextIO) -> None:
-        with tqdm.external_write_mode(file):
+        # The log may be on the disk that is full.
+        with contextlib.suppress(OSError), tqdm.external_write_mode(file):
             print(text, file=file, flush=True)
 
 

@@ -19,8 +19,9 @@ from indistill import config
 from indistill.config import Config
 
 _PROJECT = "indistill"
-# wandb's, at the end, for what a slow network has left over: a run that is stopped is killed 30 s later.
-_FINISH_SECONDS = "20"
+# For wandb, which would wait for its server for 90 s at the start and without end at the end. A run that is asked to
+# stop is killed 30 s later.
+_INIT_SECONDS, _FINISH_SECONDS = "30", "20"
 _PATIENCE_SECONDS = 10.0  # with a line that fails: libraries that retry over a network may take minutes for each
 
 
@@ -49,6 +50,7 @@ class Trackers:
                     project = name  # its folder in run_dir
                 elif name == "wandb":
                     project = os.environ.get("WANDB_PROJECT", project)
+                    os.environ.setdefault("WANDB_INIT_TIMEOUT", _INIT_SECONDS)
                     os.environ.setdefault("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)
                 place = (run_dir,) if kind.requires_logging_directory else ()
                 tracker = kind(project, *place, **_options(name, run_dir, run_id, step))
@@ -60,13 +62,14 @@ class Trackers:
                     tracker.store_init_configuration(plain)  # TensorBoard would list each start as another run
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """A tracker that holds the run up before it fails gets no other chance."""
+        """A tracker that fails gets the next line all the same, unless it holds the run up or cannot recover."""
         for name, tracker in [*self.running.items()]:
             begin = time.monotonic()
             try:
                 tracker.log(numbers, step=step)
             except Exception as error:
-                if time.monotonic() - begin > _PATIENCE_SECONDS:
+                # TensorBoard's thread that writes does not survive it.
+                if name == "tensorboard" or time.monotonic() - begin > _PATIENCE_SECONDS:
                     del self.running[name]
                     self._tell(name, f"failed at step {step}", error, "the run goes on without it")
                 elif name not in self.failed:

@@ -222,7 +222,7 @@ def test_a_full_disk_is_told_and_costs_no_run(tree, tmp_path, world):
     run(plain)
 
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(tree | {"trackers": ["tensorboard"]}))
+    path.write_text(json.dumps(tree))
     limited = tree | {"config": str(path)}
     run_ranks(limit_files, world, limited, 500, 7, 13)  # steps 9 and 12
     run_dir = Path(tree["run_dir"])
@@ -230,7 +230,6 @@ def test_a_full_disk_is_told_and_costs_no_run(tree, tmp_path, world):
     assert told.count("CHECKPOINT NOT WRITTEN at step") == 2
     assert "step 9: rank 0" in told
     assert told.count("METRICS NOT WRITTEN") == 1
-    assert told.count("tracker tensorboard failed at step 7") == told.count("tracker") == 1
     assert names(run_dir / "checkpoints") == [f"step-{step:08d}" for step in (3, 6, 15, 18, 21, 24)]
     losses, expected = (
         [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]

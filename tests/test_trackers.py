@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def test_the_names_are_accelerates():
     assert sorted(config.TRACKERS) == sorted(tracking.LOGGER_TYPE_TO_CLASS)
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("tensorbord", "tensorboard"), ("w&b", "wandb"), ("all", "aim")])
+@pytest.mark.parametrize(("name", "nearest"), [("tensorbord", "tensorboard"), ("w&b", "wandb"), ("all", "mlflow")])
 def test_an_unknown_name_is_told_the_nearest(tree, name, nearest):
     with pytest.raises(UserError, match=rf"trackers.1: unknown tracker '{name}'; the nearest valid one is '{nearest}'"):
         config.parse(tree | {"trackers": ["tensorboard", name]}, "test")
@@ -117,3 +118,18 @@ def test_a_run_with_trackers_that_fail(tree, capsys, monkeypatch):
     assert start.hparams["teacher.name"].string_value == "cnn32_auxiliary"
     assert start.hparams["compile"].bool_value is False
     assert start.hparams["warmup.durations"].string_value == "['4 steps', '4 steps', '5 steps']"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_on_a_disk_that_is_lost(tree):
+    said = []
+    mine = trackers.Trackers(said.append)
+    mine.start(config.parse(tree | {"trackers": ["tensorboard"]}, "test"), "run", 0)
+    mine.log({"loss": 1.0}, 1)
+    assert said == []
+    shutil.rmtree(tree["run_dir"])
+    for step in (2, 3):
+        mine.log({"loss": 1.0}, step)
+    mine.finish()
+    (line,) = said
+    assert re.fullmatch(r"tracker tensorboard failed at step 2 \(.*Error: .*\): the run goes on without it", line)
