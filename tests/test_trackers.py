@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import pty
 import re
 import shutil
+import struct
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import tracking
+from accelerate import Accelerator, tracking
 from accelerate.utils import LoggerType
-from conftest import train_until
+from conftest import run_ranks, train_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -120,8 +127,8 @@ def test_a_run_with_trackers_that_fail(tree, capsys, monkeypatch):
     assert start.hparams["warmup.durations"].string_value == "['4 steps', '4 steps', '5 steps']"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_on_a_disk_that_is_lost(tree):
+def test_tensorboard_on_a_disk_that_is_lost(tree, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # of its thread that writes
     said = []
     mine = trackers.Trackers(said.append)
     mine.start(config.parse(tree | {"trackers": ["tensorboard"]}, "test"), "run", 0)
@@ -133,3 +140,82 @@ def test_tensorboard_on_a_disk_that_is_lost(tree):
     mine.finish()
     (line,) = said
     assert re.fullmatch(r"tracker tensorboard failed at step 2 \(.*Error: .*\): the run goes on without it", line)
+
+
+# --- the real wandb, where it is installed ---------------------------------------------------------------------------
+
+
+def use_wandb(trees: list[dict[str, Any]], folder: Path, offline: bool) -> None:
+    """At a terminal, without a login; or offline: a run that goes back to step 3, and two runs at once."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        os.environ.pop(name)
+    os.environ |= {"HOME": str(folder), "WANDB_CONFIG_DIR": str(folder), "NETRC": str(folder / "netrc")}
+    os.environ |= {"WANDB_MODE": "offline"} if offline else {}
+    Accelerator()
+    first, second = (config.parse(tree | {"trackers": ["wandb"]}, "test") for tree in trees)
+
+    def begin(settings: config.Config, run_id: str, after: int, last: int) -> trackers.Trackers:
+        Path(settings.run_dir).mkdir(exist_ok=True)
+        with (folder / "said").open("a") as said:
+            begun = trackers.Trackers(said.write)
+            begun.start(settings, run_id, after)
+            for step in range(after + 1, last + 1):
+                begun.log({"loss": 1.0 / step}, step)
+                begun.log({"top1": 0.5}, step)
+        return begun
+
+    if not offline:
+        _, terminal = pty.openpty()
+        sys.stdin, sys.stderr = os.fdopen(terminal), os.fdopen(os.dup(terminal), "w")
+        begin(first, "0" * 32, 0, 1)
+        return
+    begin(first, "1" * 32, 0, 4).finish()
+    both = begin(first, "1" * 32, 3, 6), begin(second, "2" * 32, 0, 2)
+    both[0].log({"loss": 7.0}, 7)
+    for one in both:
+        one.finish()
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Of an offline run: protocol buffers in blocks of 32 KiB, as LevelDB logs them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (room := -at % 32768) and room < 7:
+            at += room
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield Record.FromString(record)
+            record = b""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb: pip install wandb")
+def test_wandb_asks_nobody_and_keeps_runs_apart(tree, tmp_path):
+    trees = [tree | {"run_dir": str(tmp_path / name)} for name in ("one", "two")]
+    for offline in (False, True):
+        run_ranks(use_wandb, None, trees, tmp_path, offline)
+    told = (tmp_path / "said").read_text()
+    assert re.fullmatch(r"tracker wandb could not be started \(.*API key.*\): the run goes on without it", told)
+
+    seen = {}
+    for path in sorted(tmp_path.glob("*/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        records = list(wandb_records(path))
+        (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+        assert (run.project, run.display_name) == ("indistill", path.parents[2].name)
+        update = next(record.config.update for record in records if len(record.config.update) > 1)
+        assert {item.key or item.nested_key[0]: item.value_json for item in update}["optimizer.lr"] == "0.001"
+        lines = [record.history for record in records if record.WhichOneof("record_type") == "history"]
+        losses = {
+            line.step.num: json.loads(item.value_json)
+            for line in lines
+            for item in line.item
+            if (item.key or item.nested_key[0]) == "loss"
+        }
+        seen.setdefault(run.run_id, []).append(losses)
+    assert seen == {
+        "1" * 32: [{1: 1.0, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4}, {4: 1 / 4, 5: 1 / 5, 6: 1 / 6, 7: 7.0}],
+        "2" * 32: [{1: 1.0, 2: 1 / 2}],
+    }
