@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ class Progress:
         self.printed = -float("inf")
 
     def open(self, step: int) -> None:
-        if sys.stderr.isatty():
+        # One without a size, as a container may get, would show nothing.
+        if sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
             self.bar = tqdm(
                 total=self.timetable.total_steps,
                 initial=step,

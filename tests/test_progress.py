@@ -140,6 +140,16 @@ def test_students_share_a_terminal(tree, tmp_path):
     ]
 
 
+def test_a_terminal_without_a_size_is_none(monkeypatch):
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        mine = progress.Progress(TIMETABLE)
+        mine.open(0)
+        assert mine.bar is None
+    os.close(ours)
+
+
 def test_a_log_has_plain_lines_at_a_sane_rate(tree, capsys, monkeypatch):
     """The first line, the ends of phases, the scores and the end; in between, nothing sooner than 10 seconds."""
     from indistill import config
