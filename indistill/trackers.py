@@ -31,7 +31,7 @@ class Trackers:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.running: dict[str, GeneralTracker] = {}
-        self.failed: set[str] = set()  # that have missed a line; they get the next ones all the same
+        self.failed: set[str] = set()  # that missed a line, and were told of; they get the next ones all the same
 
     def start(self, settings: Config, run_id: str, step: int) -> None:
         """Begin, or go on after `step` completed steps; `run_id` is the same at every start of a run."""
@@ -88,7 +88,8 @@ class Trackers:
             yield
         except (Exception, SystemExit) as error:
             self.running.pop(name, None)
-            self._tell(name, what, error, so)
+            if name not in self.failed:
+                self._tell(name, what, error, so)
 
     def _tell(self, name: str, what: str, error: BaseException, so: str) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())

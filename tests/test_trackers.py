@@ -59,7 +59,7 @@ class Failing(tracking.GeneralTracker):
             self._maybe_fail("log", "slow")
 
     def finish(self) -> None:
-        self._maybe_fail("finish")
+        self._maybe_fail("finish", "log")
 
     def _maybe_fail(self, *where: str) -> None:
         if self.fails_in == "input":
