@@ -68,7 +68,8 @@ def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: i
         "kd": {"losses": [{"name": "ce"}, {"name": "kd"}, {"name": "pkt"}]},
         "optimizer": {"name": "momentum", "lr": 0.001},
         "checkpoint": {"every_steps": None},
-        "log": {"every_steps": 10**6, "tensorboard": False},
+        "log": {"every_steps": 10**6},
+        "trackers": [],
     }
 
 

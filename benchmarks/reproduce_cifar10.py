@@ -88,7 +88,7 @@ class Run(NamedTuple):
             f"checkpoint.every_steps={STEPS_PER_EPOCH}",
             "kd.lr=0.001",  # the authors' rate
             "evaluate.similarity_samples=0",
-            "log.tensorboard=false",
+            "trackers=[]",
         ]
         # The authors' phases: 3, 4 and 5 epochs of warm-up; a tenth of the rate from epoch 60 on.
         if method.warmup:

@@ -496,7 +496,7 @@ def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
             "optimizer": {"name": "momentum", "lr": LR, "momentum": 0.9, "weight_decay": 1e-4},
             "mixed_precision": {"fp32": "no"}.get(job.precision, job.precision),
             "checkpoint": {"every_steps": None},
-            "log": {"tensorboard": False},
+            "trackers": [],
             **OURS[job.contestant],
         }
         with contextlib.suppress(Stopped), contextlib.redirect_stdout(sys.stderr):

@@ -106,7 +106,7 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
             "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
             "optimizer": {"name": "momentum", "lr": 1e-3},
             "checkpoint": {"every_steps": None},
-            "log": {"tensorboard": False},
+            "trackers": [],
         }
         if warmup is not None:
             shared["warmup"] = {"durations": ["1e9 steps" if pair == warmup else 0 for pair in range(4)]}

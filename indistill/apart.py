@@ -114,6 +114,7 @@ class _Apart(Sources):
         students: Sequence[tuple[str, Config]],
     ) -> None:
         self.store, self.exchange, self.group, self.place, self.students = store, exchange, group, place, students
+        self.name, self.position = students[group][0], group
         self.step = 0  # that the current batch is of
 
     def batches(self, training: Training, first_step: int, last_step: int, device: torch.device) -> Iterator[Batch]:

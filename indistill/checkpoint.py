@@ -181,8 +181,6 @@ class Checkpoints:
             files |= {"model.safetensors": weights, "state.json": content}
             if ema is not None:
                 files["ema.safetensors"] = ema.module.state_dict()
-            for tracker in self.accelerator.trackers:
-                tracker.tracker.flush()  # TensorBoard's record then reaches as far as the checkpoint
         files = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), files)
         self.writer = Thread(target=self._write, args=(step, files), name="checkpoint", daemon=True)
         self.writer.start()

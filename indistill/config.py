@@ -488,7 +488,21 @@ class Checkpoint(Section):
 
 class Log(Section):
     every_steps: PositiveInt = 50
-    tensorboard: bool = True
+
+
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+ONE_RUN_TRACKERS = {"clearml", "comet_ml", "mlflow", "swanlab", "trackio"}  # in a process, at a time
+
+
+def _tracker(name: Any) -> Any:
+    if name not in TRACKERS:
+        nearest = difflib.get_close_matches(str(name), TRACKERS, n=1, cutoff=0.0)
+        raise ValueError(f"unknown tracker {name!r}; the nearest valid one is {nearest[0]!r}")
+    return name
+
+
+Tracker = Annotated[str, BeforeValidator(_tracker)]
+"""The name by which Accelerate knows it."""
 
 
 class DDP(Section):
@@ -571,6 +585,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    trackers: list[Tracker] = ["tensorboard"]  # beside metrics.jsonl; each needs its package, named alike
     machine: Machine = Machine()
 
     @model_validator(mode="after")
@@ -660,6 +675,7 @@ OPERATIONAL_KEYS = (
     "collective_timeout_minutes",
     "checkpoint",
     "log",
+    "trackers",
     "data.root",
     "data.cache_dir",
     "data.cache_bytes",

@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard (through Accelerate's trackers), and one live line.
+"""What a run reports: `metrics.jsonl`, trackers such as TensorBoard, and one live line.
 
 Losses are summed on the device and read only where a line is logged, so that no other step waits for the device.
 """
@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-import sys
+import secrets
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,15 +21,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 
 from indistill import checkpoint, preemption, watchdog
-from indistill.config import UserError
+from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
 from indistill.history import read_lines
-
-_PLAIN_LINE_SECONDS = 10.0  # between progress lines where no terminal can show a bar
+from indistill.progress import Progress
+from indistill.trackers import Trackers
 
 
 @dataclass
@@ -48,6 +47,7 @@ class RunLog:
         timetable: Timetable,
         max_bad_fraction: float = 0.0,
         max_bad_steps: int = 0,
+        progress: Progress | None = None,
     ) -> None:
         self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
         self.every_steps, self.timetable, self.max_bad_fraction = every_steps, timetable, max_bad_fraction
@@ -67,21 +67,27 @@ class RunLog:
         self.bad_agreed = 0  # sum over the ranks of len(bad) when they last told each other
         # If the last step was logged, means over the ranks: asked to stop, and seconds per step (preemption.py).
         self.told: tuple[float, float] | None = None
-        self.bar: tqdm | None = None
+        self.progress = progress or Progress(timetable)
+        self.trackers = Trackers(self.progress.say)
+        self.run_id = secrets.token_hex(16)  # kept in checkpoints: for trackers that go on with a run
         self.unwritten: list[str] = []  # lines for metrics.jsonl, while the disk is full
-        self.clock = self.phase_clock = self.printed = time.perf_counter()
+        self.clock = self.phase_clock = time.perf_counter()
 
-    def open(self, step: int) -> None:
-        """Begin at `step` completed steps; lines of later steps, left by a run that was killed, are dropped."""
-        self.clock = self.phase_clock = self.printed = time.perf_counter()
+    def open(self, step: int, settings: Config | None = None) -> None:
+        """Begin at `step` completed steps; lines of later steps, left by a run that was killed, are dropped.
+
+        With a config, its trackers begin too.
+        """
+        self.clock = self.phase_clock = time.perf_counter()
         if not self.accelerator.is_main_process:
             return
         kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(partial, self.path)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.timetable.total_steps, initial=step, unit="step", dynamic_ncols=True)
+        if settings is not None:
+            self.trackers.start(settings, self.run_id, step)
+        self.progress.open(step)
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time the loop waited for each counted."""
@@ -101,7 +107,7 @@ class RunLog:
             for name in batch.replaced:
                 if name not in self.bad:
                     self.bad.add(name)
-                    print(f"indistill: replaced by the next of its stream: {name}", file=sys.stderr, flush=True)
+                    self.progress.say(f"replaced by the next of its stream: {name}")
             yield batch
 
     def add(self, terms: dict[str, Tensor], weight: float) -> None:
@@ -124,8 +130,7 @@ class RunLog:
         self.in_a_row = (self.in_a_row + 1) * skipped
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         self.terms = {}
-        if self.bar is not None:
-            self.bar.update()
+        self.progress.step()
         self.told = None
         if step % self.every_steps and step != phase.end and step != self.timetable.total_steps:
             return False
@@ -148,13 +153,16 @@ class RunLog:
         }
         self._close_window(phase)
         self._write(line)
-        self._show(line)
+        if self.accelerator.is_main_process:
+            self.progress.show(line, [name for name in self.names if name in line and name != "loss"], phase)
         return True
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """A line beside those of the steps: scores, or what a checkpoint cost."""
         if numbers:
             self._write({"step": step, **numbers})
+            if self.accelerator.is_main_process:
+                self.progress.scores(step, numbers)
 
     @contextlib.contextmanager
     def off_the_clock(self, doing: str) -> Iterator[Pause]:
@@ -176,6 +184,7 @@ class RunLog:
             "phase_seconds": self.phase_seconds,
             "bad": sorted(self.bad),
             "skipped_steps": self.skipped_steps,
+            "run_id": self.run_id,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -185,15 +194,18 @@ class RunLog:
         self.names, self.phase_seconds = state["names"], dict(state["phase_seconds"])
         self.bad, self.bad_agreed = set(state["bad"]), len(state["bad"]) * self.accelerator.num_processes
         self.skipped_steps = state["skipped_steps"]
+        self.run_id = state.get("run_id", self.run_id)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.progress.close()
+        self.trackers.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and its numbers to the trackers. A full disk is told, and does not end the run."""
         if not self.accelerator.is_main_process:
             return
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+        self.trackers.log(numbers, line["step"])
         self.unwritten.append(json.dumps(line) + "\n")
         size = self.path.stat().st_size
         try:
@@ -202,12 +214,9 @@ class RunLog:
         except OSError as error:
             os.truncate(self.path, size)  # no half line, to which the next would be added
             if len(self.unwritten) == 1:
-                print(f"indistill: METRICS NOT WRITTEN, kept for later: {error}", file=sys.stderr, flush=True)
+                self.progress.say(f"METRICS NOT WRITTEN, kept for later: {error}")
             return
         self.unwritten.clear()
-        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
-        with contextlib.suppress(OSError):  # TensorBoard's, of the same disk
-            self.accelerator.log(numbers, step=line["step"])
 
     def _agree(self, step: int, *numbers: float) -> tuple[dict[str, float], float, ...]:
         """What the line says, in one collective: the means over the ranks of each term's sum, the number of steps that
@@ -248,21 +257,3 @@ class RunLog:
         self.most_in_a_row = self.in_a_row
         self.timed_steps, self.wait_seconds = 0, 0.0
         self.clock = self.phase_clock = now
-
-    def _show(self, line: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        loss = "of no step" if line["loss"] is None else f"{line['loss']:.4g}"
-        if self.bar is not None:
-            self.bar.set_description(line["phase"])
-            self.bar.set_postfix_str(f"loss {loss}, {line['images_per_second']:.0f} images/s")
-            return
-        last = line["step"] == self.timetable.total_steps
-        if last or time.perf_counter() - self.printed > _PLAIN_LINE_SECONDS:
-            self.printed = time.perf_counter()
-            left = (self.timetable.total_steps - line["step"]) * self.timetable.global_batch / line["images_per_second"]
-            print(
-                f"{line['phase']}  step {line['step']}/{self.timetable.total_steps}  loss {loss}  "
-                f"{line['images_per_second']:.0f} images/s  {tqdm.format_interval(left)} left",
-                flush=True,
-            )

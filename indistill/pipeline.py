@@ -102,6 +102,12 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
         raise UserError(f"{where}: teacher.shard: students need the whole teacher on every process: remove it")
     if settings.targets.source != "live":
         raise UserError(f"{where}: targets: stored ones leave no teacher to share: train the students one by one")
+    alone = config.ONE_RUN_TRACKERS.intersection(settings.trackers)
+    if groups == "equal" and alone:
+        raise UserError(
+            f"{where}: trackers: {min(alone)} takes one run at a time in a process: remove it, train the students one "
+            "by one, or set student_groups: disjoint"
+        )
     warmup = settings.warmup
     if groups == "disjoint" and warmup and (warmup.curriculum == "auto" or warmup.prune.mode == "paper_bn"):
         what = "warmup.curriculum: auto" if warmup.curriculum == "auto" else "warmup.prune.mode: paper_bn"

@@ -22,6 +22,10 @@ Training = IndexedTraining | StreamedTraining
 class Sources:
     """A run's own."""
 
+    # Of a student among several, for what they show: its name, and the terminal's line where no one else knows it.
+    name = ""
+    position: int | None = None
+
     def data(self, accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
         """Training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
         return open_data(accelerator, settings)

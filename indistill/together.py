@@ -30,7 +30,7 @@ def train(students: Sequence[tuple[str, Config]], resume: str = "auto") -> dict[
     Asked to stop, each leaves a checkpoint; one that is behind the others catches up first when they go on.
     """
     shared = Shared(students[0][1], len(students))
-    runs = {name: steps(settings, resume, _Share(shared, i)) for i, (name, settings) in enumerate(students)}
+    runs = {name: steps(settings, resume, _Share(shared, i, name)) for i, (name, settings) in enumerate(students)}
     done = {name: next(run) for name, run in runs.items()}
     summaries, stopped = {}, None
     while done:
@@ -88,8 +88,8 @@ class Shared(Sources):
 class _Share(Sources):
     """What one of the students sees of it."""
 
-    def __init__(self, shared: Shared, student: int) -> None:
-        self.shared, self.student = shared, student
+    def __init__(self, shared: Shared, student: int, name: str) -> None:
+        self.shared, self.student, self.name = shared, student, name
 
     def data(self, accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
         return self.shared.data(accelerator, settings)

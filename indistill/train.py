@@ -43,6 +43,7 @@ from indistill.metrics import RunLog
 from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
 from indistill.preemption import Agreement, Preempted
+from indistill.progress import Progress
 from indistill.sources import Sources, open_eval_set
 from indistill.targets import CachedTargets, LiveTargets
 
@@ -91,15 +92,15 @@ def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, Non
 
     # --- where it stands ---------------------------------------------------------------------------------------------
     limits = settings.data.max_bad_fraction, settings.max_bad_steps
-    log = RunLog(accelerator, run_dir, settings.log.every_steps, timetable, *limits)
+    progress = Progress(timetable, sources.name, sources.position)
+    log = RunLog(accelerator, run_dir, settings.log.every_steps, timetable, *limits, progress)
     identity = {"config": config.fingerprint(settings), "plan": plan.hash, "data": training.fingerprint}
     identity |= {"teacher": targets_of.fingerprint, "engine": engine.describe(accelerator)}
     health.agree(identity)
     checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity, {"log": log, "pace": pace}, whole)
     first_step, scores = checkpoints.resume(resume, ema)
-    log.open(first_step)
+    log.open(first_step, settings)
     record_start(accelerator, run_dir, first_step)
-    start_trackers(accelerator, settings)
     batches = log.waiting(sources.batches(training, first_step, timetable.total_steps, accelerator.device))
     evaluated = (lambda: ema.module) if ema else whole
     stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
@@ -112,6 +113,7 @@ def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, Non
         except Preempted:
             save(done, None)
             checkpoints.wait()
+            log.close()
             raise
         log.write(done, scores)
         return scores
@@ -167,6 +169,7 @@ def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, Non
             save(done, scores)
         if leaving:
             checkpoints.wait()
+            log.close()
             raise Preempted(f"stopped at step {done} of {timetable.total_steps}")
         yield done
     stop.close()
@@ -197,8 +200,6 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
         [DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)],
         gradient_accumulation_steps=settings.grad_accumulation,
         dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if settings.compile else None,
-        log_with="tensorboard" if settings.log.tensorboard else None,
-        project_dir=settings.run_dir,
     )
     if accelerator.num_processes != world:
         raise UserError(
@@ -233,13 +234,6 @@ def record_start(accelerator: Accelerator, run_dir: Path, step: int) -> None:
     if accelerator.is_main_process:
         device, software = engine.device_name(accelerator.device), health.software()
         history.start(run_dir, step, world_size=accelerator.num_processes, device=device, software=software)
-
-
-def start_trackers(accelerator: Accelerator, settings: Config) -> None:
-    """TensorBoard, in run_dir/tensorboard, with the configuration as hyperparameters."""
-    if settings.log.tensorboard:
-        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.flatten(settings).items()}
-        accelerator.init_trackers("tensorboard", config=plain)
 
 
 def open_run_dir(settings: Config) -> Path:
@@ -371,6 +365,4 @@ def finish(
     log.close()
     accelerator.wait_for_everyone()
     watchdog.close()
-    for tracker in accelerator.trackers:
-        tracker.finish()  # and no end_training(): it would take the process group from the next stage of a chain
     return summary

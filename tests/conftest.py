@@ -71,7 +71,8 @@ def tree(data_dir: Path, tmp_path: Path) -> dict[str, Any]:
         "warmup": {"durations": ["4 steps", "4 steps", "5 steps"]},
         "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
         "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01},
-        "log": {"every_steps": 1, "tensorboard": False},
+        "log": {"every_steps": 1},
+        "trackers": [],
     }
 
 

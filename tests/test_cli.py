@@ -57,7 +57,7 @@ def refused(capsys, *arguments: str) -> str:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line(config_file, tree, capsys, overrides, message):
-    line = refused(capsys, "train", config_file, "log.tensorboard=true", *overrides)
+    line = refused(capsys, "train", config_file, "trackers=[tensorboard]", *overrides)
     assert line.startswith("indistill: error: ")
     assert re.search(message, line), line
     assert not list(Path(tree["run_dir"]).glob("checkpoints/*"))
@@ -84,7 +84,7 @@ def test_a_head_of_another_size(config_file, tmp_path, capsys):
 
 def test_a_run_directory_that_cannot_be_written(config_file, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    line = refused(capsys, "train", config_file, f"run_dir={tmp_path}/file/run", "log.tensorboard=true")
+    line = refused(capsys, "train", config_file, f"run_dir={tmp_path}/file/run", "trackers=[tensorboard]")
     assert "cannot be written" in line
 
 

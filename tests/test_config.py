@@ -246,7 +246,7 @@ def test_dump_is_read_back_equal(tree, file):
     [
         "run_dir=elsewhere",
         "checkpoint.every_steps=7",
-        "log.tensorboard=true",
+        "trackers=[wandb, tensorboard]",
         "data.root=/mnt",
         "data.cache_dir=/tmp/cache",
         "data.workers=9",

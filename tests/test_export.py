@@ -48,7 +48,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ema": {"decay": 0.9},
         "checkpoint": {"every_steps": 32, "keep_last": 3},
         "evaluate": {"every": "32 steps", "similarity_samples": 0},
-        "log": {"tensorboard": False},
+        "trackers": [],
     }  # fmt: skip
     train(config.parse(tree, "test"))
     return run_dir

@@ -121,7 +121,6 @@ def test_a_step_without_a_line_reads_nothing_from_the_device(tree, monkeypatch, 
     """
     tree["optimizer"]["name"] = name
     tree |= {"grad_accumulation": 2, "clip_grad_norm": 1.0, "ema": {"decay": 0.9}, "log": {"every_steps": 6}}
-    tree["log"]["tensorboard"] = False
     tree["warmup"] |= {"curriculum": "auto", "auto": {"window": "4 steps"}}
     tree["kd"]["losses"] += [{"name": "pkt"}, {"name": "dist"}]
     mode = Reads()

@@ -153,6 +153,7 @@ def test_students_that_stopped_go_on_together(students_tree, tmp_path):
         (["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"], "students share a teacher"),
         (["engine.name=deepspeed"], "engine: DeepSpeed takes one student"),
         (["teacher.shard=true"], "teacher.shard: students need the whole teacher"),
+        (["trackers=[tensorboard, mlflow]"], "student small: trackers: mlflow takes one run at a time in a process"),
         (["stages=[{name: a}]"], "students and stages exclude each other"),
         (["students.1.name=small"], "students.1.name: small names an earlier one too"),
         (["students.1.run_dir=here"], "student small_2|student resnet: run_dir: it runs in run_dir/resnet"),

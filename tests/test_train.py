@@ -51,7 +51,7 @@ def everything(tree: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_run_directory_tells_the_run(tree):
     tree["evaluate"] = {"every": "10 steps", "retrieval": True}
-    tree["log"]["tensorboard"] = True
+    tree["trackers"] = ["tensorboard"]
     summary = run(tree)
     run_dir = Path(tree["run_dir"])
 
