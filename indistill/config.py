@@ -103,7 +103,7 @@ MAX_RAND_AUGMENT_OPS = 4
 class RandAugment(Section):
     """timm's `rand-m{magnitude}-n{num_ops}-mstd{mstd}-p{probability}-inc1`, bilinear."""
 
-    magnitude: Annotated[float, Field(ge=0, le=10)] = 9
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9  # how strong the operations are
     num_ops: Annotated[int, Field(ge=1, le=MAX_RAND_AUGMENT_OPS)] = 2  # drawn for an image, with replacement
     mstd: Annotated[float, Field(ge=0)] = 0.0  # standard deviation of the magnitude
     probability: Probability = 0.5  # of each operation drawn
@@ -112,16 +112,16 @@ class RandAugment(Section):
 class ColorJitter(Section):
     """torchvision's ColorJitter: factors within 1 -+ these, the hue shifted by at most +-hue of a turn."""
 
-    brightness: Annotated[float, Field(ge=0)] = 0.4
-    contrast: Annotated[float, Field(ge=0)] = 0.4
-    saturation: Annotated[float, Field(ge=0)] = 0.4
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    brightness: Annotated[float, Field(ge=0)] = 0.4  # factors of 1 -+ this
+    contrast: Annotated[float, Field(ge=0)] = 0.4  # factors of 1 -+ this
+    saturation: Annotated[float, Field(ge=0)] = 0.4  # factors of 1 -+ this
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # shift of at most +-this, in turns
 
 
 class RandomErasing(Section):
     """timm's RandomErasing of one rectangle."""
 
-    probability: Probability = 0.25
+    probability: Probability = 0.25  # of an image
     scale: tuple[PositiveFloat, PositiveFloat] = (0.02, 1 / 3)  # area fraction
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.3, 1 / 0.3)  # height / width
     fill: Literal["random", "mean"] = "random"  # ImageNet's noise per pixel, or mean colour; timm's pixel and const
@@ -137,15 +137,16 @@ class Augment(Section):
     In this order: recipe, flip, rand_augment, color_jitter, random_erasing.
     """
 
+    # none: as in evaluation; pad_crop: a crop of the image with a border; random_resized_crop: as for ImageNet.
     recipe: Literal["none", "pad_crop", "random_resized_crop"] = "random_resized_crop"
-    flip: bool = True
+    flip: bool = True  # left to right, every second image
     padding: PositiveInt = 4  # pixels, for pad_crop
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)  # area fraction, for random_resized_crop
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)  # width / height, for random_resized_crop
 
-    rand_augment: RandAugment | None = None
-    color_jitter: ColorJitter | None = None
-    random_erasing: RandomErasing | None = None
+    rand_augment: RandAugment | None = None  # None: not at all; {}: with its defaults
+    color_jitter: ColorJitter | None = None  # None: not at all; {}: with its defaults
+    random_erasing: RandomErasing | None = None  # None: not at all; {}: with its defaults
 
     # So many views of each sample, over and over: that of an epoch is epoch % views. None: a new one every epoch.
     views: PositiveInt | None = None
@@ -162,24 +163,24 @@ def _with_ranges(section: Any) -> Any:
 
 
 class Data(Section):
-    train: str | list[str]  # shard URLs, braces expanded
-    eval: str | list[str] | None = None
-    root: str | None = None  # prefix of relative shard paths
-    num_classes: PositiveInt
+    train: str | list[str]  # shards of the training set: paths or URLs; braces and * expand
+    eval: str | list[str] | None = None  # shards to evaluate on; None: no scores
+    root: str | None = None  # folder or URL that relative shard paths begin with
+    num_classes: PositiveInt  # labels are 0 to num_classes - 1; both networks' heads have to fit
     image_size: PositiveInt = 224  # pixels, what both networks see
     global_batch: PositiveInt  # samples per optimizer step, over all ranks and accumulation steps
-    streams: PositiveInt = 64
+    streams: PositiveInt = 64  # parts of the order: the world size divides it, and it divides global_batch
     window: PositiveInt | None = None  # samples shuffled together within a stream; None: order.py's default
     access: Literal["index", "stream"] = "index"  # stream: plain WebDataset, for what cannot be sought (stream.py)
-    epoch_samples: PositiveInt | None = None  # stream has no index to count by
+    epoch_samples: PositiveInt | None = None  # samples of an epoch, for stream, which has no index to count by
     shuffle_buffer: PositiveInt = 5000  # samples, for stream
     in_memory: bool = False  # decode once and keep: for small images
-    cache_dir: str | None = None  # indices and remote shards
+    cache_dir: str | None = None  # of indices and remote shards: a local disk; None: indices lie beside the shards
     cache_bytes: PositiveFloat = 200e9  # of remote shards, per node
     allow_pipe: bool = False  # let pipe: URLs run their commands
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # undecodable images that the run puts up with
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of undecodable images that the run puts up with
     workers: Annotated[int, Field(ge=0)] = 4  # loader processes per rank
-    augment: Augment = Augment()
+    augment: Augment = Augment()  # of training images
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # centre crop as a fraction of the resized shorter side
 
     @model_validator(mode="after")
@@ -198,11 +199,11 @@ Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda valu
 
 class Model(Section):
     name: str  # any timm model
-    pretrained: bool = False
+    pretrained: bool = False  # begin with timm's weights, from the Hugging Face Hub or its cache
     checkpoint: str | None = None  # local .safetensors, or .pt read with weights_only
     kwargs: dict[str, Any] = {}  # passed on to timm.create_model
     mean: tuple[float, float, float] | None = None  # input normalisation in [0, 1] units; None: timm's own
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # likewise; both or neither
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> Model:
@@ -236,31 +237,31 @@ class Heads(Section):
 class Optimizer(Section):
     """Arguments of `timm.optim.create_optimizer_v2`."""
 
-    name: str = "sgd"
-    lr: PositiveFloat
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    momentum: float = 0.9
-    kwargs: dict[str, Any] = {}
+    name: str = "sgd"  # any timm optimizer
+    lr: PositiveFloat  # learning rate, before the schedule
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # not of biases, norms, positions and class tokens
+    momentum: float = 0.9  # of optimizers that have one
+    kwargs: dict[str, Any] = {}  # passed on to the optimizer: betas, eps, nesterov, ...
 
 
 class Schedule(Section):
     """Learning rate over one phase; every count is an optimizer step since the phase began."""
 
-    name: Literal["constant", "cosine", "step", "multistep"] = "constant"
-    warmup: Duration = 0  # linear, from warmup_lr
-    warmup_lr: Annotated[float, Field(ge=0)] = 0.0
+    name: Literal["constant", "cosine", "step", "multistep"] = "constant"  # how the rate changes after its warm-up
+    warmup: Duration = 0  # of the rate: linear, from warmup_lr
+    warmup_lr: Annotated[float, Field(ge=0)] = 0.0  # rate of the first step, where there is a warm-up of the rate
     min_lr: Annotated[float, Field(ge=0)] = 0.0  # where cosine ends
-    decay_every: Duration = "30 epochs"  # step
-    decay_at: list[Duration] = []  # multistep
-    decay_rate: PositiveFloat = 0.1
+    decay_every: Duration = "30 epochs"  # for step: the rate is multiplied by decay_rate each time
+    decay_at: list[Duration] = []  # for multistep: the rate is multiplied by decay_rate at each
+    decay_rate: PositiveFloat = 0.1  # for step and multistep
 
 
 class PhaseTraining(Section):
     """What a phase may set for itself; None inherits `optimizer.lr` and `schedule`."""
 
-    lr: PositiveFloat | None = None
-    schedule: Schedule | None = None
-    reset_optimizer: Literal["never", "start", "epoch"] = "never"  # drop momentum and second moments
+    lr: PositiveFloat | None = None  # of these phases; None: optimizer.lr
+    schedule: Schedule | None = None  # of these phases; None: the run's schedule
+    reset_optimizer: Literal["never", "start", "epoch"] = "never"  # when momentum and second moments are dropped
 
 
 class Prune(Section):
@@ -276,20 +277,22 @@ class Auto(Section):
     """When `curriculum: auto` moves on to the next pair: see `curriculum.flattened`."""
 
     window: Duration = "0.25 epochs"  # over which losses are averaged
-    patience: PositiveInt = 3  # windows
-    tolerance: PositiveFloat = 0.01  # fraction of the loss
+    patience: PositiveInt = 3  # windows that have to bring less than the tolerance
+    tolerance: PositiveFloat = 0.01  # the fraction of its lowest mean by which a loss has to fall, not to be flat
 
 
 class Warmup(PhaseTraining):
     # (teacher stage, student stage) by index into timm's feature_info; auto matches by reduction (stride).
     pairs: Literal["auto"] | list[tuple[int, int]] = "auto"
+    # sequential: one pair at a time, shallow to deep, as in the paper; cumulative: all pairs up to that; reversed: deep
+    # to shallow; all_at_once: every pair, for as long; auto: sequential, each until its loss has flattened.
     curriculum: Literal["sequential", "cumulative", "reversed", "all_at_once", "auto"] = "sequential"
     alpha: Annotated[int, Field(ge=0)] = 2  # pair i lasts alpha + 1 + i epochs
     durations: list[Duration] | None = None  # one per pair, instead of alpha; with curriculum: auto, at most
-    auto: Auto = Auto()
-    lr: PositiveFloat | list[PositiveFloat] | None = None  # a list gives one per pair
+    auto: Auto = Auto()  # for curriculum: auto
+    lr: PositiveFloat | list[PositiveFloat] | None = None  # of the warm-up, or a list: one per pair; None: optimizer.lr
     adapter: Literal["none", "conv1x1"] = "none"  # conv1x1 lifts a student map that is wider than the teacher's
-    prune: Prune = Prune()
+    prune: Prune = Prune()  # which channels of the teacher's maps are taught
 
 
 # Each loss says what it reads of the student. Weights and parameters default to the published ones.
@@ -297,45 +300,45 @@ class Warmup(PhaseTraining):
 
 class CrossEntropy(Section):
     reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["ce"]
-    weight: float = 1.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    name: Literal["ce"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the label spread over all classes
 
 
 class KDLoss(Section):
     reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["kd"]
-    weight: float = 1.0
-    temperature: PositiveFloat = 4.0
-    standardize: bool = False  # logit standardisation
+    name: Literal["kd"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
+    temperature: PositiveFloat = 4.0  # of both softmaxes
+    standardize: bool = False  # logit standardisation (arXiv 2403.01427)
 
 
 class DISTLoss(Section):
     reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["dist"]
-    weight: float = 1.0
+    name: Literal["dist"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
     beta: float = 1.0  # of the relations within a sample
     gamma: float = 1.0  # of those within a class
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveFloat = 1.0  # of both softmaxes
 
 
 class DKDLoss(Section):
     reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["dkd"]
-    weight: float = 1.0
+    name: Literal["dkd"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
     alpha: float = 1.0  # of the target class
     beta: float = 8.0  # of the others
-    temperature: PositiveFloat = 4.0
+    temperature: PositiveFloat = 4.0  # of both softmaxes
 
 
 class CohortLoss(Section):
     """Co-teaching by the teacher and its intermediate classifier heads: needs `teacher.heads`."""
 
     reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["dih"]
-    weight: float = 1.0
+    name: Literal["dih"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
     alpha: Probability = 0.1  # of the teaching, beside cross-entropy
-    temperature: PositiveFloat = 5.0
+    temperature: PositiveFloat = 5.0  # of all softmaxes
     weights: list[float] | None = None  # of the teacher, then of each head, shallow to deep; None: 1 each
 
 
@@ -343,9 +346,9 @@ class TokenLoss(Section):
     """Distillation token of a student such as deit_tiny_distilled_patch16_224; `ce` then trains its class token."""
 
     reads: ClassVar[set[str]] = {"logits", "token"}
-    name: Literal["token"]
-    weight: float = 1.0
-    mode: Literal["hard", "soft"] = "hard"
+    name: Literal["token"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
+    mode: Literal["hard", "soft"] = "hard"  # the teacher's class as a label, or its softened probabilities
     temperature: PositiveFloat = 1.0  # for soft
 
 
@@ -355,58 +358,58 @@ Divergence = Literal["kl", "jeffreys"]
 
 class PKTLoss(Section):
     reads: ClassVar[set[str]] = {"embedding"}
-    name: Literal["pkt"]
-    weight: float = 1.0
-    kernel: Kernel = "combined"
-    divergence: Divergence = "jeffreys"
+    name: Literal["pkt"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
+    kernel: Kernel = "combined"  # how alike two samples are; combined: the sum of cosine and student_t
+    divergence: Divergence = "jeffreys"  # of the two networks' similarities; jeffreys: kl in both directions
 
 
 class InformationFlowLoss(Section):
     """PKT on the embedding, and on every pair of `kd.pairs` with weight init * decay^epoch."""
 
     reads: ClassVar[set[str]] = {"embedding", "features"}
-    name: Literal["information_flow"]
-    weight: float = 1.0
-    init: Annotated[float, Field(ge=0)] = 100.0
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.7
-    kernel: Kernel = "combined"
-    divergence: Divergence = "jeffreys"
+    name: Literal["information_flow"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
+    init: Annotated[float, Field(ge=0)] = 100.0  # weight of each pair at first, beside 1 for the embedding
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.7  # by which that weight is multiplied every epoch
+    kernel: Kernel = "combined"  # how alike two samples are; combined: the sum of cosine and student_t
+    divergence: Divergence = "jeffreys"  # of the two networks' similarities; jeffreys: kl in both directions
 
 
 class RKDLoss(Section):
     reads: ClassVar[set[str]] = {"embedding"}
-    name: Literal["rkd"]
-    weight: float = 1.0
-    distance_weight: float = 25.0
-    angle_weight: float = 50.0
+    name: Literal["rkd"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
+    distance_weight: float = 25.0  # of the distances of two samples
+    angle_weight: float = 50.0  # of the angles of three
 
 
 class CRDLoss(Section):
     reads: ClassVar[set[str]] = {"embedding"}
-    name: Literal["crd"]
-    weight: float = 0.8
+    name: Literal["crd"]  # which loss this is
+    weight: float = 0.8  # in the sum of losses
     dim: PositiveInt = 128  # of the space where student and teacher meet
-    temperature: PositiveFloat = 0.07
+    temperature: PositiveFloat = 0.07  # that inner products are divided by
 
 
 class SPLoss(Section):
     reads: ClassVar[set[str]] = {"features"}
-    name: Literal["sp"]
-    weight: float = 3000.0
+    name: Literal["sp"]  # which loss this is
+    weight: float = 3000.0  # in the sum of losses
 
 
 class ATLoss(Section):
     reads: ClassVar[set[str]] = {"features"}
-    name: Literal["at"]
-    weight: float = 1000.0
+    name: Literal["at"]  # which loss this is
+    weight: float = 1000.0  # in the sum of losses
 
 
 class MapLoss(Section):
     """On every pair of `kd.pairs`, through trained layers (projectors.py) from the student's maps to the teacher's."""
 
     reads: ClassVar[set[str]] = {"features"}
-    name: Literal["hint", "vid", "reviewkd"]
-    weight: float = 1.0
+    name: Literal["hint", "vid", "reviewkd"]  # which loss this is
+    weight: float = 1.0  # in the sum of losses
 
 
 Loss = Annotated[
@@ -430,22 +433,22 @@ Loss = Annotated[
 class Mix(Section):
     """timm's Mixup; the teacher sees the same mixed images as the student."""
 
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-    prob: Annotated[float, Field(ge=0, le=1)] = 1.0
-    switch_prob: Annotated[float, Field(ge=0, le=1)] = 0.5
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of mixup; 0: none
+    cutmix: Annotated[float, Field(ge=0)] = 0.0  # alpha of CutMix; 0: none
+    prob: Annotated[float, Field(ge=0, le=1)] = 1.0  # that a batch is mixed
+    switch_prob: Annotated[float, Field(ge=0, le=1)] = 0.5  # that it is by CutMix, where both are on
 
 
 class KD(PhaseTraining):
     """The rest of the run after the warm-up; without a teacher it is plain supervised training."""
 
-    losses: Annotated[list[Loss], Field(min_length=1)] = [CrossEntropy(name="ce")]
+    losses: Annotated[list[Loss], Field(min_length=1)] = [CrossEntropy(name="ce")]  # whose weighted sum is minimised
     # For losses on feature maps: (teacher stage, student stage). None: those of the warm-up, or else auto.
     pairs: Literal["auto"] | list[tuple[int, int]] | None = None
     # Losses that compare the samples of a batch see those of all ranks (global) or of their own (local); auto: global
     # unless the gathered matrix is large (relational.py).
     relational_scope: Literal["auto", "global", "local"] = "auto"
-    mix: Mix | None = None
+    mix: Mix | None = None  # mixup and CutMix; None: neither
 
 
 class Targets(Section):
@@ -454,10 +457,11 @@ class Targets(Section):
     What is stored is exact unless `top_k` or `features` say otherwise.
     """
 
+    # live: the teacher; cached: what is stored; auto: in each phase what `indistill plan` finds cheaper.
     source: Literal["live", "cached", "auto"] = "live"
     dir: str | None = None  # of the stored ones; for training also a URL. None: run_dir/targets
     top_k: PositiveInt | None = None  # the largest probabilities of each sample; None: all logits, float32
-    features: Literal["float32", "bf16", "int8"] = "float32"  # int8: with a scale per sample and channel
+    features: Literal["float32", "bf16", "int8"] = "float32"  # how maps are stored; int8: a scale per sample, channel
     # Maps of more than so many pixels a side are averaged to that, live as well as stored: it changes what they teach.
     pool: PositiveInt | None = None
 
@@ -467,12 +471,12 @@ class Targets(Section):
 
 
 class Ema(Section):
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999  # of what was averaged before, at every step
     warmup: bool = True  # ramp the decay up, so that short runs profit too
 
 
 class Evaluate(Section):
-    every: Duration | None = None  # None: at the end only
+    every: Duration | None = None  # how often; None: at the beginning and the end only
     batch: PositiveInt = 256  # per rank
     retrieval: bool = False  # at the end: mAP of the embeddings, queries = data.eval, database = data.train
     # Of data.eval, on which each teacher and student stage are compared (CKA, information flow); 0: not at all.
@@ -480,14 +484,14 @@ class Evaluate(Section):
 
 
 class Checkpoint(Section):
-    every_steps: PositiveInt | None = 1000
-    every_minutes: PositiveFloat | None = None
-    keep_last: PositiveInt = 2
-    keep_best: Annotated[int, Field(ge=0)] = 1  # by top-1 on data.eval
+    every_steps: PositiveInt | None = 1000  # None: not by steps; the end, a best score and preemption have their own
+    every_minutes: PositiveFloat | None = None  # also so often, at the next logged line
+    keep_last: PositiveInt = 2  # how many of the newest stay
+    keep_best: Annotated[int, Field(ge=0)] = 1  # how many of the best by top-1 on data.eval stay too
 
 
 class Log(Section):
-    every_steps: PositiveInt = 50
+    every_steps: PositiveInt = 50  # a line of metrics.jsonl
 
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -508,7 +512,7 @@ Tracker = Annotated[str, BeforeValidator(_tracker)]
 class DDP(Section):
     """Every process holds the whole student and its optimizer's state."""
 
-    name: Literal["ddp"]
+    name: Literal["ddp"]  # which engine this is
 
 
 class DeepSpeed(Section):
@@ -517,10 +521,10 @@ class DeepSpeed(Section):
     None leaves a key to `config_file` or `accelerate launch`, or else to the default named.
     """
 
-    name: Literal["deepspeed"]
-    stage: Literal[1, 2, 3] | None = None  # 2
-    offload_optimizer: Literal["none", "cpu"] | None = None  # none; cpu: state and update in host memory
-    offload_parameters: Literal["none", "cpu"] | None = None  # none; of stage 3
+    name: Literal["deepspeed"]  # which engine this is
+    stage: Literal[1, 2, 3] | None = None  # what is shared out; 2
+    offload_optimizer: Literal["none", "cpu"] | None = None  # cpu: state and update in host memory; none
+    offload_parameters: Literal["none", "cpu"] | None = None  # cpu: weights in host memory, of stage 3; none
     reduce_bucket_size: PositiveInt | None = None  # elements reduced at once; 5e7, which is 200 MB
     allgather_bucket_size: PositiveInt | None = None  # elements gathered at once, stages 1 and 2; 5e7
     prefetch_bucket_size: PositiveInt | None = None  # elements fetched ahead, stage 3; 5e7
@@ -546,7 +550,7 @@ class Machine(Section):
     # networks get; transformers get three times as much.
     flops_per_second: PositiveFloat = 100e12
     memory_bytes: PositiveFloat = 80e9  # of a device
-    devices_per_node: PositiveInt = 8
+    devices_per_node: PositiveInt = 8  # also how many processes `plan` reckons with, without --world
     intra_node_bytes_per_second: PositiveFloat = 300e9  # of a device: NVLink
     inter_node_bytes_per_second: PositiveFloat = 40e9  # a device's share of the node's network: one of 400 Gbit/s each
     latency_seconds: Annotated[float, Field(ge=0)] = 5e-6  # of each hop around a ring
@@ -556,37 +560,38 @@ class Machine(Section):
 
 
 class Config(Section):
-    run_dir: str
+    run_dir: str  # where all that the run writes goes; on a file system that all its nodes see
     stage: Literal["distill", "heads"] = "distill"  # heads: train classifiers on a frozen teacher's stages
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # numpy's generators take no more
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of first weights, order, augmentation and dropout
     duration: Annotated[Duration, AfterValidator(_run_length)]  # the whole run, warm-up included
-    data: Data
-    student: Model | None = None
-    teacher: Teacher | None = None
-    heads: Heads = Heads()
-    warmup: Warmup | None = None
-    kd: KD = KD()
-    # A bare word is the source: `targets: cached`.
+    data: Data  # what is trained and evaluated on
+    student: Model | None = None  # what is trained; needed unless stage: heads
+    teacher: Teacher | None = None  # what teaches it; None: supervised training
+    heads: Heads = Heads()  # for stage: heads
+    warmup: Warmup | None = None  # InDistill's; None: none, KD from the first step
+    kd: KD = KD()  # all that follows
+    # Where the teacher's outputs come from. A bare word is the source: `targets: cached`.
     targets: Annotated[Targets, BeforeValidator(lambda x: {"source": x} if isinstance(x, str) else x)] = Targets()
-    optimizer: Optimizer
-    schedule: Schedule = Schedule()
+    optimizer: Optimizer  # of all phases
+    schedule: Schedule = Schedule()  # of the learning rate, over each phase: each pair's of the warm-up, and KD
     max_hours: PositiveFloat | None = None  # of one start: then a checkpoint, and exit code 75
-    # Steps in a row, each left out for a loss or gradient that is not finite, that the run puts up with.
+    # How many steps in a row the run puts up with, each left out for a loss or gradient that is not finite.
     max_bad_steps: Annotated[int, Field(ge=0)] = 20
-    # That ranks wait for each other: then they leave, with exit code 75. After half of it the slow one is named.
+    # How long ranks wait for each other: then they leave, with exit code 75. After half of it the slow one is named.
     collective_timeout_minutes: PositiveFloat = 30.0
-    mixed_precision: Precision = "no"
+    mixed_precision: Precision = "no"  # autocast of both networks; no: float32
     compile: bool = False  # torch.compile for both networks: minutes at the start of each phase, faster steps
-    grad_accumulation: PositiveInt = 1
-    clip_grad_norm: PositiveFloat | None = None
+    grad_accumulation: PositiveInt = 1  # micro-batches of a step: less memory, the same global_batch
+    clip_grad_norm: PositiveFloat | None = None  # gradients are scaled down to this norm; None: not at all
     sync_batchnorm: bool = False  # the student's batch statistics over all ranks; GPUs only
     engine: Engine | None = None  # how the processes share the training; None: as `accelerate launch` says, else ddp
-    ema: Ema | None = None
-    evaluate: Evaluate = Evaluate()
-    checkpoint: Checkpoint = Checkpoint()
-    log: Log = Log()
-    trackers: list[Tracker] = ["tensorboard"]  # beside metrics.jsonl; each needs its package, named alike
-    machine: Machine = Machine()
+    ema: Ema | None = None  # a moving average of the student, which is then what is evaluated; None: none
+    evaluate: Evaluate = Evaluate()  # when, and by what
+    checkpoint: Checkpoint = Checkpoint()  # when, and how many stay
+    log: Log = Log()  # how often
+    # Those of Accelerate, by name, beside metrics.jsonl; each needs its package, named alike.
+    trackers: list[Tracker] = ["tensorboard"]
+    machine: Machine = Machine()  # for `indistill plan`; changes no run, but for targets: auto
 
     @model_validator(mode="after")
     def _compiled_where_it_can_be(self) -> Config:
