@@ -1,7 +1,7 @@
-"""`make docs-test`: run what README.md and docs/*.md tell a reader to run, in order, in a scratch copy of the repository.
+"""`make docs-test`: run what README.md and docs/*.md tell a reader to run, in order, in a copy of the repository.
 
-Of the fenced blocks, `bash`, `python` and `diff` (which is applied as a patch, until the page ends) run, `yaml` has to be a
-config or a part of one, and `text` is shown only. A comment right before a block says how it differs here:
+Of the fenced blocks `bash`, `python` and `diff` (a patch, which is applied until the page ends) run, `yaml` has to be a
+config or a part of one, and `text` is only shown. A comment right before a block says how it differs here:
 
     <!-- docs-test
     skip: why it cannot run here, and what checks it instead
@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from indistill import cli, config, pipeline
+from indistill import cli, pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ("README.md", "docs/quickstart.md")  # what they make, the others use
 LANGUAGES = ("bash", "python", "diff", "yaml", "text")
 BASE = ROOT / "configs" / "imagenet_r34_r18.yaml"  # what a part of a config is a part of
 TIMEOUT_SECONDS = 900  # of a block
-_BLOCK = re.compile(
+BLOCK = re.compile(
     r"(?:^<!-- docs-test\n(?P<marker>.*?)-->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 _CONFIG = re.compile(r"(configs/[\w-]+\.yaml|\bCONFIG\b)((?: +[a-z][\w.]*=(?:'[^']*'|\"[^\"]*\"|[^\s'\"]+))*)")
@@ -53,6 +53,7 @@ class Block(NamedTuple):
     before: str
     after: str
     replace: tuple[tuple[str, str], ...]
+    marked: bool
 
     @property
     def place(self) -> str:
@@ -73,7 +74,7 @@ def pages() -> list[str]:
 def blocks(page: str) -> list[Block]:
     """Raises ValueError for a marker that is not understood, or speaks of text that is not in its block."""
     text, found = (ROOT / page).read_text(), []
-    for match in _BLOCK.finditer(text):
+    for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("text"))
         told: dict[str, str] = {}
         replace = []
@@ -88,7 +89,11 @@ def blocks(page: str) -> list[Block]:
                 raise ValueError(f"{page}:{line}: docs-test: {entry!r} is neither understood nor in the block")
         before, after = (told.get(kind, "") for kind in ("before", "after"))
         skip = told.get("skip")
-        found.append(Block(page, line, match["language"], match["text"], skip, before, after, tuple(replace)))
+        found.append(
+            Block(
+                page, line, match["language"], match["text"], skip, before, after, tuple(replace), bool(match["marker"])
+            )
+        )
     return found
 
 
@@ -96,7 +101,10 @@ def blocks(page: str) -> list[Block]:
 
 
 def load_configs(block: Block) -> int:
-    """Load what a yaml block holds, and every `CONFIG key=value ...` of a bash block; returns how many. Raises UserError."""
+    """Load what a yaml block holds, and each `CONFIG key=value ...` of a bash block that is skipped; returns how many.
+
+    Raises UserError, or what YAML raises.
+    """
     if block.language == "yaml":
         tree = yaml.safe_load(block.text)
         if not {"data", "optimizer"} <= tree.keys():
@@ -106,11 +114,9 @@ def load_configs(block: Block) -> int:
             file.write_text(yaml.safe_dump(tree))
             pipeline.load(file)
         return 1
-    commands = re.sub(r"\\\n\s*", "", block.text)
-    found = _CONFIG.findall(commands) if block.language == "bash" else []
+    found = _CONFIG.findall(re.sub(r"\\\n\s*", "", block.text)) if block.skip else []
     for name, overrides in found:
-        path = BASE if name == "CONFIG" else ROOT / name
-        pipeline.load(path, [one for one in shlex.split(overrides) if not one.startswith(("run_dir=runs/reg", "kd.losses=[{name: ce}, {name: reg"))])
+        pipeline.load(BASE if name == "CONFIG" else ROOT / name, shlex.split(overrides))
     return len(found)
 
 
@@ -156,7 +162,7 @@ def run(block: Block, folder: Path, log: Path) -> bool:
         return fork(execute, folder, log, block.as_run(), block.place)
     commands = plain_commands(block)
     if commands is not None:  # torch is imported once, not by each of them
-        return all([fork(cli.main, folder, log, arguments) for arguments in commands])
+        return all(fork(cli.main, folder, log, arguments) for arguments in commands)
     script = "\n".join(["set -euo pipefail", block.before, block.as_run(), block.after])
     return call(["bash", "-c", script], folder, log)
 
@@ -231,7 +237,8 @@ def main() -> None:
                 call(["git", "apply", "--reverse"], folder, Path(temporary, "patch.log"), block.as_run())
     ran = sum(done == "ran" for _, done, _, _ in rows)
     skipped = [row for row in rows if row[1].startswith("skipped")]
-    print(f"\n{ran} blocks ran, {failed} failed, {len(rows) - ran - failed - len(skipped)} configs, {len(skipped)} skipped:")
+    configs = len(rows) - ran - failed - len(skipped)
+    print(f"\n{ran} blocks ran, {failed} failed, {configs} are configs, {len(skipped)} were skipped:")
     for place, done, _, what in skipped:
         print(f"  {place}: {what}: {done.removeprefix('skipped: ')}")
     sys.exit(1 if failed else 0)

@@ -1,0 +1,303 @@
+"""`python docs/draw_method.py` draws the pictures of method.md, in images/, from a run on the demo's digits.
+
+After `make demo`, whose data and teacher it takes. It trains the demo's student once more, in runs/method, with a checkpoint
+and an evaluation every epoch, half a minute on two cores; a run that is there is drawn as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from indistill import build, config, export, prune, taps, train
+from indistill.curriculum import Phase, Timetable
+from indistill.data import Request
+from indistill.models import Network
+from indistill.prune import PairPlan, Plan
+from indistill.sources import open_eval_set
+
+IMAGES = Path(__file__).with_name("images")
+EVERY_EPOCH = ["run_dir=runs/method", "evaluate.every=1 epoch", "checkpoint.every_steps=44", "checkpoint.keep_last=100"]
+WIDTH = 760  # pixels
+DIGIT = 3  # whose maps are drawn: its place among the test images
+# A page may be light or dark: each picture brings its own ground, and both sets of colours.
+STYLE = """
+.ground{fill:#fff}.ink{fill:#1f2328}.dim{fill:#59636e}.rule{stroke:#d1d9e0;fill:none}.off{fill:#eef1f4;stroke:#d1d9e0}
+.teacher{fill:#8250df}.student{fill:#1a7f37}.rest{fill:#afb8c1}.join{stroke:#bc4c00;fill:#bc4c00}.on{fill:#fff}
+.p0{stroke:#bc4c00}.p1{stroke:#1a7f37}.p2{stroke:#0969da}.p3{stroke:#8250df}.all{stroke:#1f2328}
+.b0{fill:#bc4c0022}.b1{fill:#1a7f3722}.b2{fill:#0969da22}.b3{fill:#8250df22}.b4{fill:#59636e18}
+@media (prefers-color-scheme:dark){
+.ground{fill:#0d1117}.ink{fill:#f0f6fc}.dim{fill:#9198a1}.rule{stroke:#3d444d;fill:none}.off{fill:#161b22;stroke:#3d444d}
+.teacher{fill:#8957e5}.student{fill:#238636}.rest{fill:#57606a}.join{stroke:#f0883e;fill:#f0883e}.on{fill:#fff}
+.p0{stroke:#f0883e}.p1{stroke:#3fb950}.p2{stroke:#4493f8}.p3{stroke:#ab7df8}.all{stroke:#f0f6fc}
+.b0{fill:#f0883e33}.b1{fill:#3fb95033}.b2{fill:#4493f833}.b3{fill:#ab7df833}.b4{fill:#9198a122}}
+text{font:12px system-ui,sans-serif}.small{font-size:11px}path{fill:none;stroke-width:1.8}image{image-rendering:pixelated}
+"""
+VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], float)
+
+
+class Run(NamedTuple):
+    settings: config.Config
+    teacher: Network
+    plan: Plan
+    timetable: Timetable
+    phases: list[Phase]
+    lines: list[dict[str, float]]  # of metrics.jsonl
+
+    def student(self, step: int) -> Network:
+        return export.load_file(
+            self.settings, Path(self.settings.run_dir, f"checkpoints/step-{step:08d}/model.safetensors")
+        )
+
+    def end(self, phase: Phase) -> int:
+        return phase.end or self.timetable.total_steps
+
+
+class Picture:
+    """An SVG in the making. Coordinates are pixels; `y` of a text is its base line."""
+
+    def __init__(self, name: str, title: str) -> None:
+        self.name, self.parts = name, [f"<title>{title}</title>"]
+
+    def text(self, x: float, y: float, words: str, kind: str = "ink", anchor: str = "start") -> None:
+        self.parts.append(f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{words}</text>')
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str, corner: float = 0) -> None:
+        self.parts.append(
+            f'<rect x="{x:.4g}" y="{y:.4g}" width="{width:.4g}" height="{height:.4g}" rx="{corner}" class="{kind}"/>'
+        )
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str = "rule") -> None:
+        self.parts.append(f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{kind}"/>')
+
+    def curve(self, points: Iterable[tuple[float, float]], kind: str) -> None:
+        self.parts.append(f'<path class="{kind}" d="M{" L".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
+
+    def pixels(self, x: float, y: float, width: float, pixels: np.ndarray) -> float:
+        """uint8 [H, W, 3 or 4], enlarged to a width; returns its height."""
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG", optimize=True)
+        height = width * pixels.shape[0] / pixels.shape[1]
+        data = base64.b64encode(file.getvalue()).decode()
+        self.parts.append(
+            f'<image x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" href="data:image/png;base64,{data}"/>'
+        )
+        return height
+
+    def save(self, height: float) -> None:
+        ground = f'<rect width="{WIDTH}" height="{height:g}" rx="6" class="ground"/>'
+        IMAGES.mkdir(exist_ok=True)
+        (IMAGES / f"{self.name}.svg").write_text(
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" role="img">'
+            f"<style>{STYLE}</style>{ground}\n" + "\n".join(self.parts) + "\n</svg>\n"
+        )
+
+
+def main() -> None:
+    settings = config.load("configs/digits_demo.yaml", EVERY_EPOCH)
+    if not Path(settings.run_dir, "summary.json").exists():
+        train.train(settings)
+    teacher = build.create_teacher(settings).eval()
+    plan = Plan.read(Path(settings.run_dir, "prune_plan.json"))
+    lines = [json.loads(line) for line in Path(settings.run_dir, "metrics.jsonl").read_text().splitlines()]
+    timetable = Timetable.of(settings, steps_per_epoch=44, pairs=len(plan.pairs))
+    run = Run(settings, teacher, plan, timetable, timetable.curriculum.phases(), lines)
+    for draw in (layers, timetable_bars, importance, maps, curves):
+        draw(run)
+    print(f"drawn: {', '.join(sorted(path.name for path in IMAGES.glob('*.svg')))}")
+
+
+# --- the pictures ----------------------------------------------------------------------------------------------------
+
+
+def layers(run: Run) -> None:
+    """What of both networks each phase computes."""
+    picture = Picture("layers", "The layers of teacher and student that are computed in each phase")
+    teacher, student = taps.stages(run.teacher.net), taps.stages(run.student(0).net)
+    left, step, width, height = 128, 104, 92, 22
+    for i, stage in enumerate(teacher):
+        picture.text(left + i * step + width / 2, 20, stage.name.replace("act1", "stem"), "dim", "middle")
+    picture.text(left + len(teacher) * step + width / 2, 20, "classifier", "dim", "middle")
+    top = 34
+    for phase in run.phases:
+        pair = run.plan.pairs[phase.pairs[0]] if phase.pairs else None
+        depths = (pair.teacher_stage, pair.student_stage) if pair else (len(teacher), len(student))
+        epochs = (run.end(phase) - phase.start) / run.timetable.steps_per_epoch
+        picture.text(12, top + 27, "KD" if phase.name == "kd" else phase.name)
+        picture.text(12, top + 43, f"{epochs:g} epoch{'s' * (epochs != 1)}", "dim small")
+        for row, (role, stages, depth) in enumerate((("teacher", teacher, depths[0]), ("student", student, depths[1]))):
+            y = top + 42 * row
+            for i in range(len(stages) + 1):
+                on = i <= depth
+                picture.box(left + i * step, y, width, height, role if on else "off", 3)
+                words = f"{stages[i].channels} ch." if i < len(stages) else "10"
+                picture.text(left + i * step + width / 2, y + 15, words, "on small" if on else "dim small", "middle")
+            picture.text(left - 8, y + 15, role, "dim small", "end")
+        for stage in [pair.teacher_stage] if pair else [len(teacher)]:
+            x = left + stage * step + width / 2
+            picture.line(x, top + height, x, top + 42, "join")
+            words = f"MSE, {pair.student_width} kept" if pair else "CE, KL"
+            picture.text(x - 6, top + 36, words, "ink small", "end")
+        top += 86
+        picture.line(12, top - 11, WIDTH - 12, top - 11)
+    picture.save(top - 6)
+
+
+def timetable_bars(run: Run) -> None:
+    """Each phase's share of the steps, and of the time."""
+    picture = Picture("timetable", "Share of each phase in the steps and in the seconds of the run")
+    seconds = json.loads(Path(run.settings.run_dir, "summary.json").read_text())["phase_seconds"]
+    steps = {phase.name: run.end(phase) - phase.start for phase in run.phases}
+    left, width = 80, WIDTH - 96
+    for row, (name, amounts, unit) in enumerate((("steps", steps, ""), ("seconds", seconds, " s"))):
+        x, y = left, 12 + 46 * row
+        picture.text(12, y + 21, name)
+        for i, phase in enumerate(run.phases):
+            share = amounts[phase.name] / sum(amounts[p.name] for p in run.phases)
+            picture.box(x, y, share * width, 32, f"b{i}")
+            amount = amounts[phase.name]
+            label = f"{amount:,.1f}{unit}" if unit else f"{amount}"
+            short = "KD" if phase.name == "kd" else str(i + 1)
+            picture.text(x + share * width / 2, y + 14, short, "ink small", "middle")
+            picture.text(x + share * width / 2, y + 27, label, "dim small", "middle")
+            x += share * width
+    picture.save(102)
+
+
+def importance(run: Run) -> None:
+    """The L1 norms behind each teacher channel, and which stay."""
+    picture = Picture("importance", "Importance of each teacher channel by pair, kept channels in colour")
+    size, top, height = build.input_size(run.settings), 12, 64
+    for i, pair in enumerate(run.plan.pairs):
+        norms = prune.l1_importance(run.teacher.net, pair.teacher_stage, size).numpy()
+        kept = set(pair.kept)
+        name = taps.stages(run.teacher.net)[pair.teacher_stage].name
+        picture.text(12, top + 14, f"pair {i + 1}, {name}")
+        picture.text(12, top + 31, f"{len(kept)} of {len(norms)} kept", "dim small")
+        left, width = 128, WIDTH - 140
+        bar = width / len(norms)
+        for channel, norm in enumerate(norms):
+            tall = height * norm / norms.max()
+            kind = "teacher" if channel in kept else "rest"
+            picture.box(left + channel * bar, top + height - tall, 0.82 * bar, tall, kind)
+        picture.line(left, top + height, left + width, top + height)
+        picture.text(left - 8, top + 10, f"{norms.max():.0f}", "dim small", "end")
+        picture.text(left - 8, top + height, "0", "dim small", "end")
+        top += height + 22
+    picture.text(128, top, "channel, in the order of the layer; L1 norm of the filters that write it", "dim small")
+    picture.save(top + 10)
+
+
+@torch.no_grad()
+def maps(run: Run) -> None:
+    """What the warm-up does to the student's maps of one digit that neither network was trained on."""
+    picture = Picture("maps", "Maps of one digit: the teacher's, the pruned target, the student's before and after")
+    request = Request(epoch=0, step=0, first_row=0, ids=np.array([DIGIT]))
+    image = torch.as_tensor(open_eval_set(run.settings)[request].images)  # uint8 [1, 3, 32, 32]
+    columns, side = (12, 190, 390, 560), 130
+    heads = ("teacher, kept channels in colour", "target", "student, before", "student, after its phase")
+    for x, words in zip((12, *columns[1:]), heads):
+        picture.text(x + 0, 20, words, "dim small")
+    top = 32
+    for i, (pair, phase) in enumerate(zip(run.plan.pairs, run.phases)):
+        whole = run.teacher.maps(image, [pair.teacher_stage])[0][0]  # [C_t, H, W]
+        target = whole[pair.kept]  # [C_s, H, W]
+        before = run.student(0).eval().maps(image, [pair.student_stage])[0][0]
+        after = run.student(run.end(phase)).eval().maps(image, [pair.student_stage])[0][0]
+        top_of = target.max().item()
+        height = picture.pixels(columns[0], top, side, mosaic(whole, top_of, pair.kept))
+        for x, feature in zip(columns[1:], (target, before, after)):
+            picture.pixels(x, top, side, mosaic(feature, top_of))
+        for x, feature in zip(columns[2:], (before, after)):
+            error = (feature - target).square().mean() / target.square().mean()
+            picture.text(x, top + side + 14, f"error {100 * error:.0f} % of the target's square", "dim small")
+        picture.text(columns[0], top + side + 14, f"pair {i + 1}: {len(whole)} maps", "ink small")
+        picture.text(columns[1], top + side + 14, f"{len(target)} maps of {tuple(target.shape[1:])}", "dim small")
+        top += max(height, side) + 34
+    picture.pixels(columns[1] + 140, 32, 40, image[0].permute(1, 2, 0).numpy())
+    picture.save(top - 8)
+
+
+def mosaic(feature: torch.Tensor, top: float, kept: Sequence[int] | None = None) -> np.ndarray:
+    """Maps [C, H, W] side by side, one pixel apart, dark at zero and bright at `top`; those not kept in grey."""
+    channels, height, width = feature.shape
+    across = 2 ** math.ceil(math.log2(channels) / 2)
+    down = channels // across
+    zoom = max(1, 8 // height)
+    gap = 1
+    tall, wide = height * zoom + gap, width * zoom + gap
+    canvas = np.zeros((down * tall - gap, across * wide - gap, 4), np.uint8)
+    for i, one in enumerate((feature / top).clamp(0, 1).numpy()):
+        place = one.repeat(zoom, 0).repeat(zoom, 1) * (len(VIRIDIS) - 1)
+        low = np.minimum(place.astype(int), len(VIRIDIS) - 2)
+        colour = VIRIDIS[low] + (VIRIDIS[low + 1] - VIRIDIS[low]) * (place - low)[..., None]
+        if kept is not None and i not in kept:
+            colour = colour.mean(axis=2, keepdims=True).repeat(3, 2)
+        y, x = divmod(i, across)
+        alpha = np.full((*colour.shape[:2], 1), 255 if kept is None or i in kept else 70)
+        canvas[y * tall : y * tall + height * zoom, x * wide : x * wide + width * zoom] = np.dstack([colour, alpha])
+    return canvas
+
+
+def curves(run: Run) -> None:
+    """Loss of each logged step, and CKA of each pair at each evaluation, over the epochs."""
+    picture = Picture("curves", "Loss and CKA of each pair over the epochs, phases as bands")
+    left, width, per_epoch = 64, WIDTH - 130, run.timetable.steps_per_epoch
+    epochs = run.timetable.total_steps / per_epoch
+
+    def x_of(step: float) -> float:
+        return left + width * step / run.timetable.total_steps
+
+    top, height = 30, 150
+    for i, phase in enumerate(run.phases):
+        picture.box(x_of(phase.start), top, x_of(run.end(phase)) - x_of(phase.start), 2 * height + 40, f"b{i}")
+        name = "KD" if phase.name == "kd" else phase.name.removeprefix("warmup ")
+        picture.text((x_of(phase.start) + x_of(run.end(phase))) / 2, top - 8, name, "dim small", "middle")
+
+    losses = [line for line in run.lines if "loss" in line]
+    low = math.floor(math.log10(min(line["loss"] for line in losses)))
+    high = math.ceil(math.log10(max(line["loss"] for line in losses)))
+    picture.text(12, top + 12, "loss")
+    for power in range(low, high + 1):
+        y = top + height * (high - power) / (high - low)
+        picture.line(left, y, left + width, y)
+        picture.text(left - 6, y + 4, f"{10.0**power:g}", "dim small", "end")
+    for i, phase in enumerate(run.phases):
+        points = [line for line in losses if phase.start < line["step"] <= run.end(phase)]
+        scaled = [(x_of(p["step"]), top + height * (high - math.log10(p["loss"])) / (high - low)) for p in points]
+        picture.curve(scaled, f"p{i}" if phase.pairs else "all")
+
+    top += height + 40
+    picture.text(12, top + 12, "CKA")
+    for value in (0, 0.25, 0.5, 0.75, 1):
+        y = top + height * (1 - value)
+        picture.line(left, y, left + width, y)
+        picture.text(left - 6, y + 4, f"{value:g}", "dim small", "end")
+    ends = []
+    for i in range(len(run.plan.pairs)):
+        key = f"cka_pair{i + 1}"
+        points = [(x_of(line["step"]), top + height * (1 - line[key])) for line in run.lines if key in line]
+        picture.curve(points, f"p{i}")
+        ends.append((points[-1][1], i))
+    y = 0.0
+    for end, i in sorted(ends):  # labels beside the curves, not on each other
+        y = max(end + 4, y + 14)
+        picture.text(left + width + 6, y, f"pair {i + 1}", "ink small")
+        picture.line(left + width + 44, y - 4, left + width + 60, y - 4, f"p{i}")
+    for epoch in range(int(epochs) + 1):
+        picture.text(x_of(epoch * per_epoch), top + height + 16, str(epoch), "dim small", "middle")
+    picture.text(left + width / 2, top + height + 32, "epochs", "dim small", "middle")
+    picture.save(top + height + 42)
+
+
+if __name__ == "__main__":
+    main()
