@@ -1,7 +1,7 @@
 """`python docs/draw_method.py` draws the pictures of method.md, in images/, from a run on the demo's digits.
 
-After `make demo`, whose data and teacher it takes. It trains the demo's student once more, in runs/method, with a checkpoint
-and an evaluation every epoch, half a minute on two cores; a run that is there is drawn as it is.
+After `make demo`, whose data and teacher it takes. It trains the demo's student once more, in runs/method, with a
+checkpoint and an evaluation every epoch, half a minute on two cores; a run that is there is drawn as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from indistill import build, config, export, prune, taps, train
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Request
 from indistill.models import Network
-from indistill.prune import PairPlan, Plan
+from indistill.prune import Plan
 from indistill.sources import open_eval_set
 
 IMAGES = Path(__file__).with_name("images")
@@ -40,7 +40,8 @@ STYLE = """
 .teacher{fill:#8957e5}.student{fill:#238636}.rest{fill:#57606a}.join{stroke:#f0883e;fill:#f0883e}.on{fill:#fff}
 .p0{stroke:#f0883e}.p1{stroke:#3fb950}.p2{stroke:#4493f8}.p3{stroke:#ab7df8}.all{stroke:#f0f6fc}
 .b0{fill:#f0883e33}.b1{fill:#3fb95033}.b2{fill:#4493f833}.b3{fill:#ab7df833}.b4{fill:#9198a122}}
-text{font:12px system-ui,sans-serif}.small{font-size:11px}path{fill:none;stroke-width:1.8}image{image-rendering:pixelated}
+text{font:12px system-ui,sans-serif}.small{font-size:11px}
+path{fill:none;stroke-width:1.8}image{image-rendering:pixelated}
 """
 VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], float)
 

@@ -1,6 +1,6 @@
-"""`make docs-test`: run what README.md and docs/*.md tell a reader to run, in order, in a copy of the repository.
+"""`make docs-test`: run what README.md and docs/*.md tell a reader to run, in order, in copies of the repository.
 
-Of the fenced blocks `bash`, `python` and `diff` (a patch, which is applied until the page ends) run, `yaml` has to be a
+Of the fenced blocks `bash`, `python` and `diff` (a patch, for the rest of its page) run, `yaml` has to be a
 config or a part of one, and `text` is only shown. A comment right before a block says how it differs here:
 
     <!-- docs-test
@@ -209,10 +209,12 @@ def main() -> None:
     _context.set_forkserver_preload(_PRELOAD)
     rows, failed = [], 0
     with tempfile.TemporaryDirectory(prefix="docs-test-") as temporary:
-        folder = Path(temporary, "repository")
-        scratch_copy(folder)
+        runs = Path(temporary, "runs")  # the demo's are for all pages; else each has the repository for itself
+        runs.mkdir()
         for page in [page for page in pages() if not chosen or page in (FIRST[0], *chosen)]:
-            patches = []
+            folder = Path(temporary, page.replace("/", "-"))
+            scratch_copy(folder)
+            (folder / "runs").symlink_to(runs)
             for number, block in enumerate(blocks(page)):
                 if block.language == "text":
                     continue
@@ -226,15 +228,12 @@ def main() -> None:
                     done = "ran"
                 else:
                     done, failed = "FAILED", failed + 1
-                patches += [block] * (block.language == "diff" and done == "ran")
                 what = block.text.strip().splitlines()[0][:60]
                 rows.append((block.place, done, f"{time.monotonic() - begin:.1f}", what))
                 print(f"{'  '.join(rows[-1])}", flush=True)
                 if done == "FAILED":
                     print(log.read_text(), flush=True)
                 log.unlink(missing_ok=True)
-            for block in reversed(patches):
-                call(["git", "apply", "--reverse"], folder, Path(temporary, "patch.log"), block.as_run())
     ran = sum(done == "ran" for _, done, _, _ in rows)
     skipped = [row for row in rows if row[1].startswith("skipped")]
     configs = len(rows) - ran - failed - len(skipped)

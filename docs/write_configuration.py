@@ -38,7 +38,7 @@ number indexes a list (`kd.losses.0.weight=0.5`). `run_dir/config.yaml` holds al
 A **duration** is a number with a unit, `3 epochs`, `500 steps`, `1e6 samples` or `10 percent` of the run; a bare number
 counts epochs.
 
-Besides, a file may list `stages` ([chains](methods.md#chains)) or `students` with `student_groups`
+Besides, a file may list `stages` ([chains](method.md#chains)) or `students` with `student_groups`
 ([several students](students.md)): each has a name and its own keys, merged with those of the file.
 
 {starts}

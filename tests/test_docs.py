@@ -14,11 +14,11 @@ from pydantic import BaseModel
 
 from indistill import cli
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "docs"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 import run_commands
 import write_configuration
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = run_commands.pages()
 COMMAND = re.compile(r"(\$ )?(indistill|python|make|torchrun|accelerate|pip|git|docker|sbatch|kubectl) \S")
 every_page = pytest.mark.parametrize("page", PAGES)

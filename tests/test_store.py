@@ -515,14 +515,14 @@ def test_no_room_is_told_before_the_work(stored, monkeypatch):
         compute(stored)
 
 
-def test_the_readmes_table_of_bytes():
+def test_the_table_of_bytes():
     stages, sections = ((64, 56), (128, 28), (256, 14), (512, 7)), {
         "exact": {},
         "bf16": {"features": "bf16"},
         "int8": {"features": "int8"},
         "pool": {"features": "int8", "pool": 14, "top_k": 50},
     }  # fmt: skip
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "targets.md").read_text()
     for values in sections.values():
         section, sizes = config.Targets(**values), []
         for pair, (channels, side) in enumerate(stages, start=1):
