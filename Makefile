@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # Where this is set, each of the tests' many processes would compile torch and timm anew, for most of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slurm test-netns lint reproduce-cifar10 clean
+.PHONY: setup demo test docs-test test-slurm test-netns lint reproduce-cifar10 clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ demo: $(READY)
 # A process a core, at most 4: each imports torch and takes more than 1 GB, and some tests start processes of their own.
 test: $(READY) lint
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
+
+# Every command of README.md and docs/: some minutes on two cores.
+docs-test: $(READY)
+	@$(RUN) docs/run_commands.py $(ARGS)
 
 # A few minutes, as root, with Debian's slurmctld slurmd slurm-client munge; says what is missing.
 test-slurm: $(READY)

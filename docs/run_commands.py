@@ -24,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,8 @@ import yaml
 from indistill import cli, pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST = ("README.md", "docs/quickstart.md")  # what they make, the others use
+FIRST = "README.md"
+PAGES_AT_ONCE = 2
 LANGUAGES = ("bash", "python", "diff", "yaml", "text")
 BASE = ROOT / "configs" / "imagenet_r34_r18.yaml"  # what a part of a config is a part of
 TIMEOUT_SECONDS = 900  # of a block
@@ -59,6 +62,10 @@ class Block(NamedTuple):
     def place(self) -> str:
         return f"{self.page}:{self.line}"
 
+    @property
+    def title(self) -> str:
+        return self.text.strip().splitlines()[0][:60]
+
     def as_run(self) -> str:
         text = self.text
         for old, new in self.replace:
@@ -68,7 +75,7 @@ class Block(NamedTuple):
 
 def pages() -> list[str]:
     found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
-    return [*FIRST, *(page for page in found if page not in FIRST)]
+    return [FIRST, *found]
 
 
 def blocks(page: str) -> list[Block]:
@@ -135,12 +142,7 @@ def scratch_copy(folder: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
+    return {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
 
 
 def plain_commands(block: Block) -> list[list[str]] | None:
@@ -202,45 +204,54 @@ def execute(text: str, place: str) -> None:
     exec(compile(text, place, "exec"), {"__name__": "__main__"})
 
 
+class Row(NamedTuple):
+    block: Block
+    done: str  # ran, failed, skipped or a config
+    seconds: float
+
+
+def run_page(page: str, temporary: Path) -> list[Row]:
+    """Every page has the repository for itself, and all pages one folder of runs."""
+    folder, rows = temporary / page.replace("/", "-"), []
+    scratch_copy(folder)
+    (folder / "runs").symlink_to(temporary / "runs")
+    log = folder.with_suffix(".log")
+    for block in blocks(page):
+        begin = time.monotonic()
+        if block.language == "text":
+            continue
+        log.write_text("")
+        if block.language == "yaml":
+            done = "a config" if load_configs(block) else "failed"
+        elif block.skip:
+            done = "skipped"
+        else:
+            done = "ran" if run(block, folder, log) else "failed"
+        rows.append(Row(block, done, time.monotonic() - begin))
+        print(f"{done:8}  {rows[-1].seconds:5.0f} s  {block.place:28}  {block.title}", flush=True)
+        if done == "failed":
+            print(log.read_text(), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run what the documentation tells a reader to run.")
     parser.add_argument("pages", nargs="*", help="these alone, after README.md (default: all)")
-    chosen = parser.parse_args().pages
+    chosen = parser.parse_args().pages or pages()
+    os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     _context.set_forkserver_preload(_PRELOAD)
-    rows, failed = [], 0
-    with tempfile.TemporaryDirectory(prefix="docs-test-") as temporary:
-        runs = Path(temporary, "runs")  # the demo's are for all pages; else each has the repository for itself
-        runs.mkdir()
-        for page in [page for page in pages() if not chosen or page in (FIRST[0], *chosen)]:
-            folder = Path(temporary, page.replace("/", "-"))
-            scratch_copy(folder)
-            (folder / "runs").symlink_to(runs)
-            for number, block in enumerate(blocks(page)):
-                if block.language == "text":
-                    continue
-                begin, log = time.monotonic(), Path(temporary, f"{number}.log")
-                if block.language == "yaml":
-                    load_configs(block)
-                    done = "a config"
-                elif block.skip:
-                    done = f"skipped: {block.skip}"
-                elif run(block, folder, log):
-                    done = "ran"
-                else:
-                    done, failed = "FAILED", failed + 1
-                what = block.text.strip().splitlines()[0][:60]
-                rows.append((block.place, done, f"{time.monotonic() - begin:.1f}", what))
-                print(f"{'  '.join(rows[-1])}", flush=True)
-                if done == "FAILED":
-                    print(log.read_text(), flush=True)
-                log.unlink(missing_ok=True)
-    ran = sum(done == "ran" for _, done, _, _ in rows)
-    skipped = [row for row in rows if row[1].startswith("skipped")]
-    configs = len(rows) - ran - failed - len(skipped)
-    print(f"\n{ran} blocks ran, {failed} failed, {configs} are configs, {len(skipped)} were skipped:")
-    for place, done, _, what in skipped:
-        print(f"  {place}: {what}: {done.removeprefix('skipped: ')}")
-    sys.exit(1 if failed else 0)
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="docs-test-") as temporary, ThreadPoolExecutor(PAGES_AT_ONCE) as pool:
+        (Path(temporary) / "runs").mkdir()
+        rows = run_page(FIRST, Path(temporary))  # with the demo, whose data and runs the others use
+        for of_page in pool.map(lambda page: run_page(page, Path(temporary)), [p for p in chosen if p != FIRST]):
+            rows += of_page
+    counts = Counter(row.done for row in rows)
+    print(f"\n{time.monotonic() - begin:.0f} s: {', '.join(f'{n} {done}' for done, n in counts.items())}")
+    for row in rows:
+        if row.done == "skipped":
+            print(f"skipped: {row.block.place}: {row.block.title}: {row.block.skip}")
+    sys.exit(1 if counts["failed"] else 0)
 
 
 if __name__ == "__main__":
