@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from indistill import cli
+from indistill.api import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 import run_commands
@@ -121,3 +122,9 @@ def test_the_program_still_says_what_troubleshooting_quotes():
         parts = [part.strip(": ") for part in message.split("…") if part.strip(": ")]
         pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
         assert any(pattern.search(text) for text in told), message
+
+
+def test_the_python_page_names_all_of_the_trainer():
+    page = (REPOSITORY / "docs" / "api.md").read_text()
+    for name in vars(Trainer):
+        assert name.startswith("_") or f"`trainer.{name}" in page, name
