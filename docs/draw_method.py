@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from PIL import Image
 
-from indistill import build, config, export, prune, taps, train
+from indistill import build, config, estimate, export, models, prune, taps, train
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Request
 from indistill.models import Network
@@ -55,9 +56,13 @@ class Run(NamedTuple):
     lines: list[dict[str, float]]  # of metrics.jsonl
 
     def student(self, step: int) -> Network:
-        return export.load_file(
-            self.settings, Path(self.settings.run_dir, f"checkpoints/step-{step:08d}/model.safetensors")
-        )
+        """After so many steps; before the first, as `build.networks` begins."""
+        if step == 0:
+            set_seed(self.settings.seed)
+            net = build.create_student(self.settings)
+            return Network(net, *models.normalisation(net, self.settings.student, "student")).eval()
+        file = Path(self.settings.run_dir, f"checkpoints/step-{step:08d}/model.safetensors")
+        return export.load_file(self.settings, file).eval()
 
     def end(self, phase: Phase) -> int:
         return phase.end or self.timetable.total_steps
@@ -154,48 +159,57 @@ def layers(run: Run) -> None:
 
 
 def timetable_bars(run: Run) -> None:
-    """Each phase's share of the steps, and of the time."""
-    picture = Picture("timetable", "Share of each phase in the steps and in the seconds of the run")
-    seconds = json.loads(Path(run.settings.run_dir, "summary.json").read_text())["phase_seconds"]
-    steps = {phase.name: run.end(phase) - phase.start for phase in run.phases}
-    left, width = 80, WIDTH - 96
-    for row, (name, amounts, unit) in enumerate((("steps", steps, ""), ("seconds", seconds, " s"))):
+    """Each phase's share of the steps, and of the operations."""
+    picture = Picture("timetable", "Share of each phase in the steps and in the operations of the run")
+    costs = estimate.of_run(run.settings, 1, None, {}).phases
+    steps = [cost.steps for cost in costs]
+    flops = [(cost.work.teacher_flops + cost.work.student_flops) / 1e6 for cost in costs]  # of an image, in millions
+    work = [one * count for one, count in zip(flops, steps)]
+    left, width = 110, WIDTH - 122
+    rows = ("steps", steps, [str(count) for count in steps]), ("operations", work, [f"{one:.0f} M" for one in flops])
+    for row, (name, amounts, words) in enumerate(rows):
         x, y = left, 12 + 46 * row
         picture.text(12, y + 21, name)
-        for i, phase in enumerate(run.phases):
-            share = amounts[phase.name] / sum(amounts[p.name] for p in run.phases)
-            picture.box(x, y, share * width, 32, f"b{i}")
-            amount = amounts[phase.name]
-            label = f"{amount:,.1f}{unit}" if unit else f"{amount}"
-            short = "KD" if phase.name == "kd" else str(i + 1)
-            picture.text(x + share * width / 2, y + 14, short, "ink small", "middle")
-            picture.text(x + share * width / 2, y + 27, label, "dim small", "middle")
-            x += share * width
-    picture.save(102)
+        for i, amount in enumerate(amounts):
+            share = width * amount / sum(amounts)
+            picture.box(x, y, share, 32, f"b{i}")
+            picture.text(x + share / 2, y + 14, "KD" if i == len(amounts) - 1 else str(i + 1), "ink small", "middle")
+            picture.text(x + share / 2, y + 27, words[i], "dim small", "middle")
+            x += share
+    picture.text(
+        left, 118, "operations of both networks on an image, the student's with backward, in millions", "dim small"
+    )
+    picture.save(128)
 
 
 def importance(run: Run) -> None:
     """The L1 norms behind each teacher channel, and which stay."""
     picture = Picture("importance", "Importance of each teacher channel by pair, kept channels in colour")
-    size, top, height = build.input_size(run.settings), 12, 64
+    size, top, height = build.input_size(run.settings), 14, 64
+    left, width = 128, WIDTH - 144
     for i, pair in enumerate(run.plan.pairs):
         norms = prune.l1_importance(run.teacher.net, pair.teacher_stage, size).numpy()
-        kept = set(pair.kept)
+        low, high, kept = norms.min(), norms.max(), set(pair.kept)
         name = taps.stages(run.teacher.net)[pair.teacher_stage].name
         picture.text(12, top + 14, f"pair {i + 1}, {name}")
         picture.text(12, top + 31, f"{len(kept)} of {len(norms)} kept", "dim small")
-        left, width = 128, WIDTH - 140
-        bar = width / len(norms)
+
+        def y_of(norm: float, top: float = top, low: float = low, high: float = high) -> float:
+            return top + height * (1 - (norm - low) / (high - low))
+
+        line = y_of(min(norms[channel] for channel in kept))
+        picture.line(left, line, left + width, line)
         for channel, norm in enumerate(norms):
-            tall = height * norm / norms.max()
             kind = "teacher" if channel in kept else "rest"
-            picture.box(left + channel * bar, top + height - tall, 0.82 * bar, tall, kind)
-        picture.line(left, top + height, left + width, top + height)
-        picture.text(left - 8, top + 10, f"{norms.max():.0f}", "dim small", "end")
-        picture.text(left - 8, top + height, "0", "dim small", "end")
-        top += height + 22
-    picture.text(128, top, "channel, in the order of the layer; L1 norm of the filters that write it", "dim small")
-    picture.save(top + 10)
+            x = left + width * (channel + 0.5) / len(norms)
+            picture.parts.append(f'<circle cx="{x:.1f}" cy="{y_of(norm):.1f}" r="3" class="{kind}"/>')
+        picture.text(left - 8, top + 8, f"{high:.1f}", "dim small", "end")
+        picture.text(left - 8, top + height + 2, f"{low:.1f}", "dim small", "end")
+        top += height + 26
+    picture.text(
+        left, top, "L1 norm of the filters that write a channel, channels in the order of the layer", "dim small"
+    )
+    picture.save(top + 12)
 
 
 @torch.no_grad()
@@ -204,28 +218,28 @@ def maps(run: Run) -> None:
     picture = Picture("maps", "Maps of one digit: the teacher's, the pruned target, the student's before and after")
     request = Request(epoch=0, step=0, first_row=0, ids=np.array([DIGIT]))
     image = torch.as_tensor(open_eval_set(run.settings)[request].images)  # uint8 [1, 3, 32, 32]
-    columns, side = (12, 190, 390, 560), 130
-    heads = ("teacher, kept channels in colour", "target", "student, before", "student, after its phase")
-    for x, words in zip((12, *columns[1:]), heads):
-        picture.text(x + 0, 20, words, "dim small")
-    top = 32
+    columns, side, top = (100, 272, 436, 600), 148, 20
+    for x, words in zip(columns, ("teacher, taught in colour", "target", "student, before", "after its phase")):
+        picture.text(x, top, words, "dim small")
+    top += 10
+    picture.pixels(12, top, 64, image[0].permute(1, 2, 0).numpy())
     for i, (pair, phase) in enumerate(zip(run.plan.pairs, run.phases)):
         whole = run.teacher.maps(image, [pair.teacher_stage])[0][0]  # [C_t, H, W]
         target = whole[pair.kept]  # [C_s, H, W]
-        before = run.student(0).eval().maps(image, [pair.student_stage])[0][0]
-        after = run.student(run.end(phase)).eval().maps(image, [pair.student_stage])[0][0]
-        top_of = target.max().item()
-        height = picture.pixels(columns[0], top, side, mosaic(whole, top_of, pair.kept))
-        for x, feature in zip(columns[1:], (target, before, after)):
-            picture.pixels(x, top, side, mosaic(feature, top_of))
-        for x, feature in zip(columns[2:], (before, after)):
-            error = (feature - target).square().mean() / target.square().mean()
-            picture.text(x, top + side + 14, f"error {100 * error:.0f} % of the target's square", "dim small")
-        picture.text(columns[0], top + side + 14, f"pair {i + 1}: {len(whole)} maps", "ink small")
-        picture.text(columns[1], top + side + 14, f"{len(target)} maps of {tuple(target.shape[1:])}", "dim small")
-        top += max(height, side) + 34
-    picture.pixels(columns[1] + 140, 32, 40, image[0].permute(1, 2, 0).numpy())
-    picture.save(top - 8)
+        stage, bright = [pair.student_stage], target.max().item()
+        before, after = (run.student(step).maps(image, stage)[0][0] for step in (0, run.end(phase)))
+        shown = [mosaic(whole, bright, pair.kept), *(mosaic(feature, bright) for feature in (target, before, after))]
+        height = max(picture.pixels(x, top, side, pixels) for x, pixels in zip(columns, shown))
+        sides = f"{target.shape[1]} x {target.shape[2]}"
+        errors = [
+            f"error {((one - target).square().mean() / target.square().mean()).sqrt():.0%}" for one in (before, after)
+        ]
+        captions = [f"{len(whole)} maps of {sides}", f"{len(target)} of them", *errors]
+        for x, words in zip(columns, captions):
+            picture.text(x, top + height + 14, words, "dim small")
+        picture.text(12, top + (84 if i == 0 else 12), f"pair {i + 1}")
+        top += height + 34
+    picture.save(top - 10)
 
 
 def mosaic(feature: torch.Tensor, top: float, kept: Sequence[int] | None = None) -> np.ndarray:

@@ -476,7 +476,7 @@ class Ema(Section):
 
 
 class Evaluate(Section):
-    every: Duration | None = None  # how often; None: at the beginning and the end only
+    every: Duration | None = None  # how often; None: at the end only
     batch: PositiveInt = 256  # per rank
     retrieval: bool = False  # at the end: mAP of the embeddings, queries = data.eval, database = data.train
     # Of data.eval, on which each teacher and student stage are compared (CKA, information flow); 0: not at all.
