@@ -31,7 +31,7 @@ demo: $(READY)
 test: $(READY) lint
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
-# Every command of README.md and docs/: some minutes on two cores.
+# Every command of README.md and docs/: ten minutes on two cores.
 docs-test: $(READY)
 	@$(RUN) docs/run_commands.py $(ARGS)
 
