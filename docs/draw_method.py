@@ -6,8 +6,6 @@ checkpoint and an evaluation every epoch, half a minute on two cores; a run that
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -17,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from PIL import Image
 
 from indistill import build, config, estimate, export, models, prune, taps, train
 from indistill.curriculum import Phase, Timetable
@@ -42,9 +39,11 @@ STYLE = """
 .p0{stroke:#f0883e}.p1{stroke:#3fb950}.p2{stroke:#4493f8}.p3{stroke:#ab7df8}.all{stroke:#f0f6fc}
 .b0{fill:#f0883e33}.b1{fill:#3fb95033}.b2{fill:#4493f833}.b3{fill:#ab7df833}.b4{fill:#9198a122}}
 text{font:12px system-ui,sans-serif}.small{font-size:11px}
-path{fill:none;stroke-width:1.8}image{image-rendering:pixelated}
+path{fill:none;stroke-width:1.8}
 """
-VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], float)
+# Of a map's values, from zero to the target's largest, taught or not.
+COLOURS = ("#440154", "#46307e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
+GREYS = ("#7d859020", "#7d859030", "#7d859040", "#7d859050", "#7d859060", "#7d859070", "#7d859080", "#7d859090")
 
 
 class Run(NamedTuple):
@@ -88,16 +87,30 @@ class Picture:
     def curve(self, points: Iterable[tuple[float, float]], kind: str) -> None:
         self.parts.append(f'<path class="{kind}" d="M{" L".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
 
-    def pixels(self, x: float, y: float, width: float, pixels: np.ndarray) -> float:
-        """uint8 [H, W, 3 or 4], enlarged to a width; returns its height."""
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG", optimize=True)
-        height = width * pixels.shape[0] / pixels.shape[1]
-        data = base64.b64encode(file.getvalue()).decode()
-        self.parts.append(
-            f'<image x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" href="data:image/png;base64,{data}"/>'
-        )
-        return height
+    def maps(self, x: float, y: float, width: float, maps: np.ndarray, kept: Sequence[int] | None = None) -> float:
+        """Maps [C, H, W] of values in 0..1, side by side; those not kept in grey. Returns the height taken.
+
+        As paths, one for each colour: not every forge shows images inside of an SVG.
+        """
+        channels, tall, wide = maps.shape
+        across = 2 ** math.ceil(math.log2(channels) / 2)
+        gap = wide / 8
+        cells: dict[str, list[str]] = {}
+        levels = np.round(maps.clip(0, 1) * (len(COLOURS) - 1)).astype(int)
+        for channel, of_channel in enumerate(levels):
+            down, right = divmod(channel, across)
+            left, top = right * (wide + gap), down * (tall + gap)
+            colours = COLOURS if kept is None or channel in kept else GREYS
+            cells.setdefault(colours[0], []).append(f"M{left:g} {top:g}h{wide}v{tall}h-{wide}z")
+            for row, column in zip(*of_channel.nonzero()):
+                colour = colours[of_channel[row, column]]
+                cells.setdefault(colour, []).append(f"M{left + column:g} {top + row:g}h1v1h-1z")
+        scale = width / (across * (wide + gap) - gap)
+        self.parts.append(f'<g transform="translate({x:g} {y:g}) scale({scale:.4f})">')
+        ground_first = sorted(cells.items(), key=lambda item: item[0] not in (COLOURS[0], GREYS[0]))
+        self.parts += [f'<path style="fill:{colour};stroke:none" d="{"".join(d)}"/>' for colour, d in ground_first]
+        self.parts.append("</g>")
+        return scale * (channels // across * (tall + gap) - gap)
 
     def save(self, height: float) -> None:
         ground = f'<rect width="{WIDTH}" height="{height:g}" rx="6" class="ground"/>'
@@ -222,14 +235,14 @@ def maps(run: Run) -> None:
     for x, words in zip(columns, ("teacher, taught in colour", "target", "student, before", "after its phase")):
         picture.text(x, top, words, "dim small")
     top += 10
-    picture.pixels(12, top, 64, image[0].permute(1, 2, 0).numpy())
+    picture.maps(12, top, 64, image[0, :1].numpy() / 255)
     for i, (pair, phase) in enumerate(zip(run.plan.pairs, run.phases)):
         whole = run.teacher.maps(image, [pair.teacher_stage])[0][0]  # [C_t, H, W]
         target = whole[pair.kept]  # [C_s, H, W]
         stage, bright = [pair.student_stage], target.max().item()
         before, after = (run.student(step).maps(image, stage)[0][0] for step in (0, run.end(phase)))
-        shown = [mosaic(whole, bright, pair.kept), *(mosaic(feature, bright) for feature in (target, before, after))]
-        height = max(picture.pixels(x, top, side, pixels) for x, pixels in zip(columns, shown))
+        shown = zip(columns, (whole, target, before, after), (pair.kept, None, None, None))
+        height = max(picture.maps(x, top, side, (one / bright).numpy(), kept) for x, one, kept in shown)
         sides = f"{target.shape[1]} x {target.shape[2]}"
         errors = [
             f"error {((one - target).square().mean() / target.square().mean()).sqrt():.0%}" for one in (before, after)
@@ -240,27 +253,6 @@ def maps(run: Run) -> None:
         picture.text(12, top + (84 if i == 0 else 12), f"pair {i + 1}")
         top += height + 34
     picture.save(top - 10)
-
-
-def mosaic(feature: torch.Tensor, top: float, kept: Sequence[int] | None = None) -> np.ndarray:
-    """Maps [C, H, W] side by side, one pixel apart, dark at zero and bright at `top`; those not kept in grey."""
-    channels, height, width = feature.shape
-    across = 2 ** math.ceil(math.log2(channels) / 2)
-    down = channels // across
-    zoom = max(1, 8 // height)
-    gap = 1
-    tall, wide = height * zoom + gap, width * zoom + gap
-    canvas = np.zeros((down * tall - gap, across * wide - gap, 4), np.uint8)
-    for i, one in enumerate((feature / top).clamp(0, 1).numpy()):
-        place = one.repeat(zoom, 0).repeat(zoom, 1) * (len(VIRIDIS) - 1)
-        low = np.minimum(place.astype(int), len(VIRIDIS) - 2)
-        colour = VIRIDIS[low] + (VIRIDIS[low + 1] - VIRIDIS[low]) * (place - low)[..., None]
-        if kept is not None and i not in kept:
-            colour = colour.mean(axis=2, keepdims=True).repeat(3, 2)
-        y, x = divmod(i, across)
-        alpha = np.full((*colour.shape[:2], 1), 255 if kept is None or i in kept else 70)
-        canvas[y * tall : y * tall + height * zoom, x * wide : x * wide + width * zoom] = np.dstack([colour, alpha])
-    return canvas
 
 
 def curves(run: Run) -> None:
