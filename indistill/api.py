@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """A config, and what can be done with it: plan, train, score, export.
+    """A config, and what can be done with it: plan, train, score, look at, take home.
 
     config: a YAML file. overrides: `"a.b=c"` texts that replace its values, as on the command line.
 
@@ -89,6 +89,13 @@ class Trainer:
         from indistill.export import export
 
         return export(self.settings.run_dir, destination, form, weights, checkpoint)
+
+    def report(self, output: str | Path | None = None, baseline: str | Path | None = None) -> Path:
+        """One HTML file of this run, or of all runs of the file; see `indistill.report.write`."""
+        from indistill import report
+
+        run_dir = Path(self.runs[0][1].run_dir)
+        return report.write([run_dir.parent if self.several else run_dir], output, baseline)
 
     def write_targets(self) -> None:
         """Run the teacher once over the data set, for `targets.source: cached` or `auto`."""

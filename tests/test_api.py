@@ -41,6 +41,9 @@ def test_plan_train_score_and_take_home(config_file, tree, tmp_path):
     right = [guess == sample.label for guess, sample in zip(guesses.tolist(), samples)]
     assert sum(right) / len(right) == pytest.approx(summary["metrics"]["top1"])
 
+    page = trainer.report(tmp_path / "page.html").read_text()
+    assert f"{100 * summary['metrics']['top1']:.2f}" in page
+
     trainer.export(tmp_path / "student")
     assert trainer.evaluate(tmp_path / "student") == summary["metrics"]
     with pytest.raises(UserError, match="holds a run of another config"):

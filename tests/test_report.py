@@ -43,7 +43,8 @@ def chain_tree(data_dir: Path, run_dir: Path) -> dict[str, Any]:
             "augment": {"recipe": "pad_crop"},
         },
         "optimizer": {"name": "adamw", "lr": 1e-3},
-        "log": {"every_steps": 1, "tensorboard": False},
+        "log": {"every_steps": 1},
+        "trackers": [],
         "checkpoint": {"every_steps": 5},
         "stages": [
             {"name": "teacher", "duration": "4 steps", "student": {"name": "cnn32_auxiliary"}},
