@@ -389,10 +389,11 @@ def clock() -> float:
     return time.process_time()  # of all threads, of which there is one
 
 
-def turns(pipe: Connection) -> Iterator[None]:
+def turns(pipe: Connection, peaks: list[int]) -> Iterator[None]:
     """An item for each step that the parent asks for; what lies between them is timed, or recorded, turn by turn.
 
-    The peak of memory is that of the turns after the first, when all is created and warm.
+    `peaks` gets the peak of memory up to the end of each turn that is timed. It is that of the turns after the first,
+    when all is created and warm.
     """
     for number, (count, recorded) in enumerate(iter(pipe.recv, None)):
         if number == 1:
@@ -401,6 +402,8 @@ def turns(pipe: Connection) -> Iterator[None]:
             begin = clock()
             yield from itertools.repeat(None, count)
             seconds = clock() - begin
+        if not recorded:  # the profiler keeps what it saw
+            peaks.append(torch.cuda.max_memory_allocated() if GPU else resident("VmHWM"))
         pipe.send(operators(profiler) if recorded else seconds)
 
 
@@ -434,16 +437,16 @@ def work(job: Job, pipe: Connection) -> None:
     torch.set_num_threads(1)
     before = resident("VmRSS")
     first: list[Tensor] = []
+    peaks: list[int] = []
     if job.contestant in OURS:
-        ours(job, turns(pipe), first)
+        ours(job, turns(pipe, peaks), first)
     else:
         step = BY_HAND[job.contestant](job)
-        for _ in turns(pipe):
+        for _ in turns(pipe, peaks):
             loss = step()
             if not first:
                 first.append(loss)
-    peak = torch.cuda.max_memory_allocated() if GPU else resident("VmHWM") - before
-    pipe.send({"loss": first[0].item(), "bytes": peak})
+    pipe.send({"loss": first[0].item(), "bytes": peaks[-1] - (0 if GPU else before)})
     os._exit(0)
 
 
