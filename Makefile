@@ -29,7 +29,7 @@ demo: $(READY)
 
 # A process a core, at most 4: each imports torch and takes more than 1 GB, and some tests start processes of their own.
 test: $(READY) lint
-	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
+	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Every command of README.md and docs/: ten minutes on two cores.
 docs-test: $(READY)
