@@ -230,6 +230,8 @@ def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> N
         net.train(training)
     if not same:
         raise UserError(f"{role}: the output of {name} is not its classifier on its embedding: use another variant")
+    if not hasattr(net, "head_hidden_size"):  # timm's word for the embedding's width, which few models of one's own have
+        net.head_hidden_size = embedding.shape[1]
 
 
 class Heads(nn.Module):

@@ -76,6 +76,13 @@ def test_a_head_that_is_not_one_linear_map_of_the_embedding(monkeypatch):
     )
 
 
+def test_the_width_of_the_embedding_is_found(monkeypatch):
+    net = models.CNN32((8, 16, 32), 64)
+    del net.head_hidden_size
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: net)
+    assert create("cnn32_student", 10, 32).head_hidden_size == 64
+
+
 def test_two_classifiers_of_a_distilled_model_are_known():
     net = create("deit_tiny_distilled_patch16_224", 10, 32, kwargs={"img_size": 32, "depth": 1})
     ours = models.Network(net, **STATISTICS).eval()
