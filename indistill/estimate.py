@@ -484,7 +484,8 @@ def of_chain(
         node = settings.machine.devices_per_node
         estimates[name] = of_run(settings, world or node, samples, earlier)
         if world is None and node > 1:
-            estimates[name].notes.insert(0, f"for a node of machine.devices_per_node ({node}): --world 1 for one process")
+            note = f"for a node of machine.devices_per_node ({node}): --world 1 for one process"
+            estimates[name].notes.insert(0, note)
         file = "heads.safetensors" if settings.stage == "heads" else "student.safetensors"
         earlier[f"{settings.run_dir}/{file}"] = settings
     return estimates

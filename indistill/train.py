@@ -212,9 +212,10 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
     health.agree(health.setup(settings))
     zero_stage = f", ZeRO stage {engine.stage(accelerator)}" * (zero is not None)
     if accelerator.is_main_process:  # accelerator.print would say it on every node
+        where = f", run directory {settings.run_dir}" * training
         print(
             f"indistill: {world} process{'es' * (world > 1)} on {accelerator.device.type}{zero_stage}, precision "
-            f"{settings.mixed_precision}, run directory {settings.run_dir}",
+            f"{settings.mixed_precision}{where}",
             flush=True,
         )
     return accelerator

@@ -171,7 +171,7 @@ def test_a_checkpoint_with_another_head(tmp_path):
     torch.save(create(num_classes=7).state_dict(), tmp_path / "seven.pt")
     assert refusal(checkpoint=f"{tmp_path}/seven.pt") == (
         f"teacher.checkpoint: fc2.weight is (7, 64) in {tmp_path}/seven.pt, teacher.name with data.num_classes needs "
-        "(10, 64)"
+        "(10, 64): give the name, kwargs and data.num_classes that it was saved with"
     )
 
 
