@@ -69,9 +69,10 @@ class Trainer:
         what: a run, checkpoint or weights file of the config's student, an exported folder, or the name of a timm
         model; None: this run's student.
         """
+        settings = self.settings  # a mistake here needs no import
         from indistill.train import evaluate_checkpoint
 
-        return evaluate_checkpoint(self.settings, str(what or self.settings.run_dir))
+        return evaluate_checkpoint(settings, str(what or settings.run_dir))
 
     def student(self, what: str | Path | None = None) -> Network:
         """This run's student, in eval mode on the CPU, as `evaluate` would find it.

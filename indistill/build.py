@@ -92,6 +92,27 @@ def networks(
     return trainable(settings, student).to(device), targets_of, plan
 
 
+def check_fit(settings: Config) -> None:
+    """Raise UserError where the networks of a stage that is still to come do not fit each other, by their shapes.
+
+    Its teacher has no weights yet; those and the data are left to `networks`.
+    """
+    if settings.stage == "heads" or settings.teacher is None:
+        return
+    bare = {"pretrained": False, "checkpoint": None}
+    sections = {role: getattr(settings, role).model_copy(update=bare) for role in ("student", "teacher")}
+    settings = settings.model_copy(update=sections)
+    student = create_student(settings)
+    teacher = models.create(settings.teacher, settings.data.num_classes, settings.data.image_size, "teacher")
+    if reads(settings.kd.losses, "features"):
+        choose_pairs(settings, teacher, student)
+    if settings.warmup:
+        pairs = taps.match(teacher, student) if settings.warmup.pairs == "auto" else settings.warmup.pairs
+        criterion = settings.warmup.prune.criterion
+        criterion = "random" if criterion in prune.NEEDS_DATA else criterion
+        prune.plan(teacher, student, pairs, input_size(settings), criterion, adapter=settings.warmup.adapter)
+
+
 def check_cohort(losses: Sequence[config.Loss], heads: int) -> None:
     for loss in losses:
         if loss.name == "dih" and loss.weights is not None and len(loss.weights) != 1 + heads:

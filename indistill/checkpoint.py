@@ -7,6 +7,7 @@ states and the position in the data are not either: both are functions of the st
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -214,12 +215,13 @@ class Checkpoints:
             self.failure = f"the ranks cannot agree: {error}"
         if self.accelerator.is_main_process and self.failure:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-            print(
-                f"indistill: CHECKPOINT NOT WRITTEN at step {step}: {self.failure}. The run goes on; the "
-                "checkpoint before is the last.",
-                file=sys.stderr,
-                flush=True,
-            )
+            with contextlib.suppress(OSError):  # the log may be on the disk that is full
+                print(
+                    f"indistill: CHECKPOINT NOT WRITTEN at step {step}: {self.failure}. The run goes on; the "
+                    "checkpoint before is the last.",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _written(self, partial: Path, final: Path, files: dict[str, Any]) -> str | None:
         """Write this rank's files, agree that all ranks have, and let rank 0 put the name on them; what failed, if any.

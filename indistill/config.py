@@ -755,8 +755,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     try:
         value = yaml.safe_load(text)
-        for part in parents:
+        for part, following in zip(parents, [*parents[1:], last]):
             if isinstance(node, dict) and node.get(part) is None:
+                if following.isdecimal():
+                    raise KeyError(part)  # of a list that is not there
                 node[part] = {}
             node = node[int(part) if isinstance(node, list) else part]
         node[int(last) if isinstance(node, list) else last] = value

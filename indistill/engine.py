@@ -32,6 +32,7 @@ from accelerate.utils import (
     broadcast_object_list,
     convert_outputs_to_fp32,
 )
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -267,7 +268,7 @@ def optimizer_part(accelerator: Accelerator) -> dict[str, Any]:
 def restore(accelerator: Accelerator, weights: dict[str, Tensor], parts: Sequence[dict[str, Any]]) -> None:
     """Load the student's weights and the parts of its optimizer's state, in place, whatever the number of ranks was."""
     optimizer = accelerator._optimizers[0]
-    student = accelerator.unwrap_model(accelerator._models[0], keep_torch_compile=False)
+    student = unwrap_model(accelerator._models[0])  # timm's: Accelerate's imports DeepSpeed, which warns of no GPU
     if not stage(accelerator):
         student.load_state_dict(weights)
         optimizer.load_state_dict(parts[0]["optimizer"])

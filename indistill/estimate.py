@@ -481,7 +481,11 @@ def of_chain(
     """Every stage of what `pipeline.load` returned. `samples` stands in for training shards that are not here."""
     estimates, earlier = {}, {}
     for name, settings in stages:
-        estimates[name] = of_run(settings, world or settings.machine.devices_per_node, samples, earlier)
+        node = settings.machine.devices_per_node
+        estimates[name] = of_run(settings, world or node, samples, earlier)
+        if world is None and node > 1:
+            note = f"for a node of machine.devices_per_node ({node}): --world 1 for one process"
+            estimates[name].notes.insert(0, note)
         file = "heads.safetensors" if settings.stage == "heads" else "student.safetensors"
         earlier[f"{settings.run_dir}/{file}"] = settings
     return estimates
@@ -660,8 +664,8 @@ def _parts(e: Estimate) -> list[str]:
     sections = [
         f"{e.world} process{'es' * (e.world > 1)}, {e.steps_per_epoch:,} steps an epoch of {e.samples:,} images, "
         f"{e.global_batch:,} images a step, {e.micro_batch} in a micro-batch of a process\n"
-        f"teacher {e.teacher_parameters / 1e6:.1f} M parameters, student {e.student_parameters / 1e6:.1f} M, "
-        f"precision {e.precision}",
+        f"{f'teacher {e.teacher_parameters / 1e6:.2f} M' if e.teacher_parameters else 'no teacher'}, "
+        f"student {e.student_parameters / 1e6:.2f} M parameters, precision {e.precision}",
         "\n".join(f"note: {note}" for note in e.notes),
     ]
     if e.pairs:

@@ -206,7 +206,7 @@ def _load_weights(net: nn.Module, path: str, role: str) -> None:
         if state[key].shape != wanted[key].shape:
             raise UserError(
                 f"{role}.checkpoint: {key} is {tuple(state[key].shape)} in {path}, {role}.name with data.num_classes "
-                f"needs {tuple(wanted[key].shape)}"
+                f"needs {tuple(wanted[key].shape)}: give the name, kwargs and data.num_classes that it was saved with"
             )
     net.load_state_dict(state)
 
@@ -230,6 +230,8 @@ def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> N
         net.train(training)
     if not same:
         raise UserError(f"{role}: the output of {name} is not its classifier on its embedding: use another variant")
+    if not hasattr(net, "head_hidden_size"):  # timm's word for the embedding's width
+        net.head_hidden_size = embedding.shape[1]
 
 
 class Heads(nn.Module):

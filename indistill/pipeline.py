@@ -158,7 +158,15 @@ def _run(stages: list[tuple[str, Config]], resume: str, chain: bool) -> dict[str
     finished = {name for name, settings in stages if name in begun and _summary(settings).exists()}
     import torch
 
+    from indistill import build
     from indistill.train import train
+
+    for name, settings in stages[1:]:
+        if name not in begun:
+            try:
+                build.check_fit(settings)
+            except UserError as error:
+                raise UserError(f"stage {name}: {error}") from None
 
     summaries = {}
     for i, (name, settings) in enumerate(stages):
@@ -234,13 +242,19 @@ def _summary(settings: Config) -> Path:
 
 
 def has_begun(settings: Config) -> bool:
-    """Whether there is work to keep. Raises UserError if it is that of another config."""
+    """Whether there is work to keep. Raises UserError if there is a run of another config.
+
+    What was refused before it logged a line is none: the mended config takes its place.
+    """
     run_dir = Path(settings.run_dir)
-    saved = run_dir / "config.yaml"
-    difference = config.difference(config.load(saved), settings) if saved.exists() else None
-    if difference:
+    saved, log = run_dir / "config.yaml", run_dir / "metrics.jsonl"
+    if not saved.exists():
+        return False
+    keeps = _summary(settings).exists() or any((run_dir / "checkpoints").glob("step-*"))
+    difference = config.difference(config.load(saved), settings)
+    if difference and (keeps or (log.exists() and log.stat().st_size)):
         raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
-    return saved.exists() and (_summary(settings).exists() or any((run_dir / "checkpoints").glob("step-*")))
+    return keeps
 
 
 def _check_inputs(name: str, settings: Config, begun: bool) -> None:

@@ -32,6 +32,7 @@ from indistill import (
     history,
     models,
     optim,
+    pipeline,
     report,
     watchdog,
 )
@@ -211,9 +212,10 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
     health.agree(health.setup(settings))
     zero_stage = f", ZeRO stage {engine.stage(accelerator)}" * (zero is not None)
     if accelerator.is_main_process:  # accelerator.print would say it on every node
+        where = f", run directory {settings.run_dir}" * training
         print(
             f"indistill: {world} process{'es' * (world > 1)} on {accelerator.device.type}{zero_stage}, precision "
-            f"{settings.mixed_precision}, run directory {settings.run_dir}",
+            f"{settings.mixed_precision}{where}",
             flush=True,
         )
     return accelerator
@@ -241,9 +243,8 @@ def open_run_dir(settings: Config) -> Path:
     run_dir = Path(settings.run_dir)
     saved = run_dir / "config.yaml"
     try:
-        difference = config.difference(config.load(saved), settings) if saved.exists() else None
-        if difference:
-            raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
+        if not pipeline.has_begun(settings):
+            (run_dir / "prune_plan.json").unlink(missing_ok=True)  # that of a config that was mended since
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         saved.write_text(config.dump(settings))
     except OSError as error:

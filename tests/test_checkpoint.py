@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import run_ranks, train_until
 from safetensors.torch import load_file
 
 from indistill import checkpoint, config
@@ -188,6 +192,35 @@ def test_the_run_directory_of_another_config(finished):
     run(other)
 
 
+def test_a_mended_config_takes_the_place_of_a_refused_one(tree):
+    durations = tree["warmup"]["durations"]
+    tree["warmup"] |= {"durations": durations[:1], "prune": {"criterion": "random"}}
+    with pytest.raises(UserError, match=r"warmup\.durations"):  # after the pruning plan was written
+        run(tree)
+    tree["warmup"] |= {"durations": durations, "prune": {"criterion": "l2"}}
+    run(tree)
+    assert json.loads((Path(tree["run_dir"]) / "prune_plan.json").read_text())["criterion"] == "l2"
+
+
+def resume_without_deepspeed(tree):
+    run(tree)
+    assert "deepspeed" not in sys.modules  # whose import prints a warning
+
+
+def test_a_resumed_run_imports_no_deepspeed(tree):
+    train_until(tree, 3)
+    run_ranks(resume_without_deepspeed, 1, tree)
+
+
+def test_a_failure_is_told_to_a_full_disk(tmp_path, monkeypatch):
+    main_process = SimpleNamespace(is_main_process=True)
+    saving = SimpleNamespace(folder=tmp_path, accelerator=main_process, _written=lambda *_: "no space left")
+    full = SimpleNamespace(write=Mock(side_effect=OSError(errno.ENOSPC, "no space left")))
+    monkeypatch.setattr(sys, "stderr", full)
+    checkpoint.Checkpoints._write(saving, 3, {})
+    assert "CHECKPOINT NOT WRITTEN at step 3: no space left" in full.write.call_args.args[0]
+
+
 def test_an_edited_plan_is_refused(finished):
     tree, folder = finished
     path = folder.parent / "prune_plan.json"
@@ -204,6 +237,9 @@ def limit_files(tree: dict[str, Any], bytes_per_file: int, first: int, last: int
 
     def limiting_end_step(log, step, *arguments):
         if step == first:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":  # of an earlier step, on a slow machine
+                    thread.join()
             resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, resource.RLIM_INFINITY))
         if step == last + 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

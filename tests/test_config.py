@@ -151,6 +151,7 @@ def test_null_removes_the_teacher(file):
         ("seed=[1", "the value is not valid YAML"),
         ("kd.losses.first.weight=1", "kd.losses.first.weight does not lead to a key of the config"),
         ("kd.losses.2.weight=1", "kd.losses.2.weight does not lead to a key of the config"),
+        ("trackers.0=wandb", "trackers.0 does not lead to a key of the config"),  # there is no list
         ("run_dir.sub=1", "run_dir.sub does not lead to a key of the config"),
     ],
 )

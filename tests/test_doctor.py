@@ -165,6 +165,8 @@ def test_a_run_dir(tree, tmp_path):
     assert (line.level, "cannot be written (Not a directory)" in line.what) == (FAIL, True)
     Path(tree["run_dir"]).mkdir()
     Path(tree["run_dir"], "config.yaml").write_text(config.dump(config.parse(tree | {"seed": 5}, "test")))
+    assert look(doctor.run_dir, tree)[0].level == OK  # refused before its first line
+    Path(tree["run_dir"], "metrics.jsonl").write_text('{"step": 1}\n')
     (line,) = look(doctor.run_dir, tree)
     assert (line.level, "holds a run of another config (seed: 5 -> 0)" in line.what) == (FAIL, True)
 

@@ -268,8 +268,10 @@ def test_the_command_prints_a_page_or_json_and_leaves_nothing(config_file, tree,
     page = capsys.readouterr().out
     assert page.startswith("4 processes, 6 steps an epoch of 192 images")
     assert "4 of" not in page.splitlines()[0]
+    assert "--world" not in page
     main(["plan", config_file, "--json", "duration=2 epochs", "warmup=null"])
     numbers = json.loads(capsys.readouterr().out)
+    assert numbers["notes"] == ["for a node of machine.devices_per_node (8): --world 1 for one process"]
     assert [phase["name"] for phase in numbers["phases"]] == ["kd"]
     assert numbers["machine"]["devices_per_node"] == numbers["world"] == 8
     assert not Path(tree["run_dir"]).exists()
@@ -312,6 +314,11 @@ def test_without_the_hub_it_says_what_is_missing(tree, monkeypatch):
     assert "not known yet" in estimate.text(found)
     with pytest.raises(UserError, match="no network"):  # which training does not go on without
         build.create_teacher(config.parse(tree, "test"))
+
+
+def test_a_run_without_a_teacher_says_so(tree):
+    alone = tree | {"teacher": None, "warmup": None, "kd": {"losses": [{"name": "ce"}]}}
+    assert "\nno teacher, student 0.0" in estimate.text(estimate.of_run(config.parse(alone, "test"), world=1))
 
 
 def test_channels_that_data_decide_on_are_left_to_training(tree):

@@ -76,6 +76,13 @@ def test_a_head_that_is_not_one_linear_map_of_the_embedding(monkeypatch):
     )
 
 
+def test_the_width_of_the_embedding_is_found(monkeypatch):
+    net = models.CNN32((8, 16, 32), 64)
+    del net.head_hidden_size
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: net)
+    assert create("cnn32_student", 10, 32).head_hidden_size == 64
+
+
 def test_two_classifiers_of_a_distilled_model_are_known():
     net = create("deit_tiny_distilled_patch16_224", 10, 32, kwargs={"img_size": 32, "depth": 1})
     ours = models.Network(net, **STATISTICS).eval()
@@ -164,7 +171,7 @@ def test_a_checkpoint_with_another_head(tmp_path):
     torch.save(create(num_classes=7).state_dict(), tmp_path / "seven.pt")
     assert refusal(checkpoint=f"{tmp_path}/seven.pt") == (
         f"teacher.checkpoint: fc2.weight is (7, 64) in {tmp_path}/seven.pt, teacher.name with data.num_classes needs "
-        "(10, 64)"
+        "(10, 64): give the name, kwargs and data.num_classes that it was saved with"
     )
 
 

@@ -358,6 +358,13 @@ def test_a_changed_stage_is_refused_before_any_work(done):
     assert times(done["run_dir"]) == before
 
 
+def test_networks_that_do_not_fit_are_refused_before_the_first_stage(chain):
+    names = {"stages.auxiliary.student.name=cnn32_student", "stages.student.student.name=cnn32_auxiliary"}
+    with pytest.raises(UserError, match=r"^stage student: student stage 0 has 16 channels, more than the 8 of teacher"):
+        pipeline.run(load(chain, *names))
+    assert not (Path(chain["run_dir"]) / "teacher").exists()
+
+
 def test_resume_of_a_chain(done):
     with pytest.raises(UserError, match=r"--resume somewhere: .*train the config.yaml in its run directory"):
         pipeline.run(load(done), resume="somewhere")
