@@ -244,6 +244,7 @@ def _band_names(bands: Sequence[Band], axis: _Axis) -> str:
     for band in bands:
         left, right = axis.at(band.start) / 10, axis.at(band.end) / 10
         name = band.name if right - left > 22 else band.name.removeprefix("warmup ")
+        name = name if right - left > 8 else ""  # on a phone it would run into the next
         style = f"left:{left:.2f}%;width:{right - left:.2f}%"
         names.append(f'<span class="band" style="{style}" title="{escape(band.name)}">{escape(name)}</span>')
     return "".join(names)

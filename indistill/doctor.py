@@ -38,7 +38,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors import safe_open
 
-from indistill import config, data, engine, estimate, health, models, optim, pipeline, remote, shards, store, train
+from indistill import config, data, engine, estimate, health, history, models, optim, remote, shards, store, train
 from indistill.config import Config, UserError
 from indistill.deepspeed_config import zero_config
 from indistill.order import SampleOrder
@@ -506,7 +506,7 @@ def _size(number: float) -> str:
 def run_dir(here: Here) -> Said:
     """Writable, and of this config if there is a run in it."""
     for settings in here.settings:
-        begun = pipeline.has_begun(settings)  # UserError if it is another config's
+        begun = history.has_begun(settings)  # UserError if it is another config's
         if problem := _unwritable(settings.run_dir):
             yield FAIL, f"{settings.run_dir}: cannot be written ({problem})", "choose another run_dir"
         else:

@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from indistill import config
+from indistill.config import Config, UserError
+
 _open: set[Path] = set()  # run directories in which this process wrote a start, and no end yet
 
 
@@ -31,6 +34,22 @@ def end(under: Path, how: str, reason: str = "") -> None:
     for run_dir in [path for path in tuple(_open) if path.is_relative_to(under)]:
         _open.discard(run_dir)
         _append(run_dir, {"event": "end", "how": how, "reason": reason})
+
+
+def has_begun(settings: Config) -> bool:
+    """Whether there is work to keep. Raises UserError if there is a run of another config.
+
+    What was refused before it logged a line is none: the mended config takes its place.
+    """
+    run_dir = Path(settings.run_dir)
+    saved, log = run_dir / "config.yaml", run_dir / "metrics.jsonl"
+    if not saved.exists():
+        return False
+    keeps = (run_dir / "summary.json").exists() or any((run_dir / "checkpoints").glob("step-*"))
+    difference = config.difference(config.load(saved), settings)
+    if difference and (keeps or (log.exists() and log.stat().st_size)):
+        raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
+    return keeps
 
 
 def _append(run_dir: Path, line: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from indistill import config, preemption, watchdog
+from indistill import config, history, preemption, watchdog
 from indistill.config import Config, UserError
 from indistill.preemption import Preempted
 
@@ -134,7 +134,7 @@ def _run_together(students: Students, resume: str) -> dict[str, dict[str, Any]]:
             "the config.yaml in its run directory"
         )
     for _, settings in students:  # a run that has to be refused is so before another begins
-        has_begun(settings)
+        history.has_begun(settings)
     import torch
 
     from indistill import apart, together
@@ -152,7 +152,7 @@ def _run(stages: list[tuple[str, Config]], resume: str, chain: bool) -> dict[str
             "config.yaml in its run directory"
         )
     # All ranks look before any can write. A stage that has to be refused is so before days of work on the others.
-    begun = {name for name, settings in stages if chain and has_begun(settings)}
+    begun = {name for name, settings in stages if chain and history.has_begun(settings)}
     if begun and resume == "never":
         raise UserError(f"--resume never: stage {min(begun)} has begun already: choose another run_dir, or auto")
     finished = {name for name, settings in stages if name in begun and _summary(settings).exists()}
@@ -239,22 +239,6 @@ def _referred(reference: dict[str, Any], earlier: dict[str, Config], where: str)
 
 def _summary(settings: Config) -> Path:
     return Path(settings.run_dir) / "summary.json"
-
-
-def has_begun(settings: Config) -> bool:
-    """Whether there is work to keep. Raises UserError if there is a run of another config.
-
-    What was refused before it logged a line is none: the mended config takes its place.
-    """
-    run_dir = Path(settings.run_dir)
-    saved, log = run_dir / "config.yaml", run_dir / "metrics.jsonl"
-    if not saved.exists():
-        return False
-    keeps = _summary(settings).exists() or any((run_dir / "checkpoints").glob("step-*"))
-    difference = config.difference(config.load(saved), settings)
-    if difference and (keeps or (log.exists() and log.stat().st_size)):
-        raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
-    return keeps
 
 
 def _check_inputs(name: str, settings: Config, begun: bool) -> None:

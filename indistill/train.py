@@ -32,7 +32,6 @@ from indistill import (
     history,
     models,
     optim,
-    pipeline,
     report,
     watchdog,
 )
@@ -243,7 +242,7 @@ def open_run_dir(settings: Config) -> Path:
     run_dir = Path(settings.run_dir)
     saved = run_dir / "config.yaml"
     try:
-        if not pipeline.has_begun(settings):
+        if not history.has_begun(settings):
             (run_dir / "prune_plan.json").unlink(missing_ok=True)  # that of a config that was mended since
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         saved.write_text(config.dump(settings))
