@@ -203,6 +203,7 @@ def test_a_mended_config_takes_the_place_of_a_refused_one(tree):
 
 
 def resume_without_deepspeed(tree):
+    sys.modules.pop("deepspeed", None)  # of other tests, whose processes begin with it
     run(tree)
     assert "deepspeed" not in sys.modules  # whose import prints a warning
 
