@@ -48,24 +48,29 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def data_section(folder: Path) -> dict[str, Any]:
+    """Of a config: the images of `data_dir`, 6 steps an epoch."""
+    return {
+        "root": str(folder),
+        "train": "train-*.tar",
+        "eval": "eval-*.tar",
+        "num_classes": CLASSES,
+        "image_size": 32,
+        "global_batch": 32,
+        "streams": 8,
+        "in_memory": True,
+        "eval_crop": 1.0,
+        "augment": {"recipe": "pad_crop"},
+    }
+
+
 @pytest.fixture
 def tree(data_dir: Path, tmp_path: Path) -> dict[str, Any]:
     """A config as a plain tree: three pairs of the small networks, 24 steps, 13 of them warm-up."""
     return {
         "run_dir": str(tmp_path / "run"),
         "duration": "24 steps",
-        "data": {
-            "root": str(data_dir),
-            "train": "train-*.tar",
-            "eval": "eval-*.tar",
-            "num_classes": CLASSES,
-            "image_size": 32,
-            "global_batch": 32,
-            "streams": 8,
-            "in_memory": True,
-            "eval_crop": 1.0,
-            "augment": {"recipe": "pad_crop"},
-        },
+        "data": data_section(data_dir),
         "student": {"name": "cnn32_student"},
         "teacher": {"name": "cnn32_auxiliary"},
         "warmup": {"durations": ["4 steps", "4 steps", "5 steps"]},

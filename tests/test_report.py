@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from browser import CHROMIUM, Browser
-from conftest import CLASSES
+from conftest import CLASSES, data_section
 
 from indistill import charts, config, history, models, pipeline, preemption, report
 from indistill.cli import main
@@ -31,17 +31,7 @@ def chain_tree(data_dir: Path, run_dir: Path) -> dict[str, Any]:
     """A teacher, and the student that it teaches: 24 steps, 13 of them warm-up, an evaluation every sixth."""
     return {
         "run_dir": str(run_dir),
-        "data": {
-            "root": str(data_dir),
-            "train": "train-*.tar",
-            "eval": "eval-*.tar",
-            "num_classes": CLASSES,
-            "image_size": 32,
-            "global_batch": 32,
-            "streams": 8,
-            "in_memory": True,
-            "augment": {"recipe": "pad_crop"},
-        },
+        "data": data_section(data_dir),
         "optimizer": {"name": "adamw", "lr": 1e-3},
         "log": {"every_steps": 1},
         "trackers": [],
