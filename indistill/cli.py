@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from indistill import __version__
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
+    try:
+        arguments = _parse(argv)
+        from indistill import preemption
+
+        with preemption.listening():
+            _run(arguments)
+    except KeyboardInterrupt:  # before anybody listened
+        print("indistill: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="indistill", description="Knowledge distillation at cluster scale.")
     parser.add_argument("--version", action="version", version=f"indistill {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -91,7 +104,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest  # overrides that stand after an option
-    from indistill import preemption
+    return arguments
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Do what is asked, with the exit codes of docs/cluster.md."""
+    from indistill import history, preemption
     from indistill.config import UserError
 
     try:
@@ -101,16 +119,21 @@ def main(argv: list[str] | None = None) -> None:
             print(f"indistill: {stopped}: the same command goes on from there", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(preemption.EXIT_CODE)  # at once: an orderly exit would wait for loaders and for shards on their way
+        os._exit(preemption.exit_code())  # at once: an orderly exit would wait for loaders and for shards on their way
     except UserError as error:
-        # A loader worker's error arrives wrapped in its traceback, whose last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("indistill.config.UserError: ")
+        message = history.in_one_line(error)
         rank = os.environ.get("RANK", "0")
         if rank == "0" or error.found_by_one_rank:
             print(f"indistill: error: {message}", file=sys.stderr, flush=True)
         if "RANK" in os.environ:
             os._exit(2)  # at once: an orderly exit would wait for ranks that wait for this one
         sys.exit(2)
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # at once, as above
 
 
 def _count(text: str) -> int:
@@ -185,11 +208,8 @@ def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from indistill import preemption
-
     trainer = _trainer(arguments)
-    with preemption.listening():
-        summary = trainer.train(arguments.resume)
+    summary = trainer.train(arguments.resume)
     if os.environ.get("RANK", "0") == "0":
         metrics = (
             {name: of_run["metrics"] for name, of_run in summary.items()} if trainer.several else summary["metrics"]

@@ -247,10 +247,18 @@ class _Requests(Sampler):
         return self.requests
 
 
-def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> DataLoader:
+class Loader(DataLoader):
+    """A DataLoader whose workers no signal can end before `preemption.in_worker` has run in them."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        with preemption.signals_blocked():
+            return super().__iter__()
+
+
+def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> Loader:
     """The batch of each request, in order."""
     workers = 0 if dataset.memory is not None else dataset.section.workers  # a crop from memory is no work to share
-    return DataLoader(
+    return Loader(
         dataset,
         sampler=_Requests(requests),
         batch_size=None,

@@ -19,6 +19,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
+from indistill import preemption
 from indistill.config import UserError
 
 log = logging.getLogger(__name__)
@@ -275,7 +276,9 @@ def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
             length = response.headers.get("Content-Length")
             yield response, None if length is None else int(length)
     elif url.startswith("pipe:"):
-        with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
+        with preemption.signals_blocked():
+            command = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
+        with command as process:
             yield process.stdout, None
         if process.returncode:
             raise OSError(f"the command ended with status {process.returncode}")

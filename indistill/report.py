@@ -153,7 +153,7 @@ def read(folder: Path, name: str) -> Run:
             )
         bad = (state.get("parts") or {}).get("log", {}).get("bad", bad)
     status = [(where / "status") for where in (folder, folder.parent)]
-    words = [word for file in status if (word := _text(file).strip()) in _STATES]
+    words = [word for file in status if (word := _text(file).partition("\n")[0]) in _STATES]
     lines = [line for line in _lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
     summary = _json(folder / "summary.json")
     return Run(

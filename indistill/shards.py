@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from braceexpand import braceexpand
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from indistill import preemption
 from indistill.config import UserError
 from indistill.remote import CACHE_BYTES, ShardCache, base_name, cache_for, cache_name, changed, is_remote, open_shard
 
@@ -454,7 +456,8 @@ def parallel(function: Callable, tasks: Sequence, workers: int, progress: bool) 
         if workers > 1:
             spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks as they are
             pool = stack.enter_context(ProcessPoolExecutor(workers, spawn))
-            results = pool.map(function, tasks)
+            with preemption.signals_blocked(signal.SIGINT):  # this process ends them (preemption.leave)
+                results = pool.map(function, tasks)
         else:
             results = map(function, tasks)
         yield from tqdm(results, total=len(tasks), unit="shard", disable=not progress)

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from indistill import augment, config, preemption, remote, shards
 from indistill.augment import BadImage
 from indistill.config import UserError
-from indistill.data import Batch, check_accumulation, wrong_label
+from indistill.data import Batch, Loader, check_accumulation, wrong_label
 
 
 class StreamedTraining:
@@ -44,9 +44,9 @@ class StreamedTraining:
         self.steps_per_epoch = section.epoch_samples // section.global_batch
         self.fingerprint = hashlib.sha256("\0".join(self.urls).encode()).hexdigest()
 
-    def loader(self, first_step: int, last_step: int, device: torch.device) -> DataLoader:
+    def loader(self, first_step: int, last_step: int, device: torch.device) -> Loader:
         """The micro-batches of the global steps [first_step, last_step)."""
-        return DataLoader(
+        return Loader(
             StreamedImages(self, first_step, (last_step - first_step) * self.accumulation),
             batch_size=None,
             num_workers=self.section.workers,
