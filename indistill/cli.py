@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from indistill import __version__
 
@@ -117,23 +117,28 @@ def _run(arguments: argparse.Namespace) -> None:
     except preemption.Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"indistill: {stopped}: the same command goes on from there", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(preemption.exit_code())  # at once: an orderly exit would wait for loaders and for shards on their way
+        _leave(preemption.exit_code())
     except UserError as error:
         message = history.in_one_line(error)
         rank = os.environ.get("RANK", "0")
         if rank == "0" or error.found_by_one_rank:
             print(f"indistill: error: {message}", file=sys.stderr, flush=True)
         if "RANK" in os.environ:
-            os._exit(2)  # at once: an orderly exit would wait for ranks that wait for this one
+            _leave(2)
         sys.exit(2)
     except Exception:
         if "RANK" not in os.environ:
             raise
         traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)  # at once, as above
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    from indistill import preemption
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    preemption.exit_at_once(code)
 
 
 def _count(text: str) -> int:

@@ -38,7 +38,7 @@ INTERRUPTED = 128 + signal.SIGINT  # what shells say of Ctrl-C: whoever pressed 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE_SECONDS = 25.0  # torchrun and Kubernetes kill 30 s after SIGTERM
 SAME_SECONDS = 1.0  # signals this close are one: a launcher passes on what the scheduler has sent to all processes
-CHECK_SECONDS = 2.0  # between agreements of the ranks
+CHECK_SECONDS = 2.0  # between agreements of the ranks, and between a loader worker's looks at its rank
 MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of what is left if that is less
 
 
@@ -126,10 +126,19 @@ def leave(reason: str) -> NoReturn:
     _say(f"rank {os.environ.get('RANK', '0')} leaves at once: {reason}")
     if _process.status is not None:
         _end("requeue", f"left at once: {reason}")
+    exit_at_once(exit_code())
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End this process and those that it has started: a pool's would wait for work for ever.
+
+    An orderly exit would wait for ranks that wait for this one, for loaders, and for shards on their way. Nothing is
+    flushed: the main thread may hold the streams.
+    """
     with contextlib.suppress(Exception):
-        for child in multiprocessing.active_children():  # a pool's would wait for work for ever
+        for child in multiprocessing.active_children():
             child.kill()
-    os._exit(exit_code())
+    os._exit(code)
 
 
 def exit_code() -> int:
@@ -156,12 +165,13 @@ def in_worker(worker_id: int) -> None:
     """
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    rank = multiprocessing.parent_process().pid
+    rank = multiprocessing.parent_process()
 
     def obey_the_rank() -> None:
         while True:
-            heard = signal.sigwaitinfo(SIGNALS)
-            if (heard.si_signo, heard.si_pid) == (signal.SIGTERM, rank):
+            heard = signal.sigtimedwait(SIGNALS, CHECK_SECONDS)
+            # A forkserver's processes are not told when the rank is gone.
+            if (heard and (heard.si_signo, heard.si_pid) == (signal.SIGTERM, rank.pid)) or not rank.is_alive():
                 os._exit(0)
 
     threading.Thread(target=obey_the_rank, daemon=True).start()
