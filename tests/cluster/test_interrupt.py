@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import run_ranks, unused_port
 
-from indistill import checkpoint, cli, preemption
+from indistill import pipeline
 from indistill.metrics import read_lines
 
 # The command line, but the third step waits for the signal: the machine may be slow, and so may the launcher.
@@ -21,6 +22,7 @@ WAITING = """
 import os, sys, time
 from pathlib import Path
 from indistill import cli, preemption, train
+rank = os.environ.get("RANK", "0")  # groups of ranks count their own
 make_mix = train.make_mix
 calls = []
 
@@ -30,7 +32,7 @@ def waiting(*arguments):
     def mix(batch, phase):
         calls.append(1)
         if len(calls) == 3:
-            Path(sys.argv[2]).with_name("reached-" + os.environ.get("RANK", "0")).touch()
+            Path(sys.argv[2]).with_name("reached-" + rank).touch()
             while not preemption.asked():
                 time.sleep(0.01)
         return inner(batch, phase)
@@ -45,8 +47,8 @@ ACCELERATE = [
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
     "--dynamo_backend", "no", "--num_processes", "2", "--main_process_port", "{port}",
 ]  # fmt: skip
-ACCELERATE_ONE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-ACCELERATE_ONE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+RATES = (("slow", 1e-4), ("fast", 1e-3))
 
 
 def in_a_terminal(arguments: list[str]) -> subprocess.Popen:
@@ -70,26 +72,35 @@ def wait_for(*paths: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def losses(run_dir: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line]
+def losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Of each run at or below a folder."""
+    return {
+        str(file.parent.relative_to(run_dir)): [(x["step"], x["loss"]) for x in read_lines(file) if "loss" in x]
+        for file in run_dir.rglob("metrics.jsonl")
+    }
+
+
+def train(path: Path, run_dir: Path) -> None:
+    pipeline.run(pipeline.load(path, [f"run_dir={run_dir}"]))
 
 
 @pytest.mark.parametrize(
-    ("launcher", "world", "to_group"),
-    [
-        ([], 1, True),
-        (TORCHRUN, 2, True),
-        (TORCHRUN, 2, False),
-        (ACCELERATE, 2, True),
-        (ACCELERATE, 2, False),
-        (ACCELERATE_ONE, 1, True),
-    ],
-    ids=["alone", "torchrun-group", "torchrun", "accelerate-group", "accelerate", "accelerate-one-group"],
+    ("launcher", "world", "to_group", "students"),
+    [([], 1, True, None), (TORCHRUN, 2, True, "disjoint"), (ACCELERATE, 2, False, "equal")],
+    ids=["alone", "torchrun", "accelerate"],
 )
-def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group):
-    """Loader workers are in the group, too. What follows has the losses of a run that never stopped."""
-    tree["data"] |= {"in_memory": False, "workers": 1}
+def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, students):
+    """A run with loader workers, which are in the group too; students on groups of ranks; students on all ranks.
+
+    The signal goes to the whole group, as a terminal sends it, or to the launcher alone, as `kill` would. Started
+    again, each has the losses of a run that never stopped, bit for bit.
+    """
+    tree["data"] |= {"in_memory": bool(students), "workers": 2}
     tree["checkpoint"], run_dir = {"every_steps": None}, Path(tree["run_dir"])
+    if students:
+        both = [{"name": name, "student": {"name": "cnn32_student"}, "optimizer": {"lr": lr}} for name, lr in RATES]
+        tree |= {"students": both, "student_groups": students}
+        del tree["student"]
     script, path = tmp_path / "waiting.py", tmp_path / "config.yaml"
     script.write_text(WAITING)
     path.write_text(json.dumps(tree))
@@ -100,4 +111,18 @@ def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group):
         _, told = process.communicate(timeout=120)
     finally:
         process.kill()
-    print(told, process.returncode)
+    assert (run_dir / "status").read_text() == "requeue\n"
+    assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in told
+    assert re.search(r"^indistill: stopped at step \d of 24: the same command goes on from there$", told, re.M)
+    assert "leaves at once" not in told
+    if not launcher:
+        assert process.returncode == 130
+        assert len(told.splitlines()) == 2  # torchrun adds a traceback of its own
+
+    run_ranks(train, world if launcher else None, path, run_dir)
+    run_ranks(train, world if launcher else None, path, tmp_path / "whole")
+    assert losses(run_dir) == losses(tmp_path / "whole")
+    assert all(len(of_run) == 24 for of_run in losses(run_dir).values())
+    assert len(losses(run_dir)) == (2 if students else 1)
+    starts = [line for file in run_dir.rglob("history.jsonl") for line in read_lines(file) if line["event"] == "start"]
+    assert {line["step"] > 0 for line in starts} == {False, True}  # it went on from what Ctrl-C had left
