@@ -129,6 +129,12 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     pack.add_argument("--resize", type=int, metavar="PIXELS", help="reduce the shorter side to this, as JPEG")
     pack.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize (default: 90)")
     pack.add_argument("--seed", type=int, default=0, help="of the shuffle of images from files")
+    pack.add_argument(
+        "--classes",
+        metavar="FILE|FOLDER",
+        help="number the classes as another split does: its folder of class folders or its packed folder, or a file "
+        "with one name per line, or JSON (a list, a mapping from name to label, a dataset.json)",
+    )
     pack.set_defaults(run=_pack)
     for name, run, purpose in (
         ("index", _index, "build the index of every shard anew"),
@@ -144,7 +150,7 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from indistill import packing
+    from indistill import class_names, packing
 
     content = packing.pack_source(
         arguments.source,
@@ -157,7 +163,10 @@ def _pack(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         cache_dir=arguments.cache_dir,
         progress=True,
+        classes=None if arguments.classes is None else class_names.read(arguments.classes),
     )
+    if content["classes"] is not None:
+        print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
     told = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
     print(json.dumps({key: content[key] for key in told}))
 
