@@ -16,7 +16,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from indistill import config, engine, models, pipeline, projectors, prune, store, taps
+from indistill import class_names, config, engine, models, pipeline, projectors, prune, store, taps
 from indistill.config import Config, UserError
 from indistill.models import Heads, Network
 from indistill.objective import reads
@@ -134,7 +134,12 @@ def create_student(settings: Config) -> nn.Module:
 
 
 def create_teacher(settings: Config) -> Network:
-    net = models.create(settings.teacher, settings.data.num_classes, settings.data.image_size, "teacher")
+    section = settings.teacher
+    if section.checkpoint:
+        class_names.check_weights(class_names.of_weights(section.checkpoint), settings.data, "teacher")
+    net = models.create(section, settings.data.num_classes, settings.data.image_size, "teacher")
+    if section.pretrained:
+        class_names.check_weights(class_names.of_pretrained(net.pretrained_cfg, section.name), settings.data, "teacher")
     return Network(net, *models.normalisation(net, settings.teacher, "teacher"))
 
 
@@ -233,6 +238,7 @@ def open_targets(accelerator: Accelerator, settings: Config) -> store.Reader:
 
     def read() -> store.Manifest:
         manifest = store.load(root)
+        store.check_classes(root, manifest, class_names.of_training(settings.data))
         store.check(root, manifest, settings, weights_hashes(settings))
         return manifest
 

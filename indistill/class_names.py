@@ -18,7 +18,8 @@ from braceexpand import braceexpand
 from indistill import config, remote
 from indistill.config import UserError
 
-RECORD = "dataset.json"
+RECORD = "dataset.json"  # of a packing
+RUN_RECORD = "classes.json"  # of a run: the list of its training data
 MOST_SHOWN = 5  # classes in a message
 
 
@@ -210,14 +211,61 @@ def of_training(section: config.Data) -> Names | None:
 def check(section: config.Data) -> Names | None:
     """Return the class names of data.train, if known. Raises UserError if data.eval numbers its classes otherwise."""
     reference = of_training(section)
-    if section.eval is not None and reference is not None:
-        remedy = f"pack data.eval again with `indistill shards pack --classes {reference.where}`"
-        check_evaluation(section, reference, "data.train", remedy)
+    if reference is not None and section.eval is not None:
+        for found in beside(section.eval, section.root):
+            refuse_difference(
+                found, reference, "data.eval", f"pack data.eval again with `shards pack --classes {reference.where}`"
+            )
     return reference
 
 
-def check_evaluation(section: config.Data, reference: Names, owner: str, remedy: str) -> None:
-    """Raise UserError if data.eval numbers its classes otherwise than `reference`, the list of `owner`."""
-    for found in beside(section.eval, section.root) if section.eval is not None else ():
-        if problem := difference(found, reference):
-            raise UserError(f"data.eval has other classes than {owner}: {problem}: {remedy}")
+def check_weights(weights: Names | None, section: config.Data, role: str) -> None:
+    """Raise UserError if weights were made for other classes than the data that their outputs are compared with.
+
+    That is data.train for the teacher and, in an evaluation, data.eval, or data.train if that has no names.
+    """
+    if weights is None:
+        return
+    evaluated = role != "teacher" and section.eval is not None
+    lists = beside(section.eval, section.root) if evaluated else []
+    for found in lists or [of_training(section)]:
+        if found is not None:
+            key = "data.eval" if lists else "data.train"
+            refuse_difference(
+                found, weights, key, f"take weights made for these classes, or pack {key} with `shards pack --classes`"
+            )
+
+
+def refuse_difference(found: Names, reference: Names, owner: str, remedy: str) -> None:
+    """Raise UserError, naming the classes, if `found`, the list of `owner`, contradicts the reference."""
+    if problem := difference(found, reference):
+        raise UserError(f"{owner}: its classes are not those of {reference.where}: {problem}: {remedy}")
+
+
+# --- lists of networks -----------------------------------------------------------------------------------------------
+
+
+def keep(names: Names | None, run_dir: Path) -> None:
+    """Write the names of a run's classes into its directory. Raises UserError if it was begun with others."""
+    if names is None:
+        return
+    record = run_dir / RUN_RECORD
+    if record.is_file():
+        kept, remedy = Names(str(record), read(record)), "restore the data, or choose another run_dir"
+        refuse_difference(names, kept, "data.train", remedy)
+    record.write_text(json.dumps(names.names, indent=1) + "\n")
+
+
+def of_weights(path: str | Path) -> Names | None:
+    """The list that a run keeps beside its weights or above its checkpoints, if any."""
+    folder = Path(path).absolute().parent
+    for file in (folder / RUN_RECORD, folder.parent.parent / RUN_RECORD):
+        if file.is_file():
+            return Names(str(file), read(file))
+    return None
+
+
+def of_pretrained(record: dict[str, Any] | None, name: str) -> Names | None:
+    """The list in timm's record of a pretrained network (`pretrained_cfg`), if it holds one."""
+    names = (record or {}).get("label_names")
+    return Names(name, list(names)) if isinstance(names, (list, tuple)) and names else None

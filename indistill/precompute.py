@@ -28,7 +28,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import build, config, data, engine, estimate, health, remote, store, taps
+from indistill import build, class_names, config, data, engine, estimate, health, remote, store, taps
+from indistill.class_names import Names
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch, IndexedTraining, Request
@@ -263,6 +264,7 @@ def prepare(settings: Config) -> Job:
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
     accelerator = start_accelerator(settings, training=False)
     rank, accumulation = accelerator.process_index, settings.grad_accumulation
+    names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
     training = IndexedTraining(settings.data, settings.seed, rank, world, accumulation)
     health.agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
@@ -306,6 +308,7 @@ def prepare(settings: Config) -> Job:
         config=store.decisive(settings),
         plan=json.loads(plan.to_json()),
         data=training.fingerprint,
+        classes=names and names.names,
         samples=training.dataset.shards.sizes,
         fields={
             name: store.describe(name, found[name], settings.targets).model_copy(update={"views": sorted(seen)})
@@ -331,6 +334,7 @@ def claim(root: Path, manifest: Manifest) -> Manifest:
     for name in ("manifest.json", "manifest.partial.json"):
         if (root / name).exists():
             stored = store.parse((root / name).read_bytes(), str(root / name))
+            store.check_classes(str(root), stored, manifest.classes and Names("data.train", manifest.classes))
             if difference := stored.difference(manifest):
                 raise UserError(
                     f"{root} holds targets of another config ({difference}): choose another targets.dir, or delete it"

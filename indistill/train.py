@@ -22,6 +22,7 @@ from torch import Tensor
 
 from indistill import (
     build,
+    class_names,
     config,
     data,
     deepspeed_config,
@@ -243,9 +244,12 @@ def open_run_dir(settings: Config) -> Path:
     saved = run_dir / "config.yaml"
     try:
         if not history.has_begun(settings):
-            (run_dir / "prune_plan.json").unlink(missing_ok=True)  # that of a config that was mended since
+            for name in ("prune_plan.json", class_names.RUN_RECORD):  # those of a config that was mended since
+                (run_dir / name).unlink(missing_ok=True)
+        names = class_names.check(settings.data)
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         saved.write_text(config.dump(settings))
+        class_names.keep(names, run_dir)
     except OSError as error:
         raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another") from None
     return run_dir
