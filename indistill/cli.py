@@ -144,6 +144,9 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
         action.add_argument("--allow-pipe", action="store_true", help="let pipe: URLs run their commands")
         action.set_defaults(run=run)
+    actions.choices["verify"].add_argument(
+        "--num-classes", type=_count, metavar="N", help="data.num_classes: images without a label below it are bad, too"
+    )
     for action in actions.choices.values():
         action.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
         action.add_argument("--cache-dir", help="where indices and remote shards go (data.cache_dir)")
@@ -181,11 +184,11 @@ def _index(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from indistill import shards
 
-    bad = shards.verify(arguments.urls, **_reading(arguments))
-    for member in bad:
+    content = shards.verify(arguments.urls, **_reading(arguments), num_classes=arguments.num_classes)
+    for member in content.bad:
         print(f"{member.shard}: {member.key}: {member.problem}")
-    print(f"{len(bad)} bad members")
-    sys.exit(1 if bad else 0)
+    print(f"{content.summary()}\n{len(content.bad)} bad members")
+    sys.exit(1 if content.bad else 0)
 
 
 def _reading(arguments: argparse.Namespace) -> dict[str, Any]:

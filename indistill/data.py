@@ -15,7 +15,7 @@ from indistill import augment, config, preemption
 from indistill.augment import BadImage
 from indistill.config import UserError
 from indistill.order import SampleOrder
-from indistill.shards import ShardSet
+from indistill.shards import ShardSet, label_problem
 
 if TYPE_CHECKING:
     from indistill.store import Reader
@@ -208,12 +208,8 @@ def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
     shards = ShardSet(urls, section.root, section.cache_dir, int(section.cache_bytes), section.allow_pipe)
     labels = shards.labels
     for sample_id in np.flatnonzero((labels < 0) | (labels >= section.num_classes))[:1]:
-        raise UserError(wrong_label(shards.where(sample_id), labels[sample_id], section.num_classes))
+        raise UserError(f"{shards.where(sample_id)}: {label_problem(labels[sample_id], section.num_classes)}")
     return shards
-
-
-def wrong_label(where: str, label: int, num_classes: int) -> str:
-    return f"{where}: label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
 
 
 def check_accumulation(section: config.Data, world: int, accumulation: int) -> None:
