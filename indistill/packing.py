@@ -189,9 +189,8 @@ def _find_source(
         source = sorted(map(str, found))
     shards = ShardSet(source, cache_dir=cache_dir)
     keys = np.concatenate([index.keys for index in shards._indices])
-    sizes = np.concatenate([index.sizes for index in shards._indices])
     names, relabel = _names_of_shards(shards, given)
-    return _Shards(shards.fingerprint, shards, sizes, names, len(np.unique(keys)) < len(keys), relabel)
+    return _Shards(shards.fingerprint, shards, shards.image_sizes, names, len(np.unique(keys)) < len(keys), relabel)
 
 
 def _names_of_shards(shards: ShardSet, given: Sequence[str] | None) -> tuple[list[str] | None, dict[int, int]]:

@@ -135,6 +135,22 @@ class ShardSet:
             else:
                 yield from map(self.read, wanted)
 
+    def pick(self, sample_ids: np.ndarray) -> Iterator[tuple[int, Sample]]:
+        """(id, sample) of int64 [B] samples, shard by shard; a compressed shard is read from front to end."""
+        shards_of_ids = self._shards_of(sample_ids)
+        for shard in np.unique(shards_of_ids):
+            wanted = sample_ids[shards_of_ids == shard].tolist()
+            if _compressed(self.paths[shard]):
+                first, last, wanted = int(self._first_ids[shard]), int(self._first_ids[shard + 1]), set(wanted)
+                yield from ((i, s) for i, s in enumerate(self.iterate(first, last), first) if i in wanted)
+            else:
+                yield from ((i, self.read(i)) for i in wanted)
+
+    @property
+    def image_sizes(self) -> np.ndarray:
+        """int64 [samples], bytes of each image."""
+        return np.concatenate([index.sizes for index in self._indices])
+
     @property
     def labels(self) -> np.ndarray:
         """int64 [samples], -1 where a sample has none."""
