@@ -243,9 +243,10 @@ def open_run_dir(settings: Config) -> Path:
     run_dir = Path(settings.run_dir)
     saved = run_dir / "config.yaml"
     try:
-        if not history.has_begun(settings):
-            for name in ("prune_plan.json", class_names.RUN_RECORD):  # those of a config that was mended since
-                (run_dir / name).unlink(missing_ok=True)
+        if not history.has_begun(settings):  # what is there is of a config that was mended since
+            (run_dir / "prune_plan.json").unlink(missing_ok=True)
+            if saved.exists():  # else the names are of something else, and not ours to delete
+                (run_dir / class_names.RUN_RECORD).unlink(missing_ok=True)
         names = class_names.check(settings.data)
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         saved.write_text(config.dump(settings))
