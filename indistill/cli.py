@@ -240,9 +240,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from indistill import pipeline
+    from indistill import runs
 
-    stages = pipeline.load(arguments.config, arguments.overrides) if arguments.config else []
+    stages = runs.load(arguments.config, arguments.overrides) if arguments.config else []
     from indistill import doctor
 
     code = doctor.run(stages, arguments.json)

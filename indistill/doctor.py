@@ -862,7 +862,7 @@ TOGETHER: tuple[Check, ...] = (agreement, all_reduce, clocks, one_file_system)  
 
 
 def run(stages: Sequence[tuple[str, Config]] = (), as_json: bool = False) -> int:
-    """Print what is found for the configs of `pipeline.load`, and return the exit code: 1 if anything is FAIL.
+    """Print what is found for the configs of `runs.load`, and return the exit code: 1 if anything is FAIL.
 
     On several ranks rank 0 prints what all have found, and its code is the one that counts.
     """

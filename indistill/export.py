@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from indistill import checkpoint, class_names, config, data, models
 from indistill.config import Config, UserError
-from indistill.models import Network, Output
+from indistill.models import Network
+from indistill.outputs import Output
 from indistill.prune import Plan
 
 FILES = {"timm": "model.safetensors", "onnx": "model.onnx", "torch": "model.pt2"}

@@ -34,7 +34,6 @@ from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch, IndexedTraining, Request
 from indistill.objective import Objective
-from indistill.sources import Sources
 from indistill.store import Manifest, Reader
 from indistill.targets import LiveTargets, fields_of, needed
 from indistill.train import start_accelerator
@@ -269,7 +268,7 @@ def prepare(settings: Config) -> Job:
     health.agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        student, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration, Sources())
+        student, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration)
     targets_of.hold_weights()
 
     timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))

@@ -9,10 +9,37 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
 LEAVES = ["config", "remote", "class_names", "shards", "packing", "overlap", "order", "decode", "augment"]
-LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "store", "targets", "data"]
+LEAVES += [
+    "outputs",
+    "files",
+    "runs",
+    "taps",
+    "prune",
+    "losses",
+    "curriculum",
+    "models",
+    "projectors",
+    "store",
+    "targets",
+    "data",
+]
 LEAVES += ["similarity", "history", "preemption", "watchdog", "deepspeed_config", "charts"]
-WITHOUT_TORCH = ["config", "remote", "class_names", "shards", "packing", "order", "decode", "curriculum", "pipeline"]
-WITHOUT_TORCH += ["overlap", "api", "cli", "history", "preemption", "watchdog", "deepspeed_config", "charts", "report"]
+WITHOUT_TORCH = [
+    "config",
+    "remote",
+    "class_names",
+    "shards",
+    "packing",
+    "overlap",
+    "order",
+    "decode",
+    "curriculum",
+    "runs",
+    "api",
+    "cli",
+    "files",
+]
+WITHOUT_TORCH += ["history", "preemption", "watchdog", "deepspeed_config", "charts", "report"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics", "trackers"}
 MAY_USE_ACCELERATE |= {"estimate", "sources", "together", "precompute", "apart"}
 OPTIONAL = ("deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime")  # of the extras
