@@ -39,6 +39,7 @@ from indistill import Trainer, UserError, config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "studies"
+RUNS = REPOSITORY / "runs"
 LIBRARIES = ("indistill", "torch", "timm", "accelerate", "numpy")
 OPERATIONAL = ("run_dir", "checkpoint", "log", "trackers")  # top-level keys that change no score
 PROGRESS_SECONDS = 60
@@ -67,6 +68,12 @@ class Prepared(Section):
     overrides: list[str] = []
 
 
+class Targets(Section):
+    """A config whose targets are stored first, once for each seed: all that any of the methods reads."""
+
+    overrides: list[str]
+
+
 class Cells(Section):
     """Every combination of these. Seeds come outermost, so that an early look has all methods."""
 
@@ -75,22 +82,32 @@ class Cells(Section):
     rates: list[PositiveFloat | None] = [None]
 
 
+class Quick(Section):
+    """What `--quick` changes, to see that everything works."""
+
+    epochs: PositiveFloat  # at most so many for each run
+    overrides: list[str] = []
+
+
 class Study(Section):
     title: str
     config: str  # relative to the study's file
     overrides: list[str] = []
     prepare: dict[str, Prepared] = {}  # in this order, before all else
-    targets_of: str | None = None  # the method whose targets are stored first, for all others to read too
+    targets: Targets | None = None
     methods: dict[str, Method]
     baseline: str
     seeds: list[int] = Field(min_length=1)
     cells: list[Cells]  # in the order in which they run
     metrics: dict[str, str] = Field(min_length=1)  # name in summary.json: title; the first is compared and plotted
+    quick: Quick
 
     @model_validator(mode="after")
     def _check_names(self) -> Study:
-        named = [self.baseline, *(method.baseline for method in self.methods.values()), self.targets_of]
+        named = [self.baseline, *(method.baseline for method in self.methods.values())]
         named += [name for cells in self.cells for name in cells.methods]
+        if both := {*self.prepare, "targets"} & self.methods.keys():
+            raise ValueError(f"{min(both)} is a method, and something to prepare: choose another name")
         for name in named:
             if name is not None and name not in self.methods:
                 raise ValueError(f"{name} is not among the methods ({', '.join(self.methods)})")
@@ -105,8 +122,10 @@ class Run:
     seed: int
     epochs: float
     rate: float | None
+    quick: bool
     runs: Path
     data: Path
+    weights: Path
 
     @property
     def key(self) -> tuple[str, int, float, float | None]:
@@ -125,11 +144,13 @@ class Run:
 
     def templates(self) -> list[str]:
         """The overrides before $data and the like are replaced: equal on every machine."""
-        own = self.study.prepare.get(self.method) or self.study.methods[self.method]
-        return [*self.study.overrides, "seed=$seed", "duration=$epochs epochs", *own.overrides]
+        own = {**self.study.methods, **self.study.prepare, "targets": self.study.targets}[self.method]
+        quick = self.study.quick.overrides if self.quick else []
+        return [*self.study.overrides, "seed=$seed", "duration=$epochs epochs", *own.overrides, *quick]
 
     def overrides(self) -> list[str]:
-        values = {"data": self.data, "runs": self.runs, "seed": self.seed, "epochs": f"{self.epochs:g}"}
+        values = {"seed": self.seed, "epochs": f"{self.epochs:g}"}
+        values |= {"data": self.data, "runs": self.runs, "weights": self.weights}
         if self.rate is not None:
             values["rate"] = repr(self.rate)
         try:
@@ -174,30 +195,31 @@ def load(path: Path) -> Study:
 
 def plan(study: Study, arguments: argparse.Namespace) -> tuple[list[Run], list[Run]]:
     """The prepared runs, then those of the methods, in the order in which they are carried out."""
-    seeds = study.seeds[: arguments.seeds]
-    longest = arguments.epochs or math.inf
-    place = {"runs": (arguments.runs / arguments.study.stem).absolute(), "data": arguments.data.absolute()}
-    prepared = [
-        Run(study, arguments.study, name, 0, min(one.epochs, longest), None, **place)
-        for name, one in study.prepare.items()
-    ]
+    longest = study.quick.epochs if arguments.quick else math.inf
+    folders = {"runs": arguments.runs / arguments.study.stem, "data": arguments.data, "weights": arguments.weights}
+
+    def run(method: str, seed: int, epochs: float, rate: float | None) -> Run:
+        absolute = {name: folder.absolute() for name, folder in folders.items()}
+        return Run(study, arguments.study, method, seed, min(epochs, longest), rate, arguments.quick, **absolute)
+
+    prepared = [run(name, 0, one.epochs, None) for name, one in study.prepare.items()]
     runs = [
-        Run(study, arguments.study, method, seed, min(epochs, longest), rate, **place)
+        run(method, seed, epochs, rate)
         for cells in study.cells
         for epochs in cells.epochs
         for rate in cells.rates
-        for seed in seeds
+        for seed in (study.seeds[:1] if arguments.quick else study.seeds)
         for method in cells.methods
     ]
     return prepared, list({run.key: run for run in runs}.values())
 
 
-def check(runs: Sequence[Run], data: Path) -> None:
-    """Raise UserError, before any work, for a config that is wrong or data that are not there."""
+def check(runs: Sequence[Run]) -> None:
+    """Raise UserError, before any work, for a config that is wrong or files that are not there."""
     for run in runs:
-        for name in re.findall(r"\$data/([\w./-]+)", " ".join(run.templates())):
-            if not (data / name).exists():
-                raise UserError(f"no {data / name}: name the folder that has it with DATA or --data")
+        for folder, name in re.findall(r"\$(data|weights)/([\w./-]+)", " ".join(run.templates())):
+            if not (path := getattr(run, folder) / name).exists():
+                raise UserError(f"no {path}: name the folder that has it with --{folder} (see benchmarks/README.md)")
         _ = Trainer(run.base, *run.overrides()).settings
 
 
@@ -210,19 +232,22 @@ def main(argv: list[str] | None = None) -> int:
         study = load(arguments.study)
         prepared, runs = plan(study, arguments)
         results = arguments.results / f"{arguments.study.stem}.jsonl"
-        due = [run for run in runs if run.key not in known(results, runs)]
-        check([*prepared, *due] if due else [], arguments.data)
-        first_of_seed = {run.seed: replace(run, method=study.targets_of) for run in reversed(due) if study.targets_of}
+        finished = known(results, [*prepared, *runs])
+        due = [run for run in runs if run.key not in finished]
+        check([*prepared, *due] if due else [])
+        longest = sorted(due, key=lambda run: run.epochs) if study.targets else []
+        targets = {run.seed: replace(run, method="targets") for run in longest}
 
         def keep(line: Line) -> None:
-            append(results, line)
-            write(study, results, runs)
+            if (line["method"], line["seed"], line["epochs"], line["rate"]) not in finished:
+                append(results, line)
+                write(study, results, prepared, runs)
 
         for run in prepared if due else ():  # each may read the one before it
-            carry_out([run], train, 1)
-        carry_out(list(first_of_seed.values()), store_targets, arguments.jobs)
+            carry_out([run], train, 1, keep)
+        carry_out(list(targets.values()), store_targets, arguments.jobs)
         carry_out(due, train, arguments.jobs, keep)
-        print(f"\n{write(study, results, runs)}\nWritten to {results.with_suffix('.md')}")
+        print(f"\n{write(study, results, prepared, runs)}\nWritten to {results.with_suffix('.md')}")
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -239,13 +264,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=os.environ.get("DATA", REPOSITORY.parent / "shared" / "data"),
         help="folder of the data sets, $data in the study; default: the environment's DATA, else ../shared/data",
     )
-    parser.add_argument("--epochs", type=float, help="at most so many for each run, for a quick look")
-    parser.add_argument("--seeds", type=int, help="only the first so many")
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs" / "studies", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the lines, tables and plots")
+    parser.add_argument(
+        "--weights", type=Path, default=RUNS / "weights", help="folder of converted weights, $weights in the study"
+    )
+    parser.add_argument("--runs", type=Path, help="folder of the runs; default: runs/studies, or runs/quick")
+    parser.add_argument(
+        "--results", type=Path, help="folder of lines, tables and plots; default: benchmarks/results/studies, or RUNS"
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed and few epochs, to see that everything works")
     arguments = parser.parse_args(argv)
-    if any(value is not None and value <= 0 for value in (arguments.jobs, arguments.epochs, arguments.seeds)):
-        parser.error("--jobs, --epochs and --seeds must be positive")
+    if arguments.jobs < 1:
+        parser.error("--jobs must be positive")
+    arguments.runs = arguments.runs or RUNS / ("quick" if arguments.quick else "studies")
+    arguments.results = arguments.results or (arguments.runs if arguments.quick else RESULTS)
     return arguments
 
 
@@ -390,27 +421,32 @@ def known(results: Path, runs: Sequence[Run]) -> dict[tuple, Line]:
 # --- the table and the plot ------------------------------------------------------------------------------------------
 
 
-def write(study: Study, results: Path, runs: Sequence[Run]) -> str:
+def write(study: Study, results: Path, prepared: Sequence[Run], runs: Sequence[Run]) -> str:
     """Write the tables and the plot beside the lines; returns the Markdown."""
     lines = known(results, runs)
     results.parent.mkdir(parents=True, exist_ok=True)
     plot = curves(study, lines)
     if plot:
         results.with_suffix(".svg").write_text(plot)
-    text = report(study, lines, runs, results.with_suffix(".svg").name if plot else None)
+    text = report(study, lines, known(results, prepared), runs, results.with_suffix(".svg").name if plot else None)
     results.with_suffix(".md").write_text(text)
     return text
 
 
-def report(study: Study, lines: dict[tuple, Line], runs: Sequence[Run], plot: str | None) -> str:
+def report(
+    study: Study, lines: dict[tuple, Line], prepared: dict[tuple, Line], runs: Sequence[Run], plot: str | None
+) -> str:
     metric = next(iter(study.metrics.values()))
     parts = [f"# {study.title}", f"{len(lines)} of {len(runs)} runs are finished."]
     if lines:
-        parts += [
+        parts.append(
             "Scores in %: mean ± standard deviation (n - 1) over the seeds. Differences: "
             f'"{metric}" minus that of the baseline, paired by seed, with the {100 * CONFIDENCE:g} % interval of '
-            "Student's t.",
-        ]
+            "Student's t."
+        )
+    for line in prepared.values():
+        told = [f"{name} {100 * value:.2f}" for name, value in line["scores"].items()]
+        parts.append(f"Before them, `{line['method']}` was trained for {line['epochs']:g} epochs: {', '.join(told)}.")
     if plot:
         parts.append(f"![{metric}, %, by epochs]({plot})")
     for epochs, rate in dict.fromkeys((run.epochs, run.rate) for run in runs):
