@@ -189,8 +189,8 @@ def load(path: Path) -> Study:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "study"
-        raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        where = ": ".join([str(path), ".".join(map(str, first["loc"]))]).removesuffix(": ")
+        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def plan(study: Study, arguments: argparse.Namespace) -> tuple[list[Run], list[Run]]:
