@@ -334,10 +334,12 @@ def train(run: Run) -> Line:
         raise UserError(f"{run.directory} holds a run of other settings: remove it, or choose another --runs")
     marker.write_text(run.fingerprint())
     summary = run.directory / "summary.json"
+    begun = summary.exists() or (run.directory / "metrics.jsonl").exists()
+    begin = time.process_time()
     if not summary.exists():
         with logged(run):
             Trainer(run.base, *run.overrides()).train()
-    return line(run, json.loads(summary.read_text()))
+    return line(run, json.loads(summary.read_text()), None if begun else time.process_time() - begin)
 
 
 def store_targets(run: Run) -> None:
@@ -356,7 +358,8 @@ def logged(run: Run):
 # --- the lines -------------------------------------------------------------------------------------------------------
 
 
-def line(run: Run, summary: dict[str, Any]) -> Line:
+def line(run: Run, summary: dict[str, Any], cpu_seconds: float | None) -> Line:
+    """The run's line; `cpu_seconds`, with start and evaluation, is None for a run that was interrupted."""
     method, seed, epochs, rate = run.key
     settings = Trainer(run.base, *run.overrides()).settings
     checkpoint = Path(settings.teacher.checkpoint) if settings.teacher and settings.teacher.checkpoint else None
@@ -370,6 +373,7 @@ def line(run: Run, summary: dict[str, Any]) -> Line:
         "scores": summary["metrics"],
         "steps": summary["step"],
         "seconds": round(summary["seconds"], 1),
+        "cpu_seconds": cpu_seconds and round(cpu_seconds, 1),
         "date": str(datetime.date.today()),
         "commit": commit(),
         "machine": machine(),
@@ -428,7 +432,11 @@ def write(study: Study, results: Path, prepared: Sequence[Run], runs: Sequence[R
     plot = curves(study, lines)
     if plot:
         results.with_suffix(".svg").write_text(plot)
-    text = report(study, lines, known(results, prepared), runs, results.with_suffix(".svg").name if plot else None)
+    first = known(results, prepared)
+    text = report(study, lines, first, runs, results.with_suffix(".svg").name if plot else None)
+    count = len(results.read_text().splitlines()) if results.exists() else 0
+    if left_out := count - len(lines) - len(first):
+        text += f"\nLeft out are {left_out} more lines, of other settings or of runs done twice.\n"
     results.with_suffix(".md").write_text(text)
     return text
 
@@ -456,7 +464,7 @@ def report(
             if any((line["method"], line["epochs"], line["rate"]) == (method, epochs, rate) for line in lines.values())
         ]
         if rows:
-            columns = ["", "seeds", *study.metrics.values(), "difference", "of", "minutes"]
+            columns = ["", "seeds", *study.metrics.values(), "difference", "to", "CPU minutes"]
             parts += [f"## {epochs:g} epochs{'' if rate is None else f', rate {rate:g}'}", table(columns, rows)]
     return "\n\n".join([*parts, *provenance(list(lines.values()))]) + "\n"
 
@@ -467,13 +475,14 @@ def row(study: Study, lines: dict[tuple, Line], method: str, epochs: float, rate
     baseline = study.methods[method].baseline or study.baseline
     base = {} if baseline == method else scores(of_method(lines, baseline, epochs, rate), metric)
     difference = paired(scores(own, metric), base)
+    seconds = [line["cpu_seconds"] for line in own.values() if line["cpu_seconds"]]
     return [
         study.methods[method].title,
         str(len(own)),
         *(mean_and_deviation(list(scores(own, name).values())) for name in study.metrics),
         difference,
         study.methods[baseline].title if difference else "",
-        f"{statistics.mean(line['seconds'] for line in own.values()) / 60:.1f}",
+        f"{statistics.mean(seconds) / 60:.1f}" if seconds else "",
     ]
 
 

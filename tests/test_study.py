@@ -186,6 +186,7 @@ def test_runs_in_processes_of_their_own(small, tmp_path, capfd):
     for line in lines:
         summary = tmp_path / "runs" / "small" / f"{line['method']}-1epochs-rate0.001-seed0" / "summary.json"
         assert line["scores"] == json.loads(summary.read_text())["metrics"]
+        assert line["cpu_seconds"] > 0
         assert line["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
@@ -227,6 +228,7 @@ def test_a_line_of_other_settings_does_not_count(small, tmp_path, capsys):
     assert study.main([*changed, f"--runs={tmp_path / 'other'}"]) == 0
     assert len(read(tmp_path)) == 2
     text = (tmp_path / "results" / "small.md").read_text()
+    assert "Left out are 1 more lines" in text
     assert f"| KD | 1 | {100 * read(tmp_path)[1]['scores']['top1']:.2f} |" in text
 
 
@@ -243,6 +245,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(small):
     # Trained, but stopped before its line was kept: the line is made without training.
     (run.directory / "metrics.jsonl").unlink()
     assert study.train(run) == line
+    assert line["cpu_seconds"] is None
     assert not (run.directory / "metrics.jsonl").exists()
 
 
@@ -301,7 +304,7 @@ def made_up(small, tmp_path: Path, scores: dict[tuple[str, int], list[float]]) -
     (tmp_path / "results").mkdir()
     for run in study.plan(study.load(Path(options[0])), study.parse(options))[1]:
         line = {"method": run.method, "seed": run.seed, "epochs": run.epochs, "rate": run.rate}
-        line |= {"fingerprint": run.fingerprint(), "teacher": None, "seconds": 60.0, "date": "2026-01-01"}
+        line |= {"fingerprint": run.fingerprint(), "teacher": None, "cpu_seconds": 60.0, "date": "2026-01-01"}
         line |= {"commit": "c", "machine": "m", "versions": {}, "scores": {}}
         line["scores"] = {"top1": scores[run.method, run.epochs][run.seed]}
         study.append(tmp_path / "results" / "small.jsonl", line)
