@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -545,16 +546,15 @@ def curves(study: Study, lines: dict[tuple, Line]) -> str | None:
     from indistill import charts
 
     metric, title = next(iter(study.metrics.items()))
-    several_rates = len({rate for *_, rate in lines}) > 1
+    budgets = sorted({key[2] for key in lines})
+    rates = list(dict.fromkeys(rate for *_, rate in lines))
     series = []
-    for method, rate in dict.fromkeys((key[0], key[3]) for key in sorted(lines, key=lambda k: (str(k[3]), k[0]))):
-        points = []
-        for epochs in sorted({key[2] for key in lines}):
-            values = scores(of_method(lines, method, epochs, rate), metric).values()
-            points += [(epochs, statistics.mean(values) / 100)] if values else []
+    for rate, method in itertools.product(rates, study.methods):
+        values = {epochs: scores(of_method(lines, method, epochs, rate), metric).values() for epochs in budgets}
+        points = [(epochs, statistics.mean(of_seeds) / 100) for epochs, of_seeds in values.items() if of_seeds]
         name = study.methods[method].title.replace("*", "")
         if len(points) > 1:
-            series.append(charts.Series(f"{name}, rate {rate:g}" if several_rates and rate else name, points))
+            series.append(charts.Series(f"{name}, rate {rate:g}" if len(rates) > 1 else name, points))
     if not series:
         return None
     return standalone(charts, charts.Chart(title, "%", series, x="epochs", percent=True))

@@ -364,7 +364,7 @@ def test_the_teachers_ten_logits_are_those_of_its_thousand():
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Shards and weights under the names of the real ones: 96 images to train on."""
     root = tmp_path_factory.mktemp("studies")
-    for name, size in (("cifar10", 32), ("fashionmnist", 28), ("imagenette", 96)):
+    for name, size in (("cifar10", 32), ("fashionmnist", 28), ("imagenette", 96), ("tinyimagenet", 64)):
         for split, count in (("train", 96), ("test", 20)):
             pack_images(root / name, split, count, per_shard=count, seed=0, size=size)
             (tar,) = (root / name).glob(f"{split}-*.tar")
@@ -389,7 +389,7 @@ def test_the_quick_version_of_every_study(path, folders, tmp_path):
     for cells in written["cells"]:  # dist and dkd run as kd does
         cells["methods"] = [method for method in cells["methods"] if not method.startswith(("dist", "dkd"))]
     written["quick"]["overrides"] += ["data.global_batch=4", "data.streams=4", "checkpoint.every_steps=null"]
-    (tmp_path / path.name).write_text(yaml.safe_dump(written))
+    (tmp_path / path.name).write_text(yaml.safe_dump(written, sort_keys=False))
     options = [f"--{name}={folder}" for name, folder in folders.items()]
     assert study.main([str(tmp_path / path.name), "--quick", f"--runs={tmp_path / 'runs'}", *options]) == 0
     text = (tmp_path / "runs" / f"{path.stem}.md").read_text()
