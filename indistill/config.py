@@ -220,6 +220,18 @@ class Teacher(Model):
     # Its weights cut over all processes, and gathered block by block as it runs: for one too large for a GPU. The
     # targets are the same, so that a run may go on without; one process holds it whole all the same.
     shard: bool = False
+    random: bool = False  # with pretrained: false, a teacher of random weights: a control, never the default
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Teacher:
+        if self.random and (self.pretrained or self.checkpoint):
+            raise ValueError("random: true excludes pretrained: true and checkpoint: keep one")
+        if not (self.random or self.pretrained or self.checkpoint):
+            raise ValueError(
+                f"{self.name} has no weights: set pretrained: true or checkpoint: FILE; a random teacher, as a control, "
+                "needs random: true beside pretrained: false"
+            )
+        return self
 
 
 class Heads(Section):

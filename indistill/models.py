@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _MAX_HEAD_WEIGHTS = 10**8
+_OTHER_WEIGHTS = {"checkpoint_path", "pretrained_strict"}  # of timm.create_model: what weights it ends up with
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
 
@@ -165,6 +166,8 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
         raise UserError(
             f"{role}.name: timm has no model {section.name!r}" + (f"; near: {', '.join(close)}" * bool(close))
         )
+    for key in _OTHER_WEIGHTS & section.kwargs.keys():
+        raise UserError(f"{role}.kwargs.{key}: would load other weights, or only some: give {role}.checkpoint instead")
     # Asked for another number of classes, timm would replace a pretrained head by a random one.
     kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
     try:
@@ -177,6 +180,11 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     if net.num_classes != num_classes:
         raise UserError(
             f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is {num_classes}: "
+            "use weights trained for this data set"
+        )
+    if role == "teacher" and section.pretrained and "num_classes" in kwargs:
+        raise UserError(
+            "teacher.kwargs.num_classes: timm would replace the head of another size by a random one: remove it, and "
             "use weights trained for this data set"
         )
     if section.checkpoint:

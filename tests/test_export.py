@@ -41,7 +41,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "augment": {"recipe": "none", "flip": False},
         },
         "student": {"name": "cnn32_student", "mean": MEAN, "std": STD},
-        "teacher": {"name": "cnn32_auxiliary"},
+        "teacher": {"name": "cnn32_auxiliary", "random": True},
         "warmup": {"durations": ["4 steps", "4 steps", "5 steps"]},
         "kd": {"losses": [{"name": "ce"}, {"name": "kd", "weight": 0.05}]},
         "optimizer": {"name": "adamw", "lr": 1e-2},
