@@ -228,8 +228,8 @@ class Teacher(Model):
             raise ValueError("random: true excludes pretrained: true and checkpoint: keep one")
         if not (self.random or self.pretrained or self.checkpoint):
             raise ValueError(
-                f"{self.name} has no weights: set pretrained: true or checkpoint: FILE; a random teacher, as a control, "
-                "needs random: true beside pretrained: false"
+                f"{self.name} has no weights: set pretrained: true or checkpoint: FILE; a random teacher, as a "
+                "control, needs random: true beside pretrained: false"
             )
         return self
 

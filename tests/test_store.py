@@ -306,7 +306,8 @@ def save_teacher(path: Path, seed: int) -> None:
 def test_a_mismatch_is_refused_by_name(stored, tmp_path):
     weights = tmp_path / "teacher.safetensors"
     save_teacher(weights, seed=1)
-    stored = with_(stored, "teacher.random=false", f"teacher.checkpoint={weights}", "kd.losses=[{name: ce}, {name: kd}]")
+    stored["teacher"]["random"] = False
+    stored = with_(stored, f"teacher.checkpoint={weights}", "kd.losses=[{name: ce}, {name: kd}]")
     assert "no stored targets there" in refusal(stored)
     compute(stored)
     root = stored["targets"]["dir"]
