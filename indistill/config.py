@@ -247,13 +247,14 @@ class Heads(Section):
 
 
 class Optimizer(Section):
-    """Arguments of `timm.optim.create_optimizer_v2`."""
+    """Arguments of `timm.optim.create_optimizer_v2`; one that would have no effect is refused."""
 
     name: str = "sgd"  # any timm optimizer
     lr: PositiveFloat  # learning rate, before the schedule
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # not of biases, norms, positions and class tokens
     momentum: float = 0.9  # of optimizers that have one
-    kwargs: dict[str, Any] = {}  # passed on to the optimizer: betas, eps, nesterov, ...
+    # Passed on: betas, eps, nesterov, ..., and layer_decay, by which each layer's rate is that of the next, times this.
+    kwargs: dict[str, Any] = {}
 
 
 class Schedule(Section):
@@ -611,6 +612,14 @@ class Config(Section):
             raise ValueError("compile: true works with engine: ddp: remove one")
         if self.compile and self.teacher is not None and self.teacher.shard:
             raise ValueError("compile: true needs the whole teacher on every process: remove it, or teacher.shard")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_that_train(self) -> Config:
+        if self.warmup is not None and "layer_decay_no_opt_scale" in self.optimizer.kwargs:
+            raise ValueError(
+                "optimizer.kwargs.layer_decay_no_opt_scale freezes the first layers, which warmup trains: remove one"
+            )
         return self
 
     @model_validator(mode="after")

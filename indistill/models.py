@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import pickle
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,14 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
-from timm.models import build_model_with_cfg, generate_default_cfgs, load_state_dict, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    group_parameters,
+    load_state_dict,
+    register_model,
+)
+from timm.optim import auto_group_layers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -150,8 +157,20 @@ class Network(nn.Module):
     def _adapt(self, pair: int, feature: Tensor) -> Tensor:
         return self.adapters[str(pair)](feature) if str(pair) in self.adapters else feature
 
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of a parameter, for timm's layer decay: that of the bare timm model.
+
+        Adapters and projectors count as the last layer: they are as new as a classifier, and train at the full rate.
+        """
+        if hasattr(self.net, "group_matcher"):
+            layers = group_parameters(self.net, self.net.group_matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(self.net)  # timm's own way with such models
+        last = max(layers.values())
+        return lambda name: layers.get(name.removeprefix("net."), last)
+
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimizers ask a model for: positions and class tokens, which do not decay."""
+        """Patterns of the parameters that timm's optimizers exempt from weight decay: positions and class tokens."""
         return {f"net.{name}" for name in getattr(self.net, "no_weight_decay", set)()}
 
 
