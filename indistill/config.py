@@ -101,7 +101,7 @@ MAX_RAND_AUGMENT_OPS = 4
 
 
 class RandAugment(Section):
-    """timm's `rand-m{magnitude}-n{num_ops}-mstd{mstd}-p{probability}-inc1`, bilinear."""
+    """timm's `rand-m{magnitude}-n{num_ops}-mstd{mstd}-p{probability}-inc1`, by data.interpolation."""
 
     magnitude: Annotated[float, Field(ge=0, le=10)] = 9  # how strong the operations are
     num_ops: Annotated[int, Field(ge=1, le=MAX_RAND_AUGMENT_OPS)] = 2  # drawn for an image, with replacement
@@ -132,7 +132,7 @@ class RandomErasing(Section):
 
 
 class Augment(Section):
-    """Training augmentation; evaluation always resizes the shorter side and crops the centre.
+    """Training augmentation; evaluation resizes and crops as data.eval_interpolation and data.eval_crop say.
 
     In this order: recipe, flip, rand_augment, color_jitter, random_erasing.
     """
@@ -181,7 +181,14 @@ class Data(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of undecodable images that the run puts up with
     workers: Annotated[int, Field(ge=0)] = 4  # loader processes per rank
     augment: Augment = Augment()  # of training images
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # centre crop as a fraction of the resized shorter side
+    # How training images are resized, as timm does: random draws one of the two for each image (and for each turn,
+    # shear or shift of rand_augment).
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bilinear"
+    # In evaluation. auto: as timm's record says (pretrained_cfg) of the student if it begins with weights, else of the
+    # teacher, else of the student. `indistill eval CONFIG NAME` takes that of NAME.
+    eval_interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    # Centre crop as a fraction of the resized shorter side. auto: likewise, with timm's crop_mode.
+    eval_crop: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _stream_needs(self) -> Data:
