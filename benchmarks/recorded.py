@@ -61,7 +61,7 @@ def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: i
             "in_memory": True,
             "augment": {"recipe": "none", "flip": False},
         },
-        "teacher": {"name": "resnet34"},
+        "teacher": {"name": "resnet34", "random": True},
         "student": {"name": "resnet18", "kwargs": {"channels": [32, 64, 128, 256]}},
         "warmup": {"durations": [f"{steps} steps"] * 4},
         "kd": {"losses": [{"name": "ce"}, {"name": "kd"}, {"name": "pkt"}]},

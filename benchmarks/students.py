@@ -109,7 +109,7 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
                 "global_batch": BATCH,
                 "streams": BATCH,
             },
-            "teacher": {"name": TEACHER},
+            "teacher": {"name": TEACHER, "random": True},
             "warmup": None,
             "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
             "optimizer": {"name": "momentum", "lr": 1e-3},

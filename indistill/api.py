@@ -86,7 +86,8 @@ class Trainer:
         """
         from indistill.export import load_for_eval
 
-        return load_for_eval(self.settings, str(what or self.settings.run_dir)).eval()
+        network, _ = load_for_eval(self.settings, str(what or self.settings.run_dir))
+        return network.eval()
 
     def export(
         self, destination: str | Path, form: str = "timm", weights: str | None = None, checkpoint: str | None = None

@@ -23,6 +23,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from indistill import checkpoint, class_names, config, data, models
+from indistill.augment import EvalView
 from indistill.config import Config, UserError
 from indistill.models import Network
 from indistill.outputs import Output
@@ -143,7 +144,8 @@ def _images(settings: Config) -> tuple[Tensor, str]:
     try:
         if section.eval is None:
             raise UserError("data.eval is not set")
-        dataset = data.ImageDataset(data.open_shards(section, section.eval), section, settings.seed)
+        shards, view = data.open_shards(section, section.eval), models.evaluation_view(settings)
+        dataset = data.ImageDataset(shards, section, settings.seed, view=view)
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[data.Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:
@@ -206,8 +208,7 @@ def _write_timm(network: Network, source: Source, folder: Path) -> None:
     preprocessing = _preprocessing(network, settings)
     record = {key: net.pretrained_cfg[key] for key in kept if key in net.pretrained_cfg} | {
         "input_size": (3, preprocessing["image_size"], preprocessing["image_size"]),
-        **{key: preprocessing[key] for key in ("mean", "std", "crop_pct", "interpolation")},
-        "crop_mode": "center",
+        **{key: preprocessing[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
         "num_classes": net.num_classes,
     }
     net.pretrained_cfg = record
@@ -251,10 +252,12 @@ def _write_torch(network: Network, source: Source, folder: Path) -> None:
 
 def _preprocessing(network: Network, settings: Config) -> dict[str, Any]:
     """What evaluation did with an image (augment.eval_view), in timm's words."""
+    view = models.evaluation_view(settings)
     return {
         "image_size": settings.data.image_size,
-        "crop_pct": settings.data.eval_crop,
-        "interpolation": "bilinear",
+        "crop_pct": view.crop_pct,
+        "crop_mode": view.crop_mode,
+        "interpolation": view.interpolation,
         # As they were given: float32 of them would be other numbers.
         **dict(zip(("mean", "std"), models.normalisation(network.net, settings.student, "student"))),
     }
@@ -298,12 +301,12 @@ class Program(nn.Module):
             return Output((), None, self.run(images.cpu()).to(images.device))
 
 
-def load_for_eval(settings: Config, what: str) -> Network | Program:
-    """What `indistill eval` scores.
+def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalView]:
+    """What `indistill eval` scores, and how images are shown to it.
 
     A weights file, checkpoint or run of the config's student, an exported folder, or a model: a timm name (timm:NAME
-    for one that is also a path), with its own pretrained weights and normalisation. Raises UserError for what is none
-    of these or does not fit the config.
+    for one that is also a path), with its own pretrained weights, normalisation and, where the config says auto,
+    interpolation and crop. Raises UserError for what is none of these or does not fit the config.
     """
     path = Path(what)
     if path.is_dir() and any((path / file).is_file() for file in ("config.json", FILES["onnx"], FILES["torch"])):
@@ -314,12 +317,12 @@ def load_for_eval(settings: Config, what: str) -> Network | Program:
             )
         network = load_folder(path, settings)
         _check_classes(network, what, settings)
-        return network
+        return network, _view_of_folder(path, settings)
     name = what.removeprefix("timm:")
     if name != what or (not path.exists() and (timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:")))):
         network = _pretrained(name, settings)
         _check_classes(network, name, settings)
-        return network
+        return network, models.own_view(_named(name), settings.data, "eval")
     if settings.stage == "heads":
         raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
     if path.is_dir():
@@ -329,7 +332,7 @@ def load_for_eval(settings: Config, what: str) -> Network | Program:
     class_names.check_weights(names, settings.data, "eval")
     if names is None or settings.evaluate.retrieval:  # the weights are of data.train, retrieval is from it
         class_names.check(settings.data)
-    return load_file(settings, path)
+    return load_file(settings, path), models.evaluation_view(settings)
 
 
 def _check_classes(network: Network | Program, what: str, settings: Config) -> None:
@@ -390,8 +393,23 @@ def _run_torch(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | No
     return lambda images: program(images), classes  # of a module Program would make a part, which refuses eval()
 
 
+def _named(name: str) -> config.Model:
+    return config.Model(name=name, pretrained=True)
+
+
+def _view_of_folder(folder: Path, settings: Config) -> EvalView:
+    """How images are shown to what was exported there: as it says, where the config says auto."""
+    if (folder / "config.json").is_file():
+        return models.own_view(_named(f"local-dir:{folder}"), settings.data, "eval")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / FILES["onnx"], providers=["CPUExecutionProvider"])
+    told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    return models.view_by_record(told, settings.data)
+
+
 def _pretrained(name: str, settings: Config) -> Network:
-    section = config.Model(name=name, pretrained=True)
+    section = _named(name)
     net = models.create(section, settings.data.num_classes, settings.data.image_size, "eval")
     return Network(net, *models.normalisation(net, section, "eval"))
 
@@ -419,6 +437,7 @@ logits = session.run(["logits"], {{"images": images}})[0]    # images: uint8 [ba
 program = torch.export.load("FOLDER/model.pt2").module()    # a program: load none that you do not trust
 logits = program(images)    # images: uint8 [batch, 3, {size}, {size}]""",
 }
+_RESIZED = {"center": "The shorter side is", "squash": "Each side is", "border": "The longer side is"}  # by crop_mode
 _LIBRARY = {"timm": "timm", "onnx": "onnx", "torch": "pytorch"}
 # Where a run and its data lie is nobody's business but its owner's.
 _LOCAL_KEYS = {"run_dir": True, "data": {"root", "cache_dir"}, "targets": {"dir"}}
@@ -434,7 +453,7 @@ def card(source: Source, network: Network, form: str, command: str, checked: str
         taken = "Normalised float images, as timm's own transform makes them"
     else:
         taken = "uint8 RGB images, resized and cropped; it normalises them itself"
-    preprocessing = _preprocessing(network, settings)
+    preprocessing, view = _preprocessing(network, settings), models.evaluation_view(settings)
     front = {
         "library_name": _LIBRARY[form],
         "pipeline_tag": "image-classification",
@@ -454,8 +473,8 @@ def card(source: Source, network: Network, form: str, command: str, checked: str
         + (" of training." if source.finished else " of a run that had not finished.")
         + began,
         f"```python\n{_USE[form].format(register=register, size=section.image_size)}\n```",
-        f"**Input.** {taken}. The shorter side is resized to {int(section.image_size / section.eval_crop)} pixels "
-        f"(bilinear), the centre of {section.image_size} x {section.image_size} cut out; mean "
+        f"**Input.** {taken}. {_RESIZED[view.crop_mode]} resized to {int(section.image_size / view.crop_pct)} pixels "
+        f"({view.interpolation}), the centre of {section.image_size} x {section.image_size} cut out; mean "
         f"{list(preprocessing['mean'])}, standard deviation {list(preprocessing['std'])} of values in [0, 1].",
         f"**Teacher.** {teacher}",
         f"**Method.** {_method(source)}",

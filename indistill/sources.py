@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 
-from indistill import build, data, health
+from indistill import build, data, health, models
+from indistill.augment import EvalView
 from indistill.config import Config
 from indistill.curriculum import Timetable
 from indistill.data import Batch, IndexedTraining
@@ -58,5 +59,7 @@ def open_data(accelerator: Accelerator, settings: Config) -> tuple[Training, dat
     return training, open_eval_set(settings) if settings.data.eval is not None else None
 
 
-def open_eval_set(settings: Config) -> data.ImageDataset:
-    return data.ImageDataset(data.open_shards(settings.data, settings.data.eval), settings.data, settings.seed)
+def open_eval_set(settings: Config, view: EvalView | None = None) -> data.ImageDataset:
+    """The images of `data.eval`, as `view` (None: that of this config's student) shows them."""
+    shards = data.open_shards(settings.data, settings.data.eval)
+    return data.ImageDataset(shards, settings.data, settings.seed, view=view or models.evaluation_view(settings))

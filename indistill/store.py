@@ -36,7 +36,7 @@ _TINY = torch.finfo(torch.float32).tiny  # what a probability of 0 is taken for:
 _TORCH = {"<f4": torch.float32, "<u2": torch.bfloat16, "|i1": torch.int8, "<i2": torch.int16, "<i4": torch.int32}
 
 # What of a config decides the targets. Weights count by their content.
-_KEYS = ("seed", "data.num_classes", "data.image_size", "data.augment", "teacher", "targets.pool")
+_KEYS = ("seed", "data.num_classes", "data.image_size", "data.augment", "data.interpolation", "teacher", "targets.pool")
 _KEYS += ("warmup.pairs", "warmup.adapter", "warmup.prune")
 _NOT = ("teacher.checkpoint", "teacher.heads", "teacher.shard", "teacher.precision")
 
@@ -235,6 +235,9 @@ def decisive(settings: Config) -> dict[str, Any]:
     flat = config.flatten(settings)
     kept = {key: value for key, value in flat.items() if f"{key}.".startswith(tuple(f"{k}." for k in _KEYS))}
     kept = {key: value for key, value in kept.items() if key not in _NOT}
+    augment = settings.data.augment
+    if augment.recipe == "pad_crop" and augment.rand_augment is None:
+        del kept["data.interpolation"]  # nothing is resized
     return kept | {"teacher.precision": settings.teacher.precision or settings.mixed_precision}
 
 

@@ -112,7 +112,9 @@ class StreamedImages(IterableDataset):
             view = augment.view_of(section.augment, int(epoch))
             draws = augment.uniforms(self.training.seed, view, np.array([zlib.crc32(key.encode())]))[0]
             try:
-                image = augment.train_view(image, draws, section.augment, section.image_size, where)
+                image = augment.train_view(
+                    image, draws, section.augment, section.image_size, where, section.interpolation
+                )
             except BadImage as bad:
                 replaced.append(str(bad))
                 continue

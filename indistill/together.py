@@ -105,7 +105,8 @@ class _Share(Sources):
         self.shared, self.student, self.name = shared, student, name
 
     def data(self, accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
-        return self.shared.data(accelerator, settings)
+        training, eval_set = self.shared.data(accelerator, settings)
+        return training, eval_set and eval_set.for_evaluation(models.evaluation_view(settings))
 
     def teacher(self, settings: Config) -> Network:
         return self.shared.teacher(settings)

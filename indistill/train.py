@@ -370,10 +370,11 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     if settings.data.eval is None:
         raise UserError("eval needs shards to evaluate on: set data.eval")
     accelerator = start_accelerator(settings, training=False)
-    network = load_for_eval(settings, checkpoint).to(accelerator.device)
+    network, view = load_for_eval(settings, checkpoint)
+    network = network.to(accelerator.device)
     if settings.evaluate.retrieval and isinstance(network, Program):
         raise UserError(f"{checkpoint}: gives no embeddings to retrieve by: evaluate.retrieval=false, or a timm export")
-    eval_set = open_eval_set(settings)
+    eval_set = open_eval_set(settings, view)
     scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
     if settings.evaluate.retrieval:
         database = data.ImageDataset(data.open_shards(settings.data, settings.data.train), settings.data, settings.seed)

@@ -41,7 +41,7 @@ def refused(capsys, *arguments: str) -> str:
         (["data.train=gone-*.tar"], r"gone-\*.tar: no such shard"),
         (["data.train=[]"], r"the list of shards is empty"),
         (["student.name=resnet_18"], r"student.name: timm has no model 'resnet_18'"),
-        (["teacher.checkpoint=weights.pt"], r"teacher.checkpoint: no file weights.pt"),
+        (["teacher={name: cnn32_auxiliary, checkpoint: weights.pt}"], r"teacher.checkpoint: no file weights.pt"),
         (["teacher.name=cnn32_student", "student.name=cnn32_auxiliary"], r"16 channels, more than the 8.*conv1x1"),
         (["data.global_batch=36"], r"must be divisible by data.streams.*32, 40"),
         (["data.global_batch=1000000"], r"larger than the data set"),
@@ -78,7 +78,7 @@ def test_a_head_of_another_size(config_file, tmp_path, capsys):
     from indistill.config import Model
 
     models.save(network, Model(name="cnn32_auxiliary"), weights)
-    line = refused(capsys, "train", config_file, f"teacher.checkpoint={weights}")
+    line = refused(capsys, "train", config_file, f"teacher={{name: cnn32_auxiliary, checkpoint: {weights}}}")
     assert "fc2.weight is (7, 128)" in line
     assert "data.num_classes" in line
 

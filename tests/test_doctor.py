@@ -432,7 +432,7 @@ def test_the_command(tree, tmp_path, capsys):
         line["check"] for line in told["lines"]
     }
     assert not Path(tree["run_dir"]).exists()
-    assert exit_code(str(path), "teacher.checkpoint=gone.pt", "data.train=gone.tar") == 1
+    assert exit_code(str(path), "teacher={name: resnet18, checkpoint: gone.pt}", "data.train=gone.tar") == 1
     printed = capsys.readouterr().out
     assert "\nFAIL  weights: teacher.checkpoint: no file gone.pt: correct it; every node needs it\n" in printed
     assert printed.count("gone.tar: no such shard") == 1

@@ -164,7 +164,7 @@ def small(views=None, workers=0, in_memory=False, **sections):
         "duration": "100 epochs",
         "data": {"train": "x.tar", "num_classes": 10, "global_batch": 8, "workers": workers, "in_memory": in_memory},
         "student": {"name": "cnn32_student"},
-        "teacher": {"name": "cnn32_auxiliary"},
+        "teacher": {"name": "cnn32_auxiliary", "random": True},
         "warmup": {"durations": ["20 epochs"]},
         "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
         "optimizer": {"lr": 0.1},
@@ -235,7 +235,7 @@ def test_bytes_of_a_record():
 
 
 def test_the_imagenet_config_has_the_cost_that_it_states():
-    settings = config.load(IMAGENET, ["teacher.pretrained=false"])
+    settings = config.load(IMAGENET, ["teacher.pretrained=false", "teacher.random=true"])
     found = estimate.of_run(settings, world=8, samples=1_281_167)
     stated = re.search(r"Cost: .*\n.*\n", IMAGENET.read_text())[0]
     *warmup, kd = found.phases
@@ -305,7 +305,7 @@ def test_without_the_hub_it_says_what_is_missing(tree, monkeypatch):
         return create(name, **arguments)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    tree["teacher"]["pretrained"] = True
+    tree["teacher"] |= {"pretrained": True, "random": False}
     found = estimate.of_run(config.parse(tree, "test"), world=1)
     assert [pair.kept for pair in found.pairs] == [None] * 3
     assert [pair.channels for pair in found.pairs] == [8, 16, 32]

@@ -135,10 +135,19 @@ def test_a_teacher_takes_over_the_students_section(chain):
 
 
 def test_a_reference_replaces_a_shared_teacher(chain):
-    chain["teacher"] = {"name": "resnet10t", "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
+    chain["teacher"] = {"name": "resnet10t", "random": True, "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
     teacher, auxiliary, _ = (settings.teacher for _, settings in load(chain))
     assert teacher.name == "resnet10t"
     assert (auxiliary.name, auxiliary.kwargs, auxiliary.mean) == ("cnn32_auxiliary", {}, None)
+
+
+def test_a_stage_needs_a_teacher_with_weights_as_a_run_does(chain):
+    chain["stages"][2]["teacher"] = {"name": "resnet10t"}
+    with pytest.raises(UserError, match=r"stage student: teacher: resnet10t has no weights: set pretrained: true"):
+        load(chain)
+    chain["stages"][2]["teacher"] = {"stage": "teacher", "random": True}
+    with pytest.raises(UserError, match=r"stage student: teacher: random: true excludes"):
+        load(chain)
 
 
 def test_heads_of_an_earlier_stage(chain):

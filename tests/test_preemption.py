@@ -206,7 +206,7 @@ def test_before_the_first_step_a_signal_ends_it_at_once(tree, tmp_path):
 
 def test_no_stage_begins_after_one_that_was_stopped(tree, tmp_path):
     stages = [
-        {"name": "teacher", "duration": "4 steps", "student": tree.pop("teacher")},
+        {"name": "teacher", "duration": "4 steps", "student": {"name": tree.pop("teacher")["name"]}},
         {key: tree.pop(key) for key in ("student", "warmup", "kd")}
         | {"name": "student", "teacher": {"stage": "teacher"}},
     ]

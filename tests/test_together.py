@@ -149,6 +149,7 @@ def test_students_that_stopped_go_on_together(students_tree, tmp_path):
         (["students.resnet.seed=3"], "student resnet: seed: 3 here, 0 for the first: set it once"),
         (["students.1.data.image_size=64"], "student resnet: data.image_size: 64 here, 32 for the first"),
         (["students.1.kd.mix=null"], "student resnet: kd.mix"),
+        (["teacher={name: cnn32_auxiliary}"], "student small: teacher: cnn32_auxiliary has no weights"),
         (["students.1.teacher.name=cnn32_student"], "student resnet: teacher.name"),
         (["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"], "students share a teacher"),
         (["engine.name=deepspeed"], "engine: DeepSpeed takes one student"),

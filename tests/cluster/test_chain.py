@@ -21,7 +21,7 @@ from indistill import pipeline, runs
 def chain(tree: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "chain.yaml"
     stages = [
-        {"name": "teacher", "duration": "4 steps", "student": tree.pop("teacher")},
+        {"name": "teacher", "duration": "4 steps", "student": {"name": tree.pop("teacher")["name"]}},
         {key: tree.pop(key) for key in ("student", "warmup", "kd")}
         | {"name": "student", "teacher": {"stage": "teacher"}},
     ]
