@@ -157,6 +157,12 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     pack.add_argument("--resize", type=int, metavar="PIXELS", help="reduce the shorter side to this, as JPEG")
     pack.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize (default: 90)")
     pack.add_argument("--seed", type=int, default=0, help="of the shuffle of images from files")
+    pack.add_argument(
+        "--classes",
+        metavar="FILE|FOLDER",
+        help="number the classes as another split does: its folder of class folders or its packed folder, or a file "
+        "with one name per line, or JSON (a list, a mapping from name to label, a dataset.json)",
+    )
     pack.set_defaults(run=_pack)
     for name, run, purpose in (
         ("index", _index, "build the index of every shard anew"),
@@ -166,13 +172,16 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
         action.add_argument("--allow-pipe", action="store_true", help="let pipe: URLs run their commands")
         action.set_defaults(run=run)
+    actions.choices["verify"].add_argument(
+        "--num-classes", type=_count, metavar="N", help="data.num_classes: images without a label below it are bad, too"
+    )
     for action in actions.choices.values():
         action.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
         action.add_argument("--cache-dir", help="where indices and remote shards go (data.cache_dir)")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from indistill import packing
+    from indistill import class_names, packing
 
     content = packing.pack_source(
         arguments.source,
@@ -185,7 +194,10 @@ def _pack(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         cache_dir=arguments.cache_dir,
         progress=True,
+        classes=None if arguments.classes is None else class_names.read(arguments.classes),
     )
+    if content["classes"] is not None:
+        print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
     told = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
     print(json.dumps({key: content[key] for key in told}))
 
@@ -200,11 +212,11 @@ def _index(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from indistill import shards
 
-    bad = shards.verify(arguments.urls, **_reading(arguments))
-    for member in bad:
+    content = shards.verify(arguments.urls, **_reading(arguments), num_classes=arguments.num_classes)
+    for member in content.bad:
         print(f"{member.shard}: {member.key}: {member.problem}")
-    print(f"{len(bad)} bad members")
-    sys.exit(1 if bad else 0)
+    print(f"{content.summary()}\n{len(content.bad)} bad members")
+    sys.exit(1 if content.bad else 0)
 
 
 def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -253,9 +265,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from indistill import pipeline
+    from indistill import runs
 
-    stages = pipeline.load(arguments.config, arguments.overrides) if arguments.config else []
+    stages = runs.load(arguments.config, arguments.overrides) if arguments.config else []
     from indistill import doctor
 
     code = doctor.run(stages, arguments.json)

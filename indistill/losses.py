@@ -271,22 +271,24 @@ def _student_t_kernel(x: Tensor) -> Tensor:
 
 def _distances(x: Tensor) -> Tensor:
     """[B, D] -> [B, B], Euclidean, as sqrt(d^2 + 1e-6)."""
-    # The constant keeps the root's gradient finite where rows coincide: on the diagonal, always.
+    # The constant keeps the root's gradient finite where rows coincide, as they do on the diagonal.
     return (_square_distances(x).clamp_min(0) + 1e-6).sqrt()
 
 
 def _square_distances(x: Tensor) -> Tensor:
-    """[B, D] -> [B, B], below zero by rounding at times."""
+    """[B, D] -> [B, B]. Rounding may leave entries below zero; the diagonal is exactly zero."""
     # Distances do not see a shift; without the mean, far less is lost in the difference of squares below.
     x = x - x.mean(dim=0)
     squares = x.square().sum(dim=1)  # [B]
-    return squares[:, None] + squares[None, :] - 2 * x @ x.T
+    distances = squares[:, None] + squares[None, :] - 2 * x @ x.T
+    # What rounding leaves on the diagonal grows with the scale, and a kernel is steepest there.
+    return distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
 
 
 def _relative_distances(x: Tensor) -> Tensor:
     """[B, D] -> [B, B]: Euclidean distances over their mean off the diagonal (1904.05068, section 3.2.1)."""
     distance = _square_distances(x).clamp_min(1e-12).sqrt()  # where the floor holds, no gradient
-    distance = distance * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+    distance = distance * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))  # 1e-6 to 0 on the diagonal
     mean = distance.sum() / max(len(x) * (len(x) - 1), 1)
     return distance / mean.clamp_min(1e-6)  # reached by a single sample only
 

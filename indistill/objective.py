@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from indistill import config, losses
 from indistill.curriculum import Phase
-from indistill.models import Output
+from indistill.outputs import Output, Targets
 from indistill.relational import gather
-from indistill.targets import Targets
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from indistill import config
-    from indistill.models import Output
-    from indistill.targets import Targets
+from indistill import config
+from indistill.outputs import Output, Targets
 
 
 class Shape(NamedTuple):

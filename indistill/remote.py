@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -252,6 +253,20 @@ def _fetch(url: str, file: str, size: int | None = None, cache: ShardCache | Non
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
+
+
+def read_if_there(url: str) -> bytes | None:
+    """The content of a small remote file; None, with a warning unless it is simply not there, if it cannot be had."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = os.path.join(directory, "file")
+        try:
+            _fetch(url, file)
+        except UserError as error:
+            if not isinstance(error, _Absent):
+                log.warning("%s", error)
+            return None
+        with open(file, "rb") as stream:
+            return stream.read()
 
 
 def _hopeless(error: Exception) -> bool:

@@ -232,6 +232,22 @@ def test_pkt_rbf_beside_an_outlier():
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("kernel", ["student_t", "rbf", "combined"])
+def test_pkt_in_single_precision_is_close_at_a_large_scale(kernel):
+    """Rounding in the squared distances, relative to them, is some eps off the diagonal; on it there must be none."""
+    student, teacher = 1e3 * random(32, 64), 1e3 * random(32, 64, seed=1)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        x = student.to(dtype).requires_grad_()
+        loss = losses.pkt(x, teacher.to(dtype), kernel)
+        (gradient,) = torch.autograd.grad(loss, x)
+        found.append((loss.double(), gradient.double()))
+    (loss, gradient), (rounded_loss, rounded_gradient) = found
+    limit = 2000 * torch.finfo(torch.float32).eps  # the sums have 32 and 64 terms
+    assert abs(rounded_loss / loss - 1) < limit
+    assert (rounded_gradient - gradient).norm() < limit * gradient.norm()
+
+
 def test_pkt_refuses_unknown_names():
     features = random(4, 3)
     with pytest.raises(ValueError, match="kernel 'gauss'"):

@@ -28,7 +28,7 @@ CLOCKS = ("images_per_second", "data_wait_fraction")
 
 
 def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: int | None = None) -> None:
-    """`indistill train`, in which rank `whom`, or each, gets a signal at an event: "step N", "evaluation" or "never"."""
+    """`indistill train`, in which rank `whom`, or each, gets a signal at "step N", at "evaluation", or "never"."""
     make_mix, eval_loader = module.make_mix, data.eval_loader
     mine = whom is None or int(os.environ.get("RANK", "0")) == whom
     micro_batches = 0
@@ -258,7 +258,7 @@ def interrupt_in(place: str, number: int, errors: Path, arguments: list[str]) ->
     [
         ("train.Sources.data", signal.SIGTERM, ["train", "CONFIG"]),
         ("train.Sources.data", signal.SIGINT, ["train", "CONFIG"]),
-        ("pipeline.load", signal.SIGINT, ["train", "CONFIG"]),
+        ("runs.load", signal.SIGINT, ["train", "CONFIG"]),
         ("build.networks", signal.SIGINT, ["targets", "CONFIG", "targets.source=cached", "data.augment.views=1"]),
         ("train.evaluate_checkpoint", signal.SIGINT, ["eval", "CONFIG", "resnet18"]),
         ("api.Trainer.plan", signal.SIGINT, ["plan", "CONFIG"]),
@@ -321,7 +321,7 @@ def test_a_command_that_feeds_a_reader_outlives_ctrl_c():
 
 def test_no_stage_begins_after_one_that_was_stopped(tree, tmp_path):
     stages = [
-        {"name": "teacher", "duration": "4 steps", "student": tree.pop("teacher")},
+        {"name": "teacher", "duration": "4 steps", "student": {"name": tree.pop("teacher")["name"]}},
         {key: tree.pop(key) for key in ("student", "warmup", "kd")}
         | {"name": "student", "teacher": {"stage": "teacher"}},
     ]

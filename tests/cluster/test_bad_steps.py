@@ -119,15 +119,16 @@ class State:
         module.optim.PhaseOptim.begin_step, module.Pace.end_step = calling_begin, calling_end
 
     def finishing(self, tree: dict[str, Any]) -> None:
-        finish = module.finish
+        end = module.Run.end
 
-        def telling_finish(accelerator, *arguments):
+        def telling_end(run):
+            accelerator = run.accelerator
             told = {"world": accelerator.num_processes, "engine": module.engine.describe(accelerator)}
             told["digests"] = self.digests()
             (Path(tree["run_dir"]) / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
-            return finish(accelerator, *arguments)
+            return end(run)
 
-        module.finish = telling_finish
+        module.Run.end = telling_end
 
 
 def run_broken(tree: dict[str, Any], kind: str, rank: int) -> None:

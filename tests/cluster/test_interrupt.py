@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import run_ranks, unused_port
 
-from indistill import pipeline
+from indistill import pipeline, runs
 from indistill.metrics import read_lines
 
 # The command line, but the third step waits for the signal: the machine may be slow, and so may the launcher.
@@ -81,7 +81,7 @@ def losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def train(path: Path, run_dir: Path) -> None:
-    pipeline.run(pipeline.load(path, [f"run_dir={run_dir}"]))
+    pipeline.run(runs.load(path, [f"run_dir={run_dir}"]))
 
 
 @pytest.mark.parametrize(

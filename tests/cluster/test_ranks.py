@@ -21,7 +21,7 @@ from indistill.metrics import read_lines
 def vit_tree(tree):
     """Networks without batch norm or dropout: a loss is then the same however the batch is divided."""
     tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree["kd"] = {"losses": [{"name": "ce"}, {"name": "kd"}]}
     tree["duration"] = "12 steps"

@@ -39,7 +39,7 @@ if not torch.cuda.is_available():  # else DeepSpeed would be set to the GPU befo
 def zero_tree(tree, tmp_path):
     """All that ZeRO must not change: unused parameters that would decay, resets, rates, clipping, accumulation."""
     # Wider than the teacher, so that each pair has an adapter, which later phases do not use.
-    tree["student"], tree["teacher"] = {"name": "cnn32_auxiliary"}, {"name": "cnn32_student"}
+    tree["student"], tree["teacher"]["name"] = {"name": "cnn32_auxiliary"}, "cnn32_student"
     tree["warmup"] |= {"adapter": "conv1x1", "reset_optimizer": "start", "lr": [1e-3, 2e-3, 3e-3]}
     # With Adam's own eps of 1e-8 the rounding of gradients near zero would move a parameter as far as any gradient.
     tree["optimizer"] = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "kwargs": {"eps": 1e-4}}
@@ -145,7 +145,7 @@ def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp
 def test_engines_share_a_process_and_bf16(tree, tmp_path):
     """A transformer, whose positions no module's own forward pass reads, in bf16; what is left behind is evaluated."""
     tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree |= {"mixed_precision": "bf16", "duration": "12 steps", "checkpoint": {"every_steps": 6}}
     trees = [with_stage(tree, 3, tmp_path, "zero3"), tree, with_stage(tree, 2, tmp_path, "zero2")]
@@ -165,7 +165,7 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
 def test_elastic(tree, tmp_path, stage):
     """From two processes to one to two, in the warm-up and after: the losses of a run on two."""
     tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "3 steps", "3 steps"]}
     tree |= {"duration": "15 steps", "checkpoint": {"every_steps": 5, "keep_last": 9}, "ema": {"decay": 0.9}}
     whole, changing = (with_stage(tree, stage, tmp_path, name) for name in ("whole", "changing"))
