@@ -440,7 +440,7 @@ def out_of_memory(*_: Any) -> None:
         (data.ImageDataset, "__getitem__", broken, 1),  # in a loader's worker
         (data, "eval_loader", broken, 0),  # in an evaluation
         (checkpoint.Checkpoints, "_publish", broken, 0),  # in the thread that writes
-        (module, "finish", broken, 0),  # at the end
+        (module.Run, "end", broken, 0),
     ],
 )
 def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, owner, name, how, workers):
