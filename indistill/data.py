@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from indistill import augment, config, preemption
-from indistill.augment import BadImage, EvalView
+from indistill.augment import EvalView
 from indistill.config import UserError
+from indistill.decode import BadImage, decode
 from indistill.order import SampleOrder
 from indistill.shards import ShardSet, label_problem
 
@@ -142,7 +143,7 @@ class ImageDataset(Dataset):
         for i, sample in enumerate(self.shards.iterate()):
             labels[i] = sample.label
             try:
-                image = augment.decode(sample.image, self.shards.where(i))
+                image = decode(sample.image, self.shards.where(i))
             except BadImage as error:
                 bad[i] = str(error)
                 continue

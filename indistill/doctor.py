@@ -895,10 +895,7 @@ def _said(check: Check, here: Here) -> Said:
     try:
         yield from check(here)
     except Exception as error:  # of whatever it tried
-        text = str(error).strip()
-        if "Traceback (most recent" in text:  # of a loader worker, as the command line has it
-            text = text.splitlines()[-1].removeprefix("indistill.config.UserError: ")
-        text = " ".join(text.split())[:500]
+        text = " ".join(history.in_one_line(error).split())[:500]
         yield FAIL, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 

@@ -58,8 +58,8 @@ def keep_traceback(error: BaseException, folder: Path) -> Path | str:
 def in_one_line(error: BaseException) -> str:
     """The message of an error; that of a loader's worker arrives in a traceback, whose last line it is."""
     lines = str(error).strip().splitlines() or [""]
-    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
-    return line.removeprefix("indistill.config.UserError: ")
+    line = lines[-1] if lines[0].startswith("Caught ") else " ".join(" ".join(lines).split())
+    return line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
 
 
 def has_begun(settings: Config) -> bool:

@@ -23,9 +23,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from indistill import augment, config, preemption, remote, shards
-from indistill.augment import BadImage
 from indistill.config import UserError
 from indistill.data import Batch, Loader, check_accumulation
+from indistill.decode import BadImage
 
 
 class StreamedTraining:

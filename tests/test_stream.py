@@ -9,8 +9,9 @@ import torch
 from conftest import pack_images
 from tars import picture, write_tar
 
-from indistill import augment, config, packing, shards, stream
+from indistill import config, packing, shards, stream
 from indistill.config import UserError
+from indistill.decode import decode
 
 CPU = torch.device("cpu")
 
@@ -39,7 +40,7 @@ def keys(section):
     """Which sample an image is: its bytes, to its place in the shards."""
     table = {}
     for i, sample in enumerate(shards.ShardSet(section.train, section.root).iterate()):
-        table[augment.decode(sample.image, "").transpose(2, 0, 1).tobytes()] = i
+        table[decode(sample.image, "").transpose(2, 0, 1).tobytes()] = i
     return table
 
 
