@@ -4,7 +4,6 @@ Every loss is computed in float32 at least, whatever the autocast state, and lea
 the caller decides what is frozen. Shapes are never broadcast; a mismatch raises ValueError.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,14 +16,30 @@ Kernel = Literal["cosine", "student_t", "rbf", "combined"]
 Divergence = Literal["kl", "jeffreys"]
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with the labels, batch mean; returns a scalar.
+
+    Logits [B, K]; labels int64 [B], or class probabilities [B, K]. label_smoothing: the share of a label that is spread
+    evenly over all classes (Szegedy, 1512.00567, section 7). A class of probability 0 adds 0, even if its logit is -inf.
+    """
+    logits = _at_least_float32(logits)
+    if not labels.is_floating_point():
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    probabilities = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    log_student = F.log_softmax(logits, dim=1).masked_fill(probabilities == 0, 0)
+    return -(probabilities * log_student).sum(dim=1).mean()
+
+
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, standardize: bool = False) -> Tensor:
     """T^2 * KL(teacher || student) of the softened class probabilities, batch mean (Hinton, 1503.02531, section 2).
 
-    Both [B, K]; returns a scalar. The factor T^2 keeps the gradient's size independent of the temperature.
+    Both [B, K]; returns a scalar. The factor T^2 keeps the gradient's size independent of the temperature. A class that
+    the teacher masks, with a logit of -inf, adds 0, even if the student masks it too.
 
     standardize: each sample's logits are first shifted to mean 0 and scaled to deviation 1 over the classes (logit
     standardisation, Sun, 2403.01427), so that only their proportions are learned. As in its published code the
-    deviation is the sample's (K - 1), and its authors use temperature 2 and weight 9 with it.
+    deviation is the sample's (K - 1), and its authors use temperature 2 and weight 9 with it. Masked classes, -inf, stay
+    masked and do not count in mean and deviation.
     """
     _require_equal("kd", student_logits.shape, teacher_logits.shape)
     student_logits, teacher_logits = _at_least_float32(student_logits), _at_least_float32(teacher_logits)
@@ -32,7 +47,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0,
         student_logits, teacher_logits = _standardize(student_logits), _standardize(teacher_logits)
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    return _kl(log_student, log_teacher) * temperature**2
 
 
 def dist(
@@ -65,7 +80,8 @@ def dkd(
 
     Logits [B, K], labels int64 [B]; returns a scalar. TCKD is KL(teacher || student) of (target class, all others),
     NCKD that of the other classes among themselves. The published runs take beta 0.5 (ResNet-18) or 2 (MobileNet-V1)
-    and T 1 on ImageNet; on CIFAR-100 mostly beta 8 and T 4, with a warm-up of the loss's weight.
+    and T 1 on ImageNet; on CIFAR-100 mostly beta 8 and T 4, with a warm-up of the loss's weight. Masked classes are
+    those of `kd`; where the teacher masks all classes but the target, NCKD is 0.
     """
     _require_equal("dkd", student_logits.shape, teacher_logits.shape)
     batch, classes = student_logits.shape
@@ -80,13 +96,14 @@ def dkd(
     def decouple(logits: Tensor) -> tuple[Tensor, Tensor]:
         logits = _at_least_float32(logits) / temperature
         target, rest = logits.gather(1, labels[:, None]), logits.gather(1, others)
-        binary = torch.cat([target, rest.logsumexp(dim=1, keepdim=True)], dim=1)  # [B, 2]
-        return F.log_softmax(binary, dim=1), F.log_softmax(rest, dim=1)
+        # A row of -inf has no softmax: computed of zeros, and -inf is put in afterwards.
+        masked = (rest == -torch.inf).all(dim=1, keepdim=True)  # [B, 1]
+        rest = rest.masked_fill(masked, 0)
+        total = rest.logsumexp(dim=1, keepdim=True).masked_fill(masked, -torch.inf)
+        binary = F.log_softmax(torch.cat([target, total], dim=1), dim=1)  # [B, 2]
+        return binary, F.log_softmax(rest, dim=1).masked_fill(masked, -torch.inf)
 
-    tckd, nckd = (
-        F.kl_div(s, t, reduction="batchmean", log_target=True)
-        for s, t in zip(decouple(student_logits), decouple(teacher_logits))
-    )
+    tckd, nckd = (_kl(s, t) for s, t in zip(decouple(student_logits), decouple(teacher_logits)))
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
@@ -112,7 +129,7 @@ def dih(
     if labels.shape not in (student_logits.shape, student_logits.shape[:1]):
         raise ValueError(f"losses.dih: labels {tuple(labels.shape)} do not fit logits {tuple(student_logits.shape)}")
     logits = _at_least_float32(student_logits)
-    hard = F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)
+    hard = cross_entropy(logits, labels)
     soft = sum(weight * kd(logits, member, temperature) for weight, member in zip(weights, cohort_logits))
     return (1 - alpha) * sum(weights) * hard + alpha * soft
 
@@ -213,12 +230,23 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(_at_least_float32(student), _at_least_float32(teacher))
 
 
+def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [B, K], batch mean. Classes with p = 0 add 0, as in torch.special.xlogy."""
+    p = log_p.exp()
+    # Masked before the product, whose gradient would be 0 * inf. F.kl_div gives nan where both are -inf.
+    terms = p * (log_p.masked_fill(p == 0, 0) - log_q.masked_fill(p == 0, 0))
+    return terms.sum() / len(terms)
+
+
 def _standardize(logits: Tensor) -> Tensor:
-    """[B, K] -> [B, K], every row with mean 0 and sample deviation 1."""
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / math.sqrt(max(logits.shape[1] - 1, 1))
+    """[B, K] -> [B, K], every row with mean 0 and sample deviation 1 over the classes that are not -inf."""
+    masked = logits == -torch.inf
+    count = (~masked).sum(dim=1, keepdim=True).to(logits.dtype)
+    mean = logits.masked_fill(masked, 0).sum(dim=1, keepdim=True) / count
+    centred = (logits - mean).masked_fill(masked, 0)
+    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / (count - 1).clamp_min(1).sqrt()
     # The published code adds 1e-7, under which a classifier that starts at zero has gradients of 1e7.
-    return centred / deviation.clamp_min(1e-3)
+    return (centred / deviation.clamp_min(1e-3)).masked_fill(masked, -torch.inf)
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:

@@ -346,6 +346,146 @@ def test_token_matches_the_formula():
         losses.token(student, teacher, "both")
 
 
+def masked_logits():
+    """Student and teacher [4, 5]: the teacher masks a class that is never a label, and the label of sample 2."""
+    student, teacher = random(4, 5), random(4, 5, seed=1) * 2
+    teacher[:, 4] = -math.inf
+    teacher[2, LABELS[2]] = -math.inf
+    return student, teacher
+
+
+def masked_kl(p, q):
+    """KL(p || q) of numbers, with 0 * log(0 / q) = 0 as is its limit."""
+    return sum(a * math.log(a / b) for a, b in zip(p, q) if a > 0)
+
+
+def masked_kd(student, teacher, temperature):
+    pairs = [(softmax(t / temperature), softmax(s / temperature)) for s, t in zip(student, teacher)]
+    return temperature**2 * np.mean([masked_kl(p, q) for p, q in pairs])
+
+
+def masked_dkd(student, teacher, alpha, beta, temperature):
+    total = 0.0
+    for s, t, label in zip(student, teacher, LABELS):
+        p, q = softmax(t / temperature), softmax(s / temperature)
+        total += alpha * masked_kl([p[label], 1 - p[label]], [q[label], 1 - q[label]])
+        p, q = np.delete(p, label), np.delete(q, label)
+        total += beta * masked_kl(p / p.sum(), q / q.sum())
+    return temperature**2 * total / len(student)
+
+
+def masked_standardized(row):
+    seen = row[np.isfinite(row)]
+    return (row - seen.mean()) / seen.std(ddof=1)
+
+
+def masked_dist(student, teacher):
+    """beta = gamma = temperature = 1. What is masked in every sample has no correlation with anything: 0."""
+    s, t = (np.array([softmax(row) for row in x]) for x in (student, teacher))
+
+    def correlation(a, b):
+        a, b = a - a.mean(), b - b.mean()
+        return a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() and b.any() else 0.0
+
+    inter, intra = ([correlation(a, b) for a, b in zip(x, y)] for x, y in ((s, t), (s.T, t.T)))
+    return 2 - np.mean(inter) - np.mean(intra)
+
+
+def masked_dih(student, teacher):
+    hard = -np.mean([math.log(softmax(row)[label]) for row, label in zip(student, LABELS)])
+    return 2 * 0.9 * hard + 0.1 * (masked_kd(student, teacher, 5.0) + masked_kd(student, teacher[::-1], 5.0))
+
+
+MASKED = {
+    "kd": (losses.kd, lambda s, t: masked_kd(s, t, 4.0)),
+    "kd standardized": (
+        partial(losses.kd, temperature=2.0, standardize=True),
+        lambda s, t: masked_kd([masked_standardized(x) for x in s], [masked_standardized(x) for x in t], 2.0),
+    ),
+    "dist": (losses.dist, masked_dist),
+    "dkd": (
+        lambda s, t: losses.dkd(s, t, LABELS, 1.0, 8.0, 4.0),
+        lambda s, t: masked_dkd(s, t, 1.0, 8.0, 4.0),
+    ),
+    "dih": (lambda s, t: losses.dih(s, [t, t.flip(0)], LABELS), masked_dih),
+    "token soft": (partial(losses.token, mode="soft", temperature=3.0), lambda s, t: masked_kd(s, t, 3.0)),
+    "token hard": (
+        losses.token,
+        lambda s, t: -np.mean([math.log(softmax(a)[b.argmax()]) for a, b in zip(s, t)]),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
+@pytest.mark.parametrize("student_too", [False, True])
+@pytest.mark.parametrize("name", MASKED)
+def test_a_class_that_the_teacher_masks_adds_nothing(name, student_too):
+    loss, formula = MASKED[name]
+    student, teacher = masked_logits()
+    if student_too:
+        student[:, 4] = -math.inf
+    expected = formula(student.numpy(), teacher.numpy())
+    student.requires_grad_()
+    value = loss(student, teacher)
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+    # The gradient by central differences of the formula.
+    for index in np.ndindex(*student.shape):
+        step = np.zeros(student.shape)
+        step[index] = 1e-6
+        moved = [formula(student.detach().numpy() + sign * step, teacher.numpy()) for sign in (1, -1)]
+        assert student.grad[index].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-5, abs=1e-8)
+    single = student.detach().float().requires_grad_()
+    learning_teacher = teacher.float().requires_grad_()
+    value = loss(single, learning_teacher)
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    for gradient in (single.grad, learning_teacher.grad):
+        assert gradient is None or gradient.isfinite().all()  # the hard token has none for the teacher
+
+
+def test_dkd_of_a_teacher_that_leaves_only_the_target():
+    student = random(2, 3)
+    teacher = torch.tensor([[-math.inf, 1.0, -math.inf], [0.5, 1.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([1, 2])
+    s, t = (softmax(x[1].numpy()) for x in (student, teacher))
+    tckd = -math.log(softmax(student[0].numpy())[1]) + kl([t[2], 1 - t[2]], [s[2], 1 - s[2]])
+    nckd = kl(t[:2] / t[:2].sum(), s[:2] / s[:2].sum())  # of the second sample; the first has no others
+    student.requires_grad_()
+    loss = losses.dkd(student, teacher.requires_grad_(), labels, 1.0, 8.0, 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx((tckd + 8 * nckd) / 2, rel=1e-12)
+    assert student.grad.isfinite().all()
+    assert teacher.grad.isfinite().all()
+
+
+def test_kd_is_infinite_where_only_the_student_masks():
+    student, teacher = random(4, 5), random(4, 5, seed=1)
+    student[0, 2] = -math.inf
+    assert losses.kd(student, teacher) == math.inf
+
+
+def test_cross_entropy_with_probabilities_ignores_masked_classes_without_any():
+    logits, labels = random(4, 5), torch.tensor([[0.25, 0.75, 0, 0, 0]]).expand(4, -1).double()
+    logits[:, 3] = -math.inf
+    expected = np.mean([-0.25 * math.log(p[0]) - 0.75 * math.log(p[1]) for p in map(softmax, logits.numpy())])
+    logits.requires_grad_()
+    loss = losses.cross_entropy(logits, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert torch.allclose(logits.grad, (logits.detach().softmax(dim=1) - labels) / 4)
+    dih = losses.dih(logits, [random(4, 5, seed=1).masked_fill(logits == -math.inf, -math.inf)], labels, alpha=0.0)
+    assert dih.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_that_of_torch(smoothing):
+    logits, labels = random(4, 5), random(4, 5, seed=1).softmax(dim=1)
+    for given in (labels, LABELS):
+        expected = torch.nn.functional.cross_entropy(logits, given, label_smoothing=smoothing)
+        assert losses.cross_entropy(logits, given, smoothing).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_sp_matches_the_formula():
     student, teacher = random(5, 3, 2, 2), random(5, 4, seed=1)
     expected = numpy_sp(student.numpy(), teacher.numpy())
