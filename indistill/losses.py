@@ -19,8 +19,9 @@ Divergence = Literal["kl", "jeffreys"]
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with the labels, batch mean; returns a scalar.
 
-    Logits [B, K]; labels int64 [B], or class probabilities [B, K]. label_smoothing: the share of a label that is spread
-    evenly over all classes (Szegedy, 1512.00567, section 7). A class of probability 0 adds 0, even if its logit is -inf.
+    Logits [B, K]; labels int64 [B], or class probabilities [B, K]. label_smoothing: the share of a label that
+    is spread evenly over all classes (Szegedy, 1512.00567, section 7). A class of probability 0 adds 0, even if
+    its logit is -inf.
     """
     logits = _at_least_float32(logits)
     if not labels.is_floating_point():
@@ -33,13 +34,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, standardize: bool = False) -> Tensor:
     """T^2 * KL(teacher || student) of the softened class probabilities, batch mean (Hinton, 1503.02531, section 2).
 
-    Both [B, K]; returns a scalar. The factor T^2 keeps the gradient's size independent of the temperature. A class that
-    the teacher masks, with a logit of -inf, adds 0, even if the student masks it too.
+    Both [B, K]; returns a scalar. The factor T^2 keeps the gradient's size independent of the temperature.
+    A class that the teacher masks, with a logit of -inf, adds 0, even if the student masks it too.
 
     standardize: each sample's logits are first shifted to mean 0 and scaled to deviation 1 over the classes (logit
     standardisation, Sun, 2403.01427), so that only their proportions are learned. As in its published code the
-    deviation is the sample's (K - 1), and its authors use temperature 2 and weight 9 with it. Masked classes, -inf, stay
-    masked and do not count in mean and deviation.
+    deviation is the sample's (K - 1), and its authors use temperature 2 and weight 9 with it. Masked classes
+    stay masked and do not count in mean and deviation.
     """
     _require_equal("kd", student_logits.shape, teacher_logits.shape)
     student_logits, teacher_logits = _at_least_float32(student_logits), _at_least_float32(teacher_logits)
@@ -80,8 +81,8 @@ def dkd(
 
     Logits [B, K], labels int64 [B]; returns a scalar. TCKD is KL(teacher || student) of (target class, all others),
     NCKD that of the other classes among themselves. The published runs take beta 0.5 (ResNet-18) or 2 (MobileNet-V1)
-    and T 1 on ImageNet; on CIFAR-100 mostly beta 8 and T 4, with a warm-up of the loss's weight. Masked classes are
-    those of `kd`; where the teacher masks all classes but the target, NCKD is 0.
+    and T 1 on ImageNet; on CIFAR-100 mostly beta 8 and T 4, with a warm-up of the loss's weight. Masked
+    classes add 0, as in `kd`; where the teacher masks all classes but the target, NCKD is 0.
     """
     _require_equal("dkd", student_logits.shape, teacher_logits.shape)
     batch, classes = student_logits.shape
