@@ -185,12 +185,14 @@ def sp(student: Tensor, teacher: Tensor) -> Tensor:
     """Similarity-preserving distillation (Tung, 1907.09682); 3000 is its usual weight.
 
     student [B, ...], teacher [B, ...], flattened, of any widths; returns a scalar: the Gram matrices [B, B] of the two
-    batches, every row scaled to length 1, their squared difference averaged over the B*B entries.
+    batches, every row scaled to length 1, their squared difference averaged over the B*B entries. As in the
+    published code a row's length counts as 1e-12 at least. The row of a map that is about 1e-6 long or shorter gets
+    no gradient: it would be a million times the usual one, or more.
     """
     _require_equal("sp", student.shape[:1], teacher.shape[:1])
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = _at_least_float32(student.flatten(1)), _at_least_float32(teacher.flatten(1))
-        return F.mse_loss(_unit(student @ student.T), _unit(teacher @ teacher.T))
+        return F.mse_loss(_unit_rows(student @ student.T), _unit_rows(teacher @ teacher.T))
 
 
 def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
@@ -200,6 +202,7 @@ def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_w
     (delta 1) averaged over all B^2 pairs and all B^3 triplets, as in the published code: those of a sample with itself
     are zero.
     Distances are relative to the batch's mean distance; the angle is the cosine that two samples make at a third.
+    Samples closer to each other than 1e-6 have no angle, as their distance has no gradient.
 
     The angles take six products of B^3 * D multiplications a step, 3.3e12 for B = 1024 and D = 512, but little memory:
     blocks of anchors of some 2^24 numbers are recomputed in the backward pass.
@@ -217,12 +220,13 @@ def at(student: Tensor, teacher: Tensor) -> Tensor:
     """Activation-based attention transfer (Zagoruyko, 1612.03928, equation 2, p = 2, F_sum^2).
 
     student [B, C_s, H, W], teacher [B, C_t, H, W]; returns a scalar. A map's attention is its mean square over the
-    channels, flattened and scaled to length 1; the squared difference is averaged over B*H*W, as in the published code.
+    channels, flattened and scaled to length 1; the squared difference is averaged over B*H*W. As in the published
+    code that length counts as 1e-12 at least, which keeps the gradient of maps near zero below 8e6 / (B*H*W).
     With that mean its weight, the paper's beta, is 1000 (per pair, 1000 / (B*H*W) of the sum).
     """
     _require_equal("at", student[:, 0].shape, teacher[:, 0].shape)
     student, teacher = (_at_least_float32(x).square().mean(dim=1).flatten(1) for x in (student, teacher))  # [B, H * W]
-    return F.mse_loss(_unit(student), _unit(teacher))
+    return F.mse_loss(F.normalize(student, dim=1), F.normalize(teacher, dim=1))
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -261,10 +265,11 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=1)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Every vector of the last dimension scaled to length 1; zero stays zero, with a finite gradient."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length > 0, length, 1)
+def _unit_rows(gram: Tensor) -> Tensor:
+    """[B, B] of products of samples -> [B, B]: F.normalize of the rows, without gradient for the shortest."""
+    length = torch.linalg.vector_norm(gram, dim=1, keepdim=True)
+    shortest = 1e-6 * gram.diagonal().sum().sqrt()  # that of a sample 1e-6 long, at most
+    return F.normalize(torch.where(length > shortest, gram, gram.detach()), dim=1)
 
 
 def _conditional_probabilities(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -342,7 +347,10 @@ def _block_angle_loss(student: Tensor, teacher: Tensor, anchors: slice) -> Tenso
 def _angles(x: Tensor, anchors: slice) -> Tensor:
     """[B, D] -> [A, B, B]: the cosine of the angle that every two samples make at each anchor."""
     # The differences themselves, not the Gram matrix: it would lose all digits of samples close to an anchor.
-    directions = _unit(x[None] - x[anchors, None])  # [A, B, D]
+    differences = x[None] - x[anchors, None]  # [A, B, D]
+    length = torch.linalg.vector_norm(differences, dim=2, keepdim=True)
+    # Divided by infinity, the shortest become 0 and have no gradient.
+    directions = differences / torch.where(length > 1e-6, length, torch.inf)
     return directions @ directions.mT
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from indistill import losses
+from indistill import losses, projectors
+from indistill.outputs import Output, Targets
 
 LABELS = torch.tensor([2, 0, 1, 1])  # of 4 samples and 3 classes
 
@@ -120,12 +121,17 @@ def numpy_dkd(student, teacher, labels, alpha, beta, temperature):
     return temperature**2 * total / len(student)
 
 
+def unit(x):
+    """As in the published code of sp and at: divided by its length, 1e-12 at least."""
+    return x / max(math.sqrt((x**2).sum()), 1e-12)
+
+
 def numpy_sp(student, teacher):
     total, size = 0.0, len(student)
     s, t = student.reshape(size, -1), teacher.reshape(size, -1)
     for i in range(size):
         s_row, t_row = [np.array([x[i] @ x[j] for j in range(size)]) for x in (s, t)]
-        total += ((s_row / math.sqrt(s_row @ s_row) - t_row / math.sqrt(t_row @ t_row)) ** 2).sum()
+        total += ((unit(s_row) - unit(t_row)) ** 2).sum()
     return total / size**2
 
 
@@ -160,8 +166,8 @@ def numpy_rkd(student, teacher, distance_weight, angle_weight):
 def numpy_at(student, teacher):
     total = 0.0
     for s, t in zip(student, teacher):
-        s, t = ((x**2).sum(axis=0) for x in (s, t))  # [H, W]; the length takes out the number of channels
-        total += ((s / math.sqrt((s**2).sum()) - t / math.sqrt((t**2).sum())) ** 2).sum()
+        s, t = ((x**2).mean(axis=0) for x in (s, t))  # [H, W]
+        total += ((unit(s) - unit(t)) ** 2).sum()
     return total / student[:, 0].size
 
 
@@ -652,6 +658,97 @@ def test_degenerate_inputs_and_their_gradients_are_finite(name, case, dtype):
         assert loss.dtype == torch.float32
         assert loss.isfinite()
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-5, 1e-6, 1e-7, 1e-10])
+def test_the_gradient_of_at_is_the_published_one_and_below_its_bound(scale):
+    student, teacher = (scale * random(3, 2, 4, 3)).requires_grad_(), random(3, 5, 4, 3, seed=1)
+
+    def attention(x):
+        x = x.square().mean(dim=1).flatten(1)
+        return x / x.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+
+    expected = (attention(student) - attention(teacher)).square().mean()
+    (expected_gradient,) = torch.autograd.grad(expected, student)
+    (gradient,) = torch.autograd.grad(losses.at(student, teacher), student)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=0)
+    assert gradient.abs().max() <= 8e6 / (3 * 4 * 3)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-12, 1e-20, 0.0])
+def test_a_map_of_zero_in_a_batch_gets_an_ordinary_gradient(scale):
+    """Of sp: its own row of the Gram matrix has no direction, and the rows of the others have one."""
+    student, teacher = random(8, 6).float(), random(8, 5, seed=1).float()
+    gradients = []
+    for factor in (1.0, scale):
+        x = student.clone()
+        x[0] *= factor
+        x.requires_grad_()
+        gradients.append(torch.autograd.grad(losses.sp(x, teacher), x)[0].norm(dim=1))
+    assert 0 < gradients[1][0] < 10 * gradients[0].max()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-7, 1e-9, 1e-20, 0.0])
+@pytest.mark.parametrize(("name", "formula"), [("sp", numpy_sp), ("at", numpy_at)])
+def test_maps_near_zero_meet_the_published_floor(name, formula, scale):
+    student, teacher = inputs(name)
+    for s, t in ((scale * student, teacher), (student, scale * teacher)):
+        expected = formula(s.numpy(), t.numpy())
+        assert ALL[name](s, t).item() == pytest.approx(expected, rel=1e-12)
+        assert ALL[name](s.float(), t.float()).item() == pytest.approx(expected, rel=1e-4)
+
+
+def crd(student, teacher):
+    """Of the rows scaled to length one, as its projector does."""
+    project = projectors.Contrast(projectors.Shape([], [], 3, 3), dim=3)
+    for linear in (project.student, project.teacher):
+        torch.nn.init.eye_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    return losses.crd(*project(Output((), student), Targets((), teacher)))
+
+
+NEAR_ZERO = ALL | {
+    "crd": crd,
+    "vid": lambda student, teacher: losses.vid(student, torch.full((1, 3, 1, 1), 1e-5), teacher),
+    "reviewkd": losses.reviewkd,
+}
+NEAR_ZERO_SHAPES = SHAPES | {"crd": ((4, 3), (4, 3))} | dict.fromkeys(["vid", "reviewkd"], ((4, 3, 6, 6), (4, 3, 6, 6)))
+
+
+def shrunk(student, teacher, scale):
+    """(student, teacher) in which something is as small as `scale`."""
+    yield scale * student, teacher
+    yield student, scale * teacher
+    yield scale * student, scale * teacher
+    yield torch.cat([scale * student[:1], student[1:]]), teacher  # one sample
+    yield student[:1] + scale * (student - student[:1]), teacher  # the differences between samples
+    yield torch.cat([student[:1], student[:1] + scale * student[1:2], student[2:]]), teacher  # that of two
+    yield 1 + scale * student, teacher
+    yield scale * student.relu(), teacher.relu()
+
+
+@pytest.mark.parametrize("name", NEAR_ZERO)
+def test_the_gradient_of_inputs_near_zero_is_bounded(name):
+    """A loss that does not see scale has a gradient of 1 / scale; floors of 1e-6 end that at a million."""
+    student, teacher = NEAR_ZERO_SHAPES[name]
+    student, teacher = random(*student, dtype=torch.float32), random(*teacher, seed=1, dtype=torch.float32)
+
+    def largest(scale):
+        """Value and gradient, the largest of all cases; nan if any is."""
+        found = []
+        for learner, taught in shrunk(student, teacher, scale):
+            learner = learner.clone().requires_grad_()
+            loss = NEAR_ZERO[name](learner, taught)
+            (gradient,) = torch.autograd.grad(loss, learner)
+            found.append(torch.stack([loss.detach(), gradient.abs().max()]))
+        return torch.stack(found).amax(dim=0).tolist()
+
+    value, gradient = largest(1.0)
+    for exponent in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 19, 22, 30, 38, 45):
+        found = largest(10.0**-exponent)
+        # Ten times, for a sample may be that much shorter than the batch to begin with.
+        assert found[0] <= 10 * value, exponent
+        assert found[1] <= 10 * 1e6 * gradient, exponent
 
 
 @pytest.mark.parametrize(
