@@ -159,4 +159,5 @@ class Contrast(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)  # half precision is no unit length
+    # Half precision is no unit length, and F.normalize's own floor of 1e-12 would let gradients of 1e12 through.
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=1e-6)
