@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 Kernel = Literal["cosine", "student_t", "rbf", "combined"]
 Divergence = Literal["kl", "jeffreys"]
+Scale = Literal["none", "batch"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -153,7 +154,13 @@ def token(
     raise ValueError(f"losses.token: mode {mode!r} is neither 'hard' nor 'soft'")
 
 
-def pkt(student: Tensor, teacher: Tensor, kernel: Kernel = "combined", divergence: Divergence = "jeffreys") -> Tensor:
+def pkt(
+    student: Tensor,
+    teacher: Tensor,
+    kernel: Kernel = "combined",
+    divergence: Divergence = "jeffreys",
+    scale: Scale = "none",
+) -> Tensor:
     """Probabilistic knowledge transfer (Passalis, 1803.10837); by default in the form of InDistill (2205.10003).
 
     student [B, ...], teacher [B, ...], flattened; returns a scalar. The widths may differ. Each network's batch is
@@ -166,6 +173,12 @@ def pkt(student: Tensor, teacher: Tensor, kernel: Kernel = "combined", divergenc
     - combined: cosine and student_t, the two losses summed (2005.00727).
     The two descriptions are compared by a divergence, averaged over the B*B entries: kl is KL(teacher || student)
     (1803.10837), jeffreys the sum of both directions (2005.00727).
+
+    Each row is a distribution over B samples, of which the divergence is a sum that does not depend on B. So that
+    average, the published one, falls as 1 / B, and with it the gradient of the weights. At 4,096 samples up to
+    43 % of the gradients were below 1e-8, Adam's eps, under which Adam's steps shrink too. scale: batch multiplies
+    by B: the mean over the samples of the divergence of their rows, as in `kd`. B counts the samples given, which
+    are those of all ranks if they were gathered.
     """
     _require_equal("pkt", student.shape[:1], teacher.shape[:1])
     with torch.autocast(student.device.type, enabled=False):  # the kernels are matmuls, which autocast would halve
@@ -178,7 +191,14 @@ def pkt(student: Tensor, teacher: Tensor, kernel: Kernel = "combined", divergenc
                 entries = (p - q) * (log_p - log_q)
             case _:
                 raise ValueError(f"losses.pkt: divergence {divergence!r} is neither 'kl' nor 'jeffreys'")
-        return entries.mean(dim=(1, 2)).sum()
+        match scale:
+            case "none":
+                factor = 1
+            case "batch":
+                factor = len(student)
+            case _:
+                raise ValueError(f"losses.pkt: scale {scale!r} is neither 'none' nor 'batch'")
+        return factor * entries.mean(dim=(1, 2)).sum()
 
 
 def sp(student: Tensor, teacher: Tensor) -> Tensor:
