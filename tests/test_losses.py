@@ -1,13 +1,17 @@
 """Every loss against its formula in float64 loops, its gradient, and the inputs that break naive versions."""
 
 import math
+import re
+import typing
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from indistill import losses, projectors
+from indistill import config, losses, projectors
 from indistill.outputs import Output, Targets
 
 LABELS = torch.tensor([2, 0, 1, 1])  # of 4 samples and 3 classes
@@ -808,6 +812,17 @@ def test_the_gradient_of_inputs_near_zero_is_bounded(name):
         # Ten times, for a sample may be that much shorter than the batch to begin with.
         assert found[0] <= 10 * value, exponent
         assert found[1] <= 10 * 1e6 * gradient, exponent
+
+
+def test_the_documented_defaults_are_those_of_the_config():
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    table = page.partition("## Published settings")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| `([^`]+)`[^`|]* \|$", table, re.MULTILINE)
+    documented = {name: yaml.safe_load("{" + defaults + "}") for name, defaults in rows}
+    union = typing.get_args(typing.get_args(config.Loss)[0])
+    names = [name for section in union for name in typing.get_args(section.model_fields["name"].annotation)]
+    sections = config.KD(losses=[{"name": name} for name in names]).losses
+    assert documented == {section.name: section.model_dump(exclude={"name"}) for section in sections}
 
 
 @pytest.mark.parametrize(
