@@ -184,21 +184,13 @@ def pkt(
     with torch.autocast(student.device.type, enabled=False):  # the kernels are matmuls, which autocast would halve
         p, log_p = _conditional_probabilities(_at_least_float32(teacher.flatten(1)), kernel)  # [kernels, B, B]
         q, log_q = _conditional_probabilities(_at_least_float32(student.flatten(1)), kernel)  # [kernels, B, B]
-        match divergence:
-            case "kl":
-                entries = p * (log_p - log_q)
-            case "jeffreys":
-                entries = (p - q) * (log_p - log_q)
-            case _:
-                raise ValueError(f"losses.pkt: divergence {divergence!r} is neither 'kl' nor 'jeffreys'")
-        match scale:
-            case "none":
-                factor = 1
-            case "batch":
-                factor = len(student)
-            case _:
-                raise ValueError(f"losses.pkt: scale {scale!r} is neither 'none' nor 'batch'")
-        return factor * entries.mean(dim=(1, 2)).sum()
+        loss = _divergences(p, log_p, q, log_q, divergence).mean(dim=(1, 2)).sum()
+    match scale:
+        case "none":
+            return loss
+        case "batch":
+            return len(student) * loss
+    raise ValueError(f"losses.pkt: scale {scale!r} is neither 'none' nor 'batch'")
 
 
 def sp(student: Tensor, teacher: Tensor) -> Tensor:
@@ -311,6 +303,16 @@ def _conditional_probabilities(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tenso
     kernels = torch.stack(kernels)
     p = kernels / kernels.sum(dim=2, keepdim=True)
     return p, p.log()
+
+
+def _divergences(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
+    """The terms, of the shape of all, whose sum over a row is its divergence: q the student, p the teacher."""
+    match divergence:
+        case "kl":
+            return p * (log_p - log_q)
+        case "jeffreys":
+            return (p - q) * (log_p - log_q)
+    raise ValueError(f"losses.pkt: divergence {divergence!r} is neither 'kl' nor 'jeffreys'")
 
 
 def _cosine_kernel(x: Tensor) -> Tensor:
