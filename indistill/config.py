@@ -315,7 +315,7 @@ class Warmup(PhaseTraining):
     prune: Prune = Prune()  # which channels of the teacher's maps are taught
 
 
-# Each loss says what it reads of the student. Weights and parameters default to the published ones.
+# Each loss says what it reads of the student. docs/losses.md has the published settings beside these defaults.
 
 
 class CrossEntropy(Section):
@@ -382,6 +382,8 @@ class PKTLoss(Section):
     weight: float = 1.0  # in the sum of losses
     kernel: Kernel = "combined"  # how alike two samples are; combined: the sum of cosine and student_t
     divergence: Divergence = "jeffreys"  # of the two networks' similarities; jeffreys: kl in both directions
+    # batch: times the number of samples that are compared; without it, gradients shrink as that number grows.
+    scale: Literal["none", "batch"] = "none"
 
 
 class InformationFlowLoss(Section):
@@ -394,6 +396,8 @@ class InformationFlowLoss(Section):
     decay: Annotated[float, Field(ge=0, le=1)] = 0.7  # by which that weight is multiplied every epoch
     kernel: Kernel = "combined"  # how alike two samples are; combined: the sum of cosine and student_t
     divergence: Divergence = "jeffreys"  # of the two networks' similarities; jeffreys: kl in both directions
+    # batch: times the number of samples that are compared; without it, gradients shrink as that number grows.
+    scale: Literal["none", "batch"] = "none"
 
 
 class RKDLoss(Section):

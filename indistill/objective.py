@@ -74,13 +74,14 @@ class Objective:
             case config.TokenLoss():
                 return losses.token(output.token_logits, targets.logits, loss.mode, loss.temperature)
             case config.PKTLoss():
-                return losses.pkt(*together(output.embedding, targets.embedding), loss.kernel, loss.divergence)
+                embeddings = together(output.embedding, targets.embedding)
+                return losses.pkt(*embeddings, loss.kernel, loss.divergence, loss.scale)
             case config.InformationFlowLoss():
                 layers = [(output.embedding, targets.embedding, 1.0)]
                 weight = loss.init * loss.decay**epoch
                 layers += [(s, t, weight) for s, t in zip(output.features, targets.features)]
                 return sum(
-                    weight * losses.pkt(*together(s.flatten(1), t.flatten(1)), loss.kernel, loss.divergence)
+                    weight * losses.pkt(*together(s.flatten(1), t.flatten(1)), loss.kernel, loss.divergence, loss.scale)
                     for s, t, weight in layers
                 )
             case config.RKDLoss():

@@ -1,13 +1,17 @@
 """Every loss against its formula in float64 loops, its gradient, and the inputs that break naive versions."""
 
 import math
+import re
+import typing
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from indistill import losses, projectors
+from indistill import config, losses, projectors
 from indistill.outputs import Output, Targets
 
 LABELS = torch.tensor([2, 0, 1, 1])  # of 4 samples and 3 classes
@@ -260,6 +264,65 @@ def test_pkt_refuses_unknown_names():
         losses.pkt(features, features, kernel="gauss")
     with pytest.raises(ValueError, match="divergence 'js'"):
         losses.pkt(features, features, divergence="js")
+    with pytest.raises(ValueError, match="scale 'sum'"):
+        losses.pkt(features, features, scale="sum")
+
+
+PKT_KINDS = [
+    (kernel, divergence) for kernel in ("cosine", "student_t", "rbf", "combined") for divergence in ("kl", "jeffreys")
+]
+
+
+def weight_gradient(student, teacher, kernel, divergence, scale, seed=7):
+    """Of pkt by the weights [6, 4] of a linear student of the inputs `student` [B, 6]."""
+    weights = random(student.shape[1], 4, seed=seed).requires_grad_()
+    (gradient,) = torch.autograd.grad(losses.pkt(student @ weights, teacher, kernel, divergence, scale), weights)
+    return gradient
+
+
+@pytest.mark.parametrize(("kernel", "divergence"), PKT_KINDS)
+def test_pkt_scaled_by_the_batch_is_its_size_times_pkt(kernel, divergence):
+    student, teacher = random(6, 3), random(6, 5, seed=1)
+    expected = 6 * numpy_pkt(student.numpy(), teacher.numpy(), kernel, divergence)
+    assert losses.pkt(student, teacher, kernel, divergence, "batch").item() == pytest.approx(expected, rel=1e-9)
+    assert losses.pkt(student, teacher, kernel, divergence, "none") == losses.pkt(student, teacher, kernel, divergence)
+
+
+@pytest.mark.parametrize(("kernel", "divergence"), PKT_KINDS)
+def test_pkt_scaled_by_the_batch_is_the_same_on_a_batch_given_several_times(kernel, divergence):
+    """Each sample k times: as many times the neighbours, each with a share of 1 / k; so no row's divergence changes."""
+    student, teacher = random(12, 6), random(12, 5, seed=1)
+    once = weight_gradient(student, teacher, kernel, divergence, "batch")
+    for k in (2, 8):
+        several = (student.repeat(k, 1), teacher.repeat(k, 1), kernel, divergence)
+        assert (weight_gradient(*several, "batch") - once).norm() < 1e-6 * once.norm()
+        assert (12 * k * weight_gradient(*several, "none") - once).norm() < 1e-6 * once.norm()
+
+
+@pytest.mark.parametrize(("kernel", "divergence"), PKT_KINDS)
+def test_gradients_of_pkt_scaled_by_the_batch_do_not_shrink_with_it(kernel, divergence):
+    """Their mean along a fixed direction, over random batches of 64 samples and of 256: equal but for chance.
+
+    Five standard errors, estimated from the batches, are that chance. Without the scale the second mean would be a
+    quarter of the first, which is further off than that.
+    """
+    mixing = random(6, 5, seed=3)
+
+    def projections(batch, repeats, first_seed, direction):
+        found = []
+        for i in range(repeats):
+            student = random(batch, 6, seed=first_seed + i)
+            gradient = weight_gradient(student, (student @ mixing).tanh(), kernel, divergence, "batch")
+            found.append((gradient * direction).sum().item())
+        return np.mean(found), np.std(found, ddof=1) / math.sqrt(repeats)
+
+    student = random(512, 6, seed=99)
+    direction = weight_gradient(student, (student @ mixing).tanh(), kernel, divergence, "batch")
+    small, small_error = projections(64, 32, 1000, direction)
+    large, large_error = projections(256, 8, 2000, direction)
+    chance = 5 * math.hypot(small_error, large_error)
+    assert chance < small * 3 / 4
+    assert abs(large - small) < chance
 
 
 def test_dist_matches_the_formula():
@@ -749,6 +812,17 @@ def test_the_gradient_of_inputs_near_zero_is_bounded(name):
         # Ten times, for a sample may be that much shorter than the batch to begin with.
         assert found[0] <= 10 * value, exponent
         assert found[1] <= 10 * 1e6 * gradient, exponent
+
+
+def test_the_documented_defaults_are_those_of_the_config():
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    table = page.partition("## Published settings")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| `([^`]+)`[^`|]* \|$", table, re.MULTILINE)
+    documented = {name: yaml.safe_load("{" + defaults + "}") for name, defaults in rows}
+    union = typing.get_args(typing.get_args(config.Loss)[0])
+    names = [name for section in union for name in typing.get_args(section.model_fields["name"].annotation)]
+    sections = config.KD(losses=[{"name": name} for name in names]).losses
+    assert documented == {section.name: section.model_dump(exclude={"name"}) for section in sections}
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,16 @@ def test_information_flow_decays_epoch_by_epoch_on_the_pairs_alone(step, weight)
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_information_flow_scales_each_of_its_layers_by_the_batch():
+    maps = [(random(6, 2, 3, 3, seed=1), random(6, 4, 2, 2, seed=2))]
+    output, targets = Output((maps[0][0],), random(6, 12, seed=3)), Targets((maps[0][1],), random(6, 7, seed=4))
+    plain, scaled = (
+        objective(output, targets, LABELS, KD, config.KD(losses=[{"name": "information_flow", "scale": scale}]).losses)
+        for scale in ("none", "batch")
+    )
+    assert scaled[0].item() == pytest.approx(6 * plain[0].item(), rel=1e-6)
+
+
 def test_every_loss_of_the_config_has_its_term():
     """Each with its parameters, on the inputs that it says it reads."""
     maps = [(random(6, 3, 4, 4, seed=i), random(6, 5, 2, 2, seed=9 + i)) for i in range(2)]
@@ -190,6 +200,7 @@ def test_every_loss_of_the_config_has_its_term():
         ),
         ({"name": "token", "mode": "soft"}, losses.token(logits + 1, targets.logits, "soft", 1.0), 1.0),
         ({"name": "pkt", "kernel": "rbf"}, losses.pkt(embedding, targets.embedding, "rbf", "jeffreys"), 1.0),
+        ({"name": "pkt", "scale": "batch"}, 6 * losses.pkt(embedding, targets.embedding), 1.0),
         ({"name": "rkd"}, losses.rkd(embedding, targets.embedding, 25.0, 50.0), 1.0),
         ({"name": "sp"}, sum(losses.sp(s, t) for s, t in maps), 3000.0),
         ({"name": "at"}, sum(losses.at(*same_size(s, t)) for s, t in maps), 1000.0),

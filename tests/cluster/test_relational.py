@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from indistill import config, losses, relational
 from indistill import train as module
+from indistill.curriculum import Phase
 from indistill.metrics import read_lines
+from indistill.objective import Objective
+from indistill.outputs import Output, Targets
 
 BATCH = 16
 LABELS = torch.arange(BATCH) % 5
@@ -27,6 +30,7 @@ def crd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 LOSSES = {
     "dist": lambda student, teacher, _: losses.dist(student, teacher[:, :4]),
     "pkt": lambda student, teacher, _: losses.pkt(student, teacher),
+    "pkt scaled": lambda student, teacher, _: losses.pkt(student, teacher, scale="batch"),
     "sp": lambda student, teacher, _: losses.sp(student, teacher),
     "rkd": lambda student, teacher, _: losses.rkd(student, teacher),
     "crd": crd,
@@ -78,6 +82,37 @@ def test_local_scope_compares_each_ranks_own(tmp_path):
         run_ranks(gradients, world, str(tmp_path), "local")
     one, two = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt"))
     assert not torch.isclose(one["sp"][0], two["sp"][0], rtol=1e-3)
+
+
+def scaled_terms(folder: str) -> None:
+    """The terms of pkt and information_flow of this rank's share of a batch, with and without scale."""
+    import accelerate
+
+    accelerator = accelerate.Accelerator()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = slice(BATCH * rank // world, BATCH * (rank + 1) // world)
+    output = Output((random(BATCH, 3, 2, 2, seed=1)[mine],), random(BATCH, 6, seed=2)[mine])
+    targets = Targets((random(BATCH, 4, 2, 2, seed=3)[mine],), random(BATCH, 7, seed=4)[mine])
+    phase = Phase("kd", 1, (), (), 0, None)
+    told = {}
+    for scope in ("global", "auto", "local"):
+        for name in ("pkt", "information_flow"):
+            for scale in ("none", "batch"):
+                section = config.KD(losses=[{"name": name, "scale": scale}])
+                objective = Objective(section.losses, steps_per_epoch=1, scope=scope)
+                total, _ = objective(output, targets, LABELS[mine], phase, 0)
+                told[scope, name, scale] = total.item()
+    torch.save(told, Path(folder) / f"{rank}.pt")
+
+
+def test_scale_batch_counts_the_samples_of_all_ranks_that_were_gathered(tmp_path):
+    run_ranks(scaled_terms, 2, str(tmp_path))
+    for rank in (0, 1):
+        told = torch.load(tmp_path / f"{rank}.pt")
+        for name in ("pkt", "information_flow"):
+            for scope, batch in (("global", BATCH), ("auto", BATCH), ("local", BATCH // 2)):
+                expected = batch * told[scope, name, "none"]
+                assert told[scope, name, "batch"] == pytest.approx(expected, rel=1e-6)
 
 
 def gathered_rows(folder: str) -> None:
