@@ -329,8 +329,6 @@ def hold(network: Network, precision: str) -> None:
     The outputs are the same, bit for bit: a layer that does more with its weights than multiply (NFNet's, which
     standardises them) keeps them.
     """
-    if precision == "no":
-        return  # without autocast they stay as they are, float64 too
     for module in network.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
             module.to(DTYPES[precision])

@@ -161,8 +161,11 @@ def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "au
 
 
 @pytest.fixture
-def float64() -> Iterator[None]:
+def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Networks, targets and losses in float64: what rounding does to two correct ways is then far below any limit."""
+    from indistill import models
+
+    monkeypatch.setitem(models.DTYPES, "no", torch.float64)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -174,6 +177,9 @@ def in_float64(function: Callable, *arguments: Any) -> None:
     For runs, whose steps enlarge rounding by factors that differ between processors. DeepSpeed and autocast know no
     float64: see `run_moved`.
     """
+    from indistill import models
+
+    models.DTYPES["no"] = torch.float64
     torch.set_default_dtype(torch.float64)
     function(*arguments)
 
