@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +184,20 @@ def in_float64(function: Callable, *arguments: Any) -> None:
     function(*arguments)
 
 
-def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: float) -> None:
-    """Two runs like `run(tree)`, in folders of their own, from weights that move by a relative `unit` up or down.
+@torch.no_grad()
+def move(tensors: Iterable[torch.Tensor], unit: float, seed: int) -> None:
+    """Make each number larger or smaller, by a relative `unit` and by chance. Of EPS, that is its last bit."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors:
+        signs = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
+        tensor *= 1 + unit * signs.to(tensor)
 
-    How far they stray tells how much this training enlarges the rounding of such a unit, on this processor: evenly, if
-    the networks are SMOOTH.
+
+def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: float) -> None:
+    """Two runs like `run(tree)`, in folders of their own, from weights that are moved.
+
+    How far they stray tells how much this training enlarges rounding by `unit` on this processor: evenly, if the
+    networks are SMOOTH.
     """
     from indistill import build
 
@@ -197,11 +206,7 @@ def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: 
 
         def moving_networks(*arguments: Any, seed: int = seed) -> tuple[Any, ...]:
             student, *others = networks(*arguments)
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for parameter in student.parameters():
-                    signs = 2 * torch.randint(2, parameter.shape, generator=generator) - 1
-                    parameter *= 1 + unit * signs.to(parameter)
+            move(student.parameters(), unit, seed)
             return student, *others
 
         with pytest.MonkeyPatch.context() as patch:
@@ -222,7 +227,7 @@ def assert_rounding_explains(ours: Sequence[float], expected: Sequence[float], s
     """
     assert len(ours) == len(expected)
     off, limits = abs(np.array(ours) / np.array(expected) - 1), 8 * (strayed + LOGGED)
-    print("RATIO", (8*off/limits).max(), [f"{x:.0e}" for x in off], [f"{x:.0e}" for x in limits/8])
+    print("RATIO", (8 * off / limits).max(), [f"{x:.0e}" for x in off], [f"{x:.0e}" for x in limits / 8])
     assert (off <= limits).all(), (off, limits)
 
 

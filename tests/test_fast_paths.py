@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import run_ranks
+from conftest import EPS, run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,7 +89,7 @@ def test_a_loss_can_go_back_from_targets_made_in_inference_mode():
         ):
             student = torch.zeros_like(target, requires_grad=True)
             nn.functional.mse_loss(student, target).backward()
-            assert torch.allclose(student.grad, -2 * target / target.numel())
+            assert torch.allclose(student.grad, -2 * target / target.numel(), rtol=4 * EPS, atol=0)
 
 
 def test_the_fingerprint_is_that_of_the_weights_as_they_were_loaded():

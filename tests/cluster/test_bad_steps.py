@@ -204,7 +204,9 @@ def test_a_bad_step_leaves_no_trace(short_tree, tmp_path, kind, world, rank, pre
     windows = [[loss for step, loss in enumerate(per_step) if step // 2 == i and step not in BAD] for i in range(6)]
     means = [sum(window) / len(window) if window else None for window in windows]
     assert means[4] is None  # both steps of it were bad
-    assert [line["loss"] for line in lines(short_tree)] == [m if m is None else pytest.approx(m, rel=LOGGED) for m in means]
+    assert [line["loss"] for line in lines(short_tree)] == [
+        m if m is None else pytest.approx(m, rel=LOGGED) for m in means
+    ]
     assert [line["skipped_steps"] for line in lines(short_tree)] == [0, 1, 1, 1, 3, 3]
 
 
