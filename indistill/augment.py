@@ -1,26 +1,28 @@
 """Augmentation as a pure function of (seed, view, sample id), where each epoch has its view, if nothing else is asked.
 
 The same sample gets the same view in a given epoch whatever worker, rank or world size computes it, so a view can be
-computed elsewhere, or again. The recipes are those of timm and torchvision, with every parameter drawn here.
+computed elsewhere, or again. The recipes are those of timm and torchvision, with every parameter drawn here. Images are
+resized by Pillow, as theirs are: torch's own resizing of uint8 is faster, and up to 20 levels off, by the processor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as tv
 
 from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing
-from indistill.decode import BadImage, Box, cut, decode, decode_crop
-
-__all__ = ["BadImage", "decode", "eval_view", "train_view", "train_views", "uniforms", "view_of"]
+from indistill.decode import Box, cut, decode, decode_crop
 
 _TRIES = 10  # to find a rectangle that fits; of 2 draws each; as many as torchvision's and timm's
 # Uniform numbers per sample and epoch. Each part has its own, so that switching one on leaves the others as they are.
@@ -29,7 +31,8 @@ _CROP = slice(3, 5 + 2 * _TRIES)
 _JITTER = slice(_CROP.stop, _CROP.stop + 8)
 _RAND_AUGMENT = slice(_JITTER.stop, _JITTER.stop + 4 * MAX_RAND_AUGMENT_OPS)
 _ERASING = slice(_RAND_AUGMENT.stop, _RAND_AUGMENT.stop + 4 + 2 * _TRIES)
-DRAWS = _ERASING.stop
+_RESAMPLE = slice(_ERASING.stop, _ERASING.stop + 1 + MAX_RAND_AUGMENT_OPS)  # of the crop, then of each operation
+DRAWS = _RESAMPLE.stop
 
 _MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
 # 256 equally likely values of noise that is standard normal once normalised: uint8 [channel, 256].
@@ -40,6 +43,15 @@ _NOISE = np.array(
     ]
 )
 _NOISE = _NOISE.round().clip(0, 255).astype(np.uint8)
+
+
+class EvalView(NamedTuple):
+    """How evaluation shows an image, in the words of timm's `create_transform`."""
+
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = "center"
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # the colour of a border, where crop_mode has one
 
 
 def view_of(recipe: Augment, epoch: int) -> int:
@@ -69,45 +81,54 @@ def _mix(x: np.uint64 | np.ndarray) -> np.uint64 | np.ndarray:
 
 
 def train_view(
-    image: np.ndarray | bytes, draws: np.ndarray, recipe: Augment, size: int, where: str = "image"
+    image: np.ndarray | bytes,
+    draws: np.ndarray,
+    recipe: Augment,
+    size: int,
+    where: str = "image",
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
     """An image and its draws [DRAWS] to an augmented uint8 [size, size, 3].
 
-    The image is uint8 [H, W, 3], or a file, of which only what the view shows is decoded. Raises BadImage, naming
-    `where` the file came from, if that fails.
+    The image is uint8 [H, W, 3], or a file, of which only what the view shows is decoded. `interpolation` is bilinear,
+    bicubic or random (one of both), with timm's meaning. Raises BadImage, naming `where` the file came from, if it
+    cannot be decoded.
     """
+    resamples = _resamples(draws[_RESAMPLE], interpolation)
     if recipe.recipe == "random_resized_crop":
 
         def box(shape: tuple[int, int]) -> Box:
             return _resized_crop_box(shape, draws[_CROP], recipe)
 
         image = decode_crop(image, where, box) if isinstance(image, bytes) else cut(image, box(image.shape[:2]))
-        image = _resize(image, [size, size])
+        image = _resize(image, size, resamples[0])
     else:
         image = decode(image, where) if isinstance(image, bytes) else image
         if recipe.recipe == "pad_crop":
             image = _pad_crops(image[None], draws[None], recipe.padding, size)[0].transpose(1, 2, 0)
         else:
-            image = eval_view(image, size, crop=1.0)
+            image = eval_view(image, size, EvalView(interpolation.replace("random", "bilinear"), 1.0))  # as in timm
     if recipe.flip and draws[_FLIP] < 0.5:
         image = image[:, ::-1]
     if recipe.rand_augment or recipe.color_jitter:
         picture = Image.fromarray(np.ascontiguousarray(image))
         if recipe.rand_augment:
-            picture = _rand_augment(picture, draws[_RAND_AUGMENT], recipe.rand_augment)
+            picture = _rand_augment(picture, draws[_RAND_AUGMENT], recipe.rand_augment, resamples[1:])
         if recipe.color_jitter:
             picture = _color_jitter(picture, draws[_JITTER], recipe.color_jitter)
         image = np.asarray(picture)
     return _erase(image, draws[_ERASING], recipe.random_erasing) if recipe.random_erasing else image
 
 
-def train_views(images: np.ndarray, draws: np.ndarray, recipe: Augment, size: int) -> np.ndarray:
+def train_views(
+    images: np.ndarray, draws: np.ndarray, recipe: Augment, size: int, interpolation: str = "bilinear"
+) -> np.ndarray:
     """`train_view` of many images of one size: uint8 [B, H, W, 3] and draws [B, DRAWS] to uint8 [B, 3, size, size].
 
     Small images are padded, cropped and flipped all at once: one by one, numpy's calls cost more than the pixels.
     """
     if recipe.recipe != "pad_crop" or recipe.rand_augment or recipe.color_jitter or recipe.random_erasing:
-        views = [train_view(image, row, recipe, size) for image, row in zip(images, draws)]
+        views = [train_view(*pair, recipe, size, interpolation=interpolation) for pair in zip(images, draws)]
         return np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2))
     views = _pad_crops(images, draws, recipe.padding, size)
     if recipe.flip:
@@ -116,16 +137,19 @@ def train_views(images: np.ndarray, draws: np.ndarray, recipe: Augment, size: in
     return views
 
 
-def eval_view(image: np.ndarray | bytes, size: int, crop: float, where: str = "image") -> np.ndarray:
-    """Resize the shorter side to size / crop, cut the centre: uint8 [H, W, 3], or a file, to uint8 [size, size, 3].
+def eval_view(image: np.ndarray | bytes, size: int, view: EvalView, where: str = "image") -> np.ndarray:
+    """An image uint8 [H, W, 3], or a file, as timm's evaluation shows it: uint8 [size, size, 3].
 
-    Pixel for pixel torchvision's Resize and CenterCrop, with timm's rounding of size / crop. Raises BadImage, naming
-    `where` the file came from, if it cannot be decoded.
+    Raises BadImage, naming `where` the file came from, if it cannot be decoded.
     """
     image = decode(image, where) if isinstance(image, bytes) else image
-    image = _resize(image, [int(size / crop)])
-    top, left = (round((side - size) / 2) for side in image.shape[:2])
-    return image[top : top + size, left : left + size]
+    return _eval_transform(size, view)(Image.fromarray(image)).permute(1, 2, 0).numpy()
+
+
+@cache
+def _eval_transform(size: int, view: EvalView) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's own, up to uint8 [3, size, size]: the networks normalise."""
+    return create_transform((3, size, size), is_training=False, use_prefetcher=True, **view._asdict())
 
 
 def _pad_crops(images: np.ndarray, draws: np.ndarray, padding: int, size: int) -> np.ndarray:
@@ -176,9 +200,11 @@ _ARGUMENTS: dict[str, Callable[[float, float], tuple[float, ...]]] = {
 _OPERATIONS = list(_ARGUMENTS)
 
 
-def _rand_augment(image: Image.Image, draws: np.ndarray, recipe: RandAugment) -> Image.Image:
-    for name, argument in _operations(draws, recipe):
-        image = NAME_TO_OP[name](image, *argument, resample=Image.Resampling.BILINEAR, fillcolor=_MEAN_COLOUR)
+def _rand_augment(
+    image: Image.Image, draws: np.ndarray, recipe: RandAugment, resamples: Sequence[Image.Resampling]
+) -> Image.Image:
+    for (name, argument), resample in zip(_operations(draws, recipe), resamples):
+        image = NAME_TO_OP[name](image, *argument, resample=resample, fillcolor=_MEAN_COLOUR)
     return image
 
 
@@ -245,7 +271,14 @@ def _noise(key: float, height: int, width: int) -> np.ndarray:
     return np.stack([_NOISE[channel][levels[..., channel]] for channel in range(3)], axis=2)
 
 
-def _resize(image: np.ndarray, size: list[int]) -> np.ndarray:
-    """To [height, width], or the shorter side to [length]."""
-    chw = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    return tv.resize(chw, size, antialias=True).permute(1, 2, 0).numpy()
+def _resamples(draws: np.ndarray, interpolation: str) -> list[Image.Resampling]:
+    """How the crop is resized, then how each of RandAugment's operations reads between pixels."""
+    both = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+    if interpolation == "random":
+        return [both[int(2 * u)] for u in draws]
+    return [both[interpolation == "bicubic"]] * len(draws)
+
+
+def _resize(image: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
+    """uint8 [H, W, 3] to [size, size, 3]."""
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((size, size), resample))

@@ -101,7 +101,7 @@ MAX_RAND_AUGMENT_OPS = 4
 
 
 class RandAugment(Section):
-    """timm's `rand-m{magnitude}-n{num_ops}-mstd{mstd}-p{probability}-inc1`, bilinear."""
+    """timm's `rand-m{magnitude}-n{num_ops}-mstd{mstd}-p{probability}-inc1`, by data.interpolation."""
 
     magnitude: Annotated[float, Field(ge=0, le=10)] = 9  # how strong the operations are
     num_ops: Annotated[int, Field(ge=1, le=MAX_RAND_AUGMENT_OPS)] = 2  # drawn for an image, with replacement
@@ -132,7 +132,7 @@ class RandomErasing(Section):
 
 
 class Augment(Section):
-    """Training augmentation; evaluation always resizes the shorter side and crops the centre.
+    """Training augmentation; evaluation resizes and crops as data.eval_interpolation and data.eval_crop say.
 
     In this order: recipe, flip, rand_augment, color_jitter, random_erasing.
     """
@@ -181,7 +181,14 @@ class Data(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of undecodable images that the run puts up with
     workers: Annotated[int, Field(ge=0)] = 4  # loader processes per rank
     augment: Augment = Augment()  # of training images
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # centre crop as a fraction of the resized shorter side
+    # How training images are resized, as timm does: random draws one of the two for each image (and for each turn,
+    # shear or shift of rand_augment).
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bilinear"
+    # In evaluation. auto: as timm's record says (pretrained_cfg) of the student if it begins with weights, else of the
+    # teacher, else of the student. `indistill eval CONFIG NAME` takes that of NAME.
+    eval_interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    # Centre crop as a fraction of the resized shorter side. auto: likewise, with timm's crop_mode.
+    eval_crop: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _stream_needs(self) -> Data:
@@ -220,6 +227,18 @@ class Teacher(Model):
     # Its weights cut over all processes, and gathered block by block as it runs: for one too large for a GPU. The
     # targets are the same, so that a run may go on without; one process holds it whole all the same.
     shard: bool = False
+    random: bool = False  # with pretrained: false, a teacher of random weights: a control, never the default
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Teacher:
+        if self.random and (self.pretrained or self.checkpoint):
+            raise ValueError("random: true excludes pretrained: true and checkpoint: keep one")
+        if not (self.random or self.pretrained or self.checkpoint):
+            raise ValueError(
+                f"{self.name} has no weights: set pretrained: true or checkpoint: FILE; a random teacher, as a "
+                "control, needs random: true beside pretrained: false"
+            )
+        return self
 
 
 class Heads(Section):
@@ -235,13 +254,14 @@ class Heads(Section):
 
 
 class Optimizer(Section):
-    """Arguments of `timm.optim.create_optimizer_v2`."""
+    """Arguments of `timm.optim.create_optimizer_v2`; one that would have no effect is refused."""
 
     name: str = "sgd"  # any timm optimizer
     lr: PositiveFloat  # learning rate, before the schedule
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # not of biases, norms, positions and class tokens
     momentum: float = 0.9  # of optimizers that have one
-    kwargs: dict[str, Any] = {}  # passed on to the optimizer: betas, eps, nesterov, ...
+    # Passed on: betas, eps, nesterov, ..., and layer_decay, by which each layer's rate is that of the next, times this.
+    kwargs: dict[str, Any] = {}
 
 
 class Schedule(Section):
@@ -599,6 +619,14 @@ class Config(Section):
             raise ValueError("compile: true works with engine: ddp: remove one")
         if self.compile and self.teacher is not None and self.teacher.shard:
             raise ValueError("compile: true needs the whole teacher on every process: remove it, or teacher.shard")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_that_train(self) -> Config:
+        if self.warmup is not None and "layer_decay_no_opt_scale" in self.optimizer.kwargs:
+            raise ValueError(
+                "optimizer.kwargs.layer_decay_no_opt_scale freezes the first layers, which warmup trains: remove one"
+            )
         return self
 
     @model_validator(mode="after")

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from indistill import augment, config, preemption
-from indistill.augment import BadImage
+from indistill.augment import EvalView
 from indistill.config import UserError
+from indistill.decode import BadImage, decode
 from indistill.order import SampleOrder
-from indistill.shards import ShardSet
+from indistill.shards import ShardSet, label_problem
 
 if TYPE_CHECKING:
     from indistill.store import Reader
@@ -46,23 +47,30 @@ class ImageDataset(Dataset):
     """A shard set as images; indexed by Request, it returns a whole Batch.
 
     With an `order` it is for training: images are augmented, and one that cannot be decoded is replaced by the next
-    sample of its stream, the same on any number of ranks. Without, it is for evaluation, where such an image is an
-    error: scores on other samples would not compare.
+    sample of its stream, the same on any number of ranks. Without, it is for evaluation, by its `view`, where such an
+    image is an error: scores on other samples would not compare.
     """
 
-    def __init__(self, shards: ShardSet, section: config.Data, seed: int, order: SampleOrder | None = None) -> None:
-        self.shards, self.section, self.seed, self.order = shards, section, seed, order
+    def __init__(
+        self,
+        shards: ShardSet,
+        section: config.Data,
+        seed: int,
+        order: SampleOrder | None = None,
+        view: EvalView | None = None,
+    ) -> None:
+        self.shards, self.section, self.seed, self.order, self.view = shards, section, seed, order, view
         self.memory = self._decode_all() if section.in_memory else None
         self.stored: Reader | None = None  # what a request's fields are read from
 
     def __len__(self) -> int:
         return len(self.shards)
 
-    def for_evaluation(self) -> ImageDataset:
-        """The same images without augmentation; nothing is decoded again."""
-        view = copy.copy(self)
-        view.order = None
-        return view
+    def for_evaluation(self, view: EvalView | None = None) -> ImageDataset:
+        """The same images without augmentation, as `view` (None: its own) shows them; nothing is decoded again."""
+        other = copy.copy(self)
+        other.order, other.view = None, view or self.view
+        return other
 
     def __getitem__(self, request: Request) -> Batch:
         size, count = self.section.image_size, len(request.ids)
@@ -72,7 +80,8 @@ class ImageDataset(Dataset):
         draws = augment.uniforms(self.seed, view, ids)  # [B, DRAWS]
         if self.order is not None and self.memory is not None:
             pixels, all_labels, missing = self.memory
-            images, labels = augment.train_views(pixels[ids], draws, self.section.augment, size), all_labels[ids]
+            views = augment.train_views(pixels[ids], draws, self.section.augment, size, self.section.interpolation)
+            images, labels = views, all_labels[ids]
             left = [row for row in range(count) if ids[row] in missing] if missing else []
         else:
             images, labels = np.empty((count, 3, size, size), dtype=np.uint8), np.empty(count, dtype=np.int64)
@@ -96,9 +105,9 @@ class ImageDataset(Dataset):
         size = self.section.image_size
         where = self.shards.where(sample_id) if isinstance(image, bytes) else "image"  # only decoding can fail
         if self.order is None:
-            view = augment.eval_view(image, size, self.section.eval_crop, where)
+            view = augment.eval_view(image, size, self.view, where)
         else:
-            view = augment.train_view(image, draws, self.section.augment, size, where)
+            view = augment.train_view(image, draws, self.section.augment, size, where, self.section.interpolation)
         return view.transpose(2, 0, 1), label
 
     def _stand_in(self, request: Request, row: int, replaced: list[str]) -> tuple[int, np.ndarray, int]:
@@ -134,7 +143,7 @@ class ImageDataset(Dataset):
         for i, sample in enumerate(self.shards.iterate()):
             labels[i] = sample.label
             try:
-                image = augment.decode(sample.image, self.shards.where(i))
+                image = decode(sample.image, self.shards.where(i))
             except BadImage as error:
                 bad[i] = str(error)
                 continue
@@ -208,12 +217,8 @@ def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
     shards = ShardSet(urls, section.root, section.cache_dir, int(section.cache_bytes), section.allow_pipe)
     labels = shards.labels
     for sample_id in np.flatnonzero((labels < 0) | (labels >= section.num_classes))[:1]:
-        raise UserError(wrong_label(shards.where(sample_id), labels[sample_id], section.num_classes))
+        raise UserError(f"{shards.where(sample_id)}: {label_problem(labels[sample_id], section.num_classes)}")
     return shards
-
-
-def wrong_label(where: str, label: int, num_classes: int) -> str:
-    return f"{where}: label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
 
 
 def check_accumulation(section: config.Data, world: int, accumulation: int) -> None:
@@ -247,10 +252,18 @@ class _Requests(Sampler):
         return self.requests
 
 
-def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> DataLoader:
+class Loader(DataLoader):
+    """A DataLoader whose workers no signal can end before `preemption.in_worker` has run in them."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        with preemption.signals_blocked():
+            return super().__iter__()
+
+
+def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> Loader:
     """The batch of each request, in order."""
     workers = 0 if dataset.memory is not None else dataset.section.workers  # a crop from memory is no work to share
-    return DataLoader(
+    return Loader(
         dataset,
         sampler=_Requests(requests),
         batch_size=None,

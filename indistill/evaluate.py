@@ -62,6 +62,7 @@ def retrieval(
 
     Raises UserError for embeddings that are not finite and for query classes that the database lacks.
     """
+    database = database.for_evaluation(queries.view)
     tensors = [x for dataset in (database, queries) for x in embeddings(accelerator, network, dataset, batch)]
     outcome: list = [None, None]  # scores, a mistake: told to all ranks, none is left waiting
     if accelerator.is_main_process:

@@ -22,9 +22,11 @@ import yaml
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from indistill import checkpoint, config, data, models
+from indistill import checkpoint, class_names, config, data, models
+from indistill.augment import EvalView
 from indistill.config import Config, UserError
-from indistill.models import Network, Output
+from indistill.models import Network
+from indistill.outputs import Output
 from indistill.prune import Plan
 
 FILES = {"timm": "model.safetensors", "onnx": "model.onnx", "torch": "model.pt2"}
@@ -142,7 +144,8 @@ def _images(settings: Config) -> tuple[Tensor, str]:
     try:
         if section.eval is None:
             raise UserError("data.eval is not set")
-        dataset = data.ImageDataset(data.open_shards(section, section.eval), section, settings.seed)
+        shards, view = data.open_shards(section, section.eval), models.evaluation_view(settings)
+        dataset = data.ImageDataset(shards, section, settings.seed, view=view)
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[data.Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:
@@ -205,12 +208,11 @@ def _write_timm(network: Network, source: Source, folder: Path) -> None:
     preprocessing = _preprocessing(network, settings)
     record = {key: net.pretrained_cfg[key] for key in kept if key in net.pretrained_cfg} | {
         "input_size": (3, preprocessing["image_size"], preprocessing["image_size"]),
-        **{key: preprocessing[key] for key in ("mean", "std", "crop_pct", "interpolation")},
-        "crop_mode": "center",
+        **{key: preprocessing[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
         "num_classes": net.num_classes,
     }
     net.pretrained_cfg = record
-    names = _class_names(settings.data)
+    names = _class_names(source)
     save_for_hf(
         net,
         str(folder),
@@ -250,10 +252,12 @@ def _write_torch(network: Network, source: Source, folder: Path) -> None:
 
 def _preprocessing(network: Network, settings: Config) -> dict[str, Any]:
     """What evaluation did with an image (augment.eval_view), in timm's words."""
+    view = models.evaluation_view(settings)
     return {
         "image_size": settings.data.image_size,
-        "crop_pct": settings.data.eval_crop,
-        "interpolation": "bilinear",
+        "crop_pct": view.crop_pct,
+        "crop_mode": view.crop_mode,
+        "interpolation": view.interpolation,
         # As they were given: float32 of them would be other numbers.
         **dict(zip(("mean", "std"), models.normalisation(network.net, settings.student, "student"))),
     }
@@ -264,7 +268,7 @@ def _metadata(network: Network, source: Source) -> dict[str, Any]:
         "input": "images: uint8 RGB [batch, 3, image_size, image_size], resized and cropped; normalised inside",
         "output": "logits: float32 [batch, num_classes]",
         "num_classes": network.net.num_classes,
-        "classes": _class_names(source.settings.data),
+        "classes": _class_names(source),
         **_preprocessing(network, source.settings),
         "student": source.settings.student.name,
         "weights": source.weights,
@@ -272,15 +276,11 @@ def _metadata(network: Network, source: Source) -> dict[str, Any]:
     }
 
 
-def _class_names(section: config.Data) -> list[str] | None:
-    """Those that packing wrote down beside the training shards, in the order of the labels; None if it is not there."""
-    urls = [section.train] if isinstance(section.train, str) else section.train
-    record = Path(section.root or "", urls[0]).parent / "dataset.json"
-    try:
-        names = json.loads(record.read_text()).get("classes")
-    except (OSError, ValueError):
-        return None
-    return names if names and len(names) == section.num_classes else None
+def _class_names(source: Source) -> list[str] | None:
+    """The class of each output, from the run or else from beside its training shards; None if that is not known."""
+    section = source.settings.data
+    found = class_names.of_weights(source.file) or class_names.of_training(section)
+    return found.names if found and len(found.names) == section.num_classes else None
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -291,9 +291,9 @@ class Program(nn.Module):
 
     with_logits = True
 
-    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, run: Callable[[Tensor], Tensor], classes: list[str] | None = None) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.classes = run, classes
 
     def forward(self, images: Tensor) -> Output:
         """Images uint8 [B, 3, S, S]."""
@@ -301,12 +301,12 @@ class Program(nn.Module):
             return Output((), None, self.run(images.cpu()).to(images.device))
 
 
-def load_for_eval(settings: Config, what: str) -> Network | Program:
-    """What `indistill eval` scores.
+def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalView]:
+    """What `indistill eval` scores, and how images are shown to it.
 
     A weights file, checkpoint or run of the config's student, an exported folder, or a model: a timm name (timm:NAME
-    for one that is also a path), with its own pretrained weights and normalisation. Raises UserError for what is none
-    of these or does not fit the config.
+    for one that is also a path), with its own pretrained weights, normalisation and, where the config says auto,
+    interpolation and crop. Raises UserError for what is none of these or does not fit the config.
     """
     path = Path(what)
     if path.is_dir() and any((path / file).is_file() for file in ("config.json", FILES["onnx"], FILES["torch"])):
@@ -315,16 +315,35 @@ def load_for_eval(settings: Config, what: str) -> Network | Program:
                 f"{path / FILES['torch']}: is a program, and to load one may run anything: evaluate the run, or an "
                 "export of another --format"
             )
-        return load_folder(path, settings)
+        network = load_folder(path, settings)
+        _check_classes(network, what, settings)
+        return network, _view_of_folder(path, settings)
     name = what.removeprefix("timm:")
     if name != what or (not path.exists() and (timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:")))):
-        return _pretrained(name, settings)
+        network = _pretrained(name, settings)
+        _check_classes(network, name, settings)
+        return network, models.own_view(_named(name), settings.data, "eval")
     if settings.stage == "heads":
         raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
     if path.is_dir():
         names = ("student.safetensors", "ema.safetensors", "model.safetensors")  # of a run, else of a checkpoint
         path = next((path / name for name in names if (path / name).is_file()), path)
-    return load_file(settings, path)
+    names = class_names.of_weights(path)
+    class_names.check_weights(names, settings.data, "eval")
+    if names is None or settings.evaluate.retrieval:  # the weights are of data.train, retrieval is from it
+        class_names.check(settings.data)
+    return load_file(settings, path), models.evaluation_view(settings)
+
+
+def _check_classes(network: Network | Program, what: str, settings: Config) -> None:
+    """Raise UserError if an export, or a timm model that names its classes, was made for others than the data has."""
+    if settings.evaluate.retrieval:
+        class_names.check(settings.data)
+    if isinstance(network, Program):
+        names = network.classes and class_names.Names(what, network.classes)
+    else:
+        names = class_names.of_pretrained(network.net.pretrained_cfg, what)
+    class_names.check_weights(names, settings.data, "eval")
 
 
 def load_file(settings: Config, path: Path) -> Network:
@@ -342,7 +361,7 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
     if onnx:
         _need_onnx()
     try:
-        run = (_run_onnx if onnx else _run_torch)(folder)
+        run, classes = (_run_onnx if onnx else _run_torch)(folder)
     except Exception as error:  # each library raises its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: holds no readable {'onnx' if onnx else 'torch'} export: {reason}") from None
@@ -353,25 +372,44 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
         raise UserError(f"{folder}: was exported for images of another size than data.image_size, {size}") from None
     if found != settings.data.num_classes:
         raise UserError(f"{folder}: has {found} classes, data.num_classes is {settings.data.num_classes}")
-    return Program(run)
+    return Program(run, classes)
 
 
-def _run_onnx(folder: Path) -> Callable[[Tensor], Tensor]:
+def _run_onnx(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | None]:
+    """The program and its class names."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(folder / FILES["onnx"], options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    classes = json.loads(session.get_modelmeta().custom_metadata_map.get("classes", "null"))
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), classes
 
 
-def _run_torch(folder: Path) -> Callable[[Tensor], Tensor]:
-    program = torch.export.load(folder / FILES["torch"]).module()
-    return lambda images: program(images)  # of a module Program would make a part, which refuses eval()
+def _run_torch(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | None]:
+    metadata = {"metadata.json": ""}
+    program = torch.export.load(folder / FILES["torch"], extra_files=metadata).module()
+    classes = json.loads(metadata["metadata.json"])["classes"]
+    return lambda images: program(images), classes  # of a module Program would make a part, which refuses eval()
+
+
+def _named(name: str) -> config.Model:
+    return config.Model(name=name, pretrained=True)
+
+
+def _view_of_folder(folder: Path, settings: Config) -> EvalView:
+    """How images are shown to what was exported there: as it says, where the config says auto."""
+    if (folder / "config.json").is_file():
+        return models.own_view(_named(f"local-dir:{folder}"), settings.data, "eval")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / FILES["onnx"], providers=["CPUExecutionProvider"])
+    told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    return models.view_by_record(told, settings.data)
 
 
 def _pretrained(name: str, settings: Config) -> Network:
-    section = config.Model(name=name, pretrained=True)
+    section = _named(name)
     net = models.create(section, settings.data.num_classes, settings.data.image_size, "eval")
     return Network(net, *models.normalisation(net, section, "eval"))
 
@@ -399,6 +437,7 @@ logits = session.run(["logits"], {{"images": images}})[0]    # images: uint8 [ba
 program = torch.export.load("FOLDER/model.pt2").module()    # a program: load none that you do not trust
 logits = program(images)    # images: uint8 [batch, 3, {size}, {size}]""",
 }
+_RESIZED = {"center": "The shorter side is", "squash": "Each side is", "border": "The longer side is"}  # by crop_mode
 _LIBRARY = {"timm": "timm", "onnx": "onnx", "torch": "pytorch"}
 # Where a run and its data lie is nobody's business but its owner's.
 _LOCAL_KEYS = {"run_dir": True, "data": {"root", "cache_dir"}, "targets": {"dir"}}
@@ -414,7 +453,7 @@ def card(source: Source, network: Network, form: str, command: str, checked: str
         taken = "Normalised float images, as timm's own transform makes them"
     else:
         taken = "uint8 RGB images, resized and cropped; it normalises them itself"
-    preprocessing = _preprocessing(network, settings)
+    preprocessing, view = _preprocessing(network, settings), models.evaluation_view(settings)
     front = {
         "library_name": _LIBRARY[form],
         "pipeline_tag": "image-classification",
@@ -434,8 +473,8 @@ def card(source: Source, network: Network, form: str, command: str, checked: str
         + (" of training." if source.finished else " of a run that had not finished.")
         + began,
         f"```python\n{_USE[form].format(register=register, size=section.image_size)}\n```",
-        f"**Input.** {taken}. The shorter side is resized to {int(section.image_size / section.eval_crop)} pixels "
-        f"(bilinear), the centre of {section.image_size} x {section.image_size} cut out; mean "
+        f"**Input.** {taken}. {_RESIZED[view.crop_mode]} resized to {int(section.image_size / view.crop_pct)} pixels "
+        f"({view.interpolation}), the centre of {section.image_size} x {section.image_size} cut out; mean "
         f"{list(preprocessing['mean'])}, standard deviation {list(preprocessing['std'])} of values in [0, 1].",
         f"**Teacher.** {teacher}",
         f"**Method.** {_method(source)}",

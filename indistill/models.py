@@ -10,29 +10,38 @@ import difflib
 import hashlib
 import json
 import pickle
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import timm
+import timm.data
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
-from timm.models import build_model_with_cfg, generate_default_cfgs, load_state_dict, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    group_parameters,
+    load_model_config_from_hf,
+    load_state_dict,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.optim import auto_group_layers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from indistill import config, taps
+from indistill.augment import EvalView
 from indistill.config import UserError
-
-if TYPE_CHECKING:
-    from indistill.targets import Targets
-
+from indistill.outputs import Output, Targets
 
 _MAX_HEAD_WEIGHTS = 10**8
+_OTHER_WEIGHTS = {"checkpoint_path", "pretrained_strict"}  # of timm.create_model: what weights it ends up with
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
 
@@ -43,17 +52,6 @@ class NoWeights(UserError):
     def __init__(self, message: str, role: str) -> None:
         super().__init__(message)
         self.role = role
-
-
-class Output(NamedTuple):
-    """What one forward pass returns; None for what was not asked for or not reached."""
-
-    features: tuple[Tensor, ...]  # one map [B, C, H, W] per pair asked for
-    embedding: Tensor | None = None  # [B, D], the classifier's input
-    logits: Tensor | None = None  # [B, K]
-    token_logits: Tensor | None = None  # [B, K], of a distillation token
-    cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head
-    projected: Mapping[str, tuple[Tensor, ...]] = {}  # what each trainable part of a loss made of all this
 
 
 class Network(nn.Module):
@@ -149,8 +147,20 @@ class Network(nn.Module):
     def _adapt(self, pair: int, feature: Tensor) -> Tensor:
         return self.adapters[str(pair)](feature) if str(pair) in self.adapters else feature
 
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of a parameter, for timm's layer decay: that of the bare timm model.
+
+        Adapters and projectors count as the last layer: they are as new as a classifier, and train at the full rate.
+        """
+        if hasattr(self.net, "group_matcher"):
+            layers = group_parameters(self.net, self.net.group_matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(self.net)  # timm's own way with such models
+        last = max(layers.values())
+        return lambda name: layers.get(name.removeprefix("net."), last)
+
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimizers ask a model for: positions and class tokens, which do not decay."""
+        """Patterns of the parameters that timm's optimizers exempt from weight decay: positions and class tokens."""
         return {f"net.{name}" for name in getattr(self.net, "no_weight_decay", set)()}
 
 
@@ -165,6 +175,8 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
         raise UserError(
             f"{role}.name: timm has no model {section.name!r}" + (f"; near: {', '.join(close)}" * bool(close))
         )
+    for key in _OTHER_WEIGHTS & section.kwargs.keys():
+        raise UserError(f"{role}.kwargs.{key}: would load other weights, or only some: give {role}.checkpoint instead")
     # Asked for another number of classes, timm would replace a pretrained head by a random one.
     kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
     try:
@@ -177,6 +189,11 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     if net.num_classes != num_classes:
         raise UserError(
             f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is {num_classes}: "
+            "use weights trained for this data set"
+        )
+    if role == "teacher" and section.pretrained and "num_classes" in kwargs:
+        raise UserError(
+            "teacher.kwargs.num_classes: timm would replace the head of another size by a random one: remove it, and "
             "use weights trained for this data set"
         )
     if section.checkpoint:
@@ -384,6 +401,56 @@ def save(network: Network, section: config.Model, path: Path) -> None:
     save_model(network.net, str(path), metadata)
 
 
+def evaluation_view(settings: config.Config) -> EvalView:
+    """How evaluation shows images to the config's student, by the keys `data.eval_*`.
+
+    Where they say auto, as timm's record says of the student if it begins with weights, else of the teacher, if there
+    is one. Raises UserError if that record cannot be had.
+    """
+    student, teacher = settings.student, settings.teacher
+    if teacher is not None and not (student and (student.pretrained or student.checkpoint)):
+        return own_view(teacher, settings.data, "teacher")
+    return own_view(student, settings.data, "student")
+
+
+def own_view(section: config.Model, data: config.Data, role: str) -> EvalView:
+    """How evaluation shows images to this very network: timm's `resolve_data_config`, where the config says auto."""
+    if "auto" not in (data.eval_crop, data.eval_interpolation):
+        return EvalView(data.eval_interpolation, data.eval_crop)
+    mean = {} if section.mean is None else {"mean": section.mean}
+    return view_by_record(_record(section, role) | mean, data)
+
+
+def view_by_record(record: Mapping[str, Any], data: config.Data) -> EvalView:
+    """How evaluation shows images to a network with this record of timm's, where the config says auto."""
+    crop, interpolation, size = data.eval_crop, data.eval_interpolation, (data.image_size, data.image_size)
+    # Networks may be made for one size, and be at their best, with another crop, at a second one.
+    at_second = size == tuple(record.get("test_input_size") or ())[1:] != tuple(record.get("input_size") or ())[1:]
+    own = timm.data.resolve_data_config(pretrained_cfg=dict(record), use_test_size=at_second)
+    interpolation = own["interpolation"] if interpolation == "auto" else interpolation
+    if crop != "auto":
+        return EvalView(interpolation, crop)
+    return EvalView(interpolation, own["crop_pct"], own["crop_mode"], tuple(own["mean"]))
+
+
+def _record(section: config.Model, role: str) -> dict[str, Any]:
+    """timm's record of a model (`pretrained_cfg`), without building it."""
+    kind, _, place = section.name.partition(":")
+    given, overlay = section.kwargs.get("pretrained_cfg"), section.kwargs.get("pretrained_cfg_overlay")
+    try:
+        if kind == "local-dir":
+            return json.loads((Path(place) / "config.json").read_text())["pretrained_cfg"]
+        if kind == "hf-hub":
+            return load_model_config_from_hf(place)[0]
+        name, _, tag = section.name.partition(".")
+        return resolve_pretrained_cfg(name, given or tag or None, overlay).to_dict()
+    except Exception as error:  # timm, the hub's client and the network each raise their own
+        raise UserError(
+            f"{role}: timm's record of {section.name} cannot be had: {' '.join(str(error).split())[:200]}; without it, "
+            "set data.eval_interpolation and data.eval_crop"
+        ) from None
+
+
 def normalisation(net: nn.Module, section: config.Model, role: str) -> tuple[Sequence[float], Sequence[float]]:
     """Input mean and standard deviation per channel, in [0, 1] units; UserError if neither config nor timm has them."""
     if section.mean is not None:
@@ -398,6 +465,8 @@ def normalisation(net: nn.Module, section: config.Model, role: str) -> tuple[Seq
 _CNN32_CFG = {
     "input_size": (3, 32, 32),
     "num_classes": 10,
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
     "mean": tuple(v / 255 for v in (125.3, 123.0, 113.9)),
     "std": tuple(v / 255 for v in (63.0, 62.1, 66.7)),
     "first_conv": "conv1",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import contextlib
+import fnmatch
+import logging
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import timm.optim
@@ -21,26 +24,75 @@ FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 def create(student: nn.Module, section: config.Optimizer, fused: bool = False) -> Optimizer:
-    """Any timm optimizer; as timm does, biases and norms get no weight decay. UserError if timm refuses.
+    """Any timm optimizer, with timm's groups of parameters: its layer decay, and what gets no weight decay.
 
     `fused`: in torch's fused version, if it has one, which takes the same steps. (With `dampening`, SGD's first one is
-    damped, too.)
+    damped, too.) Raises UserError for what timm refuses, and for an argument that would have no effect.
     """
     try:
         fused = fused and timm.optim.get_optimizer_class(section.name, bind_defaults=False) in FUSED
-        optimizer = timm.optim.create_optimizer_v2(
-            student,
-            opt=section.name,
-            lr=section.lr,
-            weight_decay=section.weight_decay,
-            momentum=section.momentum,
-            **({"fused": True} if fused else {}) | section.kwargs,
-        )
+        with _without_effect_is_refused():
+            optimizer = timm.optim.create_optimizer_v2(
+                student,
+                opt=section.name,
+                lr=section.lr,
+                weight_decay=section.weight_decay,
+                momentum=section.momentum,
+                **({"fused": True} if fused else {}) | _arguments(student, section),
+            )
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"optimizer: timm refuses {section.name}: {' '.join(str(error).split())[:200]}") from None
     if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:
         optimizer.register_step_pre_hook(_begin_momentum)
     return optimizer
+
+
+def _arguments(student: nn.Module, section: config.Optimizer) -> dict[str, Any]:
+    """`optimizer.kwargs` as timm takes them. Raises UserError for those that timm would drop without a word."""
+    kwargs, info = dict(section.kwargs), timm.optim.get_optimizer_info(section.name.lower().split("_")[-1])
+    hybrid = isinstance(info.opt_class, type) and issubclass(info.opt_class, timm.optim.Muon)
+    if not info.has_momentum and section.momentum != config.Optimizer.model_fields["momentum"].default:
+        raise UserError(f"optimizer.momentum: has no effect, {section.name} has no momentum: remove it")
+    reasons = {
+        "eps": not info.has_eps and f"{section.name} has no eps",
+        "betas": not info.has_betas and f"{section.name} has no betas",
+        "fallback_list": not hybrid and f"{section.name} has no fallback optimizer",
+        "fallback_no_weight_decay": not hybrid and f"{section.name} has no fallback optimizer",
+        "layer_decay_min_scale": kwargs.get("layer_decay") is None and "layer_decay is not set",
+        "layer_decay_no_opt_scale": kwargs.get("layer_decay") is None and "layer_decay is not set",
+    }
+    for key, reason in reasons.items():
+        if kwargs.get(key) is not None and reason:
+            raise UserError(f"optimizer.kwargs.{key}: has no effect, {reason}: remove it")
+    if "fallback_list" in kwargs:
+        kwargs["fallback_list"] = _in_student(student, kwargs["fallback_list"])
+    return kwargs
+
+
+def _in_student(student: nn.Module, patterns: list[str]) -> list[str]:
+    """Patterns of the timm model's parameters as patterns of the student's. UserError for one that names none."""
+    names = [name for name, _ in student.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, f"net.{pattern}"):
+            raise UserError(f"optimizer.kwargs.fallback_list: {pattern} names no parameter of the student")
+    return [f"net.{pattern}" for pattern in patterns]
+
+
+@contextlib.contextmanager
+def _without_effect_is_refused() -> Iterator[None]:
+    """Raise UserError where timm warns that an argument has no effect (layer decay of a single layer)."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger(timm.optim.__name__)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    for message in messages:
+        if "no effect" in message:
+            raise UserError(f"optimizer.kwargs: {' '.join(message.split())[:200]}: remove it")
 
 
 def _begin_momentum(optimizer: Optimizer, *_: Any) -> None:
@@ -97,7 +149,8 @@ class PhaseOptim:
             self.stale_gradients.zero_()
         self.pairs = phase.pairs
         self.schedulers[phase].step_update(step - phase.start)
-        return self.optimizer.param_groups[0]["lr"]
+        # Layer decay scales the rate of all layers but the last.
+        return next(group["lr"] for group in self.optimizer.param_groups if group.get("lr_scale", 1.0) == 1.0)
 
     def _reset(self) -> None:
         """As if newly created. Not by `load_state_dict`, which DeepSpeed's partitions would not fit."""

@@ -1,4 +1,4 @@
-"""Where a run's images and its teacher come from: its own, here; together.py has those that several runs share."""
+"""The data and teacher of one run; together.py and apart.py replace them for several students."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 
-from indistill import build, data, health
+from indistill import build, data, health, models
+from indistill.augment import EvalView
 from indistill.config import Config
 from indistill.curriculum import Timetable
 from indistill.data import Batch, IndexedTraining
-from indistill.models import Network, Output
+from indistill.models import Network
+from indistill.outputs import Output
 from indistill.prune import Plan
 from indistill.stream import StreamedTraining
 from indistill.targets import CachedTargets, LiveTargets
@@ -20,7 +22,7 @@ Training = IndexedTraining | StreamedTraining
 
 
 class Sources:
-    """A run's own."""
+    """Opens a run's own data and creates its own teacher."""
 
     # Of a student among several, for what they show: its name, and the terminal's line where no one else knows it.
     name = ""
@@ -46,7 +48,7 @@ class Sources:
 
     def forward(self, teacher: Network, settings: Config) -> Callable[..., Output]:
         """What runs it on a batch, with the arguments of `Network.forward`."""
-        return torch.compile(teacher, dynamic=False) if settings.compile else teacher
+        return build.compiled(teacher, settings)
 
 
 def open_data(accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
@@ -57,5 +59,7 @@ def open_data(accelerator: Accelerator, settings: Config) -> tuple[Training, dat
     return training, open_eval_set(settings) if settings.data.eval is not None else None
 
 
-def open_eval_set(settings: Config) -> data.ImageDataset:
-    return data.ImageDataset(data.open_shards(settings.data, settings.data.eval), settings.data, settings.seed)
+def open_eval_set(settings: Config, view: EvalView | None = None) -> data.ImageDataset:
+    """The images of `data.eval`, as `view` (None: that of this config's student) shows them."""
+    shards = data.open_shards(settings.data, settings.data.eval)
+    return data.ImageDataset(shards, settings.data, settings.seed, view=view or models.evaluation_view(settings))

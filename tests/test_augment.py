@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
-from torchvision.transforms import v2
 
 from indistill import augment
-from indistill.augment import DRAWS, decode, eval_view, train_view, train_views, uniforms
+from indistill.augment import DRAWS, EvalView, decode, eval_view, train_view, train_views, uniforms
 from indistill.config import Augment, UserError
 
 RECIPES = ("none", "pad_crop", "random_resized_crop")
@@ -204,15 +203,17 @@ def test_views_of_a_batch_are_those_of_its_images(recipe, size, options, flip):
 @pytest.mark.parametrize("crop", [1.0, 0.875, 0.9, 0.95])
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (333, 501), (32, 32), (64, 47), (40, 200), (37, 36)])
 @pytest.mark.parametrize("size", [32, 56])
-def test_eval_view_is_torchvisions_resize_and_centre_crop(size, shape, crop):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_eval_view_is_torchvisions_resize_and_centre_crop(size, shape, crop, interpolation):
     image = noise(*shape)
-    reference = v2.Compose([v2.Resize(int(size / crop), antialias=True), v2.CenterCrop(size)])
-    expected = reference(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-    assert np.array_equal(eval_view(image, size, crop), expected)
+    mode = transforms.InterpolationMode(interpolation)
+    reference = transforms.Compose([transforms.Resize(int(size / crop), mode), transforms.CenterCrop(size)])
+    expected = np.asarray(reference(Image.fromarray(image)))
+    assert np.array_equal(eval_view(image, size, EvalView(interpolation, crop)), expected)
 
 
 def test_eval_view_leaves_images_of_the_right_size_alone():
-    assert np.array_equal(eval_view(noise(32, 32), 32, crop=1.0), noise(32, 32))
+    assert np.array_equal(eval_view(noise(32, 32), 32, EvalView("bicubic", 1.0)), noise(32, 32))
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -40,7 +41,7 @@ def refused(capsys, *arguments: str) -> str:
         (["data.train=gone-*.tar"], r"gone-\*.tar: no such shard"),
         (["data.train=[]"], r"the list of shards is empty"),
         (["student.name=resnet_18"], r"student.name: timm has no model 'resnet_18'"),
-        (["teacher.checkpoint=weights.pt"], r"teacher.checkpoint: no file weights.pt"),
+        (["teacher={name: cnn32_auxiliary, checkpoint: weights.pt}"], r"teacher.checkpoint: no file weights.pt"),
         (["teacher.name=cnn32_student", "student.name=cnn32_auxiliary"], r"16 channels, more than the 8.*conv1x1"),
         (["data.global_batch=36"], r"must be divisible by data.streams.*32, 40"),
         (["data.global_batch=1000000"], r"larger than the data set"),
@@ -77,7 +78,7 @@ def test_a_head_of_another_size(config_file, tmp_path, capsys):
     from indistill.config import Model
 
     models.save(network, Model(name="cnn32_auxiliary"), weights)
-    line = refused(capsys, "train", config_file, f"teacher.checkpoint={weights}")
+    line = refused(capsys, "train", config_file, f"teacher={{name: cnn32_auxiliary, checkpoint: {weights}}}")
     assert "fc2.weight is (7, 128)" in line
     assert "data.num_classes" in line
 
@@ -122,8 +123,15 @@ def test_shards_are_packed_verified_and_indexed(tmp_path, capsys, tree):
             Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(tmp_path / "images" / name / f"{i}.jpg")
     packed = tmp_path / "packed"
     main(["shards", "pack", str(tmp_path / "images"), str(packed), "--prefix", "pets", "--workers", "2"])
-    told = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    told = json.loads(out)
     assert (told["samples"], told["shards"]) == (12, 1)
+    assert "labels: 0 = cat, 1 = dog\n" in err
+    shutil.rmtree(tmp_path / "images" / "cat")
+    split = ["shards", "pack", str(tmp_path / "images"), str(tmp_path / "split"), "--workers", "1"]
+    main([*split, "--classes", str(packed)])
+    capsys.readouterr()
+    assert set(shards.ShardSet("split/*.tar", str(tmp_path)).labels) == {1}
     shard = packed / "pets-000000.tar"
     labels = [sample.label for sample in shards.ShardSet(str(shard)).iterate()]
     assert sorted(labels) == [0] * 6 + [1] * 6
@@ -131,6 +139,16 @@ def test_shards_are_packed_verified_and_indexed(tmp_path, capsys, tree):
     with pytest.raises(SystemExit) as exit_:
         main(["shards", "verify", str(shard), "--workers", "1"])
     assert exit_.value.code == 0
+    verified = "12 images, 12 labelled (0 to 1, 2 different), 0 unlabelled\n0 bad members\n"
+    assert capsys.readouterr().out == verified
+    with pytest.raises(SystemExit) as exit_:
+        main(["shards", "verify", str(shard), "--workers", "1", "--num-classes", "1"])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().out.endswith(
+        "label 1 is none of the data.num_classes, 0 to 0\n"
+        + verified.removesuffix("0 bad members\n")
+        + "6 bad members\n"
+    )
 
     content = bytearray(shard.read_bytes())
     start = content.index(b"JFIF") + 100

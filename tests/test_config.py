@@ -268,11 +268,14 @@ def test_operational_keys_do_not_change_the_run(file, settings, override):
         ("seed=1", "seed: 0 -> 1"),
         ("data.streams=16", "data.streams: 8 -> 16"),
         ("data.eval_crop=0.9", "data.eval_crop: 1.0 -> 0.9"),
+        ("data.eval_crop=auto", "data.eval_crop: 1.0 -> auto"),
+        ("data.interpolation=random", "data.interpolation: bilinear -> random"),
+        ("data.eval_interpolation=bicubic", "data.eval_interpolation: auto -> bicubic"),
         ("warmup.prune.mode=paper_bn", "warmup.prune.mode: slice -> paper_bn"),
         ("ema.decay=0.9", "ema.decay: None -> 0.9"),
         ("clip_grad_norm=1", "clip_grad_norm: None -> 1.0"),
         ("student.kwargs={act: x}", "student.kwargs: {} -> None"),
-        ("teacher.checkpoint=a.pt", "teacher.checkpoint: None -> a.pt"),
+        ("teacher={name: cnn32_auxiliary, checkpoint: a.pt}", "teacher.checkpoint: None -> a.pt"),
     ],
 )
 def test_everything_else_does(file, settings, override, difference):
@@ -295,3 +298,30 @@ def test_values_that_mean_the_same_are_the_same_run(tree, settings):
     same = copy.deepcopy(tree)
     same["optimizer"] |= {"lr": "1e-3", "momentum": 0.9}
     assert config.fingerprint(config.parse(same, "test")) == config.fingerprint(settings)
+
+
+# --- a teacher that knows nothing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher", ["{name: resnet18}", "{name: resnet18, pretrained: false}"])
+@pytest.mark.parametrize("stage", [[], ["stage=heads", "student=null", "warmup=null", "kd.losses=[{name: ce}]"]])
+def test_a_teacher_without_weights_is_refused(file, teacher, stage):
+    message = refusal(file, [*stage, f"teacher={teacher}"])
+    assert message.endswith(
+        "teacher: resnet18 has no weights: set pretrained: true or checkpoint: FILE; a random teacher, as a control, "
+        "needs random: true beside pretrained: false"
+    )
+
+
+@pytest.mark.parametrize("weights", ["pretrained: true", "checkpoint: a.pt"])
+def test_a_teacher_is_random_or_has_weights(file, weights):
+    message = refusal(file, [f"teacher={{name: resnet18, random: true, {weights}}}"])
+    assert message.endswith("teacher: random: true excludes pretrained: true and checkpoint: keep one")
+    assert config.load(file, [f"teacher={{name: resnet18, {weights}}}"]).teacher.random is False
+
+
+def test_a_control_says_so_and_a_student_needs_not(file):
+    control = config.load(file, ["teacher={name: resnet18, pretrained: false, random: true}"])
+    assert control.teacher.random
+    assert config.parse(yaml.safe_load(config.dump(control)), "saved") == control
+    assert config.load(file, ["student={name: resnet18}"]).student.pretrained is False

@@ -11,7 +11,9 @@ import webdataset
 from PIL import Image
 
 from indistill import augment, config, data, packing
+from indistill.augment import EvalView
 from indistill.config import UserError
+from indistill.decode import decode
 
 CPU = torch.device("cpu")
 BATCH, STEPS_PER_EPOCH = 32, 6  # of the 192 training samples
@@ -30,7 +32,7 @@ def with_(section, **changes):
 
 
 def open_eval(section):
-    return data.ImageDataset(data.open_shards(section, section.eval), section, seed=0)
+    return data.ImageDataset(data.open_shards(section, section.eval), section, seed=0, view=EvalView("bilinear", 1.0))
 
 
 def training(section, rank=0, world=1, accumulation=1, seed=0):
@@ -180,12 +182,13 @@ def test_more_ranks_than_samples(section):
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_the_training_set_seen_for_evaluation(section, in_memory, monkeypatch):
-    section = with_(section, in_memory=in_memory, augment={"recipe": "pad_crop"}, eval_crop=0.875, image_size=28)
+    section = with_(section, in_memory=in_memory, augment={"recipe": "pad_crop"}, image_size=28)
     dataset = training(section).dataset
     if in_memory:
         monkeypatch.setattr(augment, "decode", None)
     pixels, _ = as_webdataset_reads_it(section, "train-*.tar")
-    plain = joined(data.eval_loader(dataset.for_evaluation(), 50, 0, 1, CPU))
+    seen = dataset.for_evaluation(EvalView("bicubic", 0.875))
+    plain = joined(data.eval_loader(seen, 50, 0, 1, CPU))
     centre = pixels[:, 2:30, 2:30]  # 28 / 0.875 = 32: nothing to resize
     assert np.array_equal(plain.images.permute(0, 2, 3, 1).numpy(), centre)
     assert dataset.order is not None
@@ -272,7 +275,7 @@ def test_the_stand_ins_label_and_view_are_its_own(section, damaged):
     (batch,) = loaded(section, last=1)
     for sample, label, image in zip(batch.ids.tolist(), batch.labels.tolist(), batch.images):
         view = augment.train_view(
-            augment.decode(whole[sample].image, ""), augment.uniforms(0, 0, np.array([sample]))[0], section.augment, 32
+            decode(whole[sample].image, ""), augment.uniforms(0, 0, np.array([sample]))[0], section.augment, 32
         )
         assert label == whole[sample].label
         assert np.array_equal(image.permute(1, 2, 0).numpy(), view)

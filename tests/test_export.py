@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from indistill import checkpoint, config, export, models, shards
+from indistill.augment import EvalView
 from indistill.cli import main
 from indistill.config import UserError
 from indistill.models import Network
@@ -42,7 +43,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "augment": {"recipe": "none", "flip": False},
         },
         "student": {"name": "cnn32_student", "mean": MEAN, "std": STD},
-        "teacher": {"name": "cnn32_auxiliary"},
+        "teacher": {"name": "cnn32_auxiliary", "random": True},
         "warmup": {"durations": ["4 steps", "4 steps", "5 steps"]},
         "kd": {"losses": [{"name": "ce"}, {"name": "kd", "weight": 0.05}]},
         "optimizer": {"name": "adamw", "lr": 1e-2},
@@ -135,8 +136,8 @@ def test_programs_give_the_checkpoints_scores(trained, tmp_path, form, capsys):
         metadata = json.loads(extra["metadata.json"])
         run = lambda batch: program(torch.from_numpy(batch)).detach().numpy()  # noqa: E731
     assert metadata.items() >= {
-        "num_classes": 10, "image_size": 32, "crop_pct": 1.0, "interpolation": "bilinear", "mean": list(MEAN),
-        "std": list(STD), "weights": "ema", "step": 96,
+        "num_classes": 10, "image_size": 32, "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear",
+        "mean": list(MEAN), "std": list(STD), "weights": "ema", "step": 96,
     }.items()  # fmt: skip
 
     # The checkpoint by hand: timm's network under its own names, the normalisation in float64.
@@ -280,6 +281,22 @@ def test_other_networks(trained, tmp_path, name, kwargs, forms):
     record = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert not {"tag", "license", "label_names", "origin_url", "hf_hub_id"} & record["pretrained_cfg"].keys()
     assert record["architecture"] == name.split(".")[0]
+
+
+@pytest.mark.parametrize("form", ["timm", "onnx"])
+def test_interpolation_and_crop_go_along(trained, tmp_path, form):
+    """As evaluation showed images to the student, so is its export described, and evaluated by any config."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    said = ["data.eval_interpolation=bicubic", "data.eval_crop=0.9"]
+    (run / "config.yaml").write_text(config.dump(config.load(trained / "config.yaml", said)))
+    export.export(run, tmp_path / "student", form)
+    assert "resized to 35 pixels (bicubic), the centre of 32 x 32" in (tmp_path / "student" / "README.md").read_text()
+    anyone = config.load(trained / "config.yaml", ["data.eval_crop=auto"])
+    _, view = export.load_for_eval(anyone, str(tmp_path / "student"))
+    assert view == EvalView("bicubic", 0.9, "center", tuple(MEAN))
+    _, view = export.load_for_eval(anyone, str(run))  # a run's weights are the config's student's
+    assert view[:3] == ("bilinear", 1.0, "center")
 
 
 def refused(capsys, *arguments: object) -> str:

@@ -205,7 +205,7 @@ def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
     ("keys", "message"),
     [
         ({"engine": {"name": "deepspeed"}}, "compile: true works with engine: ddp"),
-        ({"teacher": {"name": "cnn32_auxiliary", "shard": True}}, "compile: true needs the whole teacher"),
+        ({"teacher": {"name": "resnet18", "random": True, "shard": True}}, "compile: true needs the whole teacher"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(tree, keys, message):

@@ -133,7 +133,7 @@ def test_a_student_learns_from_the_cohort(heads_tree, tmp_path):
     path = f"{heads_tree['run_dir']}/heads.safetensors"
     tree = copy.deepcopy(heads_tree) | {"stage": "distill", "run_dir": str(tmp_path / "student")}
     tree |= {"student": {"name": "cnn32_student"}, "kd": {"losses": [{"name": "dih"}]}}
-    tree["teacher"] = {"name": "cnn32_auxiliary", "heads": path}
+    tree["teacher"] = {"name": "cnn32_auxiliary", "random": True, "heads": path}
     run(tree)
     assert lines(tree)[-1]["dih"] == lines(tree)[-1]["loss"]
 
@@ -211,7 +211,7 @@ def test_a_changed_teacher_is_refused_by_name(tree, tmp_path):
     torch.manual_seed(1)
     weights = models.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher").state_dict()
     torch.save(weights, tmp_path / "teacher.pt")
-    tree["teacher"]["checkpoint"] = str(tmp_path / "teacher.pt")
+    tree["teacher"] |= {"checkpoint": str(tmp_path / "teacher.pt"), "random": False}
     tree["warmup"]["prune"] = {"criterion": "random"}
     run(tree)
     weights["fc2.bias"] += 1

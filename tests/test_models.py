@@ -101,6 +101,23 @@ def test_no_hub_to_have_weights_from(monkeypatch, tmp_path):
     assert "no hub holds its weights" in refusal(pretrained=True)
 
 
+def test_a_pretrained_teacher_keeps_its_head(monkeypatch):
+    def with_another_head(*_, num_classes=1000, **__):  # as timm does, without its hub
+        return timm.models.create_model("resnet18", num_classes=num_classes)
+
+    monkeypatch.setattr(models.timm, "create_model", with_another_head)
+    message = refusal("resnet18", 10, 64, pretrained=True, kwargs={"num_classes": 10})
+    assert message.startswith("teacher.kwargs.num_classes: timm would replace the head of another size by a random one")
+    section = config.Model(name="resnet18", pretrained=True, kwargs={"num_classes": 10})
+    assert models.create(section, 10, 64, "student").num_classes == 10  # a fine-tune may
+
+
+@pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_strict"])
+def test_weights_come_from_the_keys_that_are_checked(key):
+    message = refusal(kwargs={key: False})
+    assert message == f"teacher.kwargs.{key}: would load other weights, or only some: give teacher.checkpoint instead"
+
+
 def test_statistics_that_nobody_knows():
     net = create()
     for unknown in (None, {}, {"mean": None, "std": (1, 1, 1)}):

@@ -169,6 +169,121 @@ def test_biases_norms_positions_and_tokens_do_not_decay():
     assert "adapters.0.weight" in decayed
 
 
+# --- groups of parameters, as timm makes them ------------------------------------------------------------------------
+
+
+def bare_and_wrapped(name):
+    """A timm model, and the same as a student with an adapter and a projector beside it."""
+    section = config.Model(name=name)
+    nets = [models.create(section, num_classes=10, image_size=32, role="student") for _ in range(2)]
+    beside = {"adapters": {0: nn.Conv2d(4, 8, 1)}, "projectors": {"1": nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))}}
+    return nets[0], models.Network(nets[1], (0.5,) * 3, (0.5,) * 3, **beside)
+
+
+def of_each_parameter(model, optimizer):
+    """Name to what its group says of it: rate, weight decay, and whether it goes to the fallback optimizer."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    told = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in told
+            scale, fallback = group.get("lr_scale", 1.0), group.get("use_fallback", False)
+            told[names[id(parameter)]] = (group["lr"] * scale, group["weight_decay"], fallback)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("adamw", {}),
+        ("adamw", {"layer_decay": 0.5}),
+        ("adamw", {"layer_decay": 0.5, "layer_decay_min_scale": 0.3, "filter_bias_and_bn": False}),
+        ("momentum", {"layer_decay": 0.75, "layer_decay_no_opt_scale": 0.5}),
+        ("muon", {"layer_decay": 0.9, "fallback_list": ["*norm*"], "fallback_no_weight_decay": True}),
+    ],
+)
+@pytest.mark.parametrize("model", ["test_vit", "test_convnext", "test_efficientnet", "cnn32_student"])
+def test_every_parameter_is_treated_as_timm_treats_it_in_the_bare_model(model, name, kwargs):
+    if model == "cnn32_student" and "fallback_list" in kwargs:
+        kwargs = kwargs | {"fallback_list": ["*_bn*"]}
+    if model == "test_efficientnet" and "fallback_list" in kwargs:
+        kwargs = kwargs | {"fallback_list": ["*bn*"]}
+    bare, student = bare_and_wrapped(model)
+    section = config.Optimizer(name=name, lr=0.1, weight_decay=0.05, kwargs=kwargs)
+    theirs = timm.optim.create_optimizer_v2(bare, opt=name, lr=0.1, weight_decay=0.05, momentum=0.9, **kwargs)
+    told = of_each_parameter(student, optim.create(student, section))
+    expected = of_each_parameter(bare, theirs)
+    assert {name.removeprefix("net."): one for name, one in told.items() if name.startswith("net.")} == expected
+    assert (len({rate for rate, *_ in expected.values()}) > 1) == ("layer_decay" in kwargs)
+    frozen = {name for name, parameter in bare.named_parameters() if not parameter.requires_grad}
+    assert {f"net.{name}" for name in frozen} == {n for n, p in student.named_parameters() if not p.requires_grad}
+
+    # What stands beside the model is as new as its classifier: the full rate, and weight decay by the same rule.
+    one_dimensional = 0.05 if kwargs.get("filter_bias_and_bn") is False else 0.0
+    beside = {name: one[:2] for name, one in told.items() if not name.startswith("net.")}
+    assert beside == {
+        "adapters.0.weight": (0.1, 0.05),
+        "adapters.0.bias": (0.1, one_dimensional),
+        "projectors.1.0.weight": (0.1, 0.05),
+        "projectors.1.0.bias": (0.1, one_dimensional),
+        "projectors.1.1.weight": (0.1, one_dimensional),
+        "projectors.1.1.bias": (0.1, one_dimensional),
+    }
+
+
+def test_layer_decay_scales_the_schedule(build):
+    _, student = bare_and_wrapped("test_vit")
+    section = {"name": "adamw", "lr": 0.4, "kwargs": {"layer_decay": 0.5}}
+    optimizer, timetable, phase_optim = build(student, optimizer=section, schedule={"name": "cosine"})
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert min(scales.values()) <= 0.5**6
+    for step in (0, 7, 12, 40):
+        rate = phase_optim.begin_step(step, timetable.curriculum.at(step))
+        start, length = {0: (0, 10), 7: (0, 10), 12: (10, 15), 40: (25, 35)}[step]
+        assert rate == pytest.approx(0.4 * (1 + math.cos(math.pi * (step - start) / length)) / 2)
+        for group in optimizer.param_groups:
+            assert group["lr"] == rate * scales[id(group["params"][0])]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "sgd", "kwargs": {"eps": 1e-6}}, "optimizer.kwargs.eps: has no effect, sgd has no eps: remove it"),
+        ({"name": "adadelta", "kwargs": {"betas": [0.9, 0.99]}}, "kwargs.betas: has no effect, adadelta has no betas"),
+        ({"name": "adamw", "momentum": 0.5}, "optimizer.momentum: has no effect, adamw has no momentum: remove it"),
+        (
+            {"name": "adamw", "kwargs": {"layer_decay_min_scale": 0.1}},
+            "kwargs.layer_decay_min_scale: has no effect, layer_decay is not set",
+        ),
+        (
+            {"name": "adamw", "kwargs": {"layer_decay_no_opt_scale": 0.1}},
+            "kwargs.layer_decay_no_opt_scale: has no effect, layer_decay is not set",
+        ),
+        ({"name": "adamw", "kwargs": {"fallback_list": ["fc"]}}, "adamw has no fallback optimizer"),
+        ({"name": "adamw", "kwargs": {"fallback_no_weight_decay": True}}, "adamw has no fallback optimizer"),
+        ({"name": "muon", "kwargs": {"fallback_list": ["hed*"]}}, r"fallback_list: hed\* names no parameter"),
+        ({"name": "lookahead_sgd", "kwargs": {"eps": 1e-6}}, "lookahead_sgd has no eps"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(section, message):
+    _, student = bare_and_wrapped("cnn32_student")
+    with pytest.raises(UserError, match=message):
+        optim.create(student, config.Optimizer(lr=0.1, **section))
+
+
+def test_layer_decay_of_a_single_layer_is_refused():
+    section = config.Optimizer(name="adamw", lr=0.1, kwargs={"layer_decay": 0.5})
+    with pytest.raises(UserError, match=r"^optimizer.kwargs: Layer-wise lr decay has no effect, all parameters were"):
+        optim.create(nn.Linear(3, 2), section)
+
+
+def test_layers_that_the_warmup_trains_are_not_frozen(tree):
+    tree["optimizer"]["kwargs"] = {"layer_decay": 0.5, "layer_decay_no_opt_scale": 0.1}
+    with pytest.raises(UserError, match=r"layer_decay_no_opt_scale freezes the first layers, which warmup trains"):
+        config.parse(tree, "test")
+    config.parse(tree | {"warmup": None}, "test")
+
+
 # --- resets ----------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import yaml
 from conftest import kill_at_checkpoint
 from safetensors.torch import load_file, save_file
 
-from indistill import config, pipeline
+from indistill import config, pipeline, runs
 from indistill.cli import main
 from indistill.config import UserError
 from indistill.train import train
@@ -54,7 +54,7 @@ def chain(tree: dict[str, Any]) -> dict[str, Any]:
 def load(tree: dict[str, Any], *overrides: str) -> list[tuple[str, config.Config]]:
     path = Path(tree["run_dir"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(tree))
-    return pipeline.load(path, overrides)
+    return runs.load(path, overrides)
 
 
 def plain(chain: dict[str, Any], name: str, **own: Any) -> config.Config:
@@ -135,10 +135,19 @@ def test_a_teacher_takes_over_the_students_section(chain):
 
 
 def test_a_reference_replaces_a_shared_teacher(chain):
-    chain["teacher"] = {"name": "resnet10t", "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
+    chain["teacher"] = {"name": "resnet10t", "random": True, "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
     teacher, auxiliary, _ = (settings.teacher for _, settings in load(chain))
     assert teacher.name == "resnet10t"
     assert (auxiliary.name, auxiliary.kwargs, auxiliary.mean) == ("cnn32_auxiliary", {}, None)
+
+
+def test_a_stage_needs_a_teacher_with_weights_as_a_run_does(chain):
+    chain["stages"][2]["teacher"] = {"name": "resnet10t"}
+    with pytest.raises(UserError, match=r"stage student: teacher: resnet10t has no weights: set pretrained: true"):
+        load(chain)
+    chain["stages"][2]["teacher"] = {"stage": "teacher", "random": True}
+    with pytest.raises(UserError, match=r"stage student: teacher: random: true excludes"):
+        load(chain)
 
 
 def test_heads_of_an_earlier_stage(chain):
@@ -291,7 +300,7 @@ def test_finished_stages_are_kept(done, capsys):
 
 
 def run_chain(tree: dict[str, Any]) -> None:
-    pipeline.run(pipeline.load(tree["chain"]))
+    pipeline.run(runs.load(tree["chain"]))
 
 
 def test_a_chain_killed_in_its_second_stage_goes_on_bit_for_bit(chain, whole, capfd):

@@ -10,9 +10,8 @@ from conftest import EPS
 from torch.nn import functional as F
 
 from indistill import losses, projectors
-from indistill.models import Output
 from indistill.objective import same_size
-from indistill.targets import Targets
+from indistill.outputs import Output, Targets
 
 pytestmark = pytest.mark.portable
 

@@ -34,7 +34,9 @@ def operation_draws(name, argument_sign=1, deviation=0.5):
 def apply(name, magnitude, sign=1, image=None):
     image = Image.fromarray(picture() if image is None else image)
     recipe = RandAugment(magnitude=magnitude, num_ops=1)
-    return np.asarray(augment._rand_augment(image, operation_draws(name, sign), recipe)).astype(int)
+    return np.asarray(
+        augment._rand_augment(image, operation_draws(name, sign), recipe, [Image.Resampling.BILINEAR])
+    ).astype(int)
 
 
 def distance(ours, theirs):
@@ -62,6 +64,28 @@ def test_operations_do_what_timms_do(monkeypatch, name, magnitude, sign):
     theirs = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
     expected = np.asarray(theirs(Image.fromarray(picture())))
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_operations_read_between_pixels_as_timms_do(monkeypatch, interpolation):
+    """Of a whole view with two operations: timm's take the interpolation of its `create_transform`, or draw one."""
+    modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    hparams = {"img_mean": (124, 116, 104)} | (
+        {"interpolation": modes.get(interpolation)} if interpolation in modes else {}
+    )
+    recipe, drawn = Augment(recipe="pad_crop", flip=False, rand_augment={"probability": 1.0}), set()
+    for row in uniforms(0, 0, np.arange(60)):
+        plain = train_view(picture(), row, Augment(recipe="pad_crop", flip=False), 48)
+        expected = Image.fromarray(plain)
+        chosen = zip(augment._operations(row[augment._RAND_AUGMENT], recipe.rand_augment), row[augment._RESAMPLE][1:])
+        for (name, arguments), which in chosen:
+            theirs = auto_augment.AugmentOp(name, prob=1.0, magnitude=9, hparams=hparams)
+            theirs.level_fn = lambda *_, a=arguments: a
+            monkeypatch.setattr(auto_augment.random, "choice", lambda both, u=which: both[int(2 * u)])
+            expected = theirs(expected)
+            drawn.add((name, which < 0.5))
+        assert np.array_equal(train_view(picture(), row, recipe, 48, interpolation=interpolation), np.asarray(expected))
+    assert {("Rotate", True), ("Rotate", False)} < drawn
 
 
 def test_operations_on_values():
@@ -299,12 +323,15 @@ def test_switching_a_part_on_leaves_the_others_as_they_are():
     outside[top : top + height, left : left + width] = False
     assert np.array_equal(erased[outside], plain[outside])
     assert not np.array_equal(erased, plain)
-    augmented = augment._rand_augment(Image.fromarray(plain), row[augment._RAND_AUGMENT], RandAugment())
+    augmented = augment._rand_augment(
+        Image.fromarray(plain), row[augment._RAND_AUGMENT], RandAugment(), [Image.Resampling.BILINEAR] * 4
+    )
     assert np.array_equal(train_view(image, row, Augment(rand_augment={}), 48), np.asarray(augmented))
 
 
 def test_no_two_parts_share_a_draw():
     parts = [augment._PLACE, slice(2, 3), augment._CROP, augment._JITTER, augment._RAND_AUGMENT, augment._ERASING]
+    parts.append(augment._RESAMPLE)
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
     assert parts[-1].stop == augment.DRAWS
 

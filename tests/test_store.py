@@ -18,10 +18,11 @@ import yaml
 from accelerate import Accelerator
 from conftest import EPS, pack_images, run_ranks, train_until
 
-from indistill import cli, config, models, packing, pipeline, precompute, prune, shards, store, targets
+from indistill import cli, config, models, packing, precompute, prune, shards, store, targets
 from indistill import train as module
 from indistill.config import UserError
 from indistill.curriculum import Phase
+from indistill.files import sha256
 from indistill.metrics import read_lines
 from indistill.store import Field
 
@@ -203,7 +204,7 @@ def test_a_run_without_its_teacher_is_the_run_with_it(stored, tmp_path, monkeypa
         cached = run(stored, tmp_path / "cached", "targets.source=cached")
     assert {name for line in live for name in line} >= {"mse_pair1", "mse_pair3", "kd", "pkt", "at", "hint"}
     assert cached == live
-    weights = {pipeline.sha256(tmp_path / name / "student.safetensors") for name in ("live", "cached")}
+    weights = {sha256(tmp_path / name / "student.safetensors") for name in ("live", "cached")}
     assert len(weights) == 1
     assert prune.Plan.read(tmp_path / "cached" / "prune_plan.json") == manifest.pruning()
 
@@ -314,6 +315,7 @@ def save_teacher(path: Path, seed: int) -> None:
 def test_a_mismatch_is_refused_by_name(stored, tmp_path):
     weights = tmp_path / "teacher.safetensors"
     save_teacher(weights, seed=1)
+    stored["teacher"]["random"] = False
     stored = with_(stored, f"teacher.checkpoint={weights}", "kd.losses=[{name: ce}, {name: kd}]")
     assert "no stored targets there" in refusal(stored)
     compute(stored)
@@ -322,6 +324,7 @@ def test_a_mismatch_is_refused_by_name(stored, tmp_path):
     for override, told in {
         "data.augment.padding=2": "made with data.augment.padding: 4, this run has 2",
         "data.augment.views=3": "made with data.augment.views: 2, this run has 3",
+        "data.augment.recipe=random_resized_crop": "made with data.augment.recipe: pad_crop",
         "data.augment.random_erasing={}": "made with data.augment.random_erasing.probability: None, this run has 0.25",
         "seed=1": "made with seed: 0, this run has 1",
         "teacher.mean=[0, 0, 0] teacher.std=[1, 1, 1]": "made with teacher.mean: None, this run has [0.0, 0.0, 0.0]",
@@ -368,6 +371,21 @@ def test_another_plan_is_refused(stored, tmp_path):
         "(teacher stage, student stage, width) [(0, 0, 8), (1, 1, 16), (2, 2, 32)], this student has [(0, 0, 16)"
         in message
     )
+
+
+def test_interpolation_identifies_the_targets_where_it_decides_them(stored):
+    def of(*overrides):
+        return store.decisive(config.parse(with_(stored, *overrides), "test")).get("data.interpolation")
+
+    for recipe, augmented in (
+        ("random_resized_crop", []),
+        ("none", []),
+        ("pad_crop", ["data.augment.rand_augment={}"]),
+    ):
+        recipe = [f"data.augment.recipe={recipe}", *augmented]
+        assert of(*recipe) == "bilinear"
+        assert of(*recipe, "data.interpolation=random") == "random"
+    assert of("data.interpolation=random") is None  # a crop of the padded image, which is not resized
 
 
 def test_a_run_does_not_go_on_with_rounded_targets(stored, tmp_path):

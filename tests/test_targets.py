@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from indistill import prune
 from indistill.curriculum import Phase
 from indistill.models import CNN32, Network
-from indistill.targets import LiveTargets, Targets
+from indistill.outputs import Targets
+from indistill.targets import LiveTargets
 
 pytestmark = [pytest.mark.portable, pytest.mark.usefixtures("float64")]
 

@@ -14,14 +14,14 @@ import torch
 from conftest import run_ranks, unused_port
 from safetensors.torch import load_file
 
-from indistill import pipeline
+from indistill import pipeline, runs
 
 
 @pytest.fixture
 def chain(tree: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "chain.yaml"
     stages = [
-        {"name": "teacher", "duration": "4 steps", "student": tree.pop("teacher")},
+        {"name": "teacher", "duration": "4 steps", "student": {"name": tree.pop("teacher")["name"]}},
         {key: tree.pop(key) for key in ("student", "warmup", "kd")}
         | {"name": "student", "teacher": {"stage": "teacher"}},
     ]
@@ -30,7 +30,7 @@ def chain(tree: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def run(path: Path, told: Path) -> None:
-    summaries = pipeline.run(pipeline.load(path))
+    summaries = pipeline.run(runs.load(path))
     assert not torch.distributed.is_initialized()
     (told / os.environ["RANK"]).write_text(json.dumps(summaries))
 

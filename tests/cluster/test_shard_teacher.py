@@ -170,7 +170,7 @@ def uneven_tree(tree):
 def vit_tree(uneven_tree):
     vit = {"img_size": 32, "num_heads": 2, "depth": 3}
     uneven_tree["student"] = {"name": "test_vit", "kwargs": {**vit, "embed_dim": 32}}
-    uneven_tree["teacher"] = {"name": "test_vit", "kwargs": {**vit, "embed_dim": 64}}
+    uneven_tree["teacher"] |= {"name": "test_vit", "kwargs": {**vit, "embed_dim": 64}}
     uneven_tree["warmup"]["pairs"] = [[0, 0], [1, 1], [2, 2]]
     return uneven_tree
 
@@ -230,7 +230,7 @@ def test_one_process_holds_it_whole(vit_tree, tmp_path):
 )
 def test_beside_zero_and_in_half_precision(uneven_tree, tmp_path):
     uneven_tree["student"] = {"name": "resnet10t", "kwargs": {"channels": [8, 16, 24, 32]}}
-    uneven_tree["teacher"] = {"name": "resnet10t", "kwargs": {"channels": [16, 32, 48, 64]}}
+    uneven_tree["teacher"] |= {"name": "resnet10t", "kwargs": {"channels": [16, 32, 48, 64]}}
     uneven_tree["warmup"]["pairs"] = [[1, 1], [2, 2], [3, 3]]
     uneven_tree |= {"engine": {"name": "deepspeed", "stage": 2}, "mixed_precision": "bf16"}
     whole, sharded = (variant(uneven_tree, tmp_path, shard) for shard in (False, True))

@@ -51,7 +51,7 @@ def zero_tree(tree, tmp_path):
     """All that ZeRO must not change: unused parameters that would decay, resets, rates, clipping, accumulation."""
     # Wider than the teacher, so that each pair has an adapter, which later phases do not use.
     tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
-    tree["teacher"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
+    tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
     tree["warmup"]["pairs"] = [[1, 1], [2, 2], [3, 3]]
     tree["warmup"] |= {"adapter": "conv1x1", "reset_optimizer": "start", "lr": [1e-3, 2e-3, 3e-3]}
     # With Adam's own eps of 1e-8 the rounding of gradients near zero would move a parameter as far as any gradient.
@@ -75,19 +75,19 @@ def with_stage(tree: dict[str, Any], stage: int, folder: Path, name: str) -> dic
 def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> None:
     """Train, up to the checkpoint at step `stop` if any; leave world size, engine and final weights' hash behind."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with one GPU two ranks could not share it
-    finish = module.finish
+    end = module.Run.end
 
-    def telling_finish(accelerator, settings, run_dir, network, scores, log):
-        digest = hashlib.sha256()
-        for value in network.state_dict().values():
+    def telling_end(run: module.Run) -> dict[str, Any]:
+        accelerator, digest = run.accelerator, hashlib.sha256()
+        for value in run.whole().state_dict().values():
             digest.update(value.numpy().tobytes())
         told = {"world": accelerator.num_processes, "engine": module.engine.describe(accelerator)}
         told |= {"hash": digest.hexdigest()}
-        (run_dir / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
-        return finish(accelerator, settings, run_dir, network, scores, log)
+        (run.run_dir / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
+        return end(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "finish", telling_finish)
+        patch.setattr(module.Run, "end", telling_end)
         train_until(tree, stop, resume)
 
 
@@ -171,7 +171,7 @@ def score(tree: dict[str, Any], *weights: str) -> None:
 def test_engines_share_a_process_and_bf16(tree, tmp_path):
     """A transformer, whose positions no module's own forward pass reads, in bf16; what is left behind is evaluated."""
     tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree |= {"mixed_precision": "bf16", "duration": "12 steps", "checkpoint": {"every_steps": 6}}
     trees = [with_stage(tree, 3, tmp_path, "zero3"), tree, with_stage(tree, 2, tmp_path, "zero2")]
@@ -187,7 +187,7 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
 def test_elastic(tree, tmp_path, of_ddp, stage):
     """From two processes to one to two, in the warm-up and after: the losses of a run on two."""
     tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "3 steps", "3 steps"]}
     tree |= {"duration": "15 steps", "checkpoint": {"every_steps": 5, "keep_last": 9}, "ema": {"decay": 0.9}}
     if "elastic" not in of_ddp:
