@@ -227,7 +227,6 @@ def assert_rounding_explains(ours: Sequence[float], expected: Sequence[float], s
     """
     assert len(ours) == len(expected)
     off, limits = abs(np.array(ours) / np.array(expected) - 1), 8 * (strayed + LOGGED)
-    print("RATIO", (8 * off / limits).max(), [f"{x:.0e}" for x in off], [f"{x:.0e}" for x in limits / 8])
     assert (off <= limits).all(), (off, limits)
 
 

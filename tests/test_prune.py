@@ -78,6 +78,7 @@ def test_impossible_widths(width):
 # --- importance ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.portable
 def test_plain_convolutions():
     torch.manual_seed(0)
     net = CNN32((16, 32, 64), 128)
@@ -86,6 +87,7 @@ def test_plain_convolutions():
     assert_importance(net, 1, "conv2", input_size=None)  # timm's default for the model
 
 
+@pytest.mark.portable
 def test_residual_stages():
     net = small_resnet()
     assert_importance(net, 0, "conv1")
@@ -237,6 +239,7 @@ def drawn_norms(net):
     return net
 
 
+@pytest.mark.portable
 def test_l2_norms_of_coupled_filters():
     net = small_resnet()
     names = "layer2.0.downsample.0", "layer2.0.conv2", "layer2.1.conv2"
@@ -257,6 +260,7 @@ def assert_scales(net, found, *names):
     assert np.allclose(found.numpy(), expected, rtol=rounded(net, *names), atol=0)
 
 
+@pytest.mark.portable
 def test_scales_of_coupled_batch_norms():
     net = drawn_norms(small_resnet())
     names = "layer2.0.downsample.1", "layer2.0.bn2", "layer2.1.bn2"
@@ -362,6 +366,7 @@ def test_taylor_of_the_papers_network():
         assert_taylor(net, stage, f"conv{stage + 1}_bn", 1, side**2)
 
 
+@pytest.mark.portable
 def test_taylor_of_residual_stages():
     net = drawn_norms(model("resnet18", channels=[64, 8, 8, 12], num_classes=CLASSES))
     assert_taylor(net, 2, "layer2", 1, 16)
@@ -460,6 +465,7 @@ def test_mean_absolute_activations():
     assert reached == []  # nothing beyond the deepest stage is computed
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("criterion", prune.NEEDS_DATA)
 @pytest.mark.parametrize("ranks", [[[0], [1, 2, 3]], [[2, 3], [], [0, 1]]])
 def test_calibration_does_not_depend_on_the_number_of_ranks(criterion, ranks):

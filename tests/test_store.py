@@ -125,6 +125,7 @@ def test_bf16_rounds_to_eight_bits():
     assert field.record.itemsize == 2 * 60 + 4
 
 
+@pytest.mark.portable
 def test_int8_is_within_half_a_step_of_its_channel():
     values = maps()
     field = store.describe("pair2", values, config.Targets(features="int8"))
@@ -138,6 +139,7 @@ def test_int8_is_within_half_a_step_of_its_channel():
     assert field.record.itemsize == 60 + 4 * 5 + 4
 
 
+@pytest.mark.portable
 def test_top_k_of_all_classes_is_the_softmax():
     logits = 20 * torch.randn(7, 12, generator=torch.manual_seed(3))
     back = there_and_back(store.describe("logits", logits, config.Targets(top_k=12)), logits).double().numpy()
@@ -153,6 +155,7 @@ def assert_log_of_rounded(found: np.ndarray, exact: np.ndarray) -> None:
     assert (np.abs(found - exact) <= EPS * (1 + np.abs(exact))).all()
 
 
+@pytest.mark.portable
 def test_top_k_spreads_the_tail_over_the_others():
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 0.5]])
     field = store.describe("head1", logits, config.Targets(top_k=2))
@@ -215,6 +218,7 @@ def test_a_run_without_its_teacher_is_the_run_with_it(stored, tmp_path, monkeypa
         assert terms(tmp_path / f"mixed-{step}") == live
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("lossy", ["targets.features=bf16", "targets.features=int8", "targets.top_k=5"])
 def test_rounded_targets_are_the_live_ones_rounded(stored, tmp_path, monkeypatch, lossy):
     live = run(stored, tmp_path / "live", lossy)

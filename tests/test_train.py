@@ -280,10 +280,11 @@ def test_plain_streaming(tree, workers):
     assert record(tree["run_dir"])[5]["epoch"] == 1.0
 
 
+@pytest.mark.portable
 def test_bf16_trains_close_to_float32(tree):
     """As close as runs in float32 from weights that are off by as much as bf16 rounds."""
     tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
-    tree["teacher"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
+    tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
     tree["warmup"]["pairs"] = [[1, 1], [2, 2], [3, 3]]
     run(tree)
     run_moved(run, tree, BF16 / 2)

@@ -88,6 +88,7 @@ def plainly(function: Callable, *arguments: Any) -> None:
     function(*arguments)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(("size", "precision"), [(1, "no"), (2, "no"), (1, "bf16")])
 def test_each_student_is_what_it_would_be_alone(path, tmp_path, size, precision):
     """On 2 groups of `size` ranks. Convolutions on parts of a batch differ from those on the whole in the last bits."""

@@ -250,6 +250,7 @@ def test_too_many_in_a_row_stop_the_run(short_tree, tmp_path):
     assert reason in message
 
 
+@pytest.mark.portable
 @pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or importlib.util.find_spec("transformers") is None,
     reason="needs deepspeed and transformers: pip install deepspeed transformers",
@@ -259,7 +260,7 @@ def test_under_zero(short_tree, tmp_path, stage, kind, accumulation):
     """What run_broken sees, of each rank's part; and the losses of DDP."""
     short_tree["grad_accumulation"] = accumulation
     short_tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
-    short_tree["teacher"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
+    short_tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
     short_tree["warmup"]["pairs"] = [[1, 1], [2, 2], [3, 3]]
     section = {"name": "deepspeed", "stage": stage, "reduce_bucket_size": 4000}
     zero = {**copy.deepcopy(short_tree), "run_dir": str(tmp_path / "zero"), "engine": section}

@@ -82,6 +82,7 @@ def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
     assert two["metrics"] == pytest.approx(one["metrics"], rel=LOGGED)  # maps are compared in float32
 
 
+@pytest.mark.portable
 def test_accumulation_changes_nothing(vit_tree, tmp_path):
     recorded = []
     for steps in (1, 4):

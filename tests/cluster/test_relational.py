@@ -57,6 +57,7 @@ def gradients(folder: str, scope: str) -> None:
     torch.save(told, Path(folder) / f"{world}-{rank}.pt")
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("scope", ["global", "auto"])
 def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(tmp_path, scope):
     for world in (1, 2, 4):
@@ -104,6 +105,7 @@ def run(tree: dict[str, Any]) -> None:
     module.train(config.parse(tree, "test"))
 
 
+@pytest.mark.portable
 def test_a_run_with_every_loss_is_the_same_on_two_ranks(tree, tmp_path):
     """Trained layers, all relational losses and information flow; no batch norm, so that ranks can agree."""
     tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}

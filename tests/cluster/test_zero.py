@@ -124,6 +124,7 @@ def of_ddp() -> dict[str, Any]:
     return {}
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp, stage):
     if "losses" not in of_ddp:
@@ -168,6 +169,7 @@ def score(tree: dict[str, Any], *weights: str) -> None:
         assert "top1" in scores
 
 
+@pytest.mark.portable
 def test_engines_share_a_process_and_bf16(tree, tmp_path):
     """A transformer, whose positions no module's own forward pass reads, in bf16; what is left behind is evaluated."""
     tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
@@ -183,6 +185,7 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
         run_ranks(score, 2, other, "student.safetensors", "checkpoints/step-00000012")
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_elastic(tree, tmp_path, of_ddp, stage):
     """From two processes to one to two, in the warm-up and after: the losses of a run on two."""
