@@ -79,7 +79,7 @@ def losses(run_dir: str | Path) -> list[float]:
 
 def alone_moved(path: Path, folder: Path) -> None:
     """As `alone`, from weights that are moved."""
-    for name, settings in pipeline.load(path):
+    for name, settings in runs.load(path):
         tree = {**settings.model_dump(mode="json"), "run_dir": str(folder / name)}
         run_moved(lambda tree: train(config.parse(tree, "test")), tree, EPS)
 
