@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # Where this is set, each of the tests' many processes would compile torch and timm anew, for most of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test docs-test test-slurm test-netns lint reproduce clean
+.PHONY: setup demo test test-portable docs-test test-slurm test-netns lint reproduce clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -30,6 +30,18 @@ demo: $(READY)
 # A process a core, at most 4: each imports torch and takes more than 1 GB, and some tests start processes of their own.
 test: $(READY) lint
 	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# As other processors would compute: each value of each variable at least once, where none is named the processor's own.
+PORTABLE := "OMP_NUM_THREADS=1" "OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" \
+	"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE"
+test-portable: $(READY)
+	@failed=0; outcomes=; \
+	for values in $(PORTABLE); do \
+		echo "test-portable: $$values"; outcome=passed; \
+		env -u ATEN_CPU_CAPABILITY -u ONEDNN_MAX_CPU_ISA -u MKL_CBWR $$values $(RUN) -m pytest -m portable \
+			--numprocesses logical --maxprocesses 4 --dist worksteal || { outcome=FAILED; failed=1; }; \
+		outcomes="$$outcomes$$outcome  $$values\n"; \
+	done; printf "\n$$outcomes"; exit $$failed
 
 # Every command of README.md and docs/: ten minutes on two cores.
 docs-test: $(READY)

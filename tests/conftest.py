@@ -10,18 +10,25 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from indistill import config, packing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLASSES = 10
+EPS = torch.finfo(torch.float32).eps  # one operation in float32 is off by at most half of this, relatively
+BF16 = torch.finfo(torch.bfloat16).eps
+# Losses are logged in float32: rounded on each rank at each micro-batch, summed over these, then their mean is taken.
+LOGGED = 8 * EPS
+# Of timm's resnet10t: ReLU and max-pooling may turn the last bit of a number into another gradient.
+SMOOTH = {"act_layer": "silu", "replace_stem_pool": True, "stem_width": 8}
 
 
 def pack_images(folder: Path, prefix: str, samples: int, per_shard: int, seed: int, size: int = 32) -> None:
@@ -148,6 +155,79 @@ def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "au
             patch.setattr(preemption.Agreement, "reached", lambda _, done, __: preemption.settle(done == step))
         with contextlib.suppress(preemption.Preempted):
             train.train(config.parse(tree, "test"), resume)
+
+
+# --- two ways that must agree, on any processor ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Networks, targets and losses in float64: what rounding does to two correct ways is then far below any limit."""
+    from indistill import models
+
+    monkeypatch.setitem(models.DTYPES, "no", torch.float64)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def in_float64(function: Callable, *arguments: Any) -> None:
+    """`function(*arguments)` as the fixture has it, in a process of its own: `run_ranks(in_float64, 2, function, ...)`.
+
+    For runs, whose steps enlarge rounding by factors that differ between processors. DeepSpeed and autocast know no
+    float64: see `run_moved`.
+    """
+    from indistill import models
+
+    models.DTYPES["no"] = torch.float64
+    torch.set_default_dtype(torch.float64)
+    function(*arguments)
+
+
+@torch.no_grad()
+def move(tensors: Iterable[torch.Tensor], unit: float, seed: int) -> None:
+    """Make each number larger or smaller, by a relative `unit` and by chance. Of EPS, that is its last bit."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors:
+        signs = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
+        tensor *= 1 + unit * signs.to(tensor)
+
+
+def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: float) -> None:
+    """Two runs like `run(tree)`, in folders of their own, from weights that are moved.
+
+    How far they stray tells how much this training enlarges rounding by `unit` on this processor: evenly, if the
+    networks are SMOOTH.
+    """
+    from indistill import build
+
+    networks = build.networks
+    for seed in range(2):
+
+        def moving_networks(*arguments: Any, seed: int = seed) -> tuple[Any, ...]:
+            student, *others = networks(*arguments)
+            move(student.parameters(), unit, seed)
+            return student, *others
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "networks", moving_networks)
+            run({**tree, "run_dir": f"{tree['run_dir']}-moved{seed}"})
+
+
+def strayed(losses: Callable[[str], Sequence[float]], run_dir: str) -> np.ndarray:
+    """The farthest that `run_moved` strayed from the run in `run_dir` up to each step, as fractions of its losses."""
+    expected, *moved = (np.array(losses(run_dir + suffix)) for suffix in ("", "-moved0", "-moved1"))
+    return np.maximum.accumulate(np.max([abs(run / expected - 1) for run in moved], axis=0))
+
+
+def assert_rounding_explains(ours: Sequence[float], expected: Sequence[float], strayed: np.ndarray) -> None:
+    """Each loss is as near to the expected one as a small multiple of what `strayed` at the same step.
+
+    Two moves are not all ways in which rounding may go, and each operation of each step rounds anew.
+    """
+    assert len(ours) == len(expected)
+    off, limits = abs(np.array(ours) / np.array(expected) - 1), 8 * (strayed + LOGGED)
+    assert (off <= limits).all(), (off, limits)
 
 
 def kill_at_checkpoint(function: Callable, tree: dict[str, Any], step: int, world: int | None = None) -> None:

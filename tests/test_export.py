@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import EPS, move
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -106,7 +107,7 @@ def test_timm_loads_it(trained, tmp_path, capsys):
     with torch.no_grad():
         score = top1(net(torch.stack([transform(image) for image in images])), labels)
     summary = json.loads((trained / "summary.json").read_text())
-    assert score == pytest.approx(summary["metrics"]["top1"], abs=1e-7)
+    assert score == pytest.approx(summary["metrics"]["top1"], abs=EPS)
     assert score > 0.5  # of ten classes: it has learned something that could be lost
 
     main(["eval", str(trained / "config.yaml"), str(folder), "--json"])
@@ -118,6 +119,7 @@ def test_timm_loads_it(trained, tmp_path, capsys):
     ]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("form", ["onnx", "torch"])
 def test_programs_give_the_checkpoints_scores(trained, tmp_path, form, capsys):
     folder = tmp_path / "student"
@@ -143,12 +145,15 @@ def test_programs_give_the_checkpoints_scores(trained, tmp_path, form, capsys):
     net.load_state_dict(load_file(trained / "student.safetensors"))
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
     with torch.no_grad():
-        expected = net((torch.from_numpy(pixels).double() / 255 - mean) / std).numpy()
+        x = (torch.from_numpy(pixels).double() / 255 - mean) / std
+        expected = net(x).numpy()
+        move(net.parameters(), EPS, seed=0)
+        limit = 8 * np.abs(net(x).numpy() - expected).max()  # what rounding in float32 may come to
     for batch in (1, 2, 51):
-        np.testing.assert_allclose(run(pixels[:batch]), expected[:batch], atol=1e-4)
+        np.testing.assert_allclose(run(pixels[:batch]), expected[:batch], rtol=0, atol=limit)
 
     summary = json.loads((trained / "summary.json").read_text())
-    assert top1(torch.from_numpy(run(pixels)), labels) == pytest.approx(summary["metrics"]["top1"], rel=1e-6)
+    assert top1(torch.from_numpy(run(pixels)), labels) == pytest.approx(summary["metrics"]["top1"], abs=EPS)
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     assert ("load none that you do not trust" in code) == (form == "torch")
     scope = {"images": pixels[:5] if form == "onnx" else torch.from_numpy(pixels[:5])}
@@ -369,7 +374,7 @@ def test_eval_of_a_timm_model(trained, monkeypatch, tmp_path):
     mean, std = (torch.tensor(net.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         net.eval()
-        assert scores[0]["top1"] == pytest.approx(top1(net((pixels / 255 - mean) / std), labels), abs=1e-7)
+        assert scores[0]["top1"] == pytest.approx(top1(net((pixels / 255 - mean) / std), labels), abs=EPS)
     assert scores[0] == scores[1]
     Path("cnn32_auxiliary").write_bytes(b"weights")
     with pytest.raises(UserError, match="not a readable checkpoint"):

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import run_ranks
+from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, in_float64, run_moved, run_ranks, strayed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from indistill import config, optim, prune, targets
+from indistill import config, models, optim, prune, targets
 from indistill import train as module
 from indistill.curriculum import Phase
 from indistill.metrics import read_lines
@@ -32,8 +32,8 @@ def run(tree: dict[str, Any]) -> dict[str, Any]:
     return module.train(config.parse(tree, "test"))
 
 
-def losses(tree: dict[str, Any]) -> list[float]:
-    return [line["loss"] for line in read_lines(Path(tree["run_dir"]) / "metrics.jsonl") if "loss" in line]
+def losses(run_dir: str) -> list[float]:
+    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
 
 
 # --- the teacher -----------------------------------------------------------------------------------------------------
@@ -57,6 +57,7 @@ def live_targets(name: str, precision: str) -> LiveTargets:
     return targets_of
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("name", TEACHERS)
 def test_weights_held_in_half_precision_give_what_autocast_gives(name):
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.manual_seed(1))
@@ -89,7 +90,7 @@ def test_a_loss_can_go_back_from_targets_made_in_inference_mode():
         ):
             student = torch.zeros_like(target, requires_grad=True)
             nn.functional.mse_loss(student, target).backward()
-            assert torch.allclose(student.grad, -2 * target / target.numel())
+            assert torch.allclose(student.grad, -2 * target / target.numel(), rtol=4 * EPS, atol=0)
 
 
 def test_the_fingerprint_is_that_of_the_weights_as_they_were_loaded():
@@ -146,8 +147,9 @@ def test_a_step_without_a_line_reads_nothing_from_the_device(tree, monkeypatch, 
     assert bool(mode.found) == reads, mode.found[0]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
-def test_a_fused_optimizer_follows_the_plain_one(tree, tmp_path, name):
+def test_a_fused_optimizer_follows_the_plain_one(tree, tmp_path, float64, name):
     tree["optimizer"]["name"] = name
     plain = {**tree, "run_dir": str(tmp_path / "plain")}
     plain["optimizer"] = {**tree["optimizer"], "kwargs": {"fused": False}}
@@ -158,7 +160,7 @@ def test_a_fused_optimizer_follows_the_plain_one(tree, tmp_path, name):
         run(tree)
         run(plain)
     assert [bool(optimizer.defaults["fused"]) for optimizer in kinds] == [True, False]
-    assert losses(tree) == pytest.approx(losses(plain), rel=1e-4)
+    assert losses(tree["run_dir"]) == pytest.approx(losses(plain["run_dir"]), rel=LOGGED)
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------------
@@ -184,21 +186,27 @@ def test_each_network_is_compiled_once_for_each_phase(tree, tmp_path, world):
     """Through evaluations, which are not compiled, and phase changes: a graph is kept for all steps of its phase."""
     tree |= {"evaluate": {"every": "3 steps"}, "ema": {"decay": 0.9}}
     plain = {**tree, "run_dir": str(tmp_path / "plain")}
-    run_ranks(run, world, plain)
-    run_ranks(compiled, world, tree | {"compile": True}, "aot_eager")
+    run_ranks(in_float64, world, run, plain)
+    run_ranks(in_float64, world, compiled, tree | {"compile": True}, "aot_eager")
     stats = json.loads((Path(tree["run_dir"]) / "dynamo.json").read_text())
     assert stats["graphs"] == 8
     assert stats["breaks"] == 0 or world  # DDP's own, around the network
-    assert losses(tree) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(tree["run_dir"]) == pytest.approx(losses(plain["run_dir"]), rel=LOGGED)
 
 
+@pytest.mark.portable
 def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
+    """As close as runs from weights that are off by as much as bf16 rounds: a fused kernel rounds less often."""
+    tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
+    tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
     tree |= {"warmup": {"pairs": [[1, 1]], "durations": ["6 steps"]}, "duration": "12 steps", "mixed_precision": "bf16"}
     plain = {**tree, "run_dir": str(tmp_path / "plain")}
     run_ranks(run, None, plain)
     run_ranks(compiled, None, tree | {"compile": True}, "inductor")
     assert json.loads((Path(tree["run_dir"]) / "dynamo.json").read_text()) == {"graphs": 4, "breaks": 0}
-    assert losses(tree) == pytest.approx(losses(plain), rel=2e-2)  # as far as sums in bfloat16 depend on their order
+    run_ranks(run_moved, None, run, plain, BF16 / 2)
+    ours, expected = losses(tree["run_dir"]), losses(plain["run_dir"])
+    assert_rounding_explains(ours, expected, strayed(losses, plain["run_dir"]))
 
 
 @pytest.mark.parametrize(
@@ -213,11 +221,20 @@ def test_what_cannot_be_compiled_is_refused(tree, keys, message):
         config.parse(tree | {"compile": True} | keys, "test")
 
 
-def test_half_precision_for_the_teacher_alone(tree, tmp_path):
+@pytest.mark.portable
+def test_half_precision_for_the_teacher_alone(tree, tmp_path, monkeypatch):
+    """Exactly the run whose teacher alone is under autocast."""
     plain = {**tree, "run_dir": str(tmp_path / "plain")}
     run(plain)
     tree["teacher"]["precision"] = "bf16"
     run(tree)
-    first, expected = losses(tree), losses(plain)
-    assert first != expected
-    assert first == pytest.approx(expected, rel=2e-2)
+
+    def under_autocast(teacher: Network, precision: str) -> None:
+        assert precision == "no"
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        teacher.forward, teacher.maps = autocast(teacher.forward), autocast(teacher.maps)
+
+    monkeypatch.setattr(models, "run_in", under_autocast)
+    by_autocast = {**plain, "run_dir": str(tmp_path / "autocast"), "teacher": {**plain["teacher"], "precision": None}}
+    run(by_autocast)
+    assert losses(tree["run_dir"]) == losses(by_autocast["run_dir"]) != losses(plain["run_dir"])

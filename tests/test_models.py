@@ -83,11 +83,12 @@ def test_the_width_of_the_embedding_is_found(monkeypatch):
     assert create("cnn32_student", 10, 32).head_hidden_size == 64
 
 
-def test_two_classifiers_of_a_distilled_model_are_known():
+@pytest.mark.portable
+def test_two_classifiers_of_a_distilled_model_are_known(float64):
     net = create("deit_tiny_distilled_patch16_224", 10, 32, kwargs={"img_size": 32, "depth": 1})
     ours = models.Network(net, **STATISTICS).eval()
     expected = net(normalised(pictures(), *STATISTICS.values()))
-    assert torch.allclose(ours(pictures()).logits, expected, atol=1e-5)
+    assert torch.allclose(ours(pictures()).logits, expected, rtol=0, atol=1e-10)
 
 
 def test_no_hub_to_have_weights_from(monkeypatch, tmp_path):
@@ -245,10 +246,11 @@ def network(name="cnn32_student", mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), **o
 
 def normalised(images, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3)):
     scaled = images.numpy().astype(np.float64) / 255
-    return torch.from_numpy((scaled - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))).float()
+    return torch.from_numpy((scaled - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1)))
 
 
-def test_each_network_normalises_by_its_own_statistics():
+@pytest.mark.portable
+def test_each_network_normalises_by_its_own_statistics(float64):
     images = pictures()
     for mean, std in [((0.5, 0.4, 0.3), (0.1, 0.2, 0.3)), ((0.1, 0.2, 0.9), (1, 0.5, 0.25))]:
         seen = []
@@ -257,8 +259,8 @@ def test_each_network_normalises_by_its_own_statistics():
         output = ours(images)
         hook.remove()
         expected = normalised(images, mean, std)
-        assert torch.allclose(seen[0], expected, rtol=0, atol=1e-5)
-        assert torch.allclose(output.logits, ours.net(expected), atol=1e-4)
+        assert torch.allclose(seen[0], expected, rtol=0, atol=1e-10)
+        assert torch.allclose(output.logits, ours.net(expected), rtol=0, atol=1e-10)
 
 
 def test_bytes_and_floats_are_the_same():
@@ -267,19 +269,20 @@ def test_bytes_and_floats_are_the_same():
         assert torch.equal(a, b)
 
 
-def test_outputs_are_the_models_own():
+@pytest.mark.portable
+def test_outputs_are_the_models_own(float64):
     ours = network("test_resnet", stages=[0, 2, 4])
     images = pictures(size=64)
     x = normalised(images)
     features, embedding, logits = ours(images)[:3]
     assert features == ()
-    assert torch.allclose(logits, ours.net(x), atol=1e-5)
-    assert torch.allclose(ours.net.get_classifier()(embedding), logits)
+    assert torch.allclose(logits, ours.net(x), rtol=0, atol=1e-10)
+    assert torch.allclose(ours.net.get_classifier()(embedding), logits, rtol=0, atol=1e-10)
     maps, embedding, logits = ours(images, upto=1)[:3]
     assert (embedding, logits) == (None, None)
     assert [tuple(m.shape) for m in maps] == [(3, 32, 32, 32), (3, 48, 8, 8)]
     (deepest,) = ours(images, upto=2, pairs=[2]).features
-    assert torch.allclose(deepest, ours.net.forward_features(x), atol=1e-4)
+    assert torch.allclose(deepest, ours.net.forward_features(x), rtol=0, atol=1e-10)
 
 
 def test_an_adapter_lifts_the_map_of_its_pair():
@@ -330,7 +333,8 @@ def test_the_papers_networks(name, widths, fc1):
     assert timm.create_model(name, num_classes=3)(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
 
 
-def test_the_papers_network_computes_what_the_paper_says():
+@pytest.mark.portable
+def test_the_papers_network_computes_what_the_paper_says(float64):
     torch.manual_seed(0)
     net = timm.create_model("cnn32_student").eval()
     x = torch.randn(2, 3, 32, 32)
@@ -341,8 +345,8 @@ def test_the_papers_network_computes_what_the_paper_says():
         y = nn.functional.batch_norm(y, mean, var, state[f"conv{i}_bn.weight"], state[f"conv{i}_bn.bias"])
         y = nn.functional.max_pool2d(y.clamp(min=0), 2)
     embedding = (y.flatten(1) @ state["fc1.weight"].T + state["fc1.bias"]).clamp(min=0)
-    assert torch.allclose(net.forward_head(net.forward_features(x), pre_logits=True), embedding, atol=1e-5)
-    assert torch.allclose(net(x), embedding @ state["fc2.weight"].T + state["fc2.bias"], atol=1e-5)
+    assert torch.allclose(net.forward_head(net.forward_features(x), pre_logits=True), embedding, rtol=0, atol=1e-10)
+    assert torch.allclose(net(x), embedding @ state["fc2.weight"].T + state["fc2.bias"], rtol=0, atol=1e-10)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import EPS
 from torch.nn import functional as F
 
 from indistill import losses, projectors
 from indistill.objective import same_size
 from indistill.outputs import Output, Targets
+
+pytestmark = pytest.mark.portable
 
 SHAPE = projectors.Shape(student_widths=[3, 6], teacher_widths=[5, 4], student_dim=7, teacher_dim=9)
 # (student, teacher) height and width of the shallow and of the deep pair
@@ -137,7 +140,8 @@ def test_crd_matches_the_formula(labels, temperature):
     labels = labels and torch.tensor(labels)
     assert losses.crd(student, teacher, temperature, labels).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     single = losses.crd(student.float(), teacher.float(), temperature, labels)
-    assert single.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    # A mean over 6 samples of 2 * 6 terms; each changes no faster than its score, of 4 products over the temperature.
+    assert single.item() == pytest.approx(expected, rel=12 * EPS, abs=12 * 4 * EPS / temperature)
     if temperature == 0.07:
         assert torch.equal(single, losses.crd(student.float(), teacher.float(), labels=labels))
 
@@ -156,7 +160,7 @@ def test_crd_is_finite_where_exponentials_are_not():
     student = (-teacher).requires_grad_()  # each pair as far apart as can be, e^-1000 over e^0
     loss = losses.crd(student, teacher, temperature=1e-3)
     loss.backward()
-    assert loss.item() == pytest.approx(2 * (1000 + math.log(3) + 3 * math.log(4 / 3)), rel=1e-5)
+    assert loss.item() == pytest.approx(2 * (1000 + math.log(3) + 3 * math.log(4 / 3)), rel=8 * EPS)
     assert student.grad.isfinite().all()
 
 
@@ -269,7 +273,7 @@ def test_vid_starts_from_the_published_variance_and_keeps_it_positive():
     part, (output, targets) = make("vid"), batch()
     variances = part(output, targets)[1::2]
     assert [tuple(v.shape) for v in variances] == [(1, 5, 1, 1), (1, 4, 1, 1)]
-    assert all(torch.allclose(v, torch.tensor(5.0)) for v in variances)
+    assert all(torch.allclose(v, torch.tensor(5.0), rtol=4 * EPS, atol=0) for v in variances)
     with torch.no_grad():
         part.raw_variances[0].fill_(-1000)
         assert torch.equal(part(output, targets)[1], torch.full((1, 5, 1, 1), 1e-5))
@@ -352,7 +356,7 @@ def test_contrast_is_of_unit_length_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         projected = part(output, targets)
     for rows in projected:
-        assert torch.allclose(rows.norm(dim=1), torch.ones(6), atol=1e-6)
+        assert torch.allclose(rows.norm(dim=1), torch.ones(6), rtol=0, atol=11 * EPS)  # of 11 squares
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -379,10 +383,10 @@ def test_a_step_lowers_the_loss(name, sizes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_sample_in_eval_mode_is_as_in_a_batch(name):
-    part, (output, targets) = make(name).eval(), batch()
+    part, (output, targets) = make(name).double().eval(), batch(dtype=torch.float64)
     alone = part(
         Output(tuple(x[:1] for x in output.features), output.embedding[:1]),
         Targets(tuple(x[:1] for x in targets.features), targets.embedding[:1]),
     )
     for one, all_of_them in zip(alone, part(output, targets)):
-        assert torch.allclose(one, all_of_them[:1], atol=1e-5)
+        assert torch.allclose(one, all_of_them[:1], rtol=0, atol=1e-10)

@@ -123,13 +123,14 @@ def test_maps_of_a_resnet_are_its_modules_outputs():
         assert torch.equal(taps.maps(net, images, [index])[0], x)
 
 
-def test_maps_of_a_transformer_are_its_patch_tokens():
+@pytest.mark.portable
+def test_maps_of_a_transformer_are_its_patch_tokens(float64):
     net, images = vit(2), torch.randn(3, 3, 32, 32)
     tokens = torch.cat([net.cls_token.expand(3, -1, -1), net.patch_embed(images)], dim=1) + net.pos_embed
     for index, block in enumerate(net.blocks):
         tokens = block(tokens)  # [B, 1 + 2 * 2, C]
         expected = tokens[:, 1:].reshape(3, 2, 2, 192).permute(0, 3, 1, 2)
-        assert torch.allclose(taps.maps(net, images, [index])[0], expected, atol=1e-5)
+        assert torch.allclose(taps.maps(net, images, [index])[0], expected, rtol=0, atol=1e-10)
 
 
 def test_a_model_without_stages_is_refused():

@@ -12,6 +12,8 @@ from indistill.models import CNN32, Network
 from indistill.outputs import Targets
 from indistill.targets import LiveTargets
 
+pytestmark = [pytest.mark.portable, pytest.mark.usefixtures("float64")]
+
 SIZE = (3, 32, 32)
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
 KD = Phase("kd", 3, (), (), 12, None)
@@ -55,7 +57,7 @@ def pictures(seed=0):
 
 
 def normalised(images):
-    return (images.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 @pytest.mark.parametrize(("networks", "pairs"), [(cnn32, [0, 1, 2]), (resnets, [1, 2, 3, 4])])
@@ -69,7 +71,7 @@ def test_a_target_is_the_kept_channels_of_the_teachers_map(networks, pairs):
         assert (embedding, logits) == (None, None)
         expected = full.numpy() if chosen.kept is None else full.numpy()[:, chosen.kept]
         assert feature.shape[1] == chosen.student_width
-        assert np.allclose(feature.numpy(), expected, atol=1e-4)
+        assert np.allclose(feature.numpy(), expected, rtol=0, atol=1e-10)
         exact = targets_of.teacher(pictures(), upto=pair, pairs=[pair]).features[0]
         assert torch.equal(feature, exact if chosen.kept is None else exact[:, chosen.kept])
 
@@ -88,8 +90,8 @@ def test_kd_gets_the_bare_models_embedding_and_logits(networks):
     features, embedding, logits = targets_of(pictures(), KD)[:3]
     with torch.no_grad():
         hidden = teacher.forward_features(normalised(pictures()))
-        assert torch.allclose(embedding, teacher.forward_head(hidden, pre_logits=True), atol=1e-4)
-        assert torch.allclose(logits, teacher(normalised(pictures())), atol=1e-4)
+        assert torch.allclose(embedding, teacher.forward_head(hidden, pre_logits=True), rtol=0, atol=1e-10)
+        assert torch.allclose(logits, teacher(normalised(pictures())), rtol=0, atol=1e-10)
     assert features == ()
 
 
@@ -142,7 +144,7 @@ def test_paper_bn_against_the_published_arithmetic(pair):
     kept = plan.pairs[pair].kept or list(range(32))
     expected = published_target(teacher, pictures(), pair, kept)
     assert feature.shape == expected.shape
-    assert torch.allclose(feature, expected, atol=1e-4)
+    assert torch.allclose(feature, expected, rtol=0, atol=1e-10)
     plain, _ = build(*cnn32(), [(0, 0), (1, 1), (2, 2)])
     assert not torch.allclose(feature, plain(pictures(), warmup(pair)).features[0], atol=0.1)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator, tracking
 from accelerate.utils import LoggerType
-from conftest import run_ranks, train_until
+from conftest import EPS, run_ranks, train_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -114,7 +114,7 @@ def test_a_run_with_trackers_that_fail(tree, capsys, monkeypatch):
     for tag in ("loss", "images_per_second", "top1", "checkpoint_stall_seconds"):
         wanted = [(line["step"], line[tag]) for line in lines if tag in line]
         assert len(wanted) > 1
-        assert scalars(folder, tag) == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
+        assert scalars(folder, tag) == [(step, pytest.approx(value, rel=EPS)) for step, value in wanted]
     assert json.loads((run_dir / "summary.json").read_text())["step"] == 24
 
     (session,) = folder.glob("*/events.*")  # of three starts

@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import kill_at_checkpoint, preload, run_ranks, train_until, unused_port
+from conftest import (
+    EPS,
+    SMOOTH,
+    assert_rounding_explains,
+    kill_at_checkpoint,
+    preload,
+    run_moved,
+    run_ranks,
+    strayed,
+    train_until,
+    unused_port,
+)
 from safetensors.torch import load_file
 
 from indistill import config
@@ -39,11 +50,12 @@ if not torch.cuda.is_available():  # else DeepSpeed would be set to the GPU befo
 def zero_tree(tree, tmp_path):
     """All that ZeRO must not change: unused parameters that would decay, resets, rates, clipping, accumulation."""
     # Wider than the teacher, so that each pair has an adapter, which later phases do not use.
-    tree["student"], tree["teacher"]["name"] = {"name": "cnn32_auxiliary"}, "cnn32_student"
+    tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
+    tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
+    tree["warmup"]["pairs"] = [[1, 1], [2, 2], [3, 3]]
     tree["warmup"] |= {"adapter": "conv1x1", "reset_optimizer": "start", "lr": [1e-3, 2e-3, 3e-3]}
     # With Adam's own eps of 1e-8 the rounding of gradients near zero would move a parameter as far as any gradient.
     tree["optimizer"] = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "kwargs": {"eps": 1e-4}}
-    tree["seed"] = 1  # the networks of seed 0 enlarge rounding a hundred times over 24 steps; those of 1 and 2 do not
     tree["grad_accumulation"] = 2
     tree["clip_grad_norm"] = 0.05
     tree["ema"] = {"decay": 0.9}
@@ -87,8 +99,9 @@ def run_contiguous(tree: dict[str, Any]) -> None:
         student.to(memory_format=torch.contiguous_format)
         return prepare(accelerator, precision, student, *arguments)
 
-    module.engine.prepare = contiguous_prepare
-    run(tree)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.engine, "prepare", contiguous_prepare)
+        run(tree)
 
 
 def run_all(trees: list[dict[str, Any]]) -> None:
@@ -107,17 +120,21 @@ def losses(run_dir: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def of_ddp() -> dict[str, Any]:
-    """What the first test that needs it recorded of a run under DDP."""
+    """What the first test that needs it recorded of runs under DDP."""
     return {}
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp, stage):
-    if not of_ddp:
+    if "losses" not in of_ddp:
         run_ranks(run_contiguous, 2, zero_tree)
         assert [t["engine"] for t in told(zero_tree["run_dir"])] == ["ddp"] * 2
-        of_ddp["losses"] = losses(zero_tree["run_dir"])
-        of_ddp["student"] = load_file(f"{zero_tree['run_dir']}/student.safetensors")
+        run_ranks(run_moved, 2, run_contiguous, zero_tree, EPS)
+        of_ddp["losses"], of_ddp["strayed"] = losses(zero_tree["run_dir"]), strayed(losses, zero_tree["run_dir"])
+        of_ddp["student"], *of_ddp["moved"] = (
+            load_file(f"{zero_tree['run_dir']}{suffix}/student.safetensors") for suffix in ("", "-moved0", "-moved1")
+        )
     assert len(of_ddp["losses"]) == 24
 
     whole = with_stage(zero_tree, stage, tmp_path, "whole")
@@ -125,11 +142,12 @@ def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp
     ranks = told(whole["run_dir"])
     assert [(t["world"], t["engine"]) for t in ranks] == [(2, f"ZeRO stage {stage}")] * 2
     assert ranks[0]["hash"] == ranks[1]["hash"]
-    assert losses(whole["run_dir"]) == pytest.approx(of_ddp["losses"], rel=1e-5)
+    assert_rounding_explains(losses(whole["run_dir"]), of_ddp["losses"], of_ddp["strayed"])
     student = load_file(f"{whole['run_dir']}/student.safetensors")
     assert student.keys() == of_ddp["student"].keys()
     for name, value in of_ddp["student"].items():
-        assert student[name].numpy() == pytest.approx(value.numpy(), rel=1e-4, abs=1e-4), name
+        off, *moved = ((other[name] - value).abs().max() for other in (student, *of_ddp["moved"]))
+        assert off <= 8 * (max(moved) + EPS * value.abs().max()), name
 
     resumed = with_stage(zero_tree, stage, tmp_path, "resumed")
     if stage == 2:
@@ -142,6 +160,16 @@ def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp
     assert told(resumed["run_dir"]) == ranks
 
 
+def score(tree: dict[str, Any], *weights: str) -> None:
+    """What is left behind scores what the run says; on as many ranks, so that their batches are the same."""
+    summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
+    for name in weights:
+        scores = module.evaluate_checkpoint(config.parse(tree, "test"), f"{tree['run_dir']}/{name}")
+        assert scores.items() <= summary["metrics"].items()
+        assert "top1" in scores
+
+
+@pytest.mark.portable
 def test_engines_share_a_process_and_bf16(tree, tmp_path):
     """A transformer, whose positions no module's own forward pass reads, in bf16; what is left behind is evaluated."""
     tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
@@ -150,30 +178,31 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
     tree |= {"mixed_precision": "bf16", "duration": "12 steps", "checkpoint": {"every_steps": 6}}
     trees = [with_stage(tree, 3, tmp_path, "zero3"), tree, with_stage(tree, 2, tmp_path, "zero2")]
     run_ranks(run_all, 2, trees)
+    run_ranks(run_moved, 2, run, tree, EPS)
     for other in (trees[0], trees[2]):
-        assert losses(other["run_dir"]) == pytest.approx(losses(tree["run_dir"]), rel=2e-3)
+        assert_rounding_explains(losses(other["run_dir"]), losses(tree["run_dir"]), strayed(losses, tree["run_dir"]))
         assert told(other["run_dir"])[0]["world"] == 2
-
-        settings = config.parse(other, "test")
-        summary = json.loads((Path(other["run_dir"]) / "summary.json").read_text())
-        for weights in ("student.safetensors", "checkpoints/step-00000012"):
-            scores = module.evaluate_checkpoint(settings, f"{other['run_dir']}/{weights}")
-            assert scores["top1"] == pytest.approx(summary["metrics"]["top1"], abs=1 / 51 + 1e-6)
+        run_ranks(score, 2, other, "student.safetensors", "checkpoints/step-00000012")
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_elastic(tree, tmp_path, stage):
+def test_elastic(tree, tmp_path, of_ddp, stage):
     """From two processes to one to two, in the warm-up and after: the losses of a run on two."""
     tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
     tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "3 steps", "3 steps"]}
     tree |= {"duration": "15 steps", "checkpoint": {"every_steps": 5, "keep_last": 9}, "ema": {"decay": 0.9}}
+    if "elastic" not in of_ddp:
+        run_ranks(run, 1, tree)
+        run_ranks(run_moved, 1, run, tree, EPS)
+        of_ddp["elastic"] = strayed(losses, tree["run_dir"])
     whole, changing = (with_stage(tree, stage, tmp_path, name) for name in ("whole", "changing"))
     run_ranks(run, 2, whole)
     run_ranks(run, 1, changing, 10, f"{whole['run_dir']}/checkpoints/step-00000005")
     run_ranks(run, 2, changing)
     assert len(losses(changing["run_dir"])) == 10
-    assert losses(changing["run_dir"]) == pytest.approx(losses(whole["run_dir"])[5:], rel=2e-5)
+    assert_rounding_explains(losses(changing["run_dir"]), losses(whole["run_dir"])[5:], of_ddp["elastic"][5:])
 
 
 def refused(tree: dict[str, Any]) -> None:
