@@ -272,7 +272,7 @@ def test_where_no_step_is_under_way_a_signal_ends_it_at_once(tree, tmp_path, pla
     arguments = [path if argument == "CONFIG" else argument for argument in arguments]
     process = start(interrupt_in, place, number, errors, arguments)
     process.join(timeout=120)
-    text = re.sub(r"\r.*image/s\]", "", errors.read_text())  # the bar of targets
+    text = re.sub(r"\n.*image/s\]", "", errors.read_text())  # the bar of targets
     told = [line for line in text.splitlines() if "Warning" not in line]
     assert process.exitcode == code_of(number), told
     early = place == "cli._parse"
