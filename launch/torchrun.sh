@@ -3,7 +3,7 @@
 #   launch/torchrun.sh configs/imagenet_r34_r18.yaml [key.sub=value ...]
 # On several, the same on each, with torchrun's options as it reads them from the environment:
 #   PET_NNODES=2 PET_NODE_RANK=0 PET_MASTER_ADDR=first-node launch/torchrun.sh CONFIG ...
-# run_dir/status tells afterwards whether to start it again (indistill/preemption.py): torchrun's exit code does not.
+# The exit code (torchrun.py) tells afterwards whether to start it again, and so does run_dir/status.
 set -euo pipefail
 
 # --- edit, or set in the environment ---------------------------------------------------------------------------------
@@ -22,4 +22,4 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     trap '' TERM
     export PET_SIGNALS_TO_HANDLE=SIGINT
 fi
-exec "${PYTHON:-python}" -m torch.distributed.run -m indistill "$INDISTILL_COMMAND" "$@"
+exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/torchrun.py" -m indistill "$INDISTILL_COMMAND" "$@"

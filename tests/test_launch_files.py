@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 
@@ -99,12 +104,46 @@ def test_torchrun_is_told_by_its_environment(tmp_path):
         return result.stdout.splitlines()
 
     lines = shown()
-    assert lines[0] == "-m torch.distributed.run -m indistill train a.yaml seed=1"
+    assert lines[0] == f"{LAUNCH}/torchrun.py -m indistill train a.yaml seed=1"
     assert "PET_NNODES=1" in lines
     assert "PET_NPROC_PER_NODE=gpu" in lines
     assert not any("SIGTERM" in line for line in lines)  # passed on by torchrun
     lines = shown(SLURM_JOB_ID="7", SLURM_NODEID="3", PET_NNODES="4", PET_MASTER_ADDR="10.0.0.3")
     assert {"PET_NODE_RANK=3", "PET_NNODES=4", "PET_MASTER_ADDR=10.0.0.3", "PET_SIGNALS_TO_HANDLE=SIGINT"} <= {*lines}
+
+
+def failed(*codes: int) -> ChildFailedError:
+    return ChildFailedError("train", {i: ProcessFailure(i, 1, code, "none") for i, code in enumerate(codes)})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (None, 0),
+        (failed(75, 75), 75),
+        (failed(75, 1), 1),  # the other one lost it
+        (failed(2, 2), 2),
+        (failed(-9), 75),
+        (SignalException("", signal.SIGTERM), 75),
+        (SignalException("", signal.SIGINT), 130),
+        (RendezvousTimeoutError(), 75),
+    ],
+)
+def test_the_exit_code_says_whether_to_start_again(monkeypatch, outcome, code):
+    def torchrun() -> None:
+        if outcome:
+            raise outcome
+
+    monkeypatch.setattr("torch.distributed.run.main", torchrun)
+    assert runpy.run_path(str(LAUNCH / "torchrun.py"))["main"]() == code
+
+
+def test_a_job_ends_where_another_start_cannot_help():
+    """Rules apply in order: a pod that was preempted counts as nothing, whatever its code."""
+    *_, job = yaml.safe_load_all((LAUNCH / "kubernetes" / "job.yaml").read_text())
+    ignored, failing = job["spec"]["podFailurePolicy"]["rules"]
+    assert ignored["action"] == "Ignore"
+    assert failing == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1, 2]}}
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("accelerate/*.yaml")), ids=lambda path: path.stem)

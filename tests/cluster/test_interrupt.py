@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -81,6 +82,7 @@ def losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def train(path: Path, run_dir: Path) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as usual: the loader's workers start at once
     pipeline.run(runs.load(path, [f"run_dir={run_dir}"]))
 
 

@@ -60,6 +60,26 @@ def test_targets_by_accelerate_launch(tree, tmp_path: Path):
     assert Trainer(path, *overrides).verify_targets(64)
 
 
+def test_torchrun_tells_of_a_mistake_by_its_exit_code(tree, tmp_path: Path):
+    """A scheduler that starts it again at every other code does not at this one."""
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(tree))
+    variables = {"PYTHON": sys.executable, "PET_NPROC_PER_NODE": "2", "PET_MASTER_PORT": str(unused_port())}
+    result = subprocess.run(
+        [REPOSITORY / "launch" / "torchrun.sh", path, "data.train=none.tar"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("indistill: error: ") == 1
+    word, reason = (Path(tree["run_dir"]) / "status").read_text().splitlines()
+    assert word == "failed"
+    assert f"indistill: error: {reason}\n" in result.stderr
+
+
 def test_torchrun_passes_sigterm_on(tree, tmp_path: Path):
     """To launch/torchrun.sh alone, as Kubernetes does; SIGUSR1 to it is harmless."""
     path, run_dir = tmp_path / "config.yaml", Path(tree["run_dir"])
@@ -76,7 +96,7 @@ def test_torchrun_passes_sigterm_on(tree, tmp_path: Path):
             time.sleep(0.1)
         process.send_signal(signal.SIGUSR1)
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        assert process.wait(timeout=30) == 75
     finally:
         process.kill()
     assert (run_dir / "status").read_text() == "requeue\n"
