@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # Where this is set, each of the tests' many processes would compile torch and timm anew, for most of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test docs-test test-slurm test-netns lint reproduce-cifar10 clean
+.PHONY: setup demo test docs-test test-slurm test-netns lint reproduce clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -47,9 +47,10 @@ lint: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 
-# InDistill, its baselines and ablations: 90 minutes on two cores. DATA names the folder of CIFAR-10 and the teacher.
-reproduce-cifar10: $(READY)
-	@$(RUN) benchmarks/reproduce_cifar10.py $(ARGS)
+# Every study of the method, with one seed and little training: ten minutes on two cores. DATA names the folder of the data
+# sets; benchmarks/README.md says what has to be there, and how the studies run in full.
+reproduce: $(READY)
+	@for study in benchmarks/studies/*.yaml; do $(RUN) benchmarks/study.py $$study --quick --jobs 2 $(ARGS) || exit; done
 
 clean:
 	rm -rf $(VENV) runs

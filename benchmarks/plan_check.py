@@ -14,14 +14,15 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import recorded
 import torch
 from report import RESULTS, heading, table
 
-from indistill import config, estimate, metrics, precompute
+from indistill import Callback, config, estimate, precompute
 from indistill import train as training
+from indistill.callbacks import TrainingRun
+from indistill.curriculum import Phase
 
 SIZE, BATCH, STEPS, LAST = 96, 16, 5, 6
 RESULT = RESULTS / "plan_check.md"
@@ -85,23 +86,22 @@ def times(plan: estimate.Estimate, runs: list[list[recorded.Step]]) -> str:
 def memory(settings: config.Config) -> dict[str, int]:
     """The most that the CPU's allocator had out during a step beyond what it had before, by phase: a step of each."""
     peaks: dict[str, int] = {}
-    profiler = None
-    end_step = metrics.RunLog.end_step
 
-    def between(log: metrics.RunLog, done: int, phase: object, *arguments: object) -> object:
-        nonlocal profiler
-        if profiler is not None:
-            profiler.__exit__(None, None, None)
-            peaks[phase.name] = allocated(profiler)
-            profiler = None
-        result = end_step(log, done, phase, *arguments)
-        if done % STEPS == 2:  # the third step of every phase
-            profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-            profiler.__enter__()
-        return result
+    class Profile(Callback):
+        profiler: torch.profiler.profile | None = None
 
-    with mock.patch.object(metrics.RunLog, "end_step", between), contextlib.redirect_stdout(io.StringIO()):
-        training.train(settings, "never")
+        def on_step(self, run: TrainingRun, phase: Phase, line: object) -> None:
+            if self.profiler is not None:
+                self.profiler.__exit__(None, None, None)
+                peaks[phase.name] = allocated(self.profiler)
+                self.profiler = None
+            if run.done % STEPS == 2:  # the third step of every phase
+                cpu = [torch.profiler.ProfilerActivity.CPU]
+                self.profiler = torch.profiler.profile(activities=cpu, profile_memory=True)
+                self.profiler.__enter__()
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        training.train(settings, "never", callbacks=[Profile()])
     return peaks
 
 

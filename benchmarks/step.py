@@ -456,7 +456,7 @@ class Stopped(Exception):
 
 def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
     """(b) `indistill.train.train` itself, with a loader that has one batch and waits for turns."""
-    from indistill import config, data, sources, train
+    from indistill import Callback, config, data, sources, train
 
     images, labels = synthetic(job)
     batch = data.Batch(images, labels, torch.arange(job.batch), [])
@@ -469,15 +469,15 @@ def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
                 yield batch
             raise Stopped
 
-    add = train.RunLog.add
+    class SyntheticSources(sources.Sources):
+        def data(self, *_: Any) -> tuple[Any, None]:
+            return Synthetic(), None
 
-    def noting_add(log: Any, terms: dict[str, Tensor], weight: float) -> None:
-        first.append(terms["loss"])
-        train.RunLog.add = add
-        add(log, terms, weight)
+    class FirstLoss(Callback):
+        def on_step(self, run: Any, *_: Any) -> None:
+            if not first:
+                first.append(run.loss)
 
-    train.RunLog.add = noting_add
-    sources.open_data = lambda *_: (Synthetic(), None)
     pair = PAIRS[job.pair]
     networks = {
         role: {"name": name, "checkpoint": f"{job.folder}/{job.pair}-{role}.safetensors"}
@@ -503,7 +503,7 @@ def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
             **OURS[job.contestant],
         }
         with contextlib.suppress(Stopped), contextlib.redirect_stdout(sys.stderr):
-            train.train(config.parse(tree, "step.py"))
+            train.train(config.parse(tree, "step.py"), "auto", SyntheticSources(), [FirstLoss()])
 
 
 class Result(NamedTuple):

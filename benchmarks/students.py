@@ -74,7 +74,7 @@ class Stopped(Exception):
 
 def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
     """Train these students as users do, with a loader that has one batch and waits for each turn of one step."""
-    from indistill import config, data, pipeline, sources
+    from indistill import config, data, sources, together, train
 
     torch.set_num_threads(1)
     images = torch.randint(256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -90,7 +90,15 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
                 pipe.send(time.process_time() - begin)
             raise Stopped
 
-    sources.open_data = lambda *_: (Synthetic(), None)
+    class OneRun(sources.Sources):
+        def data(self, *_: Any) -> tuple[Any, None]:
+            return Synthetic(), None
+
+    class Several(together.Shared):
+        def data(self, *_: Any) -> tuple[Any, None]:
+            self.opened = self.opened or (Synthetic(), None)
+            return self.opened
+
     with tempfile.TemporaryDirectory() as folder:
         shared = {
             "duration": "1e9 steps",
@@ -111,12 +119,15 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
         if warmup is not None:
             shared["warmup"] = {"durations": ["1e9 steps" if pair == warmup else 0 for pair in range(4)]}
             shared["warmup"]["adapter"] = "conv1x1"
-        runs = [
+        students = [
             (name, config.parse({**shared, "run_dir": f"{folder}/{name}", "student": {"name": name}}, "students.py"))
             for name in names
         ]
         with contextlib.suppress(Stopped), contextlib.redirect_stdout(sys.stderr):
-            pipeline.run(pipeline.Students(runs) if len(runs) > 1 else [("", runs[0][1])])
+            if len(students) > 1:
+                together.train(students, shared=Several(students[0][1], len(students)))
+            else:
+                train.train(students[0][1], sources=OneRun())
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from indistill import cli, pipeline
+from indistill import cli, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = "README.md"
@@ -115,15 +115,15 @@ def load_configs(block: Block) -> int:
     if block.language == "yaml":
         tree = yaml.safe_load(block.text)
         if not {"data", "optimizer"} <= tree.keys():
-            tree = pipeline._merge(yaml.safe_load(BASE.read_text()), tree)
+            tree = runs.merge(yaml.safe_load(BASE.read_text()), tree)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "config.yaml")
             file.write_text(yaml.safe_dump(tree))
-            pipeline.load(file)
+            runs.load(file)
         return 1
     found = _CONFIG.findall(re.sub(r"\\\n\s*", "", block.text)) if block.skip else []
     for name, overrides in found:
-        pipeline.load(BASE if name == "CONFIG" else ROOT / name, shlex.split(overrides))
+        runs.load(BASE if name == "CONFIG" else ROOT / name, shlex.split(overrides))
     return len(found)
 
 

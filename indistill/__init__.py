@@ -4,16 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from indistill.api import Trainer
+    from indistill.callbacks import Callback
     from indistill.config import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Trainer", "UserError", "__version__"]
+__all__ = ["Callback", "Trainer", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """The public names at their first use, so that `indistill --help` need not wait for what they import."""
     if name == "Trainer":
         from indistill.api import Trainer as value
+    elif name == "Callback":
+        from indistill.callbacks import Callback as value
     elif name == "UserError":
         from indistill.config import UserError as value
     else:

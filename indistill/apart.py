@@ -19,16 +19,20 @@ import torch
 from torch import Tensor, distributed
 
 from indistill import checkpoint, engine, models
+from indistill.callbacks import Callback
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
+from indistill.outputs import Targets
 from indistill.prune import Plan
 from indistill.sources import Sources, Training
-from indistill.targets import LiveTargets, Targets, fields_of, pooled
-from indistill.train import steps
+from indistill.targets import LiveTargets, fields_of, pooled
+from indistill.train import train as train_run
 
 
-def train(students: Sequence[tuple[str, Config]], resume: str = "auto") -> dict[str, dict[str, Any]]:
+def train(
+    students: Sequence[tuple[str, Config]], resume: str = "auto", callbacks: Sequence[Callback] = ()
+) -> dict[str, dict[str, Any]]:
     """Train all of them to the end; returns each one's `summary.json`, on every rank.
 
     Raises UserError for a number of processes that the students do not divide, and otherwise as `train.train`. When the
@@ -50,12 +54,9 @@ def train(students: Sequence[tuple[str, Config]], resume: str = "auto") -> dict[
     try:
         exchange = _begin_groups(store, group, count, place, world // count, timeout)
         resume = _common(store, group, place, students, resume)
-        run = steps(settings, resume, _Apart(store, exchange, group, place, students))
-        while True:
-            try:
-                next(run)
-            except StopIteration as end:
-                return _from_all(store, "summary", group, place, students, end.value)
+        sources = _Apart(store, exchange, group, place, students)
+        summary = train_run(settings, resume, sources, callbacks)
+        return _from_all(store, "summary", group, place, students, summary)
     except UserError as error:
         error.found_by_one_rank = place == 0  # of its group
         raise

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from indistill import pipeline
+from indistill import runs
+from indistill.callbacks import Callback
 from indistill.config import Config, UserError
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Trainer:
 
     def __init__(self, config: str | Path, *overrides: str) -> None:
         self.config = config
-        self.runs: list[tuple[str, Config]] = pipeline.load(config, overrides)
+        self.runs: list[tuple[str, Config]] = runs.load(config, overrides)
 
     @property
     def several(self) -> bool:
@@ -38,7 +40,7 @@ class Trainer:
     def settings(self) -> Config:
         """The validated, frozen config of the only run."""
         if self.several:
-            kind = "students" if isinstance(self.runs, pipeline.Students) else "stages"
+            kind = "students" if isinstance(self.runs, runs.Students) else "stages"
             raise UserError(
                 f"{self.config} has several {kind}: give the config.yaml in the run directory of one instead"
             )
@@ -55,12 +57,15 @@ class Trainer:
         estimates = estimate.of_chain(self.runs, world, samples)
         return estimates if self.several else estimates[""]
 
-    def train(self, resume: str = "auto") -> dict[str, Any]:
+    def train(self, resume: str = "auto", callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint in `run_dir` if there is one; returns `summary.json`'s content.
 
-        resume: auto; never, from the start; or the path of a checkpoint.
+        resume: auto; never, from the start; or the path of a checkpoint. callbacks: objects whose methods are called
+        after each step, evaluation and checkpoint, and at the end; see `indistill.Callback`.
         """
-        summaries = pipeline.run(self.runs, resume)
+        from indistill import pipeline, report
+
+        summaries = pipeline.run(self.runs, resume, [report.ReportAtEnd(), *callbacks])
         return summaries if self.several else summaries[""]
 
     def evaluate(self, what: str | Path | None = None) -> dict[str, float]:

@@ -22,9 +22,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as tv
 
 from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing
-from indistill.decode import BadImage, Box, cut, decode, decode_crop
-
-__all__ = ["BadImage", "EvalView", "decode", "eval_view", "train_view", "train_views", "uniforms", "view_of"]
+from indistill.decode import Box, cut, decode, decode_crop
 
 _TRIES = 10  # to find a rectangle that fits; of 2 draws each; as many as torchvision's and timm's
 # Uniform numbers per sample and epoch. Each part has its own, so that switching one on leaves the others as they are.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -16,15 +15,14 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from indistill import config, engine, models, pipeline, projectors, prune, store, taps
+from indistill import class_names, config, engine, models, projectors, prune, store, taps
 from indistill.config import Config, UserError
+from indistill.files import sha256
 from indistill.models import Heads, Network
 from indistill.objective import reads
+from indistill.outputs import Output
 from indistill.prune import Plan
 from indistill.targets import CachedTargets, LiveTargets
-
-if TYPE_CHECKING:
-    from indistill.sources import Sources
 
 NO_PLAN = Plan("none", "none", [])
 
@@ -33,13 +31,15 @@ def networks(
     accelerator: Accelerator,
     settings: Config,
     run_dir: Path,
-    calibration: Callable[[int], DataLoader],
-    sources: Sources,
+    calibration: Callable[[int], DataLoader] | None,
+    make_teacher: Callable[[Config], Network] | None = None,
+    run_teacher: Callable[[Network, Config], Callable[..., Output]] | None = None,
 ) -> tuple[Network | Heads, LiveTargets | CachedTargets, Plan]:
-    """What is trained, on the device; the teacher's targets; the plan that binds the stages of both.
+    """Return the module to train (on the device), the source of its targets, and the pruning plan.
 
-    `calibration(n)` gives this rank's share of n global batches, `sources` the teacher. Raises UserError for whatever
-    does not fit.
+    `calibration(n)` gives this rank's share of n global batches. `make_teacher` and `run_teacher` replace
+    `create_teacher` and `compiled` for a teacher that several students share. Raises UserError for whatever does not
+    fit.
     """
     seed_everything(settings.seed)
     device, size, losses = accelerator.device, input_size(settings), settings.kd.losses
@@ -56,7 +56,7 @@ def networks(
     if reader is None:
         with torch.random.fork_rng():  # whether it is created here or not, the student's layers begin the same
             torch.manual_seed(settings.seed)
-            teacher = sources.teacher(settings).to("cpu" if shard_on else device)
+            teacher = (make_teacher or create_teacher)(settings).to("cpu" if shard_on else device)
     teacher_net = reader.manifest.teacher if reader else teacher.net
     plan = NO_PLAN
     if settings.warmup and reader:
@@ -87,7 +87,7 @@ def networks(
     cohort = settings.teacher.heads and Heads.load(settings.teacher.heads, teacher, settings.data.image_size)
     check_cohort(losses, len(cohort.stages) if cohort else 0)
     precision, pool = settings.teacher.precision or settings.mixed_precision, settings.targets.pool
-    run = sources.forward(teacher, settings)
+    run = (run_teacher or compiled)(teacher, settings)
     targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, run, pool)
     return trainable(settings, student).to(device), targets_of, plan
 
@@ -134,8 +134,18 @@ def create_student(settings: Config) -> nn.Module:
 
 
 def create_teacher(settings: Config) -> Network:
-    net = models.create(settings.teacher, settings.data.num_classes, settings.data.image_size, "teacher")
+    section = settings.teacher
+    if section.checkpoint:
+        class_names.check_weights(class_names.of_weights(section.checkpoint), settings.data, "teacher")
+    net = models.create(section, settings.data.num_classes, settings.data.image_size, "teacher")
+    if section.pretrained:
+        class_names.check_weights(class_names.of_pretrained(net.pretrained_cfg, section.name), settings.data, "teacher")
     return Network(net, *models.normalisation(net, settings.teacher, "teacher"))
+
+
+def compiled(teacher: Network, settings: Config) -> Callable[..., Output]:
+    """Return what runs the teacher on a batch, with the arguments of `Network.forward`."""
+    return torch.compile(teacher, dynamic=False) if settings.compile else teacher
 
 
 def heads(accelerator: Accelerator, settings: Config) -> Heads:
@@ -233,6 +243,7 @@ def open_targets(accelerator: Accelerator, settings: Config) -> store.Reader:
 
     def read() -> store.Manifest:
         manifest = store.load(root)
+        store.check_classes(root, manifest, class_names.of_training(settings.data))
         store.check(root, manifest, settings, weights_hashes(settings))
         return manifest
 
@@ -243,7 +254,7 @@ def open_targets(accelerator: Accelerator, settings: Config) -> store.Reader:
 def weights_hashes(settings: Config) -> dict[str, str | None]:
     """By key of the config, the SHA-256 of the files that the teacher comes from; None for one that is not here."""
     files = {"teacher.checkpoint": settings.teacher.checkpoint, "teacher.heads": settings.teacher.heads}
-    return {key: pipeline.sha256(Path(file)) if Path(file).is_file() else None for key, file in files.items() if file}
+    return {key: sha256(Path(file)) if Path(file).is_file() else None for key, file in files.items() if file}
 
 
 def stored_plan(

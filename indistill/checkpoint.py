@@ -64,6 +64,7 @@ class Checkpoints:
         self.section, self.identity, self.parts = section, identity, parts
         self.saved_at, self.best_top1 = time.monotonic(), -1.0
         self.writer: Thread | None = None
+        self.crash: Exception | None = None  # of the writer: no disk's fault
         self.failure: str | None = None  # of the last save, known to all ranks once it has ended
         self.failures_in_a_row = 0
         # The writers' own, so that they can agree while the ranks train.
@@ -188,10 +189,12 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Until the save under way has ended, well or not. Call on all ranks."""
+        """Until the save under way has ended, well or not. Call on all ranks. Raises what the writer did not expect."""
         if self.writer is not None:
             self.writer.join()
             self.writer = None
+            if self.crash is not None:
+                raise self.crash
             self.failures_in_a_row = self.failures_in_a_row + 1 if self.failure else 0
 
     def close(self) -> None:
@@ -213,6 +216,9 @@ class Checkpoints:
             self.failure = self._written(partial, final, files)
         except RuntimeError as error:  # a rank is gone, as the next step will find
             self.failure = f"the ranks cannot agree: {error}"
+        except Exception as error:  # a thread cannot end the run: `wait` does
+            self.crash = error
+            return
         if self.accelerator.is_main_process and self.failure:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
             with contextlib.suppress(OSError):  # the log may be on the disk that is full

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+import traceback
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from indistill import __version__
 
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
+    try:
+        arguments = _parse(argv)
+        from indistill import preemption
+
+        with preemption.listening():
+            _run(arguments)
+    except KeyboardInterrupt:  # before anybody listened
+        print("indistill: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="indistill", description="Knowledge distillation at cluster scale.")
     parser.add_argument("--version", action="version", version=f"indistill {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -91,7 +104,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest  # overrides that stand after an option
-    from indistill import preemption
+    return arguments
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Do what is asked, with the exit codes of docs/cluster.md."""
+    from indistill import history, preemption
     from indistill.config import UserError
 
     try:
@@ -99,18 +117,28 @@ def main(argv: list[str] | None = None) -> None:
     except preemption.Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"indistill: {stopped}: the same command goes on from there", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(preemption.EXIT_CODE)  # at once: an orderly exit would wait for loaders and for shards on their way
+        _leave(preemption.exit_code())
     except UserError as error:
-        # A loader worker's error arrives wrapped in its traceback, whose last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("indistill.config.UserError: ")
+        message = history.in_one_line(error)
         rank = os.environ.get("RANK", "0")
         if rank == "0" or error.found_by_one_rank:
             print(f"indistill: error: {message}", file=sys.stderr, flush=True)
         if "RANK" in os.environ:
-            os._exit(2)  # at once: an orderly exit would wait for ranks that wait for this one
+            _leave(2)
         sys.exit(2)
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    from indistill import preemption
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    preemption.exit_at_once(code)
 
 
 def _count(text: str) -> int:
@@ -129,6 +157,12 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     pack.add_argument("--resize", type=int, metavar="PIXELS", help="reduce the shorter side to this, as JPEG")
     pack.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize (default: 90)")
     pack.add_argument("--seed", type=int, default=0, help="of the shuffle of images from files")
+    pack.add_argument(
+        "--classes",
+        metavar="FILE|FOLDER",
+        help="number the classes as another split does: its folder of class folders or its packed folder, or a file "
+        "with one name per line, or JSON (a list, a mapping from name to label, a dataset.json)",
+    )
     pack.set_defaults(run=_pack)
     for name, run, purpose in (
         ("index", _index, "build the index of every shard anew"),
@@ -138,13 +172,16 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
         action.add_argument("--allow-pipe", action="store_true", help="let pipe: URLs run their commands")
         action.set_defaults(run=run)
+    actions.choices["verify"].add_argument(
+        "--num-classes", type=_count, metavar="N", help="data.num_classes: images without a label below it are bad, too"
+    )
     for action in actions.choices.values():
         action.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
         action.add_argument("--cache-dir", help="where indices and remote shards go (data.cache_dir)")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from indistill import packing
+    from indistill import class_names, packing
 
     content = packing.pack_source(
         arguments.source,
@@ -157,7 +194,10 @@ def _pack(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         cache_dir=arguments.cache_dir,
         progress=True,
+        classes=None if arguments.classes is None else class_names.read(arguments.classes),
     )
+    if content["classes"] is not None:
+        print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
     told = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
     print(json.dumps({key: content[key] for key in told}))
 
@@ -172,11 +212,11 @@ def _index(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from indistill import shards
 
-    bad = shards.verify(arguments.urls, **_reading(arguments))
-    for member in bad:
+    content = shards.verify(arguments.urls, **_reading(arguments), num_classes=arguments.num_classes)
+    for member in content.bad:
         print(f"{member.shard}: {member.key}: {member.problem}")
-    print(f"{len(bad)} bad members")
-    sys.exit(1 if bad else 0)
+    print(f"{content.summary()}\n{len(content.bad)} bad members")
+    sys.exit(1 if content.bad else 0)
 
 
 def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -185,11 +225,8 @@ def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from indistill import preemption
-
     trainer = _trainer(arguments)
-    with preemption.listening():
-        summary = trainer.train(arguments.resume)
+    summary = trainer.train(arguments.resume)
     if os.environ.get("RANK", "0") == "0":
         metrics = (
             {name: of_run["metrics"] for name, of_run in summary.items()} if trainer.several else summary["metrics"]
@@ -228,9 +265,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from indistill import pipeline
+    from indistill import runs
 
-    stages = pipeline.load(arguments.config, arguments.overrides) if arguments.config else []
+    stages = runs.load(arguments.config, arguments.overrides) if arguments.config else []
     from indistill import doctor
 
     code = doctor.run(stages, arguments.json)

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from indistill import augment, config, preemption
-from indistill.augment import BadImage, EvalView
+from indistill.augment import EvalView
 from indistill.config import UserError
+from indistill.decode import BadImage, decode
 from indistill.order import SampleOrder
-from indistill.shards import ShardSet
+from indistill.shards import ShardSet, label_problem
 
 if TYPE_CHECKING:
     from indistill.store import Reader
@@ -142,7 +143,7 @@ class ImageDataset(Dataset):
         for i, sample in enumerate(self.shards.iterate()):
             labels[i] = sample.label
             try:
-                image = augment.decode(sample.image, self.shards.where(i))
+                image = decode(sample.image, self.shards.where(i))
             except BadImage as error:
                 bad[i] = str(error)
                 continue
@@ -216,12 +217,8 @@ def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
     shards = ShardSet(urls, section.root, section.cache_dir, int(section.cache_bytes), section.allow_pipe)
     labels = shards.labels
     for sample_id in np.flatnonzero((labels < 0) | (labels >= section.num_classes))[:1]:
-        raise UserError(wrong_label(shards.where(sample_id), labels[sample_id], section.num_classes))
+        raise UserError(f"{shards.where(sample_id)}: {label_problem(labels[sample_id], section.num_classes)}")
     return shards
-
-
-def wrong_label(where: str, label: int, num_classes: int) -> str:
-    return f"{where}: label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
 
 
 def check_accumulation(section: config.Data, world: int, accumulation: int) -> None:
@@ -255,10 +252,18 @@ class _Requests(Sampler):
         return self.requests
 
 
-def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> DataLoader:
+class Loader(DataLoader):
+    """A DataLoader whose workers no signal can end before `preemption.in_worker` has run in them."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        with preemption.signals_blocked():
+            return super().__iter__()
+
+
+def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> Loader:
     """The batch of each request, in order."""
     workers = 0 if dataset.memory is not None else dataset.section.workers  # a crop from memory is no work to share
-    return DataLoader(
+    return Loader(
         dataset,
         sampler=_Requests(requests),
         batch_size=None,

@@ -21,7 +21,7 @@ SUPERVISED = ["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"]
 def main() -> None:
     start = time.perf_counter()
     print("indistill demo: importing torch, timm and accelerate ...", flush=True)
-    from indistill import config, models, train
+    from indistill import config, models, report, train
 
     shutil.rmtree(ROOT, ignore_errors=True)
     settings = config.load(CONFIG)
@@ -34,6 +34,9 @@ def main() -> None:
         seconds[part] = time.perf_counter() - begin
         return result
 
+    def train_and_report(settings: config.Config) -> dict:
+        return train.train(settings, callbacks=[report.ReportAtEnd()])
+
     timed("pack", pack_digits, ROOT / "data")
     teacher = config.load(
         CONFIG,
@@ -41,9 +44,9 @@ def main() -> None:
     )
     alone = config.load(CONFIG, [*SUPERVISED, f"run_dir={ROOT}/alone"])
     runs = {
-        "teacher": timed("teacher", train.train, teacher),
-        "student alone": timed("student alone", train.train, alone),
-        "student with InDistill + KD": timed("student with InDistill + KD", train.train, settings),
+        "teacher": timed("teacher", train_and_report, teacher),
+        "student alone": timed("student alone", train_and_report, alone),
+        "student with InDistill + KD": timed("student with InDistill + KD", train_and_report, settings),
     }
 
     parameters = {

@@ -38,7 +38,22 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors import safe_open
 
-from indistill import config, data, engine, estimate, health, history, models, optim, remote, shards, store, train
+from indistill import (
+    class_names,
+    config,
+    data,
+    engine,
+    estimate,
+    health,
+    history,
+    models,
+    optim,
+    overlap,
+    remote,
+    shards,
+    store,
+    train,
+)
 from indistill.config import Config, UserError
 from indistill.deepspeed_config import zero_config
 from indistill.order import SampleOrder
@@ -52,6 +67,8 @@ Said = Iterator[Item]
 START_SECONDS = 120.0  # for all ranks to import torch, from a file system that may be cold, and to meet
 CHECK_SECONDS = 60.0  # for any other check, with its wait for other ranks
 LOOK_SECONDS = 2.0  # that something is measured
+MOST_INDEX_BYTES = 5 * 10**8  # to load for it: ten million images, ten seconds
+OVERLAP_SECONDS = 20.0  # to look for evaluation images among the training images
 FETCH_SECONDS = 20.0  # for a remote shard, which a run fetches whole
 SKEW_SECONDS = 1.0  # between clocks: time limits and the times in logs go by them
 CLOCK_ROUNDS = 20
@@ -678,6 +695,82 @@ def _indices(paths: Sequence[str], directory: str | None) -> tuple[list[int], li
     return sizes, sorted(missing), sorted(damaged)
 
 
+def class_lists(here: Here) -> Said:
+    """Whether labels are of the same classes in data.train, data.eval, stored targets and the teacher's weights."""
+    if here.rank:
+        return
+    for settings in here.settings:
+        section = settings.data
+        try:
+            names = class_names.check(section)
+            _check_other_lists(settings, names)
+        except UserError as error:
+            yield FAIL, str(error)
+            continue
+        if names is None:
+            yield OK, f"no class names beside data.train ({class_names.RECORD}), so labels are compared as numbers only"
+            continue
+        told = f"data.train has {len(names.names)} class names"
+        if section.eval is not None:
+            same = class_names.beside(section.eval, section.root)
+            told += (
+                ", data.eval numbers its classes alike"
+                if same
+                else f", data.eval none ({class_names.RECORD}) to compare them with"
+            )
+        if len(names.names) != section.num_classes:
+            yield WARN, told, f"set data.num_classes, which is {section.num_classes}, to their number"
+        else:
+            yield OK, told
+
+
+def _check_other_lists(settings: Config, names: class_names.Names | None) -> None:
+    """Raise UserError for stored targets or a teacher of other classes than data.train."""
+    root, teacher = store.directory(settings), settings.teacher
+    if settings.targets.source == "cached" and os.path.exists(f"{root}/manifest.json"):
+        store.check_classes(root, store.load(root), names)
+    elif teacher is not None and teacher.checkpoint:
+        class_names.check_weights(class_names.of_weights(teacher.checkpoint), settings.data, "teacher")
+
+
+def evaluation_images(here: Here) -> Said:
+    """Whether some of them are trained on, too."""
+    if here.rank:
+        return
+    for settings in here.by_data:
+        section = settings.data
+        if section.eval is None:
+            continue
+        training, evaluation = (_with_index(section, urls) for urls in (section.train, section.eval))
+        if training is None or evaluation is None:
+            limit = f"less than {MOST_INDEX_BYTES / 1e9:g} GB of indices"
+            yield OK, f"not compared with the training images: only local shards are that have {limit}"
+            continue
+        found = overlap.find(training, evaluation, OVERLAP_SECONDS)
+        of = f"{found.looked_at:,} images"
+        of += f", a random sample of {len(evaluation):,}" if found.looked_at < len(evaluation) else ""
+        of += f", compared with {found.compared:.0%} of the training images" if found.compared < 1 else ""
+        if found.shared:
+            told = f"data.eval: {found.shared:,} of {of}, are in data.train too, byte for byte"
+            yield WARN, told, "their scores say nothing about new images: remove them from one, and pack it again"
+        else:
+            yield OK, f"data.eval: of {of}, none is in data.train"
+
+
+def _with_index(section: config.Data, urls: str | list[str]) -> shards.ShardSet | None:
+    """Local shards that have an index; None for others, and for what data_shards tells of."""
+    try:
+        paths = shards.expand(urls, section.root, section.allow_pipe)
+        if any(map(remote.is_remote, paths)):
+            return None
+        files = [next(filter(os.path.exists, shards.index_files(path, section.cache_dir)), None) for path in paths]
+        if None in files or sum(map(os.path.getsize, files)) > MOST_INDEX_BYTES:
+            return None
+        return shards.ShardSet(paths, cache_dir=section.cache_dir)
+    except UserError:
+        return None
+
+
 def reading(here: Here) -> Said:
     """Speed from this node, by what a run reads with: a stream of bytes, and one loader worker."""
     for settings in here.by_data:
@@ -764,12 +857,12 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
 
 Check = Callable[[Here], Said]
 ALONE: tuple[Check, ...] = (versions, environment, start, deepspeed, gpu, cores, shared_memory, open_files)
-ALONE += (run_dir, checkpoints, cache_dir, weights, data_shards, reading)
+ALONE += (run_dir, checkpoints, cache_dir, weights, data_shards, class_lists, evaluation_images, reading)
 TOGETHER: tuple[Check, ...] = (agreement, all_reduce, clocks, one_file_system)  # on all ranks, in this order
 
 
 def run(stages: Sequence[tuple[str, Config]] = (), as_json: bool = False) -> int:
-    """Print what is found for the configs of `pipeline.load`, and return the exit code: 1 if anything is FAIL.
+    """Print what is found for the configs of `runs.load`, and return the exit code: 1 if anything is FAIL.
 
     On several ranks rank 0 prints what all have found, and its code is the one that counts.
     """
@@ -802,10 +895,7 @@ def _said(check: Check, here: Here) -> Said:
     try:
         yield from check(here)
     except Exception as error:  # of whatever it tried
-        text = str(error).strip()
-        if "Traceback (most recent" in text:  # of a loader worker, as the command line has it
-            text = text.splitlines()[-1].removeprefix("indistill.config.UserError: ")
-        text = " ".join(text.split())[:500]
+        text = " ".join(history.in_one_line(error).split())[:500]
         yield FAIL, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 

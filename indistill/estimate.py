@@ -28,10 +28,10 @@ from indistill.data import IndexedTraining, check_accumulation
 from indistill.models import Heads, Network
 from indistill.objective import Objective, reads
 from indistill.order import SampleOrder
+from indistill.outputs import Targets
 from indistill.prune import Plan
-from indistill.sources import Sources
 from indistill.stream import StreamedTraining
-from indistill.targets import CachedTargets, LiveTargets, Targets
+from indistill.targets import CachedTargets, LiveTargets
 
 ENGINES = ("ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 NODES = (1, 2, 8, 64)
@@ -478,7 +478,7 @@ def memory(
 def of_chain(
     stages: Sequence[tuple[str, Config]], world: int | None = None, samples: int | None = None
 ) -> dict[str, Estimate]:
-    """Every stage of what `pipeline.load` returned. `samples` stands in for training shards that are not here."""
+    """Every stage of what `runs.load` returned. `samples` stands in for training shards that are not here."""
     estimates, earlier = {}, {}
     for name, settings in stages:
         node = settings.machine.devices_per_node
@@ -620,7 +620,7 @@ def _networks(
             unknown = "decided on calibration batches"
         while True:
             try:
-                return *build.networks(accelerator, settings, Path(folder), None, Sources()), unknown, notes
+                return *build.networks(accelerator, settings, Path(folder), None), unknown, notes
             except models.NoWeights as error:
                 section = getattr(settings, error.role).model_copy(update={"pretrained": False})
                 settings = settings.model_copy(update={error.role: section})

@@ -22,10 +22,11 @@ import yaml
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from indistill import checkpoint, config, data, models
+from indistill import checkpoint, class_names, config, data, models
 from indistill.augment import EvalView
 from indistill.config import Config, UserError
-from indistill.models import Network, Output
+from indistill.models import Network
+from indistill.outputs import Output
 from indistill.prune import Plan
 
 FILES = {"timm": "model.safetensors", "onnx": "model.onnx", "torch": "model.pt2"}
@@ -211,7 +212,7 @@ def _write_timm(network: Network, source: Source, folder: Path) -> None:
         "num_classes": net.num_classes,
     }
     net.pretrained_cfg = record
-    names = _class_names(settings.data)
+    names = _class_names(source)
     save_for_hf(
         net,
         str(folder),
@@ -267,7 +268,7 @@ def _metadata(network: Network, source: Source) -> dict[str, Any]:
         "input": "images: uint8 RGB [batch, 3, image_size, image_size], resized and cropped; normalised inside",
         "output": "logits: float32 [batch, num_classes]",
         "num_classes": network.net.num_classes,
-        "classes": _class_names(source.settings.data),
+        "classes": _class_names(source),
         **_preprocessing(network, source.settings),
         "student": source.settings.student.name,
         "weights": source.weights,
@@ -275,15 +276,11 @@ def _metadata(network: Network, source: Source) -> dict[str, Any]:
     }
 
 
-def _class_names(section: config.Data) -> list[str] | None:
-    """Those that packing wrote down beside the training shards, in the order of the labels; None if it is not there."""
-    urls = [section.train] if isinstance(section.train, str) else section.train
-    record = Path(section.root or "", urls[0]).parent / "dataset.json"
-    try:
-        names = json.loads(record.read_text()).get("classes")
-    except (OSError, ValueError):
-        return None
-    return names if names and len(names) == section.num_classes else None
+def _class_names(source: Source) -> list[str] | None:
+    """The class of each output, from the run or else from beside its training shards; None if that is not known."""
+    section = source.settings.data
+    found = class_names.of_weights(source.file) or class_names.of_training(section)
+    return found.names if found and len(found.names) == section.num_classes else None
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -294,9 +291,9 @@ class Program(nn.Module):
 
     with_logits = True
 
-    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, run: Callable[[Tensor], Tensor], classes: list[str] | None = None) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.classes = run, classes
 
     def forward(self, images: Tensor) -> Output:
         """Images uint8 [B, 3, S, S]."""
@@ -318,16 +315,35 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
                 f"{path / FILES['torch']}: is a program, and to load one may run anything: evaluate the run, or an "
                 "export of another --format"
             )
-        return load_folder(path, settings), _view_of_folder(path, settings)
+        network = load_folder(path, settings)
+        _check_classes(network, what, settings)
+        return network, _view_of_folder(path, settings)
     name = what.removeprefix("timm:")
     if name != what or (not path.exists() and (timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:")))):
-        return _pretrained(name, settings), models.own_view(_named(name), settings.data, "eval")
+        network = _pretrained(name, settings)
+        _check_classes(network, name, settings)
+        return network, models.own_view(_named(name), settings.data, "eval")
     if settings.stage == "heads":
         raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
     if path.is_dir():
         names = ("student.safetensors", "ema.safetensors", "model.safetensors")  # of a run, else of a checkpoint
         path = next((path / name for name in names if (path / name).is_file()), path)
+    names = class_names.of_weights(path)
+    class_names.check_weights(names, settings.data, "eval")
+    if names is None or settings.evaluate.retrieval:  # the weights are of data.train, retrieval is from it
+        class_names.check(settings.data)
     return load_file(settings, path), models.evaluation_view(settings)
+
+
+def _check_classes(network: Network | Program, what: str, settings: Config) -> None:
+    """Raise UserError if an export, or a timm model that names its classes, was made for others than the data has."""
+    if settings.evaluate.retrieval:
+        class_names.check(settings.data)
+    if isinstance(network, Program):
+        names = network.classes and class_names.Names(what, network.classes)
+    else:
+        names = class_names.of_pretrained(network.net.pretrained_cfg, what)
+    class_names.check_weights(names, settings.data, "eval")
 
 
 def load_file(settings: Config, path: Path) -> Network:
@@ -345,7 +361,7 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
     if onnx:
         _need_onnx()
     try:
-        run = (_run_onnx if onnx else _run_torch)(folder)
+        run, classes = (_run_onnx if onnx else _run_torch)(folder)
     except Exception as error:  # each library raises its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: holds no readable {'onnx' if onnx else 'torch'} export: {reason}") from None
@@ -356,21 +372,25 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
         raise UserError(f"{folder}: was exported for images of another size than data.image_size, {size}") from None
     if found != settings.data.num_classes:
         raise UserError(f"{folder}: has {found} classes, data.num_classes is {settings.data.num_classes}")
-    return Program(run)
+    return Program(run, classes)
 
 
-def _run_onnx(folder: Path) -> Callable[[Tensor], Tensor]:
+def _run_onnx(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | None]:
+    """The program and its class names."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(folder / FILES["onnx"], options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    classes = json.loads(session.get_modelmeta().custom_metadata_map.get("classes", "null"))
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), classes
 
 
-def _run_torch(folder: Path) -> Callable[[Tensor], Tensor]:
-    program = torch.export.load(folder / FILES["torch"]).module()
-    return lambda images: program(images)  # of a module Program would make a part, which refuses eval()
+def _run_torch(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | None]:
+    metadata = {"metadata.json": ""}
+    program = torch.export.load(folder / FILES["torch"], extra_files=metadata).module()
+    classes = json.loads(metadata["metadata.json"])["classes"]
+    return lambda images: program(images), classes  # of a module Program would make a part, which refuses eval()
 
 
 def _named(name: str) -> config.Model:

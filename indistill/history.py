@@ -12,6 +12,7 @@ import os
 import platform
 import socket
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,35 @@ def start(run_dir: Path, step: int, **facts: Any) -> None:
 
 
 def end(under: Path, how: str, reason: str = "") -> None:
-    """This process's runs in `under`, or in folders of it, end: `how` is a word of `status`, or crashed."""
+    """Record the end of this process's runs at or below `under`; `how` is a word of `status`."""
     for run_dir in [path for path in tuple(_open) if path.is_relative_to(under)]:
         _open.discard(run_dir)
         _append(run_dir, {"event": "end", "how": how, "reason": reason})
+
+
+def describe(error: BaseException, folder: Path) -> str:
+    """The kind, message and place of an unexpected error, and the file in `folder` that has its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}, line {frames[-1].lineno}; " if frames else ""
+    return f"{type(error).__name__}: {in_one_line(error)} ({place}traceback: {keep_traceback(error, folder)})"
+
+
+def keep_traceback(error: BaseException, folder: Path) -> Path | str:
+    """Write the traceback to `folder`/errors/rank-N.txt, and return that path, or where else to look for it."""
+    file = folder / "errors" / f"rank-{os.environ.get('RANK', '0')}.txt"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        return "in the log"
+    return file
+
+
+def in_one_line(error: BaseException) -> str:
+    """The message of an error; that of a loader's worker arrives in a traceback, whose last line it is."""
+    lines = str(error).strip().splitlines() or [""]
+    line = lines[-1] if lines[0].startswith("Caught ") else " ".join(" ".join(lines).split())
+    return line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
 
 
 def has_begun(settings: Config) -> bool:

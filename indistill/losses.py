@@ -4,7 +4,6 @@ Every loss is computed in float32 at least, whatever the autocast state, and lea
 the caller decides what is frozen. Shapes are never broadcast; a mismatch raises ValueError.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,14 +16,31 @@ Kernel = Literal["cosine", "student_t", "rbf", "combined"]
 Divergence = Literal["kl", "jeffreys"]
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with the labels, batch mean; returns a scalar.
+
+    Logits [B, K]; labels int64 [B], or class probabilities [B, K]. label_smoothing: the share of a label that
+    is spread evenly over all classes (Szegedy, 1512.00567, section 7). A class of probability 0 adds 0, even if
+    its logit is -inf.
+    """
+    logits = _at_least_float32(logits)
+    if not labels.is_floating_point():
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    probabilities = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    log_student = F.log_softmax(logits, dim=1).masked_fill(probabilities == 0, 0)
+    return -(probabilities * log_student).sum(dim=1).mean()
+
+
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, standardize: bool = False) -> Tensor:
     """T^2 * KL(teacher || student) of the softened class probabilities, batch mean (Hinton, 1503.02531, section 2).
 
     Both [B, K]; returns a scalar. The factor T^2 keeps the gradient's size independent of the temperature.
+    A class that the teacher masks, with a logit of -inf, adds 0, even if the student masks it too.
 
     standardize: each sample's logits are first shifted to mean 0 and scaled to deviation 1 over the classes (logit
     standardisation, Sun, 2403.01427), so that only their proportions are learned. As in its published code the
-    deviation is the sample's (K - 1), and its authors use temperature 2 and weight 9 with it.
+    deviation is the sample's (K - 1), and its authors use temperature 2 and weight 9 with it. Masked classes
+    stay masked and do not count in mean and deviation.
     """
     _require_equal("kd", student_logits.shape, teacher_logits.shape)
     student_logits, teacher_logits = _at_least_float32(student_logits), _at_least_float32(teacher_logits)
@@ -32,7 +48,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0,
         student_logits, teacher_logits = _standardize(student_logits), _standardize(teacher_logits)
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    return _kl(log_student, log_teacher) * temperature**2
 
 
 def dist(
@@ -65,7 +81,8 @@ def dkd(
 
     Logits [B, K], labels int64 [B]; returns a scalar. TCKD is KL(teacher || student) of (target class, all others),
     NCKD that of the other classes among themselves. The published runs take beta 0.5 (ResNet-18) or 2 (MobileNet-V1)
-    and T 1 on ImageNet; on CIFAR-100 mostly beta 8 and T 4, with a warm-up of the loss's weight.
+    and T 1 on ImageNet; on CIFAR-100 mostly beta 8 and T 4, with a warm-up of the loss's weight. Masked
+    classes add 0, as in `kd`; where the teacher masks all classes but the target, NCKD is 0.
     """
     _require_equal("dkd", student_logits.shape, teacher_logits.shape)
     batch, classes = student_logits.shape
@@ -80,13 +97,14 @@ def dkd(
     def decouple(logits: Tensor) -> tuple[Tensor, Tensor]:
         logits = _at_least_float32(logits) / temperature
         target, rest = logits.gather(1, labels[:, None]), logits.gather(1, others)
-        binary = torch.cat([target, rest.logsumexp(dim=1, keepdim=True)], dim=1)  # [B, 2]
-        return F.log_softmax(binary, dim=1), F.log_softmax(rest, dim=1)
+        # A row of -inf has no softmax: computed of zeros, and -inf is put in afterwards.
+        masked = (rest == -torch.inf).all(dim=1, keepdim=True)  # [B, 1]
+        rest = rest.masked_fill(masked, 0)
+        total = rest.logsumexp(dim=1, keepdim=True).masked_fill(masked, -torch.inf)
+        binary = F.log_softmax(torch.cat([target, total], dim=1), dim=1)  # [B, 2]
+        return binary, F.log_softmax(rest, dim=1).masked_fill(masked, -torch.inf)
 
-    tckd, nckd = (
-        F.kl_div(s, t, reduction="batchmean", log_target=True)
-        for s, t in zip(decouple(student_logits), decouple(teacher_logits))
-    )
+    tckd, nckd = (_kl(s, t) for s, t in zip(decouple(student_logits), decouple(teacher_logits)))
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
@@ -112,7 +130,7 @@ def dih(
     if labels.shape not in (student_logits.shape, student_logits.shape[:1]):
         raise ValueError(f"losses.dih: labels {tuple(labels.shape)} do not fit logits {tuple(student_logits.shape)}")
     logits = _at_least_float32(student_logits)
-    hard = F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)
+    hard = cross_entropy(logits, labels)
     soft = sum(weight * kd(logits, member, temperature) for weight, member in zip(weights, cohort_logits))
     return (1 - alpha) * sum(weights) * hard + alpha * soft
 
@@ -167,12 +185,14 @@ def sp(student: Tensor, teacher: Tensor) -> Tensor:
     """Similarity-preserving distillation (Tung, 1907.09682); 3000 is its usual weight.
 
     student [B, ...], teacher [B, ...], flattened, of any widths; returns a scalar: the Gram matrices [B, B] of the two
-    batches, every row scaled to length 1, their squared difference averaged over the B*B entries.
+    batches, every row scaled to length 1, their squared difference averaged over the B*B entries. As in the
+    published code a row's length counts as 1e-12 at least. The row of a map that is about 1e-6 long or shorter gets
+    no gradient: it would be a million times the usual one, or more.
     """
     _require_equal("sp", student.shape[:1], teacher.shape[:1])
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = _at_least_float32(student.flatten(1)), _at_least_float32(teacher.flatten(1))
-        return F.mse_loss(_unit(student @ student.T), _unit(teacher @ teacher.T))
+        return F.mse_loss(_unit_rows(student @ student.T), _unit_rows(teacher @ teacher.T))
 
 
 def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
@@ -182,6 +202,7 @@ def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_w
     (delta 1) averaged over all B^2 pairs and all B^3 triplets, as in the published code: those of a sample with itself
     are zero.
     Distances are relative to the batch's mean distance; the angle is the cosine that two samples make at a third.
+    Samples closer to each other than 1e-6 have no angle, as their distance has no gradient.
 
     The angles take six products of B^3 * D multiplications a step, 3.3e12 for B = 1024 and D = 512, but little memory:
     blocks of anchors of some 2^24 numbers are recomputed in the backward pass.
@@ -199,12 +220,13 @@ def at(student: Tensor, teacher: Tensor) -> Tensor:
     """Activation-based attention transfer (Zagoruyko, 1612.03928, equation 2, p = 2, F_sum^2).
 
     student [B, C_s, H, W], teacher [B, C_t, H, W]; returns a scalar. A map's attention is its mean square over the
-    channels, flattened and scaled to length 1; the squared difference is averaged over B*H*W, as in the published code.
+    channels, flattened and scaled to length 1; the squared difference is averaged over B*H*W. As in the published
+    code that length counts as 1e-12 at least, which keeps the gradient of maps near zero below 8e6 / (B*H*W).
     With that mean its weight, the paper's beta, is 1000 (per pair, 1000 / (B*H*W) of the sum).
     """
     _require_equal("at", student[:, 0].shape, teacher[:, 0].shape)
     student, teacher = (_at_least_float32(x).square().mean(dim=1).flatten(1) for x in (student, teacher))  # [B, H * W]
-    return F.mse_loss(_unit(student), _unit(teacher))
+    return F.mse_loss(F.normalize(student, dim=1), F.normalize(teacher, dim=1))
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -213,12 +235,23 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(_at_least_float32(student), _at_least_float32(teacher))
 
 
+def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [B, K], batch mean. Classes with p = 0 add 0, as in torch.special.xlogy."""
+    p = log_p.exp()
+    # Masked before the product, whose gradient would be 0 * inf. F.kl_div gives nan where both are -inf.
+    terms = p * (log_p.masked_fill(p == 0, 0) - log_q.masked_fill(p == 0, 0))
+    return terms.sum() / len(terms)
+
+
 def _standardize(logits: Tensor) -> Tensor:
-    """[B, K] -> [B, K], every row with mean 0 and sample deviation 1."""
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / math.sqrt(max(logits.shape[1] - 1, 1))
+    """[B, K] -> [B, K], every row with mean 0 and sample deviation 1 over the classes that are not -inf."""
+    masked = logits == -torch.inf
+    count = (~masked).sum(dim=1, keepdim=True).to(logits.dtype)
+    mean = logits.masked_fill(masked, 0).sum(dim=1, keepdim=True) / count
+    centred = (logits - mean).masked_fill(masked, 0)
+    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / (count - 1).clamp_min(1).sqrt()
     # The published code adds 1e-7, under which a classifier that starts at zero has gradients of 1e7.
-    return centred / deviation.clamp_min(1e-3)
+    return (centred / deviation.clamp_min(1e-3)).masked_fill(masked, -torch.inf)
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
@@ -232,10 +265,11 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=1)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Every vector of the last dimension scaled to length 1; zero stays zero, with a finite gradient."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length > 0, length, 1)
+def _unit_rows(gram: Tensor) -> Tensor:
+    """[B, B] of products of samples -> [B, B]: F.normalize of the rows, without gradient for the shortest."""
+    length = torch.linalg.vector_norm(gram, dim=1, keepdim=True)
+    shortest = 1e-6 * gram.diagonal().sum().sqrt()  # that of a sample 1e-6 long, at most
+    return F.normalize(torch.where(length > shortest, gram, gram.detach()), dim=1)
 
 
 def _conditional_probabilities(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -271,22 +305,24 @@ def _student_t_kernel(x: Tensor) -> Tensor:
 
 def _distances(x: Tensor) -> Tensor:
     """[B, D] -> [B, B], Euclidean, as sqrt(d^2 + 1e-6)."""
-    # The constant keeps the root's gradient finite where rows coincide: on the diagonal, always.
+    # The constant keeps the root's gradient finite where rows coincide, as they do on the diagonal.
     return (_square_distances(x).clamp_min(0) + 1e-6).sqrt()
 
 
 def _square_distances(x: Tensor) -> Tensor:
-    """[B, D] -> [B, B], below zero by rounding at times."""
+    """[B, D] -> [B, B]. Rounding may leave entries below zero; the diagonal is exactly zero."""
     # Distances do not see a shift; without the mean, far less is lost in the difference of squares below.
     x = x - x.mean(dim=0)
     squares = x.square().sum(dim=1)  # [B]
-    return squares[:, None] + squares[None, :] - 2 * x @ x.T
+    distances = squares[:, None] + squares[None, :] - 2 * x @ x.T
+    # What rounding leaves on the diagonal grows with the scale, and a kernel is steepest there.
+    return distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
 
 
 def _relative_distances(x: Tensor) -> Tensor:
     """[B, D] -> [B, B]: Euclidean distances over their mean off the diagonal (1904.05068, section 3.2.1)."""
     distance = _square_distances(x).clamp_min(1e-12).sqrt()  # where the floor holds, no gradient
-    distance = distance * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+    distance = distance * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))  # 1e-6 to 0 on the diagonal
     mean = distance.sum() / max(len(x) * (len(x) - 1), 1)
     return distance / mean.clamp_min(1e-6)  # reached by a single sample only
 
@@ -311,7 +347,10 @@ def _block_angle_loss(student: Tensor, teacher: Tensor, anchors: slice) -> Tenso
 def _angles(x: Tensor, anchors: slice) -> Tensor:
     """[B, D] -> [A, B, B]: the cosine of the angle that every two samples make at each anchor."""
     # The differences themselves, not the Gram matrix: it would lose all digits of samples close to an anchor.
-    directions = _unit(x[None] - x[anchors, None])  # [A, B, D]
+    differences = x[None] - x[anchors, None]  # [A, B, D]
+    length = torch.linalg.vector_norm(differences, dim=2, keepdim=True)
+    # Divided by infinity, the shortest become 0 and have no gradient.
+    directions = differences / torch.where(length > 1e-6, length, torch.inf)
     return directions @ directions.mT
 
 

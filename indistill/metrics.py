@@ -116,8 +116,8 @@ class RunLog:
             value = weight * value.float()
             self.terms[name] = self.terms[name] + value if name in self.terms else value
 
-    def end_step(self, step: int, phase: Phase, lr: float, skipped: Tensor) -> bool:
-        """Count a step (`step` of them are now completed); True if a line was logged.
+    def end_step(self, step: int, phase: Phase, lr: float, skipped: Tensor) -> dict[str, Any] | None:
+        """Record a completed step (`step` of them are now); return its line if one was logged, else None.
 
         `skipped`, a bool [] on the device and the same on all ranks, leaves its terms out. Raises UserError, on all
         ranks and where a line is logged, when too many in a row were.
@@ -133,7 +133,7 @@ class RunLog:
         self.progress.step()
         self.told = None
         if step % self.every_steps and step != phase.end and step != self.timetable.total_steps:
-            return False
+            return None
         pace = (time.perf_counter() - self.clock) / self.timed_steps
         means, taken, bad, asked, step_seconds = self._agree(step, len(self.bad), preemption.asked(), pace)
         self._agree_on_bad_samples(round(bad * self.accelerator.num_processes))
@@ -155,7 +155,7 @@ class RunLog:
         self._write(line)
         if self.accelerator.is_main_process:
             self.progress.show(line, [name for name in self.names if name in line and name != "loss"], phase)
-        return True
+        return line
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """A line beside those of the steps: scores, or what a checkpoint cost."""

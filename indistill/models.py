@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import timm
 import timm.data
@@ -38,10 +38,7 @@ from torch.distributed.tensor import DTensor
 from indistill import config, taps
 from indistill.augment import EvalView
 from indistill.config import UserError
-
-if TYPE_CHECKING:
-    from indistill.targets import Targets
-
+from indistill.outputs import Output, Targets
 
 _MAX_HEAD_WEIGHTS = 10**8
 _OTHER_WEIGHTS = {"checkpoint_path", "pretrained_strict"}  # of timm.create_model: what weights it ends up with
@@ -55,17 +52,6 @@ class NoWeights(UserError):
     def __init__(self, message: str, role: str) -> None:
         super().__init__(message)
         self.role = role
-
-
-class Output(NamedTuple):
-    """What one forward pass returns; None for what was not asked for or not reached."""
-
-    features: tuple[Tensor, ...]  # one map [B, C, H, W] per pair asked for
-    embedding: Tensor | None = None  # [B, D], the classifier's input
-    logits: Tensor | None = None  # [B, K]
-    token_logits: Tensor | None = None  # [B, K], of a distillation token
-    cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head
-    projected: Mapping[str, tuple[Tensor, ...]] = {}  # what each trainable part of a loss made of all this
 
 
 class Network(nn.Module):

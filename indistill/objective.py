@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from indistill import config, losses
 from indistill.curriculum import Phase
-from indistill.models import Output
+from indistill.outputs import Output, Targets
 from indistill.relational import gather
-from indistill.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Objective:
         match loss:
             case config.CrossEntropy():
                 classifiers = output.cohort or (output.logits,)
-                return sum(_cross_entropy(logits, labels, loss.label_smoothing) for logits in classifiers)
+                return sum(losses.cross_entropy(logits, labels, loss.label_smoothing) for logits in classifiers)
             case config.KDLoss():
                 return losses.kd(output.logits, targets.logits, loss.temperature, loss.standardize)
             case config.DISTLoss():
@@ -101,10 +100,6 @@ class Objective:
             case config.MapLoss(name="vid"):
                 means, variances = projected[::2], projected[1::2]
                 return sum(losses.vid(*vmt) for vmt in zip(means, variances, targets.features))
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
 def term_names(kd: Sequence[config.Loss]) -> list[str]:

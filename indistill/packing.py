@@ -7,7 +7,9 @@ import io
 import itertools
 import json
 import os
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from indistill import class_names
 from indistill.config import UserError
 from indistill.decode import BadImage, decode
 from indistill.shards import (
@@ -27,6 +30,7 @@ from indistill.shards import (
     replacing,
 )
 
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
 OVERHEAD_BYTES = 3 * BLOCK + BLOCK // 2  # of a sample: two headers, the label's block, half a block of padding
 
 
@@ -62,13 +66,16 @@ def pack_source(
     workers: int = 1,
     cache_dir: str | None = None,
     progress: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> dict:
     """Pack a data set into shards of about `shard_bytes` with their indices and a `dataset.json`, which is returned.
 
-    source: a folder with one sub-folder per class (labels are their places in sorted order), a CSV of path,label (paths
-        relative to it; labels are numbers or, if any is not, names that are numbered in sorted order), or shards: a
+    source: a folder with one sub-folder per class (labels are their places in the order of `classes.in_order`), a CSV
+        of path,label (paths relative to it; labels are numbers or, if any is not, names in sorted order), or shards: a
         folder of them or patterns as `ShardSet` takes them. Images from files are shuffled once by `seed`, so that
         every shard mixes classes; shards keep their order.
+    classes: class names in the order of their labels, for a source that may lack some of them: a second split then has
+        the labels of the first. Labels that are numbers without names stay, and must be places in this list.
     resize: pixels that a longer shorter side is reduced to, as JPEG of `quality`. All other images stay as they are.
 
     The same source and options give the same bytes whatever the number of workers. A packing that was interrupted goes
@@ -77,12 +84,14 @@ def pack_source(
     """
     if shard_bytes < 1 or (resize is not None and resize < 1):
         raise UserError(f"shard_bytes ({shard_bytes}) and resize ({resize}) must be at least 1")
-    origin = _find_source(source, seed, cache_dir)
+    origin = _find_source(source, seed, cache_dir, classes)
     sizes, scale = origin.sizes, 1.0
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
-    record = destination / "dataset.json"
-    plan = hashlib.sha256(repr((origin.identity, prefix, shard_bytes, resize, quality)).encode()).hexdigest()
+    record = destination / class_names.RECORD
+    wanted = (origin.identity, prefix, shard_bytes, resize, quality)
+    wanted += () if classes is None else (tuple(classes),)
+    plan = hashlib.sha256(repr(wanted).encode()).hexdigest()
     if record.exists():
         if json.loads(record.read_text()).get("plan") != plan:
             raise UserError(f"{destination}: holds another packing (see {record.name}): choose an empty directory")
@@ -146,10 +155,11 @@ class _Shards(NamedTuple):
     sizes: np.ndarray
     classes: list[str] | None
     numbered: bool  # keys repeat, as they may in different shards, so they are made unique
+    relabel: dict[int, int]  # old label to new; empty if they stay
     ignored: int = 0
 
     def part(self, begin: int, end: int) -> Callable[[], Iterator[tuple]]:
-        return functools.partial(_read_shards, self.shards._slice(begin, end), begin, end, self.numbered)
+        return functools.partial(_read_shards, self.shards._slice(begin, end), begin, end, self.numbered, self.relabel)
 
 
 def _read_files(items: list[tuple[str, str, int]]) -> Iterator[tuple[str, bytes, str, int]]:
@@ -157,27 +167,57 @@ def _read_files(items: list[tuple[str, str, int]]) -> Iterator[tuple[str, bytes,
         yield key, Path(path).read_bytes(), _extension(path), label
 
 
-def _read_shards(shards: ShardSet, begin: int, end: int, numbered: bool) -> Iterator[tuple[str, bytes, str, int]]:
+def _read_shards(
+    shards: ShardSet, begin: int, end: int, numbered: bool, relabel: dict[int, int]
+) -> Iterator[tuple[str, bytes, str, int]]:
     extensions = {b"\x89PNG": "png", b"RIFF": "webp"}  # what the content begins with
     for number, (key, image, label) in enumerate(shards.iterate(begin, end), begin):
-        yield f"{key}_{number:08d}" if numbered else key, image, extensions.get(image[:4], "jpg"), label
+        key = f"{key}_{number:08d}" if numbered else key
+        yield key, image, extensions.get(image[:4], "jpg"), relabel.get(label, label)
 
 
-def _find_source(source: str | Sequence[str], seed: int, cache_dir: str | None) -> _Files | _Shards:
+def _find_source(
+    source: str | Sequence[str], seed: int, cache_dir: str | None, given: Sequence[str] | None
+) -> _Files | _Shards:
     if isinstance(source, str) and source.lower().endswith(".csv"):
-        return _list_files(*_read_csv(Path(source)), seed)
+        return _list_files(*_read_csv(Path(source), given), seed)
     if isinstance(source, str) and os.path.isdir(source):
         folder = Path(source)
         found = [path for pattern in ("*.tar", "*.tar.gz", "*.tgz") for path in folder.glob(pattern)]
         if not found:
-            return _list_files(*_read_folder(folder), seed)
+            return _list_files(*_read_folder(folder, given), seed)
         source = sorted(map(str, found))
     shards = ShardSet(source, cache_dir=cache_dir)
     keys = np.concatenate([index.keys for index in shards._indices])
-    sizes = np.concatenate([index.sizes for index in shards._indices])
-    record = Path(shards.paths[0]).parent / "dataset.json"
-    classes = json.loads(record.read_text()).get("classes") if record.exists() else None
-    return _Shards(shards.fingerprint, shards, sizes, classes, len(np.unique(keys)) < len(keys))
+    names, relabel = _names_of_shards(shards, given)
+    return _Shards(shards.fingerprint, shards, shards.image_sizes, names, len(np.unique(keys)) < len(keys), relabel)
+
+
+def _names_of_shards(shards: ShardSet, given: Sequence[str] | None) -> tuple[list[str] | None, dict[int, int]]:
+    """Class names of packed shards, and how their labels change (old to new) where the names are `given`."""
+    found = class_names.merged(class_names.beside(shards.paths), "source")
+    used = np.unique(shards.labels)
+    if given is None:
+        return found and found.names, {}
+    if found is None:
+        for label in used[used >= len(given)][:1]:
+            where = shards.where(int(np.flatnonzero(shards.labels == label)[0]))
+            raise UserError(f"{where}: label {label} is beyond the {len(given)} names of --classes: name all classes")
+        return list(given), {}
+    relabel = {}
+    for label in used[used >= 0].tolist():
+        if label >= len(found.names):
+            raise UserError(f"{found.where}: has no name for label {label} of its shards: pack them anew")
+        relabel[label] = _label_in(given, found.names[label], found.where)
+    return list(given), relabel
+
+
+def _label_in(given: Sequence[str], name: str, where: str) -> int:
+    try:
+        return given.index(name)
+    except ValueError:
+        listed = class_names.shown(given)
+        raise UserError(f"{where}: class {name!r} is not in --classes ({listed}): add it, or leave it out") from None
 
 
 def _list_files(found: list[tuple[str, int]], classes: list[str] | None, ignored: int, seed: int) -> _Files:
@@ -194,9 +234,11 @@ def _list_files(found: list[tuple[str, int]], classes: list[str] | None, ignored
     return _Files(identity.hexdigest(), items, sizes, classes, ignored)
 
 
-def _read_folder(folder: Path) -> tuple[list[tuple[str, int]], list[str], int]:
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    files = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*"))]
+def _read_folder(folder: Path, given: Sequence[str] | None) -> tuple[list[tuple[str, int]], list[str], int]:
+    here = class_names.folders_in(folder)
+    classes = here if given is None else list(given)
+    labels = {name: _label_in(classes, name, str(folder)) for name in here}
+    files = [(path, labels[name]) for name in here for path in sorted((folder / name).rglob("*"))]
     files = [(str(path), label) for path, label in files if path.is_file()]
     images = [(path, label) for path, label in files if _extension(path) in IMAGE_EXTENSIONS]
     if not images:
@@ -204,8 +246,8 @@ def _read_folder(folder: Path) -> tuple[list[tuple[str, int]], list[str], int]:
     return images, classes, len(files) - len(images)
 
 
-def _read_csv(file: Path) -> tuple[list[tuple[str, int]], list[str] | None, int]:
-    found, names = [], []
+def _read_csv(file: Path, given: Sequence[str] | None) -> tuple[list[tuple[str, int]], list[str] | None, int]:
+    found, names, lines = [], [], []
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream)
@@ -218,17 +260,78 @@ def _read_csv(file: Path) -> tuple[list[tuple[str, int]], list[str] | None, int]
                 path = file.parent / row[0].strip()
                 if not path.is_file() or _extension(str(path)) not in IMAGE_EXTENSIONS:
                     raise UserError(f"{line}: {path} is not an image file ({', '.join(IMAGE_EXTENSIONS)})")
+                if not row[1].strip():
+                    raise UserError(f"{line}: has no label: add it, or remove the line")
                 found.append(str(path))
                 names.append(row[1].strip())
+                lines.append(line)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     if not found:
         raise UserError(f"{file}: holds no path,label rows")
-    if all(name.isascii() and name.isdigit() for name in names):
-        return list(zip(found, map(int, names))), None, 0
-    classes = sorted(set(names))
-    labels = {name: label for label, name in enumerate(classes)}
+    _refuse_several_labels(found, names, lines, set(given or ()))
+    labels, classes = _number(names, lines, given)
     return [(path, labels[name]) for path, name in zip(found, names)], classes, 0
+
+
+def _number(
+    names: Sequence[str], lines: Sequence[str], given: Sequence[str] | None
+) -> tuple[dict[str, int], list[str] | None]:
+    """The label of each name in a CSV, and the class names in the order of the labels (None: labels are numbers)."""
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    if given is None and not numbers and all(map(_NUMBER.fullmatch, names)):
+        name, line = next((name, line) for name, line in zip(names, lines) if not name.isdigit())
+        raise UserError(
+            f"{line}: label {name!r} is not a whole number from 0 on, as labels that are numbers have to be"
+        )
+    if given is None and numbers:
+        return {name: int(name) for name in names}, None
+    classes = sorted(set(names)) if given is None else list(given)
+    labels = {name: label for label, name in enumerate(classes)}
+    if numbers and not labels.keys() >= set(names):  # places in the list, not names of it
+        labels = {name: int(name) for name in names if int(name) < len(classes)}
+    for name, line in zip(names, lines):
+        if name not in labels:
+            listed = class_names.shown(classes)
+            raise UserError(f"{line}: class {name!r} is not in --classes ({listed}): add it, or remove the line")
+    return labels, classes
+
+
+def _refuse_several_labels(paths: Sequence[str], names: Sequence[str], lines: Sequence[str], known: set[str]) -> None:
+    """Raise UserError, naming the line, if an image in a CSV seems to have more than one label.
+
+    `known` names are single classes, whatever they look like.
+    """
+    parts = {name: [name] if name in known else _parts(name) for name in set(names)}
+    seen = Counter(part for of_name in parts.values() for part in set(of_name))  # in how many labels each occurs
+    first: dict[str, int] = {}
+    for row, (path, name, line) in enumerate(zip(paths, names, lines)):
+        several = len(parts[name]) > 1 and (
+            any(mark in name for mark in ";|")
+            or name[0] + name[-1] in ("[]", "()", "{}")
+            # A comma may be part of a name, such as "tank, army tank", of which not all parts occur elsewhere.
+            or all(part.isdigit() or seen[part] > 1 for part in parts[name])
+        )
+        if several:
+            raise UserError(
+                f"{line}: {name!r} looks like several labels, and an image has one: keep one; if it is the name of one "
+                "class, list it in a file for --classes"
+            )
+        earlier = first.setdefault(path, row)
+        if names[earlier] != name:
+            raise UserError(
+                f"{line}: {path} has the label {name!r} here and {names[earlier]!r} above ({lines[earlier]}): an image "
+                "has one label: keep one of the lines"
+            )
+
+
+def _parts(name: str) -> list[str]:
+    """What a label would consist of if it were a list: the text between separators, or numbers between spaces."""
+    inner = name[1:-1] if name[:1] + name[-1:] in ("[]", "()", "{}") else name
+    parts = [part.strip(" '\"") for part in re.split(r"[;|,]", inner)]
+    if len(parts) == 1 and re.fullmatch(r"\d+(\s+\d+)+", inner.strip()):
+        parts = inner.split()
+    return [part for part in parts if part]
 
 
 def _extension(path: str) -> str:

@@ -28,12 +28,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import build, config, data, engine, estimate, health, remote, store, taps
+from indistill import build, class_names, config, data, engine, estimate, health, remote, store, taps
+from indistill.class_names import Names
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch, IndexedTraining, Request
 from indistill.objective import Objective
-from indistill.sources import Sources
 from indistill.store import Manifest, Reader
 from indistill.targets import LiveTargets, fields_of, needed
 from indistill.train import start_accelerator
@@ -263,11 +263,12 @@ def prepare(settings: Config) -> Job:
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
     accelerator = start_accelerator(settings, training=False)
     rank, accumulation = accelerator.process_index, settings.grad_accumulation
+    names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
     training = IndexedTraining(settings.data, settings.seed, rank, world, accumulation)
     health.agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        student, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration, Sources())
+        student, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration)
     targets_of.hold_weights()
 
     timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))
@@ -306,6 +307,7 @@ def prepare(settings: Config) -> Job:
         config=store.decisive(settings),
         plan=json.loads(plan.to_json()),
         data=training.fingerprint,
+        classes=names and names.names,
         samples=training.dataset.shards.sizes,
         fields={
             name: store.describe(name, found[name], settings.targets).model_copy(update={"views": sorted(seen)})
@@ -331,6 +333,7 @@ def claim(root: Path, manifest: Manifest) -> Manifest:
     for name in ("manifest.json", "manifest.partial.json"):
         if (root / name).exists():
             stored = store.parse((root / name).read_bytes(), str(root / name))
+            store.check_classes(str(root), stored, manifest.classes and Names("data.train", manifest.classes))
             if difference := stored.difference(manifest):
                 raise UserError(
                     f"{root} holds targets of another config ({difference}): choose another targets.dir, or delete it"

@@ -1,16 +1,17 @@
-"""Stopping in good order when a machine is taken away.
+"""Stop in good order when a machine is taken away, or when somebody presses Ctrl-C.
 
-SIGTERM, SIGUSR1, SIGUSR2 or a time limit ask one rank or all of them. The ranks agree at the end of a step, write a
-checkpoint, and exit with EXIT_CODE. A second signal ends the process at once, and so does the first where no step is
-under way: while a run starts, and after its last checkpoint. So does the first if no step ends within PATIENCE_SECONDS.
-A rank that waits for data is such a case: the others wait for it within the step, where nothing consistent can be
-saved. It waits on; if its shard comes too late, all leave without a checkpoint and the last one counts.
+SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or a time limit ask one rank or all of them. The ranks agree at the end of a step,
+write a checkpoint, and exit with `exit_code()`. A second signal ends the process at once, and so does the first where
+no step is under way: while a run starts, after its last checkpoint, and in every command but `train`. So does the first
+if no step ends within PATIENCE_SECONDS. A rank that waits for data is such a case: the others wait for it within the
+step, where nothing consistent can be saved. It waits on; if its shard comes too late, all leave without a checkpoint
+and the last one counts.
 
-`status` in the run directory, or in that of the whole chain, tells a launcher what to do next:
+The first line of `status` in the run directory, or in that of the whole chain, tells a launcher what to do next:
 
     running   killed, if no process is left: start it again, it goes on from its newest checkpoint
     requeue   stopped in good order, or its processes lost each other: start it again
-    failed    a mistake that no other start would mend
+    failed    an error that another start would meet again; the second line gives the reason and the traceback's file
     done      nothing is left to do
 """
 
@@ -33,10 +34,11 @@ from indistill import history
 from indistill.config import UserError
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+INTERRUPTED = 128 + signal.SIGINT  # what shells say of Ctrl-C: whoever pressed it wants no restart by a script
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE_SECONDS = 25.0  # torchrun and Kubernetes kill 30 s after SIGTERM
 SAME_SECONDS = 1.0  # signals this close are one: a launcher passes on what the scheduler has sent to all processes
-CHECK_SECONDS = 2.0  # between agreements of the ranks
+CHECK_SECONDS = 2.0  # between agreements of the ranks, and between a loader worker's looks at its rank
 MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of what is left if that is less
 
 
@@ -75,7 +77,9 @@ def listening() -> Iterator[None]:
     os.set_blocking(writer, False)
     threading.Thread(target=_listen, args=(reader,), name="preemption", daemon=True).start()
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    # A shell has its background jobs ignore Ctrl-C: they are to go on.
+    heard = [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in heard}
     try:
         yield
     finally:
@@ -110,6 +114,8 @@ def _hear(name: str) -> None:
         _process.asked_at, _process.asked_by = now, name
         if not _process.in_steps:
             leave(name)
+        if os.environ.get("RANK", "0") == "0":
+            _say(f"{name}: stopping with a checkpoint when this step ends; a second signal stops without")
     elif now - _process.asked_at > SAME_SECONDS:
         leave(f"a second signal, {name}")
 
@@ -117,13 +123,34 @@ def _hear(name: str) -> None:
 def leave(reason: str) -> NoReturn:
     """End this process at once; its last checkpoint is what counts."""
     _leaving.acquire()  # for good: of several threads the first gives its reason
-    rank = os.environ.get("RANK", "0")
-    with contextlib.suppress(OSError):
-        os.write(2, f"indistill: rank {rank} leaves at once: {reason}\n".encode())
-    _mark("requeue")
+    _say(f"rank {os.environ.get('RANK', '0')} leaves at once: {reason}")
     if _process.status is not None:
-        history.end(_process.status.parent, "requeue", f"left at once: {reason}")
-    os._exit(EXIT_CODE)
+        _end("requeue", f"left at once: {reason}")
+    exit_at_once(exit_code())
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End this process and those that it has started: a pool's would wait for work for ever.
+
+    An orderly exit would wait for ranks that wait for this one, for loaders, and for shards on their way. Nothing is
+    flushed: the main thread may hold the streams.
+    """
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():
+            child.kill()
+    os._exit(code)
+
+
+def exit_code() -> int:
+    """INTERRUPTED if this process was asked by Ctrl-C, else EXIT_CODE."""
+    return INTERRUPTED if _process.asked_by == "SIGINT" else EXIT_CODE
+
+
+def _say(line: str) -> None:
+    """Print to standard error, from any thread, below the live line of a terminal."""
+    with contextlib.suppress(OSError):
+        begin = "\n" if os.isatty(2) else ""
+        os.write(2, f"{begin}indistill: {line}\n".encode())
 
 
 def asked() -> bool:
@@ -134,18 +161,33 @@ def asked() -> bool:
 def in_worker(worker_id: int) -> None:
     """For a DataLoader's `worker_init_fn`: only the rank that it loads for may end a worker.
 
-    Schedulers signal every process of a job, and a worker that dies would take the step down with it.
+    Schedulers and terminals signal every process of a job, and a worker that dies would take the step down with it.
     """
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    rank = multiprocessing.parent_process().pid
+    rank = multiprocessing.parent_process()
 
     def obey_the_rank() -> None:
-        while signal.sigwaitinfo(SIGNALS).si_pid != rank:
-            pass
-        os._exit(0)
+        while True:
+            heard = signal.sigtimedwait(SIGNALS, CHECK_SECONDS)
+            # A forkserver's processes are not told when the rank is gone.
+            if (heard and (heard.si_signo, heard.si_pid) == (signal.SIGTERM, rank.pid)) or not rank.is_alive():
+                os._exit(0)
 
     threading.Thread(target=obey_the_rank, daemon=True).start()
+
+
+@contextlib.contextmanager
+def signals_blocked(*numbers: signal.Signals) -> Iterator[None]:
+    """Start processes in here that these signals, by default all SIGNALS, are not to end: they inherit the mask.
+
+    A terminal sends Ctrl-C to them too, and a scheduler its SIGTERM.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers or SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # --- agreeing --------------------------------------------------------------------------------------------------------
@@ -211,29 +253,42 @@ def status_in(run_dir: Path) -> Iterator[None]:
         yield
         _mark("done")
     except Preempted as stopped:
-        _mark("requeue")
-        history.end(run_dir, "requeue", f"{stopped}, asked by {_process.asked_by}")
+        _end("requeue", f"{stopped}, asked by {_process.asked_by}")
+        raise
+    except KeyboardInterrupt:  # Python's own, where nobody listens: in a notebook, say
+        _end("requeue", "interrupted, without a checkpoint")
         raise
     except UserError as error:
-        _mark("failed", on_any_rank=error.found_by_one_rank)
-        history.end(run_dir, "failed", str(error))
+        _end("failed", history.in_one_line(error), on_any_rank=error.found_by_one_rank)
         raise
     except BaseException as error:
-        history.end(run_dir, "crashed", f"{type(error).__name__}: {error}")
+        _end("failed", history.describe(error, run_dir), on_any_rank=True)
         raise
     finally:
         _process.status = _process.began = None
 
 
-def _mark(word: str, on_any_rank: bool = False) -> None:
-    """Not being able to write is no reason to fail: checkpoints will tell, and the exit code says the same."""
+def _end(word: str, reason: str, on_any_rank: bool = False) -> None:
+    """Write the end into `status` and the history: as failed, if another rank has said so before this one lost it."""
+    before = _mark(word, reason, on_any_rank)
+    history.end(_process.status.parent, *(("failed", before) if before else (word, reason)))
+
+
+def _mark(word: str, reason: str = "", on_any_rank: bool = False) -> str:
+    """Write `status`, unless another rank has failed and this one is to be requeued: then return that one's reason.
+
+    Not being able to write is no reason to fail: checkpoints will tell, and the exit code says the same.
+    """
     status = _process.status
-    if status is None or (os.environ.get("RANK", "0") != "0" and not on_any_rank):
-        return
     with contextlib.suppress(OSError):
-        if word == "requeue" and status.read_text().strip() == "failed":
-            return  # on another rank: torchrun then ends this one, by a signal
+        if word == "requeue" and status.exists():
+            said, _, why = status.read_text().partition("\n")
+            if said == "failed":
+                return why.strip() or said
+        if os.environ.get("RANK", "0") != "0" and not on_any_rank:
+            return ""
         status.parent.mkdir(parents=True, exist_ok=True)
         partial = status.with_name(f".status-{os.getpid()}")
-        partial.write_text(word + "\n")
+        partial.write_text(f"{word}\n{reason}\n" if word == "failed" else f"{word}\n")
         partial.replace(status)
+    return ""

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from indistill import config
-    from indistill.models import Output
-    from indistill.targets import Targets
+from indistill import config
+from indistill.outputs import Output, Targets
 
 
 class Shape(NamedTuple):
@@ -161,4 +159,5 @@ class Contrast(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)  # half precision is no unit length
+    # Half precision is no unit length, and F.normalize's own floor of 1e-12 would let gradients of 1e12 through.
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=1e-6)

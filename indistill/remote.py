@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -19,6 +20,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
+from indistill import preemption
 from indistill.config import UserError
 
 log = logging.getLogger(__name__)
@@ -253,6 +255,20 @@ def _fetch(url: str, file: str, size: int | None = None, cache: ShardCache | Non
             os.unlink(part)
 
 
+def read_if_there(url: str) -> bytes | None:
+    """The content of a small remote file; None, with a warning unless it is simply not there, if it cannot be had."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = os.path.join(directory, "file")
+        try:
+            _fetch(url, file)
+        except UserError as error:
+            if not isinstance(error, _Absent):
+                log.warning("%s", error)
+            return None
+        with open(file, "rb") as stream:
+            return stream.read()
+
+
 def _hopeless(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return 400 <= error.code < 500 and error.code not in (408, 429)  # timeout, too many requests
@@ -275,7 +291,9 @@ def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
             length = response.headers.get("Content-Length")
             yield response, None if length is None else int(length)
     elif url.startswith("pipe:"):
-        with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
+        with preemption.signals_blocked():
+            command = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
+        with command as process:
             yield process.stdout, None
         if process.returncode:
             raise OSError(f"the command ended with status {process.returncode}")

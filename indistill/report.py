@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from indistill import __version__, charts, config
+from indistill.callbacks import Callback, TrainingRun
 from indistill.charts import Band, Chart, Series, number
 from indistill.config import Config, UserError
 from indistill.history import read_lines
@@ -113,12 +114,17 @@ def write(
     return destination
 
 
-def at_end(run_dir: Path) -> None:
-    """The report of a run that ends here. It is cheap, since nothing is measured, and no reason for a run to fail."""
-    try:
-        write([run_dir], measure=False)
-    except Exception as error:  # whatever an unforeseen record makes of it
-        print(f"indistill: no report written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+class ReportAtEnd(Callback):
+    """Writes the report of a run when it ends."""
+
+    def on_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
+        """Write it without measuring anything, which is cheap. A report that fails does not fail the run."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        try:
+            write([run.run_dir], measure=False)
+        except Exception as error:  # whatever an unforeseen record makes of it
+            print(f"indistill: no report written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -153,7 +159,7 @@ def read(folder: Path, name: str) -> Run:
             )
         bad = (state.get("parts") or {}).get("log", {}).get("bad", bad)
     status = [(where / "status") for where in (folder, folder.parent)]
-    words = [word for file in status if (word := _text(file).strip()) in _STATES]
+    words = [word for file in status if (word := _text(file).partition("\n")[0]) in _STATES]
     lines = [line for line in _lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
     summary = _json(folder / "summary.json")
     return Run(

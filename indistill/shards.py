@@ -11,14 +11,15 @@ import copy
 import glob
 import gzip
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import random
 import re
+import signal
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -26,10 +27,11 @@ from typing import IO, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from indistill import preemption
 from indistill.config import UserError
+from indistill.decode import BadImage, decode
 from indistill.remote import CACHE_BYTES, ShardCache, base_name, cache_for, cache_name, changed, is_remote, open_shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -134,6 +136,22 @@ class ShardSet:
                             yield Sample(key, image, label)
             else:
                 yield from map(self.read, wanted)
+
+    def pick(self, sample_ids: np.ndarray) -> Iterator[tuple[int, Sample]]:
+        """(id, sample) of int64 [B] samples, shard by shard; a compressed shard is read from front to end."""
+        shards_of_ids = self._shards_of(sample_ids)
+        for shard in np.unique(shards_of_ids):
+            wanted = sample_ids[shards_of_ids == shard].tolist()
+            if _compressed(self.paths[shard]):
+                first, last, wanted = int(self._first_ids[shard]), int(self._first_ids[shard + 1]), set(wanted)
+                yield from ((i, s) for i, s in enumerate(self.iterate(first, last), first) if i in wanted)
+            else:
+                yield from ((i, self.read(i)) for i in wanted)
+
+    @property
+    def image_sizes(self) -> np.ndarray:
+        """int64 [samples], bytes of each image."""
+        return np.concatenate([index.sizes for index in self._indices])
 
     @property
     def labels(self) -> np.ndarray:
@@ -307,13 +325,44 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
             os.unlink(temporary)
 
 
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+_LABEL_REMEDY = "write it into KEY.cls, a whole number in ASCII, beside the image KEY.jpg"
+
+
+def parse_label(content: bytes) -> int | None:
+    """The label in a .cls file; None if that is not a whole number from 0 on."""
+    return int(content) if re.fullmatch(rb"\s*\d{1,9}\s*", content) else None
+
+
+def malformed_label(key: str, content: bytes) -> str:
+    return f"{key}.cls holds {content[:20]!r}: a label is a whole number from 0 on"
+
+
+def label_problem(label: int, num_classes: int) -> str | None:
+    """Why training refuses a sample with this label, -1 being none; None if it does not."""
+    if label < 0:
+        return f"has no label: {_LABEL_REMEDY}"
+    if label >= num_classes:
+        return f"label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
+    return None
+
+
 # --- reading tars ----------------------------------------------------------------------------------------------------
 
 
-def _samples(path: str, stream: IO[bytes], load: bool = True, report: Callable[[str, str], None] | None = None):
+def _samples(
+    path: str,
+    stream: IO[bytes],
+    load: bool = True,
+    report: Callable[[str, str], None] | None = None,
+    others: Counter[str] | None = None,
+):
     """(key, (offset, size) of the image, image or None without `load`, label) of every sample, in one pass.
 
-    report(key, problem) is called for every malformed sample; by default it raises UserError.
+    report(key, problem) is called for every malformed sample; by default it raises UserError. `others` counts the
+    members that belong to no sample, by extension.
     """
 
     def refuse(key: str, problem: str) -> None:
@@ -329,7 +378,7 @@ def _samples(path: str, stream: IO[bytes], load: bool = True, report: Callable[[
         elif label is not None:
             report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
 
-    for member_key, extension, offset, size, content in _members(path, stream, load):
+    for member_key, extension, offset, size, content in _members(path, stream, load, others):
         if member_key != key:
             yield from finished()
             key, image, label = member_key, None, None
@@ -339,9 +388,10 @@ def _samples(path: str, stream: IO[bytes], load: bool = True, report: Callable[[
         if extension == "cls":
             if label is not None:
                 report(key, f"sample '{key}' has two labels")
-            label = int(content) if re.fullmatch(rb"\s*\d{1,9}\s*", content) else -1
-            if label < 0:
-                report(key, f"{key}.cls holds {content[:20]!r}: a label is a whole number from 0 on")
+            label = parse_label(content)
+            if label is None:
+                label = -1
+                report(key, malformed_label(key, content))
         elif image is not None:
             report(key, f"sample '{key}' has two images")
         else:
@@ -351,9 +401,12 @@ def _samples(path: str, stream: IO[bytes], load: bool = True, report: Callable[[
         refuse("", "holds no sample, a sample being {key}.jpg (jpeg, png, webp) and {key}.cls")
 
 
-def _members(path: str, stream: IO[bytes], load: bool) -> Iterator[tuple[str, str, int, int, bytes | None]]:
+def _members(
+    path: str, stream: IO[bytes], load: bool, others: Counter[str] | None = None
+) -> Iterator[tuple[str, str, int, int, bytes | None]]:
     """(key, extension, offset, size, content) of every image and label; without `load` images come without content.
 
+    `others` counts all other files by extension.
     tarfile takes a cut or a damaged header for the end of the archive: what lies behind the last member tells.
     """
     try:
@@ -364,10 +417,13 @@ def _members(path: str, stream: IO[bytes], load: bool) -> Iterator[tuple[str, st
             while member := tar.next():
                 tar.members.clear()  # tarfile would keep every header
                 match = KEY_AND_EXTENSION.match(member.name)
-                if match is None or not member.isreg():
+                if not member.isreg():
                     continue
-                key, extension = match[1], match[2].lower()
-                if extension == "cls" or extension in IMAGE_EXTENSIONS:
+                key, extension = (match[1], match[2].lower()) if match else ("", "")
+                if extension != "cls" and extension not in IMAGE_EXTENSIONS:
+                    if others is not None:
+                        others[extension] += 1
+                else:
                     content = tar.extractfile(member).read() if load or extension == "cls" else None
                     yield key, extension, member.offset_data, member.size, content
             stream.seek(tar.offset)
@@ -384,6 +440,26 @@ class BadMember(NamedTuple):
     problem: str
 
 
+class Content(NamedTuple):
+    """What `verify` found in shards."""
+
+    bad: list[BadMember]
+    images: int
+    labels: Counter[int]  # images by label; those without one are not in it
+    others: Counter[str]  # members that are neither images nor labels, by extension
+
+    def summary(self) -> str:
+        """One line of counts, and one more if there are images that training refuses whatever its classes."""
+        labelled = self.labels.total()
+        span = f" ({min(self.labels)} to {max(self.labels)}, {len(self.labels)} different)" if self.labels else ""
+        line = f"{self.images} images, {labelled} labelled{span}, {self.images - labelled} unlabelled"
+        others = ", ".join(f"{n} {name or 'without extension'}" for name, n in sorted(self.others.items()))
+        line += f"; other members: {others}" if others else ""
+        if self.images > labelled:
+            line += f"\ntraining refuses unlabelled images: {_LABEL_REMEDY}"
+        return line
+
+
 def verify(
     urls: str | Sequence[str],
     root: str | None = None,
@@ -391,10 +467,17 @@ def verify(
     allow_pipe: bool = False,
     workers: int = 1,
     progress: bool = False,
-) -> list[BadMember]:
-    """Read every member, decode every image, compare with the index if there is one. Returns all that is wrong."""
-    tasks = [(path, cache_dir) for path in expand(urls, root, allow_pipe)]
-    return [bad for found in parallel(_verify_shard, tasks, workers, progress) for bad in found]
+    num_classes: int | None = None,
+) -> Content:
+    """Read every member, decode every image, compare with the index if there is one.
+
+    Returns all that is wrong, and what is there. With `num_classes`, labels that training would refuse are wrong.
+    """
+    tasks = [(path, cache_dir, num_classes) for path in expand(urls, root, allow_pipe)]
+    whole = Content([], 0, Counter(), Counter())
+    for part in parallel(_verify_shard, tasks, workers, progress):
+        whole = Content(*(total + more for total, more in zip(whole, part)))
+    return whole
 
 
 def index(
@@ -410,34 +493,36 @@ def index(
     return dict(zip(paths, parallel(_index_shard, [(path, cache_dir) for path in paths], workers, progress)))
 
 
-def _verify_shard(task: tuple[str, str | None]) -> list[BadMember]:
-    path, cache_dir = task
-    cache, bad, rows = cache_for([path], cache_dir), [], []
+def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
+    path, cache_dir, num_classes = task
+    cache = cache_for([path], cache_dir)
+    bad: list[BadMember] = []
+    rows: list[tuple] = []
+    labels, others = Counter[int](), Counter[str]()
 
     def report(key: str, problem: str) -> None:
         bad.append(BadMember(path, key, problem))
 
     try:
         with open_shard(path, cache) as stream:
-            for key, place, image, label in _samples(path, stream, report=report):
+            for key, place, image, label in _samples(path, stream, report=report, others=others):
                 rows.append((key, *place, label))
+                labels.update([label] if label >= 0 else [])
+                malformed = bool(bad) and bad[-1].key == key  # a label that is not a number is told
+                problem = None if num_classes is None or malformed else label_problem(label, num_classes)
+                if problem:
+                    report(key, problem)
                 try:
-                    with Image.open(io.BytesIO(image)) as decoded:
-                        decoded.convert("RGB")
-                except Exception as error:  # Pillow's decoders raise many kinds
-                    report(key, f"cannot be decoded: {_undecodable(error)}")
+                    decode(image, "image")
+                except BadImage as error:
+                    report(key, str(error).removeprefix("image: "))
             size = os.fstat(stream.fileno()).st_size
         for file in filter(os.path.exists, index_files(path, cache_dir)):
             if not all(map(np.array_equal, _parse_index(file), _index(size, *zip(*rows)))):
                 report("", f"{file} does not fit the shard: run `indistill shards index` on it")
     except UserError as error:
         report("", str(error))
-    return bad
-
-
-def _undecodable(error: Exception) -> str:
-    # Pillow names the address of the buffer there.
-    return "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return Content(bad, len(rows), labels, others)
 
 
 def _index_shard(task: tuple[str, str | None]) -> int:
@@ -454,7 +539,8 @@ def parallel(function: Callable, tasks: Sequence, workers: int, progress: bool) 
         if workers > 1:
             spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks as they are
             pool = stack.enter_context(ProcessPoolExecutor(workers, spawn))
-            results = pool.map(function, tasks)
+            with preemption.signals_blocked(signal.SIGINT):  # this process ends them (preemption.leave)
+                results = pool.map(function, tasks)
         else:
             results = map(function, tasks)
         yield from tqdm(results, total=len(tasks), unit="shard", disable=not progress)

@@ -1,4 +1,4 @@
-"""Where a run's images and its teacher come from: its own, here; together.py has those that several runs share."""
+"""The data and teacher of one run; together.py and apart.py replace them for several students."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from indistill.augment import EvalView
 from indistill.config import Config
 from indistill.curriculum import Timetable
 from indistill.data import Batch, IndexedTraining
-from indistill.models import Network, Output
+from indistill.models import Network
+from indistill.outputs import Output
 from indistill.prune import Plan
 from indistill.stream import StreamedTraining
 from indistill.targets import CachedTargets, LiveTargets
@@ -21,7 +22,7 @@ Training = IndexedTraining | StreamedTraining
 
 
 class Sources:
-    """A run's own."""
+    """Opens a run's own data and creates its own teacher."""
 
     # Of a student among several, for what they show: its name, and the terminal's line where no one else knows it.
     name = ""
@@ -47,7 +48,7 @@ class Sources:
 
     def forward(self, teacher: Network, settings: Config) -> Callable[..., Output]:
         """What runs it on a batch, with the arguments of `Network.forward`."""
-        return torch.compile(teacher, dynamic=False) if settings.compile else teacher
+        return build.compiled(teacher, settings)
 
 
 def open_data(accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:

@@ -25,7 +25,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from indistill import config, remote
+from indistill import class_names, config, remote
+from indistill.class_names import Names
 from indistill.config import Config, UserError
 from indistill.prune import PairPlan, Plan
 
@@ -176,6 +177,7 @@ class Manifest(BaseModel):
     config: dict[str, Any]  # of the keys that decide the targets
     plan: dict[str, Any]
     data: str  # fingerprint of the shards
+    classes: list[str] | None = None  # names of the labels, where packing kept them
     samples: list[int]  # per shard
     fields: dict[str, Field]
     batch: int  # images that the teacher saw at once, on which last bits depend
@@ -310,6 +312,13 @@ def check(root: str, manifest: Manifest, settings: Config, hashes: dict[str, str
         if here != stored.sha256 if here else path != stored.path:
             told = f"(SHA-256 {stored.sha256[:12]}), this run has {path} ({here[:12] if here else 'which is not here'})"
             raise UserError(f"{root}: made with {key}: {stored.path} {told}: {again}")
+
+
+def check_classes(root: str, manifest: Manifest, names: Names | None) -> None:
+    """Raise UserError if the targets were made for other class names than those of data.train."""
+    if names is not None and manifest.classes is not None:
+        remedy = "make the targets again in another targets.dir, or set targets: live"
+        class_names.refuse_difference(names, Names(f"{root}/manifest.json", manifest.classes), "data.train", remedy)
 
 
 class Reader:

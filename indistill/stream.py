@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from indistill import augment, config, preemption, remote, shards
-from indistill.augment import BadImage
 from indistill.config import UserError
-from indistill.data import Batch, check_accumulation, wrong_label
+from indistill.data import Batch, Loader, check_accumulation
+from indistill.decode import BadImage
 
 
 class StreamedTraining:
@@ -44,9 +44,9 @@ class StreamedTraining:
         self.steps_per_epoch = section.epoch_samples // section.global_batch
         self.fingerprint = hashlib.sha256("\0".join(self.urls).encode()).hexdigest()
 
-    def loader(self, first_step: int, last_step: int, device: torch.device) -> DataLoader:
+    def loader(self, first_step: int, last_step: int, device: torch.device) -> Loader:
         """The micro-batches of the global steps [first_step, last_step)."""
-        return DataLoader(
+        return Loader(
             StreamedImages(self, first_step, (last_step - first_step) * self.accumulation),
             batch_size=None,
             num_workers=self.section.workers,
@@ -100,11 +100,14 @@ class StreamedImages(IterableDataset):
             (epoch, url), key = sample["__url__"].split(" ", 1), sample["__key__"]
             where = f"{url}: sample {key}"
             image = next((sample[name] for name in shards.IMAGE_EXTENSIONS if name in sample), None)
-            if image is None or "cls" not in sample:
-                raise UserError(f"{where} has no image or no .cls")
-            labels[row] = int(sample["cls"])
-            if not 0 <= labels[row] < section.num_classes:
-                raise UserError(wrong_label(where, labels[row], section.num_classes))
+            if image is None:
+                raise UserError(f"{where} has no image ({', '.join(shards.IMAGE_EXTENSIONS)})")
+            label = shards.parse_label(sample["cls"]) if "cls" in sample else -1
+            if label is None:
+                raise UserError(f"{where}: {shards.malformed_label(key, sample['cls'])}")
+            if problem := shards.label_problem(label, section.num_classes):
+                raise UserError(f"{where}: {problem}")
+            labels[row] = label
             # There are no ids here: the key, as a number, makes a view the same wherever its sample turns up.
             view = augment.view_of(section.augment, int(epoch))
             draws = augment.uniforms(self.training.seed, view, np.array([zlib.crc32(key.encode())]))[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,12 @@ from torch.nn import functional as F
 
 from indistill import config, models, prune
 from indistill.curriculum import Phase, Timetable
-from indistill.models import Heads, Network, Output
+from indistill.models import Heads, Network
+from indistill.outputs import Output, Targets
 from indistill.store import Reader
 
 if TYPE_CHECKING:
     from indistill.data import IndexedTraining
-
-
-class Targets(NamedTuple):
-    features: tuple[Tensor, ...] = ()  # [B, C, H_t, W_t] per pair: pruned to the student's width in the warm-up
-    embedding: Tensor | None = None  # [B, D_t]
-    logits: Tensor | None = None  # [B, K]
-    cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head
 
 
 class LiveTargets:

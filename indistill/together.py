@@ -16,33 +16,46 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from indistill import data, models
+from indistill.callbacks import Callback
 from indistill.config import Config
 from indistill.data import Batch
-from indistill.models import Network, Output
+from indistill.models import Network
+from indistill.outputs import Output
 from indistill.preemption import Preempted
 from indistill.sources import Sources, Training
-from indistill.train import steps
+from indistill.train import Run
 
 
-def train(students: Sequence[tuple[str, Config]], resume: str = "auto") -> dict[str, dict[str, Any]]:
+def train(
+    students: Sequence[tuple[str, Config]],
+    resume: str = "auto",
+    callbacks: Sequence[Callback] = (),
+    shared: Shared | None = None,
+) -> dict[str, dict[str, Any]]:
     """Train all of them to the end; returns each one's `summary.json`. Errors are those of `train.train`.
 
-    Asked to stop, each leaves a checkpoint; one that is behind the others catches up first when they go on.
+    When they are asked to stop, each leaves a checkpoint. A student that is behind the others catches up first when
+    they go on.
     """
-    shared = Shared(students[0][1], len(students))
-    runs = {name: steps(settings, resume, _Share(shared, i, name)) for i, (name, settings) in enumerate(students)}
-    done = {name: next(run) for name, run in runs.items()}
-    summaries, stopped = {}, None
-    while done:
-        name = min(done, key=done.get)  # of equals the first: on every rank the same
+    shared = shared or Shared(students[0][1], len(students))
+    runs = {
+        name: Run(settings, resume, _Share(shared, i, name), callbacks) for i, (name, settings) in enumerate(students)
+    }
+    for run in runs.values():
+        run.begin()
+    under_way, summaries, stopped = dict(runs), {}, None
+    while under_way:
+        name = min(under_way, key=lambda name: under_way[name].done)  # of equals the first: on every rank the same
+        run = under_way[name]
         try:
-            done[name] = next(runs[name])
-        except StopIteration as end:
-            summaries[name] = end.value
-            del done[name]
+            if run.finished:
+                summaries[name] = run.end()
+                del under_way[name]
+            else:
+                run.step()
         except Preempted as preempted:
             stopped = preempted
-            del done[name]
+            del under_way[name]
     if stopped:
         raise stopped
     return {name: summaries[name] for name in runs}

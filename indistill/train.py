@@ -1,13 +1,13 @@
 """One training run, from its first step or from any checkpoint, in one process or many.
 
-`train` is the table of contents; what it calls is named for what it does.
+Read `Run.step` first; it calls everything else.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from indistill import (
     build,
+    class_names,
     config,
     data,
     deepspeed_config,
@@ -32,9 +33,9 @@ from indistill import (
     history,
     models,
     optim,
-    report,
     watchdog,
 )
+from indistill.callbacks import Callback
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.curriculum import Pace, Phase, Timetable
@@ -48,137 +49,246 @@ from indistill.sources import Sources, open_eval_set
 from indistill.targets import CachedTargets, LiveTargets
 
 
-def train(settings: Config, resume: str = "auto") -> dict[str, Any]:
-    """Run to the end and return the content of `summary.json`. `resume`: auto, never, or a checkpoint's path.
+def train(
+    settings: Config, resume: str = "auto", sources: Sources | None = None, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
+    """Run to the end and return the content of `summary.json`.
 
-    Raises UserError, before any step, for whatever in the config cannot work with this data and world size, and
-    Preempted where the run was asked to stop, with a checkpoint of that step.
+    `resume` is auto, never, or a checkpoint's path; `sources` gives the data and teacher, by default the run's own;
+    `callbacks` are told of each step, evaluation, checkpoint and of the end. Raises UserError, before any step, for
+    whatever in the config cannot work with this data and world size, and Preempted where the run was asked to stop,
+    with a checkpoint of that step.
     """
-    run = steps(settings, resume, Sources())
-    while True:
-        try:
-            next(run)
-        except StopIteration as end:
-            return end.value
+    run = Run(settings, resume, sources, callbacks)
+    run.begin()
+    while not run.finished:
+        run.step()
+    return run.end()
 
 
-def steps(settings: Config, resume: str, sources: Sources) -> Generator[int, None, dict[str, Any]]:
-    """`train`, which pauses before its first step and after each, with the number of completed steps."""
+class Run:
+    """One training run: `begin`, then `step` until `finished`, then `end`.
+
+    `done` is the number of completed steps. Several students of one teacher are several runs that take turns.
+    """
+
+    def __init__(
+        self,
+        settings: Config,
+        resume: str = "auto",
+        sources: Sources | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.settings, self.resume, self.callbacks = settings, resume, callbacks
+        self.sources = sources or Sources()
+        self.done = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.timetable.total_steps
+
+    def begin(self) -> None:
+        """Build all that the run needs, load its newest checkpoint, and score the student before the first step."""
+        self._open_data()
+        self._build_networks()
+        self._prepare()
+        self._resume()
+        self.wrapped.train()
+        self.stop.open(self.settings.max_hours)
+        watchdog.open(self.run_dir, self.settings.collective_timeout_minutes)
+        if self.scores is None:
+            self.scores = self._evaluate()
+            self._save()
+
     # --- what the run is made of -------------------------------------------------------------------------------------
-    accelerator = start_accelerator(settings)
-    rank, accumulation = accelerator.process_index, settings.grad_accumulation
-    run_dir = engine.on_main(accelerator, lambda: open_run_dir(settings))
-    training, eval_set = sources.data(accelerator, settings)
-    calibration = partial(training.loader, 0, device=accelerator.device)
-    student, targets_of, plan = build.networks(accelerator, settings, run_dir, calibration, sources)
-    timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(plan.pairs))
-    pace = Pace(timetable, settings.warmup, partial(mean_over_ranks, accelerator))
-    objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
-    if settings.targets.source == "auto":
-        targets_of = estimate.choose(accelerator, settings, student, targets_of, objective, timetable, plan)
-    targets_of = sources.targets(targets_of, plan, timetable, settings)
-    targets_of.bring_along(training, timetable)
-    mix = make_mix(settings, accelerator)
-    ema = settings.ema and health.Ema(student, settings.ema.decay, use_warmup=settings.ema.warmup)
-    whole = engine.whole(accelerator, student)
-    optimizer = optim.create(student, settings.optimizer, fused=not engine.stage(accelerator))
-    blank = partial(blank_loss, accelerator, settings, student, targets_of, objective)
-    unused = engine.unused(accelerator, student, timetable.curriculum.phases(), blank)
-    phase_optim = optim.PhaseOptim(optimizer, settings, timetable, unused)
-    wrapped, optimizer, was_skipped = engine.prepare(
-        accelerator, settings.mixed_precision, student, optimizer, phase_optim
-    )
-    buffers = health.Buffers(wrapped)
 
-    # --- where it stands ---------------------------------------------------------------------------------------------
-    limits = settings.data.max_bad_fraction, settings.max_bad_steps
-    progress = Progress(timetable, sources.name, sources.position)
-    log = RunLog(accelerator, run_dir, settings.log.every_steps, timetable, *limits, progress)
-    identity = {"config": config.fingerprint(settings), "plan": plan.hash, "data": training.fingerprint}
-    identity |= {"teacher": targets_of.fingerprint, "engine": engine.describe(accelerator)}
-    health.agree(identity)
-    checkpoints = Checkpoints(accelerator, run_dir, settings.checkpoint, identity, {"log": log, "pace": pace}, whole)
-    first_step, scores = checkpoints.resume(resume, ema)
-    log.open(first_step, settings)
-    record_start(accelerator, run_dir, first_step)
-    batches = log.waiting(sources.batches(training, first_step, timetable.total_steps, accelerator.device))
-    evaluated = (lambda: ema.module) if ema else whole
-    stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
+    def _open_data(self) -> None:
+        self.accelerator = start_accelerator(self.settings)
+        self.run_dir = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
+        self.training, self.eval_set = self.sources.data(self.accelerator, self.settings)
 
-    def evaluate_step(done: int) -> dict[str, float]:
-        """The scores after `done` steps. If a preemption stops it, a resumed run begins with it."""
-        try:
-            with log.off_the_clock("evaluating"):
-                scores = evaluation(accelerator, settings, evaluated(), targets_of.teacher, eval_set)
-        except Preempted:
-            save(done, None)
-            checkpoints.wait()
-            log.close()
-            raise
-        log.write(done, scores)
-        return scores
+    def _build_networks(self) -> None:
+        accelerator, settings, training = self.accelerator, self.settings, self.training
+        calibration = partial(training.loader, 0, device=accelerator.device)
+        self.student, targets_of, self.plan = build.networks(
+            accelerator, settings, self.run_dir, calibration, self.sources.teacher, self.sources.forward
+        )
+        self.timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(self.plan.pairs))
+        self.pace = Pace(self.timetable, settings.warmup, partial(mean_over_ranks, accelerator))
+        self.objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
+        if settings.targets.source == "auto":
+            targets_of = estimate.choose(
+                accelerator, settings, self.student, targets_of, self.objective, self.timetable, self.plan
+            )
+        self.targets_of = self.sources.targets(targets_of, self.plan, self.timetable, settings)
+        self.targets_of.bring_along(training, self.timetable)
 
-    def save(done: int, scores: dict[str, float] | None) -> None:
-        with log.off_the_clock("saving a checkpoint") as stall:
-            checkpoints.save(done, ema, scores)
-        log.write(done, {"checkpoint_stall_seconds": stall.seconds})
+    def _prepare(self) -> None:
+        """Create the optimizer, and wrap the student for training on all ranks."""
+        accelerator, settings, student = self.accelerator, self.settings, self.student
+        self.mix = make_mix(settings, accelerator)
+        self.ema = settings.ema and health.Ema(student, settings.ema.decay, use_warmup=settings.ema.warmup)
+        self.whole = engine.whole(accelerator, student)
+        optimizer = optim.create(student, settings.optimizer, fused=not engine.stage(accelerator))
+        blank = partial(blank_loss, accelerator, settings, student, self.targets_of, self.objective)
+        unused = engine.unused(accelerator, student, self.timetable.curriculum.phases(), blank)
+        self.phase_optim = optim.PhaseOptim(optimizer, settings, self.timetable, unused)
+        self.wrapped, self.optimizer, self.was_skipped = engine.prepare(
+            accelerator, settings.mixed_precision, student, optimizer, self.phase_optim
+        )
+        self.buffers = health.Buffers(self.wrapped)
+        self.stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
+
+    def _resume(self) -> None:
+        """Go on from a checkpoint, if there is one; all ranks have to agree on what they run."""
+        accelerator, settings, timetable = self.accelerator, self.settings, self.timetable
+        limits = settings.data.max_bad_fraction, settings.max_bad_steps
+        progress = Progress(timetable, self.sources.name, self.sources.position)
+        self.log = RunLog(accelerator, self.run_dir, settings.log.every_steps, timetable, *limits, progress)
+        identity = {
+            "config": config.fingerprint(settings),
+            "plan": self.plan.hash,
+            "data": self.training.fingerprint,
+            "teacher": self.targets_of.fingerprint,
+            "engine": engine.describe(accelerator),
+        }
+        health.agree(identity)
+        state = {"log": self.log, "pace": self.pace}
+        self.checkpoints = Checkpoints(accelerator, self.run_dir, settings.checkpoint, identity, state, self.whole)
+        self.first_step, self.scores = self.checkpoints.resume(self.resume, self.ema)
+        self.done = self.first_step
+        self.log.open(self.first_step, settings)
+        record_start(accelerator, self.run_dir, self.first_step)
+        batches = self.sources.batches(self.training, self.first_step, timetable.total_steps, accelerator.device)
+        self.batches = self.log.waiting(batches)
 
     # --- the run -----------------------------------------------------------------------------------------------------
-    wrapped.train()
-    stop.open(settings.max_hours)
-    watchdog.open(run_dir, settings.collective_timeout_minutes)
-    if scores is None:
-        scores = evaluate_step(first_step)
-        save(first_step, scores)
-    yield first_step
-    targets_of.hold_weights()
-    for step in range(first_step, timetable.total_steps):
-        phase = pace.curriculum.at(step)
-        watchdog.begin_step(step + 1, phase.name)
-        lr = phase_optim.begin_step(step, phase)
-        buffers.keep()
-        seed_everything(step_seed(settings.seed, step, rank))  # dropout and mixing, too, depend on the step alone
 
-        step_loss = torch.zeros((), device=accelerator.device)
-        for _ in range(accumulation):
-            with accelerator.accumulate(wrapped):
-                batch = next(batches)
-                images, labels = mix(batch, phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
-                targets = targets_of(images, phase, batch.records)
-                output = wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-                loss, terms = objective(output, targets, labels, phase, step)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and settings.clip_grad_norm:
-                    accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            step_loss += loss.detach() / accumulation
-            log.add({"loss": loss.detach(), **terms}, weight=1 / accumulation)
-        done = step + 1
-        skipped = was_skipped()  # on all ranks: a loss or gradient was not finite on one
-        buffers.put_back(skipped)
-        if ema:
-            ema.update(whole(), done, skipped)
-        # With its end, where its loss has flattened.
-        phase = pace.end_step(done, phase, step_loss.masked_fill(skipped, 0.0), ~skipped)
-        logged, scores = log.end_step(done, phase, lr, skipped), {}
-        leaving = stop.reached(done, log.told)
-        if eval_set and timetable.evaluate_at(done):
-            scores = None if leaving else evaluate_step(done)
-        if leaving or checkpoints.due(done, logged, scores) or done == timetable.total_steps:
-            save(done, scores)
+    def step(self) -> None:
+        """Make one optimizer step; then log, evaluate, save, and stop where that is due."""
+        step, phase = self.done, self.pace.curriculum.at(self.done)
+        if step == self.first_step:
+            self.targets_of.hold_weights()  # no student's plan is made from them any more
+        watchdog.begin_step(step + 1, phase.name)
+        lr = self.phase_optim.begin_step(step, phase)
+        self.buffers.keep()
+        # Dropout and mixing, too, depend on the step alone.
+        seed_everything(step_seed(self.settings.seed, step, self.accelerator.process_index))
+
+        self.loss = torch.zeros((), device=self.accelerator.device)
+        for _ in range(self.settings.grad_accumulation):
+            with self.accelerator.accumulate(self.wrapped):
+                self.loss += self._micro_batch(phase, step) / self.settings.grad_accumulation
+        self.done = step + 1
+        skipped = self.was_skipped()  # on all ranks: a loss or gradient was not finite on one
+        self.buffers.put_back(skipped)
+        if self.ema:
+            self.ema.update(self.whole(), self.done, skipped)
+        # The phase, with its end if its loss has flattened.
+        phase = self.pace.end_step(self.done, phase, self.loss.masked_fill(skipped, 0.0), ~skipped)
+        self._end_step(phase, self.log.end_step(self.done, phase, lr, skipped))
+
+    def _micro_batch(self, phase: Phase, step: int) -> Tensor:
+        """Compute the gradients of one micro-batch, and after a step's last update the weights; return its loss."""
+        batch = next(self.batches)
+        images, labels = self.mix(batch, phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
+        targets = self.targets_of(images, phase, batch.records)
+        output = self.wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
+        loss, terms = self.objective(output, targets, labels, phase, step)
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients and self.settings.clip_grad_norm:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.log.add({"loss": loss.detach(), **terms}, weight=1 / self.settings.grad_accumulation)
+        return loss.detach()
+
+    def _end_step(self, phase: Phase, line: dict[str, Any] | None) -> None:
+        """After a step: evaluate, save and stop where that is due. `line` is the step's logged line, if it has one."""
+        for callback in self.callbacks:
+            callback.on_step(self, phase, line)
+        leaving = self.stop.reached(self.done, self.log.told)
+        self.scores = {}
+        if self.eval_set and self.timetable.evaluate_at(self.done):
+            self.scores = None if leaving else self._evaluate()
+        if leaving or self.checkpoints.due(self.done, line is not None, self.scores) or self.finished:
+            self._save()
         if leaving:
-            checkpoints.wait()
-            log.close()
-            raise Preempted(f"stopped at step {done} of {timetable.total_steps}")
-        yield done
-    stop.close()
-    checkpoints.close()
+            self._leave()
+            raise Preempted(f"stopped at step {self.done} of {self.timetable.total_steps}")
+
+    def _scored(self) -> Network | Heads:
+        """Return what is scored: the student's moving average, if the run keeps one. Call on all ranks."""
+        return self.ema.module if self.ema else self.whole()
+
+    def _evaluate(self) -> dict[str, float]:
+        """The scores after this step. If a preemption stops it, a resumed run begins with it."""
+        try:
+            with self.log.off_the_clock("evaluating"):
+                teacher = self.targets_of.teacher
+                scores = evaluation(self.accelerator, self.settings, self._scored(), teacher, self.eval_set)
+        except Preempted:
+            self.scores = None
+            self._save()
+            self._leave()
+            raise
+        self.log.write(self.done, scores)
+        for callback in self.callbacks:
+            callback.on_evaluation(self, scores)
+        return scores
+
+    def _save(self) -> None:
+        with self.log.off_the_clock("saving a checkpoint") as stall:
+            self.checkpoints.save(self.done, self.ema, self.scores)
+        self.log.write(self.done, {"checkpoint_stall_seconds": stall.seconds})
+        for callback in self.callbacks:
+            callback.on_checkpoint(self)
+
+    def _leave(self) -> None:
+        self.checkpoints.wait()
+        self.log.close()
 
     # --- the result --------------------------------------------------------------------------------------------------
-    if settings.evaluate.retrieval:
-        scores |= evaluate.retrieval(accelerator, evaluated(), training.dataset, eval_set, settings.evaluate.batch)
-    return finish(accelerator, settings, run_dir, evaluated(), scores, log)
+
+    def end(self) -> dict[str, Any]:
+        """Write the student's weights and `summary.json`, close what is open, and return the summary."""
+        self.stop.close()
+        self.checkpoints.close()
+        network, scores = self._scored(), self.scores
+        if self.settings.evaluate.retrieval:
+            batch = self.settings.evaluate.batch
+            scores |= evaluate.retrieval(self.accelerator, network, self.training.dataset, self.eval_set, batch)
+        summary = self._summary(scores)
+        if self.accelerator.is_main_process:
+            self._write_result(network, summary)
+        for callback in self.callbacks:
+            callback.on_end(self, summary)
+        self.log.close()
+        self.accelerator.wait_for_everyone()
+        watchdog.close()
+        return summary
+
+    def _summary(self, scores: dict[str, float]) -> dict[str, Any]:
+        log, steps = self.log, self.timetable.total_steps
+        seconds = sum(log.phase_seconds.values())
+        return {
+            "step": steps,
+            "world_size": self.accelerator.num_processes,
+            "seconds": seconds,
+            "phase_seconds": log.phase_seconds,
+            "images_per_second": steps * self.timetable.global_batch / max(seconds, 1e-9),
+            "metrics": scores,
+        }
+
+    def _write_result(self, network: Network | Heads, summary: dict[str, Any]) -> None:
+        if self.settings.stage == "heads":
+            network.save(self.run_dir / "heads.safetensors")
+        else:
+            models.save(network, self.settings.student, self.run_dir / "student.safetensors")
+        partial_file = self.run_dir / "summary.json.partial"
+        partial_file.write_text(json.dumps(summary, indent=2) + "\n")
+        partial_file.replace(self.run_dir / "summary.json")
+        history.end(self.run_dir, "done")
 
 
 def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
@@ -242,10 +352,14 @@ def open_run_dir(settings: Config) -> Path:
     run_dir = Path(settings.run_dir)
     saved = run_dir / "config.yaml"
     try:
-        if not history.has_begun(settings):
-            (run_dir / "prune_plan.json").unlink(missing_ok=True)  # that of a config that was mended since
+        if not history.has_begun(settings):  # what is there is of a config that was mended since
+            (run_dir / "prune_plan.json").unlink(missing_ok=True)
+            if saved.exists():  # else the names are of something else, and not ours to delete
+                (run_dir / class_names.RUN_RECORD).unlink(missing_ok=True)
+        names = class_names.check(settings.data)
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         saved.write_text(config.dump(settings))
+        class_names.keep(names, run_dir)
     except OSError as error:
         raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another") from None
     return run_dir
@@ -333,37 +447,3 @@ def mean_over_ranks(accelerator: Accelerator, value: Tensor | float) -> float:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-
-
-def finish(
-    accelerator: Accelerator,
-    settings: Config,
-    run_dir: Path,
-    network: Network | Heads,
-    scores: dict[str, float],
-    log: RunLog,
-) -> dict[str, Any]:
-    """Write the student's weights, `summary.json` and the report, and close what is open."""
-    seconds = sum(log.phase_seconds.values())
-    summary = {
-        "step": log.timetable.total_steps,
-        "world_size": accelerator.num_processes,
-        "seconds": seconds,
-        "phase_seconds": log.phase_seconds,
-        "images_per_second": log.timetable.total_steps * log.timetable.global_batch / max(seconds, 1e-9),
-        "metrics": scores,
-    }
-    if accelerator.is_main_process:
-        if settings.stage == "heads":
-            network.save(run_dir / "heads.safetensors")
-        else:
-            models.save(network, settings.student, run_dir / "student.safetensors")
-        partial = run_dir / "summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
-        partial.replace(run_dir / "summary.json")
-        history.end(run_dir, "done")
-        report.at_end(run_dir)
-    log.close()
-    accelerator.wait_for_everyone()
-    watchdog.close()
-    return summary

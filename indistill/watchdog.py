@@ -16,13 +16,12 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indistill import preemption
+from indistill import history, preemption
 
 _MOST_NAMED = 8  # of the ranks that hold a run up; a node that is lost has as many
 # What gloo raises is a plain RuntimeError.
@@ -194,11 +193,7 @@ def explaining(folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not _of_collective(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        file = folder / "errors" / f"rank-{rank}.txt"
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(traceback.format_exc())
+        file = history.keep_traceback(error, folder)
         sentence = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0]
         preemption.leave(f"{_place}: lost the other processes: {sentence} (traceback: {file}); {_next()}")
     finally:

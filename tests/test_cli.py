@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -122,8 +123,15 @@ def test_shards_are_packed_verified_and_indexed(tmp_path, capsys, tree):
             Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(tmp_path / "images" / name / f"{i}.jpg")
     packed = tmp_path / "packed"
     main(["shards", "pack", str(tmp_path / "images"), str(packed), "--prefix", "pets", "--workers", "2"])
-    told = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    told = json.loads(out)
     assert (told["samples"], told["shards"]) == (12, 1)
+    assert "labels: 0 = cat, 1 = dog\n" in err
+    shutil.rmtree(tmp_path / "images" / "cat")
+    split = ["shards", "pack", str(tmp_path / "images"), str(tmp_path / "split"), "--workers", "1"]
+    main([*split, "--classes", str(packed)])
+    capsys.readouterr()
+    assert set(shards.ShardSet("split/*.tar", str(tmp_path)).labels) == {1}
     shard = packed / "pets-000000.tar"
     labels = [sample.label for sample in shards.ShardSet(str(shard)).iterate()]
     assert sorted(labels) == [0] * 6 + [1] * 6
@@ -131,6 +139,16 @@ def test_shards_are_packed_verified_and_indexed(tmp_path, capsys, tree):
     with pytest.raises(SystemExit) as exit_:
         main(["shards", "verify", str(shard), "--workers", "1"])
     assert exit_.value.code == 0
+    verified = "12 images, 12 labelled (0 to 1, 2 different), 0 unlabelled\n0 bad members\n"
+    assert capsys.readouterr().out == verified
+    with pytest.raises(SystemExit) as exit_:
+        main(["shards", "verify", str(shard), "--workers", "1", "--num-classes", "1"])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().out.endswith(
+        "label 1 is none of the data.num_classes, 0 to 0\n"
+        + verified.removesuffix("0 bad members\n")
+        + "6 bad members\n"
+    )
 
     content = bytearray(shard.read_bytes())
     start = content.index(b"JFIF") + 100

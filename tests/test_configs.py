@@ -10,11 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from indistill import build, models, optim, pipeline
+from indistill import build, models, optim, runs
 from indistill.curriculum import Timetable
 from indistill.data import Batch
 from indistill.objective import Objective
-from indistill.sources import Sources
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SAMPLES = {"imagenet": 1_281_167, "cifar10": 50_000, "digits": 1_437}  # training images
@@ -51,14 +50,14 @@ def test_the_opening_comment_tells_commands_cost_and_result(path):
 
 @every_config
 def test_the_commands_overrides_are_keys_and_each_has_its_run_directory(path):
-    runs = [pipeline.load(path, overrides) for _, *overrides in commands(path)]
-    run_dirs = [settings.run_dir for stages in runs for _, settings in stages]
+    loaded = [runs.load(path, overrides) for _, *overrides in commands(path)]
+    run_dirs = [settings.run_dir for stages in loaded for _, settings in stages]
     assert len(set(run_dirs)) == len(run_dirs)
 
 
 @pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
 def test_recipes_are_compared_with_and_without_warmup_at_an_equal_budget(path):
-    [(_, with_warmup)], [(_, without)] = (pipeline.load(path, overrides) for _, *overrides in commands(path))
+    [(_, with_warmup)], [(_, without)] = (runs.load(path, overrides) for _, *overrides in commands(path))
     assert with_warmup.warmup is not None
     assert without.warmup is None
     changed = {"run_dir": "", "warmup": None}
@@ -91,7 +90,7 @@ def accelerator():
 @pytest.mark.parametrize("with_warmup", [True, False], ids=["as-it-is", "warmup-null"])
 @every_config
 def test_a_config_builds_and_computes_its_losses(path, with_warmup, create_once, accelerator, tmp_path, monkeypatch):
-    stages = pipeline.load(path)
+    stages = runs.load(path)
     if not with_warmup:
         stages = [(name, settings.model_copy(update={"warmup": None})) for name, settings in stages]
     heads_of = {Path(settings.run_dir, "heads.safetensors"): settings for _, settings in stages}
@@ -109,7 +108,7 @@ def check_stage(path, settings, accelerator, run_dir):
     images = torch.randint(256, (SEEN, 3, size, size), dtype=torch.uint8)
     labels = torch.tensor([0, classes - 1])
     batch = Batch(images, labels, labels, [])
-    student, targets_of, plan = build.networks(accelerator, settings, run_dir, lambda batches: [batch], Sources())
+    student, targets_of, plan = build.networks(accelerator, settings, run_dir, lambda batches: [batch])
 
     assert len(plan.pairs) >= 3 if warmup else not plan.pairs
     for pair in plan.pairs:

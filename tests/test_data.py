@@ -13,6 +13,7 @@ from PIL import Image
 from indistill import augment, config, data, packing
 from indistill.augment import EvalView
 from indistill.config import UserError
+from indistill.decode import decode
 
 CPU = torch.device("cpu")
 BATCH, STEPS_PER_EPOCH = 32, 6  # of the 192 training samples
@@ -274,7 +275,7 @@ def test_the_stand_ins_label_and_view_are_its_own(section, damaged):
     (batch,) = loaded(section, last=1)
     for sample, label, image in zip(batch.ids.tolist(), batch.labels.tolist(), batch.images):
         view = augment.train_view(
-            augment.decode(whole[sample].image, ""), augment.uniforms(0, 0, np.array([sample]))[0], section.augment, 32
+            decode(whole[sample].image, ""), augment.uniforms(0, 0, np.array([sample]))[0], section.augment, 32
         )
         assert label == whole[sample].label
         assert np.array_equal(image.permute(1, 2, 0).numpy(), view)

@@ -18,7 +18,7 @@ from conftest import pack_images
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from indistill import cli, config, doctor, shards, train
+from indistill import cli, config, doctor, overlap, packing, shards, train
 from indistill.doctor import FAIL, OK, WARN, Line
 
 
@@ -305,6 +305,78 @@ def test_reading_remote_shards_leaves_the_cache_as_it_is(tree, data_dir, tmp_pat
         (line,) = look(doctor.reading, with_data(tree, **far, **access) | SLOW)
         assert (line.level, line.what.startswith(f"{names[0]}: ")) == (OK, True)
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_images_that_are_trained_on(tree, tmp_path, monkeypatch):
+    train_dir, eval_dir = tmp_path / "train", tmp_path / "eval"
+    pack_images(train_dir, "train", samples=60, per_shard=20, seed=1)
+    pack_images(eval_dir, "eval", samples=20, per_shard=20, seed=2)
+    keys = {"root": str(tmp_path), "train": "train/*.tar", "eval": "eval/*.tar"}
+    (line,) = look(doctor.evaluation_images, with_data(tree, **keys))
+    assert (line.level, line.what) == (OK, "data.eval: of 20 images, none is in data.train")
+
+    # Seven images of the training set among the others, one of them twice; their keys and labels say nothing.
+    copied = [sample.image for sample in shards.ShardSet("train/*.tar", str(tmp_path)).iterate()][10:57:8]
+    own = [sample.image for sample in shards.ShardSet("eval/*.tar", str(tmp_path)).iterate()]
+    images = [*own, *copied, copied[0]]
+    packed = [(f"new{i}", image, "png", i % 10) for i, image in enumerate(images)]
+    packing.pack(packed, tmp_path / "mixed", "eval", samples_per_shard=9)
+    shared = sum(image in copied for image in images)
+    count = f"{shared} of 27 images"
+    assert shared == 7
+    with gzip.open(tmp_path / "mixed" / "eval.tar.gz", "wb") as stream:
+        (whole,) = packing.pack(packed, tmp_path / "whole", "eval", samples_per_shard=99)
+        stream.write(whole.read_bytes())
+    shards.index(str(tmp_path / "mixed" / "eval.tar.gz"))
+    for urls in ("mixed/*.tar", "mixed/eval.tar.gz"):
+        (line,) = look(doctor.evaluation_images, with_data(tree, **keys | {"eval": urls}))
+        assert (line.level, line.what) == (WARN, f"data.eval: {count}, are in data.train too, byte for byte")
+        assert "scores say nothing about new images" in line.remedy
+
+    # Of a large set a sample; and what there is no time for is said.
+    monkeypatch.setattr(overlap, "MOST_IMAGES", 10)
+    (line,) = look(doctor.evaluation_images, with_data(tree, **keys | {"eval": "train/*.tar"}))
+    told = "data.eval: 10 of 10 images, a random sample of 60, are in data.train too, byte for byte"
+    assert (line.level, line.what) == (WARN, told)
+    monkeypatch.setattr(doctor, "OVERLAP_SECONDS", -1.0)
+    (line,) = look(doctor.evaluation_images, with_data(tree, **keys))
+    assert line.what.startswith("data.eval: of 1 images, a random sample of 20, compared with ")
+
+    # Shards without an index, which would have to be read from end to end.
+    for file in train_dir.glob("*.json"):
+        file.unlink()
+    (line,) = look(doctor.evaluation_images, with_data(tree, **keys))
+    assert (line.level, line.what.startswith("not compared")) == (OK, True)
+    assert not list(train_dir.glob("*.json"))
+
+
+def test_class_lists(tree, tmp_path):
+    tree = with_data(tree, root=str(tmp_path), train="train/*.tar", eval="eval/*.tar")
+    (line,) = look(doctor.class_lists, tree)
+    assert (line.level, line.what.startswith("no class names beside data.train")) == (OK, True)
+
+    def named(name: str, names: list[str]) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "dataset.json").write_text(json.dumps({"classes": names}))
+
+    ten = [f"class {i}" for i in range(10)]
+    named("train", ten)
+    (line,) = look(doctor.class_lists, tree)
+    assert line.what.startswith("data.train has 10 class names, data.eval none")
+    named("eval", ten)
+    (line,) = look(doctor.class_lists, tree)
+    assert (line.level, line.what) == (OK, "data.train has 10 class names, data.eval numbers its classes alike")
+    (line,) = look(doctor.class_lists, with_data(tree, num_classes=12))
+    assert (line.level, line.remedy) == (WARN, "set data.num_classes, which is 12, to their number")
+    named("eval", ten[1:])
+    (line,) = look(doctor.class_lists, tree)
+    assert (line.level, "label 0 is 'class 1' in" in line.what) == (FAIL, True)
+    named("eval", ten)
+    teacher = {"name": "cnn32_auxiliary", "checkpoint": str(tmp_path / "student.safetensors")}
+    (tmp_path / "classes.json").write_text(json.dumps(ten[::-1]))
+    (line,) = look(doctor.class_lists, tree | {"teacher": teacher})
+    assert line.level == FAIL
+    assert line.what.startswith(f"data.train: its classes are not those of {tmp_path}/classes.json: label 0")
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import build, config, estimate, optim, pipeline
+from indistill import build, config, estimate, optim, runs
 from indistill.cli import main
 from indistill.config import UserError
 from indistill.curriculum import Timetable
 from indistill.estimate import Work
-from indistill.sources import Sources
 
 # Multiply-adds of an image in the small networks: 3x3 convolutions without padding, a 2x2 pool after each.
 STUDENT = [8 * 27 * 30**2, 16 * 72 * 13**2, 32 * 144 * 4**2, 128 * 64 + 64 * 10]
@@ -64,7 +63,7 @@ def test_half_precision_halves_activations_and_holds_weights_once_more(tree, set
 
 def test_pairs_are_those_of_training(settings, found, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    _, _, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None, Sources())
+    _, _, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None)
     assert [pair.kept for pair in found.pairs] == [pair.kept for pair in plan.pairs]
     assert [pair.teacher_map for pair in found.pairs] == [(16, 15, 15), (32, 6, 6), (64, 2, 2)]
     assert [pair.student_map for pair in found.pairs] == [(8, 15, 15), (16, 6, 6), (32, 2, 2)]
@@ -74,7 +73,7 @@ def test_pairs_are_those_of_training(settings, found, tmp_path):
 
 def test_measuring_changes_nothing(settings, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    student, targets_of, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None, Sources())
+    student, targets_of, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     timetable = Timetable.of(settings, 6, len(plan.pairs))
     for phase in timetable.curriculum.phases():
@@ -329,7 +328,7 @@ def test_channels_that_data_decide_on_are_left_to_training(tree):
 
 def test_a_chain_is_planned_before_its_first_stage_has_run(monkeypatch):
     path = Path(__file__).parents[1] / "configs" / "digits_pipeline.yaml"
-    stages = pipeline.load(path, ["run_dir=gone"])
+    stages = runs.load(path, ["run_dir=gone"])
     found = estimate.of_chain(stages, world=1, samples=1437)
     assert list(found) == ["teacher", "auxiliary", "heads", "student"]
     assert found["student"].phases[-1].work.targets == {"logits": (10,)} | {f"head{i}": (10,) for i in (1, 2, 3, 4)}

@@ -8,10 +8,37 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "indistill"
-LEAVES = ["config", "remote", "shards", "packing", "order", "decode", "augment"]
-LEAVES += ["taps", "prune", "losses", "curriculum", "models", "projectors", "store", "targets", "data"]
+LEAVES = ["config", "remote", "class_names", "shards", "packing", "overlap", "order", "decode", "augment"]
+LEAVES += [
+    "outputs",
+    "files",
+    "runs",
+    "taps",
+    "prune",
+    "losses",
+    "curriculum",
+    "models",
+    "projectors",
+    "store",
+    "targets",
+    "data",
+]
 LEAVES += ["similarity", "history", "preemption", "watchdog", "deepspeed_config", "charts"]
-WITHOUT_TORCH = ["config", "remote", "shards", "packing", "order", "decode", "curriculum", "pipeline", "api", "cli"]
+WITHOUT_TORCH = [
+    "config",
+    "remote",
+    "class_names",
+    "shards",
+    "packing",
+    "overlap",
+    "order",
+    "decode",
+    "curriculum",
+    "runs",
+    "api",
+    "cli",
+    "files",
+]
 WITHOUT_TORCH += ["history", "preemption", "watchdog", "deepspeed_config", "charts", "report"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics", "trackers"}
 MAY_USE_ACCELERATE |= {"estimate", "sources", "together", "precompute", "apart"}

@@ -28,7 +28,7 @@ def slurm(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
 
     def submit(status: str | None, *, state: str = "RUNNING", restarts: int = 0, **variables: str) -> dict[str, Any]:
-        leave = "" if status is None else f"mkdir -p {run_dir}; echo {status} > {run_dir}/status"
+        leave = "" if status is None else f"mkdir -p {run_dir}; printf '{status}\n' > {run_dir}/status"
         code = 0 if status == "done" else 1
         stub(bin_dir, "srun", f'echo "$PET_MASTER_ADDR $PET_NNODES $@" > {tmp_path}/srun\n{leave}\nexit {code}')
         stub(bin_dir, "squeue", f"echo {state}")
@@ -62,8 +62,9 @@ def slurm(tmp_path, monkeypatch):
     [
         ("requeue", {}, True),
         ("running", {}, True),  # killed
+        ("failed\\nKeyError: x (traceback: errors/rank-3.txt)", {}, False),
         ("done", {}, False),
-        ("failed", {}, False),  # a mistake in the config
+        ("failed\\ndata.root: no such folder", {}, False),  # a mistake in the config
         (None, {}, False),  # found before there was a run directory
         ("requeue", {"state": "COMPLETING"}, False),  # scancel
         ("requeue", {"restarts": 100}, False),

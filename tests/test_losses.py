@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from indistill import losses
+from indistill import losses, projectors
+from indistill.outputs import Output, Targets
 
 LABELS = torch.tensor([2, 0, 1, 1])  # of 4 samples and 3 classes
 
@@ -120,12 +121,17 @@ def numpy_dkd(student, teacher, labels, alpha, beta, temperature):
     return temperature**2 * total / len(student)
 
 
+def unit(x):
+    """As in the published code of sp and at: divided by its length, 1e-12 at least."""
+    return x / max(math.sqrt((x**2).sum()), 1e-12)
+
+
 def numpy_sp(student, teacher):
     total, size = 0.0, len(student)
     s, t = student.reshape(size, -1), teacher.reshape(size, -1)
     for i in range(size):
         s_row, t_row = [np.array([x[i] @ x[j] for j in range(size)]) for x in (s, t)]
-        total += ((s_row / math.sqrt(s_row @ s_row) - t_row / math.sqrt(t_row @ t_row)) ** 2).sum()
+        total += ((unit(s_row) - unit(t_row)) ** 2).sum()
     return total / size**2
 
 
@@ -160,8 +166,8 @@ def numpy_rkd(student, teacher, distance_weight, angle_weight):
 def numpy_at(student, teacher):
     total = 0.0
     for s, t in zip(student, teacher):
-        s, t = ((x**2).sum(axis=0) for x in (s, t))  # [H, W]; the length takes out the number of channels
-        total += ((s / math.sqrt((s**2).sum()) - t / math.sqrt((t**2).sum())) ** 2).sum()
+        s, t = ((x**2).mean(axis=0) for x in (s, t))  # [H, W]
+        total += ((unit(s) - unit(t)) ** 2).sum()
     return total / student[:, 0].size
 
 
@@ -230,6 +236,22 @@ def test_pkt_rbf_beside_an_outlier():
         (gradient,) = torch.autograd.grad(loss, student)
         assert loss.isfinite()
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["student_t", "rbf", "combined"])
+def test_pkt_in_single_precision_is_close_at_a_large_scale(kernel):
+    """Rounding in the squared distances, relative to them, is some eps off the diagonal; on it there must be none."""
+    student, teacher = 1e3 * random(32, 64), 1e3 * random(32, 64, seed=1)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        x = student.to(dtype).requires_grad_()
+        loss = losses.pkt(x, teacher.to(dtype), kernel)
+        (gradient,) = torch.autograd.grad(loss, x)
+        found.append((loss.double(), gradient.double()))
+    (loss, gradient), (rounded_loss, rounded_gradient) = found
+    limit = 2000 * torch.finfo(torch.float32).eps  # the sums have 32 and 64 terms
+    assert abs(rounded_loss / loss - 1) < limit
+    assert (rounded_gradient - gradient).norm() < limit * gradient.norm()
 
 
 def test_pkt_refuses_unknown_names():
@@ -328,6 +350,146 @@ def test_token_matches_the_formula():
     assert losses.token(student, teacher, "soft", 3.0).item() == pytest.approx(soft, rel=1e-12)
     with pytest.raises(ValueError, match="mode 'both'"):
         losses.token(student, teacher, "both")
+
+
+def masked_logits():
+    """Student and teacher [4, 5]: the teacher masks a class that is never a label, and the label of sample 2."""
+    student, teacher = random(4, 5), random(4, 5, seed=1) * 2
+    teacher[:, 4] = -math.inf
+    teacher[2, LABELS[2]] = -math.inf
+    return student, teacher
+
+
+def masked_kl(p, q):
+    """KL(p || q) of numbers, with 0 * log(0 / q) = 0 as is its limit."""
+    return sum(a * math.log(a / b) for a, b in zip(p, q) if a > 0)
+
+
+def masked_kd(student, teacher, temperature):
+    pairs = [(softmax(t / temperature), softmax(s / temperature)) for s, t in zip(student, teacher)]
+    return temperature**2 * np.mean([masked_kl(p, q) for p, q in pairs])
+
+
+def masked_dkd(student, teacher, alpha, beta, temperature):
+    total = 0.0
+    for s, t, label in zip(student, teacher, LABELS):
+        p, q = softmax(t / temperature), softmax(s / temperature)
+        total += alpha * masked_kl([p[label], 1 - p[label]], [q[label], 1 - q[label]])
+        p, q = np.delete(p, label), np.delete(q, label)
+        total += beta * masked_kl(p / p.sum(), q / q.sum())
+    return temperature**2 * total / len(student)
+
+
+def masked_standardized(row):
+    seen = row[np.isfinite(row)]
+    return (row - seen.mean()) / seen.std(ddof=1)
+
+
+def masked_dist(student, teacher):
+    """beta = gamma = temperature = 1. What is masked in every sample has no correlation with anything: 0."""
+    s, t = (np.array([softmax(row) for row in x]) for x in (student, teacher))
+
+    def correlation(a, b):
+        a, b = a - a.mean(), b - b.mean()
+        return a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() and b.any() else 0.0
+
+    inter, intra = ([correlation(a, b) for a, b in zip(x, y)] for x, y in ((s, t), (s.T, t.T)))
+    return 2 - np.mean(inter) - np.mean(intra)
+
+
+def masked_dih(student, teacher):
+    hard = -np.mean([math.log(softmax(row)[label]) for row, label in zip(student, LABELS)])
+    return 2 * 0.9 * hard + 0.1 * (masked_kd(student, teacher, 5.0) + masked_kd(student, teacher[::-1], 5.0))
+
+
+MASKED = {
+    "kd": (losses.kd, lambda s, t: masked_kd(s, t, 4.0)),
+    "kd standardized": (
+        partial(losses.kd, temperature=2.0, standardize=True),
+        lambda s, t: masked_kd([masked_standardized(x) for x in s], [masked_standardized(x) for x in t], 2.0),
+    ),
+    "dist": (losses.dist, masked_dist),
+    "dkd": (
+        lambda s, t: losses.dkd(s, t, LABELS, 1.0, 8.0, 4.0),
+        lambda s, t: masked_dkd(s, t, 1.0, 8.0, 4.0),
+    ),
+    "dih": (lambda s, t: losses.dih(s, [t, t.flip(0)], LABELS), masked_dih),
+    "token soft": (partial(losses.token, mode="soft", temperature=3.0), lambda s, t: masked_kd(s, t, 3.0)),
+    "token hard": (
+        losses.token,
+        lambda s, t: -np.mean([math.log(softmax(a)[b.argmax()]) for a, b in zip(s, t)]),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
+@pytest.mark.parametrize("student_too", [False, True])
+@pytest.mark.parametrize("name", MASKED)
+def test_a_class_that_the_teacher_masks_adds_nothing(name, student_too):
+    loss, formula = MASKED[name]
+    student, teacher = masked_logits()
+    if student_too:
+        student[:, 4] = -math.inf
+    expected = formula(student.numpy(), teacher.numpy())
+    student.requires_grad_()
+    value = loss(student, teacher)
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+    # The gradient by central differences of the formula.
+    for index in np.ndindex(*student.shape):
+        step = np.zeros(student.shape)
+        step[index] = 1e-6
+        moved = [formula(student.detach().numpy() + sign * step, teacher.numpy()) for sign in (1, -1)]
+        assert student.grad[index].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-5, abs=1e-8)
+    single = student.detach().float().requires_grad_()
+    learning_teacher = teacher.float().requires_grad_()
+    value = loss(single, learning_teacher)
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    for gradient in (single.grad, learning_teacher.grad):
+        assert gradient is None or gradient.isfinite().all()  # the hard token has none for the teacher
+
+
+def test_dkd_of_a_teacher_that_leaves_only_the_target():
+    student = random(2, 3)
+    teacher = torch.tensor([[-math.inf, 1.0, -math.inf], [0.5, 1.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([1, 2])
+    s, t = (softmax(x[1].numpy()) for x in (student, teacher))
+    tckd = -math.log(softmax(student[0].numpy())[1]) + kl([t[2], 1 - t[2]], [s[2], 1 - s[2]])
+    nckd = kl(t[:2] / t[:2].sum(), s[:2] / s[:2].sum())  # of the second sample; the first has no others
+    student.requires_grad_()
+    loss = losses.dkd(student, teacher.requires_grad_(), labels, 1.0, 8.0, 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx((tckd + 8 * nckd) / 2, rel=1e-12)
+    assert student.grad.isfinite().all()
+    assert teacher.grad.isfinite().all()
+
+
+def test_kd_is_infinite_where_only_the_student_masks():
+    student, teacher = random(4, 5), random(4, 5, seed=1)
+    student[0, 2] = -math.inf
+    assert losses.kd(student, teacher) == math.inf
+
+
+def test_cross_entropy_with_probabilities_ignores_masked_classes_without_any():
+    logits, labels = random(4, 5), torch.tensor([[0.25, 0.75, 0, 0, 0]]).expand(4, -1).double()
+    logits[:, 3] = -math.inf
+    expected = np.mean([-0.25 * math.log(p[0]) - 0.75 * math.log(p[1]) for p in map(softmax, logits.numpy())])
+    logits.requires_grad_()
+    loss = losses.cross_entropy(logits, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert torch.allclose(logits.grad, (logits.detach().softmax(dim=1) - labels) / 4)
+    dih = losses.dih(logits, [random(4, 5, seed=1).masked_fill(logits == -math.inf, -math.inf)], labels, alpha=0.0)
+    assert dih.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_that_of_torch(smoothing):
+    logits, labels = random(4, 5), random(4, 5, seed=1).softmax(dim=1)
+    for given in (labels, LABELS):
+        expected = torch.nn.functional.cross_entropy(logits, given, label_smoothing=smoothing)
+        assert losses.cross_entropy(logits, given, smoothing).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_sp_matches_the_formula():
@@ -496,6 +658,97 @@ def test_degenerate_inputs_and_their_gradients_are_finite(name, case, dtype):
         assert loss.dtype == torch.float32
         assert loss.isfinite()
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-5, 1e-6, 1e-7, 1e-10])
+def test_the_gradient_of_at_is_the_published_one_and_below_its_bound(scale):
+    student, teacher = (scale * random(3, 2, 4, 3)).requires_grad_(), random(3, 5, 4, 3, seed=1)
+
+    def attention(x):
+        x = x.square().mean(dim=1).flatten(1)
+        return x / x.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+
+    expected = (attention(student) - attention(teacher)).square().mean()
+    (expected_gradient,) = torch.autograd.grad(expected, student)
+    (gradient,) = torch.autograd.grad(losses.at(student, teacher), student)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=0)
+    assert gradient.abs().max() <= 8e6 / (3 * 4 * 3)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-12, 1e-20, 0.0])
+def test_a_map_of_zero_in_a_batch_gets_an_ordinary_gradient(scale):
+    """Of sp: its own row of the Gram matrix has no direction, and the rows of the others have one."""
+    student, teacher = random(8, 6).float(), random(8, 5, seed=1).float()
+    gradients = []
+    for factor in (1.0, scale):
+        x = student.clone()
+        x[0] *= factor
+        x.requires_grad_()
+        gradients.append(torch.autograd.grad(losses.sp(x, teacher), x)[0].norm(dim=1))
+    assert 0 < gradients[1][0] < 10 * gradients[0].max()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-7, 1e-9, 1e-20, 0.0])
+@pytest.mark.parametrize(("name", "formula"), [("sp", numpy_sp), ("at", numpy_at)])
+def test_maps_near_zero_meet_the_published_floor(name, formula, scale):
+    student, teacher = inputs(name)
+    for s, t in ((scale * student, teacher), (student, scale * teacher)):
+        expected = formula(s.numpy(), t.numpy())
+        assert ALL[name](s, t).item() == pytest.approx(expected, rel=1e-12)
+        assert ALL[name](s.float(), t.float()).item() == pytest.approx(expected, rel=1e-4)
+
+
+def crd(student, teacher):
+    """Of the rows scaled to length one, as its projector does."""
+    project = projectors.Contrast(projectors.Shape([], [], 3, 3), dim=3)
+    for linear in (project.student, project.teacher):
+        torch.nn.init.eye_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    return losses.crd(*project(Output((), student), Targets((), teacher)))
+
+
+NEAR_ZERO = ALL | {
+    "crd": crd,
+    "vid": lambda student, teacher: losses.vid(student, torch.full((1, 3, 1, 1), 1e-5), teacher),
+    "reviewkd": losses.reviewkd,
+}
+NEAR_ZERO_SHAPES = SHAPES | {"crd": ((4, 3), (4, 3))} | dict.fromkeys(["vid", "reviewkd"], ((4, 3, 6, 6), (4, 3, 6, 6)))
+
+
+def shrunk(student, teacher, scale):
+    """(student, teacher) in which something is as small as `scale`."""
+    yield scale * student, teacher
+    yield student, scale * teacher
+    yield scale * student, scale * teacher
+    yield torch.cat([scale * student[:1], student[1:]]), teacher  # one sample
+    yield student[:1] + scale * (student - student[:1]), teacher  # the differences between samples
+    yield torch.cat([student[:1], student[:1] + scale * student[1:2], student[2:]]), teacher  # that of two
+    yield 1 + scale * student, teacher
+    yield scale * student.relu(), teacher.relu()
+
+
+@pytest.mark.parametrize("name", NEAR_ZERO)
+def test_the_gradient_of_inputs_near_zero_is_bounded(name):
+    """A loss that does not see scale has a gradient of 1 / scale; floors of 1e-6 end that at a million."""
+    student, teacher = NEAR_ZERO_SHAPES[name]
+    student, teacher = random(*student, dtype=torch.float32), random(*teacher, seed=1, dtype=torch.float32)
+
+    def largest(scale):
+        """Value and gradient, the largest of all cases; nan if any is."""
+        found = []
+        for learner, taught in shrunk(student, teacher, scale):
+            learner = learner.clone().requires_grad_()
+            loss = NEAR_ZERO[name](learner, taught)
+            (gradient,) = torch.autograd.grad(loss, learner)
+            found.append(torch.stack([loss.detach(), gradient.abs().max()]))
+        return torch.stack(found).amax(dim=0).tolist()
+
+    value, gradient = largest(1.0)
+    for exponent in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 19, 22, 30, 38, 45):
+        found = largest(10.0**-exponent)
+        # Ten times, for a sample may be that much shorter than the batch to begin with.
+        assert found[0] <= 10 * value, exponent
+        assert found[1] <= 10 * 1e6 * gradient, exponent
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ from torch.nn import functional as F
 
 from indistill import config, losses
 from indistill.curriculum import Phase
-from indistill.models import Output
 from indistill.objective import Objective, reads, same_size, term_names
-from indistill.targets import Targets
+from indistill.outputs import Output, Targets
 
 KD = Phase("kd", 3, (), (), 10, None)
 

@@ -1,16 +1,19 @@
 """Packing folders, CSV files and shards."""
 
+import csv
 import io
 import json
 import os
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 from tars import folder, picture, samples, tree, webdataset_samples, write_tar
+from torchvision.datasets import ImageFolder
 
-from indistill import packing
+from indistill import class_names, packing
 from indistill.config import UserError
 from indistill.packing import pack
 from indistill.shards import ShardSet
@@ -115,6 +118,163 @@ def test_csv_sources(tmp_path):
         packing.pack_source(str(tmp_path / "bad.csv"), tmp_path / "bad")
     with pytest.raises(UserError, match="neither shards nor class folders"):
         packing.pack_source(str(tmp_path / "images" / "ant" / "more"), tmp_path / "bad")
+
+
+def of_images(tmp_path, folders, name="images"):
+    """A folder with one image in each class folder. Returns {image: name of its class}."""
+    content = {}
+    for number, class_name in enumerate(folders):
+        (tmp_path / name / class_name).mkdir(parents=True)
+        image = picture(number, "png")
+        (tmp_path / name / class_name / "0.png").write_bytes(image)
+        content[image] = class_name
+    return content
+
+
+def labels_by_class(content, destination):
+    """{class name: label} of packed images, by their bytes."""
+    return {content[sample.image]: sample.label for sample in ShardSet(str(destination / "*.tar")).iterate()}
+
+
+@pytest.mark.parametrize(
+    ("folders", "order"),
+    [
+        (["0", "1", "2", "10", "11", "3", "4", "5", "6", "7", "8", "9"], [str(i) for i in range(12)]),
+        (["0", "1", "2", "10", "100"], ["0", "1", "2", "10", "100"]),
+        (["001", "10", "2"], ["001", "2", "10"]),
+        (["10", "2", "a"], ["10", "2", "a"]),  # not all are numbers: as torchvision's ImageFolder
+    ],
+)
+def test_folders_that_are_numbers_are_in_the_order_of_numbers(tmp_path, folders, order):
+    content = of_images(tmp_path, folders)
+    summary = packing.pack_source(str(tmp_path / "images"), tmp_path / "out")
+    expected = {name: label for label, name in enumerate(order)}
+    assert labels_by_class(content, tmp_path / "out") == expected
+    assert summary["classes"] == order
+    assert class_names.read(tmp_path / "images") == order
+
+
+def test_other_folders_are_in_the_order_of_torchvision(tmp_path):
+    of_images(tmp_path, ["b", "B", "a10", "a9", "\u00e9t\u00e9", "_"])
+    expected = ImageFolder(str(tmp_path / "images")).classes
+    assert packing.pack_source(str(tmp_path / "images"), tmp_path / "out")["classes"] == expected
+
+
+def test_a_second_split_takes_the_numbering_of_the_first(tmp_path):
+    of_images(tmp_path, "abc", "train")
+    content = of_images(tmp_path, "ac", "eval")
+    packing.pack_source(str(tmp_path / "train"), tmp_path / "packed")
+    (tmp_path / "names.txt").write_text("a\nb\n\n c \r\n")
+    (tmp_path / "list.json").write_text('["a", "b", "c"]')
+    (tmp_path / "index.json").write_text('{"c": 2, "a": 0, "b": 1}')
+    files = ["train", "packed", "packed/dataset.json", "names.txt", "list.json", "index.json"]
+    for i, file in enumerate(files):
+        names = class_names.read(tmp_path / file)
+        summary = packing.pack_source(str(tmp_path / "eval"), tmp_path / f"eval{i}", classes=names)
+        assert labels_by_class(content, tmp_path / f"eval{i}") == {"a": 0, "c": 2}
+        assert (summary["classes"], summary["class_counts"]) == (["a", "b", "c"], [1, 0, 1])
+    with pytest.raises(UserError, match="holds another packing"):  # not the same without the list
+        packing.pack_source(str(tmp_path / "eval"), tmp_path / "eval0")
+    with pytest.raises(UserError, match=r"train: class 'b' is not in --classes \('a', 'c'\)"):
+        packing.pack_source(str(tmp_path / "train"), tmp_path / "none", classes=["a", "c"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_lists_take_a_csv_and_shards_by_name_or_number(tmp_path):
+    content = of_images(tmp_path, "ac")
+    for i, (labels, expected) in enumerate(((("a", "c"), (0, 2)), (("0", "2"), (0, 2)), (("2", "01"), (2, 1)))):
+        rows = [f"images/{name}/0.png,{label}\n" for name, label in zip("ac", labels)]
+        (tmp_path / "list.csv").write_text("".join(rows))
+        packing.pack_source(str(tmp_path / "list.csv"), tmp_path / f"csv{i}", classes=["a", "b", "c"])
+        assert labels_by_class(content, tmp_path / f"csv{i}") == dict(zip("ac", expected))
+    for labels, message in ((("a", "d"), r"line 2: class 'd' is not in --classes"), (("0", "3"), "line 2: class '3'")):
+        (tmp_path / "list.csv").write_text("".join(f"images/{n}/0.png,{label}\n" for n, label in zip("ac", labels)))
+        with pytest.raises(UserError, match=message):
+            packing.pack_source(str(tmp_path / "list.csv"), tmp_path / "none", classes=["a", "b", "c"])
+    # Shards: those with names are numbered anew, of the others the labels stay.
+    packing.pack_source(str(tmp_path / "images"), tmp_path / "packed")
+    summary = packing.pack_source(str(tmp_path / "packed"), tmp_path / "again", classes=["c", "b", "a"], workers=2)
+    assert labels_by_class(content, tmp_path / "again") == {"a": 2, "c": 0}
+    assert summary["classes"] == ["c", "b", "a"]
+    (tmp_path / "packed" / "dataset.json").unlink()
+    packing.pack_source(str(tmp_path / "packed"), tmp_path / "named", classes=["x", "y"])
+    assert labels_by_class(content, tmp_path / "named") == {"a": 0, "c": 1}
+    with pytest.raises(UserError, match=r"shard-000000\.tar: sample \w+: label 1 is beyond the 1 names"):
+        packing.pack_source(str(tmp_path / "packed"), tmp_path / "none", classes=["x"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("twice.txt", "a\nb\na\n", "twice.txt: names the class 'a' twice"),
+        ("empty.txt", "\n", "empty.txt: holds no class names"),
+        ("gap.json", '{"a": 0, "b": 2}', "gap.json: is neither a list"),
+        ("numbers.json", "[1, 2]", "numbers.json: is neither a list"),
+        ("bad.json", "[", "bad.json: is not valid JSON"),
+        ("dataset.json", '{"plan": "", "classes": null}', "dataset.json: holds no class names"),
+    ],
+)
+def test_bad_class_lists_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        class_names.read(tmp_path / name)
+    with pytest.raises(UserError, match="none: cannot be read"):
+        class_names.read(tmp_path / "none")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: has neither class folders nor"):
+        class_names.read(tmp_path / "folder")
+
+
+def csv_of(tmp_path, labels):
+    """A CSV with an image for each label."""
+    for i in range(len(labels)):
+        (tmp_path / f"{i}.png").write_bytes(picture(i, "png"))
+    with open(tmp_path / "list.csv", "w", newline="") as stream:
+        csv.writer(stream).writerows([f"{i}.png", label] for i, label in enumerate(labels))
+    return str(tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        (["0", "0;1"], 2), (["0", "1|0", "1"], 2), (["1", "0", "0, 1"], 3), (["0 1", "1 0"], 1), (["[0, 1]"], 1),
+        (["cat", "cat;dog"], 2), (["cat|dog", "bird"], 1), (["cat", "dog", "dog,cat"], 3), (["['cat', 'dog']"], 1),
+        (["cat,dog", "dog,bird", "bird,cat"], 1),
+    ],
+)  # fmt: skip
+def test_what_looks_like_several_labels_is_refused(tmp_path, labels, line):
+    with pytest.raises(UserError, match=rf"list\.csv: line {line}: .* looks like several labels"):
+        packing.pack_source(csv_of(tmp_path, labels), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_separators_are_no_lists(tmp_path):
+    """Those of ImageNet, and what a list of classes names."""
+    info = resources.files("timm.data") / "_info"
+    lemmas = dict(line.split("\t")[:2] for line in (info / "imagenet_synset_to_lemma.txt").read_text().splitlines())
+    names = sorted({lemmas[synset] for synset in (info / "imagenet_synsets.txt").read_text().split()})
+    assert sum("," in name for name in names) > 100
+    packing._refuse_several_labels([f"{i}.png" for i in range(len(names))], names, [""] * len(names), set())
+    names = ["hot dog", "rock (music)", "tank", "tank, army tank"]
+    assert packing.pack_source(csv_of(tmp_path, names), tmp_path / "out")["classes"] == names
+    names = ["cat;dog", "cat"]
+    assert packing.pack_source(csv_of(tmp_path, names), tmp_path / "given", classes=names)["classes"] == names
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("0.png,0\n0.png,1\n", r"line 2: .*0\.png has the label '1' here and '0' above \(.*line 1\)"),
+        ("0.png,0\n1.png,\n", "line 2: has no label"),
+        ("0.png,0\n1.png,-1\n", "line 2: label '-1' is not a whole number"),
+        ("0.png,0.0\n1.png,10.0\n", "line 1: label '0.0' is not a whole number"),
+    ],
+)
+def test_labels_that_are_none_are_refused(tmp_path, rows, message):
+    csv_of(tmp_path, ["0", "1"])
+    (tmp_path / "list.csv").write_text(rows)
+    with pytest.raises(UserError, match=message):
+        packing.pack_source(str(tmp_path / "list.csv"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])

@@ -14,7 +14,7 @@ import yaml
 from conftest import kill_at_checkpoint
 from safetensors.torch import load_file, save_file
 
-from indistill import config, pipeline
+from indistill import config, pipeline, runs
 from indistill.cli import main
 from indistill.config import UserError
 from indistill.train import train
@@ -54,7 +54,7 @@ def chain(tree: dict[str, Any]) -> dict[str, Any]:
 def load(tree: dict[str, Any], *overrides: str) -> list[tuple[str, config.Config]]:
     path = Path(tree["run_dir"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(tree))
-    return pipeline.load(path, overrides)
+    return runs.load(path, overrides)
 
 
 def plain(chain: dict[str, Any], name: str, **own: Any) -> config.Config:
@@ -300,7 +300,7 @@ def test_finished_stages_are_kept(done, capsys):
 
 
 def run_chain(tree: dict[str, Any]) -> None:
-    pipeline.run(pipeline.load(tree["chain"]))
+    pipeline.run(runs.load(tree["chain"]))
 
 
 def test_a_chain_killed_in_its_second_stage_goes_on_bit_for_bit(chain, whole, capfd):

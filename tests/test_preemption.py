@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pkgutil
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import run_ranks, start
+from conftest import run_ranks, start, start_ranks
 from safetensors.torch import load_file
 
-from indistill import checkpoint, cli, config, data, preemption
+from indistill import checkpoint, cli, config, data, pipeline, preemption, remote, shards
 from indistill import train as module
 from indistill.metrics import read_lines
 from indistill.preemption import Preempted
@@ -23,10 +27,10 @@ from indistill.preemption import Preempted
 CLOCKS = ("images_per_second", "data_wait_fraction")
 
 
-def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: int = 0) -> None:
-    """`indistill train`, in which rank `whom` gets a signal at an event: "step N", "evaluation" or "never"."""
+def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: int | None = None) -> None:
+    """`indistill train`, in which rank `whom`, or each, gets a signal at "step N", at "evaluation", or "never"."""
     make_mix, eval_loader = module.make_mix, data.eval_loader
-    mine = int(os.environ.get("RANK", "0")) == whom
+    mine = whom is None or int(os.environ.get("RANK", "0")) == whom
     micro_batches = 0
 
     def get_signal() -> None:
@@ -57,8 +61,9 @@ def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: 
 
 
 def run_until(path: str, event: str, world: int | None, exit_code: int, number: int = signal.SIGTERM) -> None:
-    """The last rank gets the signal."""
-    run_ranks(train_and_signal, world, path, event, number, (world or 1) - 1, exit_code=exit_code)
+    """The last rank gets the signal; a launcher sends all of them that of Ctrl-C."""
+    whom = None if number == signal.SIGINT else (world or 1) - 1
+    run_ranks(train_and_signal, world, path, event, number, whom, exit_code=exit_code)
 
 
 def written(folder: Path, name: str, tree: dict[str, Any]) -> str:
@@ -71,6 +76,10 @@ def record(run_dir: Path) -> list[dict[str, Any]]:
     """All lines but those of checkpoints, of which a stopped run has more."""
     lines = [line for line in read_lines(run_dir / "metrics.jsonl") if "checkpoint_stall_seconds" not in line]
     return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
+
+
+def code_of(number: int) -> int:
+    return 130 if number == signal.SIGINT else preemption.EXIT_CODE
 
 
 def status(run_dir: Path) -> str:
@@ -87,14 +96,17 @@ def evaluated_tree(tree):
 
 @pytest.mark.parametrize("world", [None, 2])
 def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, tmp_path, world):
-    """In the warm-up, at the end of a phase, in an evaluation during the warm-up, in KD, in the last evaluation."""
+    """In the warm-up, at the end of a phase, in an evaluation during the warm-up, in KD, in the last evaluation.
+
+    Ctrl-C is one of the signals, in a step and in an evaluation.
+    """
     run_until(written(tmp_path, "whole", evaluated_tree), "never", world, exit_code=0)
     path, run_dir = written(tmp_path, "stopped", evaluated_tree), tmp_path / "stopped"
-    events = [("step 2", signal.SIGTERM), ("step 2", signal.SIGUSR1), ("evaluation", signal.SIGUSR2)]
-    events += [("step 4", signal.SIGTERM), ("evaluation", signal.SIGTERM)]
+    events = [("step 2", signal.SIGINT), ("step 2", signal.SIGUSR1), ("evaluation", signal.SIGUSR2)]
+    events += [("step 4", signal.SIGTERM), ("evaluation", signal.SIGINT)]
     stopped_at = []
     for event, number in events:
-        run_until(path, event, world, preemption.EXIT_CODE, number=number)
+        run_until(path, event, world, code_of(number), number=number)
         assert status(run_dir) == "requeue"
         stopped_at.append(checkpoint.saved(run_dir / "checkpoints")[-1].name)
     assert stopped_at == [f"step-{step:08d}" for step in (2, 4, 12, 16, 24)]
@@ -104,7 +116,8 @@ def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, 
     assert [line["step"] for line in kept if line["event"] == "start"] == [0, 2, 4, 12, 16, 24]
     ends = [line for line in kept if line["event"] == "end"]
     assert [line["how"] for line in ends] == ["requeue"] * 5 + ["done"]
-    asked = [number.name if world is None else "another rank" for _, number in events]  # rank 0 tells, as it knows
+    # Rank 0 tells, as it knows.
+    asked = [number.name if world is None or number == signal.SIGINT else "another rank" for _, number in events]
     assert [line["reason"].rpartition(" asked by ")[2] for line in ends[:5]] == asked
 
     whole = record(tmp_path / "whole")
@@ -133,26 +146,27 @@ def train_forever(path: str, patience: float) -> None:
     cli.main(["train", path])
 
 
-@pytest.mark.parametrize(("patience", "signals", "least", "most"), [(500.0, 2, 1.5, 15.0), (2.0, 1, 1.5, 15.0)])
-def test_a_step_that_does_not_end(tree, tmp_path, patience, signals, least, most):
+@pytest.mark.parametrize(
+    ("patience", "signals", "number"), [(500.0, 2, signal.SIGTERM), (500.0, 2, signal.SIGINT), (2.0, 1, signal.SIGTERM)]
+)
+def test_a_step_that_does_not_end(tree, tmp_path, patience, signals, number):
     """A second signal ends the process at once, and so does the end of its patience: without a checkpoint."""
     path = written(tmp_path, "run", tree)
     process = start(train_forever, path, patience)
     while not Path(path).with_suffix(".stuck").exists():
         assert process.is_alive()
         time.sleep(0.05)
-    began = time.monotonic()
-    for _ in range(signals):
-        os.kill(process.pid, signal.SIGTERM)
-        os.kill(process.pid, signal.SIGTERM)  # passed on by a launcher: the same one
+    for i in range(signals):
+        assert i == 0 or process.is_alive()  # the first pair was not the end
+        os.kill(process.pid, number)
+        os.kill(process.pid, number)  # passed on by a launcher: the same one
         process.join(timeout=1.5)
     process.join(timeout=60)
-    assert process.exitcode == preemption.EXIT_CODE
-    assert least < time.monotonic() - began < most
+    assert process.exitcode == code_of(number)
     assert status(tmp_path / "run") == "requeue"
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
     end = read_lines(tmp_path / "run" / "history.jsonl")[-1]
-    why = "a second signal, SIGTERM" if signals == 2 else "no step ended within 2 s of the signal"
+    why = f"a second signal, {number.name}" if signals == 2 else "no step ended within 2 s of the signal"
     assert (end["how"], end["reason"]) == ("requeue", f"left at once: {why}")
 
 
@@ -168,8 +182,8 @@ def train_in_a_group(path: str) -> None:
         def signalling(batch, phase):
             calls.append(1)
             if len(calls) == 3:
-                os.killpg(0, signal.SIGTERM)
-                os.killpg(0, signal.SIGUSR1)
+                subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"])
+                subprocess.run(["kill", "-INT", "--", f"-{os.getpid()}"])
                 time.sleep(0.5)
             return inner(batch, phase)
 
@@ -188,20 +202,121 @@ def test_loader_workers_leave_it_to_their_rank(tree, tmp_path):
     assert [path.name for path in checkpoint.saved(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
 
 
-def train_slowly_set_up(path: str) -> None:
-    def set_up(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(600)
+def keep_errors(path: Path) -> None:
+    """Write what this process and its children print to standard error into a file."""
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
-    module.Sources.data = set_up
+
+def train_with_young_workers(path: str, method: str) -> None:
+    """The terminal's Ctrl-C comes when the loader's workers have just been started."""
+    os.setsid()
+    multiprocessing.set_start_method(method, force=True)
+    keep_errors(Path(path).with_suffix(".err"))
+    begin = data.Loader.__iter__
+
+    def begin_and_interrupt(loader):
+        iterator = begin(loader)
+        if preemption._process.in_steps:
+            subprocess.run(["kill", "-INT", "--", f"-{os.getpid()}"])
+        return iterator
+
+    data.Loader.__iter__ = begin_and_interrupt
     cli.main(["train", path])
 
 
-def test_before_the_first_step_a_signal_ends_it_at_once(tree, tmp_path):
-    process = start(train_slowly_set_up, written(tmp_path, "run", tree))
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_loader_workers_outlive_ctrl_c_from_their_first_moment(tree, tmp_path, method):
+    tree["data"] |= {"in_memory": False, "workers": 2}
+    path = written(tmp_path, "run", tree)
+    process = start(train_with_young_workers, path, method)
+    process.join(timeout=300)
+    told = Path(path).with_suffix(".err").read_text()
+    assert process.exitcode == 130, told
+    assert [path.name for path in checkpoint.saved(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
+    assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in told
+    assert told.endswith("indistill: stopped at step 1 of 24: the same command goes on from there\n")
+    assert "Traceback" not in told
+
+
+def interrupt_in(place: str, number: int, errors: Path, arguments: list[str]) -> None:
+    """`indistill ARGUMENTS`, in which a method or function gets a signal and would then take ten minutes."""
+    keep_errors(errors)
+
+    def slow(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(600)
+
+    owner, _, name = place.rpartition(".")
+    setattr(pkgutil.resolve_name(f"indistill.{owner}"), name, slow)
+    cli.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "arguments"),
+    [
+        ("train.Sources.data", signal.SIGTERM, ["train", "CONFIG"]),
+        ("train.Sources.data", signal.SIGINT, ["train", "CONFIG"]),
+        ("runs.load", signal.SIGINT, ["train", "CONFIG"]),
+        ("build.networks", signal.SIGINT, ["targets", "CONFIG", "targets.source=cached", "data.augment.views=1"]),
+        ("train.evaluate_checkpoint", signal.SIGINT, ["eval", "CONFIG", "resnet18"]),
+        ("api.Trainer.plan", signal.SIGINT, ["plan", "CONFIG"]),
+        ("cli._parse", signal.SIGINT, ["train", "CONFIG"]),  # before anything listens: a KeyboardInterrupt
+    ],
+)
+def test_where_no_step_is_under_way_a_signal_ends_it_at_once(tree, tmp_path, place, number, arguments):
+    path, errors = written(tmp_path, "run", tree | {"targets": {"dir": str(tmp_path / "t")}}), tmp_path / "stderr"
+    arguments = [path if argument == "CONFIG" else argument for argument in arguments]
+    process = start(interrupt_in, place, number, errors, arguments)
+    process.join(timeout=120)
+    told = [line for line in errors.read_text().splitlines() if "Warning" not in line]
+    assert process.exitcode == code_of(number), told
+    early = place == "cli._parse"
+    assert told == [f"indistill: {'interrupted' if early else f'rank 0 leaves at once: {number.name}'}"]
+    assert place != "train.Sources.data" or status(tmp_path / "run") == "requeue"
+
+
+def index_slowly(errors: Path) -> None:
+    os.setsid()
+    keep_errors(errors)
+    with preemption.listening():
+        list(shards.parallel(time.sleep, [600] * 4, workers=2, progress=False))
+
+
+def test_ctrl_c_ends_a_pool_without_a_trace(tmp_path):
+    """Its processes are younger than the modules that they import, and leave nothing behind."""
+    process = start(index_slowly, tmp_path / "stderr")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    pool: list[str] = []
+    while len(pool) < 2:
+        assert process.is_alive()
+        if children.exists():
+            pool = children.read_text().split()
+    os.killpg(process.pid, signal.SIGINT)
     process.join(timeout=60)
-    assert process.exitcode == preemption.EXIT_CODE
-    assert status(tmp_path / "run") == "requeue"
+    assert process.exitcode == 130
+    assert (tmp_path / "stderr").read_text() == "indistill: rank 0 leaves at once: SIGINT\n"
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pool) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pool if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_background_job_ignores_ctrl_c_still(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with preemption.listening():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_that_feeds_a_reader_outlives_ctrl_c():
+    """The terminal sends it to the command of a pipe: URL, too."""
+    with remote.open_stream("pipe:kill -INT $$; kill -TERM $$; echo read to its end") as stream:
+        assert stream.read() == b"read to its end\n"
 
 
 def test_no_stage_begins_after_one_that_was_stopped(tree, tmp_path):
@@ -274,14 +389,21 @@ def test_the_status_tells_a_launcher_what_to_do(tmp_path, monkeypatch):
                 raise outcome
 
     with pytest.raises(RuntimeError):
-        run(RuntimeError())
-    assert status(tmp_path) == "running"
+        run(RuntimeError("no such luck"))
+    word, reason = status(tmp_path).splitlines()
+    assert word == "failed"
+    traceback = tmp_path / "errors" / "rank-0.txt"
+    assert re.fullmatch(rf"RuntimeError: no such luck \({__file__}, line \d+; traceback: {traceback}\)", reason)
+    assert "raise outcome" in traceback.read_text()
+    with pytest.raises(KeyboardInterrupt):  # where nobody listens, as in a notebook
+        run(KeyboardInterrupt())
+    assert status(tmp_path) == "requeue"
     with pytest.raises(Preempted):
         run(Preempted())
     assert status(tmp_path) == "requeue"
     with pytest.raises(config.UserError):
-        run(config.UserError())
-    assert status(tmp_path) == "failed"
+        run(config.UserError("data.root: no such folder"))
+    assert status(tmp_path) == "failed\ndata.root: no such folder"
     run(None)
     assert status(tmp_path) == "done"
 
@@ -293,5 +415,74 @@ def test_the_status_tells_a_launcher_what_to_do(tmp_path, monkeypatch):
     mistake.found_by_one_rank = True
     with pytest.raises(config.UserError):
         run(mistake)
-    assert status(tmp_path) == "failed"
-    assert [path.name for path in tmp_path.iterdir()] == ["status"]
+    assert status(tmp_path) == "failed\na shard of this rank"
+    run(None)
+    with pytest.raises(KeyError):
+        run(KeyError("a key of this rank"))
+    assert status(tmp_path).startswith("failed\nKeyError: 'a key of this rank' (")
+    assert {path.name for path in tmp_path.iterdir()} == {"status", "errors"}
+
+
+def broken(*_: Any) -> None:
+    raise ZeroDivisionError("on purpose")
+
+
+def out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of the allocator")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "how", "workers"),
+    [
+        (module.Sources, "data", broken, 0),  # in set-up
+        (module.Objective, "__call__", broken, 0),  # in the loop
+        (module.Objective, "__call__", out_of_memory, 0),
+        (data.ImageDataset, "__getitem__", broken, 1),  # in a loader's worker
+        (data, "eval_loader", broken, 0),  # in an evaluation
+        (checkpoint.Checkpoints, "_publish", broken, 0),  # in the thread that writes
+        (module.Run, "end", broken, 0),
+    ],
+)
+def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, owner, name, how, workers):
+    tree |= {"duration": "6 steps", "warmup": None, "checkpoint": {"every_steps": 2}}
+    tree["data"] |= {"in_memory": not workers, "workers": workers}
+    run_dir = Path(tree["run_dir"])
+    monkeypatch.setattr(owner, name, how)
+    with pytest.raises((ZeroDivisionError, torch.OutOfMemoryError)):
+        pipeline.run([("", config.parse(tree, "test"))])
+    word, reason = status(run_dir).splitlines()
+    assert word == "failed"
+    what = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB." if how is out_of_memory else "on purpose"
+    assert what in reason
+    assert reason.endswith(f"; traceback: {run_dir}/errors/rank-0.txt)")
+    assert how.__name__ in (run_dir / "errors" / "rank-0.txt").read_text()
+    for line in read_lines(run_dir / "history.jsonl")[-1:]:  # none before its start was recorded
+        assert (line["event"], line["how"], line["reason"]) == ("end", "failed", reason)
+
+
+def fail_on_one(path: str, rank: int) -> None:
+    inner = module.Objective.__call__
+
+    def fail_at_third(objective, output, targets, labels, phase, step):
+        if step == 2 and os.environ["RANK"] == str(rank):
+            broken()
+        return inner(objective, output, targets, labels, phase, step)
+
+    module.Objective.__call__ = fail_at_third
+    cli.main(["train", path])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_one_rank_is_what_the_status_tells(tree, tmp_path, rank):
+    """The other one loses it, and would ask to be started again."""
+    path, run_dir = written(tmp_path, "run", tree), tmp_path / "run"
+    processes = start_ranks(fail_on_one, 2, path, rank)
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == ([1, 75] if rank == 0 else [75, 1])
+    word, reason = status(run_dir).splitlines()
+    assert word == "failed"
+    assert reason.startswith("ZeroDivisionError: on purpose (")
+    assert reason.endswith(f"traceback: {run_dir}/errors/rank-{rank}.txt)")
+    end = read_lines(run_dir / "history.jsonl")[-1]
+    assert (end["how"], end["reason"]) == ("failed", reason)

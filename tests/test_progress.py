@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import run_ranks
 
-from indistill import pipeline, progress
+from indistill import pipeline, progress, runs
 from indistill.curriculum import Curriculum, Timetable
 
 TIMETABLE = Timetable(5004, 256, 500_400, None, Curriculum(3, durations=(15_012, 20_016, 25_020)))
@@ -97,7 +97,7 @@ def in_terminal(path: Path, terminal: str) -> None:
     """Train with the standard error on a terminal and the standard output in a file."""
     sys.stderr = os.fdopen(os.open(terminal, os.O_RDWR | os.O_NOCTTY), "w", buffering=1)
     sys.stdout = path.with_name("stdout").open("w")
-    pipeline.run(pipeline.load(path))
+    pipeline.run(runs.load(path))
 
 
 def test_students_share_a_terminal(tree, tmp_path):

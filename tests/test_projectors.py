@@ -9,9 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from indistill import losses, projectors
-from indistill.models import Output
 from indistill.objective import same_size
-from indistill.targets import Targets
+from indistill.outputs import Output, Targets
 
 SHAPE = projectors.Shape(student_widths=[3, 6], teacher_widths=[5, 4], student_dim=7, teacher_dim=9)
 # (student, teacher) height and width of the shallow and of the deep pair

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tars import expected, picture, samples, webdataset_samples, write_tar
 
-from indistill import shards
+from indistill import config, data, shards
 from indistill.config import UserError
 from indistill.packing import pack
 from indistill.shards import Sample, ShardSet
@@ -218,14 +218,57 @@ def test_verify_reports_every_bad_member(tmp_path):
     malformed = write_tar(tmp_path / "y.tar", [("a.jpg", good[0][1]), ("a.cls", b"x"), ("b.jpg", b""), ("b.cls", b"-")])
     cut = tmp_path / "z.tar"
     cut.write_bytes(Path(paths[0]).read_bytes()[:1536])
-    found = shards.verify([*paths, malformed, str(cut)])
+    content = shards.verify([*paths, malformed, str(cut)])
+    found = content.bad
     assert [(member.shard, member.key) for member in found] == [
         *((paths[1], "1"), (paths[1], "4")),
         *((malformed, "a"), (malformed, "b"), (malformed, "b")),
         (str(cut), ""),
     ]
-    assert shards.verify([*paths, malformed, str(cut)], workers=2) == found
-    assert shards.verify(paths[0]) == []
+    assert shards.verify([*paths, malformed, str(cut)], workers=2) == content
+    assert shards.verify(paths[0]).bad == []
+
+
+def test_verify_finds_the_labels_that_training_refuses(tmp_path):
+    """Tars of which it used to say that nothing is bad: labels in json or txt, no label, or one too large."""
+    contents = {
+        "json": [("a.jpg", picture(0)), ("a.json", b'{"label": 1}'), ("b.jpg", picture(1)), ("b.json", b"{}")],
+        "txt": [("a.jpg", picture(0)), ("a.txt", b"1"), ("README", b"none")],
+        "part": [("a.jpg", picture(0)), ("a.cls", b"2"), ("b.png", picture(1, "png"))],
+        "large": [("a.jpg", picture(0)), ("a.cls", b"0"), ("b.jpg", picture(1)), ("b.cls", b"3")],
+        "right": [("a.jpg", picture(0)), ("a.cls", b"0"), ("b.jpg", picture(1)), ("b.cls", b"2"), ("b.wnid", b"n01")],
+    }
+    paths = {name: write_tar(tmp_path / f"{name}.tar", members) for name, members in contents.items()}
+    expected_lines = {
+        "json": ["2 images, 0 labelled, 2 unlabelled; other members: 2 json", "training refuses unlabelled images: "],
+        "txt": ["1 images, 0 labelled, 1 unlabelled; other members: 1 without extension, 1 txt", "training refuses"],
+        "part": ["2 images, 1 labelled (2 to 2, 1 different), 1 unlabelled", "training refuses unlabelled images: "],
+        "large": ["2 images, 2 labelled (0 to 3, 2 different), 0 unlabelled"],
+        "right": ["2 images, 2 labelled (0 to 2, 2 different), 0 unlabelled; other members: 1 wnid"],
+    }
+    bad = {"json": ["a", "b"], "txt": ["a"], "part": ["b"], "large": ["b"], "right": []}
+    for name, path in paths.items():
+        by_default, content = shards.verify(path), shards.verify(path, num_classes=3)
+        assert by_default.bad == []
+        lines = by_default.summary().split("\n")
+        assert lines[0] == expected_lines[name][0]
+        assert [line[: len(start)] for line, start in zip(lines, expected_lines[name], strict=True)] == expected_lines[
+            name
+        ]
+        assert [member.key for member in content.bad] == bad[name]
+        # Training says the same, of the first one.
+        section = config.Data(train=path, num_classes=3, global_batch=1)
+        if not bad[name]:
+            data.open_shards(section, path)
+            continue
+        with pytest.raises(UserError) as refused:
+            data.open_shards(section, path)
+        assert str(refused.value) == f"{name}.tar: sample {bad[name][0]}: {content.bad[0].problem}"
+    whole = shards.verify([*paths.values()], num_classes=3, workers=2)
+    assert len(whole.bad) == 5
+    assert (whole.images, whole.labels, whole.others) == (
+        9, {2: 2, 0: 2, 3: 1}, {"json": 2, "txt": 1, "": 1, "wnid": 1},
+    )  # fmt: skip
 
 
 def test_index_is_built_anew(tmp_path):
@@ -234,6 +277,8 @@ def test_index_is_built_anew(tmp_path):
     os.replace(other, path)
     with pytest.raises(UserError, match="cut or changed"):
         ShardSet(str(path)).read(3)
-    assert [member for member in shards.verify(str(path)) if member.problem.endswith("`indistill shards index` on it")]
+    assert [
+        member for member in shards.verify(str(path)).bad if member.problem.endswith("`indistill shards index` on it")
+    ]
     assert shards.index(str(path)) == {str(path): 8}
     assert list(ShardSet(str(path)).iterate()) == expected(samples(8, seed=1))

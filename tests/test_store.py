@@ -18,10 +18,11 @@ import yaml
 from accelerate import Accelerator
 from conftest import pack_images, run_ranks, train_until
 
-from indistill import cli, config, models, packing, pipeline, precompute, prune, shards, store, targets
+from indistill import cli, config, models, packing, precompute, prune, shards, store, targets
 from indistill import train as module
 from indistill.config import UserError
 from indistill.curriculum import Phase
+from indistill.files import sha256
 from indistill.metrics import read_lines
 from indistill.store import Field
 
@@ -197,7 +198,7 @@ def test_a_run_without_its_teacher_is_the_run_with_it(stored, tmp_path, monkeypa
         cached = run(stored, tmp_path / "cached", "targets.source=cached")
     assert {name for line in live for name in line} >= {"mse_pair1", "mse_pair3", "kd", "pkt", "at", "hint"}
     assert cached == live
-    weights = {pipeline.sha256(tmp_path / name / "student.safetensors") for name in ("live", "cached")}
+    weights = {sha256(tmp_path / name / "student.safetensors") for name in ("live", "cached")}
     assert len(weights) == 1
     assert prune.Plan.read(tmp_path / "cached" / "prune_plan.json") == manifest.pruning()
 

@@ -7,9 +7,11 @@ from collections import Counter
 import pytest
 import torch
 from conftest import pack_images
+from tars import picture, write_tar
 
-from indistill import augment, config, packing, shards, stream
+from indistill import config, packing, shards, stream
 from indistill.config import UserError
+from indistill.decode import decode
 
 CPU = torch.device("cpu")
 
@@ -38,7 +40,7 @@ def keys(section):
     """Which sample an image is: its bytes, to its place in the shards."""
     table = {}
     for i, sample in enumerate(shards.ShardSet(section.train, section.root).iterate()):
-        table[augment.decode(sample.image, "").transpose(2, 0, 1).tobytes()] = i
+        table[decode(sample.image, "").transpose(2, 0, 1).tobytes()] = i
     return table
 
 
@@ -115,3 +117,18 @@ def test_a_shard_cut_inside_a_member_is_named(section, tmp_path):
     path.write_bytes(path.read_bytes()[:20000])
     with pytest.raises(UserError, match=path.name):
         images(section, last=10)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("k.cls", b"0;1")], r"sample k: k\.cls holds b'0;1': a label is a whole number"),
+        ([("k.txt", b"1")], r"sample k: has no label: write it into KEY\.cls"),
+        ([("k.cls", b"10")], r"sample k: label 10 is none of the data\.num_classes, 0 to 9"),
+    ],
+)
+def test_labels_are_refused_as_with_an_index(section, tmp_path, members, message):
+    write_tar(tmp_path / "bad-0.tar", [("k.jpg", picture(0)), *members])
+    section = with_(section, root=str(tmp_path), train="bad-0.tar", workers=0)
+    with pytest.raises(UserError, match=message):
+        images(section, last=1)

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from indistill import prune
 from indistill.curriculum import Phase
 from indistill.models import CNN32, Network
-from indistill.targets import LiveTargets, Targets
+from indistill.outputs import Targets
+from indistill.targets import LiveTargets
 
 SIZE = (3, 32, 32)
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)

@@ -14,7 +14,7 @@ import yaml
 from conftest import run_ranks
 from safetensors.torch import load_file
 
-from indistill import config, models, pipeline, preemption, together
+from indistill import config, models, pipeline, preemption, runs, together
 from indistill.config import UserError
 from indistill.metrics import read_lines
 from indistill.train import train
@@ -55,11 +55,11 @@ def write(folder: Path, tree: dict[str, Any]) -> Path:
 
 
 def run(path: Path) -> None:
-    pipeline.run(pipeline.load(path))
+    pipeline.run(runs.load(path))
 
 
 def run_each_alone(path: Path, folder: Path) -> None:
-    for name, settings in pipeline.load(path):
+    for name, settings in runs.load(path):
         train(config.parse({**settings.model_dump(mode="json"), "run_dir": str(folder / name)}, "test"))
 
 
@@ -164,11 +164,11 @@ def test_students_that_cannot_train_together_are_refused(students_tree, tmp_path
     if "teacher=null" in overrides:
         students_tree["students"] = [{"name": "small", "student": {"name": "cnn32_student"}}]
     with pytest.raises(UserError, match=message):
-        pipeline.load(write(tmp_path, students_tree), overrides)
+        runs.load(write(tmp_path, students_tree), overrides)
 
 
 def test_a_file_of_students_is_no_single_run(students_tree, tmp_path):
     with pytest.raises(UserError, match=r"has several students: give the config.yaml in the run directory of one"):
         config.load(write(tmp_path, students_tree))
     with pytest.raises(UserError, match="--resume somewhere: several students go on"):
-        pipeline.run(pipeline.load(write(tmp_path, students_tree)), "somewhere")
+        pipeline.run(runs.load(write(tmp_path, students_tree)), "somewhere")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import run_ranks
 
-from indistill import apart, config, pipeline
+from indistill import apart, config, pipeline, runs
 from indistill.cli import main
 from indistill.metrics import read_lines
 from indistill.models import Network
@@ -62,13 +62,13 @@ def run(path: Path, folder: Path) -> None:
 
     Network.normalise = noting_normalise
     apart._begin_groups = lambda *arguments: Noting(begin_groups(*arguments))
-    pipeline.run(pipeline.load(path))
+    pipeline.run(runs.load(path))
     assert os.environ["RANK"] == rank
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
 
 
 def alone(path: Path, folder: Path) -> None:
-    for name, settings in pipeline.load(path):
+    for name, settings in runs.load(path):
         train(config.parse({**settings.model_dump(mode="json"), "run_dir": str(folder / name)}, "test"))
 
 
@@ -101,16 +101,16 @@ def test_each_student_is_what_it_would_be_alone(path, tmp_path, size, precision,
 
 def test_groups_go_on_from_a_step_that_both_have(path, tmp_path):
     run_ranks(run, 2, path, tmp_path)
-    runs = tmp_path / "run"
-    whole = {name: losses(runs / name) for name in ("small", "resnet")}
+    run_dirs = tmp_path / "run"
+    whole = {name: losses(run_dirs / name) for name in ("small", "resnet")}
     for name, steps in (("small", (18, 16)), ("resnet", (18,))):  # as after a kill
-        (runs / name / "summary.json").unlink()
+        (run_dirs / name / "summary.json").unlink()
         for step in steps:
-            (runs / name / "checkpoints" / f"step-{step:08d}").rename(tmp_path / f"{name}-{step}")
+            (run_dirs / name / "checkpoints" / f"step-{step:08d}").rename(tmp_path / f"{name}-{step}")
     run_ranks(run, 2, path, tmp_path)
-    assert {name: losses(runs / name) for name in ("small", "resnet")} == whole
-    assert len(list((runs / "resnet" / "checkpoints").glob("superseded-step-00000016-*"))) == 1
-    assert not list((runs / "small" / "checkpoints").glob("superseded-*"))
+    assert {name: losses(run_dirs / name) for name in ("small", "resnet")} == whole
+    assert len(list((run_dirs / "resnet" / "checkpoints").glob("superseded-step-00000016-*"))) == 1
+    assert not list((run_dirs / "small" / "checkpoints").glob("superseded-*"))
 
 
 def refused(path: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from conftest import run_ranks, unused_port
 from safetensors.torch import load_file
 
-from indistill import pipeline
+from indistill import pipeline, runs
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def chain(tree: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def run(path: Path, told: Path) -> None:
-    summaries = pipeline.run(pipeline.load(path))
+    summaries = pipeline.run(runs.load(path))
     assert not torch.distributed.is_initialized()
     (told / os.environ["RANK"]).write_text(json.dumps(summaries))
 

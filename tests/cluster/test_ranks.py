@@ -35,26 +35,26 @@ def run(tree: dict[str, Any]) -> None:
 
 def run_and_hash(tree: dict[str, Any], folder: str) -> None:
     """Train, and leave the hash of this rank's final weights, its world size and its sample ids behind."""
-    original, mix = module.finish, module.make_mix
+    end, mix = module.Run.end, module.make_mix
     ids: list[list[int]] = []
 
-    def finish(accelerator, settings, run_dir, network, scores, log):
+    def telling_end(run: module.Run) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for value in network.state_dict().values():
+        for value in run.whole().state_dict().values():
             digest.update(value.numpy().tobytes())
-        told = {"hash": digest.hexdigest(), "world": accelerator.num_processes, "ids": ids}
-        (Path(folder) / f"{accelerator.process_index}.json").write_text(json.dumps(told))
-        return original(accelerator, settings, run_dir, network, scores, log)
+        told = {"hash": digest.hexdigest(), "world": run.accelerator.num_processes, "ids": ids}
+        (Path(folder) / f"{run.accelerator.process_index}.json").write_text(json.dumps(told))
+        return end(run)
 
     def make_mix(*arguments):
         inner = mix(*arguments)
         return lambda batch, phase: (ids.append(batch.ids.tolist()), inner(batch, phase))[1]
 
-    module.finish, module.make_mix = finish, make_mix
+    module.Run.end, module.make_mix = telling_end, make_mix
     try:
         run(tree)
     finally:
-        module.finish, module.make_mix = original, mix
+        module.Run.end, module.make_mix = end, mix
 
 
 def losses(run_dir: str) -> list[float]:

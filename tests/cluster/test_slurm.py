@@ -38,9 +38,9 @@ pytestmark = [
 RANK = """#!{python}
 import sys, time
 from pathlib import Path
-from indistill import cli, pipeline
+from indistill import cli, runs
 
-load = pipeline.load
+load = runs.load
 
 def load_and_patch(*arguments):
     from indistill import train as module
@@ -59,7 +59,7 @@ def load_and_patch(*arguments):
     module.make_mix = slow_mix
     return load(*arguments)
 
-pipeline.load = load_and_patch
+runs.load = load_and_patch
 cli.main(sys.argv[4:])
 """
 

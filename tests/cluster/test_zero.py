@@ -63,19 +63,19 @@ def with_stage(tree: dict[str, Any], stage: int, folder: Path, name: str) -> dic
 def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> None:
     """Train, up to the checkpoint at step `stop` if any; leave world size, engine and final weights' hash behind."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with one GPU two ranks could not share it
-    finish = module.finish
+    end = module.Run.end
 
-    def telling_finish(accelerator, settings, run_dir, network, scores, log):
-        digest = hashlib.sha256()
-        for value in network.state_dict().values():
+    def telling_end(run: module.Run) -> dict[str, Any]:
+        accelerator, digest = run.accelerator, hashlib.sha256()
+        for value in run.whole().state_dict().values():
             digest.update(value.numpy().tobytes())
         told = {"world": accelerator.num_processes, "engine": module.engine.describe(accelerator)}
         told |= {"hash": digest.hexdigest()}
-        (run_dir / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
-        return finish(accelerator, settings, run_dir, network, scores, log)
+        (run.run_dir / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
+        return end(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "finish", telling_finish)
+        patch.setattr(module.Run, "end", telling_end)
         train_until(tree, stop, resume)
 
 

@@ -1,0 +1,128 @@
+"""Ctrl-C as people press it: real processes, started by hand, by torchrun and by accelerate launch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_ranks, unused_port
+
+from indistill import pipeline, runs
+from indistill.metrics import read_lines
+
+# The command line, but the third step waits for the signal: the machine may be slow, and so may the launcher.
+WAITING = """
+import os, sys, time
+from pathlib import Path
+from indistill import cli, preemption, train
+rank = os.environ.get("RANK", "0")  # groups of ranks count their own
+make_mix = train.make_mix
+calls = []
+
+def waiting(*arguments):
+    inner = make_mix(*arguments)
+
+    def mix(batch, phase):
+        calls.append(1)
+        if len(calls) == 3:
+            Path(sys.argv[2]).with_name("reached-" + rank).touch()
+            while not preemption.asked():
+                time.sleep(0.01)
+        return inner(batch, phase)
+
+    return mix
+
+train.make_mix = waiting
+cli.main(sys.argv[1:])
+"""
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "{port}"]
+ACCELERATE = [
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+    "--dynamo_backend", "no", "--num_processes", "2", "--main_process_port", "{port}",
+]  # fmt: skip
+
+RATES = (("slow", 1e-4), ("fast", 1e-3))
+
+
+def in_a_terminal(arguments: list[str]) -> subprocess.Popen:
+    """A process group of its own, which a terminal would send SIGINT to; a test's own shell may ignore that signal."""
+    return subprocess.Popen(
+        [sys.executable, *(part.format(port=unused_port()) for part in arguments)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for(*paths: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while not all(path.exists() for path in paths):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, paths
+        time.sleep(0.02)
+
+
+def losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Of each run at or below a folder."""
+    return {
+        str(file.parent.relative_to(run_dir)): [(x["step"], x["loss"]) for x in read_lines(file) if "loss" in x]
+        for file in run_dir.rglob("metrics.jsonl")
+    }
+
+
+def train(path: Path, run_dir: Path) -> None:
+    pipeline.run(runs.load(path, [f"run_dir={run_dir}"]))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "world", "to_group", "students"),
+    [([], 1, True, None), (TORCHRUN, 2, True, "disjoint"), (ACCELERATE, 2, False, "equal")],
+    ids=["alone", "torchrun", "accelerate"],
+)
+def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, students):
+    """A run with loader workers, which are in the group too; students on groups of ranks; students on all ranks.
+
+    The signal goes to the whole group, as a terminal sends it, or to the launcher alone, as `kill` would. Started
+    again, each has the losses of a run that never stopped, bit for bit.
+    """
+    tree["data"] |= {"in_memory": bool(students), "workers": 2}
+    tree["checkpoint"], run_dir = {"every_steps": None}, Path(tree["run_dir"])
+    if students:
+        both = [{"name": name, "student": {"name": "cnn32_student"}, "optimizer": {"lr": lr}} for name, lr in RATES]
+        tree |= {"students": both, "student_groups": students}
+        del tree["student"]
+    script, path = tmp_path / "waiting.py", tmp_path / "config.yaml"
+    script.write_text(WAITING)
+    path.write_text(json.dumps(tree))
+    process = in_a_terminal([*launcher, str(script), "train", str(path)])
+    try:
+        wait_for(*(tmp_path / f"reached-{rank}" for rank in range(world)), process=process)
+        (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (run_dir / "status").read_text() == "requeue\n"
+    assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in told
+    assert re.search(r"^indistill: stopped at step \d of 24: the same command goes on from there$", told, re.M)
+    assert "leaves at once" not in told
+    if not launcher:
+        assert process.returncode == 130
+        assert len(told.splitlines()) == 2  # torchrun adds a traceback of its own
+
+    run_ranks(train, world if launcher else None, path, run_dir)
+    run_ranks(train, world if launcher else None, path, tmp_path / "whole")
+    assert losses(run_dir) == losses(tmp_path / "whole")
+    assert all(len(of_run) == 24 for of_run in losses(run_dir).values())
+    assert len(losses(run_dir)) == (2 if students else 1)
+    starts = [line for file in run_dir.rglob("history.jsonl") for line in read_lines(file) if line["event"] == "start"]
+    assert {line["step"] > 0 for line in starts} == {False, True}  # it went on from what Ctrl-C had left
