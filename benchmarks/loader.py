@@ -155,7 +155,8 @@ def decoders(files: list[bytes], rounds: int) -> str:
         "Pillow, crop, Pillow's resize (torchvision v1)": lambda file, box: pillow_view(pillow(file), box),
         "Pillow with `draft` (scaled DCT), the same": draft_view,
         "`torchvision.io.decode_jpeg`, crop, v2 resize on uint8": torchvision_view,
-        "simplejpeg, crop, v2 resize on uint8": lambda file, box: resized(simplejpeg.decode_jpeg(file), box),
+        "simplejpeg, crop, v2 resize on uint8": v2_view,
+        "simplejpeg, crop, Pillow's resize": lambda file, box: resized(simplejpeg.decode_jpeg(file), box),
         "simplejpeg with scaled DCT, the same": scaled_view,
         "**simplejpeg down to the end of the crop, the same**": lambda file, box: resized(
             decode.decode_crop(file, "", lambda shape: box), (0, 0, *box[2:])
@@ -186,7 +187,12 @@ def pillow_view(image: Image.Image, box: decode.Box) -> np.ndarray:
 
 
 def resized(image: np.ndarray, box: decode.Box) -> np.ndarray:
-    return augment._resize(decode.cut(image, box), [SIZE, SIZE])
+    return augment._resize(decode.cut(image, box), SIZE, Image.Resampling.BILINEAR)
+
+
+def v2_view(file: bytes, box: decode.Box) -> np.ndarray:
+    image = torch.from_numpy(simplejpeg.decode_jpeg(file)).permute(2, 0, 1)
+    return v2.resized_crop(image, *box, [SIZE, SIZE], antialias=True).permute(1, 2, 0).numpy()
 
 
 def scale_of(box: decode.Box) -> int:

@@ -579,7 +579,7 @@ class Machine(Section):
     inter_node_bytes_per_second: PositiveFloat = 40e9  # a device's share of the node's network: one of 400 Gbit/s each
     latency_seconds: Annotated[float, Field(ge=0)] = 5e-6  # of each hop around a ring
     overlap: Probability = 0.8  # of a step's communication, what the backward pass can hide
-    decode_images_per_second: PositiveFloat = 650.0  # by one loader worker (benchmarks/results/loader.md)
+    decode_images_per_second: PositiveFloat = 470.0  # by one loader worker (benchmarks/results/loader.md)
     read_bytes_per_second: PositiveFloat = 5e9  # by a node, of the storage of cached targets
 
 

@@ -68,8 +68,7 @@ def zero_config(settings: Config, world: int) -> dict[str, Any] | None:
     sources = []
     if section.config_file:
         sources.append(("engine.config_file", _read(section.config_file)))
-    if launched:
-        sources.append(("accelerate launch", dict(_said_by_launcher())))
+    sources.append(("accelerate launch", dict(_said_by_launcher())))
     for source, values in sources:
         _check_precision(source, values, settings.mixed_precision)
         for key, value in values.items():

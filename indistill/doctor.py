@@ -56,6 +56,7 @@ from indistill import (
 )
 from indistill.config import Config, UserError
 from indistill.deepspeed_config import zero_config
+from indistill.environment import contradictions
 from indistill.order import SampleOrder
 from indistill.sources import Training
 from indistill.stream import StreamedTraining
@@ -225,17 +226,10 @@ def environment(here: Here) -> Said:
 
 def _hurting(here: Here, values: dict[str, str]) -> Iterator[tuple[str, ...]]:
     """Level, variable, what it does, and the remedy if it is another than to unset it."""
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        if values.get(name, "").lower() == "true":
-            yield FAIL, name, "has Accelerate share out the training in a way that is not indistill's"
+    for name, contradiction in dict(pair for one in here.settings for pair in contradictions(one)).items():
+        yield FAIL, name, f"contradicts the config: {contradiction}", f"unset {name}, or let them agree"
     if values.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and torch.cuda.is_available():
         yield WARN, "ACCELERATE_USE_CPU", "trains on the CPU, beside a GPU"
-    name = "ACCELERATE_DYNAMO_BACKEND"
-    if values.get(name, "no").lower() != "no" and any(not settings.compile for settings in here.settings):
-        yield WARN, name, "compiles what the config does not", f"unset {name}, or set compile: true"
-    name, ours = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", {str(s.grad_accumulation) for s in here.settings}
-    if name in values and ours - {values[name]} and not here.uses_deepspeed:  # with it the start compares them
-        yield FAIL, name, f"replaces the config's grad_accumulation ({', '.join(sorted(ours))}) in Accelerate"
     if values.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
         yield WARN, "CUDA_LAUNCH_BLOCKING", "has the CPU wait for every operation of the GPU"
     if values.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL":

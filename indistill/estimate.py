@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import build, config, engine, models, optim, prune, relational, store, taps
+from indistill import build, config, engine, environment, models, optim, prune, relational, store, taps
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import IndexedTraining, check_accumulation
@@ -596,9 +596,11 @@ def _networks(
 
     Weights that cannot be had here are random ones: they decide on the kept channels, and on nothing else.
     """
+    environment.check(settings)
     unknown, notes = None, []
     AcceleratorState._reset_state(reset_partial_state=True)  # of a run of this process
-    accelerator = Accelerator(cpu=True)
+    with environment.without_accumulation():
+        accelerator = Accelerator(cpu=True)
     live = settings.targets.model_copy(update={"source": "live"})  # a store need not be there yet
     settings = settings.model_copy(update={"targets": live})
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from indistill import apart, build, history, preemption, together, watchdog
+from indistill import apart, build, environment, history, preemption, together, watchdog
 from indistill.callbacks import Callback
 from indistill.config import Config, UserError
 from indistill.files import sha256
@@ -40,6 +40,7 @@ def _run_together(students: Students, resume: str, callbacks: Sequence[Callback]
             "the config.yaml in its run directory"
         )
     for _, settings in students:  # a run that has to be refused is so before another begins
+        environment.check(settings)
         history.has_begun(settings)
     summaries = (apart if students.groups == "disjoint" else together).train(students, resume, callbacks)
     if torch.distributed.is_initialized():
@@ -61,6 +62,9 @@ def _run_stages(
     if begun and resume == "never":
         raise UserError(f"--resume never: stage {min(begun)} has begun already: choose another run_dir, or auto")
     finished = {name for name, settings in stages if name in begun and _summary(settings).exists()}
+    for name, settings in stages:
+        if name not in finished:
+            environment.check(settings)
     for name, settings in stages[1:]:
         if name not in begun:
             try:

@@ -27,6 +27,7 @@ from indistill import (
     data,
     deepspeed_config,
     engine,
+    environment,
     estimate,
     evaluate,
     health,
@@ -294,6 +295,7 @@ class Run:
 def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
     """Accelerate, on what the launcher gave us. Raises UserError if that is not what runs."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    environment.check(settings)
     check_devices(settings, world)
     torch.backends.cudnn.benchmark = True  # a run has few shapes, and steps without end to use what is found for them
     if settings.compile:
@@ -302,22 +304,21 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
     zero = deepspeed_config.zero_config(settings, world) if training else None
     # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding, the head.
     partly_unused = settings.warmup is not None or not reads(settings.kd.losses, "logits")
-    accelerator = engine.start(
-        zero,
-        settings.mixed_precision,
-        world,
-        settings.collective_timeout_minutes,
-        [DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)],
-        gradient_accumulation_steps=settings.grad_accumulation,
-        dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if settings.compile else None,
-    )
+    with environment.without_accumulation():
+        accelerator = engine.start(
+            zero,
+            settings.mixed_precision,
+            world,
+            settings.collective_timeout_minutes,
+            [DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)],
+            gradient_accumulation_steps=settings.grad_accumulation,
+            dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if settings.compile else None,
+        )
     if accelerator.num_processes != world:
         raise UserError(
             f"the launcher started {world} processes, Accelerate sees {accelerator.num_processes}: unset ACCELERATE_* "
             "variables of another job, or check the accelerate config"
         )
-    if accelerator.gradient_accumulation_steps != settings.grad_accumulation:
-        raise UserError("ACCELERATE_GRADIENT_ACCUMULATION_STEPS would replace grad_accumulation: unset it")
     health.agree(health.setup(settings))
     zero_stage = f", ZeRO stage {engine.stage(accelerator)}" * (zero is not None)
     if accelerator.is_main_process:  # accelerator.print would say it on every node

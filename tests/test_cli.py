@@ -68,8 +68,9 @@ def test_a_mistake_is_one_line(config_file, tree, capsys, overrides, message):
 
 def test_a_variable_of_accelerate_that_would_replace_a_key(config_file, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    line = refused(capsys, "train", config_file)
-    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS would replace grad_accumulation: unset it" in line
+    for command in (["train", config_file], ["eval", config_file, "any.pt"]):
+        line = refused(capsys, *command)
+        assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2 in the environment, but grad_accumulation is 1: unset" in line
 
 
 def test_a_head_of_another_size(config_file, tmp_path, capsys):

@@ -111,6 +111,15 @@ def test_the_launcher(zero, monkeypatch, tmp_path):
         zero()
 
 
+def test_the_launchers_variables_without_the_launcher(zero, monkeypatch):
+    """Left over from another job: DeepSpeed's plugin of Accelerate reads them, too."""
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(
+        UserError, match=r"accelerate launch: zero_optimization.stage is 3, but engine.stage makes it 2"
+    ):
+        zero({"stage": 2})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -68,9 +68,10 @@ def test_versions_are_those_of_the_metadata(tree, monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "level", "what"),
     [
-        ("ACCELERATE_USE_FSDP", "true", FAIL, "has Accelerate share out the training"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", FAIL, r"replaces the config's grad_accumulation (1)"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", WARN, "compiles what the config does not"),
+        ("ACCELERATE_USE_FSDP", "true", FAIL, "contradicts the config: engine.name is not set (ddp or deepspeed), and"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", FAIL, "contradicts the config: grad_accumulation is 1"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", FAIL, "contradicts the config: compile is false"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", FAIL, "contradicts the config: mixed_precision is no"),
         ("CUDA_LAUNCH_BLOCKING", "1", WARN, "has the CPU wait"),
         ("NCCL_P2P_DISABLE", "1", WARN, "takes NCCL's fast way between GPUs"),
         ("GLOO_SOCKET_IFNAME", "eth77", FAIL, "names no network interface of this node"),

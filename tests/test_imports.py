@@ -23,7 +23,7 @@ LEAVES += [
     "targets",
     "data",
 ]
-LEAVES += ["similarity", "history", "preemption", "watchdog", "deepspeed_config", "charts"]
+LEAVES += ["similarity", "history", "preemption", "watchdog", "deepspeed_config", "environment", "charts"]
 WITHOUT_TORCH = [
     "config",
     "remote",
@@ -39,7 +39,7 @@ WITHOUT_TORCH = [
     "cli",
     "files",
 ]
-WITHOUT_TORCH += ["history", "preemption", "watchdog", "deepspeed_config", "charts", "report"]
+WITHOUT_TORCH += ["history", "preemption", "watchdog", "deepspeed_config", "environment", "charts", "report"]
 MAY_USE_ACCELERATE = {"train", "build", "checkpoint", "engine", "evaluate", "health", "metrics", "trackers"}
 MAY_USE_ACCELERATE |= {"estimate", "sources", "together", "precompute", "apart"}
 OPTIONAL = ("deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime")  # of the extras

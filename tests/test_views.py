@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,9 +203,9 @@ def test_a_record_of_ones_own(parsed, tmp_path):
 
 def test_eval_shows_a_named_network_its_own_view(parsed, monkeypatch):
     settings = parsed(f"student={R34}", "teacher=null", "warmup=null", "kd.losses=[{name: ce}]")
-    monkeypatch.setattr(export, "_pretrained", lambda *_: "network")
-    monkeypatch.setattr(export, "_check_classes", lambda *_: None)  # of a network, which this is not
-    assert export.load_for_eval(settings, "tf_efficientnet_lite0") == ("network", LITE)
+    network = SimpleNamespace(net=SimpleNamespace(pretrained_cfg={}))
+    monkeypatch.setattr(export, "_pretrained", lambda *_: network)
+    assert export.load_for_eval(settings, "tf_efficientnet_lite0") == (network, LITE)
     assert models.evaluation_view(settings) == TORCHVISION
 
 
