@@ -19,8 +19,7 @@ import recorded
 import torch
 from report import RESULTS, heading, table
 
-from indistill import Callback, config, estimate, precompute
-from indistill import train as training
+from indistill import Callback, config, estimate, precompute, train
 from indistill.callbacks import TrainingRun
 from indistill.curriculum import Phase
 
@@ -101,7 +100,7 @@ def memory(settings: config.Config) -> dict[str, int]:
                 self.profiler.__enter__()
 
     with contextlib.redirect_stdout(io.StringIO()):
-        training.train(settings, "never", callbacks=[Profile()])
+        train.train(settings, "never", callbacks=[Profile()])
     return peaks
 
 

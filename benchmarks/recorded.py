@@ -74,8 +74,7 @@ def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: i
 
 def train(settings: config.Config) -> list[Step]:
     """Train, and return every step's end."""
-    from indistill import Callback
-    from indistill import train as training
+    from indistill import Callback, train
 
     steps: list[Step] = []
 
@@ -84,7 +83,7 @@ def train(settings: config.Config) -> list[Step]:
             steps.append(Step(phase.name, time.perf_counter(), time.process_time(), sent_bytes()))
 
     with contextlib.redirect_stdout(io.StringIO()):
-        training.train(settings, "never", callbacks=[Record()])
+        train.train(settings, "never", callbacks=[Record()])
     return steps
 
 

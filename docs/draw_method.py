@@ -198,7 +198,7 @@ def timetable_bars(run: Run) -> None:
 def importance(run: Run) -> None:
     """The L1 norms behind each teacher channel, and which stay."""
     picture = Picture("importance", "Importance of each teacher channel by pair, kept channels in colour")
-    size, top, height = build.input_size(run.settings), 14, 64
+    size, top, height = config.input_size(run.settings), 14, 64
     left, width = 128, WIDTH - 144
     for i, pair in enumerate(run.plan.pairs):
         norms = prune.l1_importance(run.teacher.net, pair.teacher_stage, size).numpy()

@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from indistill import cli, runs
+from indistill import cli
+from indistill.config import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = "README.md"

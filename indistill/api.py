@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from indistill import runs
 from indistill.callbacks import Callback
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, runs
 
 if TYPE_CHECKING:
     from indistill.estimate import Estimate

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from indistill import class_names, config, engine, models, projectors, prune, store, taps
 from indistill.config import Config, UserError
-from indistill.files import sha256
+from indistill.config.files import sha256
+from indistill.config.tree import input_size
 from indistill.models import Heads, Network
 from indistill.objective import reads
 from indistill.outputs import Output
@@ -186,10 +187,6 @@ def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tupl
     )
 
 
-def input_size(settings: Config) -> tuple[int, int, int]:
-    return (3, settings.data.image_size, settings.data.image_size)
-
-
 def agree_on_plan(
     accelerator: Accelerator,
     settings: Config,
@@ -235,8 +232,6 @@ def agree_on_plan(
 
 
 # --- targets that are stored -----------------------------------------------------------------------------------------
-
-
 def open_targets(accelerator: Accelerator, settings: Config) -> store.Reader:
     """Raises UserError, naming what differs, unless the stored targets are this config's."""
     root = store.directory(settings)

@@ -109,8 +109,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Do what is asked, with the exit codes of docs/cluster.md."""
-    from indistill import history, preemption
+    from indistill import preemption
     from indistill.config import UserError
+    from indistill.config.run_dir import in_one_line
 
     try:
         arguments.run(arguments)
@@ -119,7 +120,7 @@ def _run(arguments: argparse.Namespace) -> None:
             print(f"indistill: {stopped}: the same command goes on from there", file=sys.stderr)
         _leave(preemption.exit_code())
     except UserError as error:
-        message = history.in_one_line(error)
+        message = in_one_line(error)
         rank = os.environ.get("RANK", "0")
         if rank == "0" or error.found_by_one_rank:
             print(f"indistill: error: {message}", file=sys.stderr, flush=True)
@@ -265,7 +266,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from indistill import runs
+    from indistill.config import runs
 
     stages = runs.load(arguments.config, arguments.overrides) if arguments.config else []
     from indistill import doctor

@@ -45,7 +45,6 @@ from indistill import (
     engine,
     estimate,
     health,
-    history,
     models,
     optim,
     overlap,
@@ -55,6 +54,7 @@ from indistill import (
     train,
 )
 from indistill.config import Config, UserError
+from indistill.config.run_dir import has_begun, in_one_line
 from indistill.deepspeed_config import zero_config
 from indistill.environment import contradictions
 from indistill.order import SampleOrder
@@ -517,7 +517,7 @@ def _size(number: float) -> str:
 def run_dir(here: Here) -> Said:
     """Writable, and of this config if there is a run in it."""
     for settings in here.settings:
-        begun = history.has_begun(settings)  # UserError if it is another config's
+        begun = has_begun(settings)  # UserError if it is another config's
         if problem := _unwritable(settings.run_dir):
             yield FAIL, f"{settings.run_dir}: cannot be written ({problem})", "choose another run_dir"
         else:
@@ -889,7 +889,7 @@ def _said(check: Check, here: Here) -> Said:
     try:
         yield from check(here)
     except Exception as error:  # of whatever it tried
-        text = " ".join(history.in_one_line(error).split())[:500]
+        text = " ".join(in_one_line(error).split())[:500]
         yield FAIL, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 

@@ -169,7 +169,7 @@ def _run(
 
     student.train()
     with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True):
-        images = torch.zeros(batch, *build.input_size(settings), dtype=torch.uint8, device=parameter.device)
+        images = torch.zeros(batch, *config.input_size(settings), dtype=torch.uint8, device=parameter.device)
         labels = torch.zeros(batch, dtype=torch.int64, device=parameter.device)
         if settings.kd.mix and not phase.pairs:
             labels = torch.zeros(batch, settings.data.num_classes, device=parameter.device)
@@ -453,7 +453,7 @@ def memory(
         "optimizer state": share(state, 1),
         "activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works),
         # uint8, and normalised for each network
-        "images": micro_batch * math.prod(build.input_size(settings)) * (1 + _FLOAT * (1 + (teacher is not None))),
+        "images": micro_batch * math.prod(config.input_size(settings)) * (1 + _FLOAT * (1 + (teacher is not None))),
     }
     if teacher is not None:
         whole = sum(value.nbytes for value in [*teacher.parameters(), *teacher.buffers()])
@@ -641,7 +641,7 @@ def _pairs(
     if not plan.pairs:
         return []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        images = torch.zeros(_SEEN[0], *build.input_size(settings), dtype=torch.uint8)
+        images = torch.zeros(_SEEN[0], *config.input_size(settings), dtype=torch.uint8)
         sides = (teacher, [p.teacher_stage for p in plan.pairs]), (student, [p.student_stage for p in plan.pairs])
         maps = [[tuple(m.shape[1:]) for m in network.maps(images, stages)] for network, stages in sides]
     pairs = []

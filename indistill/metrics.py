@@ -24,9 +24,9 @@ from torch import Tensor
 
 from indistill import checkpoint, preemption, watchdog
 from indistill.config import Config, UserError
+from indistill.config.files import read_lines
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
-from indistill.history import read_lines
 from indistill.progress import Progress
 from indistill.trackers import Trackers
 

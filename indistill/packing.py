@@ -19,16 +19,9 @@ from PIL import Image
 
 from indistill import class_names
 from indistill.config import UserError
+from indistill.config.files import replacing
 from indistill.decode import BadImage, decode
-from indistill.shards import (
-    BLOCK,
-    IMAGE_EXTENSIONS,
-    ShardSet,
-    build_index,
-    load_index,
-    parallel,
-    replacing,
-)
+from indistill.shards import BLOCK, IMAGE_EXTENSIONS, ShardSet, build_index, load_index, parallel
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
 OVERHEAD_BYTES = 3 * BLOCK + BLOCK // 2  # of a sample: two headers, the label's block, half a block of padding

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from indistill import apart, build, environment, history, preemption, together, watchdog
+from indistill import apart, build, environment, preemption, together, watchdog
 from indistill.callbacks import Callback
 from indistill.config import Config, UserError
-from indistill.files import sha256
+from indistill.config.files import sha256
+from indistill.config.run_dir import has_begun
+from indistill.config.runs import Students
 from indistill.preemption import Preempted
-from indistill.runs import Students
 from indistill.train import train
 
 
@@ -41,7 +42,7 @@ def _run_together(students: Students, resume: str, callbacks: Sequence[Callback]
         )
     for _, settings in students:  # a run that has to be refused is so before another begins
         environment.check(settings)
-        history.has_begun(settings)
+        has_begun(settings)
     summaries = (apart if students.groups == "disjoint" else together).train(students, resume, callbacks)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -58,7 +59,7 @@ def _run_stages(
             "config.yaml in its run directory"
         )
     # All ranks look before any can write. A stage that has to be refused is so before days of work on the others.
-    begun = {name for name, settings in stages if chain and history.has_begun(settings)}
+    begun = {name for name, settings in stages if chain and has_begun(settings)}
     if begun and resume == "never":
         raise UserError(f"--resume never: stage {min(begun)} has begun already: choose another run_dir, or auto")
     finished = {name for name, settings in stages if name in begun and _summary(settings).exists()}

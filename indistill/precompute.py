@@ -290,7 +290,7 @@ def prepare(settings: Config) -> Job:
         raise UserError("targets: neither warmup nor kd.losses reads anything of the teacher: nothing is to be stored")
     pairs = sorted({pair for phase in timetable.curriculum.phases() for pair in phase.pairs})
     batch = settings.data.global_batch // world // accumulation
-    images = torch.zeros(batch, *build.input_size(settings), dtype=torch.uint8, device=accelerator.device)
+    images = torch.zeros(batch, *config.input_size(settings), dtype=torch.uint8, device=accelerator.device)
     found = targets_of.everything(images, pairs)
     hashes = build.weights_hashes(settings)
     manifest = Manifest(

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from indistill import history
 from indistill.config import UserError
+from indistill.config.run_dir import append_end, describe_error, in_one_line
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 128 + signal.SIGINT  # what shells say of Ctrl-C: whoever pressed it wants no restart by a script
@@ -259,10 +259,10 @@ def status_in(run_dir: Path) -> Iterator[None]:
         _end("requeue", "interrupted, without a checkpoint")
         raise
     except UserError as error:
-        _end("failed", history.in_one_line(error), on_any_rank=error.found_by_one_rank)
+        _end("failed", in_one_line(error), on_any_rank=error.found_by_one_rank)
         raise
     except BaseException as error:
-        _end("failed", history.describe(error, run_dir), on_any_rank=True)
+        _end("failed", describe_error(error, run_dir), on_any_rank=True)
         raise
     finally:
         _process.status = _process.began = None
@@ -271,7 +271,7 @@ def status_in(run_dir: Path) -> Iterator[None]:
 def _end(word: str, reason: str, on_any_rank: bool = False) -> None:
     """Write the end into `status` and the history: as failed, if another rank has said so before this one lost it."""
     before = _mark(word, reason, on_any_rank)
-    history.end(_process.status.parent, *(("failed", before) if before else (word, reason)))
+    append_end(_process.status.parent, *(("failed", before) if before else (word, reason)))
 
 
 def _mark(word: str, reason: str = "", on_any_rank: bool = False) -> str:

@@ -24,7 +24,7 @@ from indistill import __version__, charts, config
 from indistill.callbacks import Callback, TrainingRun
 from indistill.charts import Band, Chart, Series, number
 from indistill.config import Config, UserError
-from indistill.history import read_lines
+from indistill.config.files import read_lines
 
 if TYPE_CHECKING:
     from torch import nn

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from indistill import preemption
 from indistill.config import UserError
+from indistill.config.files import replacing
 from indistill.decode import BadImage, decode
 from indistill.remote import CACHE_BYTES, ShardCache, base_name, cache_for, cache_name, changed, is_remote, open_shard
 
@@ -239,8 +240,6 @@ def _compressed(path: str) -> bool:
 
 
 # --- the index -------------------------------------------------------------------------------------------------------
-
-
 def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None = None) -> Index:
     """The shard's index, built and saved first if there is none. Raises UserError if it does not fit the shard."""
     problem = None
@@ -312,22 +311,7 @@ def _save_index(file: str, index: Index) -> None:
         ) from None
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its place whole and at once. Several processes may write the same one."""
-    temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.part"
-    try:
-        with open(temporary, "wb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
 # --- labels ----------------------------------------------------------------------------------------------------------
-
-
 _LABEL_REMEDY = "write it into KEY.cls, a whole number in ASCII, beside the image KEY.jpg"
 
 
@@ -350,8 +334,6 @@ def label_problem(label: int, num_classes: int) -> str | None:
 
 
 # --- reading tars ----------------------------------------------------------------------------------------------------
-
-
 def _samples(
     path: str,
     stream: IO[bytes],

@@ -31,7 +31,6 @@ from indistill import (
     estimate,
     evaluate,
     health,
-    history,
     models,
     optim,
     watchdog,
@@ -39,6 +38,7 @@ from indistill import (
 from indistill.callbacks import Callback
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
+from indistill.config.run_dir import append_end, append_start, has_begun
 from indistill.curriculum import Pace, Phase, Timetable
 from indistill.export import Program, load_for_eval
 from indistill.metrics import RunLog
@@ -289,7 +289,7 @@ class Run:
         partial_file = self.run_dir / "summary.json.partial"
         partial_file.write_text(json.dumps(summary, indent=2) + "\n")
         partial_file.replace(self.run_dir / "summary.json")
-        history.end(self.run_dir, "done")
+        append_end(self.run_dir, "done")
 
 
 def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
@@ -345,7 +345,7 @@ def check_devices(settings: Config, world: int) -> None:
 def record_start(accelerator: Accelerator, run_dir: Path, step: int) -> None:
     if accelerator.is_main_process:
         device, software = engine.device_name(accelerator.device), health.software()
-        history.start(run_dir, step, world_size=accelerator.num_processes, device=device, software=software)
+        append_start(run_dir, step, world_size=accelerator.num_processes, device=device, software=software)
 
 
 def open_run_dir(settings: Config) -> Path:
@@ -353,7 +353,7 @@ def open_run_dir(settings: Config) -> Path:
     run_dir = Path(settings.run_dir)
     saved = run_dir / "config.yaml"
     try:
-        if not history.has_begun(settings):  # what is there is of a config that was mended since
+        if not has_begun(settings):  # what is there is of a config that was mended since
             (run_dir / "prune_plan.json").unlink(missing_ok=True)
             if saved.exists():  # else the names are of something else, and not ours to delete
                 (run_dir / class_names.RUN_RECORD).unlink(missing_ok=True)
@@ -418,7 +418,7 @@ def blank_loss(
     phase: Phase,
 ) -> Tensor:
     """The loss of a phase on two black images: its graph names the parameters that the phase trains."""
-    images = torch.zeros(2, *build.input_size(settings), dtype=torch.uint8, device=accelerator.device)
+    images = torch.zeros(2, *config.input_size(settings), dtype=torch.uint8, device=accelerator.device)
     labels = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
     targets = targets_of(images, phase)
     output = student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)

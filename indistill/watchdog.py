@@ -21,7 +21,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indistill import history, preemption
+from indistill import preemption
+from indistill.config.run_dir import keep_traceback
 
 _MOST_NAMED = 8  # of the ranks that hold a run up; a node that is lost has as many
 # What gloo raises is a plain RuntimeError.
@@ -193,7 +194,7 @@ def explaining(folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not _of_collective(error):
             raise
-        file = history.keep_traceback(error, folder)
+        file = keep_traceback(error, folder)
         sentence = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0]
         preemption.leave(f"{_place}: lost the other processes: {sentence} (traceback: {file}); {_next()}")
     finally:

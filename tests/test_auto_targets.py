@@ -10,7 +10,7 @@ import torch
 
 from indistill import config, precompute, store
 from indistill.config import UserError
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
 from indistill.models import Network
 from indistill.train import train
 

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from indistill import checkpoint, config
 from indistill.cli import main
 from indistill.config import UserError
-from indistill.metrics import RunLog, read_lines
+from indistill.config.files import read_lines
+from indistill.metrics import RunLog
 from indistill.train import train
 
 

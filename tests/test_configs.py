@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from indistill import build, models, optim, runs
+from indistill import build, models, optim
+from indistill.config import runs
 from indistill.curriculum import Timetable
 from indistill.data import Batch
 from indistill.objective import Objective

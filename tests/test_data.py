@@ -10,7 +10,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from indistill import augment, config, data, packing
+from indistill import augment, config, data, packing, shards
 from indistill.augment import EvalView
 from indistill.config import UserError
 from indistill.decode import decode
@@ -114,8 +114,8 @@ def test_the_ranks_slices_join_to_the_batch(section, world):
 def test_remote_shards_are_asked_for_ahead_of_their_use(section, monkeypatch):
     asked = []
     monkeypatch.setattr(data, "PREFETCH_STEPS", 3)
-    monkeypatch.setattr(data.ShardSet, "remote", True)
-    monkeypatch.setattr(data.ShardSet, "prefetch", lambda self, ids: asked.append(ids.tolist()))
+    monkeypatch.setattr(shards.ShardSet, "remote", True)
+    monkeypatch.setattr(shards.ShardSet, "prefetch", lambda self, ids: asked.append(ids.tolist()))
     used = [batch.ids.tolist() for batch in loaded(section, first=4, last=12, rank=1, world=2)]
     assert asked[:5] == used[3:]
     assert asked[5:] == [used[-1]] * 3  # nothing lies behind the last step

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from indistill import config, environment, pipeline, runs, train
+from indistill import config, environment, pipeline, train
 from indistill.cli import main
-from indistill.config import UserError
+from indistill.config import UserError, runs
 
 
 @pytest.fixture(autouse=True)

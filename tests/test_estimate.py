@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import build, config, estimate, optim, runs
+from indistill import build, config, estimate, optim
 from indistill.cli import main
-from indistill.config import UserError
+from indistill.config import UserError, runs
 from indistill.curriculum import Timetable
 from indistill.estimate import Work
 

@@ -15,10 +15,9 @@ from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, in_flo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from indistill import config, models, optim, prune, targets
-from indistill import train as module
+from indistill import config, metrics, models, optim, prune, targets, train
+from indistill.config.files import read_lines
 from indistill.curriculum import Phase
-from indistill.metrics import read_lines
 from indistill.models import Network
 from indistill.targets import LiveTargets
 
@@ -29,7 +28,7 @@ READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten
 
 
 def run(tree: dict[str, Any]) -> dict[str, Any]:
-    return module.train(config.parse(tree, "test"))
+    return train.train(config.parse(tree, "test"))
 
 
 def losses(run_dir: str) -> list[float]:
@@ -125,7 +124,7 @@ def test_a_step_without_a_line_reads_nothing_from_the_device(tree, monkeypatch, 
     tree["warmup"] |= {"curriculum": "auto", "auto": {"window": "4 steps"}}
     tree["kd"]["losses"] += [{"name": "pkt"}, {"name": "dist"}]
     mode = Reads()
-    begin_step, end_step = optim.PhaseOptim.begin_step, module.RunLog.end_step
+    begin_step, end_step = optim.PhaseOptim.begin_step, metrics.RunLog.end_step
 
     def begin(phase_optim, step, phase):
         # In the first step the loader is opened; the windows of the curriculum end with others.
@@ -140,7 +139,7 @@ def test_a_step_without_a_line_reads_nothing_from_the_device(tree, monkeypatch, 
         return logged
 
     monkeypatch.setattr(optim.PhaseOptim, "begin_step", begin)
-    monkeypatch.setattr(module.RunLog, "end_step", end)
+    monkeypatch.setattr(metrics.RunLog, "end_step", end)
     with mode:
         run(tree)
     assert mode.steps >= 15
@@ -170,9 +169,9 @@ def compiled(tree: dict[str, Any], backend: str) -> None:
     """Train, with a backend that may be quicker to start than the real one, and note what dynamo did."""
     from torch._dynamo.utils import counters
 
-    plugin, compile = module.TorchDynamoPlugin, torch.compile
+    plugin, compile = train.TorchDynamoPlugin, torch.compile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TorchDynamoPlugin", lambda **keys: plugin(**{**keys, "backend": backend}))
+        patch.setattr(train, "TorchDynamoPlugin", lambda **keys: plugin(**{**keys, "backend": backend}))
         patch.setattr(targets.torch, "compile", partial(compile, backend=backend))
         run(tree)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from indistill import build, config, models
 from indistill.config import UserError
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
 from indistill.models import Heads, Network
 from indistill.train import train
 

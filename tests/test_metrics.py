@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from indistill import metrics
 from indistill.config import UserError
+from indistill.config.files import read_lines
 from indistill.curriculum import Curriculum, Timetable
 from indistill.data import Batch
 
@@ -56,7 +57,7 @@ def steps(log, clock, first, last, loss=lambda step: float(step)):
 
 
 def lines(log):
-    return metrics.read_lines(log.path)
+    return read_lines(log.path)
 
 
 def test_a_line_is_the_mean_of_its_window_which_ends_with_the_phase(log, clock):

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import nn
 
 from indistill import config, models
-from indistill.augment import decode
 from indistill.config import UserError
+from indistill.decode import decode
 from indistill.shards import ShardSet
 
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}

@@ -14,9 +14,9 @@ import yaml
 from conftest import kill_at_checkpoint
 from safetensors.torch import load_file, save_file
 
-from indistill import config, pipeline, runs
+from indistill import config, pipeline
 from indistill.cli import main
-from indistill.config import UserError
+from indistill.config import UserError, runs
 from indistill.train import train
 
 NAMES = ["teacher", "auxiliary", "student"]

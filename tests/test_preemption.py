@@ -19,9 +19,21 @@ import torch
 from conftest import run_ranks, start, start_ranks
 from safetensors.torch import load_file
 
-from indistill import checkpoint, cli, config, data, pipeline, preemption, remote, shards
-from indistill import train as module
-from indistill.metrics import read_lines
+from indistill import (
+    checkpoint,
+    cli,
+    config,
+    data,
+    metrics,
+    objective,
+    pipeline,
+    preemption,
+    remote,
+    shards,
+    sources,
+    train,
+)
+from indistill.config.files import read_lines
 from indistill.preemption import Preempted
 
 STORED = ["targets.source=cached", "data.augment.views=1", "data.in_memory=false", "data.workers=2"]
@@ -30,7 +42,7 @@ CLOCKS = ("images_per_second", "data_wait_fraction")
 
 def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: int | None = None) -> None:
     """`indistill train`, in which rank `whom`, or each, gets a signal at "step N", at "evaluation", or "never"."""
-    make_mix, eval_loader = module.make_mix, data.eval_loader
+    make_mix, eval_loader = train.make_mix, data.eval_loader
     mine = whom is None or int(os.environ.get("RANK", "0")) == whom
     micro_batches = 0
 
@@ -57,7 +69,7 @@ def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: 
                 get_signal()
             yield batch
 
-    module.make_mix, data.eval_loader = signalling_mix, signalling_loader
+    train.make_mix, data.eval_loader = signalling_mix, signalling_loader
     cli.main(["train", path])
 
 
@@ -132,7 +144,7 @@ def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, 
 
 def train_forever(path: str, patience: float) -> None:
     """The third step waits for its data and never gets it."""
-    waiting = module.RunLog.waiting
+    waiting = metrics.RunLog.waiting
 
     def stuck(log, batches):
         for i, batch in enumerate(waiting(log, batches)):
@@ -142,7 +154,7 @@ def train_forever(path: str, patience: float) -> None:
                 time.sleep(600)
             yield batch
 
-    module.RunLog.waiting = stuck
+    metrics.RunLog.waiting = stuck
     preemption.PATIENCE_SECONDS = patience
     cli.main(["train", path])
 
@@ -175,7 +187,7 @@ def train_in_a_group(path: str) -> None:
     """Every process of the job gets the signal, the loader's workers too."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as usual: the loader's workers start at once
-    make_mix = module.make_mix
+    make_mix = train.make_mix
 
     def mix(*arguments):
         inner, calls = make_mix(*arguments), []
@@ -190,7 +202,7 @@ def train_in_a_group(path: str) -> None:
 
         return signalling
 
-    module.make_mix = mix
+    train.make_mix = mix
     cli.main(["train", path])
 
 
@@ -345,9 +357,9 @@ def test_a_time_limit_stops_each_start_after_its_hours(tree, monkeypatch):
     run_dir = Path(tree["run_dir"])
     for step in (1, 2, 3):
         with pytest.raises(Preempted, match=f"stopped at step {step} of 3"):
-            module.train(config.parse(tree | {"max_hours": 1e-9}, "test"))
+            train.train(config.parse(tree | {"max_hours": 1e-9}, "test"))
     assert not (run_dir / "summary.json").exists()
-    module.train(config.parse(tree, "test"))  # the key may change between starts
+    train.train(config.parse(tree, "test"))  # the key may change between starts
     assert [line["step"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
 
 
@@ -437,13 +449,13 @@ def out_of_memory(*_: Any) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "how", "workers"),
     [
-        (module.Sources, "data", broken, 0),  # in set-up
-        (module.Objective, "__call__", broken, 0),  # in the loop
-        (module.Objective, "__call__", out_of_memory, 0),
+        (sources.Sources, "data", broken, 0),  # in set-up
+        (objective.Objective, "__call__", broken, 0),  # in the loop
+        (objective.Objective, "__call__", out_of_memory, 0),
         (data.ImageDataset, "__getitem__", broken, 1),  # in a loader's worker
         (data, "eval_loader", broken, 0),  # in an evaluation
         (checkpoint.Checkpoints, "_publish", broken, 0),  # in the thread that writes
-        (module.Run, "end", broken, 0),
+        (train.Run, "end", broken, 0),
     ],
 )
 def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, owner, name, how, workers):
@@ -464,14 +476,14 @@ def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, 
 
 
 def fail_on_one(path: str, rank: int) -> None:
-    inner = module.Objective.__call__
+    inner = objective.Objective.__call__
 
     def fail_at_third(objective, output, targets, labels, phase, step):
         if step == 2 and os.environ["RANK"] == str(rank):
             broken()
         return inner(objective, output, targets, labels, phase, step)
 
-    module.Objective.__call__ = fail_at_third
+    objective.Objective.__call__ = fail_at_third
     cli.main(["train", path])
 
 

@@ -17,7 +17,8 @@ import pytest
 import yaml
 from conftest import run_ranks
 
-from indistill import pipeline, progress, runs
+from indistill import pipeline, progress
+from indistill.config import runs
 from indistill.curriculum import Curriculum, Timetable
 
 TIMETABLE = Timetable(5004, 256, 500_400, None, Curriculum(3, durations=(15_012, 20_016, 25_020)))

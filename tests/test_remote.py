@@ -196,7 +196,7 @@ def test_processes_share_one_download(server, tmp_path):
 def test_processes_together_stay_within_the_limit(server, tmp_path):
     packed, urls = serve(server, count=60)
     size = max(path.stat().st_size for path in server.directory.glob("*.tar"))
-    cache = shards.ShardCache(str(tmp_path / "cache"), 3 * size)
+    cache = remote.ShardCache(str(tmp_path / "cache"), 3 * size)
     dead = tmp_path / "cache" / "remote-shards" / ("0" * 16 + "-dead.tar.part")
     dead.write_bytes(bytes(2 * size))  # of a process that was killed: it must not block the others
     running = []

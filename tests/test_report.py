@@ -19,10 +19,11 @@ import yaml
 from browser import CHROMIUM, Browser
 from conftest import CLASSES, data_section
 
-from indistill import charts, config, history, models, pipeline, preemption, report, runs
+from indistill import charts, config, models, pipeline, preemption, report
 from indistill.cli import main
-from indistill.config import UserError
-from indistill.history import read_lines
+from indistill.config import UserError, runs
+from indistill.config.files import read_lines
+from indistill.config.run_dir import append_end, append_start
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
@@ -126,7 +127,7 @@ def test_a_mistake_and_a_crash_are_ends_with_a_reason(tmp_path):
 
         def begin_and_fail(run_dir: Path = run_dir, error: Exception = error) -> None:
             with preemption.status_in(run_dir.parent):
-                history.start(run_dir, 3)
+                append_start(run_dir, 3)
                 raise error
 
         with pytest.raises(type(error)):
@@ -134,15 +135,15 @@ def test_a_mistake_and_a_crash_are_ends_with_a_reason(tmp_path):
         last = read_lines(run_dir / "history.jsonl")[-1]
         assert last["how"] == "failed"
         assert last["reason"].startswith(reason)
-    history.end(tmp_path, "done")  # nothing is open any more
+    append_end(tmp_path, "done")  # nothing is open any more
     assert len(read_lines(run_dir / "history.jsonl")) == 2
 
 
 def test_a_record_that_cannot_be_written_costs_nothing(tmp_path):
     (tmp_path / "history.jsonl").symlink_to("/dev/full")
-    history.start(tmp_path, 0)
-    history.end(tmp_path, "done")
-    history.start(tmp_path / "none", 0)
+    append_start(tmp_path, 0)
+    append_end(tmp_path, "done")
+    append_start(tmp_path / "none", 0)
 
 
 def test_a_report_that_fails_fails_no_run(chain, tmp_path, monkeypatch, capfd):

@@ -18,12 +18,11 @@ import yaml
 from accelerate import Accelerator
 from conftest import EPS, pack_images, run_ranks, train_until
 
-from indistill import cli, config, models, packing, precompute, prune, shards, store, targets
-from indistill import train as module
+from indistill import cli, config, models, outputs, packing, precompute, prune, shards, store, targets, train
 from indistill.config import UserError
+from indistill.config.files import read_lines, sha256
+from indistill.config.read import _apply_override
 from indistill.curriculum import Phase
-from indistill.files import sha256
-from indistill.metrics import read_lines
 from indistill.store import Field
 
 LOSSES = [{"name": "ce"}, {"name": "kd"}, {"name": "pkt"}, {"name": "at"}, {"name": "hint"}]
@@ -43,7 +42,7 @@ def stored(tree, tmp_path) -> dict[str, Any]:
 def with_(tree: dict[str, Any], *overrides: str) -> dict[str, Any]:
     tree = copy.deepcopy(tree)
     for override in overrides:
-        config._apply_override(tree, override)
+        _apply_override(tree, override)
     return tree
 
 
@@ -54,7 +53,7 @@ def compute(tree: dict[str, Any]) -> store.Manifest:
 def run(tree: dict[str, Any], run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     """The logged terms of each step."""
     tree = with_(tree, f"run_dir={run_dir}", *overrides)
-    module.train(config.parse(tree, "test"))
+    train.train(config.parse(tree, "test"))
     return terms(run_dir)
 
 
@@ -67,7 +66,7 @@ def terms(run_dir: Path) -> list[dict[str, Any]]:
 def refusal(tree: dict[str, Any], *overrides: str) -> str:
     fresh = f"run_dir={tempfile.mkdtemp(dir=Path(tree['run_dir']).parent)}"
     with pytest.raises(UserError) as caught:
-        module.train(config.parse(with_(tree, fresh, "targets.source=cached", *overrides), "test"))
+        train.train(config.parse(with_(tree, fresh, "targets.source=cached", *overrides), "test"))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -233,7 +232,7 @@ def test_rounded_targets_are_the_live_ones_rounded(stored, tmp_path, monkeypatch
         features, embedding, logits, cohort = call(*arguments)
         assert not cohort
         maps = tuple(rounded("pair1", feature) for feature in features)
-        return targets.Targets(maps, rounded("embedding", embedding), rounded("logits", logits))
+        return outputs.Targets(maps, rounded("embedding", embedding), rounded("logits", logits))
 
     monkeypatch.setattr(targets.LiveTargets, "__call__", rounding_call)
     assert cached == run(stored, tmp_path / "rounded", lossy)

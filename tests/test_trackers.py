@@ -25,7 +25,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from indistill import config, trackers
 from indistill.config import UserError
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
 
 
 def test_the_names_are_accelerates():

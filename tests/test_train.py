@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from indistill import config, data, health, models, optim, packing
 from indistill.config import UserError
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
 from indistill.train import evaluate_checkpoint, train
 
 

@@ -15,9 +15,10 @@ import torch
 import yaml
 from conftest import EPS, LOGGED, SMOOTH, assert_rounding_explains, in_float64, run_moved, run_ranks, strayed
 
-from indistill import apart, config, pipeline, runs
+from indistill import apart, config, pipeline
 from indistill.cli import main
-from indistill.metrics import read_lines
+from indistill.config import runs
+from indistill.config.files import read_lines
 from indistill.models import Network
 from indistill.train import train
 

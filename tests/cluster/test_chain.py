@@ -14,7 +14,8 @@ import torch
 from conftest import run_ranks, unused_port
 from safetensors.torch import load_file
 
-from indistill import pipeline, runs
+from indistill import pipeline
+from indistill.config import runs
 
 
 @pytest.fixture

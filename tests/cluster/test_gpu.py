@@ -16,7 +16,8 @@ import torch
 from conftest import run_ranks, unused_port
 
 from indistill import config, doctor, models, precompute
-from indistill.metrics import RunLog, read_lines
+from indistill.config.files import read_lines
+from indistill.metrics import RunLog
 from indistill.models import Network
 from indistill.optim import PhaseOptim
 from indistill.train import train

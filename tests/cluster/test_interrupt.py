@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import run_ranks, unused_port
 
-from indistill import pipeline, runs
-from indistill.metrics import read_lines
+from indistill import pipeline
+from indistill.config import runs
+from indistill.config.files import read_lines
 
 # The command line, but the third step waits for the signal: the machine may be slow, and so may the launcher.
 WAITING = """

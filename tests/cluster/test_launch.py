@@ -14,7 +14,7 @@ import pytest
 from conftest import unused_port
 
 from indistill import Trainer, checkpoint, store
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -20,7 +20,7 @@ import pytest
 from conftest import unused_port
 
 from indistill import checkpoint
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.203.77.1", "10.203.77.2")

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from conftest import LOGGED, in_float64, kill_at_checkpoint, run_ranks
 
-from indistill import config
-from indistill import train as module
+from indistill import config, train
 from indistill.cli import main
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
 
 
 @pytest.fixture
@@ -30,15 +29,15 @@ def vit_tree(tree):
 
 
 def run(tree: dict[str, Any]) -> None:
-    module.train(config.parse(tree, "test"))
+    train.train(config.parse(tree, "test"))
 
 
 def run_and_hash(tree: dict[str, Any], folder: str) -> None:
     """Train, and leave the hash of this rank's final weights, its world size and its sample ids behind."""
-    end, mix = module.Run.end, module.make_mix
+    end, mix = train.Run.end, train.make_mix
     ids: list[list[int]] = []
 
-    def telling_end(run: module.Run) -> dict[str, Any]:
+    def telling_end(run: train.Run) -> dict[str, Any]:
         digest = hashlib.sha256()
         for value in run.whole().state_dict().values():
             digest.update(value.numpy().tobytes())
@@ -50,11 +49,11 @@ def run_and_hash(tree: dict[str, Any], folder: str) -> None:
         inner = mix(*arguments)
         return lambda batch, phase: (ids.append(batch.ids.tolist()), inner(batch, phase))[1]
 
-    module.Run.end, module.make_mix = telling_end, make_mix
+    train.Run.end, train.make_mix = telling_end, make_mix
     try:
         run(tree)
     finally:
-        module.Run.end, module.make_mix = end, mix
+        train.Run.end, train.make_mix = end, mix
 
 
 def losses(run_dir: str) -> list[float]:
@@ -112,7 +111,7 @@ def test_batch_norm_ranks_stay_equal_and_resume_exactly(tree, tmp_path):
 
 
 def score(tree: dict[str, Any], weights: str, destination: str) -> None:
-    scores = module.evaluate_checkpoint(config.parse(tree, "test"), weights)
+    scores = train.evaluate_checkpoint(config.parse(tree, "test"), weights)
     with open(destination, "a") as file:
         file.write(json.dumps(scores) + "\n")
 

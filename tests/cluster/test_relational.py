@@ -11,10 +11,9 @@ import torch
 from conftest import LOGGED, in_float64, run_ranks
 from torch import Tensor, nn
 
-from indistill import config, losses, relational
-from indistill import train as module
+from indistill import config, losses, relational, train
+from indistill.config.files import read_lines
 from indistill.curriculum import Phase
-from indistill.metrics import read_lines
 from indistill.objective import Objective
 from indistill.outputs import Output, Targets
 
@@ -137,7 +136,7 @@ def test_auto_gathers_while_neither_rows_nor_relations_are_many(tmp_path):
 
 
 def run(tree: dict[str, Any]) -> None:
-    module.train(config.parse(tree, "test"))
+    train.train(config.parse(tree, "test"))
 
 
 @pytest.mark.portable

@@ -16,10 +16,9 @@ from conftest import run_ranks, train_until
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from indistill import config, evaluate, models, preemption, prune
-from indistill import train as module
+from indistill import config, evaluate, models, preemption, prune, sources, train
+from indistill.config.files import read_lines
 from indistill.curriculum import Phase
-from indistill.metrics import read_lines
 from indistill.models import Heads, Network
 from indistill.preemption import Preempted
 from indistill.targets import LiveTargets
@@ -183,7 +182,7 @@ def variant(tree: dict[str, Any], folder: Path, shard: bool) -> dict[str, Any]:
 
 def run(*trees: dict[str, Any]) -> None:
     """Train; each teacher has to be whole or sharded on both ranks as asked."""
-    evaluation = module.evaluation
+    evaluation = train.evaluation
     for tree in trees:
 
         def checking_evaluation(accelerator, settings, student, teacher, eval_set):
@@ -191,8 +190,8 @@ def run(*trees: dict[str, Any]) -> None:
             assert pieces == [settings.teacher.shard and accelerator.num_processes == 2] * len(pieces)
             return evaluation(accelerator, settings, student, teacher, eval_set)
 
-        module.evaluation = checking_evaluation
-        module.train(config.parse(tree, "test"))
+        train.evaluation = checking_evaluation
+        train.train(config.parse(tree, "test"))
 
 
 def told(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
@@ -252,7 +251,7 @@ def stop_one(tree: dict[str, Any]) -> None:
     models.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))
     preemption.asked = lambda: accelerator.process_index == 1
     with pytest.raises(Preempted):
-        evaluate.similarity(accelerator, student, teacher, [(0, 0)], module.open_eval_set(settings), batch=10)
+        evaluate.similarity(accelerator, student, teacher, [(0, 0)], sources.open_eval_set(settings), batch=10)
 
 
 def test_a_rank_that_is_asked_to_stop_leaves_none_waiting(vit_tree):

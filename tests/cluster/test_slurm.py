@@ -21,7 +21,7 @@ import pytest
 from conftest import SHARED
 
 from indistill import checkpoint
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = SHARED.parent / "slurm"

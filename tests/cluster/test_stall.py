@@ -15,8 +15,7 @@ import pytest
 from conftest import start, unused_port
 from torch import distributed
 
-from indistill import cli, preemption
-from indistill import train as module
+from indistill import cli, preemption, train
 from indistill.data import IndexedTraining
 
 TIMEOUT_MINUTES = 0.4
@@ -36,14 +35,14 @@ def train_and_fail(path: str, how: str) -> None:
             yield batch
 
     IndexedTraining.loader = failing_loader
-    make_mix = module.make_mix
+    make_mix = train.make_mix
 
     def noting_mix(*arguments):
         options = distributed.group.WORLD._get_backend(arguments[1].device).options
         Path(f"{path}.timeout-{rank}").write_text(str(options._timeout.total_seconds()))
         return make_mix(*arguments)
 
-    module.make_mix = noting_mix
+    train.make_mix = noting_mix
     sys.stderr = open(f"{path}.stderr-{rank}", "w", buffering=1)  # noqa: SIM115
     os.dup2(sys.stderr.fileno(), 2)
     cli.main(["train", path])

@@ -16,13 +16,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from indistill import config
-from indistill.config import Config, UserError
+from indistill.config import tree
+from indistill.config.base import UserError
+from indistill.config.read import load
+from indistill.config.tree import Config
 
 _open: set[Path] = set()  # run directories in which this process wrote a start, and no end yet
 
 
-def start(run_dir: Path, step: int, **facts: Any) -> None:
+def append_start(run_dir: Path, step: int, **facts: Any) -> None:
     """A run begins, or goes on, after `step` completed steps; `facts` are what it runs on."""
     where = {"host": socket.gethostname(), "pid": os.getpid(), "python": platform.python_version()}
     slurm = {"slurm_job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
@@ -30,14 +32,14 @@ def start(run_dir: Path, step: int, **facts: Any) -> None:
     _open.add(run_dir)
 
 
-def end(under: Path, how: str, reason: str = "") -> None:
+def append_end(under: Path, how: str, reason: str = "") -> None:
     """Record the end of this process's runs at or below `under`; `how` is a word of `status`."""
     for run_dir in [path for path in tuple(_open) if path.is_relative_to(under)]:
         _open.discard(run_dir)
         _append(run_dir, {"event": "end", "how": how, "reason": reason})
 
 
-def describe(error: BaseException, folder: Path) -> str:
+def describe_error(error: BaseException, folder: Path) -> str:
     """The kind, message and place of an unexpected error, and the file in `folder` that has its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}, line {frames[-1].lineno}; " if frames else ""
@@ -72,7 +74,7 @@ def has_begun(settings: Config) -> bool:
     if not saved.exists():
         return False
     keeps = (run_dir / "summary.json").exists() or any((run_dir / "checkpoints").glob("step-*"))
-    difference = config.difference(config.load(saved), settings)
+    difference = tree.difference(load(saved), settings)
     if difference and (keeps or (log.exists() and log.stat().st_size)):
         raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
     return keeps
@@ -90,13 +92,3 @@ def _append(run_dir: Path, line: dict[str, Any]) -> None:
             complete = False
         if not complete:
             os.truncate(path, size)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; one that was cut by a kill is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(text))
-    return lines

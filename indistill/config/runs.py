@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from indistill import config
-from indistill.config import Config, UserError
+from indistill.config.base import UserError
+from indistill.config.read import parse, read
+from indistill.config.sections import ONE_RUN_TRACKERS
+from indistill.config.tree import Config, flatten
 
 _NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # a directory, and a part of an override's dotted key
 # What decides the images and what the teacher makes of them.
@@ -34,14 +36,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
     Overrides reach what they share (`data.root=X`, unless one sets it itself) and single ones, by number or name
     (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any of them.
     """
-    in_file = config.read(path)
+    in_file = read(path)
     kind = "students" if "students" in in_file else "stages"
     listed = in_file[kind] if isinstance(in_file.get(kind), list) else []
     positions = {str(_name(stage)): i for i, stage in enumerate(listed)}
-    tree = config.read(path, [_by_position(override, kind, positions) for override in overrides])
+    tree = read(path, [_by_position(override, kind, positions) for override in overrides])
     source = " ".join([str(path), *overrides])
     if kind not in tree:
-        return [("", config.parse(tree, source))]
+        return [("", parse(tree, source))]
     if kind == "students" and "stages" in tree:
         raise UserError(f"{source}: students and stages exclude each other: keep one")
 
@@ -68,7 +70,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
         where = f"{source}: {kind[:-1]} {name}"
         if kind == "stages" and isinstance(merged.get("teacher"), dict):
             merged["teacher"] = _teacher(merged["teacher"], stages, where)
-        stages[name] = config.parse(merged, where)
+        stages[name] = parse(merged, where)
         if kind == "students":
             _check_student(next(iter(stages.values())), stages[name], groups, where)
     if kind == "stages":
@@ -80,7 +82,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
 
 def _check_student(first: Config, settings: Config, groups: str, where: str) -> None:
     """Raise UserError for a student that cannot train beside the first one."""
-    theirs, mine = (config.flatten(one, without=()) for one in (first, settings))
+    theirs, mine = (flatten(one, without=()) for one in (first, settings))
     for key in sorted(theirs.keys() | mine.keys()):
         if f"{key}.".startswith(tuple(f"{part}." for part in _SHARED)) and theirs.get(key) != mine.get(key):
             raise UserError(
@@ -94,7 +96,7 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
         raise UserError(f"{where}: teacher.shard: students need the whole teacher on every process: remove it")
     if settings.targets.source != "live":
         raise UserError(f"{where}: targets: stored ones leave no teacher to share: train the students one by one")
-    alone = config.ONE_RUN_TRACKERS.intersection(settings.trackers)
+    alone = ONE_RUN_TRACKERS.intersection(settings.trackers)
     if groups == "equal" and alone:
         raise UserError(
             f"{where}: trackers: {min(alone)} takes one run at a time in a process: remove it, train the students one "
