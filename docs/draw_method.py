@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from indistill import build, config, estimate, export, models, prune, taps, train
+from indistill import build, config, estimate, export, prune, train
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Request
-from indistill.models import Network
+from indistill.models.network import Network, normalisation
+from indistill.models.stages import find_stages
 from indistill.prune import Plan
 from indistill.sources import open_eval_set
 
@@ -59,7 +60,7 @@ class Run(NamedTuple):
         if step == 0:
             set_seed(self.settings.seed)
             net = build.create_student(self.settings)
-            return Network(net, *models.normalisation(net, self.settings.student, "student")).eval()
+            return Network(net, *normalisation(net, self.settings.student, "student")).eval()
         file = Path(self.settings.run_dir, f"checkpoints/step-{step:08d}/model.safetensors")
         return export.load_file(self.settings, file).eval()
 
@@ -141,7 +142,7 @@ def main() -> None:
 def layers(run: Run) -> None:
     """What of both networks each phase computes."""
     picture = Picture("layers", "The layers of teacher and student that are computed in each phase")
-    teacher, student = taps.stages(run.teacher.net), taps.stages(run.student(0).net)
+    teacher, student = find_stages(run.teacher.net), find_stages(run.student(0).net)
     left, step, width, height = 128, 104, 92, 22
     for i, stage in enumerate(teacher):
         picture.text(left + i * step + width / 2, 20, stage.name.replace("act1", "stem"), "dim", "middle")
@@ -203,7 +204,7 @@ def importance(run: Run) -> None:
     for i, pair in enumerate(run.plan.pairs):
         norms = prune.l1_importance(run.teacher.net, pair.teacher_stage, size).numpy()
         low, high, kept = norms.min(), norms.max(), set(pair.kept)
-        name = taps.stages(run.teacher.net)[pair.teacher_stage].name
+        name = find_stages(run.teacher.net)[pair.teacher_stage].name
         picture.text(12, top + 14, f"pair {i + 1}, {name}")
         picture.text(12, top + 31, f"{len(kept)} of {len(norms)} kept", "dim small")
 

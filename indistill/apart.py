@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from indistill import checkpoint, engine, models
+from indistill import checkpoint, engine
 from indistill.callbacks import Callback
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
-from indistill.outputs import Targets
+from indistill.models.network import DTYPES
+from indistill.models.outputs import Targets
 from indistill.prune import Plan
 from indistill.sources import Sources, Training
 from indistill.targets import LiveTargets, fields_of, pooled
@@ -169,7 +170,7 @@ class ExchangedTargets:
 
     def __init__(self, live: LiveTargets, apart: _Apart, students: Sequence[Student], precision: str) -> None:
         self.live, self.apart, self.students = live, apart, students
-        self.dtype = models.DTYPES[precision]
+        self.dtype = DTYPES[precision]
         self.teacher, self.fingerprint, self.kd_stages = live.teacher, live.fingerprint, live.kd_stages
         self.bring_along, self.hold_weights = live.bring_along, live.hold_weights
 

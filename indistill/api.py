@@ -12,7 +12,7 @@ from indistill.config import Config, UserError, runs
 if TYPE_CHECKING:
     from indistill.estimate import Estimate
     from indistill.export import Source
-    from indistill.models import Network
+    from indistill.models.network import Network
 
 
 class Trainer:

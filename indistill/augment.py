@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing
 from indistill.decode import Box, cut, decode, decode_crop
+from indistill.models.views import EvalView
 
 _TRIES = 10  # to find a rectangle that fits; of 2 draws each; as many as torchvision's and timm's
 # Uniform numbers per sample and epoch. Each part has its own, so that switching one on leaves the others as they are.
@@ -43,15 +43,6 @@ _NOISE = np.array(
     ]
 )
 _NOISE = _NOISE.round().clip(0, 255).astype(np.uint8)
-
-
-class EvalView(NamedTuple):
-    """How evaluation shows an image, in the words of timm's `create_transform`."""
-
-    interpolation: str
-    crop_pct: float
-    crop_mode: str = "center"
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # the colour of a border, where crop_mode has one
 
 
 def view_of(recipe: Augment, epoch: int) -> int:
@@ -180,7 +171,6 @@ def _resized_crop_box(shape: tuple[int, int], draws: np.ndarray, recipe: Augment
 
 
 # --- timm's recipes --------------------------------------------------------------------------------------------------
-
 # Of each operation, its argument at a strength within 0 and 1, which `signed` gives either sign.
 _ARGUMENTS: dict[str, Callable[[float, float], tuple[float, ...]]] = {
     "AutoContrast": lambda strength, signed: (),

@@ -15,13 +15,16 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from indistill import class_names, config, engine, models, projectors, prune, store, taps
+from indistill import class_names, config, engine, projectors, prune, store
 from indistill.config import Config, UserError
 from indistill.config.files import sha256
 from indistill.config.tree import input_size
-from indistill.models import Heads, Network
+from indistill.models import network, timm_model
+from indistill.models.heads import Heads
+from indistill.models.network import Network, normalisation
+from indistill.models.outputs import Output
+from indistill.models.stages import check_stages, find_stages, match_stages
 from indistill.objective import reads
-from indistill.outputs import Output
 from indistill.prune import Plan
 from indistill.targets import CachedTargets, LiveTargets
 
@@ -47,7 +50,7 @@ def networks(
     if settings.stage == "heads":
         return heads(accelerator, settings), LiveTargets(None, NO_PLAN, size), NO_PLAN
     net = create_student(settings)
-    normalisation = models.normalisation(net, settings.student, "student")
+    normalisation = network.normalisation(net, settings.student, "student")
     if settings.teacher is None:
         return trainable(settings, Network(net, *normalisation)).to(device), LiveTargets(None, NO_PLAN, size), NO_PLAN
 
@@ -104,11 +107,11 @@ def check_fit(settings: Config) -> None:
     sections = {role: getattr(settings, role).model_copy(update=bare) for role in ("student", "teacher")}
     settings = settings.model_copy(update=sections)
     student = create_student(settings)
-    teacher = models.create(settings.teacher, settings.data.num_classes, settings.data.image_size, "teacher")
+    teacher = timm_model.create(settings.teacher, settings.data.num_classes, settings.data.image_size, "teacher")
     if reads(settings.kd.losses, "features"):
         choose_pairs(settings, teacher, student)
     if settings.warmup:
-        pairs = taps.match(teacher, student) if settings.warmup.pairs == "auto" else settings.warmup.pairs
+        pairs = match_stages(teacher, student) if settings.warmup.pairs == "auto" else settings.warmup.pairs
         criterion = settings.warmup.prune.criterion
         criterion = "random" if criterion in prune.NEEDS_DATA else criterion
         prune.plan(teacher, student, pairs, input_size(settings), criterion, adapter=settings.warmup.adapter)
@@ -125,7 +128,7 @@ def trainable(settings: Config, student: Network) -> Network:
 
 
 def create_student(settings: Config) -> nn.Module:
-    net = models.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
+    net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
     if reads(settings.kd.losses, "token") and not hasattr(net, "set_distilled_training"):
         raise UserError(
             f"kd.losses: token needs a student with a distillation token, {settings.student.name} has none: choose one "
@@ -138,10 +141,10 @@ def create_teacher(settings: Config) -> Network:
     section = settings.teacher
     if section.checkpoint:
         class_names.check_weights(class_names.of_weights(section.checkpoint), settings.data, "teacher")
-    net = models.create(section, settings.data.num_classes, settings.data.image_size, "teacher")
+    net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "teacher")
     if section.pretrained:
         class_names.check_weights(class_names.of_pretrained(net.pretrained_cfg, section.name), settings.data, "teacher")
-    return Network(net, *models.normalisation(net, settings.teacher, "teacher"))
+    return Network(net, *normalisation(net, settings.teacher, "teacher"))
 
 
 def compiled(teacher: Network, settings: Config) -> Callable[..., Output]:
@@ -154,7 +157,7 @@ def heads(accelerator: Accelerator, settings: Config) -> Heads:
     teacher = create_teacher(settings).to(accelerator.device)
     stages = settings.heads.stages
     if stages == "auto":
-        stages = [stage for stage, _ in taps.match(teacher.net, teacher.net)]
+        stages = [stage for stage, _ in match_stages(teacher.net, teacher.net)]
     return Heads(teacher, stages, settings.heads.pool, settings.data.image_size).to(accelerator.device)
 
 
@@ -164,8 +167,8 @@ def choose_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> li
     if pairs is None and settings.warmup:
         pairs, key = settings.warmup.pairs, "warmup.pairs"
     if pairs in (None, "auto"):
-        return taps.match(teacher, student)
-    taps.check(pairs, teacher, student, key)
+        return match_stages(teacher, student)
+    check_stages(pairs, teacher, student, key)
     return pairs
 
 
@@ -178,7 +181,7 @@ def comparable_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -
 
 
 def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]]) -> projectors.Shape:
-    teacher_stages, student_stages = taps.stages(teacher), taps.stages(student)
+    teacher_stages, student_stages = find_stages(teacher), find_stages(student)
     return projectors.Shape(
         student_widths=[student_stages[stage].channels for _, stage in pairs],
         teacher_widths=[teacher_stages[stage].channels for stage, _ in pairs],
@@ -197,8 +200,8 @@ def agree_on_plan(
 ) -> Plan:
     """Rank 0 computes the plan, or reads that of the run it continues; every rank gets it."""
     path, warmup = run_dir / "prune_plan.json", settings.warmup
-    pairs = taps.match(teacher.net, student) if warmup.pairs == "auto" else warmup.pairs
-    taps.check(pairs, teacher.net, student, "warmup.pairs")
+    pairs = match_stages(teacher.net, student) if warmup.pairs == "auto" else warmup.pairs
+    check_stages(pairs, teacher.net, student, "warmup.pairs")
     importance = None
     if warmup.prune.criterion in prune.NEEDS_DATA and not engine.on_main(accelerator, path.exists):
         device, batches = teacher.mean.device, calibration(warmup.prune.batches)
@@ -258,10 +261,10 @@ def stored_plan(
     """The plan that the targets were made by, kept as that of the run. Raises UserError if it is of another student."""
     plan, path = reader.manifest.pruning(), run_dir / "prune_plan.json"
     pairs, key = settings.warmup.pairs, "warmup.pairs"
-    pairs = taps.match(reader.manifest.teacher, student) if pairs == "auto" else pairs
-    taps.check(pairs, reader.manifest.teacher, student, key)
+    pairs = match_stages(reader.manifest.teacher, student) if pairs == "auto" else pairs
+    check_stages(pairs, reader.manifest.teacher, student, key)
     again = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
-    ours = [(teacher, stage, taps.stages(student)[stage].channels) for teacher, stage in pairs]
+    ours = [(teacher, stage, find_stages(student)[stage].channels) for teacher, stage in pairs]
     theirs = [(pair.teacher_stage, pair.student_stage, pair.student_width) for pair in plan.pairs]
     if ours != theirs:
         raise UserError(

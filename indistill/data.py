@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from indistill import augment, config, preemption
-from indistill.augment import EvalView
 from indistill.config import UserError
 from indistill.decode import BadImage, decode
+from indistill.models.views import EvalView
 from indistill.order import SampleOrder
 from indistill.shards import ShardSet, label_problem
 

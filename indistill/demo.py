@@ -21,7 +21,8 @@ SUPERVISED = ["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"]
 def main() -> None:
     start = time.perf_counter()
     print("indistill demo: importing torch, timm and accelerate ...", flush=True)
-    from indistill import config, models, report, train
+    from indistill import config, report, train
+    from indistill.models import timm_model
 
     shutil.rmtree(ROOT, ignore_errors=True)
     settings = config.load(CONFIG)
@@ -50,7 +51,7 @@ def main() -> None:
     }
 
     parameters = {
-        name: sum(p.numel() for p in models.create(section, 10, 32, "student").parameters())
+        name: sum(p.numel() for p in timm_model.create(section, 10, 32, "student").parameters())
         for name, section in (("teacher", teacher.student), ("student", alone.student))
     }
     print(f"\n{'':29}{'parameters':>12}{'steps':>8}{'top-1 %':>9}{'mAP % (cosine)':>16}{'seconds':>9}")

@@ -38,25 +38,12 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors import safe_open
 
-from indistill import (
-    class_names,
-    config,
-    data,
-    engine,
-    estimate,
-    health,
-    models,
-    optim,
-    overlap,
-    remote,
-    shards,
-    store,
-    train,
-)
+from indistill import class_names, config, data, engine, estimate, health, optim, overlap, remote, shards, store, train
 from indistill.config import Config, UserError
 from indistill.config.run_dir import has_begun, in_one_line
 from indistill.deepspeed_config import zero_config
 from indistill.environment import contradictions
+from indistill.models import timm_model
 from indistill.order import SampleOrder
 from indistill.sources import Training
 from indistill.stream import StreamedTraining
@@ -530,7 +517,7 @@ def checkpoints(here: Here) -> Said:
         if here.rank or settings.student is None:
             continue
         section = settings.student.model_copy(update={"pretrained": False, "checkpoint": None})
-        student = models.create(section, settings.data.num_classes, settings.data.image_size, "student")
+        student = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "student")
         weights = sum(value.nbytes for value in student.state_dict().values())
         one = weights * (1 + (settings.ema is not None))
         one += estimate.state_bytes(optim.create(student, settings.optimizer))

@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import build, config, engine, environment, models, optim, prune, relational, store, taps
+from indistill import build, config, engine, environment, optim, prune, relational, store
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import IndexedTraining, check_accumulation
-from indistill.models import Heads, Network
+from indistill.models.heads import Heads
+from indistill.models.network import DTYPES, Network
+from indistill.models.outputs import Targets
+from indistill.models.stages import find_stages
+from indistill.models.timm_model import NoWeights
 from indistill.objective import Objective, reads
 from indistill.order import SampleOrder
-from indistill.outputs import Targets
 from indistill.prune import Plan
 from indistill.stream import StreamedTraining
 from indistill.targets import CachedTargets, LiveTargets
@@ -157,7 +160,7 @@ def _run(
 ) -> tuple[int, int, int, Targets, Sequence[Tensor]]:
     """Operations of teacher and student, bytes kept for the backward pass, targets, and the student's maps."""
     parameter = next(student.parameters())
-    dtype = models.DTYPES[settings.mixed_precision]
+    dtype = DTYPES[settings.mixed_precision]
     autocast = torch.autocast(parameter.device.type, dtype, enabled=settings.mixed_precision != "no")
     kept: dict[int, int] = {}  # bytes by storage
 
@@ -623,7 +626,7 @@ def _networks(
         while True:
             try:
                 return *build.networks(accelerator, settings, Path(folder), None), unknown, notes
-            except models.NoWeights as error:
+            except NoWeights as error:
                 section = getattr(settings, error.role).model_copy(update={"pretrained": False})
                 settings = settings.model_copy(update={error.role: section})
                 notes.append(f"architecture alone: {error}")
@@ -646,7 +649,7 @@ def _pairs(
         maps = [[tuple(m.shape[1:]) for m in network.maps(images, stages)] for network, stages in sides]
     pairs = []
     for pair, teacher_map, student_map in zip(plan.pairs, *maps):
-        names = taps.stages(teacher.net)[pair.teacher_stage].name, taps.stages(student.net)[pair.student_stage].name
+        names = find_stages(teacher.net)[pair.teacher_stage].name, find_stages(student.net)[pair.student_stage].name
         channels = pair.teacher_width if pair.kept is None else len(pair.kept)
         kept = [*range(channels)] if pair.kept is None else None if kept_unknown else pair.kept
         pairs.append(Pair(*names, teacher_map, student_map, channels, kept))

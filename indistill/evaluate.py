@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from indistill import data, preemption, watchdog
 from indistill.config import UserError
-from indistill.models import Heads, Network
+from indistill.models.heads import Heads
+from indistill.models.network import Network
 from indistill.preemption import Preempted
 from indistill.similarity import information, information_flow_divergence, linear_cka
 

@@ -22,11 +22,13 @@ import yaml
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from indistill import checkpoint, class_names, config, data, models
-from indistill.augment import EvalView
+from indistill import checkpoint, class_names, config, data
 from indistill.config import Config, UserError
-from indistill.models import Network
-from indistill.outputs import Output
+from indistill.models import network as models_network
+from indistill.models import timm_model
+from indistill.models.network import Network, normalisation
+from indistill.models.outputs import Output
+from indistill.models.views import EvalView, evaluation_view, own_view, view_by_record
 from indistill.prune import Plan
 
 FILES = {"timm": "model.safetensors", "onnx": "model.onnx", "torch": "model.pt2"}
@@ -144,7 +146,7 @@ def _images(settings: Config) -> tuple[Tensor, str]:
     try:
         if section.eval is None:
             raise UserError("data.eval is not set")
-        shards, view = data.open_shards(section, section.eval), models.evaluation_view(settings)
+        shards, view = data.open_shards(section, section.eval), evaluation_view(settings)
         dataset = data.ImageDataset(shards, section, settings.seed, view=view)
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[data.Request(0, 0, 0, ids)].images, "images of data.eval"
@@ -252,14 +254,14 @@ def _write_torch(network: Network, source: Source, folder: Path) -> None:
 
 def _preprocessing(network: Network, settings: Config) -> dict[str, Any]:
     """What evaluation did with an image (augment.eval_view), in timm's words."""
-    view = models.evaluation_view(settings)
+    view = evaluation_view(settings)
     return {
         "image_size": settings.data.image_size,
         "crop_pct": view.crop_pct,
         "crop_mode": view.crop_mode,
         "interpolation": view.interpolation,
         # As they were given: float32 of them would be other numbers.
-        **dict(zip(("mean", "std"), models.normalisation(network.net, settings.student, "student"))),
+        **dict(zip(("mean", "std"), normalisation(network.net, settings.student, "student"))),
     }
 
 
@@ -322,7 +324,7 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
     if name != what or (not path.exists() and (timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:")))):
         network = _pretrained(name, settings)
         _check_classes(network, name, settings)
-        return network, models.own_view(_named(name), settings.data, "eval")
+        return network, own_view(_named(name), settings.data, "eval")
     if settings.stage == "heads":
         raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
     if path.is_dir():
@@ -332,7 +334,7 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
     class_names.check_weights(names, settings.data, "eval")
     if names is None or settings.evaluate.retrieval:  # the weights are of data.train, retrieval is from it
         class_names.check(settings.data)
-    return load_file(settings, path), models.evaluation_view(settings)
+    return load_file(settings, path), evaluation_view(settings)
 
 
 def _check_classes(network: Network | Program, what: str, settings: Config) -> None:
@@ -349,8 +351,8 @@ def _check_classes(network: Network | Program, what: str, settings: Config) -> N
 def load_file(settings: Config, path: Path) -> Network:
     """The config's student with the weights of a file."""
     section = settings.student.model_copy(update={"checkpoint": str(path), "pretrained": False})
-    net = models.create(section, settings.data.num_classes, settings.data.image_size, "student")
-    return Network(net, *models.normalisation(net, section, "student"))
+    net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "student")
+    return Network(net, *normalisation(net, section, "student"))
 
 
 def load_folder(folder: Path, settings: Config) -> Network | Program:
@@ -400,18 +402,18 @@ def _named(name: str) -> config.Model:
 def _view_of_folder(folder: Path, settings: Config) -> EvalView:
     """How images are shown to what was exported there: as it says, where the config says auto."""
     if (folder / "config.json").is_file():
-        return models.own_view(_named(f"local-dir:{folder}"), settings.data, "eval")
+        return own_view(_named(f"local-dir:{folder}"), settings.data, "eval")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / FILES["onnx"], providers=["CPUExecutionProvider"])
     told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    return models.view_by_record(told, settings.data)
+    return view_by_record(told, settings.data)
 
 
 def _pretrained(name: str, settings: Config) -> Network:
     section = _named(name)
-    net = models.create(section, settings.data.num_classes, settings.data.image_size, "eval")
-    return Network(net, *models.normalisation(net, section, "eval"))
+    net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "eval")
+    return Network(net, *normalisation(net, section, "eval"))
 
 
 def _need_onnx() -> None:
@@ -447,13 +449,13 @@ def card(source: Source, network: Network, form: str, command: str, checked: str
     """The README.md of an export, in the form of the Hugging Face Hub."""
     settings, section = source.settings, source.settings.data
     architecture = network.net.pretrained_cfg["architecture"]
-    ours = timm.model_entrypoint(architecture).__module__ == models.__name__
+    ours = timm.model_entrypoint(architecture).__module__ == models_network.__name__
     register = "import indistill.models    # registers the network with timm\n" * ours
     if form == "timm":
         taken = "Normalised float images, as timm's own transform makes them"
     else:
         taken = "uint8 RGB images, resized and cropped; it normalises them itself"
-    preprocessing, view = _preprocessing(network, settings), models.evaluation_view(settings)
+    preprocessing, view = _preprocessing(network, settings), evaluation_view(settings)
     front = {
         "library_name": _LIBRARY[form],
         "pipeline_tag": "image-classification",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from indistill import config, losses
 from indistill.curriculum import Phase
-from indistill.outputs import Output, Targets
+from indistill.models.outputs import Output, Targets
 from indistill.relational import gather
 
 

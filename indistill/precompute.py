@@ -28,11 +28,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import build, class_names, config, data, engine, estimate, health, remote, store, taps
+from indistill import build, class_names, config, data, engine, estimate, health, remote, store
 from indistill.class_names import Names
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch, IndexedTraining, Request
+from indistill.models.stages import find_stages
 from indistill.objective import Objective
 from indistill.store import Manifest, Reader
 from indistill.targets import LiveTargets, fields_of, needed
@@ -322,7 +323,7 @@ def prepare(settings: Config) -> Job:
 
 def stages(targets_of: LiveTargets) -> list[dict[str, object]]:
     try:
-        found = taps.stages(targets_of.teacher.net)
+        found = find_stages(targets_of.teacher.net)
     except UserError:  # no loss has read any
         return []
     return [{"module": stage.name, "num_chs": stage.channels, "reduction": stage.reduction} for stage in found]

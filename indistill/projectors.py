@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from indistill import config
-from indistill.outputs import Output, Targets
+from indistill.models.outputs import Output, Targets
 
 
 class Shape(NamedTuple):

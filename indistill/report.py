@@ -268,13 +268,14 @@ def speed(sections: Sequence[tuple[str, config.Model]], settings: Config) -> dic
     """
     import torch
 
-    from indistill import engine, models
+    from indistill import engine
+    from indistill.models.network import DTYPES, Network
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = settings.mixed_precision if device.type == "cuda" else "no"
     half = (0.5, 0.5, 0.5)
     with torch.random.fork_rng():
-        nets = {role: models.Network(_create(section, settings.data), half, half) for role, section in sections}
+        nets = {role: Network(_create(section, settings.data), half, half) for role, section in sections}
     nets = {role: net.to(device).eval() for role, net in nets.items()}
     batch = _BATCH[device.type]
     images = torch.zeros(batch, 3, settings.data.image_size, settings.data.image_size, dtype=torch.uint8, device=device)
@@ -288,7 +289,7 @@ def speed(sections: Sequence[tuple[str, config.Model]], settings: Config) -> dic
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    autocast = torch.autocast(device.type, models.DTYPES[precision], enabled=precision != "no")
+    autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "no")
     rounds: list[dict[str, float]] = []
     with torch.inference_mode(), autocast:
         begin = time.perf_counter()

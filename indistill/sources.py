@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 
-from indistill import build, data, health, models
-from indistill.augment import EvalView
+from indistill import build, data, health
 from indistill.config import Config
 from indistill.curriculum import Timetable
 from indistill.data import Batch, IndexedTraining
-from indistill.models import Network
-from indistill.outputs import Output
+from indistill.models.network import Network
+from indistill.models.outputs import Output
+from indistill.models.views import EvalView, evaluation_view
 from indistill.prune import Plan
 from indistill.stream import StreamedTraining
 from indistill.targets import CachedTargets, LiveTargets
@@ -62,4 +62,4 @@ def open_data(accelerator: Accelerator, settings: Config) -> tuple[Training, dat
 def open_eval_set(settings: Config, view: EvalView | None = None) -> data.ImageDataset:
     """The images of `data.eval`, as `view` (None: that of this config's student) shows them."""
     shards = data.open_shards(settings.data, settings.data.eval)
-    return data.ImageDataset(shards, settings.data, settings.seed, view=view or models.evaluation_view(settings))
+    return data.ImageDataset(shards, settings.data, settings.seed, view=view or evaluation_view(settings))

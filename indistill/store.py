@@ -160,7 +160,7 @@ class Weights(BaseModel):
 
 
 class Teacher(BaseModel):
-    """What has to be known of a teacher that is not here. For taps.py it is the network."""
+    """What has to be known of a teacher that is not here. For models/stages.py it is the network."""
 
     forward_intermediates: ClassVar[None] = None
     feature_info: list[dict[str, Any]]  # of its stages: module, num_chs, reduction

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from indistill import config, models, prune
+from indistill import config, prune
 from indistill.curriculum import Phase, Timetable
-from indistill.models import Heads, Network
-from indistill.outputs import Output, Targets
+from indistill.models import frozen
+from indistill.models.heads import Heads
+from indistill.models.network import Network
+from indistill.models.outputs import Output, Targets
 from indistill.store import Reader
 
 if TYPE_CHECKING:
@@ -53,12 +55,12 @@ class LiveTargets:
         teacher.kd_stages = sorted({*kd_stages, *(heads.stages if heads else ())})
         if plan.mode == "paper_bn":
             self.norms = [prune.published_norm(teacher.net, pair.teacher_stage, input_size) for pair in plan.pairs]
-        models.run_in(teacher, precision)
+        frozen.run_in(teacher, precision)
         self.held_in = precision if shard_on is None else "no"  # FSDP takes one precision
         # FSDP gathers weights into tensors that it uses again.
         self.without_gradient = torch.inference_mode if shard_on is None else torch.no_grad
         if shard_on is not None:
-            models.shard(teacher, shard_on, input_size)
+            frozen.shard(teacher, shard_on, input_size)
         device = teacher.mean.device
         self.kept = [None if pair.kept is None else torch.tensor(pair.kept, device=device) for pair in plan.pairs]
         if heads is not None:
@@ -70,7 +72,7 @@ class LiveTargets:
     def hold_weights(self) -> None:
         """Keep the teacher's weights in its precision, once no plan is made from them any more."""
         if self.teacher is not None:
-            models.hold(self.teacher, self.held_in)
+            frozen.hold(self.teacher, self.held_in)
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
         """Images [B, 3, H, W] as the student gets them, mixing included. `records` are for CachedTargets."""

@@ -15,12 +15,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from indistill import data, models
+from indistill import data
 from indistill.callbacks import Callback
 from indistill.config import Config
 from indistill.data import Batch
-from indistill.models import Network
-from indistill.outputs import Output
+from indistill.models import frozen
+from indistill.models.network import Network
+from indistill.models.outputs import Output
+from indistill.models.views import evaluation_view
 from indistill.preemption import Preempted
 from indistill.sources import Sources, Training
 from indistill.train import Run
@@ -106,7 +108,7 @@ class _Share(Sources):
 
     def data(self, accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
         training, eval_set = self.shared.data(accelerator, settings)
-        return training, eval_set and eval_set.for_evaluation(models.evaluation_view(settings))
+        return training, eval_set and eval_set.for_evaluation(evaluation_view(settings))
 
     def teacher(self, settings: Config) -> Network:
         return self.shared.teacher(settings)
@@ -127,7 +129,7 @@ class _Share(Sources):
         shared = self.shared
         if shared.teacher_pass is None:
             common = shared.teacher(settings).eval().requires_grad_(False)
-            models.run_in(common, settings.teacher.precision or settings.mixed_precision)
+            frozen.run_in(common, settings.teacher.precision or settings.mixed_precision)
             shared.teacher_pass = TeacherPass(common, super().forward(common, settings))
 
         def forward(images: Tensor, upto: int | None = None, pairs: Sequence[int] = ()) -> Output:

@@ -31,7 +31,6 @@ from indistill import (
     estimate,
     evaluate,
     health,
-    models,
     optim,
     watchdog,
 )
@@ -42,7 +41,8 @@ from indistill.config.run_dir import append_end, append_start, has_begun
 from indistill.curriculum import Pace, Phase, Timetable
 from indistill.export import Program, load_for_eval
 from indistill.metrics import RunLog
-from indistill.models import Heads, Network
+from indistill.models.heads import Heads
+from indistill.models.network import Network, save_network
 from indistill.objective import Objective, reads
 from indistill.preemption import Agreement, Preempted
 from indistill.progress import Progress
@@ -285,7 +285,7 @@ class Run:
         if self.settings.stage == "heads":
             network.save(self.run_dir / "heads.safetensors")
         else:
-            models.save(network, self.settings.student, self.run_dir / "student.safetensors")
+            save_network(network, self.settings.student, self.run_dir / "student.safetensors")
         partial_file = self.run_dir / "summary.json.partial"
         partial_file.write_text(json.dumps(summary, indent=2) + "\n")
         partial_file.replace(self.run_dir / "summary.json")

@@ -163,9 +163,9 @@ def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "au
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Networks, targets and losses in float64: what rounding does to two correct ways is then far below any limit."""
-    from indistill import models
+    from indistill.models.network import DTYPES
 
-    monkeypatch.setitem(models.DTYPES, "no", torch.float64)
+    monkeypatch.setitem(DTYPES, "no", torch.float64)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -177,9 +177,9 @@ def in_float64(function: Callable, *arguments: Any) -> None:
     For runs, whose steps enlarge rounding by factors that differ between processors. DeepSpeed and autocast know no
     float64: see `run_moved`.
     """
-    from indistill import models
+    from indistill.models.network import DTYPES
 
-    models.DTYPES["no"] = torch.float64
+    DTYPES["no"] = torch.float64
     torch.set_default_dtype(torch.float64)
     function(*arguments)
 

@@ -11,7 +11,7 @@ import torch
 from indistill import config, precompute, store
 from indistill.config import UserError
 from indistill.config.files import read_lines
-from indistill.models import Network
+from indistill.models.network import Network
 from indistill.train import train
 
 # A disk too slow for maps (7 kB) to be worth reading and fast enough for logits (44 bytes), beside a slow device.

@@ -10,10 +10,11 @@ import pytest
 from conftest import pack_images
 from tars import picture
 
-from indistill import build, class_names, config, export, models, packing, precompute, train
+from indistill import build, class_names, config, export, packing, precompute, train
 from indistill.class_names import Names
 from indistill.config import UserError
-from indistill.models import Network
+from indistill.models import timm_model
+from indistill.models.network import Network, normalisation, save_network
 
 TEN = [f"animal {i}" for i in range(10)]
 SWAPPED = ["animal 1", "animal 0", *TEN[2:]]
@@ -163,9 +164,9 @@ def test_a_run_keeps_its_classes(named, tmp_path):
 def test_exports_are_used_with_their_classes(named, tmp_path, form):
     settings, run = parsed(named), Path(named["run_dir"])
     run.mkdir()
-    net = models.create(settings.student, 10, 32, "student")
-    network = Network(net, *models.normalisation(net, settings.student, "student"))
-    models.save(network, settings.student, run / "student.safetensors")
+    net = timm_model.create(settings.student, 10, 32, "student")
+    network = Network(net, *normalisation(net, settings.student, "student"))
+    save_network(network, settings.student, run / "student.safetensors")
     (run / "config.yaml").write_text(config.dump(settings))
     (run / "summary.json").write_text(json.dumps({"step": 1, "metrics": {}}))
     export.export(run, tmp_path / "export", form)

@@ -14,8 +14,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from indistill import models, shards
+from indistill import shards
 from indistill.cli import main
+from indistill.models.cnn32 import CNN32
+from indistill.models.network import Network, save_network
 
 
 @pytest.fixture
@@ -75,10 +77,10 @@ def test_a_variable_of_accelerate_that_would_replace_a_key(config_file, capsys, 
 
 def test_a_head_of_another_size(config_file, tmp_path, capsys):
     weights = tmp_path / "head.safetensors"
-    network = models.Network(models.CNN32((16, 32, 64), 128, num_classes=7), (0, 0, 0), (1, 1, 1))
+    network = Network(CNN32((16, 32, 64), 128, num_classes=7), (0, 0, 0), (1, 1, 1))
     from indistill.config import Model
 
-    models.save(network, Model(name="cnn32_auxiliary"), weights)
+    save_network(network, Model(name="cnn32_auxiliary"), weights)
     line = refused(capsys, "train", config_file, f"teacher={{name: cnn32_auxiliary, checkpoint: {weights}}}")
     assert "fc2.weight is (7, 128)" in line
     assert "data.num_classes" in line

@@ -10,10 +10,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from indistill import build, models, optim
+from indistill import build, optim
 from indistill.config import runs
 from indistill.curriculum import Timetable
 from indistill.data import Batch
+from indistill.models import timm_model
+from indistill.models.heads import Heads
 from indistill.objective import Objective
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -77,7 +79,7 @@ def create_once():
             networks[key] = create_network(section, num_classes, image_size, role)
         return networks[key].float()  # a run before may hold a teacher in half precision
 
-    create_network = models.create
+    create_network = timm_model.create
     return create
 
 
@@ -95,8 +97,8 @@ def test_a_config_builds_and_computes_its_losses(path, with_warmup, create_once,
     if not with_warmup:
         stages = [(name, settings.model_copy(update={"warmup": None})) for name, settings in stages]
     heads_of = {Path(settings.run_dir, "heads.safetensors"): settings for _, settings in stages}
-    monkeypatch.setattr(models, "create", create_once)
-    monkeypatch.setattr(models.Heads, "load", lambda file, *_: build.heads(accelerator, heads_of[Path(file)]))
+    monkeypatch.setattr(timm_model, "create", create_once)
+    monkeypatch.setattr(Heads, "load", lambda file, *_: build.heads(accelerator, heads_of[Path(file)]))
     for name, settings in stages:
         (tmp_path / name).mkdir(exist_ok=True)
         check_stage(path, settings, accelerator, tmp_path / name)

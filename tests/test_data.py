@@ -11,9 +11,9 @@ import webdataset
 from PIL import Image
 
 from indistill import augment, config, data, packing, shards
-from indistill.augment import EvalView
 from indistill.config import UserError
 from indistill.decode import decode
+from indistill.models.views import EvalView
 
 CPU = torch.device("cpu")
 BATCH, STEPS_PER_EPOCH = 32, 6  # of the 192 training samples

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from indistill import augment, decode
 from indistill.config import Augment
 from indistill.decode import BadImage
+from indistill.models.views import EvalView
 from indistill.shards import ShardSet
 
 IMAGENET = SHARED / "imagenet-sample"
@@ -236,7 +237,7 @@ def test_a_view_of_a_file_is_the_view_of_its_pixels(recipe):
     for row in augment.uniforms(0, 0, np.arange(30)):
         expected = augment.train_view(by_pillow(content), row, section, 32)
         assert np.array_equal(augment.train_view(content, row, section, 32), expected)
-    view = augment.EvalView("bilinear", 0.875)
+    view = EvalView("bilinear", 0.875)
     assert np.array_equal(augment.eval_view(content, 32, view), augment.eval_view(by_pillow(content), 32, view))
 
 
@@ -246,7 +247,7 @@ def test_a_view_of_a_damaged_file_names_it(recipe):
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
         augment.train_view(content, draws, Augment(recipe=recipe), 32, "a.tar: sample k7")
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
-        augment.eval_view(content, 32, augment.EvalView("bilinear", 0.875), "a.tar: sample k7")
+        augment.eval_view(content, 32, EvalView("bilinear", 0.875), "a.tar: sample k7")
 
 
 @pytest.mark.skipif(not IMAGENET.exists(), reason="needs the sample of ImageNet")

@@ -13,7 +13,7 @@ import torch
 from conftest import EPS, in_float64, pack_images, run_ranks
 
 from indistill import config, data, evaluate, sources, train
-from indistill.models import Network
+from indistill.models.network import Network
 from indistill.similarity import information, information_flow_divergence, linear_cka
 
 PAIRS = [(0, 0), (2, 1)]  # teacher stage, student stage

@@ -20,11 +20,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from indistill import checkpoint, config, export, models, shards
-from indistill.augment import EvalView
+from indistill import checkpoint, config, export, shards
 from indistill.cli import main
 from indistill.config import UserError
-from indistill.models import Network
+from indistill.models import timm_model
+from indistill.models.network import Network, normalisation, save_network
+from indistill.models.views import EvalView
 from indistill.train import evaluate_checkpoint, train
 
 MEAN, STD = (0.5, 0.25, 0.125), (0.25, 0.5, 1.0)  # of no timm model
@@ -264,10 +265,10 @@ def test_other_networks(trained, tmp_path, name, kwargs, forms):
         [f"student={{name: {name}, kwargs: {json.dumps(kwargs)}}}", "data.image_size=64", "data.eval_crop=0.9"],
     )
     torch.manual_seed(0)
-    net = models.create(settings.student, 10, 64, "student")
+    net = timm_model.create(settings.student, 10, 64, "student")
     (tmp_path / "run").mkdir()
-    network = Network(net, *models.normalisation(net, settings.student, "student"))
-    models.save(network, settings.student, tmp_path / "run" / "student.safetensors")
+    network = Network(net, *normalisation(net, settings.student, "student"))
+    save_network(network, settings.student, tmp_path / "run" / "student.safetensors")
     (tmp_path / "run" / "config.yaml").write_text(config.dump(settings))
     (tmp_path / "run" / "summary.json").write_text(json.dumps({"step": 96, "metrics": {}}))
     for form in forms:

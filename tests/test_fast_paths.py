@@ -15,10 +15,11 @@ from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, in_flo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from indistill import config, metrics, models, optim, prune, targets, train
+from indistill import config, metrics, optim, prune, targets, train
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase
-from indistill.models import Network
+from indistill.models import frozen
+from indistill.models.network import Network
 from indistill.targets import LiveTargets
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
@@ -233,7 +234,7 @@ def test_half_precision_for_the_teacher_alone(tree, tmp_path, monkeypatch):
         autocast = torch.autocast("cpu", torch.bfloat16)
         teacher.forward, teacher.maps = autocast(teacher.forward), autocast(teacher.maps)
 
-    monkeypatch.setattr(models, "run_in", under_autocast)
+    monkeypatch.setattr(frozen, "run_in", under_autocast)
     by_autocast = {**plain, "run_dir": str(tmp_path / "autocast"), "teacher": {**plain["teacher"], "precision": None}}
     run(by_autocast)
     assert losses(tree["run_dir"]) == losses(by_autocast["run_dir"]) != losses(plain["run_dir"])

@@ -7,9 +7,10 @@ import timm
 import torch
 from timm.models.vgg import VGG
 
-from indistill import config, prune, taps
+from indistill import config, prune
 from indistill.curriculum import Phase
-from indistill.models import Network
+from indistill.models.network import Network
+from indistill.models.stages import match_stages
 from indistill.objective import Objective
 from indistill.targets import LiveTargets
 
@@ -25,7 +26,7 @@ def build(teacher_name, student_name):
     """Targets, student and plan of two small networks, as a run would build them."""
     torch.manual_seed(0)
     teacher, student = NETWORKS[teacher_name](), NETWORKS[student_name]()
-    plan = prune.plan(teacher, student, taps.match(teacher, student), (3, SIZE, SIZE))
+    plan = prune.plan(teacher, student, match_stages(teacher, student), (3, SIZE, SIZE))
     teacher = Network(teacher, MEAN, STD, [pair.teacher_stage for pair in plan.pairs])
     student = Network(student, MEAN, STD, [pair.student_stage for pair in plan.pairs])
     return LiveTargets(teacher, plan, (3, SIZE, SIZE)), student.train(), plan

@@ -13,7 +13,7 @@ import yaml
 from conftest import EPS, move
 
 from indistill import config, losses, projectors
-from indistill.outputs import Output, Targets
+from indistill.models.outputs import Output, Targets
 
 pytestmark = pytest.mark.portable
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from indistill import build, config, models
+from indistill import build, config
 from indistill.config import UserError
 from indistill.config.files import read_lines
-from indistill.models import Heads, Network
+from indistill.models import heads, timm_model
+from indistill.models.heads import Heads
+from indistill.models.network import Network
 from indistill.train import train
 
 ALL = ["kd", "dist", "dkd", "pkt", "information_flow", "rkd", "crd", "sp", "at", "hint", "vid", "reviewkd"]
@@ -44,7 +46,7 @@ def test_a_loss_alone_goes_down_and_resumes(tree, name):
     trained = {key.split(".")[0] for key in state}
     assert trained == ({"net", "projectors"} if name in ("hint", "vid", "reviewkd", "crd") else {"net"})
     student = load_file(Path(tree["run_dir"]) / "student.safetensors")
-    assert set(student) == set(models.create(config.Model(name="cnn32_student"), 10, 32, "student").state_dict())
+    assert set(student) == set(timm_model.create(config.Model(name="cnn32_student"), 10, 32, "student").state_dict())
 
     again = copy.deepcopy(tree)
     train(config.parse(again, "test"), str(Path(tree["run_dir"]) / "checkpoints" / "step-00000015"))
@@ -81,7 +83,7 @@ def test_a_distillation_token_learns_from_the_teacher(tree):
 def test_the_tokens_are_apart_in_training_and_averaged_in_evaluation(float64):
     torch.manual_seed(0)
     section = config.Model(name="deit_tiny_distilled_patch16_224", kwargs=DEIT)
-    net = models.create(section, 10, 32, "student")
+    net = timm_model.create(section, 10, 32, "student")
     network = Network(net, (0.5,) * 3, (0.5,) * 3, reads=("logits", "token"))
     images = torch.randint(0, 256, (2, 3, 32, 32))
     output = network.train()(images)
@@ -154,7 +156,7 @@ def test_a_student_learns_from_the_cohort(heads_tree, tmp_path):
 @pytest.mark.portable
 def test_saved_heads_classify_the_teachers_own_maps(float64, tmp_path):
     torch.manual_seed(0)
-    net = models.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher")
+    net = timm_model.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher")
     teacher = Network(net, (0.5,) * 3, (0.25,) * 3)
     heads = Heads(teacher, [0, 1], pool=5, image_size=32)
     heads.save(tmp_path / "heads.safetensors")
@@ -171,7 +173,7 @@ def test_saved_heads_classify_the_teachers_own_maps(float64, tmp_path):
 
 
 def test_heads_do_not_run_the_teacher_beyond_their_stage():
-    net = models.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher")
+    net = timm_model.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher")
     calls = []
     for name, module in net.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
@@ -198,8 +200,8 @@ def test_what_heads_refuse(heads_tree, change, message):
 
 
 def test_a_head_too_large_to_be_meant_is_refused(monkeypatch):
-    monkeypatch.setattr(models, "_MAX_HEAD_WEIGHTS", 16 * 15 * 15 * 10 - 1)
-    net = models.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher")
+    monkeypatch.setattr(heads, "_MAX_HEAD_WEIGHTS", 16 * 15 * 15 * 10 - 1)
+    net = timm_model.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher")
     with pytest.raises(UserError, match=r"3600 inputs for 10 classes.*heads\.pool"):
         Heads(Network(net, (0.5,) * 3, (0.25,) * 3), [0], None, 32)
 
@@ -209,7 +211,7 @@ def test_a_head_too_large_to_be_meant_is_refused(monkeypatch):
 
 def test_a_changed_teacher_is_refused_by_name(tree, tmp_path):
     torch.manual_seed(1)
-    weights = models.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher").state_dict()
+    weights = timm_model.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher").state_dict()
     torch.save(weights, tmp_path / "teacher.pt")
     tree["teacher"] |= {"checkpoint": str(tmp_path / "teacher.pt"), "random": False}
     tree["warmup"]["prune"] = {"criterion": "random"}
@@ -262,7 +264,7 @@ def test_a_pace_of_its_own_is_kept_by_a_resumed_run(tree):
 
 def test_sync_batchnorm_converts_the_student_alone(tree):
     settings = config.parse(tree | {"sync_batchnorm": True}, "test")
-    net = models.create(settings.student, 10, 32, "student")
+    net = timm_model.create(settings.student, 10, 32, "student")
     student = build.trainable(settings, Network(net, (0.5,) * 3, (0.25,) * 3))
     kinds = {type(module).__name__ for module in student.modules()}
     assert "SyncBatchNorm" in kinds

@@ -10,16 +10,19 @@ from conftest import SHARED
 from safetensors import safe_open
 from torch import nn
 
-from indistill import config, models
+from indistill import config
 from indistill.config import UserError
 from indistill.decode import decode
+from indistill.models import timm_model
+from indistill.models.cnn32 import CNN32
+from indistill.models.network import Network, normalisation, save_network
 from indistill.shards import ShardSet
 
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
 
 
 def create(name="cnn32_student", num_classes=10, image_size=32, **section):
-    return models.create(config.Model(name=name, **section), num_classes, image_size, "teacher").eval()
+    return timm_model.create(config.Model(name=name, **section), num_classes, image_size, "teacher").eval()
 
 
 def refusal(*arguments, **section):
@@ -64,7 +67,7 @@ def test_an_image_size_that_the_model_cannot_take(name, size):
     assert create("vit_tiny_patch16_224", 10, 32, kwargs={"img_size": 32, "depth": 1}).num_classes == 10
 
 
-class Scaled(models.CNN32):
+class Scaled(CNN32):
     def forward(self, x):
         return 2 * super().forward(x)
 
@@ -77,7 +80,7 @@ def test_a_head_that_is_not_one_linear_map_of_the_embedding(monkeypatch):
 
 
 def test_the_width_of_the_embedding_is_found(monkeypatch):
-    net = models.CNN32((8, 16, 32), 64)
+    net = CNN32((8, 16, 32), 64)
     del net.head_hidden_size
     monkeypatch.setattr("timm.create_model", lambda *_, **__: net)
     assert create("cnn32_student", 10, 32).head_hidden_size == 64
@@ -86,7 +89,7 @@ def test_the_width_of_the_embedding_is_found(monkeypatch):
 @pytest.mark.portable
 def test_two_classifiers_of_a_distilled_model_are_known(float64):
     net = create("deit_tiny_distilled_patch16_224", 10, 32, kwargs={"img_size": 32, "depth": 1})
-    ours = models.Network(net, **STATISTICS).eval()
+    ours = Network(net, **STATISTICS).eval()
     expected = net(normalised(pictures(), *STATISTICS.values()))
     assert torch.allclose(ours(pictures()).logits, expected, rtol=0, atol=1e-10)
 
@@ -105,11 +108,11 @@ def test_a_pretrained_teacher_keeps_its_head(monkeypatch):
     def with_another_head(*_, num_classes=1000, **__):  # as timm does, without its hub
         return timm.models.create_model("resnet18", num_classes=num_classes)
 
-    monkeypatch.setattr(models.timm, "create_model", with_another_head)
+    monkeypatch.setattr(timm_model.timm, "create_model", with_another_head)
     message = refusal("resnet18", 10, 64, pretrained=True, kwargs={"num_classes": 10})
     assert message.startswith("teacher.kwargs.num_classes: timm would replace the head of another size by a random one")
     section = config.Model(name="resnet18", pretrained=True, kwargs={"num_classes": 10})
-    assert models.create(section, 10, 64, "student").num_classes == 10  # a fine-tune may
+    assert timm_model.create(section, 10, 64, "student").num_classes == 10  # a fine-tune may
 
 
 @pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_strict"])
@@ -123,15 +126,15 @@ def test_statistics_that_nobody_knows():
     for unknown in (None, {}, {"mean": None, "std": (1, 1, 1)}):
         net.pretrained_cfg = unknown
         with pytest.raises(UserError, match=r"^student: the normalisation of x is not known: set student.mean and"):
-            models.normalisation(net, config.Model(name="x"), "student")
+            normalisation(net, config.Model(name="x"), "student")
     given = config.Model(name="x", **STATISTICS)
-    assert models.normalisation(net, given, "student") == (STATISTICS["mean"], STATISTICS["std"])
+    assert normalisation(net, given, "student") == (STATISTICS["mean"], STATISTICS["std"])
 
 
 def test_statistics_are_those_of_the_weights():
     for name, mean in [("resnet18.a1_in1k", 0.485), ("vit_tiny_patch16_224", 0.5), ("cnn32_student", 125.3 / 255)]:
         net = timm.create_model(name)
-        assert models.normalisation(net, config.Model(name=name), "student")[0][0] == pytest.approx(mean)
+        assert normalisation(net, config.Model(name=name), "student")[0][0] == pytest.approx(mean)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -207,24 +210,24 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
 def test_what_is_saved_is_created_again_bit_for_bit(tmp_path, name, suffix):
     torch.manual_seed(1)
     section = config.Model(name=name, **STATISTICS)
-    net = models.create(section, 7, 32, "student")
-    network = models.Network(net, *models.normalisation(net, section, "student"), adapters={0: nn.Conv2d(3, 4, 1)})
+    net = timm_model.create(section, 7, 32, "student")
+    network = Network(net, *normalisation(net, section, "student"), adapters={0: nn.Conv2d(3, 4, 1)})
     network.train()(pictures())  # batch norms move away from their defaults
     path = tmp_path / f"student{suffix}"
     if suffix == ".pt":
         torch.save(network.state_dict(), path)
     else:
-        models.save(network, section, path)
+        save_network(network, section, path)
     torch.manual_seed(2)
-    again = models.create(section.model_copy(update={"checkpoint": str(path)}), 7, 32, "student")
-    again = models.Network(again, **STATISTICS).eval()
+    again = timm_model.create(section.model_copy(update={"checkpoint": str(path)}), 7, 32, "student")
+    again = Network(again, **STATISTICS).eval()
     assert torch.equal(again(pictures()).logits, network.eval()(pictures()).logits)
 
 
 def test_saved_metadata_tells_how_to_use_the_weights(tmp_path):
     section = config.Model(name="test_resnet", kwargs={"drop_rate": 0.1}, **STATISTICS)
-    net = models.create(section, 7, 32, "student")
-    models.save(models.Network(net, **STATISTICS), section, tmp_path / "student.safetensors")
+    net = timm_model.create(section, 7, 32, "student")
+    save_network(Network(net, **STATISTICS), section, tmp_path / "student.safetensors")
     with safe_open(tmp_path / "student.safetensors", "pt") as file:
         assert file.metadata() == {
             "name": "test_resnet",
@@ -241,7 +244,7 @@ def test_saved_metadata_tells_how_to_use_the_weights(tmp_path):
 
 def network(name="cnn32_student", mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), **options):
     torch.manual_seed(0)
-    return models.Network(create(name), mean, std, **options).eval()
+    return Network(create(name), mean, std, **options).eval()
 
 
 def normalised(images, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3)):
@@ -371,9 +374,9 @@ def cifar10_test_images(tmp_path_factory):
 def test_published_weights_classify_as_published(cifar10_test_images, name, file, low, high):
     images, labels = cifar10_test_images
     section = config.Model(name=name, checkpoint=str(SHARED / "published" / file))
-    net = models.create(section, 10, 32, "teacher")
+    net = timm_model.create(section, 10, 32, "teacher")
     with torch.no_grad():
-        teacher = models.Network(net, *models.normalisation(net, section, "teacher")).eval()
+        teacher = Network(net, *normalisation(net, section, "teacher")).eval()
         predicted = teacher(images).logits.argmax(dim=1)
     assert len(labels) == 2000
     assert low < (predicted == labels).float().mean().item() < high

@@ -7,9 +7,11 @@ import timm.optim
 import torch
 from torch import nn
 
-from indistill import config, models, optim
+from indistill import config, optim
 from indistill.config import UserError
 from indistill.curriculum import Timetable
+from indistill.models import timm_model
+from indistill.models.network import Network
 
 STEPS_PER_EPOCH = 5
 
@@ -157,8 +159,8 @@ def test_arguments_reach_the_optimizer():
 
 
 def test_biases_norms_positions_and_tokens_do_not_decay():
-    net = models.create(config.Model(name="test_vit"), num_classes=10, image_size=32, role="student")
-    network = models.Network(net, (0.5,) * 3, (0.5,) * 3, adapters={0: nn.Conv2d(4, 8, 1)})
+    net = timm_model.create(config.Model(name="test_vit"), num_classes=10, image_size=32, role="student")
+    network = Network(net, (0.5,) * 3, (0.5,) * 3, adapters={0: nn.Conv2d(4, 8, 1)})
     optimizer = optim.create(network, config.Optimizer(name="adamw", lr=0.1, weight_decay=0.05))
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
@@ -175,9 +177,9 @@ def test_biases_norms_positions_and_tokens_do_not_decay():
 def bare_and_wrapped(name):
     """A timm model, and the same as a student with an adapter and a projector beside it."""
     section = config.Model(name=name)
-    nets = [models.create(section, num_classes=10, image_size=32, role="student") for _ in range(2)]
+    nets = [timm_model.create(section, num_classes=10, image_size=32, role="student") for _ in range(2)]
     beside = {"adapters": {0: nn.Conv2d(4, 8, 1)}, "projectors": {"1": nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))}}
-    return nets[0], models.Network(nets[1], (0.5,) * 3, (0.5,) * 3, **beside)
+    return nets[0], Network(nets[1], (0.5,) * 3, (0.5,) * 3, **beside)
 
 
 def of_each_parameter(model, optimizer):

@@ -10,8 +10,8 @@ from conftest import EPS
 from torch.nn import functional as F
 
 from indistill import losses, projectors
+from indistill.models.outputs import Output, Targets
 from indistill.objective import same_size
-from indistill.outputs import Output, Targets
 
 pytestmark = pytest.mark.portable
 

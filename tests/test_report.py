@@ -19,11 +19,13 @@ import yaml
 from browser import CHROMIUM, Browser
 from conftest import CLASSES, data_section
 
-from indistill import charts, config, models, pipeline, preemption, report
+from indistill import charts, config, pipeline, preemption, report
 from indistill.cli import main
 from indistill.config import UserError, runs
 from indistill.config.files import read_lines
 from indistill.config.run_dir import append_end, append_start
+from indistill.models import network
+from indistill.models.cnn32 import CNN32
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
@@ -116,7 +118,7 @@ def test_starts_and_ends_are_recorded(chain):
     assert student[1]["reason"].startswith("stopped at step 10 of 24")
     first = student[0]
     assert (first["world_size"], first["host"], first["pid"]) == (1, os.uname().nodename, os.getpid())
-    assert first["software"]["torch"] == models.torch.__version__
+    assert first["software"]["torch"] == network.torch.__version__
     assert [line["time"] for line in student] == sorted(line["time"] for line in student)
 
 
@@ -306,7 +308,7 @@ def test_networks_are_counted(chain):
     products = sum(9 * a * b * side**2 for a, b, side in zip(widths, widths[1:], sides)) + 4 * 32 * 64 + 64 * CLASSES
     known = json.loads((chain / "student" / "networks.json").read_text())
     assert (known["student"]["parameters"], known["student"]["flops"]) == (parameters, 2 * products)
-    whole = sum(p.numel() for p in models.CNN32((16, 32, 64), 128).parameters())
+    whole = sum(p.numel() for p in CNN32((16, 32, 64), 128).parameters())
     assert known["teacher"]["parameters"] == whole
 
 

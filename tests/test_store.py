@@ -18,11 +18,14 @@ import yaml
 from accelerate import Accelerator
 from conftest import EPS, pack_images, run_ranks, train_until
 
-from indistill import cli, config, models, outputs, packing, precompute, prune, shards, store, targets, train
+from indistill import cli, config, packing, precompute, prune, shards, store, targets, train
 from indistill.config import UserError
 from indistill.config.files import read_lines, sha256
 from indistill.config.read import _apply_override
 from indistill.curriculum import Phase
+from indistill.models import outputs, timm_model
+from indistill.models.cnn32 import CNN32
+from indistill.models.network import Network, save_network
 from indistill.store import Field
 
 LOSSES = [{"name": "ce"}, {"name": "kd"}, {"name": "pkt"}, {"name": "at"}, {"name": "hint"}]
@@ -77,13 +80,13 @@ def files(tree: dict[str, Any]) -> dict[str, bytes]:
 
 
 def no_teacher(monkeypatch) -> None:
-    create = models.create
+    create = timm_model.create
 
     def student_only(section, classes, size, role):
         assert role == "student"
         return create(section, classes, size, role)
 
-    monkeypatch.setattr(models, "create", student_only)
+    monkeypatch.setattr(timm_model, "create", student_only)
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
@@ -311,8 +314,8 @@ def test_a_sample_that_cannot_be_decoded_has_no_record(stored, tmp_path):
 
 def save_teacher(path: Path, seed: int) -> None:
     torch.manual_seed(seed)
-    network = models.Network(models.CNN32((16, 32, 64), 128), (0, 0, 0), (1, 1, 1))
-    models.save(network, config.Model(name="cnn32_auxiliary"), path)
+    network = Network(CNN32((16, 32, 64), 128), (0, 0, 0), (1, 1, 1))
+    save_network(network, config.Model(name="cnn32_auxiliary"), path)
 
 
 def test_a_mismatch_is_refused_by_name(stored, tmp_path):

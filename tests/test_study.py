@@ -18,8 +18,9 @@ import yaml
 from conftest import pack_images
 from scipy import stats
 
-from indistill import Trainer, models
+from indistill import Trainer
 from indistill.curriculum import Timetable
+from indistill.models.cnn32 import CNN32
 from indistill.preemption import Preempted
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -373,7 +374,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(gzip.compress(tar.read_bytes(), compresslevel=1))
     for name, file, network in (
-        ("data/published", "auxiliary_cifar10.pt", models.CNN32((16, 32, 64), 128)),
+        ("data/published", "auxiliary_cifar10.pt", CNN32((16, 32, 64), 128)),
         ("weights", "efficientnet_lite0_imagenette.pt", timm.create_model("tf_efficientnet_lite0", num_classes=10)),
     ):
         (root / name).mkdir()

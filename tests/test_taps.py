@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import indistill.models  # noqa: F401  # registers cnn32_student
-from indistill import taps
 from indistill.config import UserError
+from indistill.models.stages import find_stages, match_stages, stage_maps
 
 
 def model(name, **options):
@@ -32,8 +32,8 @@ def blocks(reductions):
 
 def test_stages_of_equal_reduction_pair_up():
     resnets = model("resnet34"), model("resnet18")
-    assert taps.match(*resnets) == [(1, 1), (2, 2), (3, 3), (4, 4)]
-    assert [(s.name, s.channels, s.reduction) for s in taps.stages(resnets[0])] == [
+    assert match_stages(*resnets) == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert [(s.name, s.channels, s.reduction) for s in find_stages(resnets[0])] == [
         ("act1", 64, 2), ("layer1", 64, 4), ("layer2", 128, 8), ("layer3", 256, 16), ("layer4", 512, 32),
     ]  # fmt: skip
 
@@ -42,23 +42,23 @@ def test_numbering_may_differ():
     # ConvNeXt has no stage of reduction 2, VGG one of reduction 1.
     with torch.device("meta"):
         vgg = model("vgg11")
-    assert taps.match(model("test_resnet"), model("test_convnext")) == [(1, 0), (2, 1), (3, 2), (4, 3)]
-    assert taps.match(vgg, model("test_resnet")) == [(2, 1), (3, 2), (4, 3), (5, 4)]
-    assert taps.match(model("test_efficientnet"), vgg) == [(1, 2), (2, 3), (3, 4), (4, 5)]
+    assert match_stages(model("test_resnet"), model("test_convnext")) == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    assert match_stages(vgg, model("test_resnet")) == [(2, 1), (3, 2), (4, 3), (5, 4)]
+    assert match_stages(model("test_efficientnet"), vgg) == [(1, 2), (2, 3), (3, 4), (4, 5)]
 
 
 def test_the_deepest_of_several_stages_of_one_reduction():
-    assert taps.match(blocks([4, 8, 8, 16, 16, 16]), blocks([4, 8, 16])) == [(0, 0), (2, 1), (5, 2)]
-    assert taps.match(blocks([4, 8]), blocks([2, 4, 4, 16])) == [(0, 2)]
+    assert match_stages(blocks([4, 8, 8, 16, 16, 16]), blocks([4, 8, 16])) == [(0, 0), (2, 1), (5, 2)]
+    assert match_stages(blocks([4, 8]), blocks([2, 4, 4, 16])) == [(0, 2)]
 
 
 def test_at_most_four_pairs_the_deepest():
-    assert taps.match(blocks([1, 2, 4, 8, 16, 32]), blocks([1, 2, 4, 8, 16, 32])) == [(2, 2), (3, 3), (4, 4), (5, 5)]
+    assert match_stages(blocks([1, 2, 4, 8, 16, 32]), blocks([1, 2, 4, 8, 16, 32])) == [(2, 2), (3, 3), (4, 4), (5, 5)]
 
 
 def test_nothing_in_common():
     with pytest.raises(UserError, match=r"reductions \[2, 4\]\) and student \(\[8, 16\]\) .* give warmup.pairs"):
-        taps.match(blocks([2, 4]), blocks([8, 16]))
+        match_stages(blocks([2, 4]), blocks([8, 16]))
 
 
 @pytest.mark.parametrize(
@@ -73,18 +73,18 @@ def test_nothing_in_common():
     ],
 )
 def test_blocks_of_transformers_pair_by_depth(teacher, student, pairs):
-    assert taps.match(blocks([16] * teacher), blocks([16] * student)) == pairs
+    assert match_stages(blocks([16] * teacher), blocks([16] * student)) == pairs
 
 
 def test_transformers_of_other_patch_sizes_pair_by_depth():
-    assert taps.match(vit(4), vit(2, "vit_small_patch32_224", img_size=64)) == [(1, 0), (3, 1)]
+    assert match_stages(vit(4), vit(2, "vit_small_patch32_224", img_size=64)) == [(1, 0), (3, 1)]
 
 
 def test_a_hierarchy_and_a_transformer_pair_by_depth():
     resnet, transformer = model("test_resnet"), vit(12)
-    assert taps.match(resnet, transformer) == [(1, 2), (2, 5), (3, 8), (4, 11)]
-    assert taps.match(transformer, resnet) == [(2, 1), (5, 2), (8, 3), (11, 4)]
-    assert taps.match(model("test_convnext"), transformer) == [(0, 2), (1, 5), (2, 8), (3, 11)]
+    assert match_stages(resnet, transformer) == [(1, 2), (2, 5), (3, 8), (4, 11)]
+    assert match_stages(transformer, resnet) == [(2, 1), (5, 2), (8, 3), (11, 4)]
+    assert match_stages(model("test_convnext"), transformer) == [(0, 2), (1, 5), (2, 8), (3, 11)]
 
 
 # --- maps ------------------------------------------------------------------------------------------------------------
@@ -103,15 +103,15 @@ def test_a_hierarchy_and_a_transformer_pair_by_depth():
 def test_maps_are_the_full_passes_intermediates(name, sides):
     net = model(name)
     images = torch.randn(2, 3, 32, 32)
-    stages = taps.stages(net)
+    stages = find_stages(net)
     _, full = net.forward_intermediates(images)
     assert len(full) == len(stages)
     for stage, expected, side in zip(stages, full, sides):
-        (alone,) = taps.maps(net, images, [stage.index])
+        (alone,) = stage_maps(net, images, [stage.index])
         assert torch.equal(alone, expected)
         assert alone.shape == (2, stage.channels, side, side)
     some = [stage.index for stage in stages][::2]
-    for ours, index in zip(taps.maps(net, images, some), some):
+    for ours, index in zip(stage_maps(net, images, some), some):
         assert torch.equal(ours, full[index])
 
 
@@ -120,7 +120,7 @@ def test_maps_of_a_resnet_are_its_modules_outputs():
     x = net.maxpool(net.act1(net.bn1(net.conv1(images))))
     for index, layer in enumerate((net.layer1, net.layer2, net.layer3, net.layer4), start=1):
         x = layer(x)
-        assert torch.equal(taps.maps(net, images, [index])[0], x)
+        assert torch.equal(stage_maps(net, images, [index])[0], x)
 
 
 @pytest.mark.portable
@@ -130,7 +130,7 @@ def test_maps_of_a_transformer_are_its_patch_tokens(float64):
     for index, block in enumerate(net.blocks):
         tokens = block(tokens)  # [B, 1 + 2 * 2, C]
         expected = tokens[:, 1:].reshape(3, 2, 2, 192).permute(0, 3, 1, 2)
-        assert torch.allclose(taps.maps(net, images, [index])[0], expected, rtol=0, atol=1e-10)
+        assert torch.allclose(stage_maps(net, images, [index])[0], expected, rtol=0, atol=1e-10)
 
 
 def test_a_model_without_stages_is_refused():
@@ -140,4 +140,4 @@ def test_a_model_without_stages_is_refused():
 
     for net in (nn.Linear(2, 2), Plain()):
         with pytest.raises(UserError, match=f"^{type(net).__name__} has no forward_intermediates and feature_info"):
-            taps.stages(net)
+            find_stages(net)

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from indistill import prune
 from indistill.curriculum import Phase
-from indistill.models import CNN32, Network
-from indistill.outputs import Targets
+from indistill.models.cnn32 import CNN32
+from indistill.models.network import Network
+from indistill.models.outputs import Targets
 from indistill.targets import LiveTargets
 
 pytestmark = [pytest.mark.portable, pytest.mark.usefixtures("float64")]

@@ -14,9 +14,10 @@ import yaml
 from conftest import run_ranks
 from safetensors.torch import load_file
 
-from indistill import config, data, models, pipeline, preemption, together
+from indistill import config, data, pipeline, preemption, together
 from indistill.config import UserError, runs
 from indistill.config.files import read_lines
+from indistill.models.network import Network
 from indistill.train import train
 
 STUDENTS = [
@@ -99,9 +100,9 @@ def test_the_teacher_runs_once_on_a_batch_which_is_loaded_once(students_tree, tm
     get = data.ImageDataset.__getitem__
     monkeypatch.setattr(data.ImageDataset, "__getitem__", lambda *a: (loads.append(a[1]), get(*a))[1])
     forwards = []
-    forward = models.Network.forward
+    forward = Network.forward
     monkeypatch.setattr(
-        models.Network, "forward", lambda net, *a, **k: (forwards.append(net.training), forward(net, *a, **k))[1]
+        Network, "forward", lambda net, *a, **k: (forwards.append(net.training), forward(net, *a, **k))[1]
     )
     run(write(tmp_path, students_tree))
     assert len(loads) == 24

@@ -17,9 +17,11 @@ from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, kill_a
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
-from indistill import config, data, health, models, optim, packing
+from indistill import config, data, health, optim, packing
 from indistill.config import UserError
 from indistill.config.files import read_lines
+from indistill.models.cnn32 import CNN32
+from indistill.models.network import Network
 from indistill.train import evaluate_checkpoint, train
 
 
@@ -115,7 +117,7 @@ def test_nothing_is_created_anew_at_a_phase(tree, monkeypatch):
 
     monkeypatch.setattr(Accelerator, "prepare", counting("prepare", Accelerator.prepare))
     monkeypatch.setattr(Optimizer, "__init__", counting("optimizer", Optimizer.__init__))
-    monkeypatch.setattr(models.Network, "__init__", counting("network", models.Network.__init__))
+    monkeypatch.setattr(Network, "__init__", counting("network", Network.__init__))
     monkeypatch.setattr(optim, "create", counting("optimizer", optim.create))
     run(tree)
     assert calls == {"prepare": 1, "optimizer": 2, "network": 2}  # optim.create and the optimizer it makes
@@ -124,11 +126,11 @@ def test_nothing_is_created_anew_at_a_phase(tree, monkeypatch):
 def test_the_teacher_is_in_no_checkpoint(tree):
     run(tree)
     folder = Path(tree["run_dir"]) / "checkpoints" / "step-00000024"
-    student = sum(p.numel() for p in models.CNN32((8, 16, 32), 64).state_dict().values())
+    student = sum(p.numel() for p in CNN32((8, 16, 32), 64).state_dict().values())
     assert sum(v.numel() for v in load_file(folder / "model.safetensors").values()) == student
     state = torch.load(folder / "optimizer-00000.pt", weights_only=True)["optimizer"]["state"]
     assert sum(moments["exp_avg"].numel() for moments in state.values()) == sum(
-        p.numel() for p in models.CNN32((8, 16, 32), 64).parameters()
+        p.numel() for p in CNN32((8, 16, 32), 64).parameters()
     )
 
 

@@ -14,9 +14,9 @@ from conftest import SHARED
 from PIL import Image
 from timm.data import transforms as timm_transforms
 
-from indistill import augment, config, data, export, models, sources, together
-from indistill.augment import EvalView
+from indistill import augment, config, data, export, sources, together
 from indistill.config import Augment, UserError
+from indistill.models.views import EvalView, evaluation_view, own_view
 
 IMAGENET = SHARED / "imagenet-sample"
 SIZE = 224
@@ -157,16 +157,16 @@ def test_auto_is_the_default():
 def test_auto_follows_the_weights(parsed, student, teacher, expected):
     plain = ["warmup=null", "kd.losses=[{name: ce}]"] + ["stage=heads"] * (student == "null")
     settings = parsed(f"student={student}", f"teacher={teacher}", *plain)
-    assert models.evaluation_view(settings) == expected
+    assert evaluation_view(settings) == expected
 
 
 def test_what_is_said_wins(parsed):
     settings = parsed(f"student={LITE0}", "data.eval_interpolation=bilinear")
-    assert models.evaluation_view(settings) == LITE._replace(interpolation="bilinear")
+    assert evaluation_view(settings) == LITE._replace(interpolation="bilinear")
     settings = parsed(f"student={LITE0}", "data.eval_crop=0.9")
-    assert models.evaluation_view(settings)[:3] == ("bicubic", 0.9, "center")
+    assert evaluation_view(settings)[:3] == ("bicubic", 0.9, "center")
     settings = parsed("student={name: no-such}", "data.eval_crop=0.9", "data.eval_interpolation=bicubic")
-    assert models.evaluation_view(settings)[:3] == ("bicubic", 0.9, "center")
+    assert evaluation_view(settings)[:3] == ("bicubic", 0.9, "center")
 
 
 @pytest.mark.parametrize(
@@ -183,22 +183,22 @@ def test_a_networks_own_view_is_timms(parsed, name, size):
     section, settings = config.Model(name=name), parsed(f"data.image_size={size}")
     record = timm.get_pretrained_cfg(name).to_dict()
     expected = timm.data.resolve_data_config(pretrained_cfg=record, use_test_size=size == 288)
-    found = models.own_view(section, settings.data, "student")
+    found = own_view(section, settings.data, "student")
     assert found._asdict() == {key: expected[key] for key in found._fields}
     assert (name, size) != ("resnet50.a1_in1k", 288) or found.crop_pct == record["test_crop_pct"] != record["crop_pct"]
 
 
 def test_a_record_of_ones_own(parsed, tmp_path):
-    view = models.own_view(
+    view = own_view(
         config.Model(name="resnet18", kwargs={"pretrained_cfg_overlay": {"crop_pct": 0.7}}), parsed().data, "student"
     )
     assert view.crop_pct == 0.7
     record = {"interpolation": "bilinear", "crop_pct": 0.6}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": record}))
-    view = models.own_view(config.Model(name=f"local-dir:{tmp_path}"), parsed().data, "student")
+    view = own_view(config.Model(name=f"local-dir:{tmp_path}"), parsed().data, "student")
     assert view[:3] == ("bilinear", 0.6, "center")
     with pytest.raises(UserError, match=r"^student: timm's record of resnet18.no_such cannot be had: .*eval_crop$"):
-        models.own_view(config.Model(name="resnet18.no_such"), parsed().data, "student")
+        own_view(config.Model(name="resnet18.no_such"), parsed().data, "student")
 
 
 def test_eval_shows_a_named_network_its_own_view(parsed, monkeypatch):
@@ -206,7 +206,7 @@ def test_eval_shows_a_named_network_its_own_view(parsed, monkeypatch):
     network = SimpleNamespace(net=SimpleNamespace(pretrained_cfg={}))
     monkeypatch.setattr(export, "_pretrained", lambda *_: network)
     assert export.load_for_eval(settings, "tf_efficientnet_lite0") == (network, LITE)
-    assert models.evaluation_view(settings) == TORCHVISION
+    assert evaluation_view(settings) == TORCHVISION
 
 
 def test_students_at_once_are_each_evaluated_by_their_own(parsed):

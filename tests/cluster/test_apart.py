@@ -19,7 +19,7 @@ from indistill import apart, config, pipeline
 from indistill.cli import main
 from indistill.config import runs
 from indistill.config.files import read_lines
-from indistill.models import Network
+from indistill.models.network import Network
 from indistill.train import train
 
 STUDENTS = [

@@ -15,10 +15,11 @@ import timm
 import torch
 from conftest import run_ranks, unused_port
 
-from indistill import config, doctor, models, precompute
+from indistill import config, doctor, precompute
 from indistill.config.files import read_lines
 from indistill.metrics import RunLog
-from indistill.models import Network
+from indistill.models import frozen
+from indistill.models.network import Network
 from indistill.optim import PhaseOptim
 from indistill.train import train
 
@@ -96,8 +97,8 @@ def test_a_teacher_held_in_half_precision_gives_what_autocast_gives(name):
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         expected = network(images).logits
-    models.run_in(network, "bf16")
-    models.hold(network, "bf16")
+    frozen.run_in(network, "bf16")
+    frozen.hold(network, "bf16")
     with torch.inference_mode():
         assert torch.equal(network(images).logits, expected)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from indistill import config, losses, relational, train
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase
+from indistill.models.outputs import Output, Targets
 from indistill.objective import Objective
-from indistill.outputs import Output, Targets
 
 BATCH = 16
 LABELS = torch.arange(BATCH) % 5

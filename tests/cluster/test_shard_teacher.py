@@ -16,10 +16,12 @@ from conftest import run_ranks, train_until
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from indistill import config, evaluate, models, preemption, prune, sources, train
+from indistill import config, evaluate, preemption, prune, sources, train
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase
-from indistill.models import Heads, Network
+from indistill.models import frozen
+from indistill.models.heads import Heads
+from indistill.models.network import Network
 from indistill.preemption import Preempted
 from indistill.targets import LiveTargets
 
@@ -144,7 +146,7 @@ def refuse(name: str) -> None:
     device = accelerate.Accelerator().device
     network = Network(timm.create_model(name, num_classes=7), (0.5,) * 3, (0.5,) * 3).eval().requires_grad_(False)
     with pytest.raises(config.UserError, match=r"teacher\.shard: XceptionAligned runs some blocks by parts"):
-        models.shard(network, device, SIZE)
+        frozen.shard(network, device, SIZE)
 
 
 def test_a_network_that_runs_parts_of_blocks_is_refused():
@@ -248,7 +250,7 @@ def stop_one(tree: dict[str, Any]) -> None:
         Network(trained("test_vit", {**section["kwargs"], "num_classes": 10}), (0.5,) * 3, (0.5,) * 3).eval()
         for section in (tree["student"], tree["teacher"])
     )
-    models.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))
+    frozen.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))
     preemption.asked = lambda: accelerator.process_index == 1
     with pytest.raises(Preempted):
         evaluate.similarity(accelerator, student, teacher, [(0, 0)], sources.open_eval_set(settings), batch=10)

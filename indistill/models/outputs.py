@@ -1,4 +1,4 @@
-"""The data that flows from the networks to the losses."""
+"""What a network computes on a batch, and what a teacher provides for it."""
 
 from __future__ import annotations
 
