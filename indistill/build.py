@@ -15,16 +15,18 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from indistill import class_names, config, engine, projectors, prune, store
+from indistill import class_names, config, engine, prune, store
 from indistill.config import Config, UserError
 from indistill.config.files import sha256
 from indistill.config.tree import input_size
+from indistill.losses import layers
+from indistill.losses.layers import Shape
+from indistill.losses.objective import reads
 from indistill.models import network, timm_model
 from indistill.models.heads import Heads
 from indistill.models.network import Network, normalisation
 from indistill.models.outputs import Output
 from indistill.models.stages import check_stages, find_stages, match_stages
-from indistill.objective import reads
 from indistill.prune import Plan
 from indistill.targets import CachedTargets, LiveTargets
 
@@ -80,7 +82,7 @@ def networks(
         },
         reads=[what for what in ("logits", "embedding", "token") if reads(losses, what)],
         kd_stages=[student_stage for _, student_stage in kd_pairs],
-        projectors=projectors.create(losses, projector_shape(teacher_net, net, kd_pairs)),
+        projectors=layers.create(losses, projector_shape(teacher_net, net, kd_pairs)),
     )
     kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
     if reader:
@@ -180,9 +182,9 @@ def comparable_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -
         return []
 
 
-def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]]) -> projectors.Shape:
+def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]]) -> Shape:
     teacher_stages, student_stages = find_stages(teacher), find_stages(student)
-    return projectors.Shape(
+    return Shape(
         student_widths=[student_stages[stage].channels for _, stage in pairs],
         teacher_widths=[teacher_stages[stage].channels for stage, _ in pairs],
         student_dim=student.head_hidden_size,

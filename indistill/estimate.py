@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import build, config, engine, environment, optim, prune, relational, store
+from indistill import build, config, engine, environment, optim, prune, store
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import IndexedTraining, check_accumulation
+from indistill.losses.gather import gathers
+from indistill.losses.objective import Objective, reads
 from indistill.models.heads import Heads
 from indistill.models.network import DTYPES, Network
 from indistill.models.outputs import Targets
 from indistill.models.stages import find_stages
 from indistill.models.timm_model import NoWeights
-from indistill.objective import Objective, reads
 from indistill.order import SampleOrder
 from indistill.prune import Plan
 from indistill.stream import StreamedTraining
@@ -373,7 +374,7 @@ def traffic(
 def _gathered(
     settings: Config, student: Network | Heads, teacher: Network | None, work: Work, world: int, batch: int
 ) -> float:
-    """Bytes that losses which compare samples have a rank send (relational.py), for a micro-batch of all ranks.
+    """Bytes that losses which compare samples have a rank send (gather.py), for a micro-batch of all ranks.
 
     The rows of student and teacher are gathered, and the gradients of the student's summed.
     """
@@ -395,7 +396,7 @@ def _gathered(
                 continue
         related = 3 if loss.name == "rkd" and loss.angle_weight else 2
         for of_student, of_teacher in rows:
-            if relational.gathers(settings.kd.relational_scope, batch, max(of_student, of_teacher), related):
+            if gathers(settings.kd.relational_scope, batch, max(of_student, of_teacher), related):
                 gathered = all_gather_bytes(_FLOAT * batch * (of_student + of_teacher), world)
                 sent += gathered + all_reduce_bytes(_FLOAT * batch * of_student, world)
     return sent

@@ -33,8 +33,8 @@ from indistill.class_names import Names
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch, IndexedTraining, Request
+from indistill.losses.objective import Objective
 from indistill.models.stages import find_stages
-from indistill.objective import Objective
 from indistill.store import Manifest, Reader
 from indistill.targets import LiveTargets, fields_of, needed
 from indistill.train import start_accelerator

@@ -40,10 +40,10 @@ from indistill.config import Config, UserError
 from indistill.config.run_dir import append_end, append_start, has_begun
 from indistill.curriculum import Pace, Phase, Timetable
 from indistill.export import Program, load_for_eval
+from indistill.losses.objective import Objective, reads
 from indistill.metrics import RunLog
 from indistill.models.heads import Heads
 from indistill.models.network import Network, save_network
-from indistill.objective import Objective, reads
 from indistill.preemption import Agreement, Preempted
 from indistill.progress import Progress
 from indistill.sources import Sources, open_eval_set

@@ -14,9 +14,9 @@ from indistill import build, optim
 from indistill.config import runs
 from indistill.curriculum import Timetable
 from indistill.data import Batch
+from indistill.losses.objective import Objective
 from indistill.models import timm_model
 from indistill.models.heads import Heads
-from indistill.objective import Objective
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SAMPLES = {"imagenet": 1_281_167, "cifar10": 50_000, "digits": 1_437}  # training images

@@ -83,7 +83,7 @@ def test_measuring_changes_nothing(settings, tmp_path):
 
 
 def build_objective(settings):
-    from indistill.objective import Objective
+    from indistill.losses.objective import Objective
 
     return Objective(settings.kd.losses, 6)
 

@@ -9,9 +9,9 @@ from timm.models.vgg import VGG
 
 from indistill import config, prune
 from indistill.curriculum import Phase
+from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.stages import match_stages
-from indistill.objective import Objective
 from indistill.targets import LiveTargets
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)

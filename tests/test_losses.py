@@ -12,7 +12,8 @@ import torch
 import yaml
 from conftest import EPS, move
 
-from indistill import config, losses, projectors
+from indistill import config, losses
+from indistill.losses.layers import Contrast, Shape
 from indistill.models.outputs import Output, Targets
 
 pytestmark = pytest.mark.portable
@@ -787,7 +788,7 @@ def test_maps_near_zero_meet_the_published_floor(name, formula, scale):
 
 def crd(student, teacher):
     """Of the rows scaled to length one, as its projector does."""
-    project = projectors.Contrast(projectors.Shape([], [], 3, 3), dim=3)
+    project = Contrast(Shape([], [], 3, 3), dim=3)
     for linear in (project.student, project.teacher):
         torch.nn.init.eye_(linear.weight)
         torch.nn.init.zeros_(linear.bias)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from indistill import config, losses
 from indistill.curriculum import Phase
+from indistill.losses.objective import Objective, reads, same_size, term_names
 from indistill.models.outputs import Output, Targets
-from indistill.objective import Objective, reads, same_size, term_names
 
 pytestmark = [pytest.mark.portable, pytest.mark.usefixtures("float64")]
 

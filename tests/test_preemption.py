@@ -19,21 +19,9 @@ import torch
 from conftest import run_ranks, start, start_ranks
 from safetensors.torch import load_file
 
-from indistill import (
-    checkpoint,
-    cli,
-    config,
-    data,
-    metrics,
-    objective,
-    pipeline,
-    preemption,
-    remote,
-    shards,
-    sources,
-    train,
-)
+from indistill import checkpoint, cli, config, data, metrics, pipeline, preemption, remote, shards, sources, train
 from indistill.config.files import read_lines
+from indistill.losses import objective
 from indistill.preemption import Preempted
 
 STORED = ["targets.source=cached", "data.augment.views=1", "data.in_memory=false", "data.workers=2"]

@@ -9,13 +9,15 @@ import torch
 from conftest import EPS
 from torch.nn import functional as F
 
-from indistill import losses, projectors
+from indistill import losses
+from indistill.losses import layers
+from indistill.losses.layers import Contrast, Review, Shape
+from indistill.losses.objective import same_size
 from indistill.models.outputs import Output, Targets
-from indistill.objective import same_size
 
 pytestmark = pytest.mark.portable
 
-SHAPE = projectors.Shape(student_widths=[3, 6], teacher_widths=[5, 4], student_dim=7, teacher_dim=9)
+SHAPE = Shape(student_widths=[3, 6], teacher_widths=[5, 4], student_dim=7, teacher_dim=9)
 # (student, teacher) height and width of the shallow and of the deep pair
 SIZES = {
     "equal": [((8, 8), (8, 8)), ((4, 4), (4, 4))],
@@ -54,7 +56,7 @@ def loss_of(name, projected, targets):
 
 def make(name, seed=0):
     torch.manual_seed(seed)
-    return projectors.create([SimpleNamespace(name=name, dim=11)], SHAPE)["0"]
+    return layers.create([SimpleNamespace(name=name, dim=11)], SHAPE)["0"]
 
 
 NAMES = ["hint", "vid", "reviewkd", "crd"]
@@ -169,7 +171,7 @@ def test_crd_makes_pairs_recognisable():
     torch.manual_seed(0)
     teacher = random(32, SHAPE.teacher_dim, dtype=torch.float32)
     student = torch.randn(32, SHAPE.student_dim, requires_grad=True)
-    part = projectors.Contrast(SHAPE)
+    part = Contrast(SHAPE)
     optimizer = torch.optim.SGD([student, *part.parameters()], lr=0.05, momentum=0.9)
     for _ in range(150):
         s, t = part(Output((), student), Targets((), teacher))
@@ -231,7 +233,7 @@ def test_crd_wants_one_class_per_sample(shape):
 
 def test_create_makes_one_for_each_loss_that_has_one():
     names = ["ce", "crd", "hint", "kd", "vid", "reviewkd", "hint"]
-    parts = projectors.create([SimpleNamespace(name=name, dim=11) for name in names], SHAPE)
+    parts = layers.create([SimpleNamespace(name=name, dim=11) for name in names], SHAPE)
     assert {key: type(part).__name__ for key, part in parts.items()} == {
         "1": "Contrast",
         "2": "Hint",
@@ -327,13 +329,13 @@ def test_review_fuses_from_deep_to_shallow(sizes):
 
 
 def test_review_is_as_wide_as_the_deepest_student_map_and_no_wider_than_512():
-    shape = projectors.Shape([8, 1024], [16, 2048], 1024, 2048)
-    assert [fusion.reduce[0].out_channels for fusion in projectors.Review(shape).fusions] == [512, 512]
-    assert [fusion.reduce[0].out_channels for fusion in projectors.Review(SHAPE).fusions] == [6, 6]
+    shape = Shape([8, 1024], [16, 2048], 1024, 2048)
+    assert [fusion.reduce[0].out_channels for fusion in Review(shape).fusions] == [512, 512]
+    assert [fusion.reduce[0].out_channels for fusion in Review(SHAPE).fusions] == [6, 6]
 
 
 def test_review_of_a_single_pair_has_nothing_to_fuse():
-    part = projectors.Review(projectors.Shape([3], [5], 7, 9))
+    part = Review(Shape([3], [5], 7, 9))
     output, targets = batch()
     (fused,) = part(output, targets)
     assert fused.shape == targets.features[0].shape

@@ -121,7 +121,7 @@ class ATLoss(Section):
 
 
 class MapLoss(Section):
-    """On every pair of `kd.pairs`, through trained layers (projectors.py) from the student's maps to the teacher's."""
+    """On every pair of `kd.pairs`, through trained layers (layers.py) from the student's maps to the teacher's."""
 
     reads: ClassVar[set[str]] = {"features"}
     name: Literal["hint", "vid", "reviewkd"]  # which loss this is

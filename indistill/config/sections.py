@@ -241,7 +241,7 @@ class KD(PhaseTraining):
     # For losses on feature maps: (teacher stage, student stage). None: those of the warm-up, or else auto.
     pairs: Literal["auto"] | list[tuple[int, int]] | None = None
     # Losses that compare the samples of a batch see those of all ranks (global) or of their own (local); auto: global
-    # unless the gathered matrix is large (relational.py).
+    # unless the gathered matrix is large (losses/gather.py).
     relational_scope: Literal["auto", "global", "local"] = "auto"
     mix: Mix | None = None  # mixup and CutMix; None: neither
 

@@ -17,10 +17,11 @@ import torch
 from conftest import EPS, LOGGED, SMOOTH, assert_rounding_explains, run_moved, run_ranks, strayed
 from torch import Tensor
 
-from indistill import config, curriculum, engine, health, objective, optim, train
+from indistill import config, curriculum, engine, health, optim, train
 from indistill import losses as indistill_losses
 from indistill.cli import main
 from indistill.config.files import read_lines
+from indistill.losses import common, objective
 
 BAD = (3, 8, 9)  # in the warm-up; then two in a row, in kd
 
@@ -70,8 +71,8 @@ def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
 
     optim.PhaseOptim.begin_step = telling_begin_step
     objective.Objective.__call__, train.make_mix = breaking_call, breaking_mix
-    indistill_losses.hint = lambda *arguments: broken(hint(*arguments))
-    indistill_losses.cross_entropy = lambda *arguments: broken(entropy(*arguments))
+    common.hint = lambda *arguments: broken(hint(*arguments))
+    common.cross_entropy = lambda *arguments: broken(entropy(*arguments))
 
 
 class State:

@@ -1,6 +1,6 @@
 """The trainable parts of losses: modules that run inside the student's forward pass, as its wrapper expects.
 
-Each maps what the student and the teacher gave on a batch to the tensors that its loss in losses.py compares.
+Each maps what the student and the teacher gave on a batch to the tensors that its loss in common.py compares.
 """
 
 from __future__ import annotations

@@ -9,15 +9,16 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional as F
 
-from indistill import config, losses
+from indistill import config
 from indistill.curriculum import Phase
+from indistill.losses import common
+from indistill.losses.gather import gather
 from indistill.models.outputs import Output, Targets
-from indistill.relational import gather
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses of a run; `scope` says whose samples relational losses compare (relational.py)."""
+    """The losses of a run; `scope` says whose samples relational losses compare (losses/gather.py)."""
 
     losses: Sequence[config.Loss]
     steps_per_epoch: int
@@ -33,7 +34,7 @@ class Objective:
         """
         if phase.pairs:
             names = [f"mse_pair{pair + 1}" for pair in phase.pairs]
-            values = [losses.hint(*same_size(s, t)) for s, t in zip(output.features, targets.features)]
+            values = [common.hint(*same_size(s, t)) for s, t in zip(output.features, targets.features)]
             weights = phase.weights
         else:
             epoch = (step - phase.start) // self.steps_per_epoch
@@ -60,47 +61,47 @@ class Objective:
         match loss:
             case config.CrossEntropy():
                 classifiers = output.cohort or (output.logits,)
-                return sum(losses.cross_entropy(logits, labels, loss.label_smoothing) for logits in classifiers)
+                return sum(common.cross_entropy(logits, labels, loss.label_smoothing) for logits in classifiers)
             case config.KDLoss():
-                return losses.kd(output.logits, targets.logits, loss.temperature, loss.standardize)
+                return common.kd(output.logits, targets.logits, loss.temperature, loss.standardize)
             case config.DISTLoss():
                 logits = together(output.logits, targets.logits)  # its intra-class term compares samples
-                return losses.dist(*logits, loss.beta, loss.gamma, loss.temperature)
+                return common.dist(*logits, loss.beta, loss.gamma, loss.temperature)
             case config.DKDLoss():
-                return losses.dkd(output.logits, targets.logits, labels, loss.alpha, loss.beta, loss.temperature)
+                return common.dkd(output.logits, targets.logits, labels, loss.alpha, loss.beta, loss.temperature)
             case config.CohortLoss():
                 cohort = (targets.logits, *targets.cohort)
-                return losses.dih(output.logits, cohort, labels, loss.alpha, loss.temperature, loss.weights)
+                return common.dih(output.logits, cohort, labels, loss.alpha, loss.temperature, loss.weights)
             case config.TokenLoss():
-                return losses.token(output.token_logits, targets.logits, loss.mode, loss.temperature)
+                return common.token(output.token_logits, targets.logits, loss.mode, loss.temperature)
             case config.PKTLoss():
                 embeddings = together(output.embedding, targets.embedding)
-                return losses.pkt(*embeddings, loss.kernel, loss.divergence, loss.scale)
+                return common.pkt(*embeddings, loss.kernel, loss.divergence, loss.scale)
             case config.InformationFlowLoss():
                 layers = [(output.embedding, targets.embedding, 1.0)]
                 weight = loss.init * loss.decay**epoch
                 layers += [(s, t, weight) for s, t in zip(output.features, targets.features)]
                 return sum(
-                    weight * losses.pkt(*together(s.flatten(1), t.flatten(1)), loss.kernel, loss.divergence, loss.scale)
+                    weight * common.pkt(*together(s.flatten(1), t.flatten(1)), loss.kernel, loss.divergence, loss.scale)
                     for s, t, weight in layers
                 )
             case config.RKDLoss():
                 embeddings = together(output.embedding, targets.embedding, related=3 if loss.angle_weight else 2)
-                return losses.rkd(*embeddings, loss.distance_weight, loss.angle_weight)
+                return common.rkd(*embeddings, loss.distance_weight, loss.angle_weight)
             case config.CRDLoss():
                 student, teacher, labels = together(*projected, labels)
-                return losses.crd(student, teacher, loss.temperature, labels)
+                return common.crd(student, teacher, loss.temperature, labels)
             case config.SPLoss():
-                return sum(losses.sp(*together(s, t)) for s, t in zip(output.features, targets.features))
+                return sum(common.sp(*together(s, t)) for s, t in zip(output.features, targets.features))
             case config.ATLoss():
-                return sum(losses.at(*same_size(s, t)) for s, t in zip(output.features, targets.features))
+                return sum(common.at(*same_size(s, t)) for s, t in zip(output.features, targets.features))
             case config.MapLoss(name="hint"):
-                return sum(losses.hint(*same_size(s, t)) for s, t in zip(projected, targets.features))
+                return sum(common.hint(*same_size(s, t)) for s, t in zip(projected, targets.features))
             case config.MapLoss(name="reviewkd"):
-                return sum(losses.reviewkd(s, t) for s, t in zip(projected, targets.features))
+                return sum(common.reviewkd(s, t) for s, t in zip(projected, targets.features))
             case config.MapLoss(name="vid"):
                 means, variances = projected[::2], projected[1::2]
-                return sum(losses.vid(*vmt) for vmt in zip(means, variances, targets.features))
+                return sum(common.vid(*vmt) for vmt in zip(means, variances, targets.features))
 
 
 def term_names(kd: Sequence[config.Loss]) -> list[str]:
