@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from indistill import checkpoint, engine
+from indistill import checkpoint
 from indistill.callbacks import Callback
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch
+from indistill.distributed import engine
 from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
 from indistill.prune import Plan

@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
-from indistill import config, engine
+from indistill import config
 from indistill.config import UserError
+from indistill.distributed import engine
 
 FORMAT_VERSION = 4
 MOST_FAILURES = 3  # saves in a row that may fail before the run does

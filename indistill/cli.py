@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     try:
         arguments = _parse(argv)
-        from indistill import preemption
+        from indistill.distributed import preemption
 
         with preemption.listening():
             _run(arguments)
@@ -109,9 +109,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Do what is asked, with the exit codes of docs/cluster.md."""
-    from indistill import preemption
     from indistill.config import UserError
     from indistill.config.run_dir import in_one_line
+    from indistill.distributed import preemption
 
     try:
         arguments.run(arguments)
@@ -135,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    from indistill import preemption
+    from indistill.distributed import preemption
 
     sys.stdout.flush()
     sys.stderr.flush()

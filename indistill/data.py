@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from indistill import augment, config, preemption
+from indistill import augment, config
 from indistill.config import UserError
 from indistill.decode import BadImage, decode
+from indistill.distributed import preemption
 from indistill.models.views import EvalView
 from indistill.order import SampleOrder
 from indistill.shards import ShardSet, label_problem

@@ -38,11 +38,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors import safe_open
 
-from indistill import class_names, config, data, engine, estimate, health, optim, overlap, remote, shards, store, train
+from indistill import class_names, config, data, estimate, optim, overlap, remote, shards, store, train
 from indistill.config import Config, UserError
 from indistill.config.run_dir import has_begun, in_one_line
-from indistill.deepspeed_config import zero_config
-from indistill.environment import contradictions
+from indistill.distributed import engine
+from indistill.distributed.agree import agree, setup, software_versions
+from indistill.distributed.deepspeed_config import zero_config
+from indistill.distributed.environment import contradictions
 from indistill.models import timm_model
 from indistill.order import SampleOrder
 from indistill.sources import Training
@@ -160,7 +162,7 @@ def versions(here: Here) -> Said:
     """Against the requirements in this package's own metadata."""
     python, names = platform.python_version(), ("torchvision", "accelerate", "timm", "webdataset")
     others = [f"{name} {_installed(name)}" for name in names]
-    yield OK, ", ".join([f"indistill {health.software()['indistill']}", f"python {python}", _torch(), *others])
+    yield OK, ", ".join([f"indistill {software_versions()['indistill']}", f"python {python}", _torch(), *others])
     try:
         required, wanted = metadata.requires("indistill") or [], metadata.metadata("indistill")["Requires-Python"]
     except metadata.PackageNotFoundError:
@@ -272,13 +274,13 @@ def start(here: Here) -> Said:
 
 def agreement(here: Here) -> Said:
     """Of the ranks, on config and software, as a run wants it; and on the rest."""
-    fields: dict[str, Any] = health.software()
+    fields: dict[str, Any] = software_versions()
     for name, settings in here.stages:
-        fields |= {f"{name} {key}".strip(): value for key, value in health.setup(settings).items()}
-    health.agree(fields)
+        fields |= {f"{name} {key}".strip(): value for key, value in setup(settings).items()}
+    agree(fields)
     others = {name: _installed(name) for name in ("torchvision", "accelerate", "webdataset", "deepspeed")}
     try:
-        health.agree(others | {"python": platform.python_version(), "build": _torch(), "driver": _driver()})
+        agree(others | {"python": platform.python_version(), "build": _torch(), "driver": _driver()})
     except UserError as error:
         yield WARN, str(error)
         return

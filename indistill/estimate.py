@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import build, config, engine, environment, optim, prune, store
+from indistill import build, config, optim, prune, store
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import IndexedTraining, check_accumulation
+from indistill.distributed import engine, environment
 from indistill.losses.gather import gathers
 from indistill.losses.objective import Objective, reads
 from indistill.models.heads import Heads

@@ -12,11 +12,12 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from indistill import data, preemption, watchdog
+from indistill import data
 from indistill.config import UserError
+from indistill.distributed import preemption, watchdog
+from indistill.distributed.preemption import Preempted
 from indistill.models.heads import Heads
 from indistill.models.network import Network
-from indistill.preemption import Preempted
 from indistill.similarity import information, information_flow_divergence, linear_cka
 
 PRECISION_AT = (1, 10, 100)  # nearest entries

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from indistill import apart, build, environment, preemption, together, watchdog
+from indistill import apart, build, together
 from indistill.callbacks import Callback
 from indistill.config import Config, UserError
 from indistill.config.files import sha256
 from indistill.config.run_dir import has_begun
 from indistill.config.runs import Students
-from indistill.preemption import Preempted
+from indistill.distributed import environment, preemption, watchdog
+from indistill.distributed.preemption import Preempted
 from indistill.train import train
 
 

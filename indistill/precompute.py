@@ -28,11 +28,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import build, class_names, config, data, engine, estimate, health, remote, store
+from indistill import build, class_names, config, data, estimate, remote, store
 from indistill.class_names import Names
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import Batch, IndexedTraining, Request
+from indistill.distributed import engine
+from indistill.distributed.agree import agree
 from indistill.losses.objective import Objective
 from indistill.models.stages import find_stages
 from indistill.store import Manifest, Reader
@@ -266,7 +268,7 @@ def prepare(settings: Config) -> Job:
     rank, accumulation = accelerator.process_index, settings.grad_accumulation
     names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
     training = IndexedTraining(settings.data, settings.seed, rank, world, accumulation)
-    health.agree({"data": training.fingerprint})
+    agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
         student, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration)
@@ -316,7 +318,7 @@ def prepare(settings: Config) -> Job:
         },
         batch=batch,
     )
-    health.agree({"teacher": targets_of.fingerprint, "plan": plan.hash})
+    agree({"teacher": targets_of.fingerprint, "plan": plan.hash})
     manifest = engine.on_main(accelerator, lambda: claim(Path(root), manifest))
     return Job(accelerator, Path(root), training.dataset, targets_of, pairs, manifest)
 

@@ -20,8 +20,8 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from indistill import preemption
 from indistill.config import UserError
+from indistill.distributed import preemption
 
 log = logging.getLogger(__name__)
 

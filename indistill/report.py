@@ -268,7 +268,7 @@ def speed(sections: Sequence[tuple[str, config.Model]], settings: Config) -> dic
     """
     import torch
 
-    from indistill import engine
+    from indistill.distributed import engine
     from indistill.models.network import DTYPES, Network
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

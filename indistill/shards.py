@@ -29,10 +29,10 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from indistill import preemption
 from indistill.config import UserError
 from indistill.config.files import replacing
 from indistill.decode import BadImage, decode
+from indistill.distributed import preemption
 from indistill.remote import CACHE_BYTES, ShardCache, base_name, cache_for, cache_name, changed, is_remote, open_shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")

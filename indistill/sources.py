@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 
-from indistill import build, data, health
+from indistill import build, data
 from indistill.config import Config
 from indistill.curriculum import Timetable
 from indistill.data import Batch, IndexedTraining
+from indistill.distributed.agree import agree
 from indistill.models.network import Network
 from indistill.models.outputs import Output
 from indistill.models.views import EvalView, evaluation_view
@@ -55,7 +56,7 @@ def open_data(accelerator: Accelerator, settings: Config) -> tuple[Training, dat
     kind = IndexedTraining if settings.data.access == "index" else StreamedTraining
     rank, world = accelerator.process_index, accelerator.num_processes
     training = kind(settings.data, settings.seed, rank, world, settings.grad_accumulation)
-    health.agree({"data": training.fingerprint})  # before any loop over it that holds a collective
+    agree({"data": training.fingerprint})  # before any loop over it that holds a collective
     return training, open_eval_set(settings) if settings.data.eval is not None else None
 
 

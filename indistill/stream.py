@@ -22,10 +22,11 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from indistill import augment, config, preemption, remote, shards
+from indistill import augment, config, remote, shards
 from indistill.config import UserError
 from indistill.data import Batch, Loader, check_accumulation
 from indistill.decode import BadImage
+from indistill.distributed import preemption
 
 
 class StreamedTraining:

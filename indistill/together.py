@@ -19,11 +19,11 @@ from indistill import data
 from indistill.callbacks import Callback
 from indistill.config import Config
 from indistill.data import Batch
+from indistill.distributed.preemption import Preempted
 from indistill.models import frozen
 from indistill.models.network import Network
 from indistill.models.outputs import Output
 from indistill.models.views import evaluation_view
-from indistill.preemption import Preempted
 from indistill.sources import Sources, Training
 from indistill.train import Run
 

@@ -20,31 +20,20 @@ from accelerate.utils import set_seed as seed_everything
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from indistill import (
-    build,
-    class_names,
-    config,
-    data,
-    deepspeed_config,
-    engine,
-    environment,
-    estimate,
-    evaluate,
-    health,
-    optim,
-    watchdog,
-)
+from indistill import build, class_names, config, data, estimate, evaluate, health, optim
 from indistill.callbacks import Callback
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.config.run_dir import append_end, append_start, has_begun
 from indistill.curriculum import Pace, Phase, Timetable
+from indistill.distributed import deepspeed_config, engine, environment, watchdog
+from indistill.distributed.agree import agree, setup, software_versions
+from indistill.distributed.preemption import Agreement, Preempted
 from indistill.export import Program, load_for_eval
 from indistill.losses.objective import Objective, reads
 from indistill.metrics import RunLog
 from indistill.models.heads import Heads
 from indistill.models.network import Network, save_network
-from indistill.preemption import Agreement, Preempted
 from indistill.progress import Progress
 from indistill.sources import Sources, open_eval_set
 from indistill.targets import CachedTargets, LiveTargets
@@ -153,7 +142,7 @@ class Run:
             "teacher": self.targets_of.fingerprint,
             "engine": engine.describe(accelerator),
         }
-        health.agree(identity)
+        agree(identity)
         state = {"log": self.log, "pace": self.pace}
         self.checkpoints = Checkpoints(accelerator, self.run_dir, settings.checkpoint, identity, state, self.whole)
         self.first_step, self.scores = self.checkpoints.resume(self.resume, self.ema)
@@ -319,7 +308,7 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
             f"the launcher started {world} processes, Accelerate sees {accelerator.num_processes}: unset ACCELERATE_* "
             "variables of another job, or check the accelerate config"
         )
-    health.agree(health.setup(settings))
+    agree(setup(settings))
     zero_stage = f", ZeRO stage {engine.stage(accelerator)}" * (zero is not None)
     if accelerator.is_main_process:  # accelerator.print would say it on every node
         where = f", run directory {settings.run_dir}" * training
@@ -344,7 +333,7 @@ def check_devices(settings: Config, world: int) -> None:
 
 def record_start(accelerator: Accelerator, run_dir: Path, step: int) -> None:
     if accelerator.is_main_process:
-        device, software = engine.device_name(accelerator.device), health.software()
+        device, software = engine.device_name(accelerator.device), software_versions()
         append_start(run_dir, step, world_size=accelerator.num_processes, device=device, software=software)
 
 

@@ -148,7 +148,8 @@ def run_ranks(function: Callable, world: int | None, *arguments: Any, exit_code:
 
 def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "auto") -> None:
     """Train to the end, or be asked to stop after `step` steps: then only their checkpoint is left."""
-    from indistill import preemption, train
+    from indistill import train
+    from indistill.distributed import preemption
 
     with pytest.MonkeyPatch.context() as patch:
         if step is not None:

@@ -7,8 +7,9 @@ import json
 import pytest
 import yaml
 
-from indistill import config, deepspeed_config
+from indistill import config
 from indistill.config import UserError
+from indistill.distributed import deepspeed_config
 
 WORLD = 2
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from indistill import config, engine, optim
+from indistill import config, optim
 from indistill.curriculum import Timetable
+from indistill.distributed import engine
 
 
 def test_unused_parameters_get_no_step(tree):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from indistill import config, environment, pipeline, train
+from indistill import config, pipeline, train
 from indistill.cli import main
 from indistill.config import UserError, runs
+from indistill.distributed import environment
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from indistill import engine, health
+from indistill import health
 from indistill.config import UserError
+from indistill.distributed import agree as distributed_agree
+from indistill.distributed import engine
+from indistill.distributed.agree import agree, software_versions
 
 
 @pytest.mark.parametrize("keys", [{"foreach": True}, {"fused": True}])
@@ -54,28 +57,28 @@ def test_buffers_come_back():
 
 
 def test_a_changed_source_file_is_another_version(tmp_path, monkeypatch):
-    package = Path(health.__file__).parent
-    monkeypatch.setattr(health, "__file__", shutil.copy(package / "health.py", tmp_path))
-    first = health.software()
-    assert health.software() == first
+    package = Path(distributed_agree.__file__).parent
+    monkeypatch.setattr(distributed_agree, "__file__", shutil.copy(package / "health.py", tmp_path))
+    first = software_versions()
+    assert software_versions() == first
     (tmp_path / "losses.py").write_text("")
-    second = health.software()
+    second = software_versions()
     assert first.keys() == second.keys()
     assert {name for name in first if first[name] != second[name]} == {"indistill"}
 
 
 def test_who_differs_is_told(monkeypatch):
     told = [{"seed": 1, "data": "a"}] * 9 + [{"seed": 1, "data": "b"}, {"seed": 1, "data": "c"}] + [{"data": "b"}] * 2
-    monkeypatch.setattr(health, "gather_object", lambda mine: told)
+    monkeypatch.setattr(distributed_agree, "gather_object", lambda mine: told)
     with pytest.raises(UserError, match=r"seed: ranks 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. have 1, ranks 11, 12 have None: "):
-        health.agree({})
+        agree({})
     told[11:] = []
     with pytest.raises(UserError, match=r"data: ranks 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. have a, rank 9 has b: "):
-        health.agree({})
+        agree({})
     told[9:] = []
-    health.agree({})
+    agree({})
 
 
 def test_one_process_agrees_with_itself():
     Accelerator()
-    health.agree({"seed": 1})
+    agree({"seed": 1})

@@ -19,10 +19,11 @@ import torch
 from conftest import run_ranks, start, start_ranks
 from safetensors.torch import load_file
 
-from indistill import checkpoint, cli, config, data, metrics, pipeline, preemption, remote, shards, sources, train
+from indistill import checkpoint, cli, config, data, metrics, pipeline, remote, shards, sources, train
 from indistill.config.files import read_lines
+from indistill.distributed import preemption
+from indistill.distributed.preemption import Preempted
 from indistill.losses import objective
-from indistill.preemption import Preempted
 
 STORED = ["targets.source=cached", "data.augment.views=1", "data.in_memory=false", "data.workers=2"]
 CLOCKS = ("images_per_second", "data_wait_fraction")

@@ -19,11 +19,12 @@ import yaml
 from browser import CHROMIUM, Browser
 from conftest import CLASSES, data_section
 
-from indistill import charts, config, pipeline, preemption, report
+from indistill import charts, config, pipeline, report
 from indistill.cli import main
 from indistill.config import UserError, runs
 from indistill.config.files import read_lines
 from indistill.config.run_dir import append_end, append_start
+from indistill.distributed import preemption
 from indistill.models import network
 from indistill.models.cnn32 import CNN32
 

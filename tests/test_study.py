@@ -20,8 +20,8 @@ from scipy import stats
 
 from indistill import Trainer
 from indistill.curriculum import Timetable
+from indistill.distributed.preemption import Preempted
 from indistill.models.cnn32 import CNN32
-from indistill.preemption import Preempted
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # also for the processes that a study starts

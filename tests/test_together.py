@@ -14,9 +14,10 @@ import yaml
 from conftest import run_ranks
 from safetensors.torch import load_file
 
-from indistill import config, data, pipeline, preemption, together
+from indistill import config, data, pipeline, together
 from indistill.config import UserError, runs
 from indistill.config.files import read_lines
+from indistill.distributed import preemption
 from indistill.models.network import Network
 from indistill.train import train
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from indistill import preemption, watchdog
-from indistill.watchdog import Place, Report, verdict
+from indistill.distributed import preemption, watchdog
+from indistill.distributed.watchdog import Place, Report, verdict
 
 
 def report(host: str, passed: int, doing: str, still: float = 300.0) -> Report:

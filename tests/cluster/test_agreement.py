@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import pack_images, run_ranks
 
-from indistill import build, config, health, train
+from indistill import build, config, train
+from indistill.distributed import agree
 
 
 def with_keys(tree: dict[str, Any], name: str, **keys: Any) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
     both("optimizer.lr: rank 0 has 0.001, rank 1 has 0.5", mine=with_keys(tree, "optimizer", lr=0.5))
     # Which another start may change, but not one rank alone: it would wait for the other, forever.
     both("log.every_steps: rank 0 has 1, rank 1 has 2", mine=with_keys(tree, "log", every_steps=2))
-    both(r"indistill: rank 0 has .*, rank 1 has .*", (health, "__file__", other_code))
+    both(r"indistill: rank 0 has .*, rank 1 has .*", (agree, "__file__", other_code))
     both(r"torch: rank 0 has .*, rank 1 has 0\.1", (torch, "__version__", "0.1"))
     both("data: rank 0 has [0-9a-f]{64}, rank 1 has [0-9a-f]{64}", mine=with_keys(tree, "data", root=other_data))
     both("plan: rank 0 has .*, rank 1 has .*", (build, "agree_on_plan", other_plan))
@@ -57,7 +58,7 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
 
 def test_ranks_that_disagree_do_not_start(tree, tmp_path):
     code = tmp_path / "code"
-    shutil.copytree(Path(health.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(agree.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
     with (code / "losses.py").open("a") as file:
         file.write("# one line more\n")
     pack_images(tmp_path / "data", "train", samples=192, per_shard=64, seed=3)

@@ -17,10 +17,11 @@ import torch
 from conftest import EPS, LOGGED, SMOOTH, assert_rounding_explains, run_moved, run_ranks, strayed
 from torch import Tensor
 
-from indistill import config, curriculum, engine, health, optim, train
+from indistill import config, curriculum, health, optim, train
 from indistill import losses as indistill_losses
 from indistill.cli import main
 from indistill.config.files import read_lines
+from indistill.distributed import engine
 from indistill.losses import common, objective
 
 BAD = (3, 8, 9)  # in the warm-up; then two in a row, in kd

@@ -16,13 +16,14 @@ from conftest import run_ranks, train_until
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from indistill import config, evaluate, preemption, prune, sources, train
+from indistill import config, evaluate, prune, sources, train
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase
+from indistill.distributed import preemption
+from indistill.distributed.preemption import Preempted
 from indistill.models import frozen
 from indistill.models.heads import Heads
 from indistill.models.network import Network
-from indistill.preemption import Preempted
 from indistill.targets import LiveTargets
 
 SIZE = (3, 64, 64)

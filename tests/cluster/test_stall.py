@@ -15,8 +15,9 @@ import pytest
 from conftest import start, unused_port
 from torch import distributed
 
-from indistill import cli, preemption, train
+from indistill import cli, train
 from indistill.data import IndexedTraining
+from indistill.distributed import preemption
 
 TIMEOUT_MINUTES = 0.4
 

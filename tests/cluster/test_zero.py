@@ -29,8 +29,9 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from indistill import config, engine, train
+from indistill import config, train
 from indistill.config.files import read_lines
+from indistill.distributed import engine
 
 ROOT = Path(__file__).resolve().parents[2]
 

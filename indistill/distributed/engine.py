@@ -44,8 +44,6 @@ _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
 
 
 # --- how it runs -----------------------------------------------------------------------------------------------------
-
-
 def start(
     zero: dict[str, Any] | None,
     precision: str,
@@ -246,8 +244,6 @@ def whole(accelerator: Accelerator, student: nn.Module) -> Callable[[], nn.Modul
 
 
 # --- what a checkpoint holds of it ------------------------------------------------------------------------------------
-
-
 def optimizer_part(accelerator: Accelerator) -> dict[str, Any]:
     """This rank's part of the optimizer's state, not copied: tensors and plain values, none where rank 0 has it all.
 
@@ -320,8 +316,6 @@ def repartition(parts: Sequence[Tensor], sizes: Sequence[int], each: bool, rank:
 
 
 # --- agreeing --------------------------------------------------------------------------------------------------------
-
-
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     """Run on rank 0 alone and give every rank its result, or its UserError: none is left waiting for the others."""
     outcome = [None, None]

@@ -64,8 +64,6 @@ _leaving = threading.Lock()
 
 
 # --- being asked -----------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Obey the signals in here; in the main thread only.
@@ -191,8 +189,6 @@ def signals_blocked(*numbers: signal.Signals) -> Iterator[None]:
 
 
 # --- agreeing --------------------------------------------------------------------------------------------------------
-
-
 class Agreement:
     """Whether the ranks stop: decided between two steps, the same on all of them.
 
@@ -242,8 +238,6 @@ def _deadline(max_hours: float | None, now: float) -> float:
 
 
 # --- telling the launcher --------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def status_in(run_dir: Path) -> Iterator[None]:
     """Keep `run_dir/status` while a run or a chain goes on in here."""

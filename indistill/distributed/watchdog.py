@@ -21,8 +21,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indistill import preemption
 from indistill.config.run_dir import keep_traceback
+from indistill.distributed import preemption
 
 _MOST_NAMED = 8  # of the ranks that hold a run up; a node that is lost has as many
 # What gloo raises is a plain RuntimeError.
@@ -57,8 +57,6 @@ _closed = threading.Event()
 
 
 # --- what this rank is at: a new tuple is put in place at once, for the thread to read --------------------------------
-
-
 def begin_step(step: int, phase: str) -> None:
     """`step` counts from 1, as in metrics.jsonl."""
     global _place
@@ -77,8 +75,6 @@ def alive() -> None:
 
 
 # --- the thread ------------------------------------------------------------------------------------------------------
-
-
 def open(run_dir: Path, timeout_minutes: float) -> None:
     """Watch this process until `close`, in a run of several."""
     global _place, _run_dir, _closed
@@ -181,8 +177,6 @@ def _ranges(ranks: Sequence[int]) -> str:
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def explaining(folder: Path) -> Iterator[None]:
     """Where a collective fails in here, leave with one line that says where, and the traceback in `folder`/errors.
