@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from indistill import config, packing
+from indistill import config
+from indistill.data import packing
 
 CLASSES = 10
 LIBRARIES = ("torch", "timm", "accelerate", "deepspeed")

@@ -456,15 +456,16 @@ class Stopped(Exception):
 
 def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
     """(b) `indistill.train.train` itself, with a loader that has one batch and waits for turns."""
-    from indistill import Callback, config, data, sources, train
+    from indistill import Callback, config, sources, train
+    from indistill.data.batch import Batch
 
     images, labels = synthetic(job)
-    batch = data.Batch(images, labels, torch.arange(job.batch), [])
+    batch = Batch(images, labels, torch.arange(job.batch), [])
 
     class Synthetic:
         steps_per_epoch, fingerprint, dataset = 10**6, "synthetic", None
 
-        def loader(self, *_: Any, **__: Any) -> Iterator[data.Batch]:
+        def loader(self, *_: Any, **__: Any) -> Iterator[Batch]:
             for _ in asked:
                 yield batch
             raise Stopped

@@ -74,16 +74,17 @@ class Stopped(Exception):
 
 def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
     """Train these students as users do, with a loader that has one batch and waits for each turn of one step."""
-    from indistill import config, data, sources, together, train
+    from indistill import config, sources, together, train
+    from indistill.data.batch import Batch
 
     torch.set_num_threads(1)
     images = torch.randint(256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    batch = data.Batch(images, torch.arange(BATCH), torch.arange(BATCH), [])
+    batch = Batch(images, torch.arange(BATCH), torch.arange(BATCH), [])
 
     class Synthetic:
         steps_per_epoch, fingerprint, dataset = 10**6, "synthetic", None
 
-        def loader(self, *_: Any, **__: Any) -> Iterator[data.Batch]:
+        def loader(self, *_: Any, **__: Any) -> Iterator[Batch]:
             while pipe.recv():
                 begin = time.process_time()
                 yield batch

@@ -18,11 +18,11 @@ from accelerate.utils import set_seed
 
 from indistill import build, config, estimate, export, prune, train
 from indistill.curriculum import Phase, Timetable
-from indistill.data import Request
+from indistill.data.batch import Request
+from indistill.data.training import open_eval_set
 from indistill.models.network import Network, normalisation
 from indistill.models.stages import find_stages
 from indistill.prune import Plan
-from indistill.sources import open_eval_set
 
 IMAGES = Path(__file__).with_name("images")
 EVERY_EPOCH = ["run_dir=runs/method", "evaluate.every=1 epoch", "checkpoint.every_steps=44", "checkpoint.keep_last=100"]

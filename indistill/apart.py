@@ -22,12 +22,13 @@ from indistill import checkpoint
 from indistill.callbacks import Callback
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
-from indistill.data import Batch
+from indistill.data.batch import Batch
+from indistill.data.training import Training
 from indistill.distributed import engine
 from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
 from indistill.prune import Plan
-from indistill.sources import Sources, Training
+from indistill.sources import Sources
 from indistill.targets import LiveTargets, fields_of, pooled
 from indistill.train import train as train_run
 

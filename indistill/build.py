@@ -15,10 +15,11 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from indistill import class_names, config, prune, store
+from indistill import config, prune, store
 from indistill.config import Config, UserError
 from indistill.config.files import sha256
 from indistill.config.tree import input_size
+from indistill.data import class_names
 from indistill.distributed import engine
 from indistill.losses import layers
 from indistill.losses.layers import Shape

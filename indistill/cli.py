@@ -182,7 +182,7 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from indistill import class_names, packing
+    from indistill.data import class_names, packing
 
     content = packing.pack_source(
         arguments.source,
@@ -204,16 +204,16 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from indistill import shards
+    from indistill.data import verify
 
-    counts = shards.index(arguments.urls, **_reading(arguments))
+    counts = verify.index(arguments.urls, **_reading(arguments))
     print(f"{sum(counts.values())} samples in {len(counts)} shards")
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from indistill import shards
+    from indistill.data import verify
 
-    content = shards.verify(arguments.urls, **_reading(arguments), num_classes=arguments.num_classes)
+    content = verify.verify(arguments.urls, **_reading(arguments), num_classes=arguments.num_classes)
     for member in content.bad:
         print(f"{member.shard}: {member.key}: {member.problem}")
     print(f"{content.summary()}\n{len(content.bad)} bad members")

@@ -72,7 +72,7 @@ def pack_digits(folder: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    from indistill import packing
+    from indistill.data import packing
 
     digits = load_digits()
     samples = []

@@ -38,17 +38,21 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors import safe_open
 
-from indistill import class_names, config, data, estimate, optim, overlap, remote, shards, store, train
+from indistill import config, estimate, optim, store, train
 from indistill.config import Config, UserError
 from indistill.config.run_dir import has_begun, in_one_line
+from indistill.data import class_names, overlap, remote, shards
+from indistill.data.dataset import open_shards
+from indistill.data.index import index_files, load_index
+from indistill.data.loader import IndexedTraining, check_accumulation
+from indistill.data.stream import StreamedTraining
+from indistill.data.training import Training
 from indistill.distributed import engine
 from indistill.distributed.agree import agree, setup, software_versions
 from indistill.distributed.deepspeed_config import zero_config
 from indistill.distributed.environment import contradictions
 from indistill.models import timm_model
 from indistill.order import SampleOrder
-from indistill.sources import Training
-from indistill.stream import StreamedTraining
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 Item = tuple[str, str] | tuple[str, str, str]  # level, what, and what to do about it where that does not say so
@@ -651,7 +655,7 @@ def data_shards(here: Here) -> Said:
                 yield WARN, f"{told}: the first start makes them", remedy
             whole = len(sizes) == len(paths)
             if key == "train":
-                data.check_accumulation(section, here.world, accumulation)
+                check_accumulation(section, here.world, accumulation)
                 known = sizes if whole else [2**40]  # as many as any batch may want
                 order = SampleOrder(known, settings.seed, section.streams, section.window)
                 order.check(section.global_batch, here.world)
@@ -668,11 +672,11 @@ def _indices(paths: Sequence[str], directory: str | None) -> tuple[list[int], li
     for path in np.random.permutation(paths).tolist():  # some of them should be any of them
         if remote.is_remote(path) or time.monotonic() > end:
             continue
-        if not any(map(os.path.exists, shards.index_files(path, directory))):
+        if not any(map(os.path.exists, index_files(path, directory))):
             missing.append(path)
             continue
         try:
-            sizes.append(len(shards.load_index(path, directory).keys))
+            sizes.append(len(load_index(path, directory).keys))
         except UserError as error:
             damaged.append(str(error))
     return sizes, sorted(missing), sorted(damaged)
@@ -746,7 +750,7 @@ def _with_index(section: config.Data, urls: str | list[str]) -> shards.ShardSet 
         paths = shards.expand(urls, section.root, section.allow_pipe)
         if any(map(remote.is_remote, paths)):
             return None
-        files = [next(filter(os.path.exists, shards.index_files(path, section.cache_dir)), None) for path in paths]
+        files = [next(filter(os.path.exists, index_files(path, section.cache_dir)), None) for path in paths]
         if None in files or sum(map(os.path.getsize, files)) > MOST_INDEX_BYTES:
             return None
         return shards.ShardSet(paths, cache_dir=section.cache_dir)
@@ -823,8 +827,8 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
     changes = {"train": list(paths[:1]), "root": None, "cache_dir": directory, "workers": min(section.workers, 1)}
     section = section.model_copy(update=changes | {"streams": 1, "window": None, "global_batch": LOADER_BATCH})
     if section.access == "index":
-        samples = len(data.open_shards(section, section.train))
-        section, kind = section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)}), data.IndexedTraining
+        samples = len(open_shards(section, section.train))
+        section, kind = section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)}), IndexedTraining
     training: Training = kind(section, settings.seed, 0, 1, 1)
     batches = iter(training.loader(0, 10**9, torch.device("cpu")))
     replaced = list(next(batches).replaced)  # by then the worker has begun

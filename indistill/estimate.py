@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from indistill import build, config, optim, prune, store
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
-from indistill.data import IndexedTraining, check_accumulation
+from indistill.data.loader import IndexedTraining, check_accumulation
+from indistill.data.stream import StreamedTraining
 from indistill.distributed import engine, environment
 from indistill.losses.gather import gathers
 from indistill.losses.objective import Objective, reads
@@ -35,7 +36,6 @@ from indistill.models.stages import find_stages
 from indistill.models.timm_model import NoWeights
 from indistill.order import SampleOrder
 from indistill.prune import Plan
-from indistill.stream import StreamedTraining
 from indistill.targets import CachedTargets, LiveTargets
 
 ENGINES = ("ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3")

@@ -12,8 +12,11 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from indistill import data
 from indistill.config import UserError
+from indistill.data import loader as data_loader
+from indistill.data.batch import Batch, Request
+from indistill.data.dataset import ImageDataset
+from indistill.data.loader import eval_shares
 from indistill.distributed import preemption, watchdog
 from indistill.distributed.preemption import Preempted
 from indistill.models.heads import Heads
@@ -27,9 +30,7 @@ _BLOCK_ENTRIES = 2**24  # query-database pairs held at once: 128 MiB for each in
 
 
 @torch.no_grad()
-def accuracy(
-    accelerator: Accelerator, network: Network | Heads, dataset: data.ImageDataset, batch: int
-) -> dict[str, float]:
+def accuracy(accelerator: Accelerator, network: Network | Heads, dataset: ImageDataset, batch: int) -> dict[str, float]:
     """Top-1 and top-5 of the whole set, in [0, 1]; nothing for a network whose classifier no loss trains.
 
     With intermediate classifier heads (`Output.cohort`) also their `top1_head1`, `top1_head2`, ... Call on all ranks,
@@ -55,7 +56,7 @@ def accuracy(
 
 @torch.no_grad()
 def retrieval(
-    accelerator: Accelerator, network: Network, database: data.ImageDataset, queries: data.ImageDataset, batch: int
+    accelerator: Accelerator, network: Network, database: ImageDataset, queries: ImageDataset, batch: int
 ) -> dict[str, float]:
     """Retrieval by the embeddings, in [0, 1]; the same on all ranks. For the metrics cosine and l2:
 
@@ -95,7 +96,7 @@ def similarity(
     student: Network,
     teacher: Network,
     pairs: Sequence[tuple[int, int]],
-    dataset: data.ImageDataset,
+    dataset: ImageDataset,
     batch: int,
     samples: int = 512,
 ) -> dict[str, float]:
@@ -155,9 +156,7 @@ def _bounded_maps(network: Network, images: Tensor, stages: list[int], samples: 
 
 
 @torch.no_grad()
-def embeddings(
-    accelerator: Accelerator, network: Network, dataset: data.ImageDataset, batch: int
-) -> tuple[Tensor, Tensor]:
+def embeddings(accelerator: Accelerator, network: Network, dataset: ImageDataset, batch: int) -> tuple[Tensor, Tensor]:
     """Embeddings float32 [N, D] and labels int64 [N] of the whole set, in its order, on every rank."""
     batches = _batches(accelerator, dataset, batch, network)
     rows = [[network(images).embedding.float(), labels] for images, labels in batches]
@@ -172,7 +171,7 @@ def _columns(accelerator: Accelerator, rows: list[list[Tensor]], samples: int) -
     """
     kinds = gather_object([[(x.shape[1:], x.dtype) for x in rows[0]] if rows else None])
     kind = next(kind for kind in kinds if kind)  # a rank without samples learns from another what they look like
-    counts = [len(share) for share in data.eval_shares(samples, accelerator.num_processes)]
+    counts = [len(share) for share in eval_shares(samples, accelerator.num_processes)]
     for i, (shape, dtype) in enumerate(kind):
         column = torch.cat([row[i] for row in rows]) if rows else torch.empty(0, *shape, dtype=dtype)
         column = column.to(accelerator.device)
@@ -182,10 +181,10 @@ def _columns(accelerator: Accelerator, rows: list[list[Tensor]], samples: int) -
         yield column
 
 
-class _Spaced(data.ImageDataset):
+class _Spaced(ImageDataset):
     """At most `samples` of a set's images, for evaluation, evenly spaced: sets are often sorted by class."""
 
-    def __init__(self, whole: data.ImageDataset, samples: int) -> None:
+    def __init__(self, whole: ImageDataset, samples: int) -> None:
         vars(self).update(vars(whole.for_evaluation()))
         samples = min(samples, len(whole))
         self.places = np.arange(samples) * len(whole) // samples
@@ -193,12 +192,12 @@ class _Spaced(data.ImageDataset):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, request: data.Request) -> data.Batch:
+    def __getitem__(self, request: Request) -> Batch:
         return super().__getitem__(request._replace(ids=self.places[request.ids]))
 
 
 def _batches(
-    accelerator: Accelerator, dataset: data.ImageDataset, batch: int, *networks: nn.Module
+    accelerator: Accelerator, dataset: ImageDataset, batch: int, *networks: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's images and labels on its device, the networks in eval mode meanwhile, under the run's precision.
 
@@ -208,13 +207,13 @@ def _batches(
     others end with a black image and no label.
     """
     together = any(isinstance(network, FSDPModule) for network in networks)
-    shares = data.eval_shares(len(dataset), accelerator.num_processes)
+    shares = eval_shares(len(dataset), accelerator.num_processes)
     batches = [math.ceil(len(share) / batch) for share in shares]
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
         _share_buffers(accelerator, network)
-    loader = data.eval_loader(
+    loader = data_loader.eval_loader(
         dataset.for_evaluation(), batch, accelerator.process_index, accelerator.num_processes, accelerator.device
     )
     try:

@@ -22,8 +22,11 @@ import yaml
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from indistill import checkpoint, class_names, config, data
+from indistill import checkpoint, config
 from indistill.config import Config, UserError
+from indistill.data import class_names
+from indistill.data.batch import Request
+from indistill.data.dataset import ImageDataset, open_shards
 from indistill.models import network as models_network
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation
@@ -146,10 +149,10 @@ def _images(settings: Config) -> tuple[Tensor, str]:
     try:
         if section.eval is None:
             raise UserError("data.eval is not set")
-        shards, view = data.open_shards(section, section.eval), evaluation_view(settings)
-        dataset = data.ImageDataset(shards, section, settings.seed, view=view)
+        shards, view = open_shards(section, section.eval), evaluation_view(settings)
+        dataset = ImageDataset(shards, section, settings.seed, view=view)
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
-        return dataset[data.Request(0, 0, 0, ids)].images, "images of data.eval"
+        return dataset[Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:
         print(f"indistill: compared on random images, since there are no others: {error}", flush=True)
         random = torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ from indistill import checkpoint
 from indistill.config import Config, UserError
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase, Timetable
-from indistill.data import Batch
+from indistill.data.batch import Batch
 from indistill.distributed import preemption, watchdog
 from indistill.progress import Progress
 from indistill.trackers import Trackers

@@ -28,11 +28,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import build, class_names, config, data, estimate, remote, store
-from indistill.class_names import Names
+from indistill import build, config, estimate, store
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
-from indistill.data import Batch, IndexedTraining, Request
+from indistill.data import class_names, remote
+from indistill.data.batch import Batch, Request
+from indistill.data.class_names import Names
+from indistill.data.dataset import ImageDataset
+from indistill.data.loader import IndexedTraining, loader
 from indistill.distributed import engine
 from indistill.distributed.agree import agree
 from indistill.losses.objective import Objective
@@ -49,7 +52,7 @@ _TIMEOUT_MINUTES = 24 * 60.0  # the ranks wait for each other only at the end
 class Job:
     accelerator: Accelerator
     root: Path
-    dataset: data.ImageDataset
+    dataset: ImageDataset
     targets_of: LiveTargets
     pairs: list[int]  # of the warm-up, that are trained
     manifest: Manifest
@@ -64,7 +67,7 @@ class Job:
     def batches(self, requests: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         """The images of samples int64 [B] in a view, for each request; id -1 for what cannot be decoded."""
         asked = (Request(view, 0, 0, ids, stand_ins=False) for view, ids in requests)
-        yield from data.loader(self.dataset, asked, self.accelerator.device)
+        yield from loader(self.dataset, asked, self.accelerator.device)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -7,19 +7,15 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 
-from indistill import build, data
+from indistill import build
 from indistill.config import Config
 from indistill.curriculum import Timetable
-from indistill.data import Batch, IndexedTraining
-from indistill.distributed.agree import agree
+from indistill.data.batch import Batch
+from indistill.data.training import Training, open_data
 from indistill.models.network import Network
 from indistill.models.outputs import Output
-from indistill.models.views import EvalView, evaluation_view
 from indistill.prune import Plan
-from indistill.stream import StreamedTraining
 from indistill.targets import CachedTargets, LiveTargets
-
-Training = IndexedTraining | StreamedTraining
 
 
 class Sources:
@@ -50,17 +46,3 @@ class Sources:
     def forward(self, teacher: Network, settings: Config) -> Callable[..., Output]:
         """What runs it on a batch, with the arguments of `Network.forward`."""
         return build.compiled(teacher, settings)
-
-
-def open_data(accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
-    kind = IndexedTraining if settings.data.access == "index" else StreamedTraining
-    rank, world = accelerator.process_index, accelerator.num_processes
-    training = kind(settings.data, settings.seed, rank, world, settings.grad_accumulation)
-    agree({"data": training.fingerprint})  # before any loop over it that holds a collective
-    return training, open_eval_set(settings) if settings.data.eval is not None else None
-
-
-def open_eval_set(settings: Config, view: EvalView | None = None) -> data.ImageDataset:
-    """The images of `data.eval`, as `view` (None: that of this config's student) shows them."""
-    shards = data.open_shards(settings.data, settings.data.eval)
-    return data.ImageDataset(shards, settings.data, settings.seed, view=view or evaluation_view(settings))

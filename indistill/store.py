@@ -25,9 +25,10 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from indistill import class_names, config, remote
-from indistill.class_names import Names
+from indistill import config
 from indistill.config import Config, UserError
+from indistill.data import class_names, remote
+from indistill.data.class_names import Names
 from indistill.prune import PairPlan, Plan
 
 VERSION = 1

@@ -18,7 +18,7 @@ from indistill.models.outputs import Output, Targets
 from indistill.store import Reader
 
 if TYPE_CHECKING:
-    from indistill.data import IndexedTraining
+    from indistill.data.loader import IndexedTraining
 
 
 class LiveTargets:

@@ -15,16 +15,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from indistill import data
 from indistill.callbacks import Callback
 from indistill.config import Config
-from indistill.data import Batch
+from indistill.data.batch import Batch
+from indistill.data.dataset import ImageDataset
+from indistill.data.training import Training
 from indistill.distributed.preemption import Preempted
 from indistill.models import frozen
 from indistill.models.network import Network
 from indistill.models.outputs import Output
 from indistill.models.views import evaluation_view
-from indistill.sources import Sources, Training
+from indistill.sources import Sources
 from indistill.train import Run
 
 
@@ -68,7 +69,7 @@ class Shared(Sources):
 
     def __init__(self, settings: Config, students: int) -> None:
         self.accumulation = settings.grad_accumulation
-        self.opened: tuple[Training, data.ImageDataset | None] | None = None
+        self.opened: tuple[Training, ImageDataset | None] | None = None
         # Micro-batches, counted from the start of the run: where each student is, and those that one still needs.
         self.places = [0] * students
         self.loaded: dict[int, Batch] = {}

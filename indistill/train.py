@@ -20,12 +20,16 @@ from accelerate.utils import set_seed as seed_everything
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from indistill import build, class_names, config, data, estimate, evaluate, health, optim
+from indistill import build, config, estimate, evaluate, health, optim
 from indistill.callbacks import Callback
 from indistill.checkpoint import Checkpoints
 from indistill.config import Config, UserError
 from indistill.config.run_dir import append_end, append_start, has_begun
 from indistill.curriculum import Pace, Phase, Timetable
+from indistill.data import class_names
+from indistill.data.batch import Batch
+from indistill.data.dataset import ImageDataset, open_shards
+from indistill.data.training import open_eval_set
 from indistill.distributed import deepspeed_config, engine, environment, watchdog
 from indistill.distributed.agree import agree, setup, software_versions
 from indistill.distributed.preemption import Agreement, Preempted
@@ -35,7 +39,7 @@ from indistill.metrics import RunLog
 from indistill.models.heads import Heads
 from indistill.models.network import Network, save_network
 from indistill.progress import Progress
-from indistill.sources import Sources, open_eval_set
+from indistill.sources import Sources
 from indistill.targets import CachedTargets, LiveTargets
 
 
@@ -367,13 +371,13 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     eval_set = open_eval_set(settings, view)
     scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
     if settings.evaluate.retrieval:
-        database = data.ImageDataset(data.open_shards(settings.data, settings.data.train), settings.data, settings.seed)
+        database = ImageDataset(open_shards(settings.data, settings.data.train), settings.data, settings.seed)
         scores |= evaluate.retrieval(accelerator, network, database, eval_set, settings.evaluate.batch)
     accelerator.end_training()
     return scores
 
 
-def make_mix(settings: Config, accelerator: Accelerator) -> Callable[[data.Batch, Phase], tuple[Tensor, Tensor]]:
+def make_mix(settings: Config, accelerator: Accelerator) -> Callable[[Batch, Phase], tuple[Tensor, Tensor]]:
     """The step that brings a batch to the device and, in KD, mixes it: before any normalisation, for both networks."""
     section, micro_batch = settings.kd.mix, settings.data.global_batch // accelerator.num_processes
     micro_batch //= settings.grad_accumulation
@@ -390,7 +394,7 @@ def make_mix(settings: Config, accelerator: Accelerator) -> Callable[[data.Batch
             num_classes=settings.data.num_classes,
         )
 
-    def mix(batch: data.Batch, phase: Phase) -> tuple[Tensor, Tensor]:
+    def mix(batch: Batch, phase: Phase) -> tuple[Tensor, Tensor]:
         images = batch.images.to(accelerator.device, non_blocking=True)  # uint8 [B, 3, S, S]
         labels = batch.labels.to(accelerator.device, non_blocking=True)
         return (images, labels) if mixup is None or phase.pairs else mixup(images.float(), labels)
@@ -419,7 +423,7 @@ def evaluation(
     settings: Config,
     student: Network | Heads,
     teacher: Network | None,
-    eval_set: data.ImageDataset,
+    eval_set: ImageDataset,
 ) -> dict[str, float]:
     """Accuracy and, beside a teacher, how alike their stages are, whether or not they are trained to be."""
     section = settings.evaluate

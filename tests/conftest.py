@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from indistill import config, packing
+from indistill import config
+from indistill.data import packing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLASSES = 10

@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 
 import indistill
-from indistill import Trainer, UserError, shards
+from indistill import Trainer, UserError
+from indistill.data import shards
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from indistill import augment
-from indistill.augment import DRAWS, eval_view, train_view, train_views, uniforms
 from indistill.config import Augment, UserError
-from indistill.decode import decode
+from indistill.data import augment
+from indistill.data.augment import DRAWS, eval_view, train_view, train_views, uniforms
+from indistill.data.decode import decode
 from indistill.models.views import EvalView
 
 RECIPES = ("none", "pad_crop", "random_resized_crop")

@@ -10,9 +10,10 @@ import pytest
 from conftest import pack_images
 from tars import picture
 
-from indistill import build, class_names, config, export, packing, precompute, train
-from indistill.class_names import Names
+from indistill import build, config, export, precompute, train
 from indistill.config import UserError
+from indistill.data import class_names, packing
+from indistill.data.class_names import Names
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation, save_network
 

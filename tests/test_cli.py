@@ -14,8 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from indistill import shards
 from indistill.cli import main
+from indistill.data import shards
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network, save_network
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from indistill import build, optim
 from indistill.config import runs
 from indistill.curriculum import Timetable
-from indistill.data import Batch
+from indistill.data.batch import Batch
 from indistill.losses.objective import Objective
 from indistill.models import timm_model
 from indistill.models.heads import Heads

@@ -10,9 +10,13 @@ import torch
 import webdataset
 from PIL import Image
 
-from indistill import augment, config, data, packing, shards
+from indistill import config
 from indistill.config import UserError
-from indistill.decode import decode
+from indistill.data import augment, loader, packing, shards
+from indistill.data.batch import Batch
+from indistill.data.dataset import ImageDataset, open_shards
+from indistill.data.decode import decode
+from indistill.data.loader import IndexedTraining, eval_shares
 from indistill.models.views import EvalView
 
 CPU = torch.device("cpu")
@@ -32,11 +36,11 @@ def with_(section, **changes):
 
 
 def open_eval(section):
-    return data.ImageDataset(data.open_shards(section, section.eval), section, seed=0, view=EvalView("bilinear", 1.0))
+    return ImageDataset(open_shards(section, section.eval), section, seed=0, view=EvalView("bilinear", 1.0))
 
 
 def training(section, rank=0, world=1, accumulation=1, seed=0):
-    return data.IndexedTraining(section, seed, rank, world, accumulation)
+    return IndexedTraining(section, seed, rank, world, accumulation)
 
 
 def loaded(section, first=0, last=STEPS_PER_EPOCH, **keywords):
@@ -45,7 +49,7 @@ def loaded(section, first=0, last=STEPS_PER_EPOCH, **keywords):
 
 def joined(batches):
     *tensors, replaced, _ = zip(*batches)
-    return data.Batch(*(torch.cat(parts) for parts in tensors), list(itertools.chain(*replaced)))
+    return Batch(*(torch.cat(parts) for parts in tensors), list(itertools.chain(*replaced)))
 
 
 def equal(ours, theirs):
@@ -113,7 +117,7 @@ def test_the_ranks_slices_join_to_the_batch(section, world):
 
 def test_remote_shards_are_asked_for_ahead_of_their_use(section, monkeypatch):
     asked = []
-    monkeypatch.setattr(data, "PREFETCH_STEPS", 3)
+    monkeypatch.setattr(loader, "PREFETCH_STEPS", 3)
     monkeypatch.setattr(shards.ShardSet, "remote", True)
     monkeypatch.setattr(shards.ShardSet, "prefetch", lambda self, ids: asked.append(ids.tolist()))
     used = [batch.ids.tolist() for batch in loaded(section, first=4, last=12, rank=1, world=2)]
@@ -147,7 +151,7 @@ def test_a_worker_passes_the_error_on(section, tmp_path):
     packing.pack([("bad", b"no image", "png", 0)], tmp_path, "eval", samples_per_shard=1)
     dataset = open_eval(with_(section, root=str(tmp_path), workers=1))
     with pytest.raises(UserError, match=r"eval-0+.tar: sample bad: not a readable image") as caught:
-        list(data.eval_loader(dataset, 1, 0, 1, CPU))
+        list(loader.eval_loader(dataset, 1, 0, 1, CPU))
     assert caught.value.found_by_one_rank
 
 
@@ -159,7 +163,7 @@ def test_a_worker_passes_the_error_on(section, tmp_path):
 def test_evaluation_covers_each_sample_once(section, world, batch):
     pixels, labels = as_webdataset_reads_it(section, "eval-*.tar")
     dataset = open_eval(section)
-    ranks = [list(data.eval_loader(dataset, batch, rank, world, CPU)) for rank in range(world)]
+    ranks = [list(loader.eval_loader(dataset, batch, rank, world, CPU)) for rank in range(world)]
     assert max(len(one.ids) for batches in ranks for one in batches) <= batch
     counts = [sum(len(one.ids) for one in batches) for batches in ranks]
     assert max(counts) - min(counts) <= 1
@@ -171,13 +175,13 @@ def test_evaluation_covers_each_sample_once(section, world, batch):
 
 def test_more_ranks_than_samples(section):
     for world in (51, 64, 200):
-        shares = data.eval_shares(51, world)
+        shares = eval_shares(51, world)
         assert [sample for share in shares for sample in share] == list(range(51))
         assert {len(share) for share in shares} <= {0, 1}
     dataset = open_eval(section)
-    empty = [rank for rank, share in enumerate(data.eval_shares(51, 64)) if not share]
+    empty = [rank for rank, share in enumerate(eval_shares(51, 64)) if not share]
     assert len(empty) == 13
-    assert list(data.eval_loader(dataset, 8, empty[0], 64, CPU)) == []
+    assert list(loader.eval_loader(dataset, 8, empty[0], 64, CPU)) == []
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
@@ -188,7 +192,7 @@ def test_the_training_set_seen_for_evaluation(section, in_memory, monkeypatch):
         monkeypatch.setattr(augment, "decode", None)
     pixels, _ = as_webdataset_reads_it(section, "train-*.tar")
     seen = dataset.for_evaluation(EvalView("bicubic", 0.875))
-    plain = joined(data.eval_loader(seen, 50, 0, 1, CPU))
+    plain = joined(loader.eval_loader(seen, 50, 0, 1, CPU))
     centre = pixels[:, 2:30, 2:30]  # 28 / 0.875 = 32: nothing to resize
     assert np.array_equal(plain.images.permute(0, 2, 3, 1).numpy(), centre)
     assert dataset.order is not None
@@ -234,7 +238,7 @@ def damaged(section, tmp_path):
     row = training(section).order.batch(0, 0, BATCH)  # 8 streams of 4 samples
     bad = {int(row[5]), int(row[6]), int(row[20])}
     packed = []
-    for i, sample in enumerate(data.open_shards(section, section.train).iterate()):
+    for i, sample in enumerate(open_shards(section, section.train).iterate()):
         packed.append((sample.key, b"no image" if i in bad else sample.image, "png", sample.label))
     packing.pack(packed, tmp_path, "train", samples_per_shard=64)
     return with_(section, root=str(tmp_path), augment={"recipe": "pad_crop"}), bad
@@ -270,7 +274,7 @@ def test_the_next_of_the_stream_stands_in(section, damaged, in_memory):
 
 
 def test_the_stand_ins_label_and_view_are_its_own(section, damaged):
-    whole = list(data.open_shards(section, section.train).iterate())
+    whole = list(open_shards(section, section.train).iterate())
     section, _ = damaged
     (batch,) = loaded(section, last=1)
     for sample, label, image in zip(batch.ids.tolist(), batch.labels.tolist(), batch.images):
@@ -293,4 +297,4 @@ def test_in_evaluation_it_is_named(section, damaged):
     section, _ = damaged
     dataset = training(section).dataset.for_evaluation()
     with pytest.raises(UserError, match=r"sample train0\d+: not a readable image"):
-        list(data.eval_loader(dataset, 64, 0, 1, CPU))
+        list(loader.eval_loader(dataset, 64, 0, 1, CPU))

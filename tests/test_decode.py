@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from indistill import augment, decode
 from indistill.config import Augment
-from indistill.decode import BadImage
+from indistill.data import augment, decode
+from indistill.data.decode import BadImage
+from indistill.data.shards import ShardSet
 from indistill.models.views import EvalView
-from indistill.shards import ShardSet
 
 IMAGENET = SHARED / "imagenet-sample"
 

@@ -18,7 +18,8 @@ from conftest import pack_images
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from indistill import cli, config, doctor, overlap, packing, shards, train
+from indistill import cli, config, doctor, train
+from indistill.data import overlap, packing, shards, verify
 from indistill.doctor import FAIL, OK, WARN, Line
 
 
@@ -328,7 +329,7 @@ def test_evaluation_images_that_are_trained_on(tree, tmp_path, monkeypatch):
     with gzip.open(tmp_path / "mixed" / "eval.tar.gz", "wb") as stream:
         (whole,) = packing.pack(packed, tmp_path / "whole", "eval", samples_per_shard=99)
         stream.write(whole.read_bytes())
-    shards.index(str(tmp_path / "mixed" / "eval.tar.gz"))
+    verify.index(str(tmp_path / "mixed" / "eval.tar.gz"))
     for urls in ("mixed/*.tar", "mixed/eval.tar.gz"):
         (line,) = look(doctor.evaluation_images, with_data(tree, **keys | {"eval": urls}))
         assert (line.level, line.what) == (WARN, f"data.eval: {count}, are in data.train too, byte for byte")

@@ -12,7 +12,9 @@ import timm
 import torch
 from conftest import EPS, in_float64, pack_images, run_ranks
 
-from indistill import config, data, evaluate, sources, train
+from indistill import config, evaluate, train
+from indistill.data import training
+from indistill.data.batch import Request
 from indistill.models.network import Network
 from indistill.similarity import information, information_flow_divergence, linear_cka
 
@@ -41,8 +43,8 @@ def all_scores(tree: dict, small: str) -> dict:
     accelerator = train.start_accelerator(settings)
     student, teacher = network("cnn32_student", WithHeads), network("cnn32_auxiliary")
     student.train()
-    whole = sources.open_eval_set(settings)
-    one = sources.open_eval_set(config.parse({**tree, "data": {**tree["data"], "root": small}}, "test"))
+    whole = training.open_eval_set(settings)
+    one = training.open_eval_set(config.parse({**tree, "data": {**tree["data"], "root": small}}, "test"))
     embedding, labels = evaluate.embeddings(accelerator, student, one, batch=4)
     with pytest.raises(config.UserError) as mistake:  # found by rank 0, raised by all
         evaluate.retrieval(accelerator, student, one, whole, 7)
@@ -73,7 +75,7 @@ def small(tmp_path: Path) -> str:
 @pytest.fixture
 def images(settings) -> tuple[torch.Tensor, torch.Tensor]:
     """The evaluation set, uint8 [51, 3, 32, 32], and its labels."""
-    batch = sources.open_eval_set(settings)[data.Request(0, 0, 0, np.arange(IMAGES))]
+    batch = training.open_eval_set(settings)[Request(0, 0, 0, np.arange(IMAGES))]
     return batch.images, batch.labels
 
 
@@ -103,7 +105,7 @@ def test_two_ranks_score_as_one_does(float64, tree, small, tmp_path):
 def test_accuracy_counts_every_head(settings, images):
     student = network("cnn32_student", WithHeads)
     accelerator = train.start_accelerator(settings)
-    scores = evaluate.accuracy(accelerator, student, sources.open_eval_set(settings), batch=7)
+    scores = evaluate.accuracy(accelerator, student, training.open_eval_set(settings), batch=7)
     output, labels = student(images[0]), images[1].numpy()
     expected = {}
     for name, logits in zip(("top1", "top1_head1", "top1_head2"), (output.logits, *output.cohort)):
@@ -111,7 +113,7 @@ def test_accuracy_counts_every_head(settings, images):
     best = np.argsort(-output.logits.numpy(), axis=1)[:, :5]
     expected["top5"] = sum(label in row for row, label in zip(best, labels)) / IMAGES
     assert scores == pytest.approx(expected, abs=1e-12)
-    without = evaluate.accuracy(accelerator, network("cnn32_student"), sources.open_eval_set(settings), batch=7)
+    without = evaluate.accuracy(accelerator, network("cnn32_student"), training.open_eval_set(settings), batch=7)
     assert without == {"top1": scores["top1"], "top5": scores["top5"]}
 
 
@@ -119,7 +121,7 @@ def test_accuracy_counts_every_head(settings, images):
 @torch.no_grad()
 def test_similarity_compares_the_maps_of_evenly_spaced_samples(float64, settings, images):
     student, teacher = network("cnn32_student"), network("cnn32_auxiliary")
-    accelerator, whole = train.start_accelerator(settings), sources.open_eval_set(settings)
+    accelerator, whole = train.start_accelerator(settings), training.open_eval_set(settings)
     scores = evaluate.similarity(accelerator, student, teacher, PAIRS, whole, 7, SAMPLES)
     places = [i * IMAGES // SAMPLES for i in range(SAMPLES)]
     chosen, labels = images[0][places], images[1][places]
@@ -159,7 +161,7 @@ def test_similarity_compares_the_maps_of_evenly_spaced_samples(float64, settings
 @torch.no_grad()
 def test_maps_too_large_are_pooled(float64, settings, images, monkeypatch):
     student, teacher = network("cnn32_student"), network("cnn32_auxiliary")
-    accelerator, whole = train.start_accelerator(settings), sources.open_eval_set(settings)
+    accelerator, whole = train.start_accelerator(settings), training.open_eval_set(settings)
     # The student's first map, 8 x 15 x 15, fits when halved; the teacher's, 16 x 15 x 15, when halved twice.
     monkeypatch.setattr(evaluate, "_MAP_ENTRIES", IMAGES * 8 * 8 * 8)
     scores = evaluate.similarity(accelerator, student, teacher, [(0, 0)], whole, 7)
@@ -175,7 +177,7 @@ def test_a_layer_that_is_not_finite_is_left_out_by_name(settings, capsys):
     student, teacher = network("cnn32_student"), network("cnn32_auxiliary")
     broken = copy.deepcopy(teacher)
     broken.net.fc1.bias.data[0] = float("inf")
-    accelerator, whole = train.start_accelerator(settings), sources.open_eval_set(settings)
+    accelerator, whole = train.start_accelerator(settings), training.open_eval_set(settings)
     scores = evaluate.similarity(accelerator, student, broken, PAIRS, whole, 7)
     expected = evaluate.similarity(accelerator, student, teacher, PAIRS, whole, 7)
     left_out = {key for key in expected if "embedding" in key} | {"information_flow_divergence"}
@@ -185,7 +187,7 @@ def test_a_layer_that_is_not_finite_is_left_out_by_name(settings, capsys):
 
 def test_retrieval_is_the_two_functions_for_each_metric(settings):
     student = network("cnn32_student")
-    accelerator, whole = train.start_accelerator(settings), sources.open_eval_set(settings)
+    accelerator, whole = train.start_accelerator(settings), training.open_eval_set(settings)
     scores = evaluate.retrieval(accelerator, student, whole, whole, 7)
     embedding, labels = evaluate.embeddings(accelerator, student, whole, 7)
     example, expected = (embedding, labels, embedding, labels), {}

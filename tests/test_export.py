@@ -20,9 +20,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from indistill import checkpoint, config, export, shards
+from indistill import checkpoint, config, export
 from indistill.cli import main
 from indistill.config import UserError
+from indistill.data import shards
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation, save_network
 from indistill.models.views import EvalView

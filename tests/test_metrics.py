@@ -12,7 +12,7 @@ from indistill import metrics
 from indistill.config import UserError
 from indistill.config.files import read_lines
 from indistill.curriculum import Curriculum, Timetable
-from indistill.data import Batch
+from indistill.data.batch import Batch
 
 NOT_SKIPPED = torch.tensor(False)
 

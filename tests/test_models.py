@@ -12,11 +12,11 @@ from torch import nn
 
 from indistill import config
 from indistill.config import UserError
-from indistill.decode import decode
+from indistill.data.decode import decode
+from indistill.data.shards import ShardSet
 from indistill.models import timm_model
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network, normalisation, save_network
-from indistill.shards import ShardSet
 
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
 

@@ -13,10 +13,10 @@ from PIL import ExifTags, Image
 from tars import folder, picture, samples, tree, webdataset_samples, write_tar
 from torchvision.datasets import ImageFolder
 
-from indistill import class_names, packing
 from indistill.config import UserError
-from indistill.packing import pack
-from indistill.shards import ShardSet
+from indistill.data import class_names, packing
+from indistill.data.packing import pack
+from indistill.data.shards import ShardSet
 
 
 def test_folder_is_packed_whole_and_mixed(tmp_path):

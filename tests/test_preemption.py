@@ -19,8 +19,11 @@ import torch
 from conftest import run_ranks, start, start_ranks
 from safetensors.torch import load_file
 
-from indistill import checkpoint, cli, config, data, metrics, pipeline, remote, shards, sources, train
+from indistill import checkpoint, cli, config, metrics, pipeline, sources, train
 from indistill.config.files import read_lines
+from indistill.data import loader, remote, verify
+from indistill.data.dataset import ImageDataset
+from indistill.data.loader import Loader
 from indistill.distributed import preemption
 from indistill.distributed.preemption import Preempted
 from indistill.losses import objective
@@ -31,7 +34,7 @@ CLOCKS = ("images_per_second", "data_wait_fraction")
 
 def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: int | None = None) -> None:
     """`indistill train`, in which rank `whom`, or each, gets a signal at "step N", at "evaluation", or "never"."""
-    make_mix, eval_loader = train.make_mix, data.eval_loader
+    make_mix, eval_loader = train.make_mix, loader.eval_loader
     mine = whom is None or int(os.environ.get("RANK", "0")) == whom
     micro_batches = 0
 
@@ -58,7 +61,7 @@ def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: 
                 get_signal()
             yield batch
 
-    train.make_mix, data.eval_loader = signalling_mix, signalling_loader
+    train.make_mix, loader.eval_loader = signalling_mix, signalling_loader
     cli.main(["train", path])
 
 
@@ -216,7 +219,7 @@ def train_with_young_workers(path: str, method: str) -> None:
     os.setsid()
     multiprocessing.set_start_method(method, force=True)
     keep_errors(Path(path).with_suffix(".err"))
-    begin = data.Loader.__iter__
+    begin = Loader.__iter__
 
     def begin_and_interrupt(loader):
         iterator = begin(loader)
@@ -224,7 +227,7 @@ def train_with_young_workers(path: str, method: str) -> None:
             subprocess.run(["kill", "-INT", "--", f"-{os.getpid()}"])
         return iterator
 
-    data.Loader.__iter__ = begin_and_interrupt
+    Loader.__iter__ = begin_and_interrupt
     cli.main(["train", path])
 
 
@@ -285,7 +288,7 @@ def index_slowly(errors: Path) -> None:
     os.setsid()
     keep_errors(errors)
     with preemption.listening():
-        list(shards.parallel(time.sleep, [600] * 4, workers=2, progress=False))
+        list(verify.parallel(time.sleep, [600] * 4, workers=2, progress=False))
 
 
 def test_ctrl_c_ends_a_pool_without_a_trace(tmp_path):
@@ -441,8 +444,8 @@ def out_of_memory(*_: Any) -> None:
         (sources.Sources, "data", broken, 0),  # in set-up
         (objective.Objective, "__call__", broken, 0),  # in the loop
         (objective.Objective, "__call__", out_of_memory, 0),
-        (data.ImageDataset, "__getitem__", broken, 1),  # in a loader's worker
-        (data, "eval_loader", broken, 0),  # in an evaluation
+        (ImageDataset, "__getitem__", broken, 1),  # in a loader's worker
+        (loader, "eval_loader", broken, 0),  # in an evaluation
         (checkpoint.Checkpoints, "_publish", broken, 0),  # in the thread that writes
         (train.Run, "end", broken, 0),
     ],

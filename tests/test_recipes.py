@@ -11,9 +11,10 @@ from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing as TimmErasing
 from torchvision import transforms
 
-from indistill import augment, config
-from indistill.augment import train_view, uniforms
+from indistill import config
 from indistill.config import Augment, ColorJitter, RandAugment, RandomErasing, UserError
+from indistill.data import augment
+from indistill.data.augment import train_view, uniforms
 
 MANY = 8_000
 KOLMOGOROV_SMIRNOV = 1.63 * np.sqrt(2 / 4000)  # holds in 99 % of equal distributions, 4,000 drawn of each

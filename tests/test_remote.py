@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from tars import expected, samples
 
-from indistill import remote, shards
 from indistill.config import UserError
-from indistill.packing import pack
-from indistill.shards import ShardSet
+from indistill.data import remote, verify
+from indistill.data.packing import pack
+from indistill.data.shards import ShardSet
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -138,7 +138,7 @@ def test_a_remote_shard_that_does_not_fit_its_index_is_found(server, tmp_path):
     path.write_bytes(path.read_bytes() + bytes(10240))
     with pytest.raises(UserError, match=r"x-000001\.tar: the shard is cut or changed.*indistill shards index"):
         data.read(7)
-    shards.index(urls, cache_dir=str(tmp_path / "cache"))  # the remedy that the message names
+    verify.index(urls, cache_dir=str(tmp_path / "cache"))  # the remedy that the message names
     assert ShardSet(urls, cache_dir=str(tmp_path / "cache")).read(7).key == "00007"
 
 

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from tars import expected, picture, samples, webdataset_samples, write_tar
 
-from indistill import config, data, shards
+from indistill import config
 from indistill.config import UserError
-from indistill.packing import pack
-from indistill.shards import Sample, ShardSet
+from indistill.data import shards, verify
+from indistill.data.dataset import open_shards
+from indistill.data.index import build_index
+from indistill.data.packing import pack
+from indistill.data.shards import Sample, ShardSet
 
 
 def test_read_and_iterate_give_what_was_packed(tmp_path):
@@ -116,7 +119,7 @@ def test_a_tar_cut_anywhere_is_found(tmp_path, suffix):
 def test_a_damaged_header_is_found(tmp_path):
     path = pack(samples(4), tmp_path, "x", 4)[0]
     content = bytearray(path.read_bytes())
-    index = shards.build_index(str(path))
+    index = build_index(str(path))
     content[index.offsets[2] - 512 + 10] ^= 0xFF  # in the name of the third image's header
     path.write_bytes(content)
     os.unlink(f"{path}.index.json")
@@ -218,15 +221,15 @@ def test_verify_reports_every_bad_member(tmp_path):
     malformed = write_tar(tmp_path / "y.tar", [("a.jpg", good[0][1]), ("a.cls", b"x"), ("b.jpg", b""), ("b.cls", b"-")])
     cut = tmp_path / "z.tar"
     cut.write_bytes(Path(paths[0]).read_bytes()[:1536])
-    content = shards.verify([*paths, malformed, str(cut)])
+    content = verify.verify([*paths, malformed, str(cut)])
     found = content.bad
     assert [(member.shard, member.key) for member in found] == [
         *((paths[1], "1"), (paths[1], "4")),
         *((malformed, "a"), (malformed, "b"), (malformed, "b")),
         (str(cut), ""),
     ]
-    assert shards.verify([*paths, malformed, str(cut)], workers=2) == content
-    assert shards.verify(paths[0]).bad == []
+    assert verify.verify([*paths, malformed, str(cut)], workers=2) == content
+    assert verify.verify(paths[0]).bad == []
 
 
 def test_verify_finds_the_labels_that_training_refuses(tmp_path):
@@ -248,7 +251,7 @@ def test_verify_finds_the_labels_that_training_refuses(tmp_path):
     }
     bad = {"json": ["a", "b"], "txt": ["a"], "part": ["b"], "large": ["b"], "right": []}
     for name, path in paths.items():
-        by_default, content = shards.verify(path), shards.verify(path, num_classes=3)
+        by_default, content = verify.verify(path), verify.verify(path, num_classes=3)
         assert by_default.bad == []
         lines = by_default.summary().split("\n")
         assert lines[0] == expected_lines[name][0]
@@ -259,12 +262,12 @@ def test_verify_finds_the_labels_that_training_refuses(tmp_path):
         # Training says the same, of the first one.
         section = config.Data(train=path, num_classes=3, global_batch=1)
         if not bad[name]:
-            data.open_shards(section, path)
+            open_shards(section, path)
             continue
         with pytest.raises(UserError) as refused:
-            data.open_shards(section, path)
+            open_shards(section, path)
         assert str(refused.value) == f"{name}.tar: sample {bad[name][0]}: {content.bad[0].problem}"
-    whole = shards.verify([*paths.values()], num_classes=3, workers=2)
+    whole = verify.verify([*paths.values()], num_classes=3, workers=2)
     assert len(whole.bad) == 5
     assert (whole.images, whole.labels, whole.others) == (
         9, {2: 2, 0: 2, 3: 1}, {"json": 2, "txt": 1, "": 1, "wnid": 1},
@@ -278,7 +281,7 @@ def test_index_is_built_anew(tmp_path):
     with pytest.raises(UserError, match="cut or changed"):
         ShardSet(str(path)).read(3)
     assert [
-        member for member in shards.verify(str(path)).bad if member.problem.endswith("`indistill shards index` on it")
+        member for member in verify.verify(str(path)).bad if member.problem.endswith("`indistill shards index` on it")
     ]
-    assert shards.index(str(path)) == {str(path): 8}
+    assert verify.index(str(path)) == {str(path): 8}
     assert list(ShardSet(str(path)).iterate()) == expected(samples(8, seed=1))

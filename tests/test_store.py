@@ -18,11 +18,12 @@ import yaml
 from accelerate import Accelerator
 from conftest import EPS, pack_images, run_ranks, train_until
 
-from indistill import cli, config, packing, precompute, prune, shards, store, targets, train
+from indistill import cli, config, precompute, prune, store, targets, train
 from indistill.config import UserError
 from indistill.config.files import read_lines, sha256
 from indistill.config.read import _apply_override
 from indistill.curriculum import Phase
+from indistill.data import packing, shards
 from indistill.models import outputs, timm_model
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network, save_network

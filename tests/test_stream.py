@@ -9,9 +9,10 @@ import torch
 from conftest import pack_images
 from tars import picture, write_tar
 
-from indistill import config, packing, shards, stream
+from indistill import config
 from indistill.config import UserError
-from indistill.decode import decode
+from indistill.data import packing, shards, stream
+from indistill.data.decode import decode
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,10 @@ import yaml
 from conftest import run_ranks
 from safetensors.torch import load_file
 
-from indistill import config, data, pipeline, together
+from indistill import config, pipeline, together
 from indistill.config import UserError, runs
 from indistill.config.files import read_lines
+from indistill.data.dataset import ImageDataset
 from indistill.distributed import preemption
 from indistill.models.network import Network
 from indistill.train import train
@@ -98,8 +99,8 @@ def test_the_teacher_runs_once_on_a_batch_which_is_loaded_once(students_tree, tm
     passes, loads = [], []
     run_pass = together.TeacherPass._run
     monkeypatch.setattr(together.TeacherPass, "_run", lambda *a: (passes.append(a[2:]), run_pass(*a))[1])
-    get = data.ImageDataset.__getitem__
-    monkeypatch.setattr(data.ImageDataset, "__getitem__", lambda *a: (loads.append(a[1]), get(*a))[1])
+    get = ImageDataset.__getitem__
+    monkeypatch.setattr(ImageDataset, "__getitem__", lambda *a: (loads.append(a[1]), get(*a))[1])
     forwards = []
     forward = Network.forward
     monkeypatch.setattr(

@@ -17,9 +17,11 @@ from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, kill_a
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
-from indistill import config, data, health, optim, packing
+from indistill import config, health, optim
 from indistill.config import UserError
 from indistill.config.files import read_lines
+from indistill.data import packing
+from indistill.data.dataset import open_shards
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network
 from indistill.train import evaluate_checkpoint, train
@@ -240,7 +242,7 @@ def test_shards_over_http_give_the_same_run(tree, tmp_path):
 
 def damage(tree: dict[str, Any], folder: Path, count: int) -> None:
     """Point the config at a copy of its training set in which the first `count` images are none."""
-    source = data.open_shards(config.parse(tree, "test").data, tree["data"]["train"])
+    source = open_shards(config.parse(tree, "test").data, tree["data"]["train"])
     packed = [
         (sample.key, b"no image" if i < count else sample.image, "png", sample.label)
         for i, sample in enumerate(source.iterate())

@@ -14,8 +14,11 @@ from conftest import SHARED
 from PIL import Image
 from timm.data import transforms as timm_transforms
 
-from indistill import augment, config, data, export, sources, together
+from indistill import config, export, together
 from indistill.config import Augment, UserError
+from indistill.data import augment, loader, training
+from indistill.data.dataset import ImageDataset, open_shards
+from indistill.data.loader import IndexedTraining
 from indistill.models.views import EvalView, evaluation_view, own_view
 
 IMAGENET = SHARED / "imagenet-sample"
@@ -53,8 +56,8 @@ def pictures(shards):
 )
 def test_evaluation_shows_what_timms_transform_shows(section, view, size):
     section = section.model_copy(update={"image_size": size})
-    dataset = data.ImageDataset(data.open_shards(section, section.eval), section, seed=0, view=view)
-    (batch,) = data.eval_loader(dataset, len(dataset), 0, 1, torch.device("cpu"))
+    dataset = ImageDataset(open_shards(section, section.eval), section, seed=0, view=view)
+    (batch,) = loader.eval_loader(dataset, len(dataset), 0, 1, torch.device("cpu"))
     transform = timm.data.create_transform(
         (3, size, size), interpolation=view.interpolation, crop_pct=view.crop_pct, crop_mode=view.crop_mode,
         mean=view.mean, normalize=False,
@@ -85,7 +88,7 @@ class Draws:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
 def test_training_shows_what_timms_transform_shows(section, interpolation, monkeypatch):
     section = section.model_copy(update={"interpolation": interpolation})
-    training = data.IndexedTraining(section, seed=3, rank=0, world=1, accumulation=1)
+    training = IndexedTraining(section, seed=3, rank=0, world=1, accumulation=1)
     originals = pictures(training.dataset.shards)
     transform = timm.data.create_transform(
         (3, SIZE, SIZE), is_training=True, interpolation=interpolation, color_jitter=None, normalize=False
@@ -105,7 +108,7 @@ def test_training_shows_what_timms_transform_shows(section, interpolation, monke
 def test_training_without_augmentation_is_timms_too(section, interpolation, theirs):
     recipe = Augment(recipe="none", flip=False)
     section = section.model_copy(update={"interpolation": interpolation, "augment": recipe})
-    training = data.IndexedTraining(section, seed=3, rank=0, world=1, accumulation=1)
+    training = IndexedTraining(section, seed=3, rank=0, world=1, accumulation=1)
     originals = pictures(training.dataset.shards)
     # Not random, to which timm's resize is blind there, as it says in its own comment.
     transform = timm.data.create_transform(SIZE, True, no_aug=True, interpolation=theirs, normalize=False)
@@ -211,7 +214,7 @@ def test_eval_shows_a_named_network_its_own_view(parsed, monkeypatch):
 
 def test_students_at_once_are_each_evaluated_by_their_own(parsed):
     settings = parsed()
-    whole = data.ImageDataset(data.open_shards(settings.data, settings.data.eval), settings.data, 0, view=LITE)
+    whole = ImageDataset(open_shards(settings.data, settings.data.eval), settings.data, 0, view=LITE)
     shared = together.Shared(settings, 2)
     shared.opened = ("training", whole)
     views = []
@@ -219,7 +222,7 @@ def test_students_at_once_are_each_evaluated_by_their_own(parsed):
         _, eval_set = together._Share(shared, 0, "a").data(None, parsed(f"student={student}"))
         views.append(eval_set.view)
     assert views == [LITE, TORCHVISION]
-    assert sources.open_eval_set(parsed(f"student={R34}")).view == TORCHVISION
+    assert training.open_eval_set(parsed(f"student={R34}")).view == TORCHVISION
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from conftest import run_ranks, train_until
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from indistill import config, evaluate, prune, sources, train
+from indistill import config, evaluate, prune, train
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase
+from indistill.data import training
 from indistill.distributed import preemption
 from indistill.distributed.preemption import Preempted
 from indistill.models import frozen
@@ -254,7 +255,7 @@ def stop_one(tree: dict[str, Any]) -> None:
     frozen.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))
     preemption.asked = lambda: accelerator.process_index == 1
     with pytest.raises(Preempted):
-        evaluate.similarity(accelerator, student, teacher, [(0, 0)], sources.open_eval_set(settings), batch=10)
+        evaluate.similarity(accelerator, student, teacher, [(0, 0)], training.open_eval_set(settings), batch=10)
 
 
 def test_a_rank_that_is_asked_to_stop_leaves_none_waiting(vit_tree):

@@ -16,7 +16,7 @@ from conftest import start, unused_port
 from torch import distributed
 
 from indistill import cli, train
-from indistill.data import IndexedTraining
+from indistill.data.loader import IndexedTraining
 from indistill.distributed import preemption
 
 TIMEOUT_MINUTES = 0.4

@@ -22,10 +22,13 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from indistill import augment, config, remote, shards
+from indistill import config
 from indistill.config import UserError
-from indistill.data import Batch, Loader, check_accumulation
-from indistill.decode import BadImage
+from indistill.data import augment, remote, shards
+from indistill.data.batch import Batch
+from indistill.data.decode import BadImage
+from indistill.data.index import IMAGE_EXTENSIONS, label_problem, malformed_label, parse_label
+from indistill.data.loader import Loader, check_accumulation
 from indistill.distributed import preemption
 
 
@@ -100,13 +103,13 @@ class StreamedImages(IterableDataset):
                 raise UserError(f"{self.url}: cannot be read to its end: {error.args[0]}") from None
             (epoch, url), key = sample["__url__"].split(" ", 1), sample["__key__"]
             where = f"{url}: sample {key}"
-            image = next((sample[name] for name in shards.IMAGE_EXTENSIONS if name in sample), None)
+            image = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
             if image is None:
-                raise UserError(f"{where} has no image ({', '.join(shards.IMAGE_EXTENSIONS)})")
-            label = shards.parse_label(sample["cls"]) if "cls" in sample else -1
+                raise UserError(f"{where} has no image ({', '.join(IMAGE_EXTENSIONS)})")
+            label = parse_label(sample["cls"]) if "cls" in sample else -1
             if label is None:
-                raise UserError(f"{where}: {shards.malformed_label(key, sample['cls'])}")
-            if problem := shards.label_problem(label, section.num_classes):
+                raise UserError(f"{where}: {malformed_label(key, sample['cls'])}")
+            if problem := label_problem(label, section.num_classes):
                 raise UserError(f"{where}: {problem}")
             labels[row] = label
             # There are no ids here: the key, as a number, makes a view the same wherever its sample turns up.

@@ -17,11 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from indistill import class_names
 from indistill.config import UserError
 from indistill.config.files import replacing
-from indistill.decode import BadImage, decode
-from indistill.shards import BLOCK, IMAGE_EXTENSIONS, ShardSet, build_index, load_index, parallel
+from indistill.data import class_names
+from indistill.data.decode import BadImage, decode
+from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_index
+from indistill.data.shards import ShardSet
+from indistill.data.verify import parallel
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
 OVERHEAD_BYTES = 3 * BLOCK + BLOCK // 2  # of a sample: two headers, the label's block, half a block of padding

@@ -21,7 +21,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as tv
 
 from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing
-from indistill.decode import Box, cut, decode, decode_crop
+from indistill.data.decode import Box, cut, decode, decode_crop
 from indistill.models.views import EvalView
 
 _TRIES = 10  # to find a rectangle that fits; of 2 draws each; as many as torchvision's and timm's

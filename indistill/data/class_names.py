@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
-from indistill import config, remote
+from indistill import config
 from indistill.config import UserError
+from indistill.data import remote
 
 RECORD = "dataset.json"  # of a packing
 RUN_RECORD = "classes.json"  # of a run: the list of its training data
@@ -47,8 +48,6 @@ def folders_in(folder: Path) -> list[str]:
 
 
 # --- lists that are given --------------------------------------------------------------------------------------------
-
-
 def read(path: str | Path) -> list[str]:
     """The names that `shards pack --classes` takes from a file or folder, in the order of the labels.
 
@@ -100,8 +99,6 @@ def _from_json(text: str, path: Path) -> list[str]:
 
 
 # --- lists beside shards ---------------------------------------------------------------------------------------------
-
-
 def beside(urls: str | Sequence[str], root: str | None = None) -> list[Names]:
     """The lists in the `dataset.json` of every folder that holds some of these shards; fewer if some have none.
 
@@ -157,8 +154,6 @@ def of_record(content: Any, where: str) -> Names | None:
 
 
 # --- whether they agree ----------------------------------------------------------------------------------------------
-
-
 def difference(one: Names, reference: Names) -> str | None:
     """How the labels of `one` contradict those of `reference`, in words; None if they do not.
 
@@ -243,8 +238,6 @@ def refuse_difference(found: Names, reference: Names, owner: str, remedy: str) -
 
 
 # --- lists of networks -----------------------------------------------------------------------------------------------
-
-
 def keep(names: Names | None, run_dir: Path) -> None:
     """Write the names of a run's classes into its directory. Raises UserError if it was begun with others."""
     if names is None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from indistill.shards import ShardSet
+from indistill.data.shards import ShardSet
 
 MOST_IMAGES = 10_000  # of the evaluation set
 MOST_BYTES = 2 * 10**9  # of training images to read
