@@ -29,7 +29,8 @@ from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
 from indistill.prune import Plan
 from indistill.sources import Sources
-from indistill.targets import LiveTargets, fields_of, pooled
+from indistill.targets.live import LiveTargets, pooled
+from indistill.targets.stored import fields_of
 from indistill.train import train as train_run
 
 

@@ -15,9 +15,8 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from indistill import config, prune, store
+from indistill import config, prune
 from indistill.config import Config, UserError
-from indistill.config.files import sha256
 from indistill.config.tree import input_size
 from indistill.data import class_names
 from indistill.distributed import engine
@@ -30,7 +29,9 @@ from indistill.models.network import Network, normalisation
 from indistill.models.outputs import Output
 from indistill.models.stages import check_stages, find_stages, match_stages
 from indistill.prune import Plan
-from indistill.targets import CachedTargets, LiveTargets
+from indistill.targets.live import LiveTargets
+from indistill.targets.reader import Reader, open_targets
+from indistill.targets.stored import CachedTargets
 
 NO_PLAN = Plan("none", "none", [])
 
@@ -239,29 +240,7 @@ def agree_on_plan(
 
 
 # --- targets that are stored -----------------------------------------------------------------------------------------
-def open_targets(accelerator: Accelerator, settings: Config) -> store.Reader:
-    """Raises UserError, naming what differs, unless the stored targets are this config's."""
-    root = store.directory(settings)
-
-    def read() -> store.Manifest:
-        manifest = store.load(root)
-        store.check_classes(root, manifest, class_names.of_training(settings.data))
-        store.check(root, manifest, settings, weights_hashes(settings))
-        return manifest
-
-    section = settings.data
-    return store.Reader(root, engine.on_main(accelerator, read), section.cache_dir, int(section.cache_bytes))
-
-
-def weights_hashes(settings: Config) -> dict[str, str | None]:
-    """By key of the config, the SHA-256 of the files that the teacher comes from; None for one that is not here."""
-    files = {"teacher.checkpoint": settings.teacher.checkpoint, "teacher.heads": settings.teacher.heads}
-    return {key: sha256(Path(file)) if Path(file).is_file() else None for key, file in files.items() if file}
-
-
-def stored_plan(
-    accelerator: Accelerator, settings: Config, run_dir: Path, reader: store.Reader, student: nn.Module
-) -> Plan:
+def stored_plan(accelerator: Accelerator, settings: Config, run_dir: Path, reader: Reader, student: nn.Module) -> Plan:
     """The plan that the targets were made by, kept as that of the run. Raises UserError if it is of another student."""
     plan, path = reader.manifest.pruning(), run_dir / "prune_plan.json"
     pairs, key = settings.warmup.pairs, "warmup.pairs"

@@ -38,7 +38,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors import safe_open
 
-from indistill import config, estimate, optim, store, train
+from indistill import config, estimate, optim, train
 from indistill.config import Config, UserError
 from indistill.config.run_dir import has_begun, in_one_line
 from indistill.data import class_names, overlap, remote, shards
@@ -53,6 +53,7 @@ from indistill.distributed.deepspeed_config import zero_config
 from indistill.distributed.environment import contradictions
 from indistill.models import timm_model
 from indistill.order import SampleOrder
+from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 Item = tuple[str, str] | tuple[str, str, str]  # level, what, and what to do about it where that does not say so
@@ -479,7 +480,7 @@ def _batches_bytes(settings: Config, world: int) -> int:
     size = batch * image + settings.evaluate.batch * image * (section.eval is not None)
     if settings.targets.source == "cached":
         with contextlib.suppress(UserError):  # told by weights
-            fields = store.load(store.directory(settings)).fields.values()
+            fields = load_manifest(targets_root(settings)).fields.values()
             size += batch * sum(field.record.itemsize for field in fields)
     return PREFETCH * _workers(settings) * size
 
@@ -583,7 +584,7 @@ def weights(here: Here) -> Said:
     for settings in here.settings:
         cached = settings.targets.source == "cached"  # without the teacher
         if cached:
-            yield _stored_targets(store.directory(settings))
+            yield _stored_targets(targets_root(settings))
         for role, section in (("teacher", None if cached else settings.teacher), ("student", settings.student)):
             for key in ("checkpoint", "heads"):
                 path = getattr(section, key, None)
@@ -595,7 +596,7 @@ def weights(here: Here) -> Said:
 
 def _stored_targets(root: str) -> Item:
     try:
-        return OK, f"targets of {len(store.load(root).samples)} shards in {root}"
+        return OK, f"targets of {len(load_manifest(root).samples)} shards in {root}"
     except UserError as error:
         return FAIL, str(error)
 
@@ -713,9 +714,9 @@ def class_lists(here: Here) -> Said:
 
 def _check_other_lists(settings: Config, names: class_names.Names | None) -> None:
     """Raise UserError for stored targets or a teacher of other classes than data.train."""
-    root, teacher = store.directory(settings), settings.teacher
+    root, teacher = targets_root(settings), settings.teacher
     if settings.targets.source == "cached" and os.path.exists(f"{root}/manifest.json"):
-        store.check_classes(root, store.load(root), names)
+        check_classes(root, load_manifest(root), names)
     elif teacher is not None and teacher.checkpoint:
         class_names.check_weights(class_names.of_weights(teacher.checkpoint), settings.data, "teacher")
 

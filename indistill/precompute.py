@@ -1,4 +1,4 @@
-"""`indistill targets`: the teacher run once over every view of the data set, and what it gave written (store.py).
+"""`indistill targets`: the teacher run once over every view of the data set, and what it gave written (manifest.py).
 
 The work is a list of (view, shard), dealt to the ranks. What is there is kept, so a job that was stopped goes on, on
 any number of processes; a file has its name when it is whole, and the manifest is written when all files are there.
@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import build, config, estimate, store
+from indistill import build, config, estimate
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import class_names, remote
@@ -40,8 +40,24 @@ from indistill.distributed import engine
 from indistill.distributed.agree import agree
 from indistill.losses.objective import Objective
 from indistill.models.stages import find_stages
-from indistill.store import Manifest, Reader
-from indistill.targets import LiveTargets, fields_of, needed
+from indistill.targets import records
+from indistill.targets.live import LiveTargets
+from indistill.targets.manifest import (
+    VERSION,
+    Manifest,
+    Teacher,
+    Weights,
+    check_classes,
+    decisive_config,
+    load_manifest,
+    parse_manifest,
+    records_path,
+    save_manifest,
+    targets_root,
+)
+from indistill.targets.reader import Reader, weights_hashes
+from indistill.targets.records import Field
+from indistill.targets.stored import fields_of, needed
 from indistill.train import start_accelerator
 
 SAME = 0.01  # of a record's largest value: more than one step of its rounding, less than any other image's difference
@@ -118,7 +134,7 @@ def begin(job: Job, everything: list[tuple[int, int]]) -> list[tuple[int, int]]:
             "data.augment.views or targets.pool, set targets.features: int8 or targets.top_k, or choose another"
         )
     if todo:
-        store.save(job.root / "manifest.partial.json", job.manifest)
+        save_manifest(job.root / "manifest.partial.json", job.manifest)
         (job.root / "manifest.json").unlink(missing_ok=True)
     return todo
 
@@ -126,18 +142,18 @@ def begin(job: Job, everything: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def end(job: Job, everything: list[tuple[int, int]]) -> None:
     for view, shard in everything:
         if not is_there(job, view, shard):
-            path = store.place(str(job.root), view, "*", shard)
+            path = records_path(str(job.root), view, "*", shard)
             raise UserError(
                 f"{path}: written by another process, not seen by this: put targets.dir where all nodes see"
             )
-    store.save(job.root / "manifest.json", job.manifest)
+    save_manifest(job.root / "manifest.json", job.manifest)
     (job.root / "manifest.partial.json").unlink(missing_ok=True)
 
 
 def is_there(job: Job, view: int, shard: int) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return all(
-            os.stat(store.place(str(job.root), view, name, shard)).st_size
+            os.stat(records_path(str(job.root), view, name, shard)).st_size
             == field.record.itemsize * job.manifest.samples[shard]
             for name, field in job.manifest.fields_in(view).items()
         )
@@ -147,7 +163,7 @@ def is_there(job: Job, view: int, shard: int) -> bool:
 def write_shard(job: Job, view: int, shard: int, batches: Iterator[Batch], bar: tqdm) -> None:
     """One file per field, all of which appear at the end."""
     fields = job.manifest.fields_in(view)
-    paths = {name: Path(store.place(str(job.root), view, name, shard)) for name in fields}
+    paths = {name: Path(records_path(str(job.root), view, name, shard)) for name in fields}
     parts = {name: path.with_name(f"{path.name}.part") for name, path in paths.items()}
     with contextlib.ExitStack() as stack:
         files = {}
@@ -194,7 +210,7 @@ def verify(settings: Config, count: int) -> bool:
     """Recompute the records of `count` random samples and views; print what differs. Is all of it right?"""
     job = prepare(settings)
     rank, world = job.accelerator.process_index, job.accelerator.num_processes
-    stored = engine.on_main(job.accelerator, lambda: store.load(str(job.root)))
+    stored = engine.on_main(job.accelerator, lambda: load_manifest(str(job.root)))
     samples = sum(stored.samples)
     chosen = random.Random(settings.seed).sample(range(stored.views * samples), min(count, stored.views * samples))
     requests = []
@@ -227,14 +243,14 @@ def verify(settings: Config, count: int) -> bool:
 
 
 def compare(
-    field: store.Field, tensor: Tensor, rows: np.ndarray, undecoded: np.ndarray
+    field: Field, tensor: Tensor, rows: np.ndarray, undecoded: np.ndarray
 ) -> tuple[list[tuple[int, str]], int, float]:
     """What is wrong, by row; how many records are the same to the bit; how far off the others are, relatively.
 
     tensor [B, ...] is the teacher's, rows uint8 [B, bytes of a record] what is stored, undecoded bool [B].
     """
-    problems, again = [], torch.from_numpy(store.rows_of(field.encode(tensor)))
-    intact, exact = store.intact(rows), (again.numpy() == rows).all(axis=1)
+    problems, again = [], torch.from_numpy(records.rows_of(field.encode(tensor)))
+    intact, exact = records.intact(rows), (again.numpy() == rows).all(axis=1)
     ours, theirs = (field.decode(records).double().flatten(1) for records in (again, torch.from_numpy(rows)))
     if field.format == "top_k":
         ours, theirs = ours.softmax(1), theirs.softmax(1)
@@ -259,7 +275,7 @@ def prepare(settings: Config) -> Job:
     """Teacher, data and manifest. Raises UserError for what cannot be stored, and for a directory of other targets."""
     if reason := config.why_not_stored(settings):
         raise UserError(f"targets: {reason}")
-    root, world = store.directory(settings), int(os.environ.get("WORLD_SIZE", "1"))
+    root, world = targets_root(settings), int(os.environ.get("WORLD_SIZE", "1"))
     if remote.is_remote(root):
         raise UserError(f"targets.dir {root}: is written to a file system: give a path, and copy what is there")
     if settings.teacher.shard and world > 1:
@@ -298,25 +314,25 @@ def prepare(settings: Config) -> Job:
     batch = settings.data.global_batch // world // accumulation
     images = torch.zeros(batch, *config.input_size(settings), dtype=torch.uint8, device=accelerator.device)
     found = targets_of.everything(images, pairs)
-    hashes = build.weights_hashes(settings)
+    hashes = weights_hashes(settings)
     manifest = Manifest(
-        version=store.VERSION,
-        teacher=store.Teacher(
+        version=VERSION,
+        teacher=Teacher(
             feature_info=stages(targets_of),
             head_hidden_size=targets_of.teacher.net.head_hidden_size,
             fingerprint=targets_of.fingerprint,
             files={
-                key: store.Weights(path=getattr(settings.teacher, key.removeprefix("teacher.")), sha256=value)
+                key: Weights(path=getattr(settings.teacher, key.removeprefix("teacher.")), sha256=value)
                 for key, value in hashes.items()
             },
         ),
-        config=store.decisive(settings),
+        config=decisive_config(settings),
         plan=json.loads(plan.to_json()),
         data=training.fingerprint,
         classes=names and names.names,
         samples=training.dataset.shards.sizes,
         fields={
-            name: store.describe(name, found[name], settings.targets).model_copy(update={"views": sorted(seen)})
+            name: records.describe(name, found[name], settings.targets).model_copy(update={"views": sorted(seen)})
             for name, seen in views.items()
         },
         batch=batch,
@@ -338,8 +354,8 @@ def claim(root: Path, manifest: Manifest) -> Manifest:
     """That of the targets that are there, wholly or in part, or else this one. Raises UserError if they are others."""
     for name in ("manifest.json", "manifest.partial.json"):
         if (root / name).exists():
-            stored = store.parse((root / name).read_bytes(), str(root / name))
-            store.check_classes(str(root), stored, manifest.classes and Names("data.train", manifest.classes))
+            stored = parse_manifest((root / name).read_bytes(), str(root / name))
+            check_classes(str(root), stored, manifest.classes and Names("data.train", manifest.classes))
             if difference := stored.difference(manifest):
                 raise UserError(
                     f"{root} holds targets of another config ({difference}): choose another targets.dir, or delete it"

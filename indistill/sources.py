@@ -15,7 +15,8 @@ from indistill.data.training import Training, open_data
 from indistill.models.network import Network
 from indistill.models.outputs import Output
 from indistill.prune import Plan
-from indistill.targets import CachedTargets, LiveTargets
+from indistill.targets.live import LiveTargets
+from indistill.targets.stored import CachedTargets
 
 
 class Sources:

@@ -40,7 +40,8 @@ from indistill.models.heads import Heads
 from indistill.models.network import Network, save_network
 from indistill.progress import Progress
 from indistill.sources import Sources
-from indistill.targets import CachedTargets, LiveTargets
+from indistill.targets.live import LiveTargets
+from indistill.targets.stored import CachedTargets
 
 
 def train(

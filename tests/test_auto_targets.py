@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from indistill import config, precompute, store
+from indistill import config, precompute
 from indistill.config import UserError
 from indistill.config.files import read_lines
 from indistill.models.network import Network
+from indistill.targets.manifest import manifest_exists
 from indistill.train import train
 
 # A disk too slow for maps (7 kB) to be worth reading and fast enough for logits (44 bytes), beside a slow device.
@@ -77,7 +78,7 @@ def test_what_is_never_cheaper_is_not_stored(auto):
     auto["machine"] = MACHINE | {"flops_per_second": 1e15}
     with pytest.raises(UserError, match="targets: auto: in no phase would reading be cheaper"):
         precompute.write(config.parse(auto, "test"))
-    assert not store.exists(auto["targets"]["dir"])
+    assert not manifest_exists(auto["targets"]["dir"])
 
 
 def test_another_plan_is_refused(auto):

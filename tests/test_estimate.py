@@ -18,7 +18,7 @@ from indistill import build, config, estimate, optim
 from indistill.cli import main
 from indistill.config import UserError, runs
 from indistill.curriculum import Timetable
-from indistill.estimate import Work
+from indistill.targets.cost import Work, _convolution_backward, decide, measure, record_bytes
 
 # Multiply-adds of an image in the small networks: 3x3 convolutions without padding, a 2x2 pool after each.
 STUDENT = [8 * 27 * 30**2, 16 * 72 * 13**2, 32 * 144 * 4**2, 128 * 64 + 64 * 10]
@@ -77,7 +77,7 @@ def test_measuring_changes_nothing(settings, tmp_path):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     timetable = Timetable.of(settings, 6, len(plan.pairs))
     for phase in timetable.curriculum.phases():
-        estimate.measure(settings, student, targets_of, build_objective(settings), phase)
+        measure(settings, student, targets_of, build_objective(settings), phase)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
 
@@ -93,7 +93,7 @@ def test_a_grouped_convolution_backward_is_twice_forward(groups):
     x = torch.zeros(2, 8, 9, 9, requires_grad=True)
     layer = torch.nn.Conv2d(8, 16, 3, groups=groups)
     forward = 2 * 2 * 16 * 7 * 7 * 9 * 8 // groups
-    mapping = {torch.ops.aten.convolution_backward: estimate._convolution_backward}
+    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == 3 * forward
@@ -180,7 +180,7 @@ def choices(settings, teacher_flops=300, student_flops=100):
         phase: Work(teacher_flops, student_flops, 0, 0, targets, [])
         for phase, targets in zip(timetable.curriculum.phases(), shapes)
     }
-    return estimate.decide(settings, works, timetable)
+    return decide(settings, works, timetable)
 
 
 MACHINE = config.Machine(
@@ -225,13 +225,13 @@ def test_what_cannot_be_cached_is_not():
 def test_bytes_of_a_record():
     section = config.Targets
     shape = (8, 7, 5)
-    assert estimate.record_bytes("pair1", shape, section(features="float32")) == 4 * 280 + 4
-    assert estimate.record_bytes("pair1", shape, section(features="bf16")) == 2 * 280 + 4
-    assert estimate.record_bytes("pair1", shape, section(features="int8")) == 280 + 4 * 8 + 4
-    assert estimate.record_bytes("logits", (1000,), section()) == 4004
-    assert estimate.record_bytes("logits", (1000,), section(top_k=50)) == 50 * 6 + 4 + 4  # and what is left over
-    assert estimate.record_bytes("head1", (40_000,), section(top_k=50)) == 50 * 8 + 4 + 4
-    assert estimate.record_bytes("embedding", (512,), section(top_k=50)) == 4 * 512 + 4
+    assert record_bytes("pair1", shape, section(features="float32")) == 4 * 280 + 4
+    assert record_bytes("pair1", shape, section(features="bf16")) == 2 * 280 + 4
+    assert record_bytes("pair1", shape, section(features="int8")) == 280 + 4 * 8 + 4
+    assert record_bytes("logits", (1000,), section()) == 4004
+    assert record_bytes("logits", (1000,), section(top_k=50)) == 50 * 6 + 4 + 4  # and what is left over
+    assert record_bytes("head1", (40_000,), section(top_k=50)) == 50 * 8 + 4 + 4
+    assert record_bytes("embedding", (512,), section(top_k=50)) == 4 * 512 + 4
 
 
 def test_the_imagenet_config_has_the_cost_that_it_states():

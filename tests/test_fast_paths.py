@@ -15,12 +15,13 @@ from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, in_flo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from indistill import config, metrics, optim, prune, targets, train
+from indistill import config, metrics, optim, prune, train
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase
 from indistill.models import frozen
 from indistill.models.network import Network
-from indistill.targets import LiveTargets
+from indistill.targets import live
+from indistill.targets.live import LiveTargets
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
 KD = Phase("kd", 1, (), (), 4, None)
@@ -173,7 +174,7 @@ def compiled(tree: dict[str, Any], backend: str) -> None:
     plugin, compile = train.TorchDynamoPlugin, torch.compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "TorchDynamoPlugin", lambda **keys: plugin(**{**keys, "backend": backend}))
-        patch.setattr(targets.torch, "compile", partial(compile, backend=backend))
+        patch.setattr(live.torch, "compile", partial(compile, backend=backend))
         run(tree)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return

@@ -12,7 +12,7 @@ from indistill.curriculum import Phase
 from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.stages import match_stages
-from indistill.targets import LiveTargets
+from indistill.targets.live import LiveTargets
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
 SIZE = 64

@@ -18,7 +18,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import EPS, pack_images, run_ranks, train_until
 
-from indistill import cli, config, precompute, prune, store, targets, train
+from indistill import cli, config, precompute, prune, train
 from indistill.config import UserError
 from indistill.config.files import read_lines, sha256
 from indistill.config.read import _apply_override
@@ -27,7 +27,13 @@ from indistill.data import packing, shards
 from indistill.models import outputs, timm_model
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network, save_network
-from indistill.store import Field
+from indistill.targets import live
+from indistill.targets import records as targets_records
+from indistill.targets.live import LiveTargets
+from indistill.targets.manifest import Manifest, decisive_config
+from indistill.targets.reader import Reader
+from indistill.targets.records import Field
+from indistill.targets.stored import CachedTargets
 
 LOSSES = [{"name": "ce"}, {"name": "kd"}, {"name": "pkt"}, {"name": "at"}, {"name": "hint"}]
 FIELDS = {"pair1", "pair2", "pair3", "stage0", "stage1", "stage2", "embedding", "logits"}
@@ -50,7 +56,7 @@ def with_(tree: dict[str, Any], *overrides: str) -> dict[str, Any]:
     return tree
 
 
-def compute(tree: dict[str, Any]) -> store.Manifest:
+def compute(tree: dict[str, Any]) -> Manifest:
     return precompute.write(config.parse(tree, "test"))
 
 
@@ -95,9 +101,9 @@ def no_teacher(monkeypatch) -> None:
 
 def there_and_back(field: Field, tensor: torch.Tensor) -> torch.Tensor:
     records = field.encode(tensor)
-    rows = store.rows_of(records)
+    rows = targets_records.rows_of(records)
     assert rows.shape == (len(tensor), field.record.itemsize)
-    assert store.intact(rows).all()
+    assert targets_records.intact(rows).all()
     return field.decode(torch.from_numpy(rows))
 
 
@@ -112,7 +118,7 @@ def maps(seed=0, shape=(6, 5, 4, 3)) -> torch.Tensor:
 @pytest.mark.parametrize("samples", [1, 6])
 def test_float32_gives_back_what_the_teacher_gave(dtype, layout, samples):
     values = maps()[:samples].to(dtype).contiguous(memory_format=layout)
-    back = there_and_back(store.describe("pair1", values, config.Targets()), values)
+    back = there_and_back(targets_records.describe("pair1", values, config.Targets()), values)
     assert back.dtype == dtype
     assert torch.equal(back, values)
     assert back.is_contiguous(memory_format=layout)
@@ -120,7 +126,7 @@ def test_float32_gives_back_what_the_teacher_gave(dtype, layout, samples):
 
 def test_bf16_rounds_to_eight_bits():
     values = maps()
-    field = store.describe("stage2", values, config.Targets(features="bf16"))
+    field = targets_records.describe("stage2", values, config.Targets(features="bf16"))
     back = there_and_back(field, values)
     bits = values.numpy().view(np.uint32).astype(np.uint64)
     nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)  # ties to even
@@ -131,7 +137,7 @@ def test_bf16_rounds_to_eight_bits():
 @pytest.mark.portable
 def test_int8_is_within_half_a_step_of_its_channel():
     values = maps()
-    field = store.describe("pair2", values, config.Targets(features="int8"))
+    field = targets_records.describe("pair2", values, config.Targets(features="int8"))
     back = there_and_back(field, values).double().numpy()
     exact = values.double().numpy()
     step = np.abs(exact).max(axis=(2, 3), keepdims=True) / 127
@@ -145,7 +151,7 @@ def test_int8_is_within_half_a_step_of_its_channel():
 @pytest.mark.portable
 def test_top_k_of_all_classes_is_the_softmax():
     logits = 20 * torch.randn(7, 12, generator=torch.manual_seed(3))
-    back = there_and_back(store.describe("logits", logits, config.Targets(top_k=12)), logits).double().numpy()
+    back = there_and_back(targets_records.describe("logits", logits, config.Targets(top_k=12)), logits).double().numpy()
     exact = logits.double().numpy()
     log_p = (
         exact - np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True)) - exact.max(1, keepdims=True)
@@ -161,7 +167,7 @@ def assert_log_of_rounded(found: np.ndarray, exact: np.ndarray) -> None:
 @pytest.mark.portable
 def test_top_k_spreads_the_tail_over_the_others():
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 0.5]])
-    field = store.describe("head1", logits, config.Targets(top_k=2))
+    field = targets_records.describe("head1", logits, config.Targets(top_k=2))
     p = np.exp([2.0, 0.0, 1.0, -1.0, 0.5])
     p /= p.sum()
     rest = (p[1] + p[3] + p[4]) / 3
@@ -173,7 +179,7 @@ def test_top_k_spreads_the_tail_over_the_others():
 def test_more_classes_than_two_bytes_can_tell():
     logits = torch.zeros(2, 70_000)
     logits[0, 69_999], logits[1, 40_000] = 9, 9
-    field = store.describe("logits", logits, config.Targets(top_k=1))
+    field = targets_records.describe("logits", logits, config.Targets(top_k=1))
     assert there_and_back(field, logits).argmax(1).tolist() == [69_999, 40_000]
 
 
@@ -181,7 +187,7 @@ def test_what_is_not_a_number_stays_so():
     values = maps()
     values[0, 1, 0, 0], values[2, 3, 1, 1] = torch.nan, torch.inf
     for kind in ("float32", "bf16", "int8"):
-        back = there_and_back(store.describe("pair1", values, config.Targets(features=kind)), values)
+        back = there_and_back(targets_records.describe("pair1", values, config.Targets(features=kind)), values)
         assert not back[0].isfinite().all()
         assert not back[2].isfinite().all()
         assert back[1].isfinite().all()
@@ -189,12 +195,12 @@ def test_what_is_not_a_number_stays_so():
 
 def test_an_embedding_is_stored_as_it_is():
     lossy = config.Targets(features="int8", top_k=1)
-    assert store.describe("embedding", torch.zeros(2, 8), lossy).format == "float32"
+    assert targets_records.describe("embedding", torch.zeros(2, 8), lossy).format == "float32"
 
 
 def test_zeros_are_no_record():
-    field = store.describe("logits", torch.zeros(2, 8), config.Targets())
-    assert not store.intact(np.zeros((1, field.record.itemsize), np.uint8)).any()
+    field = targets_records.describe("logits", torch.zeros(2, 8), config.Targets())
+    assert not targets_records.intact(np.zeros((1, field.record.itemsize), np.uint8)).any()
 
 
 # --- training from what is stored ------------------------------------------------------------------------------------
@@ -227,10 +233,10 @@ def test_rounded_targets_are_the_live_ones_rounded(stored, tmp_path, monkeypatch
     live = run(stored, tmp_path / "live", lossy)
     compute(with_(stored, lossy))
     cached = run(stored, tmp_path / "cached", lossy, "targets.source=cached")
-    section, call = config.parse(with_(stored, lossy), "test").targets, targets.LiveTargets.__call__
+    section, call = config.parse(with_(stored, lossy), "test").targets, LiveTargets.__call__
 
     def rounded(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else there_and_back(store.describe(name, tensor, section), tensor)
+        return None if tensor is None else there_and_back(targets_records.describe(name, tensor, section), tensor)
 
     def rounding_call(*arguments):
         features, embedding, logits, cohort = call(*arguments)
@@ -238,7 +244,7 @@ def test_rounded_targets_are_the_live_ones_rounded(stored, tmp_path, monkeypatch
         maps = tuple(rounded("pair1", feature) for feature in features)
         return outputs.Targets(maps, rounded("embedding", embedding), rounded("logits", logits))
 
-    monkeypatch.setattr(targets.LiveTargets, "__call__", rounding_call)
+    monkeypatch.setattr(LiveTargets, "__call__", rounding_call)
     assert cached == run(stored, tmp_path / "rounded", lossy)
     assert cached != live
 
@@ -302,7 +308,7 @@ def test_a_sample_that_cannot_be_decoded_has_no_record(stored, tmp_path):
     assert run(stored, tmp_path / "cached", "targets.source=cached", *broken) == live
     assert precompute.verify(config.parse(with_(stored, *broken), "test"), 1000)
 
-    reader = store.Reader(stored["targets"]["dir"], manifest, None, 0)
+    reader = Reader(stored["targets"]["dir"], manifest, None, 0)
     assert not reader.rows(1, np.array([5, 40]), "logits").any()
     assert reader.read(1, np.array([39, 4]), ("logits", "pair1")).keys() == {"logits", "pair1"}
     message = r"view-001/logits/shard-00002.bin: record 8 is damaged, or its image could not be decoded"
@@ -382,7 +388,7 @@ def test_another_plan_is_refused(stored, tmp_path):
 
 def test_interpolation_identifies_the_targets_where_it_decides_them(stored):
     def of(*overrides):
-        return store.decisive(config.parse(with_(stored, *overrides), "test")).get("data.interpolation")
+        return decisive_config(config.parse(with_(stored, *overrides), "test")).get("data.interpolation")
 
     for recipe, augmented in (
         ("random_resized_crop", []),
@@ -559,9 +565,9 @@ def test_the_table_of_bytes():
     for values in sections.values():
         section, sizes = config.Targets(**values), []
         for pair, (channels, side) in enumerate(stages, start=1):
-            target = targets.pooled(torch.zeros(1, channels, side, side), section.pool)
-            sizes.append(store.describe(f"pair{pair}", target, section).record.itemsize)
-        sizes.append(store.describe("logits", torch.zeros(1, 1000), section).record.itemsize)
+            target = live.pooled(torch.zeros(1, channels, side, side), section.pool)
+            sizes.append(targets_records.describe(f"pair{pair}", target, section).record.itemsize)
+        sizes.append(targets_records.describe("logits", torch.zeros(1, 1000), section).record.itemsize)
         assert f"| {' | '.join(f'{size:,}' for size in sizes)} |" in text
 
 
@@ -580,8 +586,8 @@ def test_heads_and_a_teacher_in_half_precision(stored, tmp_path):
 
 def test_without_records_targets_are_zeros_of_their_shape(stored):
     """As ZeRO needs them, to learn which parameters a phase trains."""
-    reader = store.Reader(stored["targets"]["dir"], compute(stored), None, 0)
-    cached = targets.CachedTargets(reader, config.parse(stored, "test").kd.losses, [0, 1, 2])
+    reader = Reader(stored["targets"]["dir"], compute(stored), None, 0)
+    cached = CachedTargets(reader, config.parse(stored, "test").kd.losses, [0, 1, 2])
     found = cached(torch.zeros(2, 3, 32, 32), Phase("kd", 3, (), (), 13, None))
     assert [tuple(x.shape) for x in found.features] == [(2, 16, 15, 15), (2, 32, 6, 6), (2, 64, 2, 2)]
     assert (found.embedding.shape, found.logits.shape) == ((2, 128), (2, 10))

@@ -11,7 +11,7 @@ from indistill.curriculum import Phase
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network
 from indistill.models.outputs import Targets
-from indistill.targets import LiveTargets
+from indistill.targets.live import LiveTargets
 
 pytestmark = [pytest.mark.portable, pytest.mark.usefixtures("float64")]
 

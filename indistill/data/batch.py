@@ -14,7 +14,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [B]
     ids: Tensor  # int64 [B], place of each sample in the data set; -1 where it has none (data.access: stream)
     replaced: list[str]  # the samples that could not be decoded, and why: others stand in for them
-    records: Mapping[str, Tensor] = {}  # stored targets, uint8 [B, bytes of a record] per field (store.py)
+    records: Mapping[str, Tensor] = {}  # stored targets, uint8 [B, bytes of a record] per field (manifest.py)
 
 
 class Request(NamedTuple):

@@ -20,7 +20,7 @@ from indistill.models.views import EvalView
 from indistill.order import SampleOrder
 
 if TYPE_CHECKING:
-    from indistill.store import Reader
+    from indistill.targets.reader import Reader
 
 
 class ImageDataset(Dataset):

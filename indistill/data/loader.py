@@ -19,7 +19,7 @@ from indistill.distributed import preemption
 from indistill.order import SampleOrder
 
 if TYPE_CHECKING:
-    from indistill.store import Reader
+    from indistill.targets.reader import Reader
 
 PREFETCH_STEPS = 32  # how far ahead of the loader the next remote shards are fetched
 

@@ -25,7 +25,7 @@ from indistill.distributed.preemption import Preempted
 from indistill.models import frozen
 from indistill.models.heads import Heads
 from indistill.models.network import Network
-from indistill.targets import LiveTargets
+from indistill.targets.live import LiveTargets
 
 SIZE = (3, 64, 64)
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "num_heads": 2, "depth": 4}
