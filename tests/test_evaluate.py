@@ -15,8 +15,9 @@ from conftest import EPS, in_float64, pack_images, run_ranks
 from indistill import config, evaluate, train
 from indistill.data import training
 from indistill.data.batch import Request
+from indistill.evaluate import comparison
+from indistill.evaluate.representations import information, information_flow_divergence, linear_cka
 from indistill.models.network import Network
-from indistill.similarity import information, information_flow_divergence, linear_cka
 
 PAIRS = [(0, 0), (2, 1)]  # teacher stage, student stage
 IMAGES, SAMPLES = 51, 20
@@ -163,7 +164,7 @@ def test_maps_too_large_are_pooled(float64, settings, images, monkeypatch):
     student, teacher = network("cnn32_student"), network("cnn32_auxiliary")
     accelerator, whole = train.start_accelerator(settings), training.open_eval_set(settings)
     # The student's first map, 8 x 15 x 15, fits when halved; the teacher's, 16 x 15 x 15, when halved twice.
-    monkeypatch.setattr(evaluate, "_MAP_ENTRIES", IMAGES * 8 * 8 * 8)
+    monkeypatch.setattr(comparison, "_MAP_ENTRIES", IMAGES * 8 * 8 * 8)
     scores = evaluate.similarity(accelerator, student, teacher, [(0, 0)], whole, 7)
     x, y = (net.maps(images[0], [0])[0].float() for net in (student, teacher))
     small_x = torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True)

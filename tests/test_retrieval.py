@@ -156,11 +156,11 @@ def test_small_blocks_change_nothing(monkeypatch):
     example = as_tensors(embeddings(200, 150))
     for protocol in ("interpolated", "authors"):
         whole = retrieval_map(*example, protocol=protocol)
-        monkeypatch.setattr("indistill.evaluate._BLOCK_ENTRIES", 200 * 7)
+        monkeypatch.setattr("indistill.evaluate.ranking._BLOCK_ENTRIES", 200 * 7)
         assert retrieval_map(*example, protocol=protocol) == pytest.approx(whole, abs=1e-12)
         monkeypatch.undo()
     whole = precision_at(*example)
-    monkeypatch.setattr("indistill.evaluate._BLOCK_ENTRIES", 200 * 7)
+    monkeypatch.setattr("indistill.evaluate.ranking._BLOCK_ENTRIES", 200 * 7)
     assert precision_at(*example) == whole
 
 

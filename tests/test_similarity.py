@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from indistill import similarity
-from indistill.similarity import information, information_flow_divergence, linear_cka
+from indistill.evaluate import representations
+from indistill.evaluate.representations import information, information_flow_divergence, linear_cka
 
 pytestmark = pytest.mark.portable
 
@@ -44,7 +44,7 @@ SHAPES = [((30, 4), (30, 7)), ((10, 40), (10, 3)), ((12, 6, 3, 3), (12, 4, 5, 5)
 def test_cka_is_the_papers(x_shape, y_shape, monkeypatch):
     x, y = features(*x_shape), features(*y_shape, seed=1)
     assert linear_cka(x, y).item() == pytest.approx(plain_cka(x.numpy(), y.numpy()), abs=1e-12)
-    monkeypatch.setattr(similarity, "_SLICE_ENTRIES", 3 * len(x))  # three columns at a time
+    monkeypatch.setattr(representations, "_SLICE_ENTRIES", 3 * len(x))  # three columns at a time
     assert linear_cka(x, y).item() == pytest.approx(plain_cka(x.numpy(), y.numpy()), abs=1e-12)
 
 
@@ -87,7 +87,7 @@ def test_information_is_the_sum_over_pairs(shape, classes, monkeypatch):
     labels = torch.from_numpy(np.random.default_rng(4).integers(classes, size=len(x))) * 100 - 7  # classes of any size
     expected = plain_information(x.numpy(), labels.numpy())
     assert information(x, labels).item() == pytest.approx(expected, abs=1e-12)
-    monkeypatch.setattr(similarity, "_SLICE_ENTRIES", len(x))  # one column at a time
+    monkeypatch.setattr(representations, "_SLICE_ENTRIES", len(x))  # one column at a time
     assert information(1e-3 * x, labels.int()).item() == pytest.approx(expected, abs=1e-12)
 
 
