@@ -19,9 +19,10 @@ import recorded
 import torch
 from report import RESULTS, heading, table
 
-from indistill import Callback, config, estimate, precompute, train
-from indistill.callbacks import TrainingRun
+from indistill import Callback, config, estimate, precompute
 from indistill.curriculum import Phase
+from indistill.training import loop
+from indistill.training.callbacks import TrainingRun
 
 SIZE, BATCH, STEPS, LAST = 96, 16, 5, 6
 RESULT = RESULTS / "plan_check.md"
@@ -100,7 +101,7 @@ def memory(settings: config.Config) -> dict[str, int]:
                 self.profiler.__enter__()
 
     with contextlib.redirect_stdout(io.StringIO()):
-        train.train(settings, "never", callbacks=[Profile()])
+        loop.train(settings, "never", callbacks=[Profile()])
     return peaks
 
 

@@ -75,7 +75,8 @@ def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: i
 
 def train(settings: config.Config) -> list[Step]:
     """Train, and return every step's end."""
-    from indistill import Callback, train
+    from indistill import Callback
+    from indistill.training import loop
 
     steps: list[Step] = []
 
@@ -84,7 +85,7 @@ def train(settings: config.Config) -> list[Step]:
             steps.append(Step(phase.name, time.perf_counter(), time.process_time(), sent_bytes()))
 
     with contextlib.redirect_stdout(io.StringIO()):
-        train.train(settings, "never", callbacks=[Record()])
+        loop.train(settings, "never", callbacks=[Record()])
     return steps
 
 

@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--without-zero", action="store_true", help="where DeepSpeed is not installed")
     arguments = parser.parse_args()
-    _context.set_forkserver_preload(["indistill.train", "recorded"])  # torch, timm and accelerate are imported once
+    _context.set_forkserver_preload(
+        ["indistill.training.loop", "recorded"]
+    )  # torch, timm and accelerate are imported once
     begin = heading("Scaling", f"python benchmarks/scaling.py --rounds {arguments.rounds}", recorded.LIBRARIES)
     with recorded.scratch(samples=64, size=SIZE) as folder:
         runs: dict[int, list[list[list[recorded.Step]]]] = {world: [] for world in WORLDS}

@@ -74,8 +74,12 @@ class Stopped(Exception):
 
 def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
     """Train these students as users do, with a loader that has one batch and waits for each turn of one step."""
-    from indistill import config, sources, together, train
+    from indistill import config
     from indistill.data.batch import Batch
+    from indistill.training import loop
+    from indistill.training import students as training_students
+    from indistill.training.parts import Sources
+    from indistill.training.students import Shared
 
     torch.set_num_threads(1)
     images = torch.randint(256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -91,11 +95,11 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
                 pipe.send(time.process_time() - begin)
             raise Stopped
 
-    class OneRun(sources.Sources):
+    class OneRun(Sources):
         def data(self, *_: Any) -> tuple[Any, None]:
             return Synthetic(), None
 
-    class Several(together.Shared):
+    class Several(Shared):
         def data(self, *_: Any) -> tuple[Any, None]:
             self.opened = self.opened or (Synthetic(), None)
             return self.opened
@@ -126,9 +130,9 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
         ]
         with contextlib.suppress(Stopped), contextlib.redirect_stdout(sys.stderr):
             if len(students) > 1:
-                together.train(students, shared=Several(students[0][1], len(students)))
+                training_students.train(students, shared=Several(students[0][1], len(students)))
             else:
-                train.train(students[0][1], sources=OneRun())
+                loop.train(students[0][1], sources=OneRun())
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from indistill import build, config, estimate, export, prune, train
+from indistill import config, estimate, export, prune
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Request
 from indistill.data.training import open_eval_set
 from indistill.models.network import Network, normalisation
 from indistill.models.stages import find_stages
 from indistill.prune import Plan
+from indistill.training import loop, parts
 
 IMAGES = Path(__file__).with_name("images")
 EVERY_EPOCH = ["run_dir=runs/method", "evaluate.every=1 epoch", "checkpoint.every_steps=44", "checkpoint.keep_last=100"]
@@ -59,7 +60,7 @@ class Run(NamedTuple):
         """After so many steps; before the first, as `build.networks` begins."""
         if step == 0:
             set_seed(self.settings.seed)
-            net = build.create_student(self.settings)
+            net = parts.create_student(self.settings)
             return Network(net, *normalisation(net, self.settings.student, "student")).eval()
         file = Path(self.settings.run_dir, f"checkpoints/step-{step:08d}/model.safetensors")
         return export.load_file(self.settings, file).eval()
@@ -125,8 +126,8 @@ class Picture:
 def main() -> None:
     settings = config.load("configs/digits_demo.yaml", EVERY_EPOCH)
     if not Path(settings.run_dir, "summary.json").exists():
-        train.train(settings)
-    teacher = build.create_teacher(settings).eval()
+        loop.train(settings)
+    teacher = parts.create_teacher(settings).eval()
     plan = Plan.read(Path(settings.run_dir, "prune_plan.json"))
     lines = [json.loads(line) for line in Path(settings.run_dir, "metrics.jsonl").read_text().splitlines()]
     timetable = Timetable.of(settings, steps_per_epoch=44, pairs=len(plan.pairs))

@@ -45,7 +45,13 @@ BLOCK = re.compile(
     r"(?:^<!-- docs-test\n(?P<marker>.*?)-->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 _CONFIG = re.compile(r"(configs/[\w-]+\.yaml|\bCONFIG\b)((?: +[a-z][\w.]*=(?:'[^']*'|\"[^\"]*\"|[^\s'\"]+))*)")
-_PRELOAD = ["indistill.train", "indistill.estimate", "indistill.export", "indistill.precompute", "indistill.together"]
+_PRELOAD = [
+    "indistill.training.loop",
+    "indistill.estimate",
+    "indistill.export",
+    "indistill.precompute",
+    "indistill.training.students",
+]
 
 
 class Block(NamedTuple):

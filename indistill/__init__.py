@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from indistill.api import Trainer
-    from indistill.callbacks import Callback
     from indistill.config import UserError
+    from indistill.training.callbacks import Callback
 
 __version__ = "0.1.0"
 __all__ = ["Callback", "Trainer", "UserError", "__version__"]
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
     if name == "Trainer":
         from indistill.api import Trainer as value
     elif name == "Callback":
-        from indistill.callbacks import Callback as value
+        from indistill.training.callbacks import Callback as value
     elif name == "UserError":
         from indistill.config import UserError as value
     else:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from indistill.callbacks import Callback
 from indistill.config import Config, UserError, runs
+from indistill.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from indistill.estimate import Estimate
@@ -62,9 +62,10 @@ class Trainer:
         resume: auto; never, from the start; or the path of a checkpoint. callbacks: objects whose methods are called
         after each step, evaluation and checkpoint, and at the end; see `indistill.Callback`.
         """
-        from indistill import pipeline, report
+        from indistill import report
+        from indistill.training import runs
 
-        summaries = pipeline.run(self.runs, resume, [report.ReportAtEnd(), *callbacks])
+        summaries = runs.run(self.runs, resume, [report.ReportAtEnd(), *callbacks])
         return summaries if self.several else summaries[""]
 
     def evaluate(self, what: str | Path | None = None) -> dict[str, float]:

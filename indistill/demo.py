@@ -21,8 +21,9 @@ SUPERVISED = ["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"]
 def main() -> None:
     start = time.perf_counter()
     print("indistill demo: importing torch, timm and accelerate ...", flush=True)
-    from indistill import config, report, train
+    from indistill import config, report
     from indistill.models import timm_model
+    from indistill.training import loop
 
     shutil.rmtree(ROOT, ignore_errors=True)
     settings = config.load(CONFIG)
@@ -36,7 +37,7 @@ def main() -> None:
         return result
 
     def train_and_report(settings: config.Config) -> dict:
-        return train.train(settings, callbacks=[report.ReportAtEnd()])
+        return loop.train(settings, callbacks=[report.ReportAtEnd()])
 
     timed("pack", pack_digits, ROOT / "data")
     teacher = config.load(

@@ -38,7 +38,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors import safe_open
 
-from indistill import config, estimate, optim, train
+from indistill import config, estimate
 from indistill.config import Config, UserError
 from indistill.config.run_dir import has_begun, in_one_line
 from indistill.data import class_names, overlap, remote, shards
@@ -54,6 +54,8 @@ from indistill.distributed.environment import contradictions
 from indistill.models import timm_model
 from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
+from indistill.training import optim
+from indistill.training.start import check_devices
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 Item = tuple[str, str] | tuple[str, str, str]  # level, what, and what to do about it where that does not say so
@@ -255,7 +257,7 @@ def start(here: Here) -> Said:
         return
     try:
         for settings in here.settings[::-1]:  # the first one's is the one that counts
-            train.check_devices(settings, here.world)
+            check_devices(settings, here.world)
             zero, precision = zero_config(settings, here.world), settings.mixed_precision
     except UserError as error:  # the ranks can meet all the same
         yield FAIL, str(error)

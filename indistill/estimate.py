@@ -19,12 +19,12 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from indistill import build, config, optim, prune
-from indistill.config import Config, UserError
+from indistill import config, prune
+from indistill.config import Config
 from indistill.curriculum import Phase, Timetable
 from indistill.data.loader import IndexedTraining, check_accumulation
 from indistill.data.stream import StreamedTraining
-from indistill.distributed import engine, environment
+from indistill.distributed import environment
 from indistill.losses.gather import gathers
 from indistill.losses.objective import Objective, reads
 from indistill.models.heads import Heads
@@ -32,12 +32,9 @@ from indistill.models.network import Network
 from indistill.models.stages import find_stages
 from indistill.models.timm_model import NoWeights
 from indistill.order import SampleOrder
-from indistill.prune import Plan
 from indistill.targets.cost import SEEN, Choice, Work, decide, decode_seconds, measure, phase_steps, record_bytes
 from indistill.targets.live import LiveTargets
-from indistill.targets.manifest import manifest_exists, targets_root
-from indistill.targets.reader import open_targets
-from indistill.targets.stored import CachedTargets
+from indistill.training import optim, parts
 
 ENGINES = ("ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 NODES = (1, 2, 8, 64)
@@ -119,43 +116,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     optimizer.zero_grad()
     values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(value.nbytes for value in values if value.dim())
-
-
-# --- cached targets --------------------------------------------------------------------------------------------------
-def cheaper_stored(
-    settings: Config, student: Network, live: LiveTargets, objective: Objective, timetable: Timetable
-) -> list[str]:
-    """The phases, by name, in which `targets.source: auto` reads stored targets. Call it before `engine.prepare`."""
-    phases = timetable.curriculum.phases()
-    works = {phase: measure(settings, student, live, objective, phase) for phase in phases}
-    return [name for name, choice in decide(settings, works, timetable).items() if choice.source == "cached"]
-
-
-def choose(
-    accelerator: Accelerator,
-    settings: Config,
-    student: Network,
-    live: LiveTargets,
-    objective: Objective,
-    timetable: Timetable,
-    plan: Plan,
-) -> LiveTargets | CachedTargets:
-    """What `targets.source: auto` trains from: stored targets where they are cheaper, and there. Call on all ranks."""
-    phases = [] if config.why_not_stored(settings) else cheaper_stored(settings, student, live, objective, timetable)
-    there = phases and engine.on_main(accelerator, lambda: manifest_exists(targets_root(settings)))
-    if accelerator.is_main_process:
-        told = f"stored in {', '.join(phases)}" if there else "live"
-        hint = ": `indistill targets CONFIG` would make the run shorter" if phases and not there else ""
-        print(f"indistill: targets: auto: {told}{hint}", flush=True)
-    if not there:
-        return live
-    reader = open_targets(accelerator, settings)
-    if plan.pairs and reader.manifest.pruning().hash != plan.hash:
-        raise UserError(
-            f"{reader.root}: made with another pruning plan than this run's: run `indistill targets CONFIG` again, in "
-            "another targets.dir, or set targets: live"
-        )
-    return CachedTargets(reader, settings.kd.losses, live.kd_stages, live, phases)
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -451,7 +411,7 @@ def _networks(
         if settings.teacher and settings.teacher.heads in earlier and not Path(settings.teacher.heads).exists():
             of_heads = _with_teacher(earlier[settings.teacher.heads], checkpoint=None, pretrained=False)
             heads = f"{folder}/heads.safetensors"
-            build.heads(accelerator, of_heads).save(Path(heads))
+            parts.heads(accelerator, of_heads).save(Path(heads))
             settings = _with_teacher(settings, heads=heads)
         if settings.warmup and settings.warmup.prune.criterion in prune.NEEDS_DATA:
             section = settings.warmup.prune.model_copy(update={"criterion": "random"})
@@ -459,7 +419,7 @@ def _networks(
             unknown = "decided on calibration batches"
         while True:
             try:
-                return *build.networks(accelerator, settings, Path(folder), None), unknown, notes
+                return *parts.networks(accelerator, settings, Path(folder), None), unknown, notes
             except NoWeights as error:
                 section = getattr(settings, error.role).model_copy(update={"pretrained": False})
                 settings = settings.model_copy(update={error.role: section})

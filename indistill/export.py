@@ -22,7 +22,7 @@ import yaml
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from indistill import checkpoint, config
+from indistill import config
 from indistill.config import Config, UserError
 from indistill.data import class_names
 from indistill.data.batch import Request
@@ -33,6 +33,7 @@ from indistill.models.network import Network, normalisation
 from indistill.models.outputs import Output
 from indistill.models.views import EvalView, evaluation_view, own_view, view_by_record
 from indistill.prune import Plan
+from indistill.training import checkpoint
 
 FILES = {"timm": "model.safetensors", "onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4  # of the largest logit: float32 in another order of additions

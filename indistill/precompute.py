@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from indistill import build, config, estimate
+from indistill import config
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import class_names, remote
@@ -58,7 +58,9 @@ from indistill.targets.manifest import (
 from indistill.targets.reader import Reader, weights_hashes
 from indistill.targets.records import Field
 from indistill.targets.stored import fields_of, needed
-from indistill.train import start_accelerator
+from indistill.training import parts
+from indistill.training.choose import cheaper_stored
+from indistill.training.start import start_accelerator
 
 SAME = 0.01  # of a record's largest value: more than one step of its rounding, less than any other image's difference
 _TIMEOUT_MINUTES = 24 * 60.0  # the ranks wait for each other only at the end
@@ -290,7 +292,7 @@ def prepare(settings: Config) -> Job:
     agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        student, targets_of, plan = build.networks(accelerator, settings, Path(scratch), calibration)
+        student, targets_of, plan = parts.networks(accelerator, settings, Path(scratch), calibration)
     targets_of.hold_weights()
 
     timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))
@@ -298,7 +300,7 @@ def prepare(settings: Config) -> Job:
     phases = {phase.name for phase in timetable.curriculum.phases()}
     if auto:
         objective = Objective(losses, timetable.steps_per_epoch, settings.kd.relational_scope)
-        phases = estimate.cheaper_stored(settings, student, targets_of, objective, timetable)
+        phases = cheaper_stored(settings, student, targets_of, objective, timetable)
         if not phases:
             raise UserError(
                 "targets: auto: in no phase would reading be cheaper, as `indistill plan` shows: all are live"

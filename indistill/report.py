@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from indistill import __version__, charts, config
-from indistill.callbacks import Callback, TrainingRun
 from indistill.charts import Band, Chart, Series, number
 from indistill.config import Config, UserError
 from indistill.config.files import read_lines
+from indistill.training.callbacks import Callback, TrainingRun
 
 if TYPE_CHECKING:
     from torch import nn

@@ -100,7 +100,7 @@ _context = multiprocessing.get_context("forkserver")
 def preload(*modules: str) -> None:
     """Have fresh processes begin with `modules` imported. For a test module's top level: before the first starts."""
     # torch, timm and accelerate are imported once
-    _context.set_forkserver_preload(["indistill.train", *modules])
+    _context.set_forkserver_preload(["indistill.training.loop", *modules])
 
 
 preload()
@@ -149,14 +149,14 @@ def run_ranks(function: Callable, world: int | None, *arguments: Any, exit_code:
 
 def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "auto") -> None:
     """Train to the end, or be asked to stop after `step` steps: then only their checkpoint is left."""
-    from indistill import train
     from indistill.distributed import preemption
+    from indistill.training import loop
 
     with pytest.MonkeyPatch.context() as patch:
         if step is not None:
             patch.setattr(preemption.Agreement, "reached", lambda _, done, __: preemption.settle(done == step))
         with contextlib.suppress(preemption.Preempted):
-            train.train(config.parse(tree, "test"), resume)
+            loop.train(config.parse(tree, "test"), resume)
 
 
 # --- two ways that must agree, on any processor ----------------------------------------------------------------------
@@ -201,9 +201,9 @@ def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: 
     How far they stray tells how much this training enlarges rounding by `unit` on this processor: evenly, if the
     networks are SMOOTH.
     """
-    from indistill import build
+    from indistill.training import parts
 
-    networks = build.networks
+    networks = parts.networks
     for seed in range(2):
 
         def moving_networks(*arguments: Any, seed: int = seed) -> tuple[Any, ...]:
@@ -212,7 +212,7 @@ def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: 
             return student, *others
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "networks", moving_networks)
+            patch.setattr(parts, "networks", moving_networks)
             run({**tree, "run_dir": f"{tree['run_dir']}-moved{seed}"})
 
 

@@ -13,7 +13,7 @@ from indistill.config import UserError
 from indistill.config.files import read_lines
 from indistill.models.network import Network
 from indistill.targets.manifest import manifest_exists
-from indistill.train import train
+from indistill.training.loop import train
 
 # A disk too slow for maps (7 kB) to be worth reading and fast enough for logits (44 bytes), beside a slow device.
 MACHINE = {

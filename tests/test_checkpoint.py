@@ -20,12 +20,13 @@ import torch
 from conftest import run_ranks, train_until
 from safetensors.torch import load_file
 
-from indistill import checkpoint, config
+from indistill import config
 from indistill.cli import main
 from indistill.config import UserError
 from indistill.config.files import read_lines
-from indistill.metrics import RunLog
-from indistill.train import train
+from indistill.training import checkpoint
+from indistill.training.loop import train
+from indistill.training.run_log import RunLog
 
 
 def run(tree, resume="auto"):

@@ -10,12 +10,13 @@ import pytest
 from conftest import pack_images
 from tars import picture
 
-from indistill import build, config, export, precompute, train
+from indistill import config, export, precompute, train
 from indistill.config import UserError
 from indistill.data import class_names, packing
 from indistill.data.class_names import Names
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation, save_network
+from indistill.training import loop, parts
 
 TEN = [f"animal {i}" for i in range(10)]
 SWAPPED = ["animal 1", "animal 0", *TEN[2:]]
@@ -107,7 +108,7 @@ def test_evaluation_data_with_another_numbering_is_refused(tree, tmp_path):
     keys |= {"num_classes": 3, "global_batch": 6, "streams": 1}
     tree |= {"duration": "1 step", "warmup": None, "data": tree["data"] | keys}
     with pytest.raises(UserError) as refused:
-        train.train(parsed(tree))
+        loop.train(parsed(tree))
     message = str(refused.value)
     train_list, eval_list = (f"{tmp_path}/packed/{name}/dataset.json" for name in ("train", "eval"))
     assert message.startswith(f"data.eval: its classes are not those of {train_list}: ")
@@ -118,7 +119,7 @@ def test_evaluation_data_with_another_numbering_is_refused(tree, tmp_path):
     # The remedy, taken literally.
     names = class_names.read(remedy.split()[1])
     packing.pack_source(str(tmp_path / "eval"), tmp_path / "packed" / "mended", classes=names)
-    train.train(parsed(tree, eval="mended/*.tar"))
+    loop.train(parsed(tree, eval="mended/*.tar"))
     assert json.loads((Path(tree["run_dir"]) / "classes.json").read_text()) == ["a", "b", "c"]
 
 
@@ -137,7 +138,7 @@ def test_parts_of_the_training_data_agree(tmp_path):
 
 def test_a_run_keeps_its_classes(named, tmp_path):
     settings = parsed(named)
-    train.train(settings)
+    loop.train(settings)
     run = Path(named["run_dir"])
     assert json.loads((run / "classes.json").read_text()) == TEN
     weights = [run / "student.safetensors", next((run / "checkpoints").glob("step-*/model.safetensors"))]
@@ -147,16 +148,16 @@ def test_a_run_keeps_its_classes(named, tmp_path):
     with_names(tmp_path / "train", SWAPPED)
     with_names(tmp_path / "eval", SWAPPED)
     with pytest.raises(UserError, match=r"data.train: .*label 0 is 'animal 1'.*in .*run/classes.json it is 'animal 0'"):
-        train.train(settings)
+        loop.train(settings)
     with pytest.raises(UserError, match=r"data.eval: its classes are not those of .*run/classes.json: label 0"):
         train.evaluate_checkpoint(settings, str(run))
     for path in weights:
         teacher = {"name": "cnn32_student", "checkpoint": str(path)}
         of_teacher = config.parse(named | {"run_dir": str(tmp_path / "other"), "teacher": teacher}, "test")
         with pytest.raises(UserError, match=r"data.train: its classes are not those of .*run/classes.json: label 0"):
-            build.create_teacher(of_teacher)
+            parts.create_teacher(of_teacher)
     with_names(tmp_path / "train", TEN)
-    build.create_teacher(of_teacher)
+    parts.create_teacher(of_teacher)
     with_names(tmp_path / "eval", TEN)
     train.evaluate_checkpoint(settings, str(run))
 
@@ -182,7 +183,7 @@ def test_exports_are_used_with_their_classes(named, tmp_path, form):
     if form == "timm":
         teacher = {"name": f"local-dir:{tmp_path}/export", "pretrained": True}
         with pytest.raises(UserError, match=r"data.train: its classes are not those of local-dir:.*export"):
-            build.create_teacher(config.parse(named | {"teacher": teacher}, "test"))
+            parts.create_teacher(config.parse(named | {"teacher": teacher}, "test"))
 
 
 def test_stored_targets_keep_the_classes(named, tmp_path):
@@ -190,12 +191,12 @@ def test_stored_targets_keep_the_classes(named, tmp_path):
     named["data"]["augment"]["views"] = 1
     assert precompute.write(parsed(named)).classes == TEN
     cached = named | {"targets": named["targets"] | {"source": "cached"}}
-    train.train(parsed(cached))
+    loop.train(parsed(cached))
     with_names(tmp_path / "train", SWAPPED)
     with_names(tmp_path / "eval", SWAPPED)
     message = r"data.train: its classes are not those of .*targets/manifest.json: label 0 is 'animal 1'"
     for attempt in (
-        lambda: train.train(config.parse(cached | {"run_dir": str(tmp_path / "other")}, "test")),
+        lambda: loop.train(config.parse(cached | {"run_dir": str(tmp_path / "other")}, "test")),
         lambda: precompute.write(parsed(named)),
     ):
         with pytest.raises(UserError, match=message):

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from indistill import build, optim
 from indistill.config import runs
 from indistill.curriculum import Timetable
 from indistill.data.batch import Batch
 from indistill.losses.objective import Objective
 from indistill.models import timm_model
 from indistill.models.heads import Heads
+from indistill.training import optim, parts
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SAMPLES = {"imagenet": 1_281_167, "cifar10": 50_000, "digits": 1_437}  # training images
@@ -98,7 +98,7 @@ def test_a_config_builds_and_computes_its_losses(path, with_warmup, create_once,
         stages = [(name, settings.model_copy(update={"warmup": None})) for name, settings in stages]
     heads_of = {Path(settings.run_dir, "heads.safetensors"): settings for _, settings in stages}
     monkeypatch.setattr(timm_model, "create", create_once)
-    monkeypatch.setattr(Heads, "load", lambda file, *_: build.heads(accelerator, heads_of[Path(file)]))
+    monkeypatch.setattr(Heads, "load", lambda file, *_: parts.heads(accelerator, heads_of[Path(file)]))
     for name, settings in stages:
         (tmp_path / name).mkdir(exist_ok=True)
         check_stage(path, settings, accelerator, tmp_path / name)
@@ -111,7 +111,7 @@ def check_stage(path, settings, accelerator, run_dir):
     images = torch.randint(256, (SEEN, 3, size, size), dtype=torch.uint8)
     labels = torch.tensor([0, classes - 1])
     batch = Batch(images, labels, labels, [])
-    student, targets_of, plan = build.networks(accelerator, settings, run_dir, lambda batches: [batch])
+    student, targets_of, plan = parts.networks(accelerator, settings, run_dir, lambda batches: [batch])
 
     assert len(plan.pairs) >= 3 if warmup else not plan.pairs
     for pair in plan.pairs:

@@ -18,9 +18,10 @@ from conftest import pack_images
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from indistill import cli, config, doctor, train
+from indistill import cli, config, doctor
 from indistill.data import overlap, packing, shards, verify
 from indistill.doctor import FAIL, OK, WARN, Line
+from indistill.training import loop
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +176,7 @@ def test_a_run_dir(tree, tmp_path):
 
 def test_checkpoints_have_the_size_that_is_told(tree, monkeypatch):
     tree |= {"ema": {"decay": 0.9}, "checkpoint": {"keep_last": 1, "keep_best": 0}}
-    train.train(config.parse(tree, "test"))  # to KD, in which every layer has its optimizer state
+    loop.train(config.parse(tree, "test"))  # to KD, in which every layer has its optimizer state
     (folder,) = Path(tree["run_dir"], "checkpoints").iterdir()
     size = sum(file.stat().st_size for file in folder.iterdir())
     space(monkeypatch, 2.2 * size)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from indistill import config, optim
+from indistill import config
 from indistill.curriculum import Timetable
 from indistill.distributed import engine
+from indistill.training import optim
 
 
 def test_unused_parameters_get_no_step(tree):

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from indistill import config, pipeline, train
+from indistill import config
 from indistill.cli import main
 from indistill.config import UserError, runs
 from indistill.distributed import environment
+from indistill.training import runs as training_runs
+from indistill.training.start import start_accelerator
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +109,7 @@ def test_accelerate_runs_what_the_config_says(tree, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     settings = config.parse(tree | {"mixed_precision": "bf16", "grad_accumulation": 2}, "test")
-    accelerator = train.start_accelerator(settings)
+    accelerator = start_accelerator(settings)
     assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (2, "bf16")
     assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"
 
@@ -144,5 +146,5 @@ def test_no_run_of_several_begins_before_all_agree(tree, tmp_path, monkeypatch, 
     if kind == "stages":
         tree["stages"].reverse()
     with pytest.raises(UserError, match=r"^ACCELERATE_MIXED_PRECISION=.* but mixed_precision is no"):
-        pipeline.run(runs.load(write(tree, tmp_path)))
+        training_runs.run(runs.load(write(tree, tmp_path)))
     assert not [*Path(tree["run_dir"]).glob("*/config.yaml")]

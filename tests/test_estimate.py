@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import build, config, estimate, optim
+from indistill import config, estimate
 from indistill.cli import main
 from indistill.config import UserError, runs
 from indistill.curriculum import Timetable
 from indistill.targets.cost import Work, _convolution_backward, decide, measure, record_bytes
+from indistill.training import optim, parts
 
 # Multiply-adds of an image in the small networks: 3x3 convolutions without padding, a 2x2 pool after each.
 STUDENT = [8 * 27 * 30**2, 16 * 72 * 13**2, 32 * 144 * 4**2, 128 * 64 + 64 * 10]
@@ -63,7 +64,7 @@ def test_half_precision_halves_activations_and_holds_weights_once_more(tree, set
 
 def test_pairs_are_those_of_training(settings, found, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    _, _, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None)
+    _, _, plan = parts.networks(Accelerator(cpu=True), settings, tmp_path, None)
     assert [pair.kept for pair in found.pairs] == [pair.kept for pair in plan.pairs]
     assert [pair.teacher_map for pair in found.pairs] == [(16, 15, 15), (32, 6, 6), (64, 2, 2)]
     assert [pair.student_map for pair in found.pairs] == [(8, 15, 15), (16, 6, 6), (32, 2, 2)]
@@ -73,7 +74,7 @@ def test_pairs_are_those_of_training(settings, found, tmp_path):
 
 def test_measuring_changes_nothing(settings, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    student, targets_of, plan = build.networks(Accelerator(cpu=True), settings, tmp_path, None)
+    student, targets_of, plan = parts.networks(Accelerator(cpu=True), settings, tmp_path, None)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     timetable = Timetable.of(settings, 6, len(plan.pairs))
     for phase in timetable.curriculum.phases():
@@ -312,7 +313,7 @@ def test_without_the_hub_it_says_what_is_missing(tree, monkeypatch):
     assert "no network" in found.notes[0]
     assert "not known yet" in estimate.text(found)
     with pytest.raises(UserError, match="no network"):  # which training does not go on without
-        build.create_teacher(config.parse(tree, "test"))
+        parts.create_teacher(config.parse(tree, "test"))
 
 
 def test_a_run_without_a_teacher_says_so(tree):

@@ -12,12 +12,13 @@ import timm
 import torch
 from conftest import EPS, in_float64, pack_images, run_ranks
 
-from indistill import config, evaluate, train
+from indistill import config, evaluate
 from indistill.data import training
 from indistill.data.batch import Request
 from indistill.evaluate import comparison
 from indistill.evaluate.representations import information, information_flow_divergence, linear_cka
 from indistill.models.network import Network
+from indistill.training.start import start_accelerator
 
 PAIRS = [(0, 0), (2, 1)]  # teacher stage, student stage
 IMAGES, SAMPLES = 51, 20
@@ -41,7 +42,7 @@ def network(name: str, kind: type[Network] = Network) -> Network:
 def all_scores(tree: dict, small: str) -> dict:
     """Every function of evaluate.py on the 51 images, and on a set of one image, which leaves a rank without any."""
     settings = config.parse(tree, "test")
-    accelerator = train.start_accelerator(settings)
+    accelerator = start_accelerator(settings)
     student, teacher = network("cnn32_student", WithHeads), network("cnn32_auxiliary")
     student.train()
     whole = training.open_eval_set(settings)
@@ -105,7 +106,7 @@ def test_two_ranks_score_as_one_does(float64, tree, small, tmp_path):
 @torch.no_grad()
 def test_accuracy_counts_every_head(settings, images):
     student = network("cnn32_student", WithHeads)
-    accelerator = train.start_accelerator(settings)
+    accelerator = start_accelerator(settings)
     scores = evaluate.accuracy(accelerator, student, training.open_eval_set(settings), batch=7)
     output, labels = student(images[0]), images[1].numpy()
     expected = {}
@@ -122,7 +123,7 @@ def test_accuracy_counts_every_head(settings, images):
 @torch.no_grad()
 def test_similarity_compares_the_maps_of_evenly_spaced_samples(float64, settings, images):
     student, teacher = network("cnn32_student"), network("cnn32_auxiliary")
-    accelerator, whole = train.start_accelerator(settings), training.open_eval_set(settings)
+    accelerator, whole = start_accelerator(settings), training.open_eval_set(settings)
     scores = evaluate.similarity(accelerator, student, teacher, PAIRS, whole, 7, SAMPLES)
     places = [i * IMAGES // SAMPLES for i in range(SAMPLES)]
     chosen, labels = images[0][places], images[1][places]
@@ -162,7 +163,7 @@ def test_similarity_compares_the_maps_of_evenly_spaced_samples(float64, settings
 @torch.no_grad()
 def test_maps_too_large_are_pooled(float64, settings, images, monkeypatch):
     student, teacher = network("cnn32_student"), network("cnn32_auxiliary")
-    accelerator, whole = train.start_accelerator(settings), training.open_eval_set(settings)
+    accelerator, whole = start_accelerator(settings), training.open_eval_set(settings)
     # The student's first map, 8 x 15 x 15, fits when halved; the teacher's, 16 x 15 x 15, when halved twice.
     monkeypatch.setattr(comparison, "_MAP_ENTRIES", IMAGES * 8 * 8 * 8)
     scores = evaluate.similarity(accelerator, student, teacher, [(0, 0)], whole, 7)
@@ -178,7 +179,7 @@ def test_a_layer_that_is_not_finite_is_left_out_by_name(settings, capsys):
     student, teacher = network("cnn32_student"), network("cnn32_auxiliary")
     broken = copy.deepcopy(teacher)
     broken.net.fc1.bias.data[0] = float("inf")
-    accelerator, whole = train.start_accelerator(settings), training.open_eval_set(settings)
+    accelerator, whole = start_accelerator(settings), training.open_eval_set(settings)
     scores = evaluate.similarity(accelerator, student, broken, PAIRS, whole, 7)
     expected = evaluate.similarity(accelerator, student, teacher, PAIRS, whole, 7)
     left_out = {key for key in expected if "embedding" in key} | {"information_flow_divergence"}
@@ -188,7 +189,7 @@ def test_a_layer_that_is_not_finite_is_left_out_by_name(settings, capsys):
 
 def test_retrieval_is_the_two_functions_for_each_metric(settings):
     student = network("cnn32_student")
-    accelerator, whole = train.start_accelerator(settings), training.open_eval_set(settings)
+    accelerator, whole = start_accelerator(settings), training.open_eval_set(settings)
     scores = evaluate.retrieval(accelerator, student, whole, whole, 7)
     embedding, labels = evaluate.embeddings(accelerator, student, whole, 7)
     example, expected = (embedding, labels, embedding, labels), {}

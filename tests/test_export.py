@@ -20,14 +20,16 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from indistill import checkpoint, config, export
+from indistill import config, export
 from indistill.cli import main
 from indistill.config import UserError
 from indistill.data import shards
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation, save_network
 from indistill.models.views import EvalView
-from indistill.train import evaluate_checkpoint, train
+from indistill.train import evaluate_checkpoint
+from indistill.training import checkpoint
+from indistill.training.loop import train
 
 MEAN, STD = (0.5, 0.25, 0.125), (0.25, 0.5, 1.0)  # of no timm model
 

@@ -15,13 +15,15 @@ from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, in_flo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from indistill import config, metrics, optim, prune, train
+from indistill import config, prune
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase
 from indistill.models import frozen
 from indistill.models.network import Network
 from indistill.targets import live
 from indistill.targets.live import LiveTargets
+from indistill.training import loop, optim, start
+from indistill.training.run_log import RunLog
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
 KD = Phase("kd", 1, (), (), 4, None)
@@ -30,7 +32,7 @@ READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten
 
 
 def run(tree: dict[str, Any]) -> dict[str, Any]:
-    return train.train(config.parse(tree, "test"))
+    return loop.train(config.parse(tree, "test"))
 
 
 def losses(run_dir: str) -> list[float]:
@@ -126,7 +128,7 @@ def test_a_step_without_a_line_reads_nothing_from_the_device(tree, monkeypatch, 
     tree["warmup"] |= {"curriculum": "auto", "auto": {"window": "4 steps"}}
     tree["kd"]["losses"] += [{"name": "pkt"}, {"name": "dist"}]
     mode = Reads()
-    begin_step, end_step = optim.PhaseOptim.begin_step, metrics.RunLog.end_step
+    begin_step, end_step = optim.PhaseOptim.begin_step, RunLog.end_step
 
     def begin(phase_optim, step, phase):
         # In the first step the loader is opened; the windows of the curriculum end with others.
@@ -141,7 +143,7 @@ def test_a_step_without_a_line_reads_nothing_from_the_device(tree, monkeypatch, 
         return logged
 
     monkeypatch.setattr(optim.PhaseOptim, "begin_step", begin)
-    monkeypatch.setattr(metrics.RunLog, "end_step", end)
+    monkeypatch.setattr(RunLog, "end_step", end)
     with mode:
         run(tree)
     assert mode.steps >= 15
@@ -171,9 +173,9 @@ def compiled(tree: dict[str, Any], backend: str) -> None:
     """Train, with a backend that may be quicker to start than the real one, and note what dynamo did."""
     from torch._dynamo.utils import counters
 
-    plugin, compile = train.TorchDynamoPlugin, torch.compile
+    plugin, compile = start.TorchDynamoPlugin, torch.compile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "TorchDynamoPlugin", lambda **keys: plugin(**{**keys, "backend": backend}))
+        patch.setattr(start, "TorchDynamoPlugin", lambda **keys: plugin(**{**keys, "backend": backend}))
         patch.setattr(live.torch, "compile", partial(compile, backend=backend))
         run(tree)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():

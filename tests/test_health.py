@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from indistill import health
 from indistill.config import UserError
 from indistill.distributed import agree as distributed_agree
 from indistill.distributed import engine
 from indistill.distributed.agree import agree, software_versions
+from indistill.training.guard import Buffers
 
 
 @pytest.mark.parametrize("keys", [{"foreach": True}, {"fused": True}])
@@ -42,7 +42,7 @@ def test_the_scaler_skips_and_scales_by_one(keys):
 def test_buffers_come_back():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     network(torch.rand(2, 3, 8, 8))
-    buffers = health.Buffers(network)
+    buffers = Buffers(network)
     network(torch.rand(2, 3, 8, 8))
     buffers.keep()
     kept = copy.deepcopy(list(network.buffers()))
@@ -53,7 +53,7 @@ def test_buffers_come_back():
     buffers.put_back(torch.tensor(True))
     assert all(torch.equal(buffer, value) for buffer, value in zip(network.buffers(), kept, strict=True))
     assert network[1].num_batches_tracked == 2
-    health.Buffers(nn.Linear(2, 2)).keep()  # none at all
+    Buffers(nn.Linear(2, 2)).keep()  # none at all
 
 
 def test_a_changed_source_file_is_another_version(tmp_path, monkeypatch):

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from indistill import build, config
+from indistill import config
 from indistill.config import UserError
 from indistill.config.files import read_lines
 from indistill.models import heads, timm_model
 from indistill.models.heads import Heads
 from indistill.models.network import Network
-from indistill.train import train
+from indistill.training import parts
+from indistill.training.loop import train
 
 ALL = ["kd", "dist", "dkd", "pkt", "information_flow", "rkd", "crd", "sp", "at", "hint", "vid", "reviewkd"]
 
@@ -265,7 +266,7 @@ def test_a_pace_of_its_own_is_kept_by_a_resumed_run(tree):
 def test_sync_batchnorm_converts_the_student_alone(tree):
     settings = config.parse(tree | {"sync_batchnorm": True}, "test")
     net = timm_model.create(settings.student, 10, 32, "student")
-    student = build.trainable(settings, Network(net, (0.5,) * 3, (0.25,) * 3))
+    student = parts.trainable(settings, Network(net, (0.5,) * 3, (0.25,) * 3))
     kinds = {type(module).__name__ for module in student.modules()}
     assert "SyncBatchNorm" in kinds
     assert "BatchNorm2d" not in kinds

@@ -7,11 +7,12 @@ import timm.optim
 import torch
 from torch import nn
 
-from indistill import config, optim
+from indistill import config
 from indistill.config import UserError
 from indistill.curriculum import Timetable
 from indistill.models import timm_model
 from indistill.models.network import Network
+from indistill.training import optim
 
 STEPS_PER_EPOCH = 5
 

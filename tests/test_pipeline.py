@@ -14,10 +14,11 @@ import yaml
 from conftest import kill_at_checkpoint
 from safetensors.torch import load_file, save_file
 
-from indistill import config, pipeline
+from indistill import config
 from indistill.cli import main
 from indistill.config import UserError, runs
-from indistill.train import train
+from indistill.training import runs as training_runs
+from indistill.training.loop import train
 
 NAMES = ["teacher", "auxiliary", "student"]
 
@@ -245,7 +246,7 @@ def whole(data_dir, tmp_path_factory):
     def of(chain: dict[str, Any]) -> Path:
         if not made:
             run_dir = tmp_path_factory.mktemp("whole") / "run"
-            made.update(run_dir=run_dir, summaries=pipeline.run(load({**chain, "run_dir": str(run_dir)})))
+            made.update(run_dir=run_dir, summaries=training_runs.run(load({**chain, "run_dir": str(run_dir)})))
             assert list(made["summaries"]) == NAMES
             for name, summary in made["summaries"].items():
                 assert summary == json.loads((run_dir / name / "summary.json").read_text())
@@ -300,7 +301,7 @@ def test_finished_stages_are_kept(done, capsys):
 
 
 def run_chain(tree: dict[str, Any]) -> None:
-    pipeline.run(runs.load(tree["chain"]))
+    training_runs.run(runs.load(tree["chain"]))
 
 
 def test_a_chain_killed_in_its_second_stage_goes_on_bit_for_bit(chain, whole, capfd):
@@ -329,18 +330,18 @@ def test_a_stage_whose_teacher_changed_is_refused(done, finished):
     before = times(run_dir)
     message = r"stage student began with other weights than are now in .*/auxiliary/student.safetensors \(teacher.check"
     with pytest.raises(UserError, match=message):
-        pipeline.run(load(done))
+        training_runs.run(load(done))
     assert times(run_dir) == before
 
     shutil.rmtree(run_dir / "student")  # as the message says
-    assert pipeline.run(load(done))["student"]["step"] == 7
+    assert training_runs.run(load(done))["student"]["step"] == 7
 
 
 def test_a_stage_redone_to_the_same_weights_changes_nothing(done):
     """The file differs all the same: safetensors writes its metadata in random order."""
     shutil.rmtree(Path(done["run_dir"]) / "teacher")
     before = times(done["run_dir"])
-    assert pipeline.run(load(done))["teacher"]["step"] == 5
+    assert training_runs.run(load(done))["teacher"]["step"] == 5
     after = times(done["run_dir"])
     assert {path: after[path] for path in before} == before
 
@@ -350,37 +351,37 @@ def test_a_damaged_teacher_is_told_in_one_line(done, content):
     shutil.rmtree(Path(done["run_dir"]) / "student")
     (Path(done["run_dir"]) / "auxiliary" / "student.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"teacher.checkpoint: .* is not a readable checkpoint"):
-        pipeline.run(load(done))
+        training_runs.run(load(done))
 
 
 def test_a_stage_that_began_outside_the_chain_is_not_trusted(done):
     (Path(done["run_dir"]) / "student" / "inputs.json").unlink()
     with pytest.raises(UserError, match="stage student began with other weights"):
-        pipeline.run(load(done))
+        training_runs.run(load(done))
 
 
 def test_a_changed_stage_is_refused_before_any_work(done):
     shutil.rmtree(Path(done["run_dir"]) / "teacher")
     before = times(done["run_dir"])
     with pytest.raises(UserError, match=r"student holds a run of another config \(optimizer.lr: 0.002 -> 0.5\)"):
-        pipeline.run(load(done, "stages.student.optimizer.lr=0.5"))
+        training_runs.run(load(done, "stages.student.optimizer.lr=0.5"))
     assert times(done["run_dir"]) == before
 
 
 def test_networks_that_do_not_fit_are_refused_before_the_first_stage(chain):
     names = {"stages.auxiliary.student.name=cnn32_student", "stages.student.student.name=cnn32_auxiliary"}
     with pytest.raises(UserError, match=r"^stage student: student stage 0 has 16 channels, more than the 8 of teacher"):
-        pipeline.run(load(chain, *names))
+        training_runs.run(load(chain, *names))
     assert not (Path(chain["run_dir"]) / "teacher").exists()
 
 
 def test_resume_of_a_chain(done):
     with pytest.raises(UserError, match=r"--resume somewhere: .*train the config.yaml in its run directory"):
-        pipeline.run(load(done), resume="somewhere")
+        training_runs.run(load(done), resume="somewhere")
     with pytest.raises(UserError, match=r"--resume never: stage \w+ has begun already"):
-        pipeline.run(load(done), resume="never")
+        training_runs.run(load(done), resume="never")
     fresh = copy.deepcopy(done) | {"run_dir": done["run_dir"] + "-fresh", "stages": done["stages"][:1]}
-    assert list(pipeline.run(load(fresh), resume="never")) == ["teacher"]
+    assert list(training_runs.run(load(fresh), resume="never")) == ["teacher"]
 
 
 def test_heads_are_trained_and_teach(chain):
@@ -389,7 +390,7 @@ def test_heads_are_trained_and_teach(chain):
     student["teacher"] = {"stage": "teacher", "heads": {"stage": "heads"}}
     student["kd"] = {"losses": [{"name": "dih"}]}
     chain["stages"] = [teacher, heads, student]
-    assert [s["step"] for s in pipeline.run(load(chain)).values()] == [5, 3, 7]
+    assert [s["step"] for s in training_runs.run(load(chain)).values()] == [5, 3, 7]
     inputs = {n: json.loads(Path(f"{chain['run_dir']}/{n}/inputs.json").read_text()) for n in ("heads", "student")}
     assert {name: set(files) for name, files in inputs.items()} == {
         "heads": {"teacher.checkpoint"},
@@ -398,4 +399,4 @@ def test_heads_are_trained_and_teach(chain):
     file = Path(chain["run_dir"]) / "heads" / "heads.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")  # another weight
     with pytest.raises(UserError, match=r"stage student began with other weights .* \(teacher.heads\)"):
-        pipeline.run(load(chain))
+        training_runs.run(load(chain))

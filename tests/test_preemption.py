@@ -19,7 +19,7 @@ import torch
 from conftest import run_ranks, start, start_ranks
 from safetensors.torch import load_file
 
-from indistill import checkpoint, cli, config, metrics, pipeline, sources, train
+from indistill import cli, config
 from indistill.config.files import read_lines
 from indistill.data import loader, remote, verify
 from indistill.data.dataset import ImageDataset
@@ -27,6 +27,11 @@ from indistill.data.loader import Loader
 from indistill.distributed import preemption
 from indistill.distributed.preemption import Preempted
 from indistill.losses import objective
+from indistill.training import checkpoint, loop, runs
+from indistill.training import mix as training_mix
+from indistill.training.loop import Run
+from indistill.training.parts import Sources
+from indistill.training.run_log import RunLog
 
 STORED = ["targets.source=cached", "data.augment.views=1", "data.in_memory=false", "data.workers=2"]
 CLOCKS = ("images_per_second", "data_wait_fraction")
@@ -34,7 +39,7 @@ CLOCKS = ("images_per_second", "data_wait_fraction")
 
 def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: int | None = None) -> None:
     """`indistill train`, in which rank `whom`, or each, gets a signal at "step N", at "evaluation", or "never"."""
-    make_mix, eval_loader = train.make_mix, loader.eval_loader
+    make_mix, eval_loader = training_mix.make_mix, loader.eval_loader
     mine = whom is None or int(os.environ.get("RANK", "0")) == whom
     micro_batches = 0
 
@@ -61,7 +66,7 @@ def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: 
                 get_signal()
             yield batch
 
-    train.make_mix, loader.eval_loader = signalling_mix, signalling_loader
+    loop.make_mix, loader.eval_loader = signalling_mix, signalling_loader
     cli.main(["train", path])
 
 
@@ -136,7 +141,7 @@ def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, 
 
 def train_forever(path: str, patience: float) -> None:
     """The third step waits for its data and never gets it."""
-    waiting = metrics.RunLog.waiting
+    waiting = RunLog.waiting
 
     def stuck(log, batches):
         for i, batch in enumerate(waiting(log, batches)):
@@ -146,7 +151,7 @@ def train_forever(path: str, patience: float) -> None:
                 time.sleep(600)
             yield batch
 
-    metrics.RunLog.waiting = stuck
+    RunLog.waiting = stuck
     preemption.PATIENCE_SECONDS = patience
     cli.main(["train", path])
 
@@ -179,7 +184,7 @@ def train_in_a_group(path: str) -> None:
     """Every process of the job gets the signal, the loader's workers too."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as usual: the loader's workers start at once
-    make_mix = train.make_mix
+    make_mix = training_mix.make_mix
 
     def mix(*arguments):
         inner, calls = make_mix(*arguments), []
@@ -194,7 +199,7 @@ def train_in_a_group(path: str) -> None:
 
         return signalling
 
-    train.make_mix = mix
+    loop.make_mix = mix
     cli.main(["train", path])
 
 
@@ -349,9 +354,9 @@ def test_a_time_limit_stops_each_start_after_its_hours(tree, monkeypatch):
     run_dir = Path(tree["run_dir"])
     for step in (1, 2, 3):
         with pytest.raises(Preempted, match=f"stopped at step {step} of 3"):
-            train.train(config.parse(tree | {"max_hours": 1e-9}, "test"))
+            loop.train(config.parse(tree | {"max_hours": 1e-9}, "test"))
     assert not (run_dir / "summary.json").exists()
-    train.train(config.parse(tree, "test"))  # the key may change between starts
+    loop.train(config.parse(tree, "test"))  # the key may change between starts
     assert [line["step"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
 
 
@@ -441,13 +446,13 @@ def out_of_memory(*_: Any) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "how", "workers"),
     [
-        (sources.Sources, "data", broken, 0),  # in set-up
+        (Sources, "data", broken, 0),  # in set-up
         (objective.Objective, "__call__", broken, 0),  # in the loop
         (objective.Objective, "__call__", out_of_memory, 0),
         (ImageDataset, "__getitem__", broken, 1),  # in a loader's worker
         (loader, "eval_loader", broken, 0),  # in an evaluation
         (checkpoint.Checkpoints, "_publish", broken, 0),  # in the thread that writes
-        (train.Run, "end", broken, 0),
+        (Run, "end", broken, 0),
     ],
 )
 def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, owner, name, how, workers):
@@ -456,7 +461,7 @@ def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, 
     run_dir = Path(tree["run_dir"])
     monkeypatch.setattr(owner, name, how)
     with pytest.raises((ZeroDivisionError, torch.OutOfMemoryError)):
-        pipeline.run([("", config.parse(tree, "test"))])
+        runs.run([("", config.parse(tree, "test"))])
     word, reason = status(run_dir).splitlines()
     assert word == "failed"
     what = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB." if how is out_of_memory else "on purpose"

@@ -17,9 +17,10 @@ import pytest
 import yaml
 from conftest import run_ranks
 
-from indistill import pipeline, progress
 from indistill.config import runs
 from indistill.curriculum import Curriculum, Timetable
+from indistill.training import progress
+from indistill.training import runs as training_runs
 
 TIMETABLE = Timetable(5004, 256, 500_400, None, Curriculum(3, durations=(15_012, 20_016, 25_020)))
 _, WARMUP, _, KD = TIMETABLE.curriculum.phases()
@@ -98,7 +99,7 @@ def in_terminal(path: Path, terminal: str) -> None:
     """Train with the standard error on a terminal and the standard output in a file."""
     sys.stderr = os.fdopen(os.open(terminal, os.O_RDWR | os.O_NOCTTY), "w", buffering=1)
     sys.stdout = path.with_name("stdout").open("w")
-    pipeline.run(runs.load(path))
+    training_runs.run(runs.load(path))
 
 
 def test_students_share_a_terminal(tree, tmp_path):
@@ -154,7 +155,7 @@ def test_a_terminal_without_a_size_is_none(monkeypatch):
 def test_a_log_has_plain_lines_at_a_sane_rate(tree, capsys, monkeypatch):
     """The first line, the ends of phases, the scores and the end; in between, nothing sooner than 10 seconds."""
     from indistill import config
-    from indistill.train import train
+    from indistill.training.loop import train
 
     monkeypatch.setattr(progress, "_PLAIN_SECONDS", 600.0)
     train(config.parse(tree | {"evaluate": {"every": "8 steps", "similarity_samples": 0}}, "test"))

@@ -19,7 +19,7 @@ import yaml
 from browser import CHROMIUM, Browser
 from conftest import CLASSES, data_section
 
-from indistill import charts, config, pipeline, report
+from indistill import charts, config, report
 from indistill.cli import main
 from indistill.config import UserError, runs
 from indistill.config.files import read_lines
@@ -27,6 +27,7 @@ from indistill.config.run_dir import append_end, append_start
 from indistill.distributed import preemption
 from indistill.models import network
 from indistill.models.cnn32 import CNN32
+from indistill.training import runs as training_runs
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
@@ -64,8 +65,8 @@ def chain(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preemption.Agreement, "reached", lambda _, done, __: preemption.settle(done == 10))
         with pytest.raises(preemption.Preempted):
-            pipeline.run(stages)
-    pipeline.run(stages, callbacks=[report.ReportAtEnd()])
+            training_runs.run(stages)
+    training_runs.run(stages, callbacks=[report.ReportAtEnd()])
     return folder / "chain"
 
 
@@ -152,7 +153,7 @@ def test_a_record_that_cannot_be_written_costs_nothing(tmp_path):
 def test_a_report_that_fails_fails_no_run(chain, tmp_path, monkeypatch, capfd):
     settings = config.load(chain / "teacher" / "config.yaml", [f"run_dir={tmp_path}/run", "duration=1 step"])
     monkeypatch.setattr(report, "html", lambda *_: 1 / 0)
-    assert pipeline.run([("", settings)], callbacks=[report.ReportAtEnd()])[""]["step"] == 1
+    assert training_runs.run([("", settings)], callbacks=[report.ReportAtEnd()])[""]["step"] == 1
     told = capfd.readouterr().err
     assert [line for line in told.splitlines() if "report" in line] == [
         "indistill: no report written: ZeroDivisionError: division by zero"

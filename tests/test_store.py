@@ -18,7 +18,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import EPS, pack_images, run_ranks, train_until
 
-from indistill import cli, config, precompute, prune, train
+from indistill import cli, config, precompute, prune
 from indistill.config import UserError
 from indistill.config.files import read_lines, sha256
 from indistill.config.read import _apply_override
@@ -34,6 +34,7 @@ from indistill.targets.manifest import Manifest, decisive_config
 from indistill.targets.reader import Reader
 from indistill.targets.records import Field
 from indistill.targets.stored import CachedTargets
+from indistill.training import loop
 
 LOSSES = [{"name": "ce"}, {"name": "kd"}, {"name": "pkt"}, {"name": "at"}, {"name": "hint"}]
 FIELDS = {"pair1", "pair2", "pair3", "stage0", "stage1", "stage2", "embedding", "logits"}
@@ -63,7 +64,7 @@ def compute(tree: dict[str, Any]) -> Manifest:
 def run(tree: dict[str, Any], run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     """The logged terms of each step."""
     tree = with_(tree, f"run_dir={run_dir}", *overrides)
-    train.train(config.parse(tree, "test"))
+    loop.train(config.parse(tree, "test"))
     return terms(run_dir)
 
 
@@ -76,7 +77,7 @@ def terms(run_dir: Path) -> list[dict[str, Any]]:
 def refusal(tree: dict[str, Any], *overrides: str) -> str:
     fresh = f"run_dir={tempfile.mkdtemp(dir=Path(tree['run_dir']).parent)}"
     with pytest.raises(UserError) as caught:
-        train.train(config.parse(with_(tree, fresh, "targets.source=cached", *overrides), "test"))
+        loop.train(config.parse(with_(tree, fresh, "targets.source=cached", *overrides), "test"))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

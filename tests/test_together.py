@@ -14,13 +14,15 @@ import yaml
 from conftest import run_ranks
 from safetensors.torch import load_file
 
-from indistill import config, pipeline, together
+from indistill import config
 from indistill.config import UserError, runs
 from indistill.config.files import read_lines
 from indistill.data.dataset import ImageDataset
 from indistill.distributed import preemption
 from indistill.models.network import Network
-from indistill.train import train
+from indistill.training import runs as training_runs
+from indistill.training.loop import train
+from indistill.training.students import TeacherPass
 
 STUDENTS = [
     {"name": "small", "student": {"name": "cnn32_student"}},
@@ -58,7 +60,7 @@ def write(folder: Path, tree: dict[str, Any]) -> Path:
 
 
 def run(path: Path) -> None:
-    pipeline.run(runs.load(path))
+    training_runs.run(runs.load(path))
 
 
 def run_each_alone(path: Path, folder: Path) -> None:
@@ -97,8 +99,8 @@ def test_the_teacher_runs_once_on_a_batch_which_is_loaded_once(students_tree, tm
     students_tree["evaluate"] = {"similarity_samples": 0}
     students_tree["data"].pop("eval")
     passes, loads = [], []
-    run_pass = together.TeacherPass._run
-    monkeypatch.setattr(together.TeacherPass, "_run", lambda *a: (passes.append(a[2:]), run_pass(*a))[1])
+    run_pass = TeacherPass._run
+    monkeypatch.setattr(TeacherPass, "_run", lambda *a: (passes.append(a[2:]), run_pass(*a))[1])
     get = ImageDataset.__getitem__
     monkeypatch.setattr(ImageDataset, "__getitem__", lambda *a: (loads.append(a[1]), get(*a))[1])
     forwards = []
@@ -174,4 +176,4 @@ def test_a_file_of_students_is_no_single_run(students_tree, tmp_path):
     with pytest.raises(UserError, match=r"has several students: give the config.yaml in the run directory of one"):
         config.load(write(tmp_path, students_tree))
     with pytest.raises(UserError, match="--resume somewhere: several students go on"):
-        pipeline.run(runs.load(write(tmp_path, students_tree)), "somewhere")
+        training_runs.run(runs.load(write(tmp_path, students_tree)), "somewhere")

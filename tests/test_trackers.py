@@ -23,9 +23,10 @@ from conftest import EPS, run_ranks, train_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from indistill import config, trackers
+from indistill import config
 from indistill.config import UserError
 from indistill.config.files import read_lines
+from indistill.training import trackers
 
 
 def test_the_names_are_accelerates():

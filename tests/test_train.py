@@ -17,14 +17,16 @@ from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, kill_a
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
-from indistill import config, health, optim
+from indistill import config
 from indistill.config import UserError
 from indistill.config.files import read_lines
 from indistill.data import packing
 from indistill.data.dataset import open_shards
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network
-from indistill.train import evaluate_checkpoint, train
+from indistill.train import evaluate_checkpoint
+from indistill.training import guard, optim
+from indistill.training.loop import train
 
 
 def run(tree: dict[str, Any], resume: str = "auto") -> dict[str, Any]:
@@ -141,13 +143,13 @@ def test_the_moving_average_is_timms(tree, monkeypatch):
     tree |= {"ema": {"decay": 0.9}, "duration": "6 steps"}
     tree["warmup"]["durations"] = ["1 step", "1 step", "1 step"]
     snapshots = []
-    update = health.Ema.update
+    update = guard.Ema.update
 
     def keeping_update(ema, student, step, skipped):
         snapshots.append(copy.deepcopy(student.state_dict()))
         update(ema, student, step, skipped)
 
-    monkeypatch.setattr(health.Ema, "update", keeping_update)
+    monkeypatch.setattr(guard.Ema, "update", keeping_update)
     run(tree)
     key, *rest = "net.fc1.weight", *snapshots[1:]
     expected = snapshots[0][key].double()  # the first update copies

@@ -14,12 +14,13 @@ from conftest import SHARED
 from PIL import Image
 from timm.data import transforms as timm_transforms
 
-from indistill import config, export, together
+from indistill import config, export
 from indistill.config import Augment, UserError
 from indistill.data import augment, loader, training
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.data.loader import IndexedTraining
 from indistill.models.views import EvalView, evaluation_view, own_view
+from indistill.training.students import Shared, _Share
 
 IMAGENET = SHARED / "imagenet-sample"
 SIZE = 224
@@ -215,11 +216,11 @@ def test_eval_shows_a_named_network_its_own_view(parsed, monkeypatch):
 def test_students_at_once_are_each_evaluated_by_their_own(parsed):
     settings = parsed()
     whole = ImageDataset(open_shards(settings.data, settings.data.eval), settings.data, 0, view=LITE)
-    shared = together.Shared(settings, 2)
+    shared = Shared(settings, 2)
     shared.opened = ("training", whole)
     views = []
     for student in (LITE0, R34):
-        _, eval_set = together._Share(shared, 0, "a").data(None, parsed(f"student={student}"))
+        _, eval_set = _Share(shared, 0, "a").data(None, parsed(f"student={student}"))
         views.append(eval_set.view)
     assert views == [LITE, TORCHVISION]
     assert training.open_eval_set(parsed(f"student={R34}")).view == TORCHVISION

@@ -24,7 +24,7 @@ _SHARED += ("engine", "collective_timeout_minutes", "max_hours")
 class Students(list):
     """Name and config of students that train at once, on the same images and one teacher.
 
-    On `groups`: equal, all of them on all ranks (together.py), or disjoint, each on ranks of its own (apart.py).
+    On `groups`: equal, all of them on all ranks (students.py), or disjoint, each on ranks of its own (groups.py).
     """
 
     groups: str = "equal"

@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 
 from indistill.config import UserError
 from indistill.curriculum import Phase
-from indistill.optim import PhaseOptim
+from indistill.training.optim import PhaseOptim
 
 _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
 

@@ -94,7 +94,7 @@ def _watch(closed: threading.Event, timeout_minutes: float) -> None:
     import torch.distributed as dist
 
     rank, world, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 60 * timeout_minutes
-    name = f"indistill/{os.environ.get('INDISTILL_GROUP', '')}"  # the store is that of all groups (apart.py)
+    name = f"indistill/{os.environ.get('INDISTILL_GROUP', '')}"  # the store is that of all groups (groups.py)
     interval = min(10.0, timeout / 20)
     told, heard = -1, {}  # the place that was told of; each rank's latest text, and when it was first seen
     # A connection of its own: the process group's may be waiting.

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import pack_images, run_ranks
 
-from indistill import build, config, train
+from indistill import config
 from indistill.distributed import agree
+from indistill.training import loop, parts, pruning
 
 
 def with_keys(tree: dict[str, Any], name: str, **keys: Any) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def with_keys(tree: dict[str, Any], name: str, **keys: Any) -> dict[str, Any]:
 def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
     """Each case alone: rank 1 differs in it, rank 0 in nothing."""
     differs = os.environ["RANK"] == "1"
-    plan_of, teacher_of = build.agree_on_plan, build.create_teacher
+    plan_of, teacher_of = pruning.agree_on_plan, parts.create_teacher
 
     def other_plan(*arguments):
         return plan_of(*arguments)._replace(criterion="l2")
@@ -42,7 +43,7 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
             before = getattr(owner, name)
             setattr(owner, name, value)
         with pytest.raises(config.UserError, match=f"^the ranks disagree on {pattern}: start all of them"):
-            train.train(config.parse(mine if differs else tree, "test"))
+            loop.train(config.parse(mine if differs else tree, "test"))
         if change:
             setattr(owner, name, before)
 
@@ -52,8 +53,8 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
     both(r"indistill: rank 0 has .*, rank 1 has .*", (agree, "__file__", other_code))
     both(r"torch: rank 0 has .*, rank 1 has 0\.1", (torch, "__version__", "0.1"))
     both("data: rank 0 has [0-9a-f]{64}, rank 1 has [0-9a-f]{64}", mine=with_keys(tree, "data", root=other_data))
-    both("plan: rank 0 has .*, rank 1 has .*", (build, "agree_on_plan", other_plan))
-    both("teacher: rank 0 has .*, rank 1 has .*", (build, "create_teacher", other_teacher))
+    both("plan: rank 0 has .*, rank 1 has .*", (parts, "agree_on_plan", other_plan))
+    both("teacher: rank 0 has .*, rank 1 has .*", (parts, "create_teacher", other_teacher))
 
 
 def test_ranks_that_disagree_do_not_start(tree, tmp_path):
@@ -70,7 +71,7 @@ def test_ranks_that_disagree_do_not_start(tree, tmp_path):
 def agreed(tree: dict[str, Any]) -> None:
     mine = copy.deepcopy(tree)
     mine["data"] |= {"workers": int(os.environ["RANK"])}  # a node's own business
-    train.train(config.parse(mine, "test"))
+    loop.train(config.parse(mine, "test"))
 
 
 def test_nodes_may_differ_in_what_is_their_own(tree):

@@ -17,11 +17,11 @@ from conftest import run_ranks, unused_port
 
 from indistill import config, doctor, precompute
 from indistill.config.files import read_lines
-from indistill.metrics import RunLog
 from indistill.models import frozen
 from indistill.models.network import Network
-from indistill.optim import PhaseOptim
-from indistill.train import train
+from indistill.training.loop import train
+from indistill.training.optim import PhaseOptim
+from indistill.training.run_log import RunLog
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

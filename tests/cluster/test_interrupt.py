@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import run_ranks, unused_port
 
-from indistill import pipeline
 from indistill.config import runs
 from indistill.config.files import read_lines
+from indistill.training import runs as training_runs
 
 # The command line, but the third step waits for the signal: the machine may be slow, and so may the launcher.
 WAITING = """
@@ -84,7 +84,7 @@ def losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 def train(path: Path, run_dir: Path) -> None:
     multiprocessing.set_start_method("fork", force=True)  # as usual: the loader's workers start at once
-    pipeline.run(runs.load(path, [f"run_dir={run_dir}"]))
+    training_runs.run(runs.load(path, [f"run_dir={run_dir}"]))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import unused_port
 
-from indistill import Trainer, checkpoint
+from indistill import Trainer
 from indistill.config.files import read_lines
 from indistill.targets.manifest import load_manifest
+from indistill.training import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -14,6 +14,9 @@ from conftest import LOGGED, in_float64, kill_at_checkpoint, run_ranks
 from indistill import config, train
 from indistill.cli import main
 from indistill.config.files import read_lines
+from indistill.training import loop
+from indistill.training import mix as training_mix
+from indistill.training.loop import Run
 
 
 @pytest.fixture
@@ -29,15 +32,15 @@ def vit_tree(tree):
 
 
 def run(tree: dict[str, Any]) -> None:
-    train.train(config.parse(tree, "test"))
+    loop.train(config.parse(tree, "test"))
 
 
 def run_and_hash(tree: dict[str, Any], folder: str) -> None:
     """Train, and leave the hash of this rank's final weights, its world size and its sample ids behind."""
-    end, mix = train.Run.end, train.make_mix
+    end, mix = Run.end, training_mix.make_mix
     ids: list[list[int]] = []
 
-    def telling_end(run: train.Run) -> dict[str, Any]:
+    def telling_end(run: Run) -> dict[str, Any]:
         digest = hashlib.sha256()
         for value in run.whole().state_dict().values():
             digest.update(value.numpy().tobytes())
@@ -49,11 +52,11 @@ def run_and_hash(tree: dict[str, Any], folder: str) -> None:
         inner = mix(*arguments)
         return lambda batch, phase: (ids.append(batch.ids.tolist()), inner(batch, phase))[1]
 
-    train.Run.end, train.make_mix = telling_end, make_mix
+    Run.end, loop.make_mix = telling_end, make_mix
     try:
         run(tree)
     finally:
-        train.Run.end, train.make_mix = end, mix
+        Run.end, loop.make_mix = end, mix
 
 
 def losses(run_dir: str) -> list[float]:

@@ -11,13 +11,14 @@ import torch
 from conftest import LOGGED, in_float64, run_ranks
 from torch import Tensor, nn
 
-from indistill import config, losses, train
+from indistill import config, losses
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase
 from indistill.losses import gather as losses_gather
 from indistill.losses.gather import gather
 from indistill.losses.objective import Objective
 from indistill.models.outputs import Output, Targets
+from indistill.training import loop
 
 BATCH = 16
 LABELS = torch.arange(BATCH) % 5
@@ -138,7 +139,7 @@ def test_auto_gathers_while_neither_rows_nor_relations_are_many(tmp_path):
 
 
 def run(tree: dict[str, Any]) -> None:
-    train.train(config.parse(tree, "test"))
+    loop.train(config.parse(tree, "test"))
 
 
 @pytest.mark.portable

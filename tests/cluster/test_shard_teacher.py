@@ -16,7 +16,7 @@ from conftest import run_ranks, train_until
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from indistill import config, evaluate, prune, train
+from indistill import config, evaluate, prune
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase
 from indistill.data import training
@@ -26,6 +26,7 @@ from indistill.models import frozen
 from indistill.models.heads import Heads
 from indistill.models.network import Network
 from indistill.targets.live import LiveTargets
+from indistill.training import loop
 
 SIZE = (3, 64, 64)
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "num_heads": 2, "depth": 4}
@@ -186,7 +187,7 @@ def variant(tree: dict[str, Any], folder: Path, shard: bool) -> dict[str, Any]:
 
 def run(*trees: dict[str, Any]) -> None:
     """Train; each teacher has to be whole or sharded on both ranks as asked."""
-    evaluation = train.evaluation
+    evaluation = loop.evaluation
     for tree in trees:
 
         def checking_evaluation(accelerator, settings, student, teacher, eval_set):
@@ -194,8 +195,8 @@ def run(*trees: dict[str, Any]) -> None:
             assert pieces == [settings.teacher.shard and accelerator.num_processes == 2] * len(pieces)
             return evaluation(accelerator, settings, student, teacher, eval_set)
 
-        train.evaluation = checking_evaluation
-        train.train(config.parse(tree, "test"))
+        loop.evaluation = checking_evaluation
+        loop.train(config.parse(tree, "test"))
 
 
 def told(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], str, dict[str, float]]:

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from conftest import SHARED
 
-from indistill import checkpoint
 from indistill.config.files import read_lines
+from indistill.training import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = SHARED.parent / "slurm"

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from indistill import config, train
 from indistill.config.files import read_lines
 from indistill.distributed import engine
+from indistill.training.loop import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,9 +76,9 @@ def with_stage(tree: dict[str, Any], stage: int, folder: Path, name: str) -> dic
 def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> None:
     """Train, up to the checkpoint at step `stop` if any; leave world size, engine and final weights' hash behind."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with one GPU two ranks could not share it
-    end = train.Run.end
+    end = Run.end
 
-    def telling_end(run: train.Run) -> dict[str, Any]:
+    def telling_end(run: Run) -> dict[str, Any]:
         accelerator, digest = run.accelerator, hashlib.sha256()
         for value in run.whole().state_dict().values():
             digest.update(value.numpy().tobytes())
@@ -87,7 +88,7 @@ def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> 
         return end(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "end", telling_end)
+        patch.setattr(Run, "end", telling_end)
         train_until(tree, stop, resume)
 
 

@@ -22,14 +22,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from indistill import checkpoint
 from indistill.config import Config, UserError
 from indistill.config.files import read_lines
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
 from indistill.distributed import preemption, watchdog
-from indistill.progress import Progress
-from indistill.trackers import Trackers
+from indistill.training import checkpoint
+from indistill.training.progress import Progress
+from indistill.training.trackers import Trackers
 
 
 @dataclass

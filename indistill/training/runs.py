@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from indistill import apart, build, together
-from indistill.callbacks import Callback
 from indistill.config import Config, UserError
 from indistill.config.files import sha256
 from indistill.config.run_dir import has_begun
 from indistill.config.runs import Students
 from indistill.distributed import environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
-from indistill.train import train
+from indistill.training import groups, parts
+from indistill.training import students as training_students
+from indistill.training.callbacks import Callback
+from indistill.training.loop import train
 
 
 def run(
@@ -44,7 +45,7 @@ def _run_together(students: Students, resume: str, callbacks: Sequence[Callback]
     for _, settings in students:  # a run that has to be refused is so before another begins
         environment.check(settings)
         has_begun(settings)
-    summaries = (apart if students.groups == "disjoint" else together).train(students, resume, callbacks)
+    summaries = (groups if students.groups == "disjoint" else training_students).train(students, resume, callbacks)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return summaries
@@ -70,7 +71,7 @@ def _run_stages(
     for name, settings in stages[1:]:
         if name not in begun:
             try:
-                build.check_fit(settings)
+                parts.check_fit(settings)
             except UserError as error:
                 raise UserError(f"stage {name}: {error}") from None
 

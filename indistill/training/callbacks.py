@@ -1,4 +1,4 @@
-"""What a run tells its callers while it goes on. Training patches nothing and is patched by nobody: it calls these."""
+"""What a caller of `train` may hook into."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from indistill.curriculum import Phase
 
 
 class TrainingRun(Protocol):
-    """What a callback may read of a run (`indistill.train.Run`)."""
+    """What a callback may read of a run (`indistill.training.loop.Run`)."""
 
     settings: Config
     run_dir: Path

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from indistill.callbacks import Callback
 from indistill.config import Config
 from indistill.data.batch import Batch
 from indistill.data.dataset import ImageDataset
@@ -25,8 +24,9 @@ from indistill.models import frozen
 from indistill.models.network import Network
 from indistill.models.outputs import Output
 from indistill.models.views import evaluation_view
-from indistill.sources import Sources
-from indistill.train import Run
+from indistill.training.callbacks import Callback
+from indistill.training.loop import Run
+from indistill.training.parts import Sources
 
 
 def train(

@@ -1,4 +1,4 @@
-"""What keeps a run of many processes sound: ranks that do not agree never start, a bad step leaves no trace."""
+"""Undo what a skipped step changed: buffers and the moving average of weights."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ The plan is made once, by all ranks where it needs data, and is the same on each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 from indistill import config, prune
 from indistill.config import Config, UserError
 from indistill.config.tree import input_size
+from indistill.curriculum import Timetable
 from indistill.data import class_names
-from indistill.distributed import engine
+from indistill.data.batch import Batch
+from indistill.data.training import Training, open_data
 from indistill.losses import layers
 from indistill.losses.layers import Shape
 from indistill.losses.objective import reads
@@ -30,8 +32,9 @@ from indistill.models.outputs import Output
 from indistill.models.stages import check_stages, find_stages, match_stages
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets
-from indistill.targets.reader import Reader, open_targets
+from indistill.targets.reader import open_targets
 from indistill.targets.stored import CachedTargets
+from indistill.training.pruning import agree_on_plan, stored_plan
 
 NO_PLAN = Plan("none", "none", [])
 
@@ -195,70 +198,31 @@ def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tupl
     )
 
 
-def agree_on_plan(
-    accelerator: Accelerator,
-    settings: Config,
-    run_dir: Path,
-    teacher: Network,
-    student: nn.Module,
-    calibration: Callable[[int], DataLoader],
-) -> Plan:
-    """Rank 0 computes the plan, or reads that of the run it continues; every rank gets it."""
-    path, warmup = run_dir / "prune_plan.json", settings.warmup
-    pairs = match_stages(teacher.net, student) if warmup.pairs == "auto" else warmup.pairs
-    check_stages(pairs, teacher.net, student, "warmup.pairs")
-    importance = None
-    if warmup.prune.criterion in prune.NEEDS_DATA and not engine.on_main(accelerator, path.exists):
-        device, batches = teacher.mean.device, calibration(warmup.prune.batches)
-        importance = prune.calibrate(
-            teacher.net,
-            teacher.normalise,
-            [teacher_stage for teacher_stage, _ in pairs],
-            ((batch.images.to(device), batch.labels.to(device)) for batch in batches),
-            warmup.prune.criterion,
-            lambda x: accelerator.reduce(x.to(accelerator.device), reduction="sum"),
-        )
+class Sources:
+    """Opens a run's own data and creates its own teacher."""
 
-    def read_or_make() -> Plan:
-        if path.exists():
-            return Plan.read(path)
-        plan = prune.plan(
-            teacher.net,
-            student,
-            pairs,
-            input_size(settings),
-            warmup.prune.criterion,
-            warmup.prune.mode,
-            warmup.adapter,
-            importance,
-            settings.seed,
-        )
-        path.write_text(plan.to_json())
-        return plan
+    # Of a student among several, for what they show: its name, and the terminal's line where no one else knows it.
+    name = ""
+    position: int | None = None
 
-    return engine.on_main(accelerator, read_or_make)
+    def data(self, accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
+        """Training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
+        return open_data(accelerator, settings)
 
+    def batches(self, training: Training, first_step: int, last_step: int, device: torch.device) -> Iterable[Batch]:
+        """The micro-batches of the steps [first_step, last_step)."""
+        return training.loader(first_step, last_step, device)
 
-# --- targets that are stored -----------------------------------------------------------------------------------------
-def stored_plan(accelerator: Accelerator, settings: Config, run_dir: Path, reader: Reader, student: nn.Module) -> Plan:
-    """The plan that the targets were made by, kept as that of the run. Raises UserError if it is of another student."""
-    plan, path = reader.manifest.pruning(), run_dir / "prune_plan.json"
-    pairs, key = settings.warmup.pairs, "warmup.pairs"
-    pairs = match_stages(reader.manifest.teacher, student) if pairs == "auto" else pairs
-    check_stages(pairs, reader.manifest.teacher, student, key)
-    again = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
-    ours = [(teacher, stage, find_stages(student)[stage].channels) for teacher, stage in pairs]
-    theirs = [(pair.teacher_stage, pair.student_stage, pair.student_width) for pair in plan.pairs]
-    if ours != theirs:
-        raise UserError(
-            f"{reader.root}: made for pairs (teacher stage, student stage, width) {theirs}, this student has {ours}: "
-            f"{again}"
-        )
+    def targets(
+        self, targets_of: LiveTargets | CachedTargets, plan: Plan, timetable: Timetable, settings: Config
+    ) -> LiveTargets | CachedTargets:
+        """What gives the targets of a batch, from what the networks were built with."""
+        return targets_of
 
-    def keep() -> None:
-        if path.exists() and Plan.read(path).hash != plan.hash:
-            raise UserError(f"{reader.root}: made with another plan than {path}, with which this run began: {again}")
-        path.write_text(plan.to_json())
+    def teacher(self, settings: Config) -> Network:
+        """Raises UserError for a teacher that cannot be had or does not fit."""
+        return create_teacher(settings)
 
-    engine.on_main(accelerator, keep)
-    return plan
+    def forward(self, teacher: Network, settings: Config) -> Callable[..., Output]:
+        """What runs it on a batch, with the arguments of `Network.forward`."""
+        return compiled(teacher, settings)

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from indistill import checkpoint
-from indistill.callbacks import Callback
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
@@ -28,10 +26,12 @@ from indistill.distributed import engine
 from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
 from indistill.prune import Plan
-from indistill.sources import Sources
 from indistill.targets.live import LiveTargets, pooled
 from indistill.targets.stored import fields_of
-from indistill.train import train as train_run
+from indistill.training import checkpoint
+from indistill.training.callbacks import Callback
+from indistill.training.loop import train as train_run
+from indistill.training.parts import Sources
 
 
 def train(
