@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	@$(RUN) -m indistill.demo
+	@$(RUN) -m indistill.commands.demo
 
 # A process a core, at most 4: each imports torch and takes more than 1 GB, and some tests start processes of their own.
 test: $(READY) lint

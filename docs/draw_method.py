@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from indistill import config, estimate, export, prune
+from indistill import config, prune
+from indistill.commands.export.load import load_file
+from indistill.commands.plan import estimate
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Request
 from indistill.data.training import open_eval_set
@@ -63,7 +65,7 @@ class Run(NamedTuple):
             net = parts.create_student(self.settings)
             return Network(net, *normalisation(net, self.settings.student, "student")).eval()
         file = Path(self.settings.run_dir, f"checkpoints/step-{step:08d}/model.safetensors")
-        return export.load_file(self.settings, file).eval()
+        return load_file(self.settings, file).eval()
 
     def end(self, phase: Phase) -> int:
         return phase.end or self.timetable.total_steps

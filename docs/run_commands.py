@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from indistill import cli
+from indistill.commands import cli
 from indistill.config import runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,9 +47,9 @@ BLOCK = re.compile(
 _CONFIG = re.compile(r"(configs/[\w-]+\.yaml|\bCONFIG\b)((?: +[a-z][\w.]*=(?:'[^']*'|\"[^\"]*\"|[^\s'\"]+))*)")
 _PRELOAD = [
     "indistill.training.loop",
-    "indistill.estimate",
-    "indistill.export",
-    "indistill.precompute",
+    "indistill.commands.plan.estimate",
+    "indistill.commands.export.write",
+    "indistill.commands.targets",
     "indistill.training.students",
 ]
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from indistill.api import Trainer
+    from indistill.commands.trainer import Trainer
     from indistill.config import UserError
     from indistill.training.callbacks import Callback
 
@@ -14,7 +14,7 @@ __all__ = ["Callback", "Trainer", "UserError", "__version__"]
 def __getattr__(name: str) -> Any:
     """The public names at their first use, so that `indistill --help` need not wait for what they import."""
     if name == "Trainer":
-        from indistill.api import Trainer as value
+        from indistill.commands.trainer import Trainer as value
     elif name == "Callback":
         from indistill.training.callbacks import Callback as value
     elif name == "UserError":

@@ -21,7 +21,7 @@ from conftest import run_ranks, train_until
 from safetensors.torch import load_file
 
 from indistill import config
-from indistill.cli import main
+from indistill.commands.cli import main
 from indistill.config import UserError
 from indistill.config.files import read_lines
 from indistill.training import checkpoint

@@ -10,7 +10,11 @@ import pytest
 from conftest import pack_images
 from tars import picture
 
-from indistill import config, export, precompute, train
+from indistill import config
+from indistill.commands import targets
+from indistill.commands.evaluate import evaluate_checkpoint
+from indistill.commands.export.load import load_for_eval
+from indistill.commands.export.write import export
 from indistill.config import UserError
 from indistill.data import class_names, packing
 from indistill.data.class_names import Names
@@ -150,7 +154,7 @@ def test_a_run_keeps_its_classes(named, tmp_path):
     with pytest.raises(UserError, match=r"data.train: .*label 0 is 'animal 1'.*in .*run/classes.json it is 'animal 0'"):
         loop.train(settings)
     with pytest.raises(UserError, match=r"data.eval: its classes are not those of .*run/classes.json: label 0"):
-        train.evaluate_checkpoint(settings, str(run))
+        evaluate_checkpoint(settings, str(run))
     for path in weights:
         teacher = {"name": "cnn32_student", "checkpoint": str(path)}
         of_teacher = config.parse(named | {"run_dir": str(tmp_path / "other"), "teacher": teacher}, "test")
@@ -159,7 +163,7 @@ def test_a_run_keeps_its_classes(named, tmp_path):
     with_names(tmp_path / "train", TEN)
     parts.create_teacher(of_teacher)
     with_names(tmp_path / "eval", TEN)
-    train.evaluate_checkpoint(settings, str(run))
+    evaluate_checkpoint(settings, str(run))
 
 
 @pytest.mark.parametrize("form", ["timm", "onnx"])
@@ -171,15 +175,15 @@ def test_exports_are_used_with_their_classes(named, tmp_path, form):
     save_network(network, settings.student, run / "student.safetensors")
     (run / "config.yaml").write_text(config.dump(settings))
     (run / "summary.json").write_text(json.dumps({"step": 1, "metrics": {}}))
-    export.export(run, tmp_path / "export", form)
-    export.load_for_eval(settings, str(tmp_path / "export"))
+    export(run, tmp_path / "export", form)
+    load_for_eval(settings, str(tmp_path / "export"))
     with_names(tmp_path / "eval", SWAPPED)
     with pytest.raises(UserError, match=r"data.eval: its classes are not those of .*export: label 0 is 'animal 1'"):
-        export.load_for_eval(settings, str(tmp_path / "export"))
+        load_for_eval(settings, str(tmp_path / "export"))
     (tmp_path / "eval" / "dataset.json").unlink()
     with_names(tmp_path / "train", SWAPPED)
     with pytest.raises(UserError, match=r"data.train: its classes are not those of .*export"):  # eval has no names
-        export.load_for_eval(settings, str(tmp_path / "export"))
+        load_for_eval(settings, str(tmp_path / "export"))
     if form == "timm":
         teacher = {"name": f"local-dir:{tmp_path}/export", "pretrained": True}
         with pytest.raises(UserError, match=r"data.train: its classes are not those of local-dir:.*export"):
@@ -189,7 +193,7 @@ def test_exports_are_used_with_their_classes(named, tmp_path, form):
 def test_stored_targets_keep_the_classes(named, tmp_path):
     named["targets"] = {"dir": str(tmp_path / "targets")}
     named["data"]["augment"]["views"] = 1
-    assert precompute.write(parsed(named)).classes == TEN
+    assert targets.write(parsed(named)).classes == TEN
     cached = named | {"targets": named["targets"] | {"source": "cached"}}
     loop.train(parsed(cached))
     with_names(tmp_path / "train", SWAPPED)
@@ -197,7 +201,7 @@ def test_stored_targets_keep_the_classes(named, tmp_path):
     message = r"data.train: its classes are not those of .*targets/manifest.json: label 0 is 'animal 1'"
     for attempt in (
         lambda: loop.train(config.parse(cached | {"run_dir": str(tmp_path / "other")}, "test")),
-        lambda: precompute.write(parsed(named)),
+        lambda: targets.write(parsed(named)),
     ):
         with pytest.raises(UserError, match=message):
             attempt()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from indistill.cli import main
+from indistill.commands.cli import main
 from indistill.data import shards
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network, save_network
@@ -174,7 +174,7 @@ def test_shards_are_packed_verified_and_indexed(tmp_path, capsys, tree):
 def test_help_imports_nothing_heavy():
     code = (
         "import sys, contextlib, io\n"
-        "from indistill.cli import main\n"
+        "from indistill.commands.cli import main\n"
         "for arguments in (['--help'], ['train', '--help']):\n"
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
         "        main(arguments)\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from indistill import cli
-from indistill.api import Trainer
+from indistill.commands import cli
+from indistill.commands.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 import run_commands

@@ -18,20 +18,25 @@ from conftest import pack_images
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from indistill import cli, config, doctor
+from indistill import config
+from indistill.commands import cli
+from indistill.commands.doctor import disks, inputs, node, ranks, software
+from indistill.commands.doctor import run as doctor_run
+from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Line
+from indistill.commands.doctor.node import PREFETCH
+from indistill.commands.doctor.run import _look, merged, run, text
 from indistill.data import overlap, packing, shards, verify
-from indistill.doctor import FAIL, OK, WARN, Line
 from indistill.training import loop
 
 
 @pytest.fixture(autouse=True)
 def briefly(monkeypatch):
-    monkeypatch.setattr(doctor, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(inputs, "LOOK_SECONDS", 0.1)
 
 
 def look(check, *trees) -> list[Line]:
-    here = doctor.Here([("", config.parse(tree, "test")) for tree in trees])
-    doctor._look(check, here)
+    here = Here([("", config.parse(tree, "test")) for tree in trees])
+    _look(check, here)
     return here.found
 
 
@@ -51,19 +56,19 @@ def space(monkeypatch, free: float, total: float = 1e15) -> None:
 
 
 def test_versions_are_those_of_the_metadata(tree, monkeypatch):
-    (line,) = look(doctor.versions)
+    (line,) = look(software.versions)
     assert line.level == OK
     assert f"torch {torch.__version__} (" in line.what
-    installed = doctor._installed
+    installed = software.installed_version
     found = {"timm": "0.9.1", "deepspeed": None}
-    monkeypatch.setattr(doctor, "_installed", lambda name: found[name] if name in found else installed(name))
-    told = [line for line in look(doctor.versions) if line.level == FAIL]
+    monkeypatch.setattr(software, "installed_version", lambda name: found[name] if name in found else installed(name))
+    told = [line for line in look(software.versions) if line.level == FAIL]
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     needed = next(text for text in project["dependencies"] if text.startswith("timm"))
     assert [line.what for line in told] == [f"timm 0.9.1, indistill needs {needed}"]
     assert told[0].remedy == f"pip install '{needed}'"
     # DeepSpeed's extra counts where the config uses it.
-    told = [line.what for line in look(doctor.versions, tree | {"engine": {"name": "deepspeed"}})]
+    told = [line.what for line in look(software.versions, tree | {"engine": {"name": "deepspeed"}})]
     assert any(what.startswith("deepspeed is missing, indistill needs deepspeed>=") for what in told)
 
 
@@ -80,20 +85,20 @@ def test_versions_are_those_of_the_metadata(tree, monkeypatch):
     ],
 )
 def test_variables_that_hurt(tree, monkeypatch, variable, value, level, what):
-    before = look(doctor.environment, tree)
+    before = look(software.environment, tree)
     monkeypatch.setenv(variable, value)
-    (line,) = [line for line in look(doctor.environment, tree) if line not in before]
+    (line,) = [line for line in look(software.environment, tree) if line not in before]
     assert line.level == level
     assert line.what.startswith(f"{variable}={value} {what}")
 
 
 def test_variables_that_do_not_hurt(tree, monkeypatch):
-    before = look(doctor.environment, tree)
+    before = look(software.environment, tree)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("NCCL_IB_DISABLE", "0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert look(doctor.environment, tree) == before
+    assert look(software.environment, tree) == before
 
 
 # --- the node --------------------------------------------------------------------------------------------------------
@@ -101,58 +106,58 @@ def test_variables_that_do_not_hurt(tree, monkeypatch):
 
 def test_gpus_that_cannot_be_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "_driver", lambda: None)
-    (line,) = look(doctor.gpu)
+    monkeypatch.setattr(node, "driver_version", lambda: None)
+    (line,) = look(node.gpu)
     assert (line.level, line.what) == (WARN, "none: a run computes on the CPU")
-    monkeypatch.setattr(doctor, "_driver", lambda: "550.54")
+    monkeypatch.setattr(node, "driver_version", lambda: "550.54")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (line,) = look(doctor.gpu)
+    (line,) = look(node.gpu)
     assert (line.level, "hides those of this node" in line.what) == (WARN, True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", None)
-    (line,) = look(doctor.gpu)
+    (line,) = look(node.gpu)
     assert (line.level, line.what) == (FAIL, "driver 550.54, but this torch is one for CPUs")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    (line,) = look(doctor.gpu)
+    (line,) = look(node.gpu)
     assert (line.level, line.what) == (FAIL, "2 processes on this node, which shows them 1 GPU")
 
 
 def test_too_few_cores(tree, monkeypatch):
-    monkeypatch.setattr(doctor, "_quota", lambda: float("inf"))
+    monkeypatch.setattr(node, "_quota", lambda: float("inf"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    (line,) = look(doctor.cores, with_data(tree, in_memory=False, workers=3))
+    (line,) = look(node.cores, with_data(tree, in_memory=False, workers=3))
     assert (line.level, line.remedy) == (OK, "")
-    (line,) = look(doctor.cores, with_data(tree, in_memory=False, workers=9))
+    (line,) = look(node.cores, with_data(tree, in_memory=False, workers=9))
     assert line.level == WARN
     assert line.what == f"8 of {os.cpu_count()} allowed to 2 processes, each with 9 loader workers (data.workers)"
     assert line.remedy.endswith("or data.workers=3")
-    monkeypatch.setattr(doctor, "_quota", lambda: 1.5)
-    assert look(doctor.cores, with_data(tree, in_memory=False, workers=3))[0].level == WARN
+    monkeypatch.setattr(node, "_quota", lambda: 1.5)
+    assert look(node.cores, with_data(tree, in_memory=False, workers=3))[0].level == WARN
 
 
 def test_shared_memory_against_the_loaders(tree, monkeypatch):
     tree = with_data(tree, in_memory=False, workers=3)
-    assert DataLoader([0], num_workers=1).prefetch_factor == doctor.PREFETCH
+    assert DataLoader([0], num_workers=1).prefetch_factor == PREFETCH
     need = 2 * 3 * (32 + 256) * 3 * 32 * 32  # bytes: batches of 32 images and, in evaluation, 256
     space(monkeypatch, need)
-    (line,) = look(doctor.shared_memory, tree)
+    (line,) = look(node.shared_memory, tree)
     assert (line.level, f"up to {need / 1e6:.3g} MB" in line.what) == (OK, True)
     space(monkeypatch, need - 1)
-    (line,) = look(doctor.shared_memory, tree)
+    (line,) = look(node.shared_memory, tree)
     assert (line.level, "--shm-size" in line.remedy) == (FAIL, True)
     space(monkeypatch, 2**26, total=2**26)
-    assert look(doctor.shared_memory)[0].level == WARN
+    assert look(node.shared_memory)[0].level == WARN
 
 
 def test_open_files(tree, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 4096))
-    (line,) = look(doctor.open_files, tree)
+    (line,) = look(node.open_files, tree)
     assert (line.level, line.remedy.startswith("ulimit -n ")) == (FAIL, True)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (4096, 4096))
-    (line,) = look(doctor.open_files, tree)
+    (line,) = look(node.open_files, tree)
     assert (line.level, line.what.startswith("4,096 allowed")) == (OK, True)
 
 
@@ -160,17 +165,17 @@ def test_open_files(tree, monkeypatch):
 
 
 def test_a_run_dir(tree, tmp_path):
-    (line,) = look(doctor.run_dir, tree)
+    (line,) = look(disks.run_dir, tree)
     assert (line.level, line.what) == (OK, f"{tree['run_dir']}: can be written")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
-    (line,) = look(doctor.run_dir, tree | {"run_dir": f"{tmp_path}/file/run"})
+    (line,) = look(disks.run_dir, tree | {"run_dir": f"{tmp_path}/file/run"})
     assert (line.level, "cannot be written (Not a directory)" in line.what) == (FAIL, True)
     Path(tree["run_dir"]).mkdir()
     Path(tree["run_dir"], "config.yaml").write_text(config.dump(config.parse(tree | {"seed": 5}, "test")))
-    assert look(doctor.run_dir, tree)[0].level == OK  # refused before its first line
+    assert look(disks.run_dir, tree)[0].level == OK  # refused before its first line
     Path(tree["run_dir"], "metrics.jsonl").write_text('{"step": 1}\n')
-    (line,) = look(doctor.run_dir, tree)
+    (line,) = look(disks.run_dir, tree)
     assert (line.level, "holds a run of another config (seed: 5 -> 0)" in line.what) == (FAIL, True)
 
 
@@ -180,31 +185,31 @@ def test_checkpoints_have_the_size_that_is_told(tree, monkeypatch):
     (folder,) = Path(tree["run_dir"], "checkpoints").iterdir()
     size = sum(file.stat().st_size for file in folder.iterdir())
     space(monkeypatch, 2.2 * size)
-    (line,) = look(doctor.checkpoints, tree)
+    (line,) = look(disks.checkpoints, tree)
     assert line.level == OK
     told, unit = line.what.split(" each, up to ")[0].split()
     assert float(told) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(
         size, rel=0.1
     )  # with names, hashes and JSON, 20 kB
-    assert look(doctor.checkpoints, tree | {"checkpoint": {"keep_last": 8}})[0].level == WARN
+    assert look(disks.checkpoints, tree | {"checkpoint": {"keep_last": 8}})[0].level == WARN
     space(monkeypatch, 1.5 * size)
-    assert look(doctor.checkpoints, tree)[0].level == FAIL
+    assert look(disks.checkpoints, tree)[0].level == FAIL
 
 
 def test_a_cache_dir(tree, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    (line,) = look(doctor.cache_dir, with_data(tree, cache_dir=f"{tmp_path}/file/cache"))
+    (line,) = look(disks.cache_dir, with_data(tree, cache_dir=f"{tmp_path}/file/cache"))
     assert (line.level, "cannot be written" in line.what) == (FAIL, True)
     cache = tmp_path / "cache" / "remote-shards"
     cache.mkdir(parents=True)
     (cache / "shard").write_bytes(bytes(500_000))
     far = with_data(tree, cache_dir=f"{tmp_path}/cache", root="memory://far", train="a-{0..3}.tar", cache_bytes=3e6)
     space(monkeypatch, 2.6e6)
-    assert look(doctor.cache_dir, far)[0].level == OK
+    assert look(disks.cache_dir, far)[0].level == OK
     space(monkeypatch, 2.4e6)
-    (line,) = look(doctor.cache_dir, far)
+    (line,) = look(disks.cache_dir, far)
     assert (line.level, line.remedy) == (WARN, "a larger disk, or data.cache_bytes=2.6e+06")
-    assert look(doctor.cache_dir, with_data(tree, cache_dir=f"{tmp_path}/cache"))[0].level == OK  # not remote
+    assert look(disks.cache_dir, with_data(tree, cache_dir=f"{tmp_path}/cache"))[0].level == OK  # not remote
 
 
 # --- what a run reads ------------------------------------------------------------------------------------------------
@@ -217,33 +222,33 @@ def test_weights(tree, tmp_path):
     torch.save({"path": Path("object")}, objects)
     levels = {}
     for path in (whole, cut, objects, tmp_path / "gone.pt"):
-        (line,) = look(doctor.weights, tree | {"teacher": {"name": "cnn32_auxiliary", "checkpoint": str(path)}})
+        (line,) = look(inputs.weights, tree | {"teacher": {"name": "cnn32_auxiliary", "checkpoint": str(path)}})
         levels[path.name] = line.level
         assert line.what.startswith("teacher.checkpoint: ")
         assert str(path) in line.what
     assert levels == {"whole.safetensors": OK, "cut.safetensors": FAIL, "objects.pt": FAIL, "gone.pt": FAIL}
     made = f"{tree['run_dir']}/student.safetensors"  # by an earlier stage
-    assert not look(doctor.weights, tree, tree | {"teacher": {"name": "cnn32_student", "checkpoint": made}})
-    (line,) = look(doctor.weights, tree | {"targets": "cached", "data": tree["data"] | {"augment": {"views": 2}}})
+    assert not look(inputs.weights, tree, tree | {"teacher": {"name": "cnn32_student", "checkpoint": made}})
+    (line,) = look(inputs.weights, tree | {"targets": "cached", "data": tree["data"] | {"augment": {"views": 2}}})
     assert (line.level, "no stored targets there" in line.what) == (FAIL, True)
 
 
 def test_weights_from_the_hub(tree, tmp_path, monkeypatch):
     tree |= {"student": {"name": "resnet18", "pretrained": True}}
-    (line,) = look(doctor.weights, tree)
+    (line,) = look(inputs.weights, tree)
     assert (line.level, "student: the weights of resnet18 are not in this node's cache" in line.what) == (WARN, True)
-    monkeypatch.setattr(doctor.huggingface_hub, "try_to_load_from_cache", lambda hub, file: f"{tmp_path}/{hub}/{file}")
-    (line,) = look(doctor.weights, tree)
+    monkeypatch.setattr(inputs.huggingface_hub, "try_to_load_from_cache", lambda hub, file: f"{tmp_path}/{hub}/{file}")
+    (line,) = look(inputs.weights, tree)
     assert (line.level, "in this node's cache (timm/resnet18" in line.what) == (OK, True)
 
 
 def test_shards(tree, data_dir, tmp_path, monkeypatch):
-    told = {line.what.split(":")[0]: line for line in look(doctor.data_shards, tree)}
+    told = {line.what.split(":")[0]: line for line in look(inputs.data_shards, tree)}
     assert told["data.train"].what == "data.train: 3 shards, 192 samples"
     assert told["data.eval"].what == "data.eval: 1 shard, 51 samples"
-    (line,) = look(doctor.data_shards, with_data(tree, train="gone-{0..3}.tar"))
+    (line,) = look(inputs.data_shards, with_data(tree, train="gone-{0..3}.tar"))
     assert (line.level, "gone-0.tar: no such shard" in line.what) == (FAIL, True)
-    (line,) = look(doctor.data_shards, with_data(tree, streams=5))
+    (line,) = look(inputs.data_shards, with_data(tree, streams=5))
     assert (line.level, "data.global_batch (32) must be divisible by data.streams (5)" in line.what) == (FAIL, True)
 
     moved = tmp_path / "moved"
@@ -252,7 +257,7 @@ def test_shards(tree, data_dir, tmp_path, monkeypatch):
     cut.write_bytes(cut.read_bytes()[:-1024])
     Path(f"{unindexed}.index.json").unlink()
     before = everything(moved)
-    lines = look(doctor.data_shards, with_data(tree, root=str(moved)))
+    lines = look(inputs.data_shards, with_data(tree, root=str(moved)))
     assert [line.level for line in lines] == [FAIL, WARN, OK]
     assert f"{cut}: the shard is cut or changed" in lines[0].what
     assert f"data.train: 1 of 3 shards have no index ({unindexed})" in lines[1].what
@@ -266,21 +271,21 @@ SLOW = {"machine": {"decode_images_per_second": 1.0}}  # which any machine surpa
 def test_reading(tree, data_dir, tmp_path):
     tree = with_data(tree, in_memory=False, workers=1) | SLOW
     before = everything(data_dir)
-    (line,) = look(doctor.reading, tree)
+    (line,) = look(inputs.reading, tree)
     assert (line.level, "images/s by one loader worker" in line.what) == (OK, True)
-    (line,) = look(doctor.reading, tree | {"machine": {"decode_images_per_second": 1e9}})
+    (line,) = look(inputs.reading, tree | {"machine": {"decode_images_per_second": 1e9}})
     assert (line.level, "less than half of the 1e+09" in line.what) == (WARN, True)
     assert everything(data_dir) == before
 
     (tmp_path / "cut").mkdir()
     cut = tmp_path / "cut" / "train-0.tar"
     cut.write_bytes(sorted(data_dir.glob("train-*.tar"))[0].read_bytes()[:20480])  # and no index
-    (line,) = look(doctor.reading, with_data(tree, root=str(cut.parent)))
+    (line,) = look(inputs.reading, with_data(tree, root=str(cut.parent)))
     assert (line.level, f"{cut}: the tar is cut or damaged" in line.what) == (FAIL, True)
     assert list(cut.parent.iterdir()) == [cut]
     packed = cut.with_name("train-0.tar.gz")
     packed.write_bytes(gzip.compress(sorted(data_dir.glob("train-*.tar"))[0].read_bytes()))
-    (line,) = look(doctor.reading, with_data(tree, root=str(cut.parent), train="train-0.tar.gz"))  # in the worker
+    (line,) = look(inputs.reading, with_data(tree, root=str(cut.parent), train="train-0.tar.gz"))  # in the worker
     assert (line.level, line.what.startswith(f"{packed}: a compressed shard cannot be read at")) == (FAIL, True)
 
 
@@ -291,7 +296,7 @@ def test_reading_what_cannot_be_decoded(tree, tmp_path):
     begin = content.index(b"IHDR")
     content[begin : begin + 16] = bytes(16)
     tar.write_bytes(content)
-    (line,) = look(doctor.reading, with_data(tree, root=str(tmp_path / "bad"), in_memory=False, workers=0))
+    (line,) = look(inputs.reading, with_data(tree, root=str(tmp_path / "bad"), in_memory=False, workers=0))
     assert (line.level, "1 cannot be decoded (" in line.what) == (WARN, True)
     assert "train0000" in line.what
 
@@ -305,7 +310,7 @@ def test_reading_remote_shards_leaves_the_cache_as_it_is(tree, data_dir, tmp_pat
     names = [path.name for path in sorted(data_dir.glob("train-*.tar"))]
     far = {"root": "memory://far", "train": names, "cache_dir": f"{tmp_path}/cache", "in_memory": False, "workers": 0}
     for access in ({}, {"access": "stream", "epoch_samples": 192}):
-        (line,) = look(doctor.reading, with_data(tree, **far, **access) | SLOW)
+        (line,) = look(inputs.reading, with_data(tree, **far, **access) | SLOW)
         assert (line.level, line.what.startswith(f"{names[0]}: ")) == (OK, True)
     assert not list(tmp_path.iterdir())
 
@@ -315,7 +320,7 @@ def test_evaluation_images_that_are_trained_on(tree, tmp_path, monkeypatch):
     pack_images(train_dir, "train", samples=60, per_shard=20, seed=1)
     pack_images(eval_dir, "eval", samples=20, per_shard=20, seed=2)
     keys = {"root": str(tmp_path), "train": "train/*.tar", "eval": "eval/*.tar"}
-    (line,) = look(doctor.evaluation_images, with_data(tree, **keys))
+    (line,) = look(inputs.evaluation_images, with_data(tree, **keys))
     assert (line.level, line.what) == (OK, "data.eval: of 20 images, none is in data.train")
 
     # Seven images of the training set among the others, one of them twice; their keys and labels say nothing.
@@ -332,30 +337,30 @@ def test_evaluation_images_that_are_trained_on(tree, tmp_path, monkeypatch):
         stream.write(whole.read_bytes())
     verify.index(str(tmp_path / "mixed" / "eval.tar.gz"))
     for urls in ("mixed/*.tar", "mixed/eval.tar.gz"):
-        (line,) = look(doctor.evaluation_images, with_data(tree, **keys | {"eval": urls}))
+        (line,) = look(inputs.evaluation_images, with_data(tree, **keys | {"eval": urls}))
         assert (line.level, line.what) == (WARN, f"data.eval: {count}, are in data.train too, byte for byte")
         assert "scores say nothing about new images" in line.remedy
 
     # Of a large set a sample; and what there is no time for is said.
     monkeypatch.setattr(overlap, "MOST_IMAGES", 10)
-    (line,) = look(doctor.evaluation_images, with_data(tree, **keys | {"eval": "train/*.tar"}))
+    (line,) = look(inputs.evaluation_images, with_data(tree, **keys | {"eval": "train/*.tar"}))
     told = "data.eval: 10 of 10 images, a random sample of 60, are in data.train too, byte for byte"
     assert (line.level, line.what) == (WARN, told)
-    monkeypatch.setattr(doctor, "OVERLAP_SECONDS", -1.0)
-    (line,) = look(doctor.evaluation_images, with_data(tree, **keys))
+    monkeypatch.setattr(inputs, "OVERLAP_SECONDS", -1.0)
+    (line,) = look(inputs.evaluation_images, with_data(tree, **keys))
     assert line.what.startswith("data.eval: of 1 images, a random sample of 20, compared with ")
 
     # Shards without an index, which would have to be read from end to end.
     for file in train_dir.glob("*.json"):
         file.unlink()
-    (line,) = look(doctor.evaluation_images, with_data(tree, **keys))
+    (line,) = look(inputs.evaluation_images, with_data(tree, **keys))
     assert (line.level, line.what.startswith("not compared")) == (OK, True)
     assert not list(train_dir.glob("*.json"))
 
 
 def test_class_lists(tree, tmp_path):
     tree = with_data(tree, root=str(tmp_path), train="train/*.tar", eval="eval/*.tar")
-    (line,) = look(doctor.class_lists, tree)
+    (line,) = look(inputs.class_lists, tree)
     assert (line.level, line.what.startswith("no class names beside data.train")) == (OK, True)
 
     def named(name: str, names: list[str]) -> None:
@@ -364,20 +369,20 @@ def test_class_lists(tree, tmp_path):
 
     ten = [f"class {i}" for i in range(10)]
     named("train", ten)
-    (line,) = look(doctor.class_lists, tree)
+    (line,) = look(inputs.class_lists, tree)
     assert line.what.startswith("data.train has 10 class names, data.eval none")
     named("eval", ten)
-    (line,) = look(doctor.class_lists, tree)
+    (line,) = look(inputs.class_lists, tree)
     assert (line.level, line.what) == (OK, "data.train has 10 class names, data.eval numbers its classes alike")
-    (line,) = look(doctor.class_lists, with_data(tree, num_classes=12))
+    (line,) = look(inputs.class_lists, with_data(tree, num_classes=12))
     assert (line.level, line.remedy) == (WARN, "set data.num_classes, which is 12, to their number")
     named("eval", ten[1:])
-    (line,) = look(doctor.class_lists, tree)
+    (line,) = look(inputs.class_lists, tree)
     assert (line.level, "label 0 is 'class 1' in" in line.what) == (FAIL, True)
     named("eval", ten)
     teacher = {"name": "cnn32_auxiliary", "checkpoint": str(tmp_path / "student.safetensors")}
     (tmp_path / "classes.json").write_text(json.dumps(ten[::-1]))
-    (line,) = look(doctor.class_lists, tree | {"teacher": teacher})
+    (line,) = look(inputs.class_lists, tree | {"teacher": teacher})
     assert line.level == FAIL
     assert line.what.startswith(f"data.train: its classes are not those of {tmp_path}/classes.json: label 0")
 
@@ -390,8 +395,8 @@ def test_a_check_that_crashes_is_a_line(capsys, monkeypatch):
         yield OK, "so far so good"
         raise ValueError("the text\nof the error")
 
-    monkeypatch.setattr(doctor, "ALONE", (broken_check,))
-    assert doctor.run() == 1
+    monkeypatch.setattr(doctor_run, "ALONE", (broken_check,))
+    assert run() == 1
     assert capsys.readouterr().out.splitlines() == [
         "ok    broken check: so far so good",
         "FAIL  broken check: ValueError: the text of the error",
@@ -402,7 +407,7 @@ def test_a_check_that_crashes_is_a_line(capsys, monkeypatch):
 def test_a_launch_that_is_none(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    (line,) = look(doctor.start)
+    (line,) = look(ranks.start)
     assert (line.level, line.what.startswith("WORLD_SIZE=2, but no RANK, ")) == (FAIL, True)
 
 
@@ -410,9 +415,9 @@ def test_lines_of_many_ranks():
     shared, mine = Line("versions", OK, "torch 3"), [Line("reading", OK, f"{rank} MB/s") for rank in range(12)]
     full, slow = Line("run dir", FAIL, "full", "empty it"), [Line("gpu", WARN, f"number {rank}") for rank in range(12)]
     found = {rank: [shared, slow[rank], *[full] * (rank in (3, 5)), mine[rank]] for rank in range(12)}
-    findings = doctor.merged(found, {rank: f"node{rank // 8}" for rank in range(12)})
+    findings = merged(found, {rank: f"node{rank // 8}" for rank in range(12)})
     assert findings[0] == ("versions", OK, "torch 3", "", list(range(12)), ["node0", "node1"])
-    printed = doctor.text(findings, 12).splitlines()
+    printed = text(findings, 12).splitlines()
     assert printed[0] == "ok    versions: torch 3"
     assert printed[1] == "warn  gpu: rank 0 (node0): number 0"
     assert printed[9:11] == ["FAIL  run dir: ranks 3, 5 (node0): full: empty it", "ok    reading: 0 MB/s"]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from indistill import config
-from indistill.cli import main
+from indistill.commands.cli import main
 from indistill.config import UserError, runs
 from indistill.distributed import environment
 from indistill.training import runs as training_runs

@@ -14,8 +14,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
-from indistill import config, estimate
-from indistill.cli import main
+from indistill import config
+from indistill.commands.cli import main
+from indistill.commands.plan import estimate
+from indistill.commands.plan.memory import state_bytes
+from indistill.commands.plan.network import all_gather_bytes, all_reduce_bytes, communication_seconds, step_seconds
+from indistill.commands.plan.text import text
 from indistill.config import UserError, runs
 from indistill.curriculum import Timetable
 from indistill.targets.cost import Work, _convolution_backward, decide, measure, record_bytes
@@ -104,7 +108,7 @@ def test_a_grouped_convolution_backward_is_twice_forward(groups):
 def test_optimizer_state(name, copies):
     network = torch.nn.Linear(30, 20)
     section = config.Optimizer(name=name, lr=0.1)
-    assert estimate.state_bytes(optim.create(network, section)) == copies * 4 * (30 * 20 + 20)
+    assert state_bytes(optim.create(network, section)) == copies * 4 * (30 * 20 + 20)
 
 
 def test_memory(settings, found):
@@ -122,15 +126,15 @@ def test_memory(settings, found):
 
 def test_a_ring():
     # Of four ranks each sends three quarters twice: a part at a time while summing, then while gathering.
-    assert estimate.all_reduce_bytes(100, 4) == 150
-    assert estimate.all_gather_bytes(100, 4) == 75
-    assert estimate.all_reduce_bytes(100, 1) == 0
+    assert all_reduce_bytes(100, 4) == 150
+    assert all_gather_bytes(100, 4) == 75
+    assert all_reduce_bytes(100, 1) == 0
     machine = config.Machine(
         devices_per_node=4, intra_node_bytes_per_second=100, inter_node_bytes_per_second=10, latency_seconds=0.5
     )
-    assert estimate.communication_seconds(machine, 150, 2, devices=1) == 0
-    assert estimate.communication_seconds(machine, 150, 2, devices=4) == 1.5 + 2 * 6 * 0.5
-    assert estimate.communication_seconds(machine, 150, 2, devices=8) == 15 + 2 * 14 * 0.5
+    assert communication_seconds(machine, 150, 2, devices=1) == 0
+    assert communication_seconds(machine, 150, 2, devices=4) == 1.5 + 2 * 6 * 0.5
+    assert communication_seconds(machine, 150, 2, devices=8) == 15 + 2 * 14 * 0.5
 
 
 def test_bytes_on_the_network(tree, found):
@@ -152,11 +156,11 @@ def test_a_step():
     settings = small(machine=machine, workers=2)
     work = Work(teacher_flops=100, student_flops=300, activation_bytes=0, batch_bytes=0, targets={}, student_maps=[])
     # Two images: 8 s on the device, 4 s of them backward, 0.1 s decoding. Half of what is sent can be hidden, ...
-    assert estimate.step_seconds(settings, work, "live", 2, 6.0) == (8 + 3, "device")
-    assert estimate.step_seconds(settings, work, "live", 2, 20.0) == (8 + 16, "device")  # ... in 4 s at most
-    assert estimate.step_seconds(settings, work, "cached", 2, 0.0) == (6, "device")
+    assert step_seconds(settings, work, "live", 2, 6.0) == (8 + 3, "device")
+    assert step_seconds(settings, work, "live", 2, 20.0) == (8 + 16, "device")  # ... in 4 s at most
+    assert step_seconds(settings, work, "cached", 2, 0.0) == (6, "device")
     slow = small(machine=machine.model_copy(update={"decode_images_per_second": 0.1}), workers=2)
-    assert estimate.step_seconds(slow, work, "live", 2, 0.0) == (10, "decoding")
+    assert step_seconds(slow, work, "live", 2, 0.0) == (10, "decoding")
 
 
 def small(views=None, workers=0, in_memory=False, **sections):
@@ -247,7 +251,7 @@ def test_the_imagenet_config_has_the_cost_that_it_states():
     assert f"{mean / 1e9:.1f} on average in the warm-up" in stated
     total = sum(flops * phase.steps * 512 for flops, phase in zip(per_image, found.phases))
     assert f"{total:.2e}".replace("+", "") in stated
-    page = estimate.text(found)
+    page = text(found)
     assert all(phase.name in page for phase in found.phases)
     assert re.search(r"kd +82 +205,164 +7.33 +10.6", page)
     assert all(name in page for name in ("machine.flops_per_second", "read_bytes_per_second", "latency_seconds"))
@@ -311,14 +315,14 @@ def test_without_the_hub_it_says_what_is_missing(tree, monkeypatch):
     assert [pair.kept for pair in found.pairs] == [None] * 3
     assert [pair.channels for pair in found.pairs] == [8, 16, 32]
     assert "no network" in found.notes[0]
-    assert "not known yet" in estimate.text(found)
+    assert "not known yet" in text(found)
     with pytest.raises(UserError, match="no network"):  # which training does not go on without
         parts.create_teacher(config.parse(tree, "test"))
 
 
 def test_a_run_without_a_teacher_says_so(tree):
     alone = tree | {"teacher": None, "warmup": None, "kd": {"losses": [{"name": "ce"}]}}
-    assert "\nno teacher, student 0.0" in estimate.text(estimate.of_run(config.parse(alone, "test"), world=1))
+    assert "\nno teacher, student 0.0" in text(estimate.of_run(config.parse(alone, "test"), world=1))
 
 
 def test_channels_that_data_decide_on_are_left_to_training(tree):

@@ -20,14 +20,17 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from indistill import config, export
-from indistill.cli import main
+from indistill import config
+from indistill.commands.cli import main
+from indistill.commands.evaluate import evaluate_checkpoint
+from indistill.commands.export import write
+from indistill.commands.export.load import load_for_eval
+from indistill.commands.export.write import export
 from indistill.config import UserError
 from indistill.data import shards
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation, save_network
 from indistill.models.views import EvalView
-from indistill.train import evaluate_checkpoint
 from indistill.training import checkpoint
 from indistill.training.loop import train
 
@@ -171,13 +174,13 @@ def test_programs_give_the_checkpoints_scores(trained, tmp_path, form, capsys):
     with pytest.raises(UserError, match="gives no embeddings to retrieve by"):
         evaluate_checkpoint(config.load(trained / "config.yaml", ["evaluate.retrieval=true"]), str(folder))
     with pytest.raises(UserError, match=r"has 10 classes, data.num_classes is 12"):
-        export.load_for_eval(config.load(trained / "config.yaml", ["data.num_classes=12"]), str(folder))
+        load_for_eval(config.load(trained / "config.yaml", ["data.num_classes=12"]), str(folder))
     with pytest.raises(UserError, match=r"was exported for images of another size than data.image_size, 48"):
-        export.load_for_eval(config.load(trained / "config.yaml", ["data.image_size=48"]), str(folder))
+        load_for_eval(config.load(trained / "config.yaml", ["data.image_size=48"]), str(folder))
 
 
 def test_the_card_says_what_it_is(trained, tmp_path):
-    export.export(trained, tmp_path / "student")
+    export(trained, tmp_path / "student")
     card = ModelCard.load(tmp_path / "student" / "README.md")  # as the Hub reads it
     assert card.data.library_name == "timm"
     assert card.data.tags == ["image-classification", "knowledge-distillation", "indistill", "timm"]
@@ -208,7 +211,7 @@ def test_the_card_says_what_it_is(trained, tmp_path):
 
 def test_raw_weights_and_earlier_checkpoints(trained, tmp_path, monkeypatch):
     last = trained / "checkpoints" / "step-00000096"
-    source = export.export(trained, tmp_path / "raw", weights="raw")
+    source = export(trained, tmp_path / "raw", weights="raw")
     assert (source.weights, source.step, source.scores) == ("raw", 96, {})
     raw, average = (load_file(last / f"{name}.safetensors") for name in ("model", "ema"))
     exported = load_file(tmp_path / "raw" / "model.safetensors")
@@ -218,7 +221,7 @@ def test_raw_weights_and_earlier_checkpoints(trained, tmp_path, monkeypatch):
 
     (tmp_path / "earlier").mkdir()
     monkeypatch.chdir(tmp_path)
-    export.export(trained, "earlier", step="step-00000064")
+    export(trained, "earlier", step="step-00000064")
     assert "--checkpoint step-00000064`" in (tmp_path / "earlier" / "README.md").read_text()
     assert evaluate_checkpoint(settings_of(trained), str(trained)) == evaluate_checkpoint(
         settings_of(trained), str(last)
@@ -232,7 +235,7 @@ def test_raw_weights_and_earlier_checkpoints(trained, tmp_path, monkeypatch):
 def test_an_unfinished_run(run_copy, tmp_path, capsys):
     (run_copy / "summary.json").unlink()
     (run_copy / "student.safetensors").unlink()
-    source = export.export(run_copy, tmp_path / "student")
+    source = export(run_copy, tmp_path / "student")
     assert not source.finished
     assert source.file == run_copy / "checkpoints" / "step-00000096" / "ema.safetensors"
     assert f"{run_copy} is not finished; exported the moving average of step 96" in capsys.readouterr().out
@@ -246,7 +249,7 @@ def test_on_a_machine_without_the_shards(run_copy, tmp_path, capsys):
     (run_copy / "config.yaml").write_text(yaml.safe_dump(tree))
     names = [f"animal {i}" for i in range(10)]
     (tmp_path / "dataset.json").write_text(json.dumps({"classes": names}))
-    export.export(run_copy, tmp_path / "student")
+    export(run_copy, tmp_path / "student")
     net = timm.create_model(f"local-dir:{tmp_path}/student", pretrained=True)
     assert net.pretrained_cfg["label_names"] == names
     out = capsys.readouterr().out
@@ -275,7 +278,7 @@ def test_other_networks(trained, tmp_path, name, kwargs, forms):
     (tmp_path / "run" / "config.yaml").write_text(config.dump(settings))
     (tmp_path / "run" / "summary.json").write_text(json.dumps({"step": 96, "metrics": {}}))
     for form in forms:
-        export.export(tmp_path / "run", tmp_path / form, form)
+        export(tmp_path / "run", tmp_path / form, form)
     loaded = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True)
     preprocessing = timm.data.resolve_model_data_config(loaded, use_test_size=True)
     assert json.loads(json.dumps(preprocessing)) == {  # timm gives tuples or lists
@@ -294,12 +297,12 @@ def test_interpolation_and_crop_go_along(trained, tmp_path, form):
     shutil.copytree(trained, run)
     said = ["data.eval_interpolation=bicubic", "data.eval_crop=0.9"]
     (run / "config.yaml").write_text(config.dump(config.load(trained / "config.yaml", said)))
-    export.export(run, tmp_path / "student", form)
+    export(run, tmp_path / "student", form)
     assert "resized to 35 pixels (bicubic), the centre of 32 x 32" in (tmp_path / "student" / "README.md").read_text()
     anyone = config.load(trained / "config.yaml", ["data.eval_crop=auto"])
-    _, view = export.load_for_eval(anyone, str(tmp_path / "student"))
+    _, view = load_for_eval(anyone, str(tmp_path / "student"))
     assert view == EvalView("bicubic", 0.9, "center", tuple(MEAN))
-    _, view = export.load_for_eval(anyone, str(run))  # a run's weights are the config's student's
+    _, view = load_for_eval(anyone, str(run))  # a run's weights are the config's student's
     assert view[:3] == ("bilinear", 1.0, "center")
 
 
@@ -333,7 +336,7 @@ def test_mistakes_are_one_line(run_copy, tmp_path, capsys, monkeypatch):
         patch.setattr("importlib.util.find_spec", lambda name: None)
         assert "pip install 'indistill[export]'" in line("--format", "onnx")
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_check", lambda *_, **__: (_ for _ in ()).throw(UserError("nothing exported: ...")))
+        patch.setattr(write, "_check", lambda *_, **__: (_ for _ in ()).throw(UserError("nothing exported: ...")))
         assert "nothing exported" in line()
 
     weights = run_copy / "checkpoints" / "step-00000096" / "model.safetensors"
@@ -382,7 +385,7 @@ def test_eval_of_a_timm_model(trained, monkeypatch, tmp_path):
     assert scores[0] == scores[1]
     Path("cnn32_auxiliary").write_bytes(b"weights")
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        export.load_for_eval(settings, "cnn32_auxiliary")
+        load_for_eval(settings, "cnn32_auxiliary")
 
 
 def test_what_eval_cannot_load(trained, tmp_path):
@@ -390,10 +393,10 @@ def test_what_eval_cannot_load(trained, tmp_path):
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"onnx: holds no readable onnx export: "):
-        export.load_for_eval(settings, str(tmp_path / "onnx"))
+        load_for_eval(settings, str(tmp_path / "onnx"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"^eval: timm could not create local-dir:[^()]*$"):
-        export.load_for_eval(settings, str(tmp_path))
+        load_for_eval(settings, str(tmp_path))
     with pytest.raises(UserError, match=r"no file gone.safetensors"):
-        export.load_for_eval(settings, "gone.safetensors")
+        load_for_eval(settings, "gone.safetensors")
     assert checkpoint.damaged(trained / "checkpoints" / "step-00000096") is None

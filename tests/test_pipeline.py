@@ -15,7 +15,7 @@ from conftest import kill_at_checkpoint
 from safetensors.torch import load_file, save_file
 
 from indistill import config
-from indistill.cli import main
+from indistill.commands.cli import main
 from indistill.config import UserError, runs
 from indistill.training import runs as training_runs
 from indistill.training.loop import train

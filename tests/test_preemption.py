@@ -19,7 +19,8 @@ import torch
 from conftest import run_ranks, start, start_ranks
 from safetensors.torch import load_file
 
-from indistill import cli, config
+from indistill import config
+from indistill.commands import cli
 from indistill.config.files import read_lines
 from indistill.data import loader, remote, verify
 from indistill.data.dataset import ImageDataset

@@ -19,8 +19,11 @@ import yaml
 from browser import CHROMIUM, Browser
 from conftest import CLASSES, data_section
 
-from indistill import charts, config, report
-from indistill.cli import main
+from indistill import config
+from indistill.commands.cli import main
+from indistill.commands.report import charts, networks
+from indistill.commands.report import page as report_page
+from indistill.commands.report.page import ReportAtEnd
 from indistill.config import UserError, runs
 from indistill.config.files import read_lines
 from indistill.config.run_dir import append_end, append_start
@@ -66,7 +69,7 @@ def chain(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(preemption.Agreement, "reached", lambda _, done, __: preemption.settle(done == 10))
         with pytest.raises(preemption.Preempted):
             training_runs.run(stages)
-    training_runs.run(stages, callbacks=[report.ReportAtEnd()])
+    training_runs.run(stages, callbacks=[ReportAtEnd()])
     return folder / "chain"
 
 
@@ -152,8 +155,8 @@ def test_a_record_that_cannot_be_written_costs_nothing(tmp_path):
 
 def test_a_report_that_fails_fails_no_run(chain, tmp_path, monkeypatch, capfd):
     settings = config.load(chain / "teacher" / "config.yaml", [f"run_dir={tmp_path}/run", "duration=1 step"])
-    monkeypatch.setattr(report, "html", lambda *_: 1 / 0)
-    assert training_runs.run([("", settings)], callbacks=[report.ReportAtEnd()])[""]["step"] == 1
+    monkeypatch.setattr(report_page, "html", lambda *_: 1 / 0)
+    assert training_runs.run([("", settings)], callbacks=[ReportAtEnd()])[""]["step"] == 1
     told = capfd.readouterr().err
     assert [line for line in told.splitlines() if "report" in line] == [
         "indistill: no report written: ZeroDivisionError: division by zero"
@@ -175,7 +178,7 @@ def test_the_page_in_a_browser(chain, run, browser, tmp_path):
     with (run / "history.jsonl").open("a") as file:
         file.write(json.dumps({"event": "start", "time": 1.0, "step": 24, "host": EVIL}) + "\n")
     run = run.rename(run.with_name("<script>window.hacked = 1;"))
-    page = report.write([run], baseline=chain / "teacher")
+    page = report_page.write([run], baseline=chain / "teacher")
     assert page == run / "report.html"
     lines = read_lines(run / "metrics.jsonl")
 
@@ -260,7 +263,9 @@ def test_a_comparison_in_a_browser(chain, run, browser, tmp_path):
     (run / "summary.json").unlink()
     lines = [line for line in read_lines(run / "metrics.jsonl") if line["step"] <= 7]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = report.write([chain / "student", run, chain / "teacher"], tmp_path / "deep" / "compared.html", measure=False)
+    page = report_page.write(
+        [chain / "student", run, chain / "teacher"], tmp_path / "deep" / "compared.html", measure=False
+    )
     browser.complaints.clear(), browser.requests.clear()
     browser.open(page, 360, touch=True)
     assert browser.value("document.documentElement.scrollWidth") == 360
@@ -315,28 +320,28 @@ def test_networks_are_counted(chain):
 
 
 def test_speed_is_measured_once(run, monkeypatch):
-    report.write([run])
+    report_page.write([run])
     known = json.loads((run / "networks.json").read_text())
     assert known["speed"]["rounds"] >= 3
     assert known["speed"]["seconds"].keys() == {"teacher", "student"}
     assert all(0 < seconds < 10 for seconds in known["speed"]["seconds"].values())
-    monkeypatch.setattr(report, "speed", lambda *_: 1 / 0)
-    report.write([run])
+    monkeypatch.setattr(networks, "speed", lambda *_: 1 / 0)
+    report_page.write([run])
     assert json.loads((run / "networks.json").read_text()) == known
     (run / "networks.json").unlink()
-    page = report.write([run])  # what cannot be measured is told
+    page = report_page.write([run])  # what cannot be measured is told
     assert "Speed not measured: ZeroDivisionError: division by zero." in page.read_text()
 
 
 def test_several_runs_and_those_of_a_chain(chain, run, tmp_path):
-    whole = report.write([chain], measure=False)
+    whole = report_page.write([chain], measure=False)
     assert whole == chain / "report.html"
     assert re.findall(r'<details class="run"><summary>(.*?)<', whole.read_text()) == ["teacher", "student"]
 
     other = yaml.safe_load((run / "config.yaml").read_text())
     other["optimizer"]["lr"] = 0.25
     (run / "config.yaml").write_text(yaml.safe_dump(other))
-    page = report.write([run, chain / "student"], measure=False)
+    page = report_page.write([run, chain / "student"], measure=False)
     assert page == run.parent / "comparison.html"
     table = dict(rows(page))
     assert table["optimizer.lr"] == ["0.25", "0.001"]
@@ -392,7 +397,7 @@ def test_every_kind_of_run_has_a_report(run, kind):
     with (run / "metrics.jsonl").open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.write('{"step": 8, "lo')  # cut by a kill
-    page = report.write([run], measure=False)
+    page = report_page.write([run], measure=False)
     text = page.read_text()
     data_of(page)
     assert "NaN" not in text
@@ -426,8 +431,8 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, run, capsys):
 
 
 def test_a_report_of_what_is_known_needs_no_torch(run):
-    report.write([run])
-    code = "import sys; from indistill.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    report_page.write([run])
+    code = "import sys; from indistill.commands.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, "report", str(run)], check=True, capture_output=True, timeout=120)
 
 

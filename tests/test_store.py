@@ -18,7 +18,8 @@ import yaml
 from accelerate import Accelerator
 from conftest import EPS, pack_images, run_ranks, train_until
 
-from indistill import cli, config, precompute, prune
+from indistill import config, prune
+from indistill.commands import cli, targets
 from indistill.config import UserError
 from indistill.config.files import read_lines, sha256
 from indistill.config.read import _apply_override
@@ -58,7 +59,7 @@ def with_(tree: dict[str, Any], *overrides: str) -> dict[str, Any]:
 
 
 def compute(tree: dict[str, Any]) -> Manifest:
-    return precompute.write(config.parse(tree, "test"))
+    return targets.write(config.parse(tree, "test"))
 
 
 def run(tree: dict[str, Any], run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
@@ -307,7 +308,7 @@ def test_a_sample_that_cannot_be_decoded_has_no_record(stored, tmp_path):
     assert live[-1]["bad_samples"] == 2
     manifest = compute(with_(stored, *broken))
     assert run(stored, tmp_path / "cached", "targets.source=cached", *broken) == live
-    assert precompute.verify(config.parse(with_(stored, *broken), "test"), 1000)
+    assert targets.verify(config.parse(with_(stored, *broken), "test"), 1000)
 
     reader = Reader(stored["targets"]["dir"], manifest, None, 0)
     assert not reader.rows(1, np.array([5, 40]), "logits").any()
@@ -446,7 +447,7 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     whole = files(stored)
     assert len(whole) == 3 * (2 * len(FIELDS) - 1)  # shards, views and fields; pair1 is trained within one epoch
     part = with_(stored, f"targets.dir={tmp_path}/part")
-    write_shard, written = precompute.write_shard, []
+    write_shard, written = targets.write_shard, []
 
     def stopping(job, view, shard, batches, bar):
         if len(written) == 4:
@@ -455,7 +456,7 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
         write_shard(job, view, shard, batches, bar)
         written.append((view, shard))
 
-    monkeypatch.setattr(precompute, "write_shard", stopping)
+    monkeypatch.setattr(targets, "write_shard", stopping)
     with pytest.raises(Stopped):
         compute(part)
     root = Path(part["targets"]["dir"])
@@ -546,11 +547,11 @@ def test_a_record_of_another_image_is_wrong(stored):
     file = Path(stored["targets"]["dir"]) / "view-000" / "pair1" / "shard-00000.bin"
     records = np.frombuffer(file.read_bytes(), np.uint8).reshape(64, -1)
     file.write_bytes(records[::-1].tobytes())
-    assert not precompute.verify(config.parse(stored, "test"), 40)
+    assert not targets.verify(config.parse(stored, "test"), 40)
 
 
 def test_no_room_is_told_before_the_work(stored, monkeypatch):
-    monkeypatch.setattr(precompute.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
+    monkeypatch.setattr(targets.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
     with pytest.raises(UserError, match=r"0.0 GB are to be written, 0.0 GB are free: lower data.augment.views"):
         compute(stored)
 

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch.optim import Optimizer
 
 from indistill import config
+from indistill.commands.evaluate import evaluate_checkpoint
 from indistill.config import UserError
 from indistill.config.files import read_lines
 from indistill.data import packing
 from indistill.data.dataset import open_shards
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network
-from indistill.train import evaluate_checkpoint
 from indistill.training import guard, optim
 from indistill.training.loop import train
 

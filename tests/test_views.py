@@ -14,7 +14,9 @@ from conftest import SHARED
 from PIL import Image
 from timm.data import transforms as timm_transforms
 
-from indistill import config, export
+from indistill import config
+from indistill.commands.export import load
+from indistill.commands.export.load import load_for_eval
 from indistill.config import Augment, UserError
 from indistill.data import augment, loader, training
 from indistill.data.dataset import ImageDataset, open_shards
@@ -208,8 +210,8 @@ def test_a_record_of_ones_own(parsed, tmp_path):
 def test_eval_shows_a_named_network_its_own_view(parsed, monkeypatch):
     settings = parsed(f"student={R34}", "teacher=null", "warmup=null", "kd.losses=[{name: ce}]")
     network = SimpleNamespace(net=SimpleNamespace(pretrained_cfg={}))
-    monkeypatch.setattr(export, "_pretrained", lambda *_: network)
-    assert export.load_for_eval(settings, "tf_efficientnet_lite0") == (network, LITE)
+    monkeypatch.setattr(load, "_pretrained", lambda *_: network)
+    assert load_for_eval(settings, "tf_efficientnet_lite0") == (network, LITE)
     assert evaluation_view(settings) == TORCHVISION
 
 

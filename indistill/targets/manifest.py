@@ -1,4 +1,4 @@
-"""Targets computed once: what `indistill targets` writes (precompute.py) and a run with `targets: cached` reads.
+"""Targets computed once: what `indistill targets` writes (targets.py) and a run with `targets: cached` reads.
 
 A directory holds `manifest.json` and, for each field, data shard and view of the data set, of those that the run reads,
 a file of fixed-size records, `view-000/logits/shard-00012.bin`, one per sample in the order of the shard. A phase reads

@@ -16,7 +16,7 @@ import yaml
 from conftest import EPS, LOGGED, SMOOTH, assert_rounding_explains, in_float64, run_moved, run_ranks, strayed
 
 from indistill import config
-from indistill.cli import main
+from indistill.commands.cli import main
 from indistill.config import runs
 from indistill.config.files import read_lines
 from indistill.models.network import Network

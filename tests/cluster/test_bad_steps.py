@@ -19,7 +19,7 @@ from torch import Tensor
 
 from indistill import config, curriculum
 from indistill import losses as indistill_losses
-from indistill.cli import main
+from indistill.commands.cli import main
 from indistill.config.files import read_lines
 from indistill.distributed import engine
 from indistill.losses import common, objective

@@ -15,7 +15,11 @@ import timm
 import torch
 from conftest import run_ranks, unused_port
 
-from indistill import config, doctor, precompute
+from indistill import config
+from indistill.commands import targets
+from indistill.commands.doctor import node
+from indistill.commands.doctor.findings import FAIL, Here
+from indistill.commands.doctor.run import _look
 from indistill.config.files import read_lines
 from indistill.models import frozen
 from indistill.models.network import Network
@@ -108,7 +112,7 @@ def test_stored_targets_follow_the_live_ones(tree, tmp_path):
     tree["targets"] = {"dir": str(tmp_path / "targets")}
     live = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "live")}
     run(live)
-    precompute.write(config.parse(tree, "test"))
+    targets.write(config.parse(tree, "test"))
     run(tree | {"targets": tree["targets"] | {"source": "cached"}})
     assert losses(tree) == pytest.approx(losses(live), rel=1e-4)
 
@@ -141,8 +145,8 @@ def test_torchrun_with_nccl(tree, tmp_path):
 
 
 def test_doctor_sees_the_gpu():
-    here = doctor.Here()
-    doctor._look(doctor.gpu, here)
+    here = Here()
+    _look(node.gpu, here)
     assert len(here.found) == torch.cuda.device_count()
     assert torch.cuda.get_device_name(0) in here.found[0].what
-    assert here.found[0].level != doctor.FAIL
+    assert here.found[0].level != FAIL

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from conftest import LOGGED, in_float64, kill_at_checkpoint, run_ranks
 
-from indistill import config, train
-from indistill.cli import main
+from indistill import config
+from indistill.commands.cli import main
+from indistill.commands.evaluate import evaluate_checkpoint
 from indistill.config.files import read_lines
 from indistill.training import loop
 from indistill.training import mix as training_mix
@@ -114,7 +115,7 @@ def test_batch_norm_ranks_stay_equal_and_resume_exactly(tree, tmp_path):
 
 
 def score(tree: dict[str, Any], weights: str, destination: str) -> None:
-    scores = train.evaluate_checkpoint(config.parse(tree, "test"), weights)
+    scores = evaluate_checkpoint(config.parse(tree, "test"), weights)
     with open(destination, "a") as file:
         file.write(json.dumps(scores) + "\n")
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import start, unused_port
 from torch import distributed
 
-from indistill import cli
+from indistill.commands import cli
 from indistill.data.loader import IndexedTraining
 from indistill.distributed import preemption
 from indistill.training import loop, mix

@@ -29,7 +29,8 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from indistill import config, train
+from indistill import config
+from indistill.commands.evaluate import evaluate_checkpoint
 from indistill.config.files import read_lines
 from indistill.distributed import engine
 from indistill.training.loop import Run
@@ -165,7 +166,7 @@ def score(tree: dict[str, Any], *weights: str) -> None:
     """What is left behind scores what the run says; on as many ranks, so that their batches are the same."""
     summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     for name in weights:
-        scores = train.evaluate_checkpoint(config.parse(tree, "test"), f"{tree['run_dir']}/{name}")
+        scores = evaluate_checkpoint(config.parse(tree, "test"), f"{tree['run_dir']}/{name}")
         assert scores.items() <= summary["metrics"].items()
         assert "top1" in scores
 

@@ -52,8 +52,6 @@ class Chart:
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
-
-
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     """At most `most` of the points, none changed: the lowest and highest of each stretch, so that no spike is lost."""
     points = [(x, y if y is not None and math.isfinite(y) else None) for x, y in points]
@@ -105,8 +103,6 @@ def short(value: float) -> str:
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------
-
-
 class _Axis:
     """From values to 0..1000, and the ticks."""
 
@@ -251,8 +247,6 @@ def _band_names(bands: Sequence[Band], axis: _Axis) -> str:
 
 
 # --- tables and the page ---------------------------------------------------------------------------------------------
-
-
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], label: str) -> str:
     """Cells are text, escaped here; the first of a row is its heading. A wide one scrolls inside itself."""
     head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in columns)

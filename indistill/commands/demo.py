@@ -21,7 +21,8 @@ SUPERVISED = ["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"]
 def main() -> None:
     start = time.perf_counter()
     print("indistill demo: importing torch, timm and accelerate ...", flush=True)
-    from indistill import config, report
+    from indistill import config
+    from indistill.commands.report.page import ReportAtEnd
     from indistill.models import timm_model
     from indistill.training import loop
 
@@ -37,7 +38,7 @@ def main() -> None:
         return result
 
     def train_and_report(settings: config.Config) -> dict:
-        return loop.train(settings, callbacks=[report.ReportAtEnd()])
+        return loop.train(settings, callbacks=[ReportAtEnd()])
 
     timed("pack", pack_digits, ROOT / "data")
     teacher = config.load(

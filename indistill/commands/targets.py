@@ -89,8 +89,6 @@ class Job:
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
 def write(settings: Config) -> Manifest:
     """Compute what is not there yet. Raises UserError, before any work, for what cannot be stored, or not there."""
     job = prepare(settings)
@@ -206,8 +204,6 @@ def one_rank_tells() -> Iterator[None]:
 
 
 # --- verifying -------------------------------------------------------------------------------------------------------
-
-
 def verify(settings: Config, count: int) -> bool:
     """Recompute the records of `count` random samples and views; print what differs. Is all of it right?"""
     job = prepare(settings)
@@ -271,8 +267,6 @@ def compare(
 
 
 # --- what both begin with --------------------------------------------------------------------------------------------
-
-
 def prepare(settings: Config) -> Job:
     """Teacher, data and manifest. Raises UserError for what cannot be stored, and for a directory of other targets."""
     if reason := config.why_not_stored(settings):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from indistill import __version__
 
 if TYPE_CHECKING:
-    from indistill.api import Trainer
+    from indistill.commands.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -247,31 +247,31 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from indistill import export
+    from indistill.commands.export import write
 
-    export.export(arguments.source, arguments.destination, arguments.format, arguments.weights, arguments.checkpoint)
+    write.export(arguments.source, arguments.destination, arguments.format, arguments.weights, arguments.checkpoint)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     trainer = _trainer(arguments)
     plan = trainer.plan(arguments.world, arguments.samples)
-    from indistill import estimate
+    from indistill.commands.plan.text import text
 
     if not trainer.several:
-        print(json.dumps(dataclasses.asdict(plan)) if arguments.json else estimate.text(plan))
+        print(json.dumps(dataclasses.asdict(plan)) if arguments.json else text(plan))
     elif arguments.json:
         print(json.dumps({name: dataclasses.asdict(of_run) for name, of_run in plan.items()}))
     else:
-        print("\n\n\n".join(f"stage {name}: {estimate.text(of_run)}" for name, of_run in plan.items()))
+        print("\n\n\n".join(f"stage {name}: {text(of_run)}" for name, of_run in plan.items()))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
     from indistill.config import runs
 
     stages = runs.load(arguments.config, arguments.overrides) if arguments.config else []
-    from indistill import doctor
+    from indistill.commands.doctor.run import run
 
-    code = doctor.run(stages, arguments.json)
+    code = run(stages, arguments.json)
     sys.stdout.flush()
     if "RANK" in os.environ:
         os._exit(code)  # at once: an orderly exit would wait for ranks that may be stuck
@@ -279,9 +279,9 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from indistill import report
+    from indistill.commands.report import page
 
-    print(report.write(arguments.runs, arguments.output, arguments.baseline))
+    print(page.write(arguments.runs, arguments.output, arguments.baseline))
 
 
 def _targets(arguments: argparse.Namespace) -> None:
@@ -293,6 +293,6 @@ def _targets(arguments: argparse.Namespace) -> None:
 
 
 def _trainer(arguments: argparse.Namespace) -> Trainer:
-    from indistill.api import Trainer
+    from indistill.commands.trainer import Trainer
 
     return Trainer(arguments.config, *arguments.overrides)

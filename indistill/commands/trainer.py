@@ -10,8 +10,8 @@ from indistill.config import Config, UserError, runs
 from indistill.training.callbacks import Callback
 
 if TYPE_CHECKING:
-    from indistill.estimate import Estimate
-    from indistill.export import Source
+    from indistill.commands.export.source import Source
+    from indistill.commands.plan.estimate import Estimate
     from indistill.models.network import Network
 
 
@@ -51,7 +51,7 @@ class Trainer:
         world: processes; None: the config's `machine.devices_per_node`. samples: training images, where their shards
         are not on this machine.
         """
-        from indistill import estimate
+        from indistill.commands.plan import estimate
 
         estimates = estimate.of_chain(self.runs, world, samples)
         return estimates if self.several else estimates[""]
@@ -62,10 +62,10 @@ class Trainer:
         resume: auto; never, from the start; or the path of a checkpoint. callbacks: objects whose methods are called
         after each step, evaluation and checkpoint, and at the end; see `indistill.Callback`.
         """
-        from indistill import report
+        from indistill.commands.report.page import ReportAtEnd
         from indistill.training import runs
 
-        summaries = runs.run(self.runs, resume, [report.ReportAtEnd(), *callbacks])
+        summaries = runs.run(self.runs, resume, [ReportAtEnd(), *callbacks])
         return summaries if self.several else summaries[""]
 
     def evaluate(self, what: str | Path | None = None) -> dict[str, float]:
@@ -75,7 +75,7 @@ class Trainer:
         model; None: this run's student.
         """
         settings = self.settings  # a mistake here needs no import
-        from indistill.train import evaluate_checkpoint
+        from indistill.commands.evaluate import evaluate_checkpoint
 
         return evaluate_checkpoint(settings, str(what or settings.run_dir))
 
@@ -84,7 +84,7 @@ class Trainer:
 
         It normalises by itself: `student(images).logits` of uint8 images [B, 3, S, S] is [B, K].
         """
-        from indistill.export import load_for_eval
+        from indistill.commands.export.load import load_for_eval
 
         network, _ = load_for_eval(self.settings, str(what or self.settings.run_dir))
         return network.eval()
@@ -92,26 +92,26 @@ class Trainer:
     def export(
         self, destination: str | Path, form: str = "timm", weights: str | None = None, checkpoint: str | None = None
     ) -> Source:
-        """Write this run's student for others to load; see `indistill.export.export`."""
-        from indistill.export import export
+        """Write this run's student for others to load; see `indistill.commands.export.write.export`."""
+        from indistill.commands.export.write import export
 
         return export(self.settings.run_dir, destination, form, weights, checkpoint)
 
     def report(self, output: str | Path | None = None, baseline: str | Path | None = None) -> Path:
-        """One HTML file of this run, or of all runs of the file; see `indistill.report.write`."""
-        from indistill import report
+        """One HTML file of this run, or of all runs of the file; see `indistill.commands.report.page.write`."""
+        from indistill.commands.report import page
 
         run_dir = Path(self.runs[0][1].run_dir)
-        return report.write([run_dir.parent if self.several else run_dir], output, baseline)
+        return page.write([run_dir.parent if self.several else run_dir], output, baseline)
 
     def write_targets(self) -> None:
         """Run the teacher once over the data set, for `targets.source: cached` or `auto`."""
-        from indistill import precompute
+        from indistill.commands import targets
 
-        precompute.write(self.settings)
+        targets.write(self.settings)
 
     def verify_targets(self, records: int) -> bool:
         """Whether so many random records of stored targets are what the teacher says now; prints those that are not."""
-        from indistill import precompute
+        from indistill.commands import targets
 
-        return precompute.verify(self.settings, records)
+        return targets.verify(self.settings, records)

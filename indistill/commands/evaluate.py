@@ -1,15 +1,12 @@
-"""One training run, from its first step or from any checkpoint, in one process or many.
-
-Read `Run.step` first; it calls everything else.
-"""
+"""`indistill eval`: evaluates a checkpoint or an exported model."""
 
 from __future__ import annotations
 
 from indistill import evaluate
+from indistill.commands.export.load import Program, load_for_eval
 from indistill.config import Config, UserError
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.data.training import open_eval_set
-from indistill.export import Program, load_for_eval
 from indistill.training.start import start_accelerator
 
 
