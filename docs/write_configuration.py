@@ -1,4 +1,4 @@
-"""`python docs/write_configuration.py` writes configuration.md from the models in indistill/config/tree.py.
+"""`python docs/write_configuration.py` writes configuration.md from the sections in indistill/config/.
 
 Types, limits and defaults are pydantic's; a key's meaning is the comment beside it, or on the lines above it.
 """
@@ -18,7 +18,6 @@ from typing import Any
 from pydantic import BaseModel
 
 from indistill import config
-from indistill.config import tree as config_tree
 
 PAGE = Path(__file__).with_name("configuration.md")
 MOST_CHOICES = 3  # of sections that a cell of a table lists
@@ -26,7 +25,7 @@ INTRODUCTION = """\
 # Configuration
 
 Every key of a config, written by `python docs/write_configuration.py` from the comments in
-[config.py](../indistill/config/tree.py); a test fails where this page and the code differ. An unknown key, or a value of
+[indistill/config](../indistill/config); a test fails where this page and the code differ. An unknown key, or a value of
 another type, is one line before any work, with exit code 2:
 
 ```text
@@ -49,6 +48,12 @@ A run that is started again must have the same config, except for {operational}.
 differ."""
 
 
+def sources() -> str:
+    """The text of every file of the sections."""
+    folder = Path(config.__file__).parent
+    return "\n".join(path.read_text() for path in sorted(folder.glob("*.py")))
+
+
 def meanings(source: str) -> dict[tuple[str, str], str]:
     """The comments of each class's annotated fields: the block of lines above, and that on the field's last line."""
     lines = source.splitlines()
@@ -69,7 +74,7 @@ def meanings(source: str) -> dict[tuple[str, str], str]:
 
 
 def models() -> dict[str, type[BaseModel]]:
-    return {name: value for name, value in vars(config_tree).items() if inspect.isclass(value)}
+    return {name: value for name, value in vars(config).items() if inspect.isclass(value)}
 
 
 def meaning(section: str, key: str, told: dict[tuple[str, str], str]) -> str:
@@ -193,7 +198,7 @@ def table(name: str, schema: dict[str, Any], heads: dict[str, str], told: dict[t
 
 
 def page() -> str:
-    told, tree = meanings(inspect.getsource(config_tree)), config.Config.model_json_schema()
+    told, tree = meanings(sources()), config.Config.model_json_schema()
     heads = sections(tree)
     operational, node = (", ".join(f"`{key}`" for key in keys) for keys in (config.OPERATIONAL_KEYS, config.NODE_KEYS))
     starts = textwrap.fill(STARTS.format(operational=operational, node=node), 120, break_on_hyphens=False)

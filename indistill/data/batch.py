@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -26,3 +26,17 @@ class Request(NamedTuple):
     ids: np.ndarray  # int64 [B]
     fields: tuple[str, ...] = ()  # of the stored targets, which are to come along
     stand_ins: bool = True  # else a sample that cannot be decoded leaves a black image, with id -1
+
+
+class StoredTargets(Protocol):
+    """What loaders ask of stored targets (targets/reader.py)."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether records are fetched from another machine."""
+
+    def read(self, view: int, ids: np.ndarray, fields: Sequence[str]) -> dict[str, Tensor]:
+        """Read the records of samples in a view: uint8 [B, bytes of a record] per field."""
+
+    def prefetch(self, view: int, ids: np.ndarray, fields: Sequence[str]) -> None:
+        """Fetch the remote files that hold these records in the background."""

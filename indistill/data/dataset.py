@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,15 +11,12 @@ from torch.utils.data import Dataset
 from indistill import config
 from indistill.config import UserError
 from indistill.data import augment
-from indistill.data.batch import Batch, Request
+from indistill.data.batch import Batch, Request, StoredTargets
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import label_problem
 from indistill.data.shards import ShardSet
 from indistill.models.views import EvalView
 from indistill.order import SampleOrder
-
-if TYPE_CHECKING:
-    from indistill.targets.reader import Reader
 
 
 class ImageDataset(Dataset):
@@ -41,7 +37,7 @@ class ImageDataset(Dataset):
     ) -> None:
         self.shards, self.section, self.seed, self.order, self.view = shards, section, seed, order, view
         self.memory = self._decode_all() if section.in_memory else None
-        self.stored: Reader | None = None  # what a request's fields are read from
+        self.stored: StoredTargets | None = None  # what a request's fields are read from
 
     def __len__(self) -> int:
         return len(self.shards)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,13 +12,10 @@ from torch.utils.data import DataLoader, Sampler
 from indistill import config
 from indistill.config import UserError
 from indistill.data import augment
-from indistill.data.batch import Batch, Request
+from indistill.data.batch import Batch, Request, StoredTargets
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.distributed import preemption
 from indistill.order import SampleOrder
-
-if TYPE_CHECKING:
-    from indistill.targets.reader import Reader
 
 PREFETCH_STEPS = 32  # how far ahead of the loader the next remote shards are fetched
 
@@ -42,7 +38,7 @@ class IndexedTraining:
         self.fingerprint = shards.fingerprint
         self.fields_at: Callable[[int], tuple[str, ...]] = lambda step: ()
 
-    def bring_along(self, stored: Reader, fields_at: Callable[[int], tuple[str, ...]]) -> None:
+    def bring_along(self, stored: StoredTargets, fields_at: Callable[[int], tuple[str, ...]]) -> None:
         """Have loaders read from the stored targets what each global step needs of them."""
         self.dataset.stored, self.fields_at = stored, fields_at
 

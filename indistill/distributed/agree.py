@@ -19,8 +19,9 @@ _RANKS_SHOWN = 8
 def software_versions() -> dict[str, str]:
     """Name to version of what computes; of this package its source files count, too, which may be ahead of it."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    package = Path(__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
     ours = f"{__version__} (source files {digest.hexdigest()[:12]})"
     return {"indistill": ours, "torch": torch.__version__, "timm": timm.__version__}
 

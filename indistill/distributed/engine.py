@@ -38,7 +38,6 @@ from torch.optim import Optimizer
 
 from indistill.config import UserError
 from indistill.curriculum import Phase
-from indistill.training.optim import PhaseOptim
 
 _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
 
@@ -138,7 +137,7 @@ def describe(accelerator: Accelerator) -> str:
 
 
 def prepare(
-    accelerator: Accelerator, precision: str, student: nn.Module, optimizer: Optimizer, phase_optim: PhaseOptim
+    accelerator: Accelerator, precision: str, student: nn.Module, optimizer: Optimizer
 ) -> tuple[nn.Module, Optimizer, Callable[[], Tensor]]:
     """The student wrapped for training, its optimizer, and what tells on the device if the last step was skipped."""
     if not stage(accelerator):
@@ -155,9 +154,15 @@ def prepare(
     wrapped, optimizer = accelerator.prepare(student, optimizer)
     if precision == "fp16":
         _scale_losses(optimizer.optimizer)
-    # Stage 3 keeps the gradients of parameters that a phase no longer uses, and would count them when it clips.
-    phase_optim.stale_gradients = getattr(optimizer.optimizer, "grad_partitions_flat_buffer", None)
     return wrapped, optimizer, lambda: torch.tensor(optimizer.step_was_skipped, device=accelerator.device)
+
+
+def stale_gradients(optimizer: Optimizer) -> Tensor | None:
+    """The gradients that ZeRO-3 keeps of parameters that a phase no longer uses, or None.
+
+    It would count them when it clips: they have to be cleared when the phase changes.
+    """
+    return getattr(getattr(optimizer, "optimizer", None), "grad_partitions_flat_buffer", None)
 
 
 def _skipped(accelerator: Accelerator, optimizer: Optimizer) -> Callable[[], Tensor]:

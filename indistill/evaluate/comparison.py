@@ -36,8 +36,8 @@ def similarity(
     - cka_{layer}: linear centred kernel alignment of the student's and the teacher's flattened maps, in [0, 1];
     - information_student_{layer}, information_teacher_{layer}: quadratic mutual information with the labels;
 
-    and information_flow_divergence between the two networks' information (representations.py has the definitions). A layer
-    that is not finite, as half precision may make it, is named on the console and left out, with the divergence.
+    and information_flow_divergence between the two networks' information (representations.py has the definitions). A
+    layer that is not finite, as half precision may make it, is named on the console and left out, with the divergence.
 
     Maps are compared whole, without adapter or pruning, unless `samples` of one have more than 2^27 values, 512 MiB in
     float32, which 512 maps of 64 x 56 x 56 have not: then they are average-pooled to half their size until they fit,

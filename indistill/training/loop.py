@@ -127,8 +127,9 @@ class Run:
         unused = engine.unused(accelerator, student, self.timetable.curriculum.phases(), blank)
         self.phase_optim = optim.PhaseOptim(optimizer, settings, self.timetable, unused)
         self.wrapped, self.optimizer, self.was_skipped = engine.prepare(
-            accelerator, settings.mixed_precision, student, optimizer, self.phase_optim
+            accelerator, settings.mixed_precision, student, optimizer
         )
+        self.phase_optim.stale_gradients = engine.stale_gradients(self.optimizer)
         self.buffers = Buffers(self.wrapped)
         self.stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
 

@@ -122,7 +122,7 @@ class PhaseOptim:
     ) -> None:
         self.optimizer, self.settings, self.timetable = optimizer, settings, timetable
         self.pairs: tuple[int, ...] | None = None  # of the phase that the last step was in
-        self.stale_gradients: Tensor | None = None  # to be cleared when the pairs change (engine.prepare)
+        self.stale_gradients: Tensor | None = None  # to be cleared when the pairs change (engine.stale_gradients)
         if unused:
             _split_groups(optimizer, unused)
             optimizer.register_step_pre_hook(self._set_unused_aside)

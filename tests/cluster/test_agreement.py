@@ -59,12 +59,12 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
 
 def test_ranks_that_disagree_do_not_start(tree, tmp_path):
     code = tmp_path / "code"
-    shutil.copytree(Path(agree.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
-    with (code / "losses.py").open("a") as file:
+    shutil.copytree(Path(agree.__file__).parents[1], code, ignore=shutil.ignore_patterns("__pycache__"))
+    with (code / "losses" / "common.py").open("a") as file:
         file.write("# one line more\n")
     pack_images(tmp_path / "data", "train", samples=192, per_shard=64, seed=3)
     pack_images(tmp_path / "data", "eval", samples=51, per_shard=51, seed=2)
-    run_ranks(refused, 2, tree, str(code / "health.py"), str(tmp_path / "data"))
+    run_ranks(refused, 2, tree, str(code / "distributed" / "agree.py"), str(tmp_path / "data"))
     assert not list((Path(tree["run_dir"]) / "checkpoints").iterdir())
 
 

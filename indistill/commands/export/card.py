@@ -10,7 +10,7 @@ import yaml
 from indistill import config
 from indistill.commands.export.source import Source, find_preprocessing
 from indistill.config import Config
-from indistill.models import network as models_network
+from indistill.models import cnn32
 from indistill.models.network import Network
 from indistill.models.views import evaluation_view
 from indistill.prune import Plan
@@ -40,7 +40,7 @@ def card(source: Source, network: Network, form: str, command: str, checked: str
     """The README.md of an export, in the form of the Hugging Face Hub."""
     settings, section = source.settings, source.settings.data
     architecture = network.net.pretrained_cfg["architecture"]
-    ours = timm.model_entrypoint(architecture).__module__ == models_network.__name__
+    ours = timm.model_entrypoint(architecture).__module__ == cnn32.__name__
     register = "import indistill.models    # registers the network with timm\n" * ours
     if form == "timm":
         taken = "Normalised float images, as timm's own transform makes them"

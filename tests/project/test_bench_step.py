@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import LOGGED
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import step
 
 

@@ -77,7 +77,7 @@ def test_the_package_has_nothing_heavy_and_its_types():
     code = "import indistill, sys; print({'torch', 'numpy', 'pydantic'} & set(sys.modules)); "
     code += "print(indistill.Trainer.__module__, 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout == "set()\nindistill.api False\n"
+    assert result.stdout == "set()\nindistill.commands.trainer False\n"
     assert (Path(indistill.__file__).parent / "py.typed").exists()
     with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
         _ = indistill.Trainr

@@ -18,7 +18,7 @@ from indistill.models import timm_model
 from indistill.models.heads import Heads
 from indistill.training import optim, parts
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SAMPLES = {"imagenet": 1_281_167, "cifar10": 50_000, "digits": 1_437}  # training images
 COMPARED = [path for path in CONFIGS if path.stem.startswith(("imagenet_r34", "imagenet_r50"))]
 SEEN = 2  # images of a batch

@@ -23,7 +23,7 @@ from indistill.curriculum import Timetable
 from indistill.distributed.preemption import Preempted
 from indistill.models.cnn32 import CNN32
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # also for the processes that a study starts
 import imagenette_teacher  # noqa: E402
 import study  # noqa: E402

@@ -15,11 +15,11 @@ from pydantic import BaseModel
 from indistill.commands import cli
 from indistill.commands.trainer import Trainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs"))
 import run_commands
 import write_configuration
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = run_commands.pages()
 COMMAND = re.compile(r"(\$ )?(indistill|python|make|torchrun|accelerate|pip|git|docker|sbatch|kubectl) \S")
 every_page = pytest.mark.parametrize("page", PAGES)
@@ -90,7 +90,7 @@ def test_the_reference_is_what_the_models_say():
 
 
 def test_every_key_has_a_meaning():
-    told = write_configuration.meanings((REPOSITORY / "indistill" / "config.py").read_text())
+    told = write_configuration.meanings(write_configuration.sources())
     for name, model in write_configuration.models().items():
         for key in model.model_fields if issubclass(model, BaseModel) else ():
             assert write_configuration.meaning(name, key, told), f"{name}.{key} has no comment"
@@ -109,7 +109,7 @@ def told_by_the_code() -> list[str]:
                 return text(node.left) + text(node.right)
         return "…"
 
-    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "indistill").glob("*.py")]
+    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "indistill").rglob("*.py")]
     return [text(node).replace("……", "…") for tree in trees for node in ast.walk(tree) if isinstance(node, ast.expr)]
 
 

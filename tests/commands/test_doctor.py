@@ -63,7 +63,7 @@ def test_versions_are_those_of_the_metadata(tree, monkeypatch):
     found = {"timm": "0.9.1", "deepspeed": None}
     monkeypatch.setattr(software, "installed_version", lambda name: found[name] if name in found else installed(name))
     told = [line for line in look(software.versions) if line.level == FAIL]
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     needed = next(text for text in project["dependencies"] if text.startswith("timm"))
     assert [line.what for line in told] == [f"timm 0.9.1, indistill needs {needed}"]
     assert told[0].remedy == f"pip install '{needed}'"

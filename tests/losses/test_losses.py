@@ -840,7 +840,7 @@ def test_the_gradient_of_inputs_near_zero_is_bounded(name):
 
 
 def test_the_documented_defaults_are_those_of_the_config():
-    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
     table = page.partition("## Published settings")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| .+ \| `([^`]+)`[^`|]* \|$", table, re.MULTILINE)
     documented = {name: yaml.safe_load("{" + defaults + "}") for name, defaults in rows}

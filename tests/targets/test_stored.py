@@ -563,7 +563,7 @@ def test_the_table_of_bytes():
         "int8": {"features": "int8"},
         "pool": {"features": "int8", "pool": 14, "top_k": 50},
     }  # fmt: skip
-    text = (Path(__file__).parents[1] / "docs" / "targets.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "targets.md").read_text()
     for values in sections.values():
         section, sizes = config.Targets(**values), []
         for pair, (channels, side) in enumerate(stages, start=1):

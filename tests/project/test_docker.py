@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKERFILE = REPOSITORY / "docker" / "Dockerfile"
 HADOLINT = shutil.which("hadolint", path=Path(sys.executable).parent)
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from indistill.config import UserError
-from indistill.distributed import agree as distributed_agree
 from indistill.distributed import engine
-from indistill.distributed.agree import agree, software_versions
 from indistill.training.guard import Buffers
 
 
@@ -26,7 +20,7 @@ def test_the_scaler_skips_and_scales_by_one(keys):
     accelerator.scaler.set_growth_interval(1)  # it grows at each good step
     network = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, **keys)
-    network, optimizer, was_skipped = engine.prepare(accelerator, "no", network, optimizer, None)
+    network, optimizer, was_skipped = engine.prepare(accelerator, "no", network, optimizer)
     for factor in (1.0, torch.nan, torch.inf, 1.0):
         before = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
         accelerator.backward(factor * network(torch.ones(1, 2, device=accelerator.device)).sum())
@@ -54,31 +48,3 @@ def test_buffers_come_back():
     assert all(torch.equal(buffer, value) for buffer, value in zip(network.buffers(), kept, strict=True))
     assert network[1].num_batches_tracked == 2
     Buffers(nn.Linear(2, 2)).keep()  # none at all
-
-
-def test_a_changed_source_file_is_another_version(tmp_path, monkeypatch):
-    package = Path(distributed_agree.__file__).parent
-    monkeypatch.setattr(distributed_agree, "__file__", shutil.copy(package / "health.py", tmp_path))
-    first = software_versions()
-    assert software_versions() == first
-    (tmp_path / "losses.py").write_text("")
-    second = software_versions()
-    assert first.keys() == second.keys()
-    assert {name for name in first if first[name] != second[name]} == {"indistill"}
-
-
-def test_who_differs_is_told(monkeypatch):
-    told = [{"seed": 1, "data": "a"}] * 9 + [{"seed": 1, "data": "b"}, {"seed": 1, "data": "c"}] + [{"data": "b"}] * 2
-    monkeypatch.setattr(distributed_agree, "gather_object", lambda mine: told)
-    with pytest.raises(UserError, match=r"seed: ranks 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. have 1, ranks 11, 12 have None: "):
-        agree({})
-    told[11:] = []
-    with pytest.raises(UserError, match=r"data: ranks 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. have a, rank 9 has b: "):
-        agree({})
-    told[9:] = []
-    agree({})
-
-
-def test_one_process_agrees_with_itself():
-    Accelerator()
-    agree({"seed": 1})
