@@ -59,7 +59,7 @@ class Run(NamedTuple):
     lines: list[dict[str, float]]  # of metrics.jsonl
 
     def student(self, step: int) -> Network:
-        """After so many steps; before the first, as `build.networks` begins."""
+        """After so many steps; before the first, as `parts.networks` begins."""
         if step == 0:
             set_seed(self.settings.seed)
             net = parts.create_student(self.settings)

@@ -63,9 +63,9 @@ class Trainer:
         after each step, evaluation and checkpoint, and at the end; see `indistill.Callback`.
         """
         from indistill.commands.report.page import ReportAtEnd
-        from indistill.training import runs
+        from indistill.training.runs import run
 
-        summaries = runs.run(self.runs, resume, [ReportAtEnd(), *callbacks])
+        summaries = run(self.runs, resume, [ReportAtEnd(), *callbacks])
         return summaries if self.several else summaries[""]
 
     def evaluate(self, what: str | Path | None = None) -> dict[str, float]:

@@ -39,7 +39,7 @@ def train(
 ) -> dict[str, dict[str, Any]]:
     """Train all of them to the end; returns each one's `summary.json`, on every rank.
 
-    Raises UserError for a number of processes that the students do not divide, and otherwise as `train.train`. When the
+    Raises UserError for a number of processes that the students do not divide, and otherwise as `loop.train`. When the
     groups are asked to stop, or one is lost, all go on from the newest step of which each has a checkpoint.
     """
     count, rank, world = len(students), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -35,7 +35,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     shared: Shared | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Train all of them to the end; returns each one's `summary.json`. Errors are those of `train.train`.
+    """Train all of them to the end; returns each one's `summary.json`. Errors are those of `loop.train`.
 
     When they are asked to stop, each leaves a checkpoint. A student that is behind the others catches up first when
     they go on.

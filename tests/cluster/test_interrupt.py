@@ -23,9 +23,11 @@ from indistill.training import runs as training_runs
 WAITING = """
 import os, sys, time
 from pathlib import Path
-from indistill import cli, preemption, train
+from indistill.commands import cli
+from indistill.distributed import preemption
+from indistill.training import loop
 rank = os.environ.get("RANK", "0")  # groups of ranks count their own
-make_mix = train.make_mix
+make_mix = loop.make_mix
 calls = []
 
 def waiting(*arguments):
@@ -41,7 +43,7 @@ def waiting(*arguments):
 
     return mix
 
-train.make_mix = waiting
+loop.make_mix = waiting
 cli.main(sys.argv[1:])
 """
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "{port}"]

@@ -267,14 +267,18 @@ def interrupt_in(place: str, number: int, errors: Path, arguments: list[str]) ->
 @pytest.mark.parametrize(
     ("place", "number", "arguments"),
     [
-        ("train.Sources.data", signal.SIGTERM, ["train", "CONFIG"]),
-        ("train.Sources.data", signal.SIGINT, ["train", "CONFIG"]),
-        ("runs.load", signal.SIGINT, ["train", "CONFIG"]),
-        ("build.networks", signal.SIGINT, ["targets", "CONFIG", *STORED]),
-        ("precompute.Job.tensors", signal.SIGINT, ["targets", "CONFIG", *STORED]),  # the loader's workers are there
-        ("train.evaluate_checkpoint", signal.SIGINT, ["eval", "CONFIG", "resnet18"]),
-        ("api.Trainer.plan", signal.SIGINT, ["plan", "CONFIG"]),
-        ("cli._parse", signal.SIGINT, ["train", "CONFIG"]),  # before anything listens: a KeyboardInterrupt
+        ("training.parts.Sources.data", signal.SIGTERM, ["train", "CONFIG"]),
+        ("training.parts.Sources.data", signal.SIGINT, ["train", "CONFIG"]),
+        ("config.runs.load", signal.SIGINT, ["train", "CONFIG"]),
+        ("training.parts.networks", signal.SIGINT, ["targets", "CONFIG", *STORED]),
+        (
+            "commands.targets.Job.tensors",
+            signal.SIGINT,
+            ["targets", "CONFIG", *STORED],
+        ),  # the loader's workers are there
+        ("commands.evaluate.evaluate_checkpoint", signal.SIGINT, ["eval", "CONFIG", "resnet18"]),
+        ("commands.trainer.Trainer.plan", signal.SIGINT, ["plan", "CONFIG"]),
+        ("commands.cli._parse", signal.SIGINT, ["train", "CONFIG"]),  # before anything listens: a KeyboardInterrupt
     ],
 )
 def test_where_no_step_is_under_way_a_signal_ends_it_at_once(tree, tmp_path, place, number, arguments):
@@ -285,9 +289,9 @@ def test_where_no_step_is_under_way_a_signal_ends_it_at_once(tree, tmp_path, pla
     text = re.sub(r"\n.*image/s\]", "", errors.read_text())  # the bar of targets
     told = [line for line in text.splitlines() if "Warning" not in line]
     assert process.exitcode == code_of(number), told
-    early = place == "cli._parse"
+    early = place == "commands.cli._parse"
     assert told == [f"indistill: {'interrupted' if early else f'rank 0 leaves at once: {number.name}'}"]
-    assert place != "train.Sources.data" or status(tmp_path / "run") == "requeue"
+    assert place != "training.parts.Sources.data" or status(tmp_path / "run") == "requeue"
 
 
 def index_slowly(errors: Path) -> None:

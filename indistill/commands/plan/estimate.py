@@ -220,7 +220,7 @@ def _steps_per_epoch(settings: Config, world: int, samples: int | None) -> int:
 def _networks(
     settings: Config, earlier: Mapping[str, Config]
 ) -> tuple[Network | Heads, LiveTargets, prune.Plan, str | None, list[str]]:
-    """What build.networks returns, why it is not known which channels are kept, if so, and what else to tell.
+    """Return what `parts.networks` does, why the kept channels are unknown (if they are), and further notes.
 
     Weights that cannot be had here are random ones: they decide on the kept channels, and on nothing else.
     """
