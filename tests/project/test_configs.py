@@ -69,7 +69,7 @@ def test_recipes_are_compared_with_and_without_warmup_at_an_equal_budget(path):
 
 @pytest.fixture(scope="module")
 def create_once():
-    """`timm_model.create` with one network per role and architecture, and the weights of none: many configs share them."""
+    """`timm_model.create` with one network per role and architecture, without weights: many configs share them."""
     networks = {}
 
     def create(section, num_classes, image_size, role):
