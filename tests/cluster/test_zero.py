@@ -79,7 +79,7 @@ def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> 
 
     def telling_end(run: module.Run) -> dict[str, Any]:
         accelerator, digest = run.accelerator, hashlib.sha256()
-        for value in run.whole().state_dict().values():
+        for value in run._scored().state_dict().values():
             digest.update(value.numpy().tobytes())
         told = {"world": accelerator.num_processes, "engine": module.engine.describe(accelerator)}
         told |= {"hash": digest.hexdigest()}
