@@ -22,6 +22,10 @@ from PIL import Image
 from indistill import config
 from indistill.data import packing
 
+if "OMP_NUM_THREADS" not in os.environ:  # networks are small, and the processes of a test often outnumber the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of those that are started
+    torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLASSES = 10
 EPS = torch.finfo(torch.float32).eps  # one operation in float32 is off by at most half of this, relatively

@@ -57,6 +57,7 @@ def elastic_tree(tree):
     return tree
 
 
+@pytest.mark.portable
 def test_one_two_and_four_ranks_and_a_run_that_shrinks(elastic_tree, tmp_path):
     def start(name: str, world: int, stop: int | None = None) -> tuple[str, Path]:
         tree = {**copy.deepcopy(elastic_tree), "run_dir": str(tmp_path / name)}

@@ -64,6 +64,7 @@ def losses(run_dir: str) -> list[float]:
     return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
 
 
+@pytest.mark.portable
 def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
     told: dict[int, list[dict[str, Any]]] = {}
     trees = {}
@@ -120,6 +121,7 @@ def score(tree: dict[str, Any], weights: str, destination: str) -> None:
         file.write(json.dumps(scores) + "\n")
 
 
+@pytest.mark.portable
 def test_evaluation_counts_every_sample_once(tree, tmp_path):
     """51 images on 1, 2 and 3 ranks: the same scores, top-1 and retrieval, from the same weights."""
     tree["evaluate"] = {"retrieval": True, "batch": 7}

@@ -138,6 +138,7 @@ def test_the_teacher_is_in_no_checkpoint(tree):
     )
 
 
+@pytest.mark.portable
 def test_the_moving_average_is_timms(tree, monkeypatch):
     """The saved average equals one updated by hand; its decay is ramped up, counted in steps."""
     tree |= {"ema": {"decay": 0.9}, "duration": "6 steps"}
