@@ -27,7 +27,7 @@ part() { # seconds, then a command
     timeout --kill-after=10 "$@"
 }
 {
-    part 130 python3 -m pytest -x -q tests/cluster/test_gpu.py tests/test_targets.py tests/test_store.py || failed=1
+    part 130 python3 -m pytest -x -q tests/cluster/test_gpu.py tests/targets/test_live.py tests/targets/test_stored.py || failed=1
     peers=()
     [ -d "$site/torchdistill" ] && peers=(--peers "$site")
     # What is there when the time is up has been written.

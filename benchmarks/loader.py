@@ -31,7 +31,10 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as v2
 
-from indistill import augment, config, data, decode, shards
+from indistill import config
+from indistill.data import augment, decode, shards
+from indistill.data.index import _save_index, make_index
+from indistill.data.loader import IndexedTraining
 
 SIZE = 224  # pixels
 BATCH = 64
@@ -102,7 +105,7 @@ def indistill_loader(urls: list[str], samples: int, scratch: Path) -> Turn:
         train=urls, num_classes=1000, image_size=SIZE, global_batch=BATCH, streams=streams, workers=0,
         cache_dir=str(scratch),
     )  # fmt: skip
-    training = data.IndexedTraining(section, SEED, rank=0, world=1, accumulation=1)
+    training = IndexedTraining(section, SEED, rank=0, world=1, accumulation=1)
     steps = samples // BATCH
     assert steps * BATCH == samples, "the batch has to divide the images, for a fair count"
     epochs = iter(range(10**6))
@@ -239,8 +242,8 @@ def cold_start(files: list[bytes], scratch: Path, repeats: int = 3) -> str:
             stream.truncate(size)
         rows = np.arange(end - begin)
         keys = [f"n{begin + row:08d}_{row:05d}" for row in rows]
-        shards._save_index(
-            f"{path}.index.json", shards._index(size, keys, 512 + 112_000 * rows, 110_000 + rows % 999, rows % 1000)
+        _save_index(
+            f"{path}.index.json", make_index(size, keys, 512 + 112_000 * rows, 110_000 + rows % 999, rows % 1000)
         )
     section = config.Data(train=f"{folder}/*.tar", num_classes=1000, image_size=SIZE, global_batch=1024, workers=0)
     rows = []
@@ -248,7 +251,7 @@ def cold_start(files: list[bytes], scratch: Path, repeats: int = 3) -> str:
         opening, first_batch = [], []
         for _ in range(repeats):
             start = time.perf_counter()
-            training = data.IndexedTraining(section, SEED, rank=0, world=8, accumulation=1)
+            training = IndexedTraining(section, SEED, rank=0, world=8, accumulation=1)
             opened = time.perf_counter()
             training.dataset.shards.read = lambda i: shards.Sample("", files[i % len(files)], i % 1000)
             images = next(iter(training.loader(step, step + 100, torch.device("cpu")))).images

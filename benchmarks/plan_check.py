@@ -19,10 +19,12 @@ import recorded
 import torch
 from report import RESULTS, heading, table
 
-from indistill import Callback, config, estimate, precompute
-from indistill import train as training
-from indistill.callbacks import TrainingRun
+from indistill import Callback, config
+from indistill.commands import targets as commands_targets
+from indistill.commands.plan import estimate
 from indistill.curriculum import Phase
+from indistill.training import loop
+from indistill.training.callbacks import TrainingRun
 
 SIZE, BATCH, STEPS, LAST = 96, 16, 5, 6
 RESULT = RESULTS / "plan_check.md"
@@ -101,7 +103,7 @@ def memory(settings: config.Config) -> dict[str, int]:
                 self.profiler.__enter__()
 
     with contextlib.redirect_stdout(io.StringIO()):
-        training.train(settings, "never", callbacks=[Profile()])
+        loop.train(settings, "never", callbacks=[Profile()])
     return peaks
 
 
@@ -143,7 +145,7 @@ def stored(settings: config.Config, folder: Path) -> dict[str, int]:
         }
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        precompute.write(cached)
+        commands_targets.write(cached)
     fields = sorted(path for path in (folder / "view-000").iterdir())
     return {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in fields}
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from indistill import config, packing
+from indistill import config
+from indistill.data import packing
 
 CLASSES = 10
 LIBRARIES = ("torch", "timm", "accelerate", "deepspeed")
@@ -75,7 +76,7 @@ def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: i
 def train(settings: config.Config) -> list[Step]:
     """Train, and return every step's end."""
     from indistill import Callback
-    from indistill import train as training
+    from indistill.training import loop
 
     steps: list[Step] = []
 
@@ -84,7 +85,7 @@ def train(settings: config.Config) -> list[Step]:
             steps.append(Step(phase.name, time.perf_counter(), time.process_time(), sent_bytes()))
 
     with contextlib.redirect_stdout(io.StringIO()):
-        training.train(settings, "never", callbacks=[Record()])
+        loop.train(settings, "never", callbacks=[Record()])
     return steps
 
 

@@ -22,7 +22,9 @@ import recorded
 import torch
 from report import RESULTS, heading, table
 
-from indistill import config, estimate
+from indistill import config
+from indistill.commands.plan import estimate
+from indistill.commands.plan.network import all_reduce_bytes, communication_seconds
 
 SIZE, BATCH, STEPS, LAST = 64, 8, 5, 8
 WORLDS = (1, 2, 4)
@@ -37,7 +39,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--without-zero", action="store_true", help="where DeepSpeed is not installed")
     arguments = parser.parse_args()
-    _context.set_forkserver_preload(["indistill.train", "recorded"])  # torch, timm and accelerate are imported once
+    _context.set_forkserver_preload(
+        ["indistill.training.loop", "recorded"]
+    )  # torch, timm and accelerate are imported once
     begin = heading("Scaling", f"python benchmarks/scaling.py --rounds {arguments.rounds}", recorded.LIBRARIES)
     with recorded.scratch(samples=64, size=SIZE) as folder:
         runs: dict[int, list[list[list[recorded.Step]]]] = {world: [] for world in WORLDS}
@@ -192,7 +196,7 @@ def compared(predicted: float, found: float) -> list[str]:
 def fit(sums: dict[int, dict[int, float]]) -> str:
     """Latency and bandwidth by least squares of relative errors, over all sizes and worlds."""
     points = [(world, size, seconds) for world, of_world in sums.items() for size, seconds in of_world.items()]
-    factors = np.array([[2 * (w - 1), estimate.all_reduce_bytes(size, w)] for w, size, _ in points])
+    factors = np.array([[2 * (w - 1), all_reduce_bytes(size, w)] for w, size, _ in points])
     seconds = np.array([seconds for *_, seconds in points])
     latency, per_byte = np.linalg.lstsq(factors / seconds[:, None], np.ones(len(points)), rcond=None)[0]
     machine = config.Machine(
@@ -200,7 +204,7 @@ def fit(sums: dict[int, dict[int, float]]) -> str:
     )
     rows, errors = [], []
     for world, size, found in points:
-        predicted = estimate.communication_seconds(machine, estimate.all_reduce_bytes(size, world), 1, world)
+        predicted = communication_seconds(machine, all_reduce_bytes(size, world), 1, world)
         errors.append(abs(predicted / found - 1))
         rows.append(
             [f"{size:,}", str(world), f"{1e3 * predicted:.2f}", f"{1e3 * found:.2f}", f"{predicted / found - 1:+.0%}"]

@@ -432,7 +432,7 @@ def work(job: Job, pipe: Connection) -> None:
     """A contestant's process: takes its turns, and tells its first loss and its peak memory."""
     import timm  # noqa: F401, for all have the same before they begin
 
-    import indistill.train  # noqa: F401
+    import indistill.training.loop  # noqa: F401
 
     torch.set_num_threads(1)
     before = resident("VmRSS")
@@ -455,21 +455,24 @@ class Stopped(Exception):
 
 
 def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
-    """(b) `indistill.train.train` itself, with a loader that has one batch and waits for turns."""
-    from indistill import Callback, config, data, sources, train
+    """(b) `indistill.training.loop.train` itself, with a loader that has one batch and waits for turns."""
+    from indistill import Callback, config
+    from indistill.data.batch import Batch
+    from indistill.training import loop
+    from indistill.training.parts import Sources
 
     images, labels = synthetic(job)
-    batch = data.Batch(images, labels, torch.arange(job.batch), [])
+    batch = Batch(images, labels, torch.arange(job.batch), [])
 
     class Synthetic:
         steps_per_epoch, fingerprint, dataset = 10**6, "synthetic", None
 
-        def loader(self, *_: Any, **__: Any) -> Iterator[data.Batch]:
+        def loader(self, *_: Any, **__: Any) -> Iterator[Batch]:
             for _ in asked:
                 yield batch
             raise Stopped
 
-    class SyntheticSources(sources.Sources):
+    class SyntheticSources(Sources):
         def data(self, *_: Any) -> tuple[Any, None]:
             return Synthetic(), None
 
@@ -503,7 +506,7 @@ def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
             **OURS[job.contestant],
         }
         with contextlib.suppress(Stopped), contextlib.redirect_stdout(sys.stderr):
-            train.train(config.parse(tree, "step.py"), "auto", SyntheticSources(), [FirstLoss()])
+            loop.train(config.parse(tree, "step.py"), "auto", SyntheticSources(), [FirstLoss()])
 
 
 class Result(NamedTuple):

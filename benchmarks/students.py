@@ -74,27 +74,32 @@ class Stopped(Exception):
 
 def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
     """Train these students as users do, with a loader that has one batch and waits for each turn of one step."""
-    from indistill import config, data, sources, together, train
+    from indistill import config
+    from indistill.data.batch import Batch
+    from indistill.training import loop
+    from indistill.training import students as training_students
+    from indistill.training.parts import Sources
+    from indistill.training.students import Shared
 
     torch.set_num_threads(1)
     images = torch.randint(256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    batch = data.Batch(images, torch.arange(BATCH), torch.arange(BATCH), [])
+    batch = Batch(images, torch.arange(BATCH), torch.arange(BATCH), [])
 
     class Synthetic:
         steps_per_epoch, fingerprint, dataset = 10**6, "synthetic", None
 
-        def loader(self, *_: Any, **__: Any) -> Iterator[data.Batch]:
+        def loader(self, *_: Any, **__: Any) -> Iterator[Batch]:
             while pipe.recv():
                 begin = time.process_time()
                 yield batch
                 pipe.send(time.process_time() - begin)
             raise Stopped
 
-    class OneRun(sources.Sources):
+    class OneRun(Sources):
         def data(self, *_: Any) -> tuple[Any, None]:
             return Synthetic(), None
 
-    class Several(together.Shared):
+    class Several(Shared):
         def data(self, *_: Any) -> tuple[Any, None]:
             self.opened = self.opened or (Synthetic(), None)
             return self.opened
@@ -125,9 +130,9 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
         ]
         with contextlib.suppress(Stopped), contextlib.redirect_stdout(sys.stderr):
             if len(students) > 1:
-                together.train(students, shared=Several(students[0][1], len(students)))
+                training_students.train(students, shared=Several(students[0][1], len(students)))
             else:
-                train.train(students[0][1], sources=OneRun())
+                loop.train(students[0][1], sources=OneRun())
 
 
 if __name__ == "__main__":

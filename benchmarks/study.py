@@ -543,7 +543,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def curves(study: Study, lines: dict[tuple, Line]) -> str | None:
     """The first metric against the budget as SVG, a line per method and rate; None without two budgets."""
-    from indistill import charts
+    from indistill.commands.report import charts
 
     metric, title = next(iter(study.metrics.items()))
     budgets = sorted({key[2] for key in lines})

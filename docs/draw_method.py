@@ -16,12 +16,16 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from indistill import build, config, estimate, export, models, prune, taps, train
+from indistill import config, prune
+from indistill.commands.export.load import load_file
+from indistill.commands.plan import estimate
 from indistill.curriculum import Phase, Timetable
-from indistill.data import Request
-from indistill.models import Network
+from indistill.data.batch import Request
+from indistill.data.training import open_eval_set
+from indistill.models.network import Network, normalisation
+from indistill.models.stages import find_stages
 from indistill.prune import Plan
-from indistill.sources import open_eval_set
+from indistill.training import loop, parts
 
 IMAGES = Path(__file__).with_name("images")
 EVERY_EPOCH = ["run_dir=runs/method", "evaluate.every=1 epoch", "checkpoint.every_steps=44", "checkpoint.keep_last=100"]
@@ -55,13 +59,13 @@ class Run(NamedTuple):
     lines: list[dict[str, float]]  # of metrics.jsonl
 
     def student(self, step: int) -> Network:
-        """After so many steps; before the first, as `build.networks` begins."""
+        """After so many steps; before the first, as `parts.networks` begins."""
         if step == 0:
             set_seed(self.settings.seed)
-            net = build.create_student(self.settings)
-            return Network(net, *models.normalisation(net, self.settings.student, "student")).eval()
+            net = parts.create_student(self.settings)
+            return Network(net, *normalisation(net, self.settings.student, "student")).eval()
         file = Path(self.settings.run_dir, f"checkpoints/step-{step:08d}/model.safetensors")
-        return export.load_file(self.settings, file).eval()
+        return load_file(self.settings, file).eval()
 
     def end(self, phase: Phase) -> int:
         return phase.end or self.timetable.total_steps
@@ -124,8 +128,8 @@ class Picture:
 def main() -> None:
     settings = config.load("configs/digits_demo.yaml", EVERY_EPOCH)
     if not Path(settings.run_dir, "summary.json").exists():
-        train.train(settings)
-    teacher = build.create_teacher(settings).eval()
+        loop.train(settings)
+    teacher = parts.create_teacher(settings).eval()
     plan = Plan.read(Path(settings.run_dir, "prune_plan.json"))
     lines = [json.loads(line) for line in Path(settings.run_dir, "metrics.jsonl").read_text().splitlines()]
     timetable = Timetable.of(settings, steps_per_epoch=44, pairs=len(plan.pairs))
@@ -141,7 +145,7 @@ def main() -> None:
 def layers(run: Run) -> None:
     """What of both networks each phase computes."""
     picture = Picture("layers", "The layers of teacher and student that are computed in each phase")
-    teacher, student = taps.stages(run.teacher.net), taps.stages(run.student(0).net)
+    teacher, student = find_stages(run.teacher.net), find_stages(run.student(0).net)
     left, step, width, height = 128, 104, 92, 22
     for i, stage in enumerate(teacher):
         picture.text(left + i * step + width / 2, 20, stage.name.replace("act1", "stem"), "dim", "middle")
@@ -198,12 +202,12 @@ def timetable_bars(run: Run) -> None:
 def importance(run: Run) -> None:
     """The L1 norms behind each teacher channel, and which stay."""
     picture = Picture("importance", "Importance of each teacher channel by pair, kept channels in colour")
-    size, top, height = build.input_size(run.settings), 14, 64
+    size, top, height = config.input_size(run.settings), 14, 64
     left, width = 128, WIDTH - 144
     for i, pair in enumerate(run.plan.pairs):
         norms = prune.l1_importance(run.teacher.net, pair.teacher_stage, size).numpy()
         low, high, kept = norms.min(), norms.max(), set(pair.kept)
-        name = taps.stages(run.teacher.net)[pair.teacher_stage].name
+        name = find_stages(run.teacher.net)[pair.teacher_stage].name
         picture.text(12, top + 14, f"pair {i + 1}, {name}")
         picture.text(12, top + 31, f"{len(kept)} of {len(norms)} kept", "dim small")
 

@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from indistill import cli, runs
+from indistill.commands import cli
+from indistill.config import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = "README.md"
@@ -44,7 +45,13 @@ BLOCK = re.compile(
     r"(?:^<!-- docs-test\n(?P<marker>.*?)-->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 _CONFIG = re.compile(r"(configs/[\w-]+\.yaml|\bCONFIG\b)((?: +[a-z][\w.]*=(?:'[^']*'|\"[^\"]*\"|[^\s'\"]+))*)")
-_PRELOAD = ["indistill.train", "indistill.estimate", "indistill.export", "indistill.precompute", "indistill.together"]
+_PRELOAD = [
+    "indistill.training.loop",
+    "indistill.commands.plan.estimate",
+    "indistill.commands.export.write",
+    "indistill.commands.targets",
+    "indistill.training.students",
+]
 
 
 class Block(NamedTuple):

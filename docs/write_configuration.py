@@ -1,4 +1,4 @@
-"""`python docs/write_configuration.py` writes configuration.md from the models in indistill/config.py.
+"""`python docs/write_configuration.py` writes configuration.md from the sections in indistill/config/.
 
 Types, limits and defaults are pydantic's; a key's meaning is the comment beside it, or on the lines above it.
 """
@@ -25,7 +25,7 @@ INTRODUCTION = """\
 # Configuration
 
 Every key of a config, written by `python docs/write_configuration.py` from the comments in
-[config.py](../indistill/config.py); a test fails where this page and the code differ. An unknown key, or a value of
+[indistill/config](../indistill/config); a test fails where this page and the code differ. An unknown key, or a value of
 another type, is one line before any work, with exit code 2:
 
 ```text
@@ -46,6 +46,12 @@ Besides, a file may list `stages` ([chains](method.md#chains)) or `students` wit
 STARTS = """\
 A run that is started again must have the same config, except for {operational}. Between the nodes of a run {node} may
 differ."""
+
+
+def sources() -> str:
+    """The text of every file of the sections."""
+    folder = Path(config.__file__).parent
+    return "\n".join(path.read_text() for path in sorted(folder.glob("*.py")))
 
 
 def meanings(source: str) -> dict[tuple[str, str], str]:
@@ -192,7 +198,7 @@ def table(name: str, schema: dict[str, Any], heads: dict[str, str], told: dict[t
 
 
 def page() -> str:
-    told, tree = meanings(inspect.getsource(config)), config.Config.model_json_schema()
+    told, tree = meanings(sources()), config.Config.model_json_schema()
     heads = sections(tree)
     operational, node = (", ".join(f"`{key}`" for key in keys) for keys in (config.OPERATIONAL_KEYS, config.NODE_KEYS))
     starts = textwrap.fill(STARTS.format(operational=operational, node=node), 120, break_on_hyphens=False)

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from indistill.api import Trainer
-    from indistill.callbacks import Callback
+    from indistill.commands.trainer import Trainer
     from indistill.config import UserError
+    from indistill.training.callbacks import Callback
 
 __version__ = "0.1.0"
 __all__ = ["Callback", "Trainer", "UserError", "__version__"]
@@ -14,9 +14,9 @@ __all__ = ["Callback", "Trainer", "UserError", "__version__"]
 def __getattr__(name: str) -> Any:
     """The public names at their first use, so that `indistill --help` need not wait for what they import."""
     if name == "Trainer":
-        from indistill.api import Trainer as value
+        from indistill.commands.trainer import Trainer as value
     elif name == "Callback":
-        from indistill.callbacks import Callback as value
+        from indistill.training.callbacks import Callback as value
     elif name == "UserError":
         from indistill.config import UserError as value
     else:

@@ -1,6 +1,6 @@
 """`python -m indistill`, and therefore `torchrun -m indistill` and `accelerate launch -m indistill`."""
 
-from indistill.cli import main
+from indistill.commands.cli import main
 
 if __name__ == "__main__":
     main()

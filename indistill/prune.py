@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indistill import taps
 from indistill.config import UserError
+from indistill.models.stages import check_stages, find_stages, stage_maps
 
 NEEDS_DATA = ("activation", "taylor")  # the criteria that `calibrate` computes
 
@@ -112,7 +112,7 @@ def filter_importance(
         if any(getattr(writer.norm, "weight", None) is None for writer in found):
             raise UserError(
                 f"warmup.prune.criterion: bn_scale needs a batch norm with scales behind every layer that writes stage "
-                f"{stage} ({taps.stages(model)[stage].name}) of {type(model).__name__}: use l1, or choose other stages "
+                f"{stage} ({find_stages(model)[stage].name}) of {type(model).__name__}: use l1, or choose other stages "
                 "in warmup.pairs"
             )
         scores = [writer.norm.weight.detach().float().abs() for writer in found]
@@ -150,7 +150,7 @@ def calibrate(
     a stage of which every channel scores zero.
     """
     score = {"activation": _activation, "taylor": _taylor}[criterion]
-    widths = [taps.stages(net)[stage].channels for stage in stages]
+    widths = [find_stages(net)[stage].channels for stage in stages]
     sums = torch.zeros(sum(widths) + 1, dtype=torch.float64, device=next(net.parameters()).device)
     with _evaluating(net):
         for images, labels in batches:
@@ -172,7 +172,7 @@ def calibrate(
 
 @torch.no_grad()
 def _activation(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) -> list[Tensor]:
-    return [feature.abs().flatten(2).mean(2, dtype=torch.float64) for feature in taps.maps(net, x, stages)]
+    return [feature.abs().flatten(2).mean(2, dtype=torch.float64) for feature in stage_maps(net, x, stages)]
 
 
 @torch.enable_grad()
@@ -206,7 +206,7 @@ def _taylor(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) ->
         read = [(tensor, gradient) for tensor, gradient in zip(row, gradients) if gradient is not None]
         if not read:
             raise UserError(
-                f"warmup.prune.criterion: taylor cannot follow stage {stage} ({taps.stages(net)[stage].name}) of "
+                f"warmup.prune.criterion: taylor cannot follow stage {stage} ({find_stages(net)[stage].name}) of "
                 f"{type(net).__name__} to its loss: use activation, or choose other stages in warmup.pairs"
             )
         tensor, gradient = read[0]
@@ -263,10 +263,10 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
         device = next(model.parameters()).device
         images = torch.zeros(1, *(input_size or model.pretrained_cfg["input_size"]), device=device, requires_grad=True)
         with _evaluating(model), torch.enable_grad():
-            (output,) = taps.maps(model, images, [stage])  # [1, C, H, W]
+            (output,) = stage_maps(model, images, [stage])  # [1, C, H, W]
             if output.shape[2:].numel() == 1:  # too small to tell gates, unless the model takes larger images
                 with contextlib.suppress(AssertionError, RuntimeError):
-                    (output,) = taps.maps(model, images.repeat(1, 1, 4, 4), [stage])
+                    (output,) = stage_maps(model, images.repeat(1, 1, 4, 4), [stage])
     finally:
         for hook in hooks:
             hook.remove()
@@ -291,7 +291,7 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
         norm, normed = norm_reading_node.get(node, (None, None))
         found.append(Writer(layer_of_node[node], norm if normed in seen else None))  # else it is of a side branch
 
-    name, width = taps.stages(model)[stage].name, output.shape[1]
+    name, width = find_stages(model)[stage].name, output.shape[1]
     if not found or any(len(writer.layer.weight) != width for writer in found):
         raise UserError(
             f"stage {stage} ({name}) of {type(model).__name__}: its {width} channels are not written by whole filters, "
@@ -317,7 +317,7 @@ def plan(
     absent); `random` takes `seed`. Raises UserError for a stage that does not exist, pairs out of order, a student
     wider than its teacher where no adapter lifts it, and a criterion that a stage does not have.
     """
-    taps.check(pairs, teacher, student, "warmup.pairs")
+    check_stages(pairs, teacher, student, "warmup.pairs")
 
     def scores(stage: int, width: int) -> Tensor:
         if criterion in NEEDS_DATA:
@@ -330,8 +330,8 @@ def plan(
 
     plans, looked_at = [], []
     for teacher_stage, student_stage in pairs:
-        teacher_width = taps.stages(teacher)[teacher_stage].channels
-        student_width = taps.stages(student)[student_stage].channels
+        teacher_width = find_stages(teacher)[teacher_stage].channels
+        student_width = find_stages(student)[student_stage].channels
         kept = of_channels = None
         if student_width > teacher_width and adapter == "none":
             raise UserError(

@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from indistill import config, packing
+from indistill import config
+from indistill.data import packing
 
 if "OMP_NUM_THREADS" not in os.environ:  # networks are small, and the processes of a test often outnumber the cores
     os.environ["OMP_NUM_THREADS"] = "1"  # of those that are started
@@ -103,7 +104,7 @@ _context = multiprocessing.get_context("forkserver")
 def preload(*modules: str) -> None:
     """Have fresh processes begin with `modules` imported. For a test module's top level: before the first starts."""
     # torch, timm and accelerate are imported once
-    _context.set_forkserver_preload(["indistill.train", *modules])
+    _context.set_forkserver_preload(["indistill.training.loop", *modules])
 
 
 preload()
@@ -152,13 +153,14 @@ def run_ranks(function: Callable, world: int | None, *arguments: Any, exit_code:
 
 def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "auto") -> None:
     """Train to the end, or be asked to stop after `step` steps: then only their checkpoint is left."""
-    from indistill import preemption, train
+    from indistill.distributed import preemption
+    from indistill.training import loop
 
     with pytest.MonkeyPatch.context() as patch:
         if step is not None:
             patch.setattr(preemption.Agreement, "reached", lambda _, done, __: preemption.settle(done == step))
         with contextlib.suppress(preemption.Preempted):
-            train.train(config.parse(tree, "test"), resume)
+            loop.train(config.parse(tree, "test"), resume)
 
 
 # --- two ways that must agree, on any processor ----------------------------------------------------------------------
@@ -167,9 +169,9 @@ def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "au
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Networks, targets and losses in float64: what rounding does to two correct ways is then far below any limit."""
-    from indistill import models
+    from indistill.models.network import DTYPES
 
-    monkeypatch.setitem(models.DTYPES, "no", torch.float64)
+    monkeypatch.setitem(DTYPES, "no", torch.float64)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -181,9 +183,9 @@ def in_float64(function: Callable, *arguments: Any) -> None:
     For runs, whose steps enlarge rounding by factors that differ between processors. DeepSpeed and autocast know no
     float64: see `run_moved`.
     """
-    from indistill import models
+    from indistill.models.network import DTYPES
 
-    models.DTYPES["no"] = torch.float64
+    DTYPES["no"] = torch.float64
     torch.set_default_dtype(torch.float64)
     function(*arguments)
 
@@ -203,9 +205,9 @@ def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: 
     How far they stray tells how much this training enlarges rounding by `unit` on this processor: evenly, if the
     networks are SMOOTH.
     """
-    from indistill import build
+    from indistill.training import parts
 
-    networks = build.networks
+    networks = parts.networks
     for seed in range(2):
 
         def moving_networks(*arguments: Any, seed: int = seed) -> tuple[Any, ...]:
@@ -214,7 +216,7 @@ def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: 
             return student, *others
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "networks", moving_networks)
+            patch.setattr(parts, "networks", moving_networks)
             run({**tree, "run_dir": f"{tree['run_dir']}-moved{seed}"})
 
 

@@ -6,15 +6,15 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from indistill import shards
-from indistill.shards import Sample
+from indistill.data.index import IMAGE_EXTENSIONS
+from indistill.data.shards import Sample
 
 
 def samples(count, seed=0, first=0):
     """Samples of varied sizes; the content need not be an image, shards never decode."""
     random = np.random.RandomState(seed)
     return [
-        (f"{first + i:05d}", random.bytes(random.randint(1, 3000)), shards.IMAGE_EXTENSIONS[i % 4], int(i * 7 % 10))
+        (f"{first + i:05d}", random.bytes(random.randint(1, 3000)), IMAGE_EXTENSIONS[i % 4], int(i * 7 % 10))
         for i in range(count)
     ]
 
@@ -37,7 +37,7 @@ def webdataset_samples(paths):
     import webdataset
 
     for sample in webdataset.WebDataset([str(path) for path in paths], shardshuffle=False, empty_check=False):
-        extension = next(name for name in sample if name in shards.IMAGE_EXTENSIONS)
+        extension = next(name for name in sample if name in IMAGE_EXTENSIONS)
         yield Sample(sample["__key__"], sample[extension], int(sample.get("cls", b"-1")))
 
 

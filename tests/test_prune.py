@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from timm.models import hiera, mvitv2
 from torch import nn
 
-from indistill import prune, taps
+from indistill import prune
 from indistill.config import UserError
-from indistill.models import CNN32
+from indistill.models.cnn32 import CNN32
+from indistill.models.stages import find_stages
 
 SIZE = (3, 32, 32)
 
@@ -48,7 +49,7 @@ def assert_importance(net, stage, *names, input_size=SIZE):
     found = prune.l1_importance(net, stage, input_size)
     assert found.dtype == torch.float32
     assert not found.requires_grad
-    assert len(found) == taps.stages(net)[stage].channels
+    assert len(found) == find_stages(net)[stage].channels
     assert np.allclose(found.double().numpy(), l1_norms(net, *names), rtol=rounded(net, *names), atol=0)
 
 
@@ -344,7 +345,7 @@ def assert_taylor(net, stage, module, axis, positions, side=32):
     batches = calibration_batches(side=side)
     found = prune.calibrate(net, normalise, [stage], batches, "taylor")[stage]
     assert found.dtype == torch.float64
-    assert len(found) == taps.stages(net)[stage].channels
+    assert len(found) == find_stages(net)[stage].channels
     step, expected = 1e-5, np.zeros(len(found))
     for images, labels in batches:
         for channel in range(len(found)):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import pack_images, run_ranks
 
-from indistill import config, health
-from indistill import train as module
+from indistill import config
+from indistill.distributed import agree
+from indistill.training import loop, parts, pruning
 
 
 def with_keys(tree: dict[str, Any], name: str, **keys: Any) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def with_keys(tree: dict[str, Any], name: str, **keys: Any) -> dict[str, Any]:
 def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
     """Each case alone: rank 1 differs in it, rank 0 in nothing."""
     differs = os.environ["RANK"] == "1"
-    plan_of, teacher_of = module.build.agree_on_plan, module.build.create_teacher
+    plan_of, teacher_of = pruning.agree_on_plan, parts.create_teacher
 
     def other_plan(*arguments):
         return plan_of(*arguments)._replace(criterion="l2")
@@ -42,35 +43,35 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
             before = getattr(owner, name)
             setattr(owner, name, value)
         with pytest.raises(config.UserError, match=f"^the ranks disagree on {pattern}: start all of them"):
-            module.train(config.parse(mine if differs else tree, "test"))
+            loop.train(config.parse(mine if differs else tree, "test"))
         if change:
             setattr(owner, name, before)
 
     both("optimizer.lr: rank 0 has 0.001, rank 1 has 0.5", mine=with_keys(tree, "optimizer", lr=0.5))
     # Which another start may change, but not one rank alone: it would wait for the other, forever.
     both("log.every_steps: rank 0 has 1, rank 1 has 2", mine=with_keys(tree, "log", every_steps=2))
-    both(r"indistill: rank 0 has .*, rank 1 has .*", (health, "__file__", other_code))
+    both(r"indistill: rank 0 has .*, rank 1 has .*", (agree, "__file__", other_code))
     both(r"torch: rank 0 has .*, rank 1 has 0\.1", (torch, "__version__", "0.1"))
     both("data: rank 0 has [0-9a-f]{64}, rank 1 has [0-9a-f]{64}", mine=with_keys(tree, "data", root=other_data))
-    both("plan: rank 0 has .*, rank 1 has .*", (module.build, "agree_on_plan", other_plan))
-    both("teacher: rank 0 has .*, rank 1 has .*", (module.build, "create_teacher", other_teacher))
+    both("plan: rank 0 has .*, rank 1 has .*", (parts, "agree_on_plan", other_plan))
+    both("teacher: rank 0 has .*, rank 1 has .*", (parts, "create_teacher", other_teacher))
 
 
 def test_ranks_that_disagree_do_not_start(tree, tmp_path):
     code = tmp_path / "code"
-    shutil.copytree(Path(health.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
-    with (code / "losses.py").open("a") as file:
+    shutil.copytree(Path(agree.__file__).parents[1], code, ignore=shutil.ignore_patterns("__pycache__"))
+    with (code / "losses" / "common.py").open("a") as file:
         file.write("# one line more\n")
     pack_images(tmp_path / "data", "train", samples=192, per_shard=64, seed=3)
     pack_images(tmp_path / "data", "eval", samples=51, per_shard=51, seed=2)
-    run_ranks(refused, 2, tree, str(code / "health.py"), str(tmp_path / "data"))
+    run_ranks(refused, 2, tree, str(code / "distributed" / "agree.py"), str(tmp_path / "data"))
     assert not list((Path(tree["run_dir"]) / "checkpoints").iterdir())
 
 
 def agreed(tree: dict[str, Any]) -> None:
     mine = copy.deepcopy(tree)
     mine["data"] |= {"workers": int(os.environ["RANK"])}  # a node's own business
-    module.train(config.parse(mine, "test"))
+    loop.train(config.parse(mine, "test"))
 
 
 def test_nodes_may_differ_in_what_is_their_own(tree):

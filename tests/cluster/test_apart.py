@@ -15,11 +15,14 @@ import torch
 import yaml
 from conftest import EPS, LOGGED, SMOOTH, assert_rounding_explains, in_float64, run_moved, run_ranks, strayed
 
-from indistill import apart, config, pipeline, runs
-from indistill.cli import main
-from indistill.metrics import read_lines
-from indistill.models import Network
-from indistill.train import train
+from indistill import config
+from indistill.commands.cli import main
+from indistill.config import runs
+from indistill.config.files import read_lines
+from indistill.models.network import Network
+from indistill.training import groups
+from indistill.training import runs as training_runs
+from indistill.training.loop import train
 
 STUDENTS = [
     {"name": "small", "student": {"name": "cnn32_student"}},
@@ -46,7 +49,7 @@ def path(tree, tmp_path):
 def run(path: Path, folder: Path) -> None:
     """Train, and note how many images the teacher saw, and how many bytes each all-gather sent."""
     told: dict[str, Any] = {"images": 0, "sent": []}
-    rank, normalise, begin_groups = os.environ["RANK"], Network.normalise, apart._begin_groups
+    rank, normalise, begin_groups = os.environ["RANK"], Network.normalise, groups._begin_groups
 
     def noting_normalise(network, images):
         if not network.training and torch.is_inference_mode_enabled():  # and not in an evaluation
@@ -62,8 +65,8 @@ def run(path: Path, folder: Path) -> None:
             return self.group.allgather(parts, sent)
 
     Network.normalise = noting_normalise
-    apart._begin_groups = lambda *arguments: Noting(begin_groups(*arguments))
-    pipeline.run(runs.load(path))
+    groups._begin_groups = lambda *arguments: Noting(begin_groups(*arguments))
+    training_runs.run(runs.load(path))
     assert os.environ["RANK"] == rank
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
 

@@ -17,10 +17,15 @@ import torch
 from conftest import EPS, LOGGED, SMOOTH, assert_rounding_explains, run_moved, run_ranks, strayed
 from torch import Tensor
 
-from indistill import config, objective
-from indistill import train as module
-from indistill.cli import main
-from indistill.metrics import read_lines
+from indistill import config, curriculum
+from indistill import losses as indistill_losses
+from indistill.commands.cli import main
+from indistill.config.files import read_lines
+from indistill.distributed import engine
+from indistill.losses import common, objective
+from indistill.training import guard, loop, optim
+from indistill.training import mix as training_mix
+from indistill.training.loop import Run
 
 BAD = (3, 8, 9)  # in the warm-up; then two in a row, in kd
 
@@ -36,8 +41,8 @@ def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
     """In each of these steps' first micro-batch, on this rank alone, something is not finite."""
     if int(os.environ["RANK"]) != rank:
         return
-    call, mix, begin_step = module.Objective.__call__, module.make_mix, module.optim.PhaseOptim.begin_step
-    hint, entropy = objective.losses.hint, objective.losses.cross_entropy
+    call, mix, begin_step = objective.Objective.__call__, training_mix.make_mix, optim.PhaseOptim.begin_step
+    hint, entropy = indistill_losses.hint, indistill_losses.cross_entropy
     at = {"step": -1, "broken": -1}
 
     def telling_begin_step(self, step, phase):
@@ -68,17 +73,17 @@ def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
 
         return mixed
 
-    module.optim.PhaseOptim.begin_step = telling_begin_step
-    module.Objective.__call__, module.make_mix = breaking_call, breaking_mix
-    objective.losses.hint = lambda *arguments: broken(hint(*arguments))
-    objective.losses.cross_entropy = lambda *arguments: broken(entropy(*arguments))
+    optim.PhaseOptim.begin_step = telling_begin_step
+    objective.Objective.__call__, loop.make_mix = breaking_call, breaking_mix
+    common.hint = lambda *arguments: broken(hint(*arguments))
+    common.cross_entropy = lambda *arguments: broken(entropy(*arguments))
 
 
 class State:
     """Everything that a bad step must leave alone, taken from a run of `module.train` as it goes."""
 
     def __init__(self) -> None:
-        prepare, whole, ema_class = module.engine.prepare, module.engine.whole, module.health.Ema
+        prepare, whole, ema_class = engine.prepare, engine.whole, guard.Ema
 
         def keep_prepare(*arguments):
             self.wrapped, self.optimizer, was_skipped = prepare(*arguments)
@@ -92,7 +97,7 @@ class State:
             self.ema = ema_class(*arguments, **keywords)
             return self.ema
 
-        module.engine.prepare, module.engine.whole, module.health.Ema = keep_prepare, keep_whole, keep_ema
+        engine.prepare, engine.whole, guard.Ema = keep_prepare, keep_whole, keep_ema
 
     def digests(self) -> list[str]:
         inner = getattr(self.optimizer.optimizer, "optimizer", self.optimizer.optimizer)  # ZeRO's own holds torch's
@@ -104,7 +109,7 @@ class State:
 
     def at_bad_steps(self, begin: Any, end: Any) -> None:
         """Call these as each bad step begins, and when it is over."""
-        begin_step, end_step = module.optim.PhaseOptim.begin_step, module.Pace.end_step
+        begin_step, end_step = optim.PhaseOptim.begin_step, curriculum.Pace.end_step
 
         def calling_begin(phase_optim, step, phase):
             lr = begin_step(phase_optim, step, phase)
@@ -117,19 +122,19 @@ class State:
                 end()
             return end_step(pace, done, *arguments)
 
-        module.optim.PhaseOptim.begin_step, module.Pace.end_step = calling_begin, calling_end
+        optim.PhaseOptim.begin_step, curriculum.Pace.end_step = calling_begin, calling_end
 
     def finishing(self, tree: dict[str, Any]) -> None:
-        end = module.Run.end
+        end = Run.end
 
         def telling_end(run):
             accelerator = run.accelerator
-            told = {"world": accelerator.num_processes, "engine": module.engine.describe(accelerator)}
+            told = {"world": accelerator.num_processes, "engine": engine.describe(accelerator)}
             told["digests"] = self.digests()
             (Path(tree["run_dir"]) / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
             return end(run)
 
-        module.Run.end = telling_end
+        Run.end = telling_end
 
 
 def run_broken(tree: dict[str, Any], kind: str, rank: int) -> None:
@@ -144,7 +149,7 @@ def run_broken(tree: dict[str, Any], kind: str, rank: int) -> None:
     seen = []
     state.at_bad_steps(lambda: before.append(state.digests()), end)
     state.finishing(tree)
-    module.train(config.parse(tree, "test"))
+    loop.train(config.parse(tree, "test"))
     assert len(seen) == len(BAD)
 
 
@@ -158,7 +163,7 @@ def run_without(tree: dict[str, Any]) -> None:
 
     state.at_bad_steps(begin, lambda: [part.load_state_dict(saved) for part, saved in before])
     state.finishing(tree)
-    module.train(config.parse(tree, "test"))
+    loop.train(config.parse(tree, "test"))
 
 
 def told(tree: dict[str, Any], world: int) -> list[dict[str, Any]]:
@@ -166,7 +171,7 @@ def told(tree: dict[str, Any], world: int) -> list[dict[str, Any]]:
 
 
 def run(tree: dict[str, Any]) -> None:
-    module.train(config.parse(tree, "test"))
+    loop.train(config.parse(tree, "test"))
 
 
 def losses(run_dir: str) -> list[float | None]:
@@ -213,12 +218,12 @@ def test_a_bad_step_leaves_no_trace(short_tree, tmp_path, kind, world, rank, pre
 
 def resume(tree: dict[str, Any]) -> None:
     break_steps("loss", 0)
-    module.train(config.parse(tree, "test"))
+    loop.train(config.parse(tree, "test"))
     again = Path(tree["run_dir"]) / "checkpoints" / "step-00000009"  # between two bad steps
     whole = lines(tree)
     assert whole[-1]["skipped_steps"] == len(BAD)
     break_steps("loss", 0)  # counts its steps anew
-    module.train(config.parse(tree, "test"), str(again))
+    loop.train(config.parse(tree, "test"), str(again))
     kept = {"step", "loss", "skipped_steps"}
     assert [{k: line[k] for k in kept} for line in lines(tree)] == [{k: line[k] for k in kept} for line in whole]
 

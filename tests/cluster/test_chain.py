@@ -14,7 +14,8 @@ import torch
 from conftest import run_ranks, unused_port
 from safetensors.torch import load_file
 
-from indistill import pipeline, runs
+from indistill.config import runs
+from indistill.training import runs as training_runs
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def chain(tree: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def run(path: Path, told: Path) -> None:
-    summaries = pipeline.run(runs.load(path))
+    summaries = training_runs.run(runs.load(path))
     assert not torch.distributed.is_initialized()
     (told / os.environ["RANK"]).write_text(json.dumps(summaries))
 

@@ -15,25 +15,28 @@ import torch
 from conftest import preload, start, unused_port
 from torch import distributed
 
-from indistill import cli, doctor
+from indistill.commands import cli
+from indistill.commands.doctor import findings, inputs, node, ranks, software
+from indistill.commands.doctor import run as doctor_run
+from indistill.commands.doctor.findings import OK, Here, Said
 
-preload("indistill.doctor")
+preload("indistill.commands.doctor.run")
 HOST = socket.gethostname()
 
 
 def examine(path: str, how: str, start_seconds: float, check_seconds: float) -> None:
     """`indistill doctor CONFIG --json` with what it prints in files; `how` says what is wrong with rank 1."""
     rank = os.environ["RANK"]
-    doctor.LOOK_SECONDS, doctor.START_SECONDS, doctor.CHECK_SECONDS = 0.1, start_seconds, check_seconds
+    inputs.LOOK_SECONDS, findings.START_SECONDS, findings.CHECK_SECONDS = 0.1, start_seconds, check_seconds
     if rank == "1" and how == "differs":
         clock, exists = time.time, os.path.exists
         time.time = lambda: clock() + 5.0
         torch.__version__ = "0.1"
-        doctor.os.path.exists = lambda path: "indistill-doctor" not in str(path) and exists(path)
-        doctor._quota = lambda: 0.5
+        doctor_run.os.path.exists = lambda path: "indistill-doctor" not in str(path) and exists(path)
+        node._quota = lambda: 0.5
     if how in ("hangs", "dies"):
         last = {"hangs": hangs, "dies": dies}[how]
-        doctor.ALONE = (doctor.versions, doctor.start, *[last] * (rank == "1"))
+        doctor_run.ALONE = (software.versions, ranks.start, *[last] * (rank == "1"))
     with open(f"{path}.out-{rank}", "w") as out, open(f"{path}.err-{rank}", "w") as err:
         os.dup2(err.fileno(), 2)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -41,12 +44,12 @@ def examine(path: str, how: str, start_seconds: float, check_seconds: float) -> 
     sys.exit("doctor came back")
 
 
-def hangs(here: doctor.Here) -> doctor.Said:
+def hangs(here: Here) -> Said:
     time.sleep(60)
-    yield doctor.OK, "at last"
+    yield OK, "at last"
 
 
-def dies(here: doctor.Here) -> doctor.Said:
+def dies(here: Here) -> Said:
     os._exit(3)
 
 

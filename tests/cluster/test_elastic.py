@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 from conftest import LOGGED, in_float64, run_ranks, train_until
 
-from indistill import checkpoint
-from indistill import train as module
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
+from indistill.training import checkpoint, loop, mix
 
 
 def run_and_tell(tree: dict[str, Any], folder: str, stop: int | None) -> None:
     """Train, up to the checkpoint at step `stop` if any, and note the sample ids of each step."""
-    make_mix, save = module.make_mix, checkpoint.Checkpoints.save
+    make_mix, save = mix.make_mix, checkpoint.Checkpoints.save
     ids: list[list[int]] = []
 
     def telling_mix(*arguments):
@@ -31,7 +30,7 @@ def run_and_tell(tree: dict[str, Any], folder: str, stop: int | None) -> None:
         told = {"world": accelerator.num_processes, "last": step, "ids": ids}
         (Path(folder) / f"{step:02d}-{accelerator.process_index}.json").write_text(json.dumps(told))
 
-    module.make_mix, checkpoint.Checkpoints.save = telling_mix, telling_save
+    loop.make_mix, checkpoint.Checkpoints.save = telling_mix, telling_save
     train_until(tree, stop)
 
 

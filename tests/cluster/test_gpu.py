@@ -26,11 +26,17 @@ from conftest import (
     unused_port,
 )
 
-from indistill import config, doctor, models, precompute
-from indistill.metrics import RunLog, read_lines
-from indistill.models import Network
-from indistill.optim import PhaseOptim
-from indistill.train import train
+from indistill import config
+from indistill.commands import targets
+from indistill.commands.doctor import node
+from indistill.commands.doctor.findings import FAIL, Here
+from indistill.commands.doctor.run import _look
+from indistill.config.files import read_lines
+from indistill.models import frozen
+from indistill.models.network import Network
+from indistill.training.loop import train
+from indistill.training.optim import PhaseOptim
+from indistill.training.run_log import RunLog
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -118,8 +124,8 @@ def test_a_teacher_held_in_half_precision_gives_what_autocast_gives(name):
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         expected = network(images).logits
-    models.run_in(network, "bf16")
-    models.hold(network, "bf16")
+    frozen.run_in(network, "bf16")
+    frozen.hold(network, "bf16")
     with torch.inference_mode():
         assert torch.equal(network(images).logits, expected)
 
@@ -133,7 +139,7 @@ def test_stored_targets_follow_the_live_ones(tree, tmp_path):
     live = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "live")}
     run(live)
     run_moved(run, live, EPS)
-    precompute.write(config.parse(tree, "test"))
+    targets.write(config.parse(tree, "test"))
     run(tree | {"targets": tree["targets"] | {"source": "cached"}})
     expected = losses(live["run_dir"])
     assert_rounding_explains(losses(tree["run_dir"]), expected, strayed(losses, live["run_dir"]))
@@ -168,8 +174,8 @@ def test_torchrun_with_nccl(tree, tmp_path):
 
 
 def test_doctor_sees_the_gpu():
-    here = doctor.Here()
-    doctor._look(doctor.gpu, here)
+    here = Here()
+    _look(node.gpu, here)
     assert len(here.found) == torch.cuda.device_count()
     assert torch.cuda.get_device_name(0) in here.found[0].what
-    assert here.found[0].level != doctor.FAIL
+    assert here.found[0].level != FAIL

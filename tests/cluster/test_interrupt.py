@@ -15,16 +15,19 @@ from pathlib import Path
 import pytest
 from conftest import run_ranks, unused_port
 
-from indistill import pipeline, runs
-from indistill.metrics import read_lines
+from indistill.config import runs
+from indistill.config.files import read_lines
+from indistill.training import runs as training_runs
 
 # The command line, but the third step waits for the signal: the machine may be slow, and so may the launcher.
 WAITING = """
 import os, sys, time
 from pathlib import Path
-from indistill import cli, preemption, train
+from indistill.commands import cli
+from indistill.distributed import preemption
+from indistill.training import loop
 rank = os.environ.get("RANK", "0")  # groups of ranks count their own
-make_mix = train.make_mix
+make_mix = loop.make_mix
 calls = []
 
 def waiting(*arguments):
@@ -40,7 +43,7 @@ def waiting(*arguments):
 
     return mix
 
-train.make_mix = waiting
+loop.make_mix = waiting
 cli.main(sys.argv[1:])
 """
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "{port}"]
@@ -83,7 +86,7 @@ def losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 def train(path: Path, run_dir: Path) -> None:
     multiprocessing.set_start_method("fork", force=True)  # as usual: the loader's workers start at once
-    pipeline.run(runs.load(path, [f"run_dir={run_dir}"]))
+    training_runs.run(runs.load(path, [f"run_dir={run_dir}"]))
 
 
 @pytest.mark.parametrize(

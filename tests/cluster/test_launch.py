@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import unused_port
 
-from indistill import Trainer, checkpoint, store
-from indistill.metrics import read_lines
+from indistill import Trainer
+from indistill.config.files import read_lines
+from indistill.targets.manifest import load_manifest
+from indistill.training import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -55,7 +57,7 @@ def test_targets_by_accelerate_launch(tree, tmp_path: Path):
     overrides = ["data.augment.views=2", f"targets={{source: cached, dir: {tmp_path}/t}}"]
     path.write_text(json.dumps(tree))
     launch("accelerate launch", "targets", str(path), *overrides)
-    manifest = store.load(f"{tmp_path}/t")
+    manifest = load_manifest(f"{tmp_path}/t")
     assert (manifest.views, sum(manifest.samples)) == (2, 192)
     assert Trainer(path, *overrides).verify_targets(64)
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from conftest import unused_port
 
-from indistill import checkpoint
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
+from indistill.training import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.203.77.1", "10.203.77.2")

@@ -12,9 +12,12 @@ import pytest
 from conftest import LOGGED, in_float64, kill_at_checkpoint, run_ranks
 
 from indistill import config
-from indistill import train as module
-from indistill.cli import main
-from indistill.metrics import read_lines
+from indistill.commands.cli import main
+from indistill.commands.evaluate import evaluate_checkpoint
+from indistill.config.files import read_lines
+from indistill.training import loop
+from indistill.training import mix as training_mix
+from indistill.training.loop import Run
 
 
 @pytest.fixture
@@ -30,17 +33,17 @@ def vit_tree(tree):
 
 
 def run(tree: dict[str, Any]) -> None:
-    module.train(config.parse(tree, "test"))
+    loop.train(config.parse(tree, "test"))
 
 
 def run_and_hash(tree: dict[str, Any], folder: str) -> None:
     """Train, and leave the hash of this rank's final weights, its world size and its sample ids behind."""
-    end, mix = module.Run.end, module.make_mix
+    end, mix = Run.end, training_mix.make_mix
     ids: list[list[int]] = []
 
-    def telling_end(run: module.Run) -> dict[str, Any]:
+    def telling_end(run: Run) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for value in run.whole().state_dict().values():
+        for value in run._scored().state_dict().values():  # what is evaluated and saved
             digest.update(value.numpy().tobytes())
         told = {"hash": digest.hexdigest(), "world": run.accelerator.num_processes, "ids": ids}
         (Path(folder) / f"{run.accelerator.process_index}.json").write_text(json.dumps(told))
@@ -50,11 +53,11 @@ def run_and_hash(tree: dict[str, Any], folder: str) -> None:
         inner = mix(*arguments)
         return lambda batch, phase: (ids.append(batch.ids.tolist()), inner(batch, phase))[1]
 
-    module.Run.end, module.make_mix = telling_end, make_mix
+    Run.end, loop.make_mix = telling_end, make_mix
     try:
         run(tree)
     finally:
-        module.Run.end, module.make_mix = end, mix
+        Run.end, loop.make_mix = end, mix
 
 
 def losses(run_dir: str) -> list[float]:
@@ -113,7 +116,7 @@ def test_batch_norm_ranks_stay_equal_and_resume_exactly(tree, tmp_path):
 
 
 def score(tree: dict[str, Any], weights: str, destination: str) -> None:
-    scores = module.evaluate_checkpoint(config.parse(tree, "test"), weights)
+    scores = evaluate_checkpoint(config.parse(tree, "test"), weights)
     with open(destination, "a") as file:
         file.write(json.dumps(scores) + "\n")
 

@@ -11,12 +11,14 @@ import torch
 from conftest import LOGGED, in_float64, run_ranks
 from torch import Tensor, nn
 
-from indistill import config, losses, relational
-from indistill import train as module
+from indistill import config, losses
+from indistill.config.files import read_lines
 from indistill.curriculum import Phase
-from indistill.metrics import read_lines
-from indistill.objective import Objective
-from indistill.outputs import Output, Targets
+from indistill.losses import gather as losses_gather
+from indistill.losses.gather import gather
+from indistill.losses.objective import Objective
+from indistill.models.outputs import Output, Targets
+from indistill.training import loop
 
 BATCH = 16
 LABELS = torch.arange(BATCH) % 5
@@ -55,7 +57,7 @@ def gradients(folder: str, scope: str) -> None:
     told = {}
     for name, loss_of in LOSSES.items():
         net.zero_grad()
-        loss = loss_of(*relational.gather(wrapped(images), teacher, LABELS[mine], scope=scope))
+        loss = loss_of(*gather(wrapped(images), teacher, LABELS[mine], scope=scope))
         accelerator.backward(loss)
         told[name] = [loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())]
     torch.save(told, Path(folder) / f"{world}-{rank}.pt")
@@ -123,8 +125,8 @@ def gathered_rows(folder: str) -> None:
     rank = accelerate.Accelerator().process_index
     cases = [("fits", 4 * 6, 6, 2), ("wide", 4 * 6 - 1, 6, 2), ("pairs", 15, 1, 2), ("triplets", 63, 1, 3)]
     for name, limit, width, related in cases:
-        relational.MAX_ELEMENTS = limit
-        (rows,) = relational.gather(torch.full((2, width), float(rank)), scope="auto", related=related)
+        losses_gather.MAX_ELEMENTS = limit
+        (rows,) = gather(torch.full((2, width), float(rank)), scope="auto", related=related)
         (Path(folder) / f"{name}-{rank}").write_text(str(len(rows)))
 
 
@@ -138,7 +140,7 @@ def test_auto_gathers_while_neither_rows_nor_relations_are_many(tmp_path):
 
 
 def run(tree: dict[str, Any]) -> None:
-    module.train(config.parse(tree, "test"))
+    loop.train(config.parse(tree, "test"))
 
 
 @pytest.mark.portable

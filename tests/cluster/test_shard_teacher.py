@@ -16,13 +16,17 @@ from conftest import run_ranks, train_until
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from indistill import config, evaluate, models, preemption, prune
-from indistill import train as module
+from indistill import config, evaluate, prune
+from indistill.config.files import read_lines
 from indistill.curriculum import Phase
-from indistill.metrics import read_lines
-from indistill.models import Heads, Network
-from indistill.preemption import Preempted
-from indistill.targets import LiveTargets
+from indistill.data import training
+from indistill.distributed import preemption
+from indistill.distributed.preemption import Preempted
+from indistill.models import frozen
+from indistill.models.heads import Heads
+from indistill.models.network import Network
+from indistill.targets.live import LiveTargets
+from indistill.training import loop
 
 SIZE = (3, 64, 64)
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "num_heads": 2, "depth": 4}
@@ -145,7 +149,7 @@ def refuse(name: str) -> None:
     device = accelerate.Accelerator().device
     network = Network(timm.create_model(name, num_classes=7), (0.5,) * 3, (0.5,) * 3).eval().requires_grad_(False)
     with pytest.raises(config.UserError, match=r"teacher\.shard: XceptionAligned runs some blocks by parts"):
-        models.shard(network, device, SIZE)
+        frozen.shard(network, device, SIZE)
 
 
 def test_a_network_that_runs_parts_of_blocks_is_refused():
@@ -183,7 +187,7 @@ def variant(tree: dict[str, Any], folder: Path, shard: bool) -> dict[str, Any]:
 
 def run(*trees: dict[str, Any]) -> None:
     """Train; each teacher has to be whole or sharded on both ranks as asked."""
-    evaluation = module.evaluation
+    evaluation = loop.evaluation
     for tree in trees:
 
         def checking_evaluation(accelerator, settings, student, teacher, eval_set):
@@ -191,8 +195,8 @@ def run(*trees: dict[str, Any]) -> None:
             assert pieces == [settings.teacher.shard and accelerator.num_processes == 2] * len(pieces)
             return evaluation(accelerator, settings, student, teacher, eval_set)
 
-        module.evaluation = checking_evaluation
-        module.train(config.parse(tree, "test"))
+        loop.evaluation = checking_evaluation
+        loop.train(config.parse(tree, "test"))
 
 
 def told(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
@@ -249,10 +253,10 @@ def stop_one(tree: dict[str, Any]) -> None:
         Network(trained("test_vit", {**section["kwargs"], "num_classes": 10}), (0.5,) * 3, (0.5,) * 3).eval()
         for section in (tree["student"], tree["teacher"])
     )
-    models.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))
+    frozen.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))
     preemption.asked = lambda: accelerator.process_index == 1
     with pytest.raises(Preempted):
-        evaluate.similarity(accelerator, student, teacher, [(0, 0)], module.open_eval_set(settings), batch=10)
+        evaluate.similarity(accelerator, student, teacher, [(0, 0)], training.open_eval_set(settings), batch=10)
 
 
 def test_a_rank_that_is_asked_to_stop_leaves_none_waiting(vit_tree):

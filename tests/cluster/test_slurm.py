@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from conftest import SHARED
 
-from indistill import checkpoint
-from indistill.metrics import read_lines
+from indistill.config.files import read_lines
+from indistill.training import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = SHARED.parent / "slurm"
@@ -38,13 +38,14 @@ pytestmark = [
 RANK = """#!{python}
 import sys, time
 from pathlib import Path
-from indistill import cli, runs
+from indistill.commands import cli
+from indistill.config import runs
 
 load = runs.load
 
 def load_and_patch(*arguments):
-    from indistill import train as module
-    make_mix = module.make_mix
+    from indistill.training import loop
+    make_mix = loop.make_mix
 
     def slow_mix(*arguments):
         mix = make_mix(*arguments)
@@ -56,7 +57,7 @@ def load_and_patch(*arguments):
 
         return slow
 
-    module.make_mix = slow_mix
+    loop.make_mix = slow_mix
     return load(*arguments)
 
 runs.load = load_and_patch

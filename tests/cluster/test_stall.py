@@ -15,9 +15,10 @@ import pytest
 from conftest import start, unused_port
 from torch import distributed
 
-from indistill import cli, preemption
-from indistill import train as module
-from indistill.data import IndexedTraining
+from indistill.commands import cli
+from indistill.data.loader import IndexedTraining
+from indistill.distributed import preemption
+from indistill.training import loop, mix
 
 TIMEOUT_MINUTES = 0.4
 
@@ -36,14 +37,14 @@ def train_and_fail(path: str, how: str) -> None:
             yield batch
 
     IndexedTraining.loader = failing_loader
-    make_mix = module.make_mix
+    make_mix = mix.make_mix
 
     def noting_mix(*arguments):
         options = distributed.group.WORLD._get_backend(arguments[1].device).options
         Path(f"{path}.timeout-{rank}").write_text(str(options._timeout.total_seconds()))
         return make_mix(*arguments)
 
-    module.make_mix = noting_mix
+    loop.make_mix = noting_mix
     sys.stderr = open(f"{path}.stderr-{rank}", "w", buffering=1)  # noqa: SIM115
     os.dup2(sys.stderr.fileno(), 2)
     cli.main(["train", path])
@@ -93,5 +94,5 @@ def test_a_rank_that_dies_ends_the_other_in_one_line(tree, tmp_path, engine):
     assert line.endswith("step-00000015")
     errors = Path(tree["run_dir"]) / "errors" / "rank-0.txt"
     assert str(errors) in line
-    assert "indistill/train.py" in errors.read_text()
+    assert "indistill/training/loop.py" in errors.read_text()
     assert (Path(tree["run_dir"]) / "status").read_text() == "requeue\n"

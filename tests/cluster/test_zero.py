@@ -30,8 +30,10 @@ from conftest import (
 from safetensors.torch import load_file
 
 from indistill import config
-from indistill import train as module
-from indistill.metrics import read_lines
+from indistill.commands.evaluate import evaluate_checkpoint
+from indistill.config.files import read_lines
+from indistill.distributed import engine
+from indistill.training.loop import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,32 +77,32 @@ def with_stage(tree: dict[str, Any], stage: int, folder: Path, name: str) -> dic
 def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> None:
     """Train, up to the checkpoint at step `stop` if any; leave world size, engine and final weights' hash behind."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with one GPU two ranks could not share it
-    end = module.Run.end
+    end = Run.end
 
-    def telling_end(run: module.Run) -> dict[str, Any]:
+    def telling_end(run: Run) -> dict[str, Any]:
         accelerator, digest = run.accelerator, hashlib.sha256()
-        for value in run._scored().state_dict().values():
+        for value in run._scored().state_dict().values():  # what is evaluated and saved
             digest.update(value.numpy().tobytes())
-        told = {"world": accelerator.num_processes, "engine": module.engine.describe(accelerator)}
+        told = {"world": accelerator.num_processes, "engine": engine.describe(accelerator)}
         told |= {"hash": digest.hexdigest()}
         (run.run_dir / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
         return end(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Run, "end", telling_end)
+        patch.setattr(Run, "end", telling_end)
         train_until(tree, stop, resume)
 
 
 def run_contiguous(tree: dict[str, Any]) -> None:
     """Train under DDP with the memory format that ZeRO has: that of DDP sums in another order."""
-    prepare = module.engine.prepare
+    prepare = engine.prepare
 
     def contiguous_prepare(accelerator, precision, student, *arguments):
         student.to(memory_format=torch.contiguous_format)
         return prepare(accelerator, precision, student, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.engine, "prepare", contiguous_prepare)
+        patch.setattr(engine, "prepare", contiguous_prepare)
         run(tree)
 
 
@@ -164,7 +166,7 @@ def score(tree: dict[str, Any], *weights: str) -> None:
     """What is left behind scores what the run says; on as many ranks, so that their batches are the same."""
     summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     for name in weights:
-        scores = module.evaluate_checkpoint(config.parse(tree, "test"), f"{tree['run_dir']}/{name}")
+        scores = evaluate_checkpoint(config.parse(tree, "test"), f"{tree['run_dir']}/{name}")
         assert scores.items() <= summary["metrics"].items()
         assert "top1" in scores
 
@@ -221,20 +223,20 @@ def test_zero_resumes_in_the_same_stage(tree, tmp_path):
 
 def run_scaled(trees: list[dict[str, Any]], scales: list[float]) -> None:
     """Train with the loss scaled as for fp16, from each scale on, and leave the last scale behind."""
-    prepare = module.engine.prepare
+    prepare = engine.prepare
     for tree, scale in zip(trees, scales):
 
         def scaling_prepare(*arguments, scale=scale):
             wrapped, optimizer, was_skipped = prepare(*arguments)
-            module.engine._scale_losses(optimizer.optimizer)
+            engine._scale_losses(optimizer.optimizer)
             optimizer.optimizer.loss_scaler.cur_scale = scale
             scaling_prepare.optimizer = optimizer.optimizer
             return wrapped, optimizer, was_skipped
 
-        module.engine.prepare = scaling_prepare
+        engine.prepare = scaling_prepare
         run(tree)
         (Path(tree["run_dir"]) / "scale").write_text(str(scaling_prepare.optimizer.loss_scale))
-    module.engine.prepare = prepare
+    engine.prepare = prepare
 
 
 # The exponents: squares of gradients then overflow where ZeRO takes their norm in float32, or else the gradients.

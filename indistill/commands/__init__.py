@@ -1,0 +1,1 @@
+"""The command line and the Python API. Imports no torch by itself."""

@@ -1,0 +1,1 @@
+"""`indistill export`: writes the student of a run as a timm folder, ONNX or torch.export."""

@@ -1,0 +1,1 @@
+"""`indistill plan`: estimates a run's time, memory and traffic before it starts."""

@@ -1,0 +1,1 @@
+"""`indistill report`: writes one HTML file about one or several runs."""

@@ -1,0 +1,77 @@
+"""Compare runs: their curves and the differences of their configs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from indistill import config
+from indistill.commands.report import charts
+from indistill.commands.report.charts import Chart, Series, number
+from indistill.commands.report.markup import Page, duration, percent
+from indistill.commands.report.read import STATES, Run
+from indistill.commands.report.results import Row, result_rows, teacher_over_student
+
+
+def add_comparison(page: Page, runs: Sequence[Run]) -> None:
+    page.add(
+        "<h2>Side by side</h2>", charts.table(["", *(run.name for run in runs)], _side_by_side(runs), "Comparison")
+    )
+
+    def overlaid(title: str, unit: str, key: str, **how: Any) -> Chart:
+        return Chart(title, unit, [Series(run.name, run.points(key), i) for i, run in enumerate(runs)], **how)
+
+    page.draw([
+        overlaid("Loss", "of each run's own losses", "loss", may_be_log=True),
+        overlaid("Top-1", "% of data.eval", "top1", percent=True),
+        overlaid("Divergence of the information flow", "", "information_flow_divergence", may_be_log=True),
+        overlaid("Throughput", "images a second, all processes", "images_per_second", from_zero=True),
+    ])  # fmt: skip
+    page.add("<h2>What their configs differ in</h2>", *_differences(runs))
+
+
+def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
+    results = [{row.role: row for row in result_rows(run, None)} for run in runs]
+    rows = [
+        ["state", *(STATES.get(run.status, ("not finished", ""))[0] for run in runs)],
+        ["student", *(run.settings.student.name if run.settings.student else "–" for run in runs)],
+        ["teacher", *(run.settings.teacher.name if run.settings.teacher else "–" for run in runs)],
+    ]
+
+    def row(label: str, text: Callable[[Run, dict[str, Row]], str]) -> None:
+        rows.append([label, *(text(run, of_run) for run, of_run in zip(runs, results))])
+
+    def of_student(key: str, show: Callable[[Any], str]) -> Callable[[Run, dict[str, Row]], str]:
+        return lambda run, of_run: show(getattr(of_run.get("student"), key, None))
+
+    def times(key: str) -> Callable[[Run, dict[str, Row]], str]:
+        return lambda run, of_run: f"{ratio:.2f}×" if (ratio := teacher_over_student([*of_run.values()], key)) else "–"
+
+    row("parameters", of_student("parameters", lambda value: f"{value:,}" if value else "–"))
+    row("GFLOP an image", of_student("flops", lambda value: number(value and value / 1e9)))
+    row("compression", times("parameters"))
+    row("speed-up, measured", times("seconds"))
+    row("steps", lambda run, _: number(max((line["step"] for line in run.lines), default=0)))
+    row("training", lambda run, _: duration(run.summary["seconds"]) if run.summary.get("seconds") else "–")
+    row("images/s", lambda run, _: number(run.summary.get("images_per_second")))
+    row("last loss", lambda run, _: number(next((line["loss"] for line in run.steps[::-1]), None)))
+    scores = dict.fromkeys(key for run in runs for key in run.scores if key.startswith(("top", "map_", "precision_")))
+    for key in scores:
+        row(f"{key} %", lambda run, _, key=key: percent(run.scores.get(key), ""))
+    row("bad samples", lambda run, _: number(run.steps[-1].get("bad_samples", 0) if run.steps else 0))
+    row("starts", lambda run, _: number(sum(line["event"] == "start" for line in run.history) or None))
+    return rows
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    flat = [config.flatten(run.settings, without=("run_dir",)) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    rows = [
+        [key, *(json.dumps(one[key]) if key in one else "–" for one in flat)]
+        for key in keys
+        if any(one.get(key, "–") != flat[0].get(key, "–") for one in flat)
+    ]
+    if not rows:
+        return ['<p class="none">Nothing but the run directory.</p>']
+    return [f'<div class="texts">{charts.table(["key", *(run.name for run in runs)], rows, "Differences")}</div>']

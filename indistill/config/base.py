@@ -1,0 +1,79 @@
+"""The base of all sections of a config, its error, and lengths of training as steps."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the command line prints it as one line and exits with code 2."""
+
+    found_by_one_rank = False  # else every rank raises it, and rank 0 speaks for all
+
+
+_DURATION = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(epochs?|steps?|samples?|percent|%)?", re.IGNORECASE)
+
+
+def to_steps(
+    duration: str | int | float, steps_per_epoch: int, global_batch: int, total_steps: int | None = None
+) -> int:
+    """A duration in optimizer steps, rounded to the nearest, halves up.
+
+    Accepts "3 epochs", "1000 steps", "1e6 samples", "10 percent" or "10%" (of `total_steps`), each also with a fraction
+    or in the singular; a bare number means epochs. Raises ValueError, naming the text, for anything else.
+    """
+    match = _DURATION.fullmatch(str(duration).strip())
+    if match is None:
+        raise ValueError(
+            f"duration {duration!r} is not understood; write a number of epochs, or a number and a unit: "
+            "'3 epochs', '1000 steps', '1e6 samples', '10 percent', '10%'"
+        )
+    amount = Fraction(match[1])  # exact: 0.29 of 100 steps are 29, not 28.999...
+    unit = (match[2] or "epoch").lower().removesuffix("s")
+    if unit in ("percent", "%"):
+        if total_steps is None:
+            raise ValueError(
+                f"duration {duration!r} is a share of the run, whose length is not known here; use another unit"
+            )
+        steps = amount * total_steps / 100
+    else:
+        steps = amount * {"epoch": steps_per_epoch, "step": 1, "sample": Fraction(1, global_batch)}[unit]
+    return math.floor(steps + Fraction(1, 2))
+
+
+def _duration(value: Any) -> Any:
+    to_steps(value, steps_per_epoch=1, global_batch=1, total_steps=1)  # understood, or a ValueError that says why
+    return value
+
+
+def run_length(value: str | int | float) -> str | int | float:
+    to_steps(value, steps_per_epoch=1, global_batch=1)  # a share of the run is refused here
+    return value
+
+
+Duration = Annotated[str | int | float, BeforeValidator(_duration)]
+"""`"3 epochs"`, `"500 steps"`, `"1e6 samples"`, `"10 percent"` of the run; a bare number counts epochs."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    nearest = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
+                    raise ValueError(f"unknown key {key!r}; the nearest valid key is {nearest[0]!r}")
+        return values
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+Probability = Annotated[float, Field(ge=0, le=1)]

@@ -1,0 +1,1 @@
+"""From tar files to batches. Imports no torch by itself."""

@@ -1,0 +1,125 @@
+"""Loaders that start at any step, for training and for evaluation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from indistill import config
+from indistill.config import UserError
+from indistill.data import augment
+from indistill.data.batch import Batch, Request, StoredTargets
+from indistill.data.dataset import ImageDataset, open_shards
+from indistill.distributed import preemption
+from indistill.order import SampleOrder
+
+PREFETCH_STEPS = 32  # how far ahead of the loader the next remote shards are fetched
+
+
+class IndexedTraining:
+    """The training data of one rank, read through the shards' indices in the exact order.
+
+    Raises UserError for missing, cut or malformed shards and, with the values that work, for a batch that does not
+    divide.
+    """
+
+    def __init__(self, section: config.Data, seed: int, rank: int, world: int, accumulation: int) -> None:
+        self.section, self.rank, self.world, self.accumulation = section, rank, world, accumulation
+        shards = open_shards(section, section.train)
+        self.order = SampleOrder(shards.sizes, seed, section.streams, section.window)
+        self.order.check(section.global_batch, world)
+        check_accumulation(section, world, accumulation)
+        self.dataset = ImageDataset(shards, section, seed, self.order)
+        self.steps_per_epoch = self.order.steps_per_epoch(section.global_batch)
+        self.fingerprint = shards.fingerprint
+        self.fields_at: Callable[[int], tuple[str, ...]] = lambda step: ()
+
+    def bring_along(self, stored: StoredTargets, fields_at: Callable[[int], tuple[str, ...]]) -> None:
+        """Have loaders read from the stored targets what each global step needs of them."""
+        self.dataset.stored, self.fields_at = stored, fields_at
+
+    def loader(self, first_step: int, last_step: int, device: torch.device) -> DataLoader:
+        """The micro-batches of the global steps [first_step, last_step)."""
+        return loader(self.dataset, self._requests(first_step, last_step), device)
+
+    def _requests(self, first_step: int, last_step: int) -> Iterator[Request]:
+        rank_batch = self.section.global_batch // self.world
+        micro_batch = rank_batch // self.accumulation
+        ahead = copy.deepcopy(self.order)  # with caches of its own, at another place of the epoch
+        for step in range(first_step, last_step):
+            self._prefetch(ahead, min(step + PREFETCH_STEPS, last_step - 1))
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            fields = self.fields_at(step)
+            ids = self._ids(self.order, step)
+            for begin in range(0, rank_batch, micro_batch):
+                first_row = self.rank * rank_batch + begin
+                yield Request(epoch, step_of_epoch, first_row, ids[begin : begin + micro_batch], fields)
+
+    def _prefetch(self, order: SampleOrder, step: int) -> None:
+        shards, stored = self.dataset.shards, self.dataset.stored
+        if shards.remote:
+            shards.prefetch(self._ids(order, step))
+        if stored is not None and stored.remote and (fields := self.fields_at(step)):
+            view = augment.view_of(self.section.augment, step // self.steps_per_epoch)
+            stored.prefetch(view, self._ids(order, step), fields)
+
+    def _ids(self, order: SampleOrder, step: int) -> np.ndarray:
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        return order.rank_batch(epoch, step_of_epoch, self.section.global_batch, self.rank, self.world)
+
+
+def check_accumulation(section: config.Data, world: int, accumulation: int) -> None:
+    """Raise UserError if the global batch does not divide into micro-batches."""
+    if section.global_batch % (world * accumulation):
+        raise UserError(
+            f"data.global_batch ({section.global_batch}) is not divisible by world size ({world}) times "
+            f"grad_accumulation ({accumulation})"
+        )
+
+
+def eval_shares(samples: int, world: int) -> list[range]:
+    """The consecutive samples that each rank evaluates: all of them once, the shares equal or one apart."""
+    return [range(samples * rank // world, samples * (rank + 1) // world) for rank in range(world)]
+
+
+def eval_loader(dataset: ImageDataset, batch: int, rank: int, world: int, device: torch.device) -> DataLoader:
+    """One rank's share of the set, in order."""
+    share = eval_shares(len(dataset), world)[rank]
+    requests = (Request(0, 0, i, np.array(share[i : i + batch])) for i in range(0, len(share), batch))
+    return loader(dataset, requests, device)
+
+
+class _Requests(Sampler):
+    """The requests of one rank: a generator, so that opening it costs nothing at any step."""
+
+    def __init__(self, requests: Iterator[Request]) -> None:
+        self.requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.requests
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers no signal can end before `preemption.in_worker` has run in them."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        with preemption.signals_blocked():
+            return super().__iter__()
+
+
+def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> Loader:
+    """The batch of each request, in order."""
+    workers = 0 if dataset.memory is not None else dataset.section.workers  # a crop from memory is no work to share
+    return Loader(
+        dataset,
+        sampler=_Requests(requests),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=preemption.in_worker,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else opening it draws from the global one, and a resumed run from another state
+    )

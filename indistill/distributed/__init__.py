@@ -1,0 +1,1 @@
+"""How processes share the training, agree, and stop. Imports no torch by itself."""

@@ -1,0 +1,41 @@
+"""Distillation losses: pure functions of tensors, each a mean over the batch."""
+
+from indistill.losses.common import (
+    Divergence,
+    Kernel,
+    Scale,
+    at,
+    crd,
+    cross_entropy,
+    dih,
+    dist,
+    dkd,
+    hint,
+    kd,
+    pkt,
+    reviewkd,
+    rkd,
+    sp,
+    token,
+    vid,
+)
+
+__all__ = [
+    "Divergence",
+    "Kernel",
+    "Scale",
+    "at",
+    "crd",
+    "cross_entropy",
+    "dih",
+    "dist",
+    "dkd",
+    "hint",
+    "kd",
+    "pkt",
+    "reviewkd",
+    "rkd",
+    "sp",
+    "token",
+    "vid",
+]

@@ -1,0 +1,28 @@
+"""What a network computes on a batch, and what a teacher provides for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Output(NamedTuple):
+    """What one forward pass of a network gives; None for what was not asked for or not reached."""
+
+    features: tuple[Tensor, ...]  # one map [B, C, H, W] per pair asked for
+    embedding: Tensor | None = None  # [B, D], the classifier's input
+    logits: Tensor | None = None  # [B, K]
+    token_logits: Tensor | None = None  # [B, K], of a distillation token
+    cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head
+    projected: Mapping[str, tuple[Tensor, ...]] = {}  # what each trainable part of a loss made of all this
+
+
+class Targets(NamedTuple):
+    """What the teacher gives for one batch; empty or None for what the phase does not read."""
+
+    features: tuple[Tensor, ...] = ()  # [B, C, H_t, W_t] per pair: pruned to the student's width in the warm-up
+    embedding: Tensor | None = None  # [B, D_t]
+    logits: Tensor | None = None  # [B, K]
+    cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head

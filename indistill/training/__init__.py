@@ -1,0 +1,1 @@
+"""Training runs. Imports no torch by itself."""

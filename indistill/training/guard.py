@@ -1,0 +1,44 @@
+"""Undo what a skipped step changed: buffers and the moving average of weights."""
+
+from __future__ import annotations
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+
+class Buffers:
+    """A network's buffers: batch norm's running statistics, which a forward pass changes, whatever becomes of its step.
+
+    They are copied at every step, since a number that is not finite would stay in them forever.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.buffers = list(network.buffers())
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    def keep(self) -> None:
+        if self.buffers:
+            torch._foreach_copy_(self.kept, self.buffers)
+
+    def put_back(self, skipped: Tensor) -> None:
+        """As they were, where `skipped` (bool []) is true: the device alone knows."""
+        for buffer, kept in zip(self.buffers, self.kept):
+            torch.where(skipped, kept, buffer, out=buffer)
+
+
+class Ema(ModelEmaV3):
+    """timm's moving average; a skipped step leaves it as it is."""
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:
+        """`step` counts from 1; `skipped`, bool [], stays on the device."""
+        weight = (1.0 - self.get_decay(step)) * ~skipped  # []
+        both = list(zip(self.module.state_dict().values(), model.state_dict().values()))
+        averages = [average for average, _ in both if average.is_floating_point()]
+        changes = torch._foreach_sub([value for average, value in both if average.is_floating_point()], averages)
+        torch._foreach_mul_(changes, weight)
+        torch._foreach_add_(averages, changes)
+        for average, value in both:
+            if not average.is_floating_point():
+                average.copy_(value)  # batch norm's counts, put back before

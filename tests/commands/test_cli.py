@@ -1,0 +1,185 @@
+"""The command line: every mistake is one line and exit code 2, and help comes at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from indistill.commands.cli import main
+from indistill.data import shards
+from indistill.models.cnn32 import CNN32
+from indistill.models.network import Network, save_network
+
+
+@pytest.fixture
+def config_file(tree, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, arguments)])
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=gone-{0..1}.tar"], r"gone-0.tar: no such shard"),
+        (["data.train=gone-*.tar"], r"gone-\*.tar: no such shard"),
+        (["data.train=[]"], r"the list of shards is empty"),
+        (["student.name=resnet_18"], r"student.name: timm has no model 'resnet_18'"),
+        (["teacher={name: cnn32_auxiliary, checkpoint: weights.pt}"], r"teacher.checkpoint: no file weights.pt"),
+        (["teacher.name=cnn32_student", "student.name=cnn32_auxiliary"], r"16 channels, more than the 8.*conv1x1"),
+        (["data.global_batch=36"], r"must be divisible by data.streams.*32, 40"),
+        (["data.global_batch=1000000"], r"larger than the data set"),
+        (["grad_accumulation=3"], r"not divisible by .* grad_accumulation \(3\)"),
+        (["data.num_clases=3"], r"data: unknown key 'num_clases'; the nearest valid key is 'num_classes'"),
+        (["optimizer.lr=fast"], r"optimizer.lr: "),
+        (["optimizer.name=sgdd"], r"optimizer: timm refuses sgdd"),
+        (["duration=soon"], r"duration: .*'soon' is not understood"),
+        (["duration=5 steps"], r"the warm-up takes 13 steps"),
+        (["warmup.lr=[0.1, 0.2]"], r"warmup.lr: 2 values for 3 pairs"),
+        (["data.num_classes=9"], r"label 9"),
+        (["--resume", "nowhere"], r"no checkpoint there"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(config_file, tree, capsys, overrides, message):
+    line = refused(capsys, "train", config_file, "trackers=[tensorboard]", *overrides)
+    assert line.startswith("indistill: error: ")
+    assert re.search(message, line), line
+    assert not list(Path(tree["run_dir"]).glob("checkpoints/*"))
+    assert not (Path(tree["run_dir"]) / "metrics.jsonl").exists()
+    assert not (Path(tree["run_dir"]) / "tensorboard").exists()
+
+
+def test_a_variable_of_accelerate_that_would_replace_a_key(config_file, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    for command in (["train", config_file], ["eval", config_file, "any.pt"]):
+        line = refused(capsys, *command)
+        assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2 in the environment, but grad_accumulation is 1: unset" in line
+
+
+def test_a_head_of_another_size(config_file, tmp_path, capsys):
+    weights = tmp_path / "head.safetensors"
+    network = Network(CNN32((16, 32, 64), 128, num_classes=7), (0, 0, 0), (1, 1, 1))
+    from indistill.config import Model
+
+    save_network(network, Model(name="cnn32_auxiliary"), weights)
+    line = refused(capsys, "train", config_file, f"teacher={{name: cnn32_auxiliary, checkpoint: {weights}}}")
+    assert "fc2.weight is (7, 128)" in line
+    assert "data.num_classes" in line
+
+
+def test_a_run_directory_that_cannot_be_written(config_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "train", config_file, f"run_dir={tmp_path}/file/run", "trackers=[tensorboard]")
+    assert "cannot be written" in line
+
+
+def test_a_run_directory_that_holds_another_config(config_file, tree, capsys):
+    main(["train", str(config_file), "duration=13 steps"])
+    capsys.readouterr()
+    before = (Path(tree["run_dir"]) / "metrics.jsonl").read_text()
+    line = refused(capsys, "train", config_file, "duration=13 steps", "optimizer.lr=0.5")
+    assert re.search(r"holds a run of another config \(optimizer.lr: 0.001 -> 0.5\): choose another run_dir", line)
+    assert (Path(tree["run_dir"]) / "metrics.jsonl").read_text() == before
+
+
+def test_a_cut_shard(config_file, tree, tmp_path, capsys):
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    source = sorted(Path(tree["data"]["root"]).glob("train-*.tar"))[0]
+    (folder / "train-0.tar").write_bytes(source.read_bytes()[:20480])
+    line = refused(capsys, "train", config_file, f"data.train={folder}/train-*.tar", f"data.cache_dir={tmp_path}/cache")
+    assert "train-0.tar" in line
+
+
+def test_eval_scores_a_weights_file(config_file, tree, tmp_path, capsys):
+    main(["train", str(config_file), "duration=13 steps"])
+    trained = capsys.readouterr().out.strip().splitlines()[-1]
+    main(["eval", str(config_file), f"{tree['run_dir']}/student.safetensors", "--json"])
+    scores = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert scores.keys() == {"top1", "top5"}
+    assert scores.items() <= json.loads(trained).items()  # which also tells how alike student and teacher are
+
+
+def test_shards_are_packed_verified_and_indexed(tmp_path, capsys, tree):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(tmp_path / "images" / name / f"{i}.jpg")
+    packed = tmp_path / "packed"
+    main(["shards", "pack", str(tmp_path / "images"), str(packed), "--prefix", "pets", "--workers", "2"])
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert (told["samples"], told["shards"]) == (12, 1)
+    assert "labels: 0 = cat, 1 = dog\n" in err
+    shutil.rmtree(tmp_path / "images" / "cat")
+    split = ["shards", "pack", str(tmp_path / "images"), str(tmp_path / "split"), "--workers", "1"]
+    main([*split, "--classes", str(packed)])
+    capsys.readouterr()
+    assert set(shards.ShardSet("split/*.tar", str(tmp_path)).labels) == {1}
+    shard = packed / "pets-000000.tar"
+    labels = [sample.label for sample in shards.ShardSet(str(shard)).iterate()]
+    assert sorted(labels) == [0] * 6 + [1] * 6
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["shards", "verify", str(shard), "--workers", "1"])
+    assert exit_.value.code == 0
+    verified = "12 images, 12 labelled (0 to 1, 2 different), 0 unlabelled\n0 bad members\n"
+    assert capsys.readouterr().out == verified
+    with pytest.raises(SystemExit) as exit_:
+        main(["shards", "verify", str(shard), "--workers", "1", "--num-classes", "1"])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().out.endswith(
+        "label 1 is none of the data.num_classes, 0 to 0\n"
+        + verified.removesuffix("0 bad members\n")
+        + "6 bad members\n"
+    )
+
+    content = bytearray(shard.read_bytes())
+    start = content.index(b"JFIF") + 100
+    content[start : start + 400] = bytes(400)  # inside the first image; the tar itself stays whole
+    shard.write_bytes(content)
+    with pytest.raises(SystemExit) as exit_:
+        main(["shards", "verify", str(shard), "--workers", "1"])
+    assert exit_.value.code == 1
+    with tarfile.open(shard) as tar:
+        first = tar.getnames()[0].split(".")[0]
+    assert f"pets-000000.tar: {first}: " in capsys.readouterr().out
+
+    Path(f"{shard}.index.json").unlink()
+    main(["shards", "index", str(shard), "--workers", "1"])
+    assert capsys.readouterr().out == "12 samples in 1 shards\n"
+    assert Path(f"{shard}.index.json").exists()
+    assert "no such shard" in refused(capsys, "shards", "verify", tmp_path / "none.tar")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, contextlib, io\n"
+        "from indistill.commands.cli import main\n"
+        "for arguments in (['--help'], ['train', '--help']):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        main(arguments)\n"
+        "    assert 'train' in out.getvalue()\n"
+        "print(sorted({'torch', 'accelerate', 'timm', 'numpy', 'pydantic'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,83 @@
+"""From Python: the same as on the command line, in few lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import indistill
+from indistill import Trainer, UserError
+from indistill.data import shards
+
+
+@pytest.fixture
+def config_file(tree, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_plan_train_score_and_take_home(config_file, tree, tmp_path):
+    trainer = Trainer(config_file, "evaluate.similarity_samples=0")
+    assert [phase.steps for phase in trainer.plan(world=1).phases] == [4, 4, 5, 11]
+
+    summary = trainer.train()
+    assert summary == json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
+    assert trainer.evaluate() == summary["metrics"]
+
+    samples = list(shards.ShardSet(f"{tree['data']['root']}/eval-*.tar").iterate())
+    images = np.stack([np.asarray(Image.open(io.BytesIO(sample.image))) for sample in samples])  # [B, H, W, 3]
+    with torch.inference_mode():
+        guesses = trainer.student()(torch.from_numpy(images).permute(0, 3, 1, 2)).logits.argmax(1)
+    right = [guess == sample.label for guess, sample in zip(guesses.tolist(), samples)]
+    assert sum(right) / len(right) == pytest.approx(summary["metrics"]["top1"])
+
+    page = trainer.report(tmp_path / "page.html").read_text()
+    assert f"{100 * summary['metrics']['top1']:.2f}" in page
+
+    trainer.export(tmp_path / "student")
+    assert trainer.evaluate(tmp_path / "student") == summary["metrics"]
+    with pytest.raises(UserError, match="holds a run of another config"):
+        Trainer(config_file, "optimizer.lr=0.5").train()
+
+
+def test_a_file_of_several_runs(tree, tmp_path):
+    tree["students"] = [{"name": "one"}, {"name": "two", "warmup": None}]
+    path = tmp_path / "students.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    trainer = Trainer(path)
+    assert trainer.plan(world=1).keys() == {"one", "two"}
+    with pytest.raises(UserError, match=r"students.yaml has several students: give the config.yaml"):
+        trainer.evaluate()
+
+
+def test_a_mistake_is_found_where_the_config_is_read(config_file):
+    with pytest.raises(UserError, match="data: unknown key 'num_clases'; the nearest valid key is 'num_classes'"):
+        Trainer(config_file, "data.num_clases=3")
+
+
+def test_one_version():
+    root = Path(indistill.__file__).parents[1]
+    assert tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"] == indistill.__version__
+    assert yaml.safe_load((root / "CITATION.cff").read_text())["version"] == indistill.__version__
+    assert f"{indistill.__version__}" in (root / "CHANGELOG.md").read_text()
+
+
+def test_the_package_has_nothing_heavy_and_its_types():
+    code = "import indistill, sys; print({'torch', 'numpy', 'pydantic'} & set(sys.modules)); "
+    code += "print(indistill.Trainer.__module__, 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "set()\nindistill.commands.trainer False\n"
+    assert (Path(indistill.__file__).parent / "py.typed").exists()
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        _ = indistill.Trainr

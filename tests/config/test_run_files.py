@@ -1,0 +1,208 @@
+"""Config files of several runs: stages and students, merged and checked before any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from indistill import config
+from indistill.commands.cli import main
+from indistill.config import UserError, runs
+
+
+@pytest.fixture
+def chain(tree: dict[str, Any]) -> dict[str, Any]:
+    """Teacher, auxiliary and student; 5, 6 and 7 steps."""
+    shared = {key: tree[key] for key in ("run_dir", "data", "optimizer", "log")}
+    shared["checkpoint"] = {"every_steps": 2}
+    shared["duration"] = "5 steps"
+    shared["stages"] = [
+        {"name": "teacher", "student": {"name": "cnn32_auxiliary"}},
+        {
+            "name": "auxiliary",
+            "duration": "6 steps",
+            "teacher": {"stage": "teacher"},
+            "student": {"name": "cnn32_auxiliary"},
+            "kd": {"losses": [{"name": "ce"}, {"name": "pkt"}]},
+        },
+        {
+            "name": "student",
+            "seed": 3,
+            "duration": "7 steps",
+            "teacher": {"stage": "auxiliary"},
+            "student": {"name": "cnn32_student"},
+            "warmup": {"durations": ["1 step", "1 step", "2 steps"]},
+            "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
+            "optimizer": {"lr": 2e-3},
+        },
+    ]
+    return shared
+
+
+def load(tree: dict[str, Any], *overrides: str) -> list[tuple[str, config.Config]]:
+    path = Path(tree["run_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(tree))
+    return runs.load(path, overrides)
+
+
+def plain(chain: dict[str, Any], name: str, **own: Any) -> config.Config:
+    """A stage written out by hand, without merging."""
+    shared = {key: chain[key] for key in ("data", "optimizer", "log", "checkpoint", "duration")}
+    return config.parse({**shared, "run_dir": f"{chain['run_dir']}/{name}", **own}, "test")
+
+
+def written_out(chain: dict[str, Any]) -> list[tuple[str, config.Config]]:
+    def teacher(stage):
+        return {"name": "cnn32_auxiliary", "checkpoint": f"{chain['run_dir']}/{stage}/student.safetensors"}
+
+    _, auxiliary, student = chain["stages"]
+    return [
+        ("teacher", plain(chain, "teacher", student={"name": "cnn32_auxiliary"})),
+        (
+            "auxiliary",
+            plain(
+                chain,
+                "auxiliary",
+                duration="6 steps",
+                teacher=teacher("teacher"),
+                student={"name": "cnn32_auxiliary"},
+                kd=auxiliary["kd"],
+            ),
+        ),
+        (
+            "student",
+            plain(
+                chain,
+                "student",
+                seed=3,
+                duration="7 steps",
+                teacher=teacher("auxiliary"),
+                student={"name": "cnn32_student"},
+                warmup=student["warmup"],
+                kd=student["kd"],
+                optimizer={"name": "adamw", "lr": 2e-3, "weight_decay": 0.01},
+            ),
+        ),
+    ]
+
+
+# --- what the stages are ---------------------------------------------------------------------------------------------
+
+
+def test_a_plain_config_is_one_stage_without_a_name(tree, settings):
+    assert load(tree) == [("", settings)]
+    assert load(tree, "seed=5") == [("", settings.model_copy(update={"seed": 5}))]
+
+
+def test_a_stage_is_what_is_shared_and_its_own(chain):
+    assert load(chain) == written_out(chain)
+
+
+def test_null_removes_and_lists_replace(chain):
+    chain["data"]["window"] = 7
+    chain["kd"] = {"losses": [{"name": "ce", "weight": 2.0}], "mix": {"mixup": 0.5}}
+    chain["stages"][1]["data"] = {"window": None, "augment": {"flip": False}}
+    chain["stages"][1]["kd"] = {"losses": [{"name": "kd"}], "mix": None}
+    teacher, auxiliary, _ = (settings for _, settings in load(chain))
+    assert (teacher.data.window, auxiliary.data.window) == (7, None)
+    assert (auxiliary.data.augment.flip, auxiliary.data.augment.recipe) == (False, "pad_crop")
+    assert auxiliary.data.train == teacher.data.train
+    assert [(loss.name, loss.weight) for loss in auxiliary.kd.losses] == [("kd", 1.0)]
+    assert (teacher.kd.mix.mixup, auxiliary.kd.mix) == (0.5, None)
+
+
+def test_a_teacher_takes_over_the_students_section(chain):
+    student = {"name": "cnn32_auxiliary", "pretrained": True, "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
+    chain["stages"][0]["student"] = student
+    chain["stages"][2]["teacher"] = {"stage": "teacher", "std": [0.5] * 3}
+    auxiliary, student = (settings.teacher for _, settings in load(chain)[1:])
+    assert (auxiliary.name, auxiliary.pretrained, auxiliary.kwargs) == ("cnn32_auxiliary", False, {"a": 1})
+    assert auxiliary.checkpoint == student.checkpoint == f"{chain['run_dir']}/teacher/student.safetensors"
+    assert (auxiliary.mean, auxiliary.std) == ((0.1,) * 3, (0.2,) * 3)
+    assert (student.mean, student.std) == ((0.1,) * 3, (0.5,) * 3)
+
+
+def test_a_reference_replaces_a_shared_teacher(chain):
+    chain["teacher"] = {"name": "resnet10t", "random": True, "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
+    teacher, auxiliary, _ = (settings.teacher for _, settings in load(chain))
+    assert teacher.name == "resnet10t"
+    assert (auxiliary.name, auxiliary.kwargs, auxiliary.mean) == ("cnn32_auxiliary", {}, None)
+
+
+def test_heads_of_an_earlier_stage(chain):
+    heads = {"name": "heads", "stage": "heads", "teacher": {"stage": "teacher"}}
+    chain["stages"].insert(1, heads)
+    chain["stages"][3]["teacher"] = {"stage": "teacher", "heads": {"stage": "heads"}}
+    stages = dict(load(chain))
+    assert (stages["heads"].stage, stages["student"].stage) == ("heads", "distill")
+    assert stages["heads"].teacher.checkpoint == f"{chain['run_dir']}/teacher/student.safetensors"
+    assert stages["student"].teacher.heads == f"{chain['run_dir']}/heads/heads.safetensors"
+    assert stages["student"].teacher.checkpoint == f"{chain['run_dir']}/teacher/student.safetensors"
+    chain["stages"][3]["teacher"]["heads"] = "other.safetensors"
+    assert dict(load(chain))["student"].teacher.heads == "other.safetensors"
+    for section, message in (
+        ({"stage": "heads"}, "stage student: teacher: stage heads trains heads, not a student"),
+        ({"stage": "teacher", "heads": {"stage": "auxiliary"}}, "teacher.heads: stage auxiliary trains a student"),
+        ({"stage": "teacher", "heads": {"stage": "student"}}, r"teacher.heads: .*student.* is no earlier stage"),
+    ):
+        chain["stages"][3]["teacher"] = section
+        with pytest.raises(UserError, match=message):
+            load(chain)
+
+
+def test_overrides_reach_what_is_shared_and_single_stages(chain):
+    overrides = ["data.workers=0", "stages.0.duration=1 step", "stages.student.optimizer.lr=0.5", "run_dir=elsewhere"]
+    teacher, auxiliary, student = (settings for _, settings in load(chain, *overrides))
+    assert [s.data.workers for s in (teacher, auxiliary, student)] == [0, 0, 0]
+    assert [s.duration for s in (teacher, auxiliary, student)] == ["1 step", "6 steps", "7 steps"]
+    assert [s.optimizer.lr for s in (teacher, auxiliary, student)] == [1e-3, 1e-3, 0.5]
+    assert [s.run_dir for s in (teacher, auxiliary, student)] == [
+        "elsewhere/teacher",
+        "elsewhere/auxiliary",
+        "elsewhere/student",
+    ]
+    assert student.teacher.checkpoint == "elsewhere/auxiliary/student.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.1.name=teacher"], "stages.1.name: teacher names an earlier one too"),
+        (["stages.1.name=a/b"], "stages.1.name: 'a/b' cannot name a directory"),
+        (["stages.1.name=.."], "stages.1.name: '..' cannot name a directory"),
+        (["stages.1.name=12"], "stages.1.name: 12 cannot name a directory"),
+        (["stages.1.name=null"], "stages.1.name: None cannot name a directory"),
+        (["stages=[]"], "stages: expected a list of mappings"),
+        (["stages={teacher: 3}"], "stages: expected a list of mappings"),
+        (["stages=[teacher]"], "stages: expected a list of mappings"),
+        (["stages.2.run_dir=x"], "stage student: run_dir: it runs in run_dir/student"),
+        (["stages.0.teacher.stage=teacher"], r"stage teacher: teacher: .* \(this is the first stage\)"),
+        (["stages.1.teacher.stage=student"], r"stage auxiliary: teacher: .*student.* \(earlier stages: teacher\)"),
+        (["stages.auxiliary.teacher.stage=auxiliary"], r"stage auxiliary: teacher: .*auxiliary.* is no earlier stage"),
+        (["stages.2.teacher.stage=[1]"], "stage student: teacher: .* is no earlier stage"),
+        (["stages.2.teacher.heads={stage: teacher, x: 1}"], "teacher.heads: .* is no earlier stage"),
+        (["stages.2.optimizer.lr=fast"], "stage student: optimizer.lr: "),
+        (["stages.nowhere.seed=1"], "stages.nowhere.seed does not lead to a key"),
+        (["optimiser.lr=1"], "stage teacher: unknown key 'optimiser'; the nearest valid key is 'optimizer'"),
+        (["run_dir=null"], "stage teacher: run_dir: "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_mistake_names_the_file_and_the_stage(chain, overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(chain, *overrides)
+    assert "\n" not in str(error.value)
+    assert "run.yaml" in str(error.value) or "override" in str(error.value)
+
+
+def test_other_commands_want_a_stage(chain, capsys):
+    load(chain)
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", str(Path(chain["run_dir"]).with_suffix(".yaml")), "student.safetensors"])
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err
+    assert "run.yaml has several stages: give the config.yaml in the run directory of one" in told
+    assert told.count("\n") == 1

@@ -1,0 +1,307 @@
+"""Packing folders, CSV files and shards."""
+
+import csv
+import io
+import json
+import os
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+from tars import folder, picture, samples, tree, webdataset_samples, write_tar
+from torchvision.datasets import ImageFolder
+
+from indistill.config import UserError
+from indistill.data import class_names, packing
+from indistill.data.packing import pack
+from indistill.data.shards import ShardSet
+
+
+def test_folder_is_packed_whole_and_mixed(tmp_path):
+    content = folder(tmp_path / "images")
+    summary = packing.pack_source(str(tmp_path / "images"), tmp_path / "a", prefix="train", shard_bytes=8000)
+    data = ShardSet(summary["urls"], root=str(tmp_path / "a"))
+    read = list(data.iterate())
+    assert {sample.image: sample.label for sample in read} == content
+    assert len(read) == summary["samples"] == 21
+    assert summary["classes"] == ["ant", "bee", "cat"]
+    assert summary["class_counts"] == [7, 7, 7]
+    assert summary["ignored_files"] == 1
+    assert summary["mean_bytes"] == pytest.approx(np.mean([len(image) for image in content]), abs=0.1)
+    assert summary["shards"] == len(data.paths) > 3
+    assert all(0.5 * 8000 < os.path.getsize(path) < 2 * 8000 for path in data.paths)
+    assert json.loads((tmp_path / "a" / "dataset.json").read_text()) == summary
+    assert list(webdataset_samples(data.paths)) == read
+    assert [sample.label for sample in read] != sorted(sample.label for sample in read)
+    other = packing.pack_source(str(tmp_path / "images"), tmp_path / "b", prefix="train", shard_bytes=8000, seed=1)
+    assert [s.key for s in ShardSet(other["urls"], root=str(tmp_path / "b")).iterate()] != [s.key for s in read]
+
+
+def test_packing_is_the_same_for_any_workers_and_resumes(tmp_path):
+    folder(tmp_path / "images")
+    arguments = {"shard_bytes": 2000, "resize": 12, "quality": 80}
+    for name, workers in (("one", 1), ("two", 2), ("resumed", 1)):
+        packing.pack_source(str(tmp_path / "images"), tmp_path / name, workers=workers, **arguments)
+    first = tree(tmp_path / "one")
+    assert tree(tmp_path / "two") == first
+    # Killed half-way: some shards are missing, one has no index, one was being written.
+    tars = sorted((tmp_path / "resumed").glob("*.tar"))
+    kept = {path: path.stat().st_mtime_ns for path in tars[:2]}
+    os.unlink(f"{tars[0]}.index.json")
+    for path in tars[2:]:
+        os.unlink(path)
+        os.unlink(f"{path}.index.json")
+    Path(f"{tars[2]}.1.part").write_bytes(b"half")
+    packing.pack_source(str(tmp_path / "images"), tmp_path / "resumed", **arguments)
+    assert tree(tmp_path / "resumed") == first
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
+    with pytest.raises(UserError, match=r"resumed: holds another packing.*empty directory"):
+        packing.pack_source(str(tmp_path / "images"), tmp_path / "resumed", shard_bytes=2000)
+    os.unlink(tmp_path / "resumed" / "dataset.json")
+    with pytest.raises(UserError, match="not of this packing"):
+        packing.pack_source(str(tmp_path / "images"), tmp_path / "resumed", **arguments)
+
+
+def test_resize_reduces_only_what_is_larger(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    small, wide = picture(0, "png", (40, 10)), picture(1, "png", (60, 30))
+    (tmp_path / "images" / "a" / "0.png").write_bytes(small)
+    (tmp_path / "images" / "a" / "1.png").write_bytes(wide)
+    summary = packing.pack_source(str(tmp_path / "images"), tmp_path / "out", resize=15)
+    images = {s.key: s.image for s in ShardSet(summary["urls"], root=str(tmp_path / "out")).iterate()}
+    assert images["00000000_0"] == small
+    with Image.open(io.BytesIO(images["00000001_1"])) as reduced:
+        assert (reduced.format, reduced.size) == ("JPEG", (30, 15))
+    (tmp_path / "images" / "a" / "2.png").write_bytes(wide[:100])
+    with pytest.raises(UserError, match=r"image '00000002_2': not a readable image.*mend or remove it"):
+        packing.pack_source(str(tmp_path / "images"), tmp_path / "bad", resize=15)
+
+
+def test_resize_turns_rotated_images_upright(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a quarter turn clockwise
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[:, :30] = 255  # the left half, which becomes the upper one
+    Image.fromarray(pixels).save(tmp_path / "images" / "a" / "0.jpg", exif=exif)
+    summary = packing.pack_source(str(tmp_path / "images"), tmp_path / "out", resize=20)
+    (sample,) = ShardSet(summary["urls"], root=str(tmp_path / "out")).iterate()
+    with Image.open(io.BytesIO(sample.image)) as reduced:
+        assert reduced.size == (20, 30)
+        upright = np.asarray(reduced).astype(int)
+    assert upright[:13].min() > 200
+    assert upright[17:].max() < 50
+
+
+def test_csv_sources(tmp_path):
+    content = folder(tmp_path / "images")
+    files = sorted(path for path in (tmp_path / "images").rglob("*") if path.is_file() and path.suffix != ".txt")
+    names = [path.relative_to(tmp_path).as_posix() for path in files]
+    labels = [content[path.read_bytes()] for path in files]
+    for file, written, classes in (
+        ("numbers.csv", labels, None),
+        ("names.csv", [f"class {label}" for label in labels], ["class 0", "class 1", "class 2"]),
+    ):
+        rows = [f"{name},{label}\n" for name, label in zip(names, written)]
+        (tmp_path / file).write_text("path,label\n" + "".join(rows))
+        summary = packing.pack_source(str(tmp_path / file), tmp_path / file[:-4], shard_bytes=4000)
+        data = ShardSet(summary["urls"], root=str(tmp_path / file[:-4]))
+        assert {sample.image: sample.label for sample in data.iterate()} == content
+        assert summary["classes"] == classes
+    (tmp_path / "bad.csv").write_text(f"{names[0]},1\nnone.jpg,2\n")
+    with pytest.raises(UserError, match=r"bad\.csv: line 2: .*none\.jpg is not an image"):
+        packing.pack_source(str(tmp_path / "bad.csv"), tmp_path / "bad")
+    (tmp_path / "bad.csv").write_text(f"{names[0]}\n")
+    with pytest.raises(UserError, match=r"bad\.csv: line 1: holds 1 columns"):
+        packing.pack_source(str(tmp_path / "bad.csv"), tmp_path / "bad")
+    with pytest.raises(UserError, match="neither shards nor class folders"):
+        packing.pack_source(str(tmp_path / "images" / "ant" / "more"), tmp_path / "bad")
+
+
+def of_images(tmp_path, folders, name="images"):
+    """A folder with one image in each class folder. Returns {image: name of its class}."""
+    content = {}
+    for number, class_name in enumerate(folders):
+        (tmp_path / name / class_name).mkdir(parents=True)
+        image = picture(number, "png")
+        (tmp_path / name / class_name / "0.png").write_bytes(image)
+        content[image] = class_name
+    return content
+
+
+def labels_by_class(content, destination):
+    """{class name: label} of packed images, by their bytes."""
+    return {content[sample.image]: sample.label for sample in ShardSet(str(destination / "*.tar")).iterate()}
+
+
+@pytest.mark.parametrize(
+    ("folders", "order"),
+    [
+        (["0", "1", "2", "10", "11", "3", "4", "5", "6", "7", "8", "9"], [str(i) for i in range(12)]),
+        (["0", "1", "2", "10", "100"], ["0", "1", "2", "10", "100"]),
+        (["001", "10", "2"], ["001", "2", "10"]),
+        (["10", "2", "a"], ["10", "2", "a"]),  # not all are numbers: as torchvision's ImageFolder
+    ],
+)
+def test_folders_that_are_numbers_are_in_the_order_of_numbers(tmp_path, folders, order):
+    content = of_images(tmp_path, folders)
+    summary = packing.pack_source(str(tmp_path / "images"), tmp_path / "out")
+    expected = {name: label for label, name in enumerate(order)}
+    assert labels_by_class(content, tmp_path / "out") == expected
+    assert summary["classes"] == order
+    assert class_names.read(tmp_path / "images") == order
+
+
+def test_other_folders_are_in_the_order_of_torchvision(tmp_path):
+    of_images(tmp_path, ["b", "B", "a10", "a9", "\u00e9t\u00e9", "_"])
+    expected = ImageFolder(str(tmp_path / "images")).classes
+    assert packing.pack_source(str(tmp_path / "images"), tmp_path / "out")["classes"] == expected
+
+
+def test_a_second_split_takes_the_numbering_of_the_first(tmp_path):
+    of_images(tmp_path, "abc", "train")
+    content = of_images(tmp_path, "ac", "eval")
+    packing.pack_source(str(tmp_path / "train"), tmp_path / "packed")
+    (tmp_path / "names.txt").write_text("a\nb\n\n c \r\n")
+    (tmp_path / "list.json").write_text('["a", "b", "c"]')
+    (tmp_path / "index.json").write_text('{"c": 2, "a": 0, "b": 1}')
+    files = ["train", "packed", "packed/dataset.json", "names.txt", "list.json", "index.json"]
+    for i, file in enumerate(files):
+        names = class_names.read(tmp_path / file)
+        summary = packing.pack_source(str(tmp_path / "eval"), tmp_path / f"eval{i}", classes=names)
+        assert labels_by_class(content, tmp_path / f"eval{i}") == {"a": 0, "c": 2}
+        assert (summary["classes"], summary["class_counts"]) == (["a", "b", "c"], [1, 0, 1])
+    with pytest.raises(UserError, match="holds another packing"):  # not the same without the list
+        packing.pack_source(str(tmp_path / "eval"), tmp_path / "eval0")
+    with pytest.raises(UserError, match=r"train: class 'b' is not in --classes \('a', 'c'\)"):
+        packing.pack_source(str(tmp_path / "train"), tmp_path / "none", classes=["a", "c"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_lists_take_a_csv_and_shards_by_name_or_number(tmp_path):
+    content = of_images(tmp_path, "ac")
+    for i, (labels, expected) in enumerate(((("a", "c"), (0, 2)), (("0", "2"), (0, 2)), (("2", "01"), (2, 1)))):
+        rows = [f"images/{name}/0.png,{label}\n" for name, label in zip("ac", labels)]
+        (tmp_path / "list.csv").write_text("".join(rows))
+        packing.pack_source(str(tmp_path / "list.csv"), tmp_path / f"csv{i}", classes=["a", "b", "c"])
+        assert labels_by_class(content, tmp_path / f"csv{i}") == dict(zip("ac", expected))
+    for labels, message in ((("a", "d"), r"line 2: class 'd' is not in --classes"), (("0", "3"), "line 2: class '3'")):
+        (tmp_path / "list.csv").write_text("".join(f"images/{n}/0.png,{label}\n" for n, label in zip("ac", labels)))
+        with pytest.raises(UserError, match=message):
+            packing.pack_source(str(tmp_path / "list.csv"), tmp_path / "none", classes=["a", "b", "c"])
+    # Shards: those with names are numbered anew, of the others the labels stay.
+    packing.pack_source(str(tmp_path / "images"), tmp_path / "packed")
+    summary = packing.pack_source(str(tmp_path / "packed"), tmp_path / "again", classes=["c", "b", "a"], workers=2)
+    assert labels_by_class(content, tmp_path / "again") == {"a": 2, "c": 0}
+    assert summary["classes"] == ["c", "b", "a"]
+    (tmp_path / "packed" / "dataset.json").unlink()
+    packing.pack_source(str(tmp_path / "packed"), tmp_path / "named", classes=["x", "y"])
+    assert labels_by_class(content, tmp_path / "named") == {"a": 0, "c": 1}
+    with pytest.raises(UserError, match=r"shard-000000\.tar: sample \w+: label 1 is beyond the 1 names"):
+        packing.pack_source(str(tmp_path / "packed"), tmp_path / "none", classes=["x"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("twice.txt", "a\nb\na\n", "twice.txt: names the class 'a' twice"),
+        ("empty.txt", "\n", "empty.txt: holds no class names"),
+        ("gap.json", '{"a": 0, "b": 2}', "gap.json: is neither a list"),
+        ("numbers.json", "[1, 2]", "numbers.json: is neither a list"),
+        ("bad.json", "[", "bad.json: is not valid JSON"),
+        ("dataset.json", '{"plan": "", "classes": null}', "dataset.json: holds no class names"),
+    ],
+)
+def test_bad_class_lists_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        class_names.read(tmp_path / name)
+    with pytest.raises(UserError, match="none: cannot be read"):
+        class_names.read(tmp_path / "none")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: has neither class folders nor"):
+        class_names.read(tmp_path / "folder")
+
+
+def csv_of(tmp_path, labels):
+    """A CSV with an image for each label."""
+    for i in range(len(labels)):
+        (tmp_path / f"{i}.png").write_bytes(picture(i, "png"))
+    with open(tmp_path / "list.csv", "w", newline="") as stream:
+        csv.writer(stream).writerows([f"{i}.png", label] for i, label in enumerate(labels))
+    return str(tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        (["0", "0;1"], 2), (["0", "1|0", "1"], 2), (["1", "0", "0, 1"], 3), (["0 1", "1 0"], 1), (["[0, 1]"], 1),
+        (["cat", "cat;dog"], 2), (["cat|dog", "bird"], 1), (["cat", "dog", "dog,cat"], 3), (["['cat', 'dog']"], 1),
+        (["cat,dog", "dog,bird", "bird,cat"], 1),
+    ],
+)  # fmt: skip
+def test_what_looks_like_several_labels_is_refused(tmp_path, labels, line):
+    with pytest.raises(UserError, match=rf"list\.csv: line {line}: .* looks like several labels"):
+        packing.pack_source(csv_of(tmp_path, labels), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_separators_are_no_lists(tmp_path):
+    """Those of ImageNet, and what a list of classes names."""
+    info = resources.files("timm.data") / "_info"
+    lemmas = dict(line.split("\t")[:2] for line in (info / "imagenet_synset_to_lemma.txt").read_text().splitlines())
+    names = sorted({lemmas[synset] for synset in (info / "imagenet_synsets.txt").read_text().split()})
+    assert sum("," in name for name in names) > 100
+    packing._refuse_several_labels([f"{i}.png" for i in range(len(names))], names, [""] * len(names), set())
+    names = ["hot dog", "rock (music)", "tank", "tank, army tank"]
+    assert packing.pack_source(csv_of(tmp_path, names), tmp_path / "out")["classes"] == names
+    names = ["cat;dog", "cat"]
+    assert packing.pack_source(csv_of(tmp_path, names), tmp_path / "given", classes=names)["classes"] == names
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("0.png,0\n0.png,1\n", r"line 2: .*0\.png has the label '1' here and '0' above \(.*line 1\)"),
+        ("0.png,0\n1.png,\n", "line 2: has no label"),
+        ("0.png,0\n1.png,-1\n", "line 2: label '-1' is not a whole number"),
+        ("0.png,0.0\n1.png,10.0\n", "line 1: label '0.0' is not a whole number"),
+    ],
+)
+def test_labels_that_are_none_are_refused(tmp_path, rows, message):
+    csv_of(tmp_path, ["0", "1"])
+    (tmp_path / "list.csv").write_text(rows)
+    with pytest.raises(UserError, match=message):
+        packing.pack_source(str(tmp_path / "list.csv"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_shards_are_resharded_in_order(tmp_path, suffix):
+    (tmp_path / "source").mkdir()
+    images = [picture(i, ("jpg", "png", "webp")[i % 3]) for i in range(12)]
+    for part in range(3):  # keys repeat from shard to shard, as some tools write them
+        members = [
+            member
+            for i in range(4)
+            for member in ((f"d/{i}.jpg", images[4 * part + i]), (f"d/{i}.cls", b"%d" % (4 * part + i)))
+        ]
+        write_tar(tmp_path / "source" / f"s{part}.{suffix}", members, "w:gz" if suffix == "tar.gz" else "w")
+    for workers in (1, 2):
+        summary = packing.pack_source(
+            str(tmp_path / "source"), tmp_path / f"out{workers}", shard_bytes=5000, workers=workers
+        )
+        read = list(ShardSet(summary["urls"], root=str(tmp_path / f"out{workers}")).iterate())
+        assert [(sample.image, sample.label) for sample in read] == list(zip(images, range(12)))
+        assert len({sample.key for sample in read}) == 12
+        assert summary["shards"] > 1
+    assert tree(tmp_path / "out1") == tree(tmp_path / "out2")
+
+
+def test_pack_refuses_what_it_would_mix_up(tmp_path):
+    pack(samples(9), tmp_path, "x", 3)
+    with pytest.raises(UserError, match=r"x-000002\.tar: left from an earlier packing"):
+        pack(samples(6), tmp_path, "x", 3)
+    with pytest.raises(UserError, match=r"cannot pack 'a\.b\.jpg'"):
+        pack([("a.b", b"", "jpg", 0)], tmp_path / "y", "x", 3)

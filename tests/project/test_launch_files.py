@@ -1,0 +1,178 @@
+"""The launch files: what the SLURM script decides after a run, and that the others can be read by what reads them."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+
+
+def stub(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """SLURM's commands as the batch script sees them: a job of two nodes, whose step leaves a status behind."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    run_dir = tmp_path / "run"
+
+    def submit(status: str | None, *, state: str = "RUNNING", restarts: int = 0, **variables: str) -> dict[str, Any]:
+        leave = "" if status is None else f"mkdir -p {run_dir}; printf '{status}\n' > {run_dir}/status"
+        code = 0 if status == "done" else 1
+        stub(bin_dir, "srun", f'echo "$PET_MASTER_ADDR $PET_NNODES $@" > {tmp_path}/srun\n{leave}\nexit {code}')
+        stub(bin_dir, "squeue", f"echo {state}")
+        stub(
+            bin_dir,
+            "scontrol",
+            f"""case "$*" in
+            "show hostnames gpu[3-4]") printf 'gpu3\\ngpu4\\n' ;;
+            "show node gpu3") printf 'NodeName=gpu3 Arch=x86\n   NodeAddr=10.0.0.3 NodeHostName=host3\n' ;;
+            "requeue 7") touch {tmp_path}/requeued ;;
+            *) exit 9 ;;
+            esac""",
+        )
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[3-4]", "SLURM_JOB_NUM_NODES": "2"}
+        job |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+        result = subprocess.run(
+            ["bash", LAUNCH / "slurm" / "train.sbatch", "a.yaml", str(run_dir), "seed=1"],
+            env={"PATH": f"{bin_dir}:{os.environ['PATH']}", **job, **variables},
+            capture_output=True,
+            text=True,
+        )
+        requeued = (tmp_path / "requeued").exists()
+        return {"code": result.returncode, "requeued": requeued, "srun": (tmp_path / "srun").read_text(), "out": result}
+
+    return submit
+
+
+@pytest.mark.parametrize(
+    ("status", "keywords", "requeued"),
+    [
+        ("requeue", {}, True),
+        ("running", {}, True),  # killed
+        ("failed\\nKeyError: x (traceback: errors/rank-3.txt)", {}, False),
+        ("done", {}, False),
+        ("failed\\ndata.root: no such folder", {}, False),  # a mistake in the config
+        (None, {}, False),  # found before there was a run directory
+        ("requeue", {"state": "COMPLETING"}, False),  # scancel
+        ("requeue", {"restarts": 100}, False),
+        ("requeue", {"restarts": 2, "MAX_RESTARTS": "3"}, True),
+        ("requeue", {"restarts": 3, "MAX_RESTARTS": "3"}, False),
+    ],
+)
+def test_what_the_batch_script_requeues(slurm, status, keywords, requeued):
+    told = slurm(status, **keywords)
+    assert told["requeued"] == requeued, told["out"]
+    assert told["srun"] == (
+        f"10.0.0.3 2 --kill-on-bad-exit=1 launch/torchrun.sh a.yaml run_dir={told['out'].args[3]} seed=1\n"
+    )
+    if not requeued:
+        assert (told["code"] == 0) == (status == "done")
+
+
+def test_a_new_job_forgets_what_an_earlier_one_left(slurm):
+    assert slurm("running")["requeued"]
+    assert not slurm(None)["requeued"]  # a mistake in the config, before anything is written
+    assert slurm("running")["requeued"]
+    assert slurm(None, restarts=1)["requeued"]  # the rendezvous failed: this job had begun before
+
+
+def test_torchrun_is_told_by_its_environment(tmp_path):
+    stub(tmp_path, "python", 'echo "$@"; env | grep ^PET_ | sort; trap')
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python")}
+
+    def shown(**variables: str) -> list[str]:
+        command = [LAUNCH / "torchrun.sh", "a.yaml", "seed=1"]
+        result = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True)
+        return result.stdout.splitlines()
+
+    lines = shown()
+    assert lines[0] == f"{LAUNCH}/torchrun.py -m indistill train a.yaml seed=1"
+    assert "PET_NNODES=1" in lines
+    assert "PET_NPROC_PER_NODE=gpu" in lines
+    assert not any("SIGTERM" in line for line in lines)  # passed on by torchrun
+    lines = shown(SLURM_JOB_ID="7", SLURM_NODEID="3", PET_NNODES="4", PET_MASTER_ADDR="10.0.0.3")
+    assert {"PET_NODE_RANK=3", "PET_NNODES=4", "PET_MASTER_ADDR=10.0.0.3", "PET_SIGNALS_TO_HANDLE=SIGINT"} <= {*lines}
+
+
+def failed(*codes: int) -> ChildFailedError:
+    return ChildFailedError("train", {i: ProcessFailure(i, 1, code, "none") for i, code in enumerate(codes)})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (None, 0),
+        (failed(75, 75), 75),
+        (failed(75, 1), 1),  # the other one lost it
+        (failed(2, 2), 2),
+        (failed(-9), 75),
+        (SignalException("", signal.SIGTERM), 75),
+        (SignalException("", signal.SIGINT), 130),
+        (RendezvousTimeoutError(), 75),
+    ],
+)
+def test_the_exit_code_says_whether_to_start_again(monkeypatch, outcome, code):
+    def torchrun() -> None:
+        if outcome:
+            raise outcome
+
+    monkeypatch.setattr("torch.distributed.run.main", torchrun)
+    assert runpy.run_path(str(LAUNCH / "torchrun.py"))["main"]() == code
+
+
+def test_a_job_ends_where_another_start_cannot_help():
+    """Rules apply in order: a pod that was preempted counts as nothing, whatever its code."""
+    *_, job = yaml.safe_load_all((LAUNCH / "kubernetes" / "job.yaml").read_text())
+    ignored, failing = job["spec"]["podFailurePolicy"]["rules"]
+    assert ignored["action"] == "Ignore"
+    assert failing == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1, 2]}}
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_files(path):
+    found = load_config_from_file(str(path))  # an unknown key is an error
+    assert found.num_processes % found.num_machines == 0
+    assert f"--config_file launch/accelerate/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("kubernetes/*.yaml")), ids=lambda path: path.stem)
+def test_every_pod_runs_what_is_there(path):
+    templates = []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            templates.extend([node["template"]] if "template" in node else [])
+            for child in node.values():
+                walk(child)
+
+    documents = list(yaml.safe_load_all(path.read_text()))
+    for document in documents:
+        assert {"apiVersion", "kind", "metadata", "spec"} == document.keys()
+        walk(document)
+    assert templates
+    for template in templates:
+        (container,) = template["spec"]["containers"]
+        script, config = container["command"][0], container["args"][0]
+        assert os.access(LAUNCH.parent / script, os.X_OK)
+        assert (LAUNCH.parent / config).exists()
+        assert {mount["name"] for mount in container["volumeMounts"]} == {
+            v["name"] for v in template["spec"]["volumes"]
+        }

@@ -1,0 +1,243 @@
+"""Every fast path against the plain one: same results, and no step that waits for the device."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, in_float64, run_moved, run_ranks, strayed
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from indistill import config, prune
+from indistill.config.files import read_lines
+from indistill.curriculum import Phase
+from indistill.models import frozen
+from indistill.models.network import Network
+from indistill.targets import live
+from indistill.targets.live import LiveTargets
+from indistill.training import loop, optim, start
+from indistill.training.run_log import RunLog
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
+KD = Phase("kd", 1, (), (), 4, None)
+WARMUP = Phase("warmup 1/1", 0, (0,), (1.0,), 0, 4)
+READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::item"}  # what waits for a device
+
+
+def run(tree: dict[str, Any]) -> dict[str, Any]:
+    return loop.train(config.parse(tree, "test"))
+
+
+def losses(run_dir: str) -> list[float]:
+    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+TEACHERS = {
+    "resnet18": {},
+    "test_vit": {"img_size": 64, "patch_size": 16},
+    "test_nfnet": {},  # standardises its weights before it multiplies with them
+    "test_convnext": {},
+    "test_efficientnet": {},
+}
+
+
+def live_targets(name: str, precision: str) -> LiveTargets:
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=10, **TEACHERS[name])
+    student = timm.create_model(name, num_classes=10, **TEACHERS[name])
+    plan = prune.plan(net, student, [(1, 1)], (3, 64, 64))
+    targets_of = LiveTargets(Network(net, MEAN, STD, [1]), plan, (3, 64, 64), kd_stages=[1], precision=precision)
+    targets_of.hold_weights()
+    return targets_of
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("name", TEACHERS)
+def test_weights_held_in_half_precision_give_what_autocast_gives(name):
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.manual_seed(1))
+    plain = live_targets(name, "no").teacher
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, (map_1,) = Network.forward(plain, images), Network.maps(plain, images, [1])
+    targets_of = live_targets(name, "bf16")
+    held = {parameter.dtype for parameter in targets_of.teacher.parameters()}
+    assert held == {torch.bfloat16, torch.float32}  # norms, and what is no plain layer, stay
+    kd, warmup = targets_of(images, KD), targets_of(images, WARMUP)
+    assert torch.equal(kd.logits, expected.logits)
+    assert torch.equal(kd.embedding, expected.embedding)
+    assert torch.equal(kd.features[0], map_1)
+    assert torch.equal(warmup.features[0], map_1)
+
+
+def test_a_teacher_in_float32_beside_a_student_in_half_precision():
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.manual_seed(1))
+    expected = live_targets("resnet18", "no")(images, KD).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(live_targets("resnet18", "no")(images, KD).logits, expected)
+
+
+def test_a_loss_can_go_back_from_targets_made_in_inference_mode():
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    targets_of = live_targets("resnet18", "no")
+    for phase in (KD, WARMUP):
+        for target in (
+            t for t in (*targets_of(images, phase).features, targets_of(images, phase).logits) if t is not None
+        ):
+            student = torch.zeros_like(target, requires_grad=True)
+            nn.functional.mse_loss(student, target).backward()
+            assert torch.allclose(student.grad, -2 * target / target.numel(), rtol=4 * EPS, atol=0)
+
+
+def test_the_fingerprint_is_that_of_the_weights_as_they_were_loaded():
+    assert live_targets("resnet18", "bf16").fingerprint == live_targets("resnet18", "no").fingerprint
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Where values are read from the device, while a step is under way that writes no line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.counting, self.steps = False, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.counting and function._schema.name in READS:
+            self.found.append("".join(traceback.format_stack(limit=8)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "reads"), [("momentum", False), ("adamw", False), ("lamb", True)])
+def test_a_step_without_a_line_reads_nothing_from_the_device(tree, monkeypatch, name, reads):
+    """With all that could: accumulation, clipping, a moving average, an automatic curriculum, relational losses.
+
+    An optimizer that torch has no fused version of is asked each time whether it took its step.
+    """
+    tree["optimizer"]["name"] = name
+    tree |= {"grad_accumulation": 2, "clip_grad_norm": 1.0, "ema": {"decay": 0.9}, "log": {"every_steps": 6}}
+    tree["warmup"] |= {"curriculum": "auto", "auto": {"window": "4 steps"}}
+    tree["kd"]["losses"] += [{"name": "pkt"}, {"name": "dist"}]
+    mode = Reads()
+    begin_step, end_step = optim.PhaseOptim.begin_step, RunLog.end_step
+
+    def begin(phase_optim, step, phase):
+        # In the first step the loader is opened; the windows of the curriculum end with others.
+        mode.counting = step > 0 and step + 1 not in (4, 6, 8, 12, 13, 18, 24)
+        mode.steps += mode.counting
+        return begin_step(phase_optim, step, phase)
+
+    def end(log, *arguments):
+        logged = end_step(log, *arguments)
+        assert not (mode.counting and logged)
+        mode.counting = False
+        return logged
+
+    monkeypatch.setattr(optim.PhaseOptim, "begin_step", begin)
+    monkeypatch.setattr(RunLog, "end_step", end)
+    with mode:
+        run(tree)
+    assert mode.steps >= 15
+    assert bool(mode.found) == reads, mode.found[0]
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_a_fused_optimizer_follows_the_plain_one(tree, tmp_path, float64, name):
+    tree["optimizer"]["name"] = name
+    plain = {**tree, "run_dir": str(tmp_path / "plain")}
+    plain["optimizer"] = {**tree["optimizer"], "kwargs": {"fused": False}}
+    kinds = []
+    create = timm.optim.create_optimizer_v2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm.optim, "create_optimizer_v2", lambda *a, **k: kinds.append(o := create(*a, **k)) or o)
+        run(tree)
+        run(plain)
+    assert [bool(optimizer.defaults["fused"]) for optimizer in kinds] == [True, False]
+    assert losses(tree["run_dir"]) == pytest.approx(losses(plain["run_dir"]), rel=LOGGED)
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def compiled(tree: dict[str, Any], backend: str) -> None:
+    """Train, with a backend that may be quicker to start than the real one, and note what dynamo did."""
+    from torch._dynamo.utils import counters
+
+    plugin, compile = start.TorchDynamoPlugin, torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "TorchDynamoPlugin", lambda **keys: plugin(**{**keys, "backend": backend}))
+        patch.setattr(live.torch, "compile", partial(compile, backend=backend))
+        run(tree)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    stats = {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
+    (Path(tree["run_dir"]) / "dynamo.json").write_text(json.dumps(stats))
+
+
+@pytest.mark.parametrize("world", [None, 2])
+def test_each_network_is_compiled_once_for_each_phase(tree, tmp_path, world):
+    """Through evaluations, which are not compiled, and phase changes: a graph is kept for all steps of its phase."""
+    tree |= {"evaluate": {"every": "3 steps"}, "ema": {"decay": 0.9}}
+    plain = {**tree, "run_dir": str(tmp_path / "plain")}
+    run_ranks(in_float64, world, run, plain)
+    run_ranks(in_float64, world, compiled, tree | {"compile": True}, "aot_eager")
+    stats = json.loads((Path(tree["run_dir"]) / "dynamo.json").read_text())
+    assert stats["graphs"] == 8
+    assert stats["breaks"] == 0 or world  # DDP's own, around the network
+    assert losses(tree["run_dir"]) == pytest.approx(losses(plain["run_dir"]), rel=LOGGED)
+
+
+@pytest.mark.portable
+def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
+    """As close as runs from weights that are off by as much as bf16 rounds: a fused kernel rounds less often."""
+    tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
+    tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
+    tree |= {"warmup": {"pairs": [[1, 1]], "durations": ["6 steps"]}, "duration": "12 steps", "mixed_precision": "bf16"}
+    plain = {**tree, "run_dir": str(tmp_path / "plain")}
+    run_ranks(run, None, plain)
+    run_ranks(compiled, None, tree | {"compile": True}, "inductor")
+    assert json.loads((Path(tree["run_dir"]) / "dynamo.json").read_text()) == {"graphs": 4, "breaks": 0}
+    run_ranks(run_moved, None, run, plain, BF16 / 2)
+    ours, expected = losses(tree["run_dir"]), losses(plain["run_dir"])
+    assert_rounding_explains(ours, expected, strayed(losses, plain["run_dir"]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"engine": {"name": "deepspeed"}}, "compile: true works with engine: ddp"),
+        ({"teacher": {"name": "resnet18", "random": True, "shard": True}}, "compile: true needs the whole teacher"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(tree, keys, message):
+    with pytest.raises(config.UserError, match=message):
+        config.parse(tree | {"compile": True} | keys, "test")
+
+
+@pytest.mark.portable
+def test_half_precision_for_the_teacher_alone(tree, tmp_path, monkeypatch):
+    """Exactly the run whose teacher alone is under autocast."""
+    plain = {**tree, "run_dir": str(tmp_path / "plain")}
+    run(plain)
+    tree["teacher"]["precision"] = "bf16"
+    run(tree)
+
+    def under_autocast(teacher: Network, precision: str) -> None:
+        assert precision == "no"
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        teacher.forward, teacher.maps = autocast(teacher.forward), autocast(teacher.maps)
+
+    monkeypatch.setattr(frozen, "run_in", under_autocast)
+    by_autocast = {**plain, "run_dir": str(tmp_path / "autocast"), "teacher": {**plain["teacher"], "precision": None}}
+    run(by_autocast)
+    assert losses(tree["run_dir"]) == losses(by_autocast["run_dir"]) != losses(plain["run_dir"])
