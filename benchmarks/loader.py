@@ -46,8 +46,12 @@ Turn = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/imagenet-sample", help="folder of .tar shards of JPEGs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="../shared/data/imagenet-sample", help="folder of .tar shards of JPEGs"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     command = f"python benchmarks/loader.py --data {arguments.data} --rounds {arguments.rounds}"
@@ -120,9 +124,17 @@ def indistill_loader(urls: list[str], samples: int, scratch: Path) -> Turn:
 def webdataset_loader(urls: list[str], normalised: bool) -> Turn:
     tensor = [v1.ToTensor(), v1.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     augmentation = v1.Compose(
-        [v1.RandomResizedCrop(SIZE), v1.RandomHorizontalFlip(), *(tensor if normalised else [v1.PILToTensor()])]
+        [
+            v1.RandomResizedCrop(SIZE),
+            v1.RandomHorizontalFlip(),
+            *(tensor if normalised else [v1.PILToTensor()]),
+        ]
     )
-    pipeline = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg", "cls")
+    pipeline = (
+        webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+    )
     pipeline = pipeline.map_tuple(augmentation, int).batched(BATCH)
     return lambda: check(images for images, _ in DataLoader(pipeline, batch_size=None))
 
@@ -173,10 +185,20 @@ def decoders(files: list[bytes], rounds: int) -> str:
     reference = [path(file, box) for path in list(paths.values())[:1] for file, box in zip(files, boxes)]
     rows = []
     for name, path in paths.items():
-        errors = [np.abs(path(f, box) - view.astype(int)).mean() for f, box, view in zip(files, boxes, reference)]
+        errors = [
+            np.abs(path(f, box) - view.astype(int)).mean() for f, box, view in zip(files, boxes, reference)
+        ]
         milliseconds = [1e3 / len(files) * take(seconds[name]) for take in (statistics.median, min)]
-        rows.append([name, *(f"{ms:.2f}" for ms in milliseconds), f"{np.mean(errors):.2f}", f"{max(errors):.1f}"])
-    columns = ["file to uint8 view", "ms an image, median", "best", "mean difference to the first", "worst image"]
+        rows.append(
+            [name, *(f"{ms:.2f}" for ms in milliseconds), f"{np.mean(errors):.2f}", f"{max(errors):.1f}"]
+        )
+    columns = [
+        "file to uint8 view",
+        "ms an image, median",
+        "best",
+        "mean difference to the first",
+        "worst image",
+    ]
     return f"## Decoding\n\n{table(columns, rows)}"
 
 
@@ -208,7 +230,9 @@ def draft_view(file: bytes, box: decode.Box) -> np.ndarray:
     image.draft("RGB", (image.width // scale, image.height // scale))
     top, left, height, width = (side / scale for side in box)
     image = image.convert("RGB")
-    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, left + width, top + height)))
+    return np.asarray(
+        image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, left + width, top + height))
+    )
 
 
 def torchvision_view(file: bytes, box: decode.Box) -> np.ndarray:
@@ -219,7 +243,9 @@ def torchvision_view(file: bytes, box: decode.Box) -> np.ndarray:
 def scaled_view(file: bytes, box: decode.Box) -> np.ndarray:
     height, width, _, _ = simplejpeg.decode_jpeg_header(file)
     scale = scale_of(box)
-    image = simplejpeg.decode_jpeg(file, min_height=height // scale, min_width=width // scale, min_factor=scale)
+    image = simplejpeg.decode_jpeg(
+        file, min_height=height // scale, min_width=width // scale, min_factor=scale
+    )
     top, left, bottom, right = (round(edge / scale) for edge in (*box[:2], box[0] + box[2], box[1] + box[3]))
     return resized(image, (top, left, bottom - top, right - left))
 
@@ -243,9 +269,12 @@ def cold_start(files: list[bytes], scratch: Path, repeats: int = 3) -> str:
         rows = np.arange(end - begin)
         keys = [f"n{begin + row:08d}_{row:05d}" for row in rows]
         _save_index(
-            f"{path}.index.json", make_index(size, keys, 512 + 112_000 * rows, 110_000 + rows % 999, rows % 1000)
+            f"{path}.index.json",
+            make_index(size, keys, 512 + 112_000 * rows, 110_000 + rows % 999, rows % 1000),
         )
-    section = config.Data(train=f"{folder}/*.tar", num_classes=1000, image_size=SIZE, global_batch=1024, workers=0)
+    section = config.Data(
+        train=f"{folder}/*.tar", num_classes=1000, image_size=SIZE, global_batch=1024, workers=0
+    )
     rows = []
     for step in (0, 1_000, 10_000_000):
         opening, first_batch = [], []
@@ -260,7 +289,12 @@ def cold_start(files: list[bytes], scratch: Path, repeats: int = 3) -> str:
             assert images.shape == (128, 3, SIZE, SIZE)
         medians = [statistics.median(opening), statistics.median(first_batch)]
         rows.append([f"{step:,}", *(f"{seconds:.2f}" for seconds in (*medians, sum(medians)))])
-    columns = ["first step", "opening 1,024 indices, s", "loader to first batch of 128 (no workers), s", "sum, s"]
+    columns = [
+        "first step",
+        "opening 1,024 indices, s",
+        "loader to first batch of 128 (no workers), s",
+        "sum, s",
+    ]
     return (
         f"## Cold start at a step\n\n{IMAGENET_SAMPLES:,} samples in {IMAGENET_SHARDS:,} shards, global batch 1,024, "
         f"rank 0 of 8, medians of {repeats}.\n\n{table(columns, rows)}"

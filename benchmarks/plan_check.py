@@ -31,11 +31,15 @@ RESULT = RESULTS / "plan_check.md"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    begin = heading("Plan and run", f"python benchmarks/plan_check.py --rounds {arguments.rounds}", recorded.LIBRARIES)
+    begin = heading(
+        "Plan and run", f"python benchmarks/plan_check.py --rounds {arguments.rounds}", recorded.LIBRARIES
+    )
     with recorded.scratch(samples=64, size=SIZE) as folder:
         settings = config.parse(recorded.tree(folder, folder / "run", SIZE, BATCH, STEPS, LAST), "benchmark")
         plan = estimate.of_run(settings, world=1)
@@ -110,7 +114,9 @@ def memory(settings: config.Config) -> dict[str, int]:
 def allocated(profiler: torch.profiler.profile) -> int:
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)
-        events = [e for e in json.loads(Path(file.name).read_text())["traceEvents"] if e["name"] == "[memory]"]
+        events = [
+            e for e in json.loads(Path(file.name).read_text())["traceEvents"] if e["name"] == "[memory]"
+        ]
     total = peak = 0
     for event in sorted(events, key=lambda event: event["ts"]):
         total += event["args"]["Bytes"]
@@ -126,7 +132,15 @@ def peak(plan: estimate.Estimate, peaks: dict[str, int]) -> str:
         parts = [kept, held["images"], held["gradients"], found]
         errors = [f"{predicted / found - 1:+.0%}" for predicted in (sum(parts[:2]), sum(parts[:3]))]
         rows.append([phase.name, *(f"{size / 1e6:.1f}" for size in parts), *errors])
-    columns = ["phase", "activations", "images", "gradients", "measured peak", "error of the first two", "of all three"]
+    columns = [
+        "phase",
+        "activations",
+        "images",
+        "gradients",
+        "measured peak",
+        "error of the first two",
+        "of all three",
+    ]
     return (
         f"## Memory of a step, MB\n\n{table(columns, rows)}\nWhat the allocator had out at most during one step, "
         "beyond weights, optimizer and teacher, which are there before it (torch.profiler). The plan counts all "

@@ -35,14 +35,18 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--without-zero", action="store_true", help="where DeepSpeed is not installed")
     arguments = parser.parse_args()
     _context.set_forkserver_preload(
         ["indistill.training.loop", "recorded"]
     )  # torch, timm and accelerate are imported once
-    begin = heading("Scaling", f"python benchmarks/scaling.py --rounds {arguments.rounds}", recorded.LIBRARIES)
+    begin = heading(
+        "Scaling", f"python benchmarks/scaling.py --rounds {arguments.rounds}", recorded.LIBRARIES
+    )
     with recorded.scratch(samples=64, size=SIZE) as folder:
         runs: dict[int, list[list[list[recorded.Step]]]] = {world: [] for world in WORLDS}
         for number in range(arguments.rounds):
@@ -51,10 +55,13 @@ def main() -> None:
                 runs[world].append(on_ranks(train, world, trees))
         zero = {}
         for name, stage in {} if arguments.without_zero else ENGINES.items():
-            settings = tree(folder, 2, name.replace(" ", "")) | {"engine": {"name": "deepspeed", "stage": stage}}
+            settings = tree(folder, 2, name.replace(" ", "")) | {
+                "engine": {"name": "deepspeed", "stage": stage}
+            }
             zero[name] = on_ranks(train, 2, settings)
         plans = {
-            world: estimate.of_run(config.parse(tree(folder, world, "plan"), "benchmark"), world) for world in WORLDS
+            world: estimate.of_run(config.parse(tree(folder, world, "plan"), "benchmark"), world)
+            for world in WORLDS
         }
     sums = {world: on_ranks(all_reduces, world)[0] for world in WORLDS[1:]}
     parts = [
@@ -97,7 +104,9 @@ def on_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[
     return results
 
 
-def _on_rank(pipe: Any, rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple) -> None:
+def _on_rank(
+    pipe: Any, rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple
+) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
@@ -148,7 +157,14 @@ def speed(runs: dict[int, list[list[list[recorded.Step]]]]) -> str:
             ratios = [f"{clock[1][phase] / clock[world][phase]:.0%}" for clock in (wall, cpu)]
             times = [f"{1e3 * clock[world][phase]:.0f}" for clock in (wall, cpu)]
             rows.append([phase, str(world), *times, f"{rate:.1f}", *ratios])
-    columns = ["phase", "processes", "wall ms a step", "CPU ms a step and process", "images/s", "wall efficiency"]
+    columns = [
+        "phase",
+        "processes",
+        "wall ms a step",
+        "CPU ms a step and process",
+        "images/s",
+        "wall efficiency",
+    ]
     return (
         f"## Speed\n\n{table([*columns, 'CPU efficiency'], rows)}\nMedians over all steps and processes. Efficiency "
         "is the time of one process, which has no DDP, over that of each of several. The CPU's time holds what DDP and "
@@ -195,19 +211,29 @@ def compared(predicted: float, found: float) -> list[str]:
 
 def fit(sums: dict[int, dict[int, float]]) -> str:
     """Latency and bandwidth by least squares of relative errors, over all sizes and worlds."""
-    points = [(world, size, seconds) for world, of_world in sums.items() for size, seconds in of_world.items()]
+    points = [
+        (world, size, seconds) for world, of_world in sums.items() for size, seconds in of_world.items()
+    ]
     factors = np.array([[2 * (w - 1), all_reduce_bytes(size, w)] for w, size, _ in points])
     seconds = np.array([seconds for *_, seconds in points])
     latency, per_byte = np.linalg.lstsq(factors / seconds[:, None], np.ones(len(points)), rcond=None)[0]
     machine = config.Machine(
-        latency_seconds=max(latency, 0), intra_node_bytes_per_second=1 / per_byte, devices_per_node=max(WORLDS)
+        latency_seconds=max(latency, 0),
+        intra_node_bytes_per_second=1 / per_byte,
+        devices_per_node=max(WORLDS),
     )
     rows, errors = [], []
     for world, size, found in points:
         predicted = communication_seconds(machine, all_reduce_bytes(size, world), 1, world)
         errors.append(abs(predicted / found - 1))
         rows.append(
-            [f"{size:,}", str(world), f"{1e3 * predicted:.2f}", f"{1e3 * found:.2f}", f"{predicted / found - 1:+.0%}"]
+            [
+                f"{size:,}",
+                str(world),
+                f"{1e3 * predicted:.2f}",
+                f"{1e3 * found:.2f}",
+                f"{predicted / found - 1:+.0%}",
+            ]
         )
     columns = ["bytes summed", "processes", "predicted ms", "measured ms", "error"]
     return (

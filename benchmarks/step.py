@@ -56,7 +56,9 @@ class Job(NamedTuple):
     contestant: str
     pair: str
     precision: str  # fp32 or bf16
-    stage: int | None  # timm's index of the pair that the warm-up trains, the same for both networks; None: KD
+    stage: (
+        int | None
+    )  # timm's index of the pair that the warm-up trains, the same for both networks; None: KD
     batch: int
     folder: str  # with the weights that all begin with
     peers: str | None  # where torchdistill is
@@ -89,7 +91,9 @@ class Parts:
         )
         self.layout = layout
         torch.backends.cudnn.benchmark = True  # as torchdistill's and timm's scripts set it
-        known = [(net.pretrained_cfg["mean"], net.pretrained_cfg["std"]) for net in (self.teacher, self.student)]
+        known = [
+            (net.pretrained_cfg["mean"], net.pretrained_cfg["std"]) for net in (self.teacher, self.student)
+        ]
         assert known[0] == known[1], "one normalisation serves both networks"
         self.mean, self.std = (255 * torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in known[0])
         self.images, self.labels = synthetic(job)
@@ -138,7 +142,11 @@ def by_hand(job: Job) -> Step:
         target = target.clone()
         with parts.autocast():
             output = parts.student(x) if job.stage is None else maps_upto(parts.student, x, job.stage)
-        loss = kd_loss(output, target, labels) if job.stage is None else F.mse_loss(output.float(), target.float())
+        loss = (
+            kd_loss(output, target, labels)
+            if job.stage is None
+            else F.mse_loss(output.float(), target.float())
+        )
         return parts.update(loss)
 
     return step
@@ -172,14 +180,18 @@ def as_published(job: Job) -> Step:
     for name in stages.values():
         block = parts.teacher.get_submodule(name)[-1]
         block.register_forward_hook(lambda _, inputs, __, name=name: seen.update({f"{name}.in": inputs[0]}))
-        block.conv2.register_forward_hook(lambda _, inputs, __, name=name: seen.update({f"{name}.h": inputs[0]}))
+        block.conv2.register_forward_hook(
+            lambda _, inputs, __, name=name: seen.update({f"{name}.h": inputs[0]})
+        )
     widths = {name: parts.student.get_submodule(name)[-1].conv2.out_channels for name in stages.values()}
 
     def pruned(name: str) -> Tensor:
         block, kept = parts.teacher.get_submodule(name)[-1], slice(0, widths[name])
         h = F.conv2d(seen[f"{name}.h"], block.conv2.weight[kept], padding=1)
         norm = block.bn2
-        h = F.batch_norm(h, norm.running_mean[kept], norm.running_var[kept], norm.weight[kept], norm.bias[kept])
+        h = F.batch_norm(
+            h, norm.running_mean[kept], norm.running_var[kept], norm.weight[kept], norm.bias[kept]
+        )
         return F.relu(h + seen[f"{name}.in"][:, kept])
 
     def step() -> Tensor:
@@ -490,7 +502,12 @@ def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
         tree = {
             "run_dir": run_dir,
             "duration": "1e9 steps",
-            "data": {"train": "none", "num_classes": CLASSES, "global_batch": job.batch, "streams": job.batch},
+            "data": {
+                "train": "none",
+                "num_classes": CLASSES,
+                "global_batch": job.batch,
+                "streams": job.batch,
+            },
             **networks,
             "warmup": None if job.stage is None else {"pairs": [[job.stage] * 2], "durations": ["1e9 steps"]},
             "kd": {
@@ -551,7 +568,9 @@ def launch(jobs: list[Job], rounds: int, steps: int) -> list[Result]:
             taken = pipes[i].recv() / steps
             if number:
                 seconds[i].append(taken)
-        print(f"{jobs[0].pair} {jobs[0].precision} {jobs[0].phase}: round {number} of {rounds}", file=sys.stderr)
+        print(
+            f"{jobs[0].pair} {jobs[0].precision} {jobs[0].phase}: round {number} of {rounds}", file=sys.stderr
+        )
     results = []
     for job, pipe, process, of_job in zip(jobs, pipes, processes, seconds):
         profile = ""
@@ -573,7 +592,11 @@ def check_losses(results: list[Result]) -> None:
         if reference is None or result.job.contestant.endswith(" alone"):
             continue
         close = 1e-4 if result.job.precision == "fp32" else 3e-2
-        if result.job.precision == "bf16" and not GPU and result.job.contestant.startswith(("timm", "torchdistill")):
+        if (
+            result.job.precision == "bf16"
+            and not GPU
+            and result.job.contestant.startswith(("timm", "torchdistill"))
+        ):
             close = 0.1  # on CPUs autocast leaves their log_softmax in bf16, in which a small divergence is mostly lost
         if abs(result.loss - reference.loss) > close * abs(reference.loss):
             raise SystemExit(f"{result.job}: first loss {result.loss}, by hand {reference.loss}")
@@ -583,15 +606,21 @@ def check_losses(results: list[Result]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     precisions = ["bf16"] if GPU else ["fp32", "bf16"]
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=precisions)
     parser.add_argument("--batch", type=int, help="images a step (default: 128 or 256 on a GPU, 8 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--launches", type=int, default=1 if GPU else 3, help="of each process, with so many rounds")
+    parser.add_argument(
+        "--launches", type=int, default=1 if GPU else 3, help="of each process, with so many rounds"
+    )
     parser.add_argument("--steps", type=int, default=10 if GPU else 1, help="of a turn")
-    parser.add_argument("--peers", help="folder of torchdistill: pip install --no-deps --target FOLDER torchdistill")
+    parser.add_argument(
+        "--peers", help="folder of torchdistill: pip install --no-deps --target FOLDER torchdistill"
+    )
     parser.add_argument("--compile", action="store_true", help="also with compile: true, in KD")
     parser.add_argument("--out", default=f"step_{'gpu' if GPU else 'cpu'}", help="name of the results")
     parser.add_argument("--no-warmup", action="store_true", help="KD only")
@@ -616,7 +645,9 @@ def write(name: str, parts: list[str], found: list[Result]) -> None:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.md"
     file.write_text("\n".join(parts))
-    record = [{**result._asdict(), "job": result.job._asdict() | {"folder": "", "peers": ""}} for result in found]
+    record = [
+        {**result._asdict(), "job": result.job._asdict() | {"folder": "", "peers": ""}} for result in found
+    ]
     file.with_suffix(".json").write_text(json.dumps(record) + "\n")
 
 
@@ -678,7 +709,9 @@ def warmup(job: Callable[[str, int], Job], arguments: argparse.Namespace, found:
             list(predicted.values()),
         )
     )
-    rows.append(["whole", ""] + [f"{whole[i] / whole[1]:.2f} ({counted[i] / counted[1]:.2f})" for i in (0, 2, 3)])
+    rows.append(
+        ["whole", ""] + [f"{whole[i] / whole[1]:.2f} ({counted[i] / counted[1]:.2f})" for i in (0, 2, 3)]
+    )
     columns = ["pair", "indistill, images/s", "by hand (limit)", "every layer (c)", "as published (c')"]
     first = [ratio(phases[1][i], phases[1][1]) for i in range(4)]
     verdicts = [
@@ -704,7 +737,9 @@ def contest(results: list[Result]) -> str:
     rows = []
     for result in results:
         flops = operations(result.job) * result.images_per_second
-        peak = next((peak for name, peak in PEAK_FLOPS.items() if GPU and name in torch.cuda.get_device_name()), None)
+        peak = next(
+            (peak for name, peak in PEAK_FLOPS.items() if GPU and name in torch.cuda.get_device_name()), None
+        )
         share = f"{flops / 1e9:.0f}" if peak is None else f"{flops / 1e12:.0f} T, {flops / peak:.0%} of peak"
         rows.append([result.job.contestant, f"{result.images_per_second:.1f}", f"{ratio(result, ours):.3f}"])
         rows[-1] += [f"{result.bytes / 2**20:.0f}", share]
@@ -718,7 +753,10 @@ def targets_of_kd(results: list[Result]) -> list[str]:
     for peer in ("torchdistill", "torchdistill, channels_last", "timm task", "timm task, channels_last"):
         if peer in by_name:
             found.append(verdict(f"KD against {peer}", ratio(by_name[peer], ours), 1.1))
-    return [*found, verdict("peak memory against the loop by hand, at most", ours.bytes / hand.bytes, 1.05, most=True)]
+    return [
+        *found,
+        verdict("peak memory against the loop by hand, at most", ours.bytes / hand.bytes, 1.05, most=True),
+    ]
 
 
 def verdict(what: str, measured: float, wanted: float, most: bool = False) -> str:

@@ -28,10 +28,14 @@ WANTED = 0.6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    text = heading("Several students at once", f"python benchmarks/students.py --rounds {rounds}", ("torch", "timm"))
+    text = heading(
+        "Several students at once", f"python benchmarks/students.py --rounds {rounds}", ("torch", "timm")
+    )
     contestants = [*((student,) for student in STUDENTS), STUDENTS]
     for phase, warmup in (("KD", None), ("the warm-up's third pair", 2)):
         seconds = play(contestants, warmup, rounds)
@@ -125,7 +129,12 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
             shared["warmup"] = {"durations": ["1e9 steps" if pair == warmup else 0 for pair in range(4)]}
             shared["warmup"]["adapter"] = "conv1x1"
         students = [
-            (name, config.parse({**shared, "run_dir": f"{folder}/{name}", "student": {"name": name}}, "students.py"))
+            (
+                name,
+                config.parse(
+                    {**shared, "run_dir": f"{folder}/{name}", "student": {"name": name}}, "students.py"
+                ),
+            )
             for name in names
         ]
         with contextlib.suppress(Stopped), contextlib.redirect_stdout(sys.stderr):

@@ -58,7 +58,9 @@ class Section(BaseModel):
 
 class Method(Section):
     title: str
-    overrides: list[str] = []  # `key.sub=value` with $data, $runs, $seed, $epochs, $rate, after those of the study
+    overrides: list[
+        str
+    ] = []  # `key.sub=value` with $data, $runs, $seed, $epochs, $rate, after those of the study
     baseline: str | None = None  # the method that it is compared with; None: the study's
 
 
@@ -100,7 +102,9 @@ class Study(Section):
     baseline: str
     seeds: list[int] = Field(min_length=1)
     cells: list[Cells]  # in the order in which they run
-    metrics: dict[str, str] = Field(min_length=1)  # name in summary.json: title; the first is compared and plotted
+    metrics: dict[str, str] = Field(
+        min_length=1
+    )  # name in summary.json: title; the first is compared and plotted
     quick: Quick
 
     @model_validator(mode="after")
@@ -157,7 +161,9 @@ class Run:
         try:
             texts = [Template(text).substitute(values) for text in self.templates()]
         except (KeyError, ValueError) as error:
-            raise UserError(f"{self.path}: {self.method}: unknown variable in its overrides ({error})") from None
+            raise UserError(
+                f"{self.path}: {self.method}: unknown variable in its overrides ({error})"
+            ) from None
         return [*texts, f"run_dir={self.directory}", f"data.cache_dir={self.runs / 'indices'}", "trackers=[]"]
 
     def fingerprint(self) -> str:
@@ -166,7 +172,10 @@ class Run:
         It covers the config as it is written, not as it is validated: a key that indistill gains changes nothing.
         """
         tree = config.read(self.base, self.templates())
-        asked: list[Any] = [{key: value for key, value in tree.items() if key not in OPERATIONAL}, *self.key[1:]]
+        asked: list[Any] = [
+            {key: value for key, value in tree.items() if key not in OPERATIONAL},
+            *self.key[1:],
+        ]
         if any("$runs/" in text for text in self.templates()):
             asked.append({name: one.model_dump() for name, one in self.study.prepare.items()})
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
@@ -197,11 +206,17 @@ def load(path: Path) -> Study:
 def plan(study: Study, arguments: argparse.Namespace) -> tuple[list[Run], list[Run]]:
     """The prepared runs, then those of the methods, in the order in which they are carried out."""
     longest = study.quick.epochs if arguments.quick else math.inf
-    folders = {"runs": arguments.runs / arguments.study.stem, "data": arguments.data, "weights": arguments.weights}
+    folders = {
+        "runs": arguments.runs / arguments.study.stem,
+        "data": arguments.data,
+        "weights": arguments.weights,
+    }
 
     def run(method: str, seed: int, epochs: float, rate: float | None) -> Run:
         absolute = {name: folder.absolute() for name, folder in folders.items()}
-        return Run(study, arguments.study, method, seed, min(epochs, longest), rate, arguments.quick, **absolute)
+        return Run(
+            study, arguments.study, method, seed, min(epochs, longest), rate, arguments.quick, **absolute
+        )
 
     prepared = [run(name, 0, one.epochs, None) for name, one in study.prepare.items()]
     runs = [
@@ -220,7 +235,9 @@ def check(runs: Sequence[Run]) -> None:
     for run in runs:
         for folder, name in re.findall(r"\$(data|weights)/([\w./-]+)", " ".join(run.templates())):
             if not (path := getattr(run, folder) / name).exists():
-                raise UserError(f"no {path}: name the folder that has it with --{folder} (see benchmarks/README.md)")
+                raise UserError(
+                    f"no {path}: name the folder that has it with --{folder} (see benchmarks/README.md)"
+                )
         _ = Trainer(run.base, *run.overrides()).settings
 
 
@@ -256,9 +273,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("study", type=Path, help="YAML file, as in benchmarks/studies/")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core (or all on one GPU)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each on one core (or all on one GPU)"
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -266,13 +287,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder of the data sets, $data in the study; default: the environment's DATA, else ../shared/data",
     )
     parser.add_argument(
-        "--weights", type=Path, default=RUNS / "weights", help="folder of converted weights, $weights in the study"
+        "--weights",
+        type=Path,
+        default=RUNS / "weights",
+        help="folder of converted weights, $weights in the study",
     )
     parser.add_argument("--runs", type=Path, help="folder of the runs; default: runs/studies, or runs/quick")
     parser.add_argument(
-        "--results", type=Path, help="folder of lines, tables and plots; default: benchmarks/results/studies, or RUNS"
+        "--results",
+        type=Path,
+        help="folder of lines, tables and plots; default: benchmarks/results/studies, or RUNS",
     )
-    parser.add_argument("--quick", action="store_true", help="one seed and few epochs, to see that everything works")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and few epochs, to see that everything works"
+    )
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error("--jobs must be positive")
@@ -316,7 +344,9 @@ def carry_out(
 def show(pending: Sequence[Run], before: dict[str, float], seconds: float) -> None:
     left = {run: run.epochs - run.epoch() for run in pending}
     done = sum(run.epochs for run in before) - sum(before.values()) - sum(left.values())
-    estimate = f", {sum(left.values()) / done * seconds / 60:.0f} minutes left" if done > 0 and pending else ""
+    estimate = (
+        f", {sum(left.values()) / done * seconds / 60:.0f} minutes left" if done > 0 and pending else ""
+    )
     active = [f"{run.directory.name} at epoch {run.epoch():.1f}" for run in pending if run.epoch() > 0]
     print(f"{len(pending)} runs to do{estimate}; {', '.join(active)}".removesuffix("; "), flush=True)
 
@@ -352,7 +382,11 @@ def store_targets(run: Run) -> None:
 
 @contextlib.contextmanager
 def logged(run: Run):
-    with (run.directory / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        (run.directory / "log.txt").open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         yield
 
 
@@ -363,7 +397,9 @@ def line(run: Run, summary: dict[str, Any], cpu_seconds: float | None) -> Line:
     """The run's line; `cpu_seconds`, with start and evaluation, is None for a run that was interrupted."""
     method, seed, epochs, rate = run.key
     settings = Trainer(run.base, *run.overrides()).settings
-    checkpoint = Path(settings.teacher.checkpoint) if settings.teacher and settings.teacher.checkpoint else None
+    checkpoint = (
+        Path(settings.teacher.checkpoint) if settings.teacher and settings.teacher.checkpoint else None
+    )
     return {
         "method": method,
         "seed": seed,
@@ -384,7 +420,16 @@ def line(run: Run, summary: dict[str, Any], cpu_seconds: float | None) -> Line:
 
 def commit() -> str | None:
     """The commit of this repository, with a + if files differ from it; None where there is no git."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    command = [
+        "git",
+        "-C",
+        str(REPOSITORY),
+        "describe",
+        "--always",
+        "--abbrev=12",
+        "--exclude=*",
+        "--dirty=+",
+    ]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return None
@@ -455,18 +500,26 @@ def report(
         )
     for line in prepared.values():
         told = [f"{name} {100 * value:.2f}" for name, value in line["scores"].items()]
-        parts.append(f"Before them, `{line['method']}` was trained for {line['epochs']:g} epochs: {', '.join(told)}.")
+        parts.append(
+            f"Before them, `{line['method']}` was trained for {line['epochs']:g} epochs: {', '.join(told)}."
+        )
     if plot:
         parts.append(f"![{metric}, %, by epochs]({plot})")
     for epochs, rate in dict.fromkeys((run.epochs, run.rate) for run in runs):
         rows = [
             row(study, lines, method, epochs, rate)
             for method in study.methods
-            if any((line["method"], line["epochs"], line["rate"]) == (method, epochs, rate) for line in lines.values())
+            if any(
+                (line["method"], line["epochs"], line["rate"]) == (method, epochs, rate)
+                for line in lines.values()
+            )
         ]
         if rows:
             columns = ["", "seeds", *study.metrics.values(), "difference", "to", "CPU minutes"]
-            parts += [f"## {epochs:g} epochs{'' if rate is None else f', rate {rate:g}'}", table(columns, rows)]
+            parts += [
+                f"## {epochs:g} epochs{'' if rate is None else f', rate {rate:g}'}",
+                table(columns, rows),
+            ]
     return "\n\n".join([*parts, *provenance(list(lines.values()))]) + "\n"
 
 
@@ -527,7 +580,9 @@ def provenance(lines: Sequence[Line]) -> list[str]:
     places = {
         "Machines": {line["machine"] for line in lines},
         "Commits": {str(line["commit"]) for line in lines},
-        "Libraries": {" ".join(f"{name} {number}" for name, number in line["versions"].items()) for line in lines},
+        "Libraries": {
+            " ".join(f"{name} {number}" for name, number in line["versions"].items()) for line in lines
+        },
         "Dates": {min(line["date"] for line in lines), max(line["date"] for line in lines)},
     }
     parts = ["\n".join(f"- {name}: {'; '.join(sorted(values))}" for name, values in places.items())]
@@ -550,8 +605,12 @@ def curves(study: Study, lines: dict[tuple, Line]) -> str | None:
     rates = list(dict.fromkeys(rate for *_, rate in lines))
     series = []
     for rate, method in itertools.product(rates, study.methods):
-        values = {epochs: scores(of_method(lines, method, epochs, rate), metric).values() for epochs in budgets}
-        points = [(epochs, statistics.mean(of_seeds) / 100) for epochs, of_seeds in values.items() if of_seeds]
+        values = {
+            epochs: scores(of_method(lines, method, epochs, rate), metric).values() for epochs in budgets
+        }
+        points = [
+            (epochs, statistics.mean(of_seeds) / 100) for epochs, of_seeds in values.items() if of_seeds
+        ]
         name = study.methods[method].title.replace("*", "")
         if len(points) > 1:
             series.append(charts.Series(f"{name}, rate {rate:g}" if len(rates) > 1 else name, points))
@@ -568,7 +627,9 @@ def standalone(charts: Any, chart: Any) -> str:
     texts = []
     for axis, at, label in re.findall(r'<span class="([xy])" style="\w+:([\d.]+)%">(.*?)</span>', html):
         x, y = (70 + 7 * float(at), 370) if axis == "x" else (62, 44 + 3 * float(at))
-        texts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{"middle" if axis == "x" else "end"}">{label}</text>')
+        texts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{"middle" if axis == "x" else "end"}">{label}</text>'
+        )
     names = re.findall(r'<i class="f(\d)"></i>(.*?)</span>', html) or [("0", escape(chart.series[0].name))]
     for i, (colour, name) in enumerate(names):
         y = 415 + 20 * i

@@ -28,7 +28,12 @@ from indistill.prune import Plan
 from indistill.training import loop, parts
 
 IMAGES = Path(__file__).with_name("images")
-EVERY_EPOCH = ["run_dir=runs/method", "evaluate.every=1 epoch", "checkpoint.every_steps=44", "checkpoint.keep_last=100"]
+EVERY_EPOCH = [
+    "run_dir=runs/method",
+    "evaluate.every=1 epoch",
+    "checkpoint.every_steps=44",
+    "checkpoint.keep_last=100",
+]
 WIDTH = 760  # pixels
 DIGIT = 3  # whose maps are drawn: its place among the test images
 # A page may be light or dark: each picture brings its own ground, and both sets of colours.
@@ -47,7 +52,16 @@ path{fill:none;stroke-width:1.8}
 """
 # Of a map's values, from zero to the target's largest, taught or not.
 COLOURS = ("#440154", "#46307e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
-GREYS = ("#7d859020", "#7d859030", "#7d859040", "#7d859050", "#7d859060", "#7d859070", "#7d859080", "#7d859090")
+GREYS = (
+    "#7d859020",
+    "#7d859030",
+    "#7d859040",
+    "#7d859050",
+    "#7d859060",
+    "#7d859070",
+    "#7d859080",
+    "#7d859090",
+)
 
 
 class Run(NamedTuple):
@@ -91,7 +105,9 @@ class Picture:
     def curve(self, points: Iterable[tuple[float, float]], kind: str) -> None:
         self.parts.append(f'<path class="{kind}" d="M{" L".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
 
-    def maps(self, x: float, y: float, width: float, maps: np.ndarray, kept: Sequence[int] | None = None) -> float:
+    def maps(
+        self, x: float, y: float, width: float, maps: np.ndarray, kept: Sequence[int] | None = None
+    ) -> float:
         """Maps [C, H, W] of values in 0..1, side by side; those not kept in grey. Returns the height taken.
 
         As paths, one for each colour: not every forge shows images inside of an SVG.
@@ -112,7 +128,9 @@ class Picture:
         scale = width / (across * (wide + gap) - gap)
         self.parts.append(f'<g transform="translate({x:g} {y:g}) scale({scale:.4f})">')
         ground_first = sorted(cells.items(), key=lambda item: item[0] not in (COLOURS[0], GREYS[0]))
-        self.parts += [f'<path style="fill:{colour};stroke:none" d="{"".join(d)}"/>' for colour, d in ground_first]
+        self.parts += [
+            f'<path style="fill:{colour};stroke:none" d="{"".join(d)}"/>' for colour, d in ground_first
+        ]
         self.parts.append("</g>")
         return scale * (channels // across * (tall + gap) - gap)
 
@@ -157,13 +175,17 @@ def layers(run: Run) -> None:
         epochs = (run.end(phase) - phase.start) / run.timetable.steps_per_epoch
         picture.text(12, top + 27, "KD" if phase.name == "kd" else phase.name)
         picture.text(12, top + 43, f"{epochs:g} epoch{'s' * (epochs != 1)}", "dim small")
-        for row, (role, stages, depth) in enumerate((("teacher", teacher, depths[0]), ("student", student, depths[1]))):
+        for row, (role, stages, depth) in enumerate(
+            (("teacher", teacher, depths[0]), ("student", student, depths[1]))
+        ):
             y = top + 42 * row
             for i in range(len(stages) + 1):
                 on = i <= depth
                 picture.box(left + i * step, y, width, height, role if on else "off", 3)
                 words = f"{stages[i].channels} ch." if i < len(stages) else "10"
-                picture.text(left + i * step + width / 2, y + 15, words, "on small" if on else "dim small", "middle")
+                picture.text(
+                    left + i * step + width / 2, y + 15, words, "on small" if on else "dim small", "middle"
+                )
             picture.text(left - 8, y + 15, role, "dim small", "end")
         for stage in [pair.teacher_stage] if pair else [len(teacher)]:
             x = left + stage * step + width / 2
@@ -180,21 +202,31 @@ def timetable_bars(run: Run) -> None:
     picture = Picture("timetable", "Share of each phase in the steps and in the operations of the run")
     costs = estimate.of_run(run.settings, 1, None, {}).phases
     steps = [cost.steps for cost in costs]
-    flops = [(cost.work.teacher_flops + cost.work.student_flops) / 1e6 for cost in costs]  # of an image, in millions
+    flops = [
+        (cost.work.teacher_flops + cost.work.student_flops) / 1e6 for cost in costs
+    ]  # of an image, in millions
     work = [one * count for one, count in zip(flops, steps)]
     left, width = 110, WIDTH - 122
-    rows = ("steps", steps, [str(count) for count in steps]), ("operations", work, [f"{one:.0f} M" for one in flops])
+    rows = (
+        ("steps", steps, [str(count) for count in steps]),
+        ("operations", work, [f"{one:.0f} M" for one in flops]),
+    )
     for row, (name, amounts, words) in enumerate(rows):
         x, y = left, 12 + 46 * row
         picture.text(12, y + 21, name)
         for i, amount in enumerate(amounts):
             share = width * amount / sum(amounts)
             picture.box(x, y, share, 32, f"b{i}")
-            picture.text(x + share / 2, y + 14, "KD" if i == len(amounts) - 1 else str(i + 1), "ink small", "middle")
+            picture.text(
+                x + share / 2, y + 14, "KD" if i == len(amounts) - 1 else str(i + 1), "ink small", "middle"
+            )
             picture.text(x + share / 2, y + 27, words[i], "dim small", "middle")
             x += share
     picture.text(
-        left, 118, "operations of both networks on an image, the student's with backward, in millions", "dim small"
+        left,
+        118,
+        "operations of both networks on an image, the student's with backward, in millions",
+        "dim small",
     )
     picture.save(128)
 
@@ -224,7 +256,10 @@ def importance(run: Run) -> None:
         picture.text(left - 8, top + height + 2, f"{low:.1f}", "dim small", "end")
         top += height + 26
     picture.text(
-        left, top, "L1 norm of the filters that write a channel, channels in the order of the layer", "dim small"
+        left,
+        top,
+        "L1 norm of the filters that write a channel, channels in the order of the layer",
+        "dim small",
     )
     picture.save(top + 12)
 
@@ -232,11 +267,15 @@ def importance(run: Run) -> None:
 @torch.no_grad()
 def maps(run: Run) -> None:
     """What the warm-up does to the student's maps of one digit that neither network was trained on."""
-    picture = Picture("maps", "Maps of one digit: the teacher's, the pruned target, the student's before and after")
+    picture = Picture(
+        "maps", "Maps of one digit: the teacher's, the pruned target, the student's before and after"
+    )
     request = Request(epoch=0, step=0, first_row=0, ids=np.array([DIGIT]))
     image = torch.as_tensor(open_eval_set(run.settings)[request].images)  # uint8 [1, 3, 32, 32]
     columns, side, top = (100, 272, 436, 600), 148, 20
-    for x, words in zip(columns, ("teacher, taught in colour", "target", "student, before", "after its phase")):
+    for x, words in zip(
+        columns, ("teacher, taught in colour", "target", "student, before", "after its phase")
+    ):
         picture.text(x, top, words, "dim small")
     top += 10
     picture.maps(12, top, 64, image[0, :1].numpy() / 255)
@@ -249,7 +288,8 @@ def maps(run: Run) -> None:
         height = max(picture.maps(x, top, side, (one / bright).numpy(), kept) for x, one, kept in shown)
         sides = f"{target.shape[1]} x {target.shape[2]}"
         errors = [
-            f"error {((one - target).square().mean() / target.square().mean()).sqrt():.0%}" for one in (before, after)
+            f"error {((one - target).square().mean() / target.square().mean()).sqrt():.0%}"
+            for one in (before, after)
         ]
         captions = [f"{len(whole)} maps of {sides}", f"{len(target)} of them", *errors]
         for x, words in zip(columns, captions):
@@ -270,7 +310,9 @@ def curves(run: Run) -> None:
 
     top, height = 30, 150
     for i, phase in enumerate(run.phases):
-        picture.box(x_of(phase.start), top, x_of(run.end(phase)) - x_of(phase.start), 2 * height + 40, f"b{i}")
+        picture.box(
+            x_of(phase.start), top, x_of(run.end(phase)) - x_of(phase.start), 2 * height + 40, f"b{i}"
+        )
         name = "KD" if phase.name == "kd" else phase.name.removeprefix("warmup ")
         picture.text((x_of(phase.start) + x_of(run.end(phase))) / 2, top - 8, name, "dim small", "middle")
 
@@ -284,7 +326,9 @@ def curves(run: Run) -> None:
         picture.text(left - 6, y + 4, f"{10.0**power:g}", "dim small", "end")
     for i, phase in enumerate(run.phases):
         points = [line for line in losses if phase.start < line["step"] <= run.end(phase)]
-        scaled = [(x_of(p["step"]), top + height * (high - math.log10(p["loss"])) / (high - low)) for p in points]
+        scaled = [
+            (x_of(p["step"]), top + height * (high - math.log10(p["loss"])) / (high - low)) for p in points
+        ]
         picture.curve(scaled, f"p{i}" if phase.pairs else "all")
 
     top += height + 40

@@ -42,9 +42,12 @@ LANGUAGES = ("bash", "python", "diff", "yaml", "text")
 BASE = ROOT / "configs" / "imagenet_r34_r18.yaml"  # what a part of a config is a part of
 TIMEOUT_SECONDS = 900  # of a block
 BLOCK = re.compile(
-    r"(?:^<!-- docs-test\n(?P<marker>.*?)-->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:^<!-- docs-test\n(?P<marker>.*?)-->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
-_CONFIG = re.compile(r"(configs/[\w-]+\.yaml|\bCONFIG\b)((?: +[a-z][\w.]*=(?:'[^']*'|\"[^\"]*\"|[^\s'\"]+))*)")
+_CONFIG = re.compile(
+    r"(configs/[\w-]+\.yaml|\bCONFIG\b)((?: +[a-z][\w.]*=(?:'[^']*'|\"[^\"]*\"|[^\s'\"]+))*)"
+)
 _PRELOAD = [
     "indistill.training.loop",
     "indistill.commands.plan.estimate",
@@ -100,12 +103,22 @@ def blocks(page: str) -> list[Block]:
             elif arrow and old in match["text"]:
                 replace.append((old, new))
             else:
-                raise ValueError(f"{page}:{line}: docs-test: {entry!r} is neither understood nor in the block")
+                raise ValueError(
+                    f"{page}:{line}: docs-test: {entry!r} is neither understood nor in the block"
+                )
         before, after = (told.get(kind, "") for kind in ("before", "after"))
         skip = told.get("skip")
         found.append(
             Block(
-                page, line, match["language"], match["text"], skip, before, after, tuple(replace), bool(match["marker"])
+                page,
+                line,
+                match["language"],
+                match["text"],
+                skip,
+                before,
+                after,
+                tuple(replace),
+                bool(match["marker"]),
             )
         )
     return found
@@ -139,7 +152,11 @@ def load_configs(block: Block) -> int:
 
 def scratch_copy(folder: Path) -> None:
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
         target = folder / name
@@ -248,10 +265,15 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     _context.set_forkserver_preload(_PRELOAD)
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="docs-test-") as temporary, ThreadPoolExecutor(PAGES_AT_ONCE) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="docs-test-") as temporary,
+        ThreadPoolExecutor(PAGES_AT_ONCE) as pool,
+    ):
         (Path(temporary) / "runs").mkdir()
         rows = run_page(FIRST, Path(temporary))  # with the demo, whose data and runs the others use
-        for of_page in pool.map(lambda page: run_page(page, Path(temporary)), [p for p in chosen if p != FIRST]):
+        for of_page in pool.map(
+            lambda page: run_page(page, Path(temporary)), [p for p in chosen if p != FIRST]
+        ):
             rows += of_page
     counts = Counter(row.done for row in rows)
     print(f"\n{time.monotonic() - begin:.0f} s: {', '.join(f'{n} {done}' for done, n in counts.items())}")

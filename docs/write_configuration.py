@@ -188,7 +188,9 @@ def sections(tree: dict[str, Any]) -> dict[str, str]:
     return heads
 
 
-def table(name: str, schema: dict[str, Any], heads: dict[str, str], told: dict[tuple[str, str], str]) -> Iterator[str]:
+def table(
+    name: str, schema: dict[str, Any], heads: dict[str, str], told: dict[tuple[str, str], str]
+) -> Iterator[str]:
     yield "| key | values | default | meaning |"
     yield "|---|---|---|---|"
     for key, one in schema["properties"].items():
@@ -200,7 +202,9 @@ def table(name: str, schema: dict[str, Any], heads: dict[str, str], told: dict[t
 def page() -> str:
     told, tree = meanings(sources()), config.Config.model_json_schema()
     heads = sections(tree)
-    operational, node = (", ".join(f"`{key}`" for key in keys) for keys in (config.OPERATIONAL_KEYS, config.NODE_KEYS))
+    operational, node = (
+        ", ".join(f"`{key}`" for key in keys) for keys in (config.OPERATIONAL_KEYS, config.NODE_KEYS)
+    )
     starts = textwrap.fill(STARTS.format(operational=operational, node=node), 120, break_on_hyphens=False)
     lines = [INTRODUCTION.format(starts=starts), "## The whole file\n"]
     lines += [*table("Config", tree, heads, told), ""]

@@ -73,7 +73,9 @@ class Curriculum:
         if self.durations is None:
             return
         if len(self.durations) != self.pairs:
-            raise ValueError(f"curriculum: {len(self.durations)} durations for {self.pairs} pairs; give one per pair")
+            raise ValueError(
+                f"curriculum: {len(self.durations)} durations for {self.pairs} pairs; give one per pair"
+            )
         if not all(math.isfinite(duration) and duration >= 0 for duration in self.durations):
             raise ValueError(f"curriculum: durations {self.durations} must be finite and not negative")
 
@@ -131,7 +133,9 @@ class Timetable:
         if warmup and warmup.durations is not None:
             durations = warmup.durations
             if len(durations) != pairs:
-                raise UserError(f"warmup.durations: {len(durations)} given for {pairs} pairs: give one per pair")
+                raise UserError(
+                    f"warmup.durations: {len(durations)} given for {pairs} pairs: give one per pair"
+                )
         steps = tuple(to_steps(duration, steps_per_epoch, batch, total) for duration in durations)
         for pair, duration in enumerate(durations):
             if steps[pair] == 0 and not _is_zero(duration):
@@ -151,9 +155,13 @@ class Timetable:
                 "raise it"
             )
         if order == "all_at_once" and isinstance(warmup.lr, list):
-            raise UserError("warmup.lr: curriculum all_at_once has one phase for all pairs: give one value, not a list")
+            raise UserError(
+                "warmup.lr: curriculum all_at_once has one phase for all pairs: give one value, not a list"
+            )
         last = "kd" if settings.teacher else "supervised"
-        return cls(steps_per_epoch, batch, total, every, Curriculum(pairs, durations=steps, last=last, order=order))
+        return cls(
+            steps_per_epoch, batch, total, every, Curriculum(pairs, durations=steps, last=last, order=order)
+        )
 
     def evaluate_at(self, step: int) -> bool:
         """Whether to evaluate after `step` completed steps: always after the last."""

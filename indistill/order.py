@@ -87,7 +87,9 @@ class SampleOrder:
             )
         per_stream, owned = global_batch // self.streams, self.streams // world
         begin = step * per_stream
-        places = [self._places(epoch, s, begin, begin + per_stream) for s in range(rank * owned, (rank + 1) * owned)]
+        places = [
+            self._places(epoch, s, begin, begin + per_stream) for s in range(rank * owned, (rank + 1) * owned)
+        ]
         return self._ids(epoch, np.concatenate(places))
 
     def stream_sample(self, epoch: int, stream: int, place: int) -> int:
@@ -104,7 +106,9 @@ class SampleOrder:
             low, high = max(index * self.window - lead, 0), min((index + 1) * self.window - lead, self.span)
             key, shuffled = self._windows.get(stream, (None, None))
             if key != (epoch, index):
-                shuffled = stream * self.span + low + self._random(epoch, stream, index).permutation(high - low)
+                shuffled = (
+                    stream * self.span + low + self._random(epoch, stream, index).permutation(high - low)
+                )
                 self._windows[stream] = ((epoch, index), shuffled)
             pieces.append(shuffled[max(begin - low, 0) : end - low])
         return np.concatenate(pieces)
@@ -115,7 +119,12 @@ class SampleOrder:
             random = self._random(epoch)
             shards = random.permutation(len(self.sizes))
             # The random start moves the cuts and the dropped tail even where one shard holds everything.
-            self._epoch = epoch, shards, np.cumsum(self.sizes[shards]), random.randint(self.num_samples, dtype=np.int64)
+            self._epoch = (
+                epoch,
+                shards,
+                np.cumsum(self.sizes[shards]),
+                random.randint(self.num_samples, dtype=np.int64),
+            )
         _, shards, ends, start = self._epoch
         places = (places + start) % self.num_samples
         nth = np.searchsorted(ends, places, side="right")  # which shard of the permuted row

@@ -24,7 +24,18 @@ from indistill.models.stages import check_stages, find_stages, stage_maps
 NEEDS_DATA = ("activation", "taylor")  # the criteria that `calibrate` computes
 
 # Autograd nodes that move elements without computing: from a map in NCHW back to the layout that the network reads.
-LAYOUT = ("Alias", "Clone", "Permute", "Reshape", "Slice", "Squeeze", "Transpose", "UnsafeView", "Unsqueeze", "View")
+LAYOUT = (
+    "Alias",
+    "Clone",
+    "Permute",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "UnsafeView",
+    "Unsqueeze",
+    "View",
+)
 
 
 class PairPlan(NamedTuple):
@@ -75,7 +86,9 @@ class Plan(NamedTuple):
         try:
             return cls.parse(path.read_text())
         except ValueError:
-            raise UserError(f"{path}: damaged or edited by hand: restore it, or start in another run_dir") from None
+            raise UserError(
+                f"{path}: damaged or edited by hand: restore it, or start in another run_dir"
+            ) from None
 
 
 class Writer(NamedTuple):
@@ -118,7 +131,9 @@ def filter_importance(
         scores = [writer.norm.weight.detach().float().abs() for writer in found]
     elif criterion in ("l1", "l2"):
         order = {"l1": 1, "l2": 2}[criterion]
-        filters = [writer.layer.weight.detach().float().flatten(1) for writer in found]  # [C, weights of one filter]
+        filters = [
+            writer.layer.weight.detach().float().flatten(1) for writer in found
+        ]  # [C, weights of one filter]
         scores = [torch.linalg.vector_norm(weight, order, dim=1) for weight in filters]
     else:
         raise ValueError(f"no criterion of the weights: {criterion}")
@@ -185,7 +200,9 @@ def _taylor(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) ->
     outputs: list[Tensor] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        outputs.extend(o for o in (output if isinstance(output, tuple | list) else [output]) if isinstance(o, Tensor))
+        outputs.extend(
+            o for o in (output if isinstance(output, tuple | list) else [output]) if isinstance(o, Tensor)
+        )
 
     hooks = [module.register_forward_hook(note) for module in net.modules()]
     try:
@@ -200,7 +217,9 @@ def _taylor(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) ->
 
     output_of_node = {output.grad_fn: output for output in outputs if output.requires_grad}
     sources = [_layouts(feature, output_of_node) for feature in maps]
-    gradients = iter(torch.autograd.grad(loss, [tensor for row in sources for tensor in row], allow_unused=True))
+    gradients = iter(
+        torch.autograd.grad(loss, [tensor for row in sources for tensor in row], allow_unused=True)
+    )
     scores = []
     for stage, feature, row in zip(stages, maps, sources):
         read = [(tensor, gradient) for tensor, gradient in zip(row, gradients) if gradient is not None]
@@ -261,7 +280,9 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
     hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, kinds)]
     try:
         device = next(model.parameters()).device
-        images = torch.zeros(1, *(input_size or model.pretrained_cfg["input_size"]), device=device, requires_grad=True)
+        images = torch.zeros(
+            1, *(input_size or model.pretrained_cfg["input_size"]), device=device, requires_grad=True
+        )
         with _evaluating(model), torch.enable_grad():
             (output,) = stage_maps(model, images, [stage])  # [1, C, H, W]
             if output.shape[2:].numel() == 1:  # too small to tell gates, unless the model takes larger images
@@ -289,7 +310,9 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
     found = []
     for node in written:
         norm, normed = norm_reading_node.get(node, (None, None))
-        found.append(Writer(layer_of_node[node], norm if normed in seen else None))  # else it is of a side branch
+        found.append(
+            Writer(layer_of_node[node], norm if normed in seen else None)
+        )  # else it is of a side branch
 
     name, width = find_stages(model)[stage].name, output.shape[1]
     if not found or any(len(writer.layer.weight) != width for writer in found):

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-_FLAGS = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
+_FLAGS = [
+    "headless",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-background-networking",
+]
 _FLAGS += ["disable-component-update", "disable-sync", "remote-debugging-pipe"]
 _TIMEOUT_SECONDS = 120.0
 
@@ -61,7 +68,9 @@ class Browser:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
 
-    def open(self, file: Path, width: int, height: int = 800, dark: bool = False, touch: bool = False) -> None:
+    def open(
+        self, file: Path, width: int, height: int = 800, dark: bool = False, touch: bool = False
+    ) -> None:
         """Load a file into a window of this size, in CSS pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": touch}
         self.call("Emulation.setDeviceMetricsOverride", **size)

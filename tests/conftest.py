@@ -22,7 +22,9 @@ from PIL import Image
 from indistill import config
 from indistill.data import packing
 
-if "OMP_NUM_THREADS" not in os.environ:  # networks are small, and the processes of a test often outnumber the cores
+if (
+    "OMP_NUM_THREADS" not in os.environ
+):  # networks are small, and the processes of a test often outnumber the cores
     os.environ["OMP_NUM_THREADS"] = "1"  # of those that are started
     torch.set_num_threads(1)
 
@@ -158,7 +160,9 @@ def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "au
 
     with pytest.MonkeyPatch.context() as patch:
         if step is not None:
-            patch.setattr(preemption.Agreement, "reached", lambda _, done, __: preemption.settle(done == step))
+            patch.setattr(
+                preemption.Agreement, "reached", lambda _, done, __: preemption.settle(done == step)
+            )
         with contextlib.suppress(preemption.Preempted):
             loop.train(config.parse(tree, "test"), resume)
 

@@ -92,7 +92,12 @@ def test_auto_begins_as_sequential():
 
 @pytest.mark.parametrize(
     ("order", "pairs"),
-    [("cumulative", [(0,), (0, 2)]), ("reversed", [(2,), (0,)]), ("all_at_once", [(0, 2)]), ("auto", [(0,), (2,)])],
+    [
+        ("cumulative", [(0,), (0, 2)]),
+        ("reversed", [(2,), (0,)]),
+        ("all_at_once", [(0, 2)]),
+        ("auto", [(0,), (2,)]),
+    ],
 )
 def test_a_duration_of_zero_leaves_its_pair_out_of_every_order(order, pairs):
     phases = Curriculum(pairs=3, durations=(2, 0, 1.5), order=order).phases()
@@ -154,7 +159,9 @@ def test_to_steps(duration, steps):
     assert to_steps(duration, steps_per_epoch=100, global_batch=64, total_steps=500) == steps
 
 
-@pytest.mark.parametrize("duration", ["", "epochs", "3 weeks", "-1 steps", -1, "3 epochs 2", "nan", float("inf"), True])
+@pytest.mark.parametrize(
+    "duration", ["", "epochs", "3 weeks", "-1 steps", -1, "3 epochs 2", "nan", float("inf"), True]
+)
 def test_to_steps_names_what_it_does_not_understand(duration):
     with pytest.raises(ValueError, match="'3 epochs', '1000 steps', '1e6 samples', '10 percent'") as error:
         to_steps(duration, steps_per_epoch=100, global_batch=64)
@@ -249,7 +256,9 @@ def loss_curves(ranks=1):
     t = np.arange(200.0)[:, None]
     noise = 1 + np.random.default_rng(0).uniform(-0.1, 0.1, size=(4, 200, ranks))
     shapes = (0.2 + np.exp(-t / 10), None, np.exp(-t / 30), 0.9 + np.exp(-t / 2))
-    return [None if shape is None else (shape * noise[i]).astype(np.float32) for i, shape in enumerate(shapes)]
+    return [
+        None if shape is None else (shape * noise[i]).astype(np.float32) for i, shape in enumerate(shapes)
+    ]
 
 
 def run(pace, curves, steps=range(TOTAL), save_at=None):
@@ -272,7 +281,10 @@ def durations_by_hand(curves):
         duration = 0
         while duration < longest:
             duration = min(duration + WINDOW, longest)
-            means = [np.mean(curve[i : i + WINDOW], dtype=np.float64) for i in range(0, duration - WINDOW + 1, WINDOW)]
+            means = [
+                np.mean(curve[i : i + WINDOW], dtype=np.float64)
+                for i in range(0, duration - WINDOW + 1, WINDOW)
+            ]
             before, recent = means[:-PATIENCE], means[-PATIENCE:]
             if before and not any(all(m < (1 - TOLERANCE) * b for b in before) for m in recent):
                 break
@@ -338,14 +350,18 @@ class OnDevice:
 @pytest.mark.parametrize("window", [WINDOW, 6])  # the third pair's 60 steps are 10 windows of 6
 def test_a_loss_is_read_at_the_ends_of_windows_only(window):
     reads = []
-    curves = [None if curve is None else [OnDevice(float(value[0])) for value in curve] for curve in loss_curves()]
+    curves = [
+        None if curve is None else [OnDevice(float(value[0])) for value in curve] for curve in loss_curves()
+    ]
     pace = new_pace(lambda total: reads.append(step + 1) or total.value, window=window)
     expected = []
     for step in range(TOTAL):
         phase = pace.curriculum.at(step)
         if phase.pairs and (step + 1 - phase.start) % window == 0 and step + 1 < phase.end:
             expected.append(step + 1)
-        pace.end_step(step + 1, phase, curves[phase.index][step - phase.start] if phase.pairs else OnDevice(1.0))
+        pace.end_step(
+            step + 1, phase, curves[phase.index][step - phase.start] if phase.pairs else OnDevice(1.0)
+        )
     assert reads == expected
     assert len(reads) > 10
 
@@ -381,7 +397,9 @@ def test_a_skipped_step_is_in_no_window():
     def run(pace, steps):
         for step in steps:
             skipped = step in (1, 3) or 7 <= step < 14
-            pace.end_step(step + 1, pace.curriculum.at(step), np.float32(0 if skipped else step), taken=not skipped)
+            pace.end_step(
+                step + 1, pace.curriculum.at(step), np.float32(0 if skipped else step), taken=not skipped
+            )
 
     pace = new_pace()
     run(pace, range(14))

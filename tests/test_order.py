@@ -10,7 +10,9 @@ from indistill.order import SampleOrder
 
 
 def epoch_ids(order, epoch, global_batch):
-    return np.concatenate([order.batch(epoch, t, global_batch) for t in range(order.steps_per_epoch(global_batch))])
+    return np.concatenate(
+        [order.batch(epoch, t, global_batch) for t in range(order.steps_per_epoch(global_batch))]
+    )
 
 
 def divisors(number):
@@ -76,7 +78,9 @@ def test_the_order_of_a_stream_does_not_depend_on_the_global_batch(case, data):
 
 def test_epochs_and_seeds_differ_and_drop_others():
     orders = [
-        epoch_ids(SampleOrder([700, 300, 500], seed, 4, 64), epoch, 64) for seed in (0, 1, 2**32) for epoch in (0, 1)
+        epoch_ids(SampleOrder([700, 300, 500], seed, 4, 64), epoch, 64)
+        for seed in (0, 1, 2**32)
+        for epoch in (0, 1)
     ]
     assert len({ids.tobytes() for ids in orders}) == 6
     assert len({frozenset(range(1500)) - frozenset(ids) for ids in orders}) == 6
@@ -183,7 +187,9 @@ def test_shuffle_quality():
     buffered = clumping(np.reshape(plain[: 12 * batch], (12, batch)), size)
 
     default, whole_span = ours(None), ours(total)
-    print(f"clumping: full {full:.1f}, window of a span {whole_span:.1f}, default {default:.1f}, buffer {buffered:.0f}")
+    print(
+        f"clumping: full {full:.1f}, window of a span {whole_span:.1f}, default {default:.1f}, buffer {buffered:.0f}"
+    )
     assert whole_span < 1.1 * full
     assert default < 5 * full
     assert buffered > 100 * full

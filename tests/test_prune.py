@@ -162,7 +162,9 @@ def test_a_depthwise_convolution_counts_with_what_it_reads():
 
 def test_concatenated_channels_are_refused():
     net = model("densenet121", growth_rate=4, block_config=(2, 2, 2, 2))
-    with pytest.raises(UserError, match=r"stage 1 \(.*\) of DenseNet: its .* are not written by whole filters"):
+    with pytest.raises(
+        UserError, match=r"stage 1 \(.*\) of DenseNet: its .* are not written by whole filters"
+    ):
         prune.l1_importance(net, 1, SIZE)
 
 
@@ -219,7 +221,10 @@ class PreActivated(nn.Module):
 
 def test_a_batch_norm_of_another_branch_is_not_the_writers():
     net = PreActivated()
-    assert {writer.layer: writer.norm for writer in prune.writers(net, 0, SIZE)} == {net.stem: None, net.conv: None}
+    assert {writer.layer: writer.norm for writer in prune.writers(net, 0, SIZE)} == {
+        net.stem: None,
+        net.conv: None,
+    }
 
 
 # --- other criteria of the weights -----------------------------------------------------------------------------------
@@ -269,7 +274,9 @@ def test_scales_of_coupled_batch_norms():
     assert found.dtype == torch.float32
     assert not found.requires_grad
     assert_scales(net, found, *names)
-    found = prune.filter_importance(net, 1, SIZE, "bn_scale")  # the identity shortcut carries the stem's channels
+    found = prune.filter_importance(
+        net, 1, SIZE, "bn_scale"
+    )  # the identity shortcut carries the stem's channels
     assert_scales(net, found, "bn1", "layer1.0.bn2", "layer1.1.bn2")
 
 
@@ -376,7 +383,14 @@ def test_taylor_of_residual_stages():
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_taylor_of_transformers(pool):
-    tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "num_heads": 2, "depth": 2, "num_classes": CLASSES}
+    tiny = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 12,
+        "num_heads": 2,
+        "depth": 2,
+        "num_classes": CLASSES,
+    }
     net = model("vit_tiny_patch16_224", global_pool=pool, class_token=pool == "token", **tiny)
     nn.init.normal_(net.head.weight)
     # Of the last block a class token is all that reaches the loss.
@@ -385,7 +399,13 @@ def test_taylor_of_transformers(pool):
 
 
 def test_taylor_of_hierarchical_transformers():
-    tiny = {"img_size": 32, "window_size": 2, "embed_dim": 8, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 2)}
+    tiny = {
+        "img_size": 32,
+        "window_size": 2,
+        "embed_dim": 8,
+        "depths": (1, 2, 1, 1),
+        "num_heads": (1, 2, 2, 2),
+    }
     net = model("swin_tiny_patch4_window7_224", num_classes=CLASSES, **tiny)
     nn.init.normal_(net.head.fc.weight)
     assert_taylor(net, 0, "layers.0", -1, 64)  # 8 x 8 positions of 8 channels: no size tells the axes apart
@@ -447,17 +467,23 @@ def test_a_channel_that_nothing_reads_matters_nothing():
 
 
 def test_mean_absolute_activations():
-    net = model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=12, num_heads=2, depth=3).double()
+    net = model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=12, num_heads=2, depth=3
+    ).double()
     batches, seen, reached = calibration_batches(), [], []
     found = prune.calibrate(net, normalise, [0, 1], batches, "activation")
-    hooks = [net.blocks[i].register_forward_hook(lambda m, x, y, i=i: seen.append((i, y.detach()))) for i in (0, 1)]
+    hooks = [
+        net.blocks[i].register_forward_hook(lambda m, x, y, i=i: seen.append((i, y.detach()))) for i in (0, 1)
+    ]
     net.eval()
     for images, _ in batches:
         net(normalise(images))
     for hook in hooks:
         hook.remove()
     for stage in (0, 1):
-        rows = [row for i, tokens in seen if i == stage for row in tokens[:, 1:].numpy()]  # [16, 12] without the class
+        rows = [
+            row for i, tokens in seen if i == stage for row in tokens[:, 1:].numpy()
+        ]  # [16, 12] without the class
         expected = [sum(np.abs(row[:, c]).sum() / 16 for row in rows) / 5 for c in range(12)]
         assert found[stage].dtype == torch.float64
         assert np.allclose(found[stage].numpy(), expected, rtol=1e-10)
@@ -485,7 +511,9 @@ def test_calibration_does_not_depend_on_the_number_of_ranks(criterion, ranks):
     assert len(sent) == len(ranks)  # one reduction each
     assert all(sums.dtype == torch.float64 for sums in sent)
     for mine in ranks:
-        found = prune.calibrate(net, normalise, [0, 2], [batches[i] for i in mine], criterion, lambda _: sum(sent))
+        found = prune.calibrate(
+            net, normalise, [0, 2], [batches[i] for i in mine], criterion, lambda _: sum(sent)
+        )
         assert list(found) == [0, 2]
         for stage in (0, 2):
             assert np.allclose(found[stage].numpy(), alone[stage].numpy(), rtol=1e-12, atol=0)
@@ -500,7 +528,9 @@ def test_calibration_needs_an_image():
 def test_a_teacher_whose_loss_is_constant_has_no_taylor_importance():
     net = CNN32((6, 8, 8), 12, CLASSES).double()
     nn.init.zeros_(net.fc2.weight)
-    with pytest.raises(UserError, match=r"taylor tells no channels of teacher stage 1 apart.*trained weights"):
+    with pytest.raises(
+        UserError, match=r"taylor tells no channels of teacher stage 1 apart.*trained weights"
+    ):
         prune.calibrate(net, normalise, [1], calibration_batches(), "taylor")
     assert prune.calibrate(net, normalise, [1], calibration_batches(), "activation")[1].max() > 0
     nn.init.constant_(net.conv2.weight, np.nan)
@@ -518,7 +548,9 @@ def test_calibration_leaves_no_trace(criterion):
     state = {name: value.clone() for name, value in net.state_dict().items()}
     with torch.no_grad():
         found = prune.calibrate(net, normalise, [1, 3], calibration_batches(), criterion)
-        again = prune.calibrate(net.requires_grad_(False), normalise, [1, 3], calibration_batches(), criterion)
+        again = prune.calibrate(
+            net.requires_grad_(False), normalise, [1, 3], calibration_batches(), criterion
+        )
     for stage in (1, 3):
         assert not found[stage].requires_grad
         assert torch.equal(found[stage], again[stage])  # frozen or not
@@ -622,7 +654,9 @@ def test_a_plan_by_chance_follows_the_seed():
 
 def test_a_wider_student_needs_an_adapter():
     teacher, student = networks()
-    with pytest.raises(UserError, match=r"student stage 0 has 16 channels, more than the 8 .* warmup.adapter: conv1x1"):
+    with pytest.raises(
+        UserError, match=r"student stage 0 has 16 channels, more than the 8 .* warmup.adapter: conv1x1"
+    ):
         prune.plan(student, teacher, [(0, 0)], SIZE)
     (pair,) = prune.plan(student, teacher, [(0, 0)], SIZE, adapter="conv1x1").pairs
     assert pair == (0, 0, 8, 16, None)
@@ -639,7 +673,9 @@ def test_a_wider_student_needs_an_adapter():
     ],
 )
 def test_pairs_that_are_no_stages_or_out_of_order(pairs, role):
-    with pytest.raises(UserError, match=f"warmup.pairs: {role} stages .* need increasing indices from 0 to 2"):
+    with pytest.raises(
+        UserError, match=f"warmup.pairs: {role} stages .* need increasing indices from 0 to 2"
+    ):
         prune.plan(*networks(), pairs, SIZE)
 
 

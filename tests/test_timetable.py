@@ -55,7 +55,9 @@ def test_nothing_in_any_unit_skips_its_pair(tree, nothing):
     assert spans(timetable(tree, duration=10, warmup={"durations": [1, nothing, 1]}))[1][0] == "warmup 3/3"
 
 
-@pytest.mark.parametrize("little", [0.001, "1 sample", "15 samples", "0.4 steps", "0.04%", "1e-3 epochs", 1e-7])
+@pytest.mark.parametrize(
+    "little", [0.001, "1 sample", "15 samples", "0.4 steps", "0.04%", "1e-3 epochs", 1e-7]
+)
 def test_a_pair_of_less_than_a_step_is_refused(tree, little):
     message = rf"^warmup.durations: {little} for pair 2 is less than one step \(an epoch has 100\): raise it, or give 0"
     with pytest.raises(UserError, match=message):
@@ -80,7 +82,9 @@ def test_the_order_of_the_curriculum(tree, order, expected):
 
 def test_all_at_once_has_one_learning_rate(tree):
     warmup = {"curriculum": "all_at_once", "durations": [1, 1, 1]}
-    with pytest.raises(UserError, match=r"^warmup.lr: curriculum all_at_once has one phase.*: give one value"):
+    with pytest.raises(
+        UserError, match=r"^warmup.lr: curriculum all_at_once has one phase.*: give one value"
+    ):
         timetable(tree, duration=10, warmup=warmup | {"lr": [0.1, 0.2, 0.3]})
     assert spans(timetable(tree, duration=10, warmup=warmup | {"lr": 0.1}))[-1] == ("kd", 300, None)
 
@@ -88,7 +92,9 @@ def test_all_at_once_has_one_learning_rate(tree):
 def test_the_window_of_auto_is_at_least_a_step(tree):
     for window in ("0 steps", 0.001, "1 sample"):
         warmup = {"curriculum": "auto", "auto": {"window": window}}
-        with pytest.raises(UserError, match=rf"^warmup.auto.window: {window} is less than one step \(an epoch has 100"):
+        with pytest.raises(
+            UserError, match=rf"^warmup.auto.window: {window} is less than one step \(an epoch has 100"
+        ):
             timetable(tree, duration=20, warmup=warmup)
     assert timetable(tree, duration=20, warmup=warmup | {"curriculum": "sequential"}).total_steps == 2000
 
@@ -106,7 +112,9 @@ def test_without_teacher_the_phase_is_called_supervised(tree):
 
 def test_a_warmup_may_fill_the_run_but_not_exceed_it(tree):
     assert spans(timetable(tree, duration="12 epochs", warmup={}))[-1] == ("kd", 1200, None)
-    with pytest.raises(UserError, match=r"warm-up takes 1200 steps, the whole run \(duration\) 1199: raise duration"):
+    with pytest.raises(
+        UserError, match=r"warm-up takes 1200 steps, the whole run \(duration\) 1199: raise duration"
+    ):
         timetable(tree, duration="1199 steps", warmup={})
 
 

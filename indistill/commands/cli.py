@@ -35,7 +35,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     train = commands.add_parser("train", help="train a student, from the start or from where the run stopped")
     train.add_argument("config", help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace those of the file")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="values that replace those of the file"
+    )
     train.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH", help="default: auto, the newest checkpoint"
     )
@@ -54,23 +56,35 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     export = commands.add_parser("export", help="take a run's student home, for timm, ONNX or torch.export")
     export.add_argument(
-        "source", metavar="run", help="a run directory; of a run that is not finished, its newest checkpoint counts"
+        "source",
+        metavar="run",
+        help="a run directory; of a run that is not finished, its newest checkpoint counts",
     )
     export.add_argument("destination", metavar="dest", help="a folder, made if missing; else empty")
     export.add_argument("--format", choices=("timm", "onnx", "torch"), default="timm", help="default: timm")
-    export.add_argument("--weights", choices=("ema", "raw"), help="default: the moving average, where the run kept one")
-    export.add_argument("--checkpoint", metavar="step-XXXXXXXX", help="default: the end of the run, or the newest")
+    export.add_argument(
+        "--weights", choices=("ema", "raw"), help="default: the moving average, where the run kept one"
+    )
+    export.add_argument(
+        "--checkpoint", metavar="step-XXXXXXXX", help="default: the end of the run, or the newest"
+    )
     export.set_defaults(run=_export)
 
     plan = commands.add_parser("plan", help="what a run will take: time, memory, bytes; without a GPU")
     plan.add_argument("config", help="YAML file")
     plan.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    plan.add_argument("--world", type=_count, metavar="N", help="processes (default: machine.devices_per_node)")
-    plan.add_argument("--samples", type=_count, metavar="N", help="training images, where their shards are not")
+    plan.add_argument(
+        "--world", type=_count, metavar="N", help="processes (default: machine.devices_per_node)"
+    )
+    plan.add_argument(
+        "--samples", type=_count, metavar="N", help="training images, where their shards are not"
+    )
     plan.add_argument("--json", action="store_true", help="all numbers, for programs")
     plan.set_defaults(run=_plan)
 
-    doctor = commands.add_parser("doctor", help="whether a run will work here: on this machine, or on these nodes")
+    doctor = commands.add_parser(
+        "doctor", help="whether a run will work here: on this machine, or on these nodes"
+    )
     doctor.add_argument("config", nargs="?", help="YAML file; without one only the machine is looked at")
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
     doctor.add_argument("--json", action="store_true", help="all lines, of all processes, for programs")
@@ -84,9 +98,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="a run directory; a chain's or several students' stands for the runs in it",
     )
     report.add_argument(
-        "--output", metavar="FILE", help="default: RUN/report.html; of several, comparison.html beside the first"
+        "--output",
+        metavar="FILE",
+        help="default: RUN/report.html; of several, comparison.html beside the first",
     )
-    report.add_argument("--baseline", metavar="RUN", help="a run to compare the results with: the student alone, say")
+    report.add_argument(
+        "--baseline", metavar="RUN", help="a run to compare the results with: the student alone, say"
+    )
     report.set_defaults(run=_report)
 
     targets = commands.add_parser("targets", help="run the teacher once, for a config with targets: cached")
@@ -100,7 +118,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     _add_shards(commands.add_parser("shards", help="pack, index and verify WebDataset shards"))
 
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest)):
+    if rest and (
+        not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest  # overrides that stand after an option
@@ -150,7 +170,9 @@ def _count(text: str) -> int:
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
-    pack = actions.add_parser("pack", help="write shards from an image folder, a CSV of path,label, or shards")
+    pack = actions.add_parser(
+        "pack", help="write shards from an image folder, a CSV of path,label, or shards"
+    )
     pack.add_argument("source", help="a folder of class folders, a CSV file, or shards (braces expand)")
     pack.add_argument("destination", help="a folder, made if missing; a packing that stopped there goes on")
     pack.add_argument("--prefix", default="shard", help="shards are called PREFIX-000000.tar and so on")
@@ -174,10 +196,15 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--allow-pipe", action="store_true", help="let pipe: URLs run their commands")
         action.set_defaults(run=run)
     actions.choices["verify"].add_argument(
-        "--num-classes", type=_count, metavar="N", help="data.num_classes: images without a label below it are bad, too"
+        "--num-classes",
+        type=_count,
+        metavar="N",
+        help="data.num_classes: images without a label below it are bad, too",
     )
     for action in actions.choices.values():
-        action.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+        action.add_argument(
+            "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
+        )
         action.add_argument("--cache-dir", help="where indices and remote shards go (data.cache_dir)")
 
 
@@ -230,7 +257,9 @@ def _train(arguments: argparse.Namespace) -> None:
     summary = trainer.train(arguments.resume)
     if os.environ.get("RANK", "0") == "0":
         metrics = (
-            {name: of_run["metrics"] for name, of_run in summary.items()} if trainer.several else summary["metrics"]
+            {name: of_run["metrics"] for name, of_run in summary.items()}
+            if trainer.several
+            else summary["metrics"]
         )
         print(json.dumps(metrics))
 
@@ -249,7 +278,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from indistill.commands.export import write
 
-    write.export(arguments.source, arguments.destination, arguments.format, arguments.weights, arguments.checkpoint)
+    write.export(
+        arguments.source, arguments.destination, arguments.format, arguments.weights, arguments.checkpoint
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -43,7 +43,12 @@ def main() -> None:
     timed("pack", pack_digits, ROOT / "data")
     teacher = config.load(
         CONFIG,
-        [*SUPERVISED, f"run_dir={ROOT}/teacher", f"student.kwargs={settings.teacher.kwargs}", "duration=8 epochs"],
+        [
+            *SUPERVISED,
+            f"run_dir={ROOT}/teacher",
+            f"student.kwargs={settings.teacher.kwargs}",
+            "duration=8 epochs",
+        ],
     )
     alone = config.load(CONFIG, [*SUPERVISED, f"run_dir={ROOT}/alone"])
     runs = {
@@ -65,7 +70,9 @@ def main() -> None:
         )
     other = ", ".join(f"{part} {seconds[part]:.0f} s" for part in ("import", "pack"))
     print(f"\nOther parts: {other}; {time.perf_counter() - start:.0f} s in all.")
-    print(f"Look next at {settings.run_dir}/report.html, `tensorboard --logdir {ROOT}`, {CONFIG} and README.md.")
+    print(
+        f"Look next at {settings.run_dir}/report.html, `tensorboard --logdir {ROOT}`, {CONFIG} and README.md."
+    )
 
 
 def pack_digits(folder: Path) -> None:
@@ -79,7 +86,9 @@ def pack_digits(folder: Path) -> None:
     digits = load_digits()
     samples = []
     for i, (grey, label) in enumerate(zip(digits.images, digits.target)):  # [8, 8], 0..16
-        image = Image.fromarray((grey * 255 / 16).astype(np.uint8)).resize((32, 32), Image.BICUBIC).convert("RGB")
+        image = (
+            Image.fromarray((grey * 255 / 16).astype(np.uint8)).resize((32, 32), Image.BICUBIC).convert("RGB")
+        )
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         samples.append((f"{i:04d}", buffer.getvalue(), "png", int(label)))
@@ -88,7 +97,9 @@ def pack_digits(folder: Path) -> None:
     train, test = shuffled[TEST_SAMPLES:], shuffled[:TEST_SAMPLES]
     packing.pack(train, folder, "digits-train", samples_per_shard=-(-len(train) // 4))
     packing.pack(test, folder, "digits-test", samples_per_shard=TEST_SAMPLES)
-    print(f"{len(train)} training and {len(test)} test images in {len(list(folder.glob('*.tar')))} shards: {folder}")
+    print(
+        f"{len(train)} training and {len(test)} test images in {len(list(folder.glob('*.tar')))} shards: {folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     network, view = load_for_eval(settings, checkpoint)
     network = network.to(accelerator.device)
     if settings.evaluate.retrieval and isinstance(network, Program):
-        raise UserError(f"{checkpoint}: gives no embeddings to retrieve by: evaluate.retrieval=false, or a timm export")
+        raise UserError(
+            f"{checkpoint}: gives no embeddings to retrieve by: evaluate.retrieval=false, or a timm export"
+        )
     eval_set = open_eval_set(settings, view)
     scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
     if settings.evaluate.retrieval:

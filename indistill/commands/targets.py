@@ -103,7 +103,9 @@ def write(settings: Config) -> Manifest:
             for _, following in mine[place + 1 : place + 2]:
                 job.dataset.shards.prefetch(first_ids[following : following + 1])
             ids = np.arange(first_ids[shard], first_ids[shard + 1])
-            yield from ((view, ids[start : start + manifest.batch]) for start in range(0, len(ids), manifest.batch))
+            yield from (
+                (view, ids[start : start + manifest.batch]) for start in range(0, len(ids), manifest.batch)
+            )
 
     batches = job.batches(requests())
     samples = sum(manifest.samples[shard] for _, shard in mine)
@@ -210,10 +212,14 @@ def verify(settings: Config, count: int) -> bool:
     rank, world = job.accelerator.process_index, job.accelerator.num_processes
     stored = engine.on_main(job.accelerator, lambda: load_manifest(str(job.root)))
     samples = sum(stored.samples)
-    chosen = random.Random(settings.seed).sample(range(stored.views * samples), min(count, stored.views * samples))
+    chosen = random.Random(settings.seed).sample(
+        range(stored.views * samples), min(count, stored.views * samples)
+    )
     requests = []
     for view in range(stored.views):
-        ids = np.array(sorted(place % samples for place in chosen if place // samples == view), dtype=np.int64)
+        ids = np.array(
+            sorted(place % samples for place in chosen if place // samples == view), dtype=np.int64
+        )
         requests += [(view, ids[start : start + stored.batch]) for start in range(0, len(ids), stored.batch)]
     reader = Reader(str(job.root), stored, None, 0)
     mine, records, exact, largest = [], 0, 0, 0.0
@@ -226,7 +232,10 @@ def verify(settings: Config, count: int) -> bool:
                 problems, same, difference = compare(field, tensors[name], rows, undecoded)
                 records += len(rows)
                 exact, largest = exact + same, max(largest, difference)
-                mine += [f"view {view}, {job.dataset.shards.where(ids[row])}: {name}: {what}" for row, what in problems]
+                mine += [
+                    f"view {view}, {job.dataset.shards.where(ids[row])}: {name}: {what}"
+                    for row, what in problems
+                ]
     told = gather_object([(mine, records, exact, largest)])
     wrong = [line for lines, *_ in told for line in lines]
     if rank == 0:
@@ -273,9 +282,13 @@ def prepare(settings: Config) -> Job:
         raise UserError(f"targets: {reason}")
     root, world = targets_root(settings), int(os.environ.get("WORLD_SIZE", "1"))
     if remote.is_remote(root):
-        raise UserError(f"targets.dir {root}: is written to a file system: give a path, and copy what is there")
+        raise UserError(
+            f"targets.dir {root}: is written to a file system: give a path, and copy what is there"
+        )
     if settings.teacher.shard and world > 1:
-        raise UserError("targets: every process runs a whole teacher: set teacher.shard=false, or start one process")
+        raise UserError(
+            "targets: every process runs a whole teacher: set teacher.shard=false, or start one process"
+        )
     auto = settings.targets.source == "auto"
     live = {"targets": settings.targets.model_copy(update={"source": "live"})}
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
@@ -305,7 +318,9 @@ def prepare(settings: Config) -> Job:
 
     views = needed(timetable, of_phase, settings.data.augment.views)
     if not views:
-        raise UserError("targets: neither warmup nor kd.losses reads anything of the teacher: nothing is to be stored")
+        raise UserError(
+            "targets: neither warmup nor kd.losses reads anything of the teacher: nothing is to be stored"
+        )
     pairs = sorted({pair for phase in timetable.curriculum.phases() for pair in phase.pairs})
     batch = settings.data.global_batch // world // accumulation
     images = torch.zeros(batch, *config.input_size(settings), dtype=torch.uint8, device=accelerator.device)
@@ -328,7 +343,9 @@ def prepare(settings: Config) -> Job:
         classes=names and names.names,
         samples=training.dataset.shards.sizes,
         fields={
-            name: records.describe(name, found[name], settings.targets).model_copy(update={"views": sorted(seen)})
+            name: records.describe(name, found[name], settings.targets).model_copy(
+                update={"views": sorted(seen)}
+            )
             for name, seen in views.items()
         },
         batch=batch,
@@ -343,7 +360,9 @@ def stages(targets_of: LiveTargets) -> list[dict[str, object]]:
         found = find_stages(targets_of.teacher.net)
     except UserError:  # no loss has read any
         return []
-    return [{"module": stage.name, "num_chs": stage.channels, "reduction": stage.reduction} for stage in found]
+    return [
+        {"module": stage.name, "num_chs": stage.channels, "reduction": stage.reduction} for stage in found
+    ]
 
 
 def claim(root: Path, manifest: Manifest) -> Manifest:

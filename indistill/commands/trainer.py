@@ -90,7 +90,11 @@ class Trainer:
         return network.eval()
 
     def export(
-        self, destination: str | Path, form: str = "timm", weights: str | None = None, checkpoint: str | None = None
+        self,
+        destination: str | Path,
+        form: str = "timm",
+        weights: str | None = None,
+        checkpoint: str | None = None,
     ) -> Source:
         """Write this run's student for others to load; see `indistill.commands.export.write.export`."""
         from indistill.commands.export.write import export

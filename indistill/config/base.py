@@ -17,7 +17,9 @@ class UserError(Exception):
     found_by_one_rank = False  # else every rank raises it, and rank 0 speaks for all
 
 
-_DURATION = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(epochs?|steps?|samples?|percent|%)?", re.IGNORECASE)
+_DURATION = re.compile(
+    r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(epochs?|steps?|samples?|percent|%)?", re.IGNORECASE
+)
 
 
 def to_steps(
@@ -48,7 +50,9 @@ def to_steps(
 
 
 def _duration(value: Any) -> Any:
-    to_steps(value, steps_per_epoch=1, global_batch=1, total_steps=1)  # understood, or a ValueError that says why
+    to_steps(
+        value, steps_per_epoch=1, global_batch=1, total_steps=1
+    )  # understood, or a ValueError that says why
     return value
 
 

@@ -20,7 +20,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     tree = read(path, overrides)
     for kind in ("stages", "students"):
         if kind in tree:
-            raise UserError(f"{path} has several {kind}: give the config.yaml in the run directory of one instead")
+            raise UserError(
+                f"{path} has several {kind}: give the config.yaml in the run directory of one instead"
+            )
     return parse(tree, source=" ".join([str(path), *overrides]))
 
 
@@ -50,7 +52,9 @@ def parse(tree: dict[str, Any], source: str) -> Config:
 
 def _first_mistake(error: ValidationError, tree: dict[str, Any]) -> tuple[list[str], str]:
     """Where it is and what. Of a union's branches the one that read on the furthest says it."""
-    mistakes = [(_keys(e, tree), e["msg"].removeprefix("Value error, ")) for e in error.errors(include_url=False)]
+    mistakes = [
+        (_keys(e, tree), e["msg"].removeprefix("Value error, ")) for e in error.errors(include_url=False)
+    ]
     first = mistakes[0][0]
     return max((m for m in mistakes if m[0][: len(first)] == first), key=lambda mistake: len(mistake[0]))
 

@@ -17,7 +17,17 @@ from indistill.config.tree import Config, flatten
 
 _NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # a directory, and a part of an override's dotted key
 # What decides the images and what the teacher makes of them.
-_SHARED = ("seed", "duration", "data", "teacher", "stage", "mixed_precision", "grad_accumulation", "compile", "kd.mix")
+_SHARED = (
+    "seed",
+    "duration",
+    "data",
+    "teacher",
+    "stage",
+    "mixed_precision",
+    "grad_accumulation",
+    "compile",
+    "kd.mix",
+)
 _SHARED += ("engine", "collective_timeout_minutes", "max_hours")
 
 
@@ -63,7 +73,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
         if name in stages:
             raise UserError(f"{source}: {kind}.{i}.name: {name} names an earlier one too: choose another")
         if "run_dir" in stage:
-            raise UserError(f"{source}: {kind[:-1]} {name}: run_dir: it runs in run_dir/{name} of the file: remove it")
+            raise UserError(
+                f"{source}: {kind[:-1]} {name}: run_dir: it runs in run_dir/{name} of the file: remove it"
+            )
         merged = merge(shared, {key: value for key, value in stage.items() if key != "name"})
         if isinstance(shared.get("run_dir"), str):
             merged["run_dir"] = str(Path(shared["run_dir"]) / name)
@@ -91,11 +103,17 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
     if settings.teacher is None or settings.stage != "distill":
         raise UserError(f"{where}: students share a teacher: add the section teacher, and no stage: heads")
     if settings.engine is not None and settings.engine.name == "deepspeed":
-        raise UserError(f"{where}: engine: DeepSpeed takes one student a process: train them one by one, or use ddp")
+        raise UserError(
+            f"{where}: engine: DeepSpeed takes one student a process: train them one by one, or use ddp"
+        )
     if settings.teacher.shard:
-        raise UserError(f"{where}: teacher.shard: students need the whole teacher on every process: remove it")
+        raise UserError(
+            f"{where}: teacher.shard: students need the whole teacher on every process: remove it"
+        )
     if settings.targets.source != "live":
-        raise UserError(f"{where}: targets: stored ones leave no teacher to share: train the students one by one")
+        raise UserError(
+            f"{where}: targets: stored ones leave no teacher to share: train the students one by one"
+        )
     alone = ONE_RUN_TRACKERS.intersection(settings.trackers)
     if groups == "equal" and alone:
         raise UserError(
@@ -105,7 +123,9 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
     warmup = settings.warmup
     if groups == "disjoint" and warmup and (warmup.curriculum == "auto" or warmup.prune.mode == "paper_bn"):
         what = "warmup.curriculum: auto" if warmup.curriculum == "auto" else "warmup.prune.mode: paper_bn"
-        raise UserError(f"{where}: student_groups: disjoint: every group has to know the others' targets: no {what}")
+        raise UserError(
+            f"{where}: student_groups: disjoint: every group has to know the others' targets: no {what}"
+        )
 
 
 def _name(stage: Any) -> Any:
@@ -140,7 +160,9 @@ def _teacher(section: dict[str, Any], earlier: dict[str, Config], where: str) ->
     if isinstance(section.get("heads"), dict):
         name, settings = _referred(section["heads"], earlier, f"{where}: teacher.heads")
         if settings.stage != "heads":
-            raise UserError(f"{where}: teacher.heads: stage {name} trains a student: name one with stage: heads")
+            raise UserError(
+                f"{where}: teacher.heads: stage {name} trains a student: name one with stage: heads"
+            )
         section["heads"] = f"{settings.run_dir}/heads.safetensors"
     if "stage" in section:
         name, settings = _referred({"stage": section.pop("stage")}, earlier, f"{where}: teacher")

@@ -38,7 +38,9 @@ class RandomErasing(Section):
     probability: Probability = 0.25  # of an image
     scale: tuple[PositiveFloat, PositiveFloat] = (0.02, 1 / 3)  # area fraction
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.3, 1 / 0.3)  # height / width
-    fill: Literal["random", "mean"] = "random"  # ImageNet's noise per pixel, or mean colour; timm's pixel and const
+    fill: Literal["random", "mean"] = (
+        "random"  # ImageNet's noise per pixel, or mean colour; timm's pixel and const
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> RandomErasing:
@@ -85,14 +87,22 @@ class Data(Section):
     global_batch: PositiveInt  # samples per optimizer step, over all ranks and accumulation steps
     streams: PositiveInt = 64  # parts of the order: the world size divides it, and it divides global_batch
     window: PositiveInt | None = None  # samples shuffled together within a stream; None: order.py's default
-    access: Literal["index", "stream"] = "index"  # stream: plain WebDataset, for what cannot be sought (stream.py)
-    epoch_samples: PositiveInt | None = None  # samples of an epoch, for stream, which has no index to count by
+    access: Literal["index", "stream"] = (
+        "index"  # stream: plain WebDataset, for what cannot be sought (stream.py)
+    )
+    epoch_samples: PositiveInt | None = (
+        None  # samples of an epoch, for stream, which has no index to count by
+    )
     shuffle_buffer: PositiveInt = 5000  # samples, for stream
     in_memory: bool = False  # decode once and keep: for small images
-    cache_dir: str | None = None  # of indices and remote shards: a local disk; None: indices lie beside the shards
+    cache_dir: str | None = (
+        None  # of indices and remote shards: a local disk; None: indices lie beside the shards
+    )
     cache_bytes: PositiveFloat = 200e9  # of remote shards, per node
     allow_pipe: bool = False  # let pipe: URLs run their commands
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001  # of undecodable images that the run puts up with
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = (
+        0.001  # of undecodable images that the run puts up with
+    )
     workers: Annotated[int, Field(ge=0)] = 4  # loader processes per rank
     augment: Augment = Augment()  # of training images
     # How training images are resized, as timm does: random draws one of the two for each image (and for each turn,
@@ -107,13 +117,17 @@ class Data(Section):
     @model_validator(mode="after")
     def _stream_needs(self) -> Data:
         if self.access == "stream" and (self.epoch_samples is None or self.in_memory):
-            raise ValueError("access: stream needs epoch_samples (how many samples make an epoch) and no in_memory")
+            raise ValueError(
+                "access: stream needs epoch_samples (how many samples make an epoch) and no in_memory"
+            )
         return self
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
 # YAML reads a bare no as false.
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
+Precision = Annotated[
+    Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
 
 
 class Model(Section):
@@ -156,7 +170,9 @@ class Teacher(Model):
 class Heads(Section):
     """What `stage: heads` trains on the frozen teacher: a linear classifier per stage (arXiv 2103.00497)."""
 
-    stages: Literal["auto"] | list[int] = "auto"  # indices into timm's feature_info; auto: those a warm-up would take
+    stages: Literal["auto"] | list[int] = (
+        "auto"  # indices into timm's feature_info; auto: those a warm-up would take
+    )
     # Each head reads the whole map, as published for 32 px images. At 224 px that is 200,000 inputs after the first
     # stage of a ResNet: pool averages maps that are larger than this many pixels a side.
     pool: PositiveInt | None = None
@@ -177,9 +193,13 @@ class Optimizer(Section):
 class Schedule(Section):
     """Learning rate over one phase; every count is an optimizer step since the phase began."""
 
-    name: Literal["constant", "cosine", "step", "multistep"] = "constant"  # how the rate changes after its warm-up
+    name: Literal["constant", "cosine", "step", "multistep"] = (
+        "constant"  # how the rate changes after its warm-up
+    )
     warmup: Duration = 0  # of the rate: linear, from warmup_lr
-    warmup_lr: Annotated[float, Field(ge=0)] = 0.0  # rate of the first step, where there is a warm-up of the rate
+    warmup_lr: Annotated[float, Field(ge=0)] = (
+        0.0  # rate of the first step, where there is a warm-up of the rate
+    )
     min_lr: Annotated[float, Field(ge=0)] = 0.0  # where cosine ends
     decay_every: Duration = "30 epochs"  # for step: the rate is multiplied by decay_rate each time
     decay_at: list[Duration] = []  # for multistep: the rate is multiplied by decay_rate at each
@@ -191,7 +211,9 @@ class PhaseTraining(Section):
 
     lr: PositiveFloat | None = None  # of these phases; None: optimizer.lr
     schedule: Schedule | None = None  # of these phases; None: the run's schedule
-    reset_optimizer: Literal["never", "start", "epoch"] = "never"  # when momentum and second moments are dropped
+    reset_optimizer: Literal["never", "start", "epoch"] = (
+        "never"  # when momentum and second moments are dropped
+    )
 
 
 class Prune(Section):
@@ -208,7 +230,9 @@ class Auto(Section):
 
     window: Duration = "0.25 epochs"  # over which losses are averaged
     patience: PositiveInt = 3  # windows that have to bring less than the tolerance
-    tolerance: PositiveFloat = 0.01  # the fraction of its lowest mean by which a loss has to fall, not to be flat
+    tolerance: PositiveFloat = (
+        0.01  # the fraction of its lowest mean by which a loss has to fall, not to be flat
+    )
 
 
 class Warmup(PhaseTraining):
@@ -220,8 +244,12 @@ class Warmup(PhaseTraining):
     alpha: Annotated[int, Field(ge=0)] = 2  # pair i lasts alpha + 1 + i epochs
     durations: list[Duration] | None = None  # one per pair, instead of alpha; with curriculum: auto, at most
     auto: Auto = Auto()  # for curriculum: auto
-    lr: PositiveFloat | list[PositiveFloat] | None = None  # of the warm-up, or a list: one per pair; None: optimizer.lr
-    adapter: Literal["none", "conv1x1"] = "none"  # conv1x1 lifts a student map that is wider than the teacher's
+    lr: PositiveFloat | list[PositiveFloat] | None = (
+        None  # of the warm-up, or a list: one per pair; None: optimizer.lr
+    )
+    adapter: Literal["none", "conv1x1"] = (
+        "none"  # conv1x1 lifts a student map that is wider than the teacher's
+    )
     prune: Prune = Prune()  # which channels of the teacher's maps are taught
 
 
@@ -237,7 +265,9 @@ class Mix(Section):
 class KD(PhaseTraining):
     """The rest of the run after the warm-up; without a teacher it is plain supervised training."""
 
-    losses: Annotated[list[Loss], Field(min_length=1)] = [CrossEntropy(name="ce")]  # whose weighted sum is minimised
+    losses: Annotated[list[Loss], Field(min_length=1)] = [
+        CrossEntropy(name="ce")
+    ]  # whose weighted sum is minimised
     # For losses on feature maps: (teacher stage, student stage). None: those of the warm-up, or else auto.
     pairs: Literal["auto"] | list[tuple[int, int]] | None = None
     # Losses that compare the samples of a batch see those of all ranks (global) or of their own (local); auto: global
@@ -256,7 +286,9 @@ class Targets(Section):
     source: Literal["live", "cached", "auto"] = "live"
     dir: str | None = None  # of the stored ones; for training also a URL. None: run_dir/targets
     top_k: PositiveInt | None = None  # the largest probabilities of each sample; None: all logits, float32
-    features: Literal["float32", "bf16", "int8"] = "float32"  # how maps are stored; int8: a scale per sample, channel
+    features: Literal["float32", "bf16", "int8"] = (
+        "float32"  # how maps are stored; int8: a scale per sample, channel
+    )
     # Maps of more than so many pixels a side are averaged to that, live as well as stored: it changes what they teach.
     pool: PositiveInt | None = None
 
@@ -279,7 +311,9 @@ class Evaluate(Section):
 
 
 class Checkpoint(Section):
-    every_steps: PositiveInt | None = 1000  # None: not by steps; the end, a best score and preemption have their own
+    every_steps: PositiveInt | None = (
+        1000  # None: not by steps; the end, a best score and preemption have their own
+    )
     every_minutes: PositiveFloat | None = None  # also so often, at the next logged line
     keep_last: PositiveInt = 2  # how many of the newest stay
     keep_best: Annotated[int, Field(ge=0)] = 1  # how many of the best by top-1 on data.eval stay too
@@ -323,12 +357,16 @@ class DeepSpeed(Section):
     reduce_bucket_size: PositiveInt | None = None  # elements reduced at once; 5e7, which is 200 MB
     allgather_bucket_size: PositiveInt | None = None  # elements gathered at once, stages 1 and 2; 5e7
     prefetch_bucket_size: PositiveInt | None = None  # elements fetched ahead, stage 3; 5e7
-    config_file: str | None = None  # a DeepSpeed JSON or a file of `accelerate config`; what both set must agree
+    config_file: str | None = (
+        None  # a DeepSpeed JSON or a file of `accelerate config`; what both set must agree
+    )
 
     @model_validator(mode="after")
     def _parameters_of_stage_3(self) -> DeepSpeed:
         if self.offload_parameters == "cpu" and self.stage in (1, 2):
-            raise ValueError(f"offload_parameters: cpu needs stage 3, this is {self.stage}: set stage: 3, or remove it")
+            raise ValueError(
+                f"offload_parameters: cpu needs stage 3, this is {self.stage}: set stage: 3, or remove it"
+            )
         return self
 
 
@@ -347,7 +385,9 @@ class Machine(Section):
     memory_bytes: PositiveFloat = 80e9  # of a device
     devices_per_node: PositiveInt = 8  # also how many processes `plan` reckons with, without --world
     intra_node_bytes_per_second: PositiveFloat = 300e9  # of a device: NVLink
-    inter_node_bytes_per_second: PositiveFloat = 40e9  # a device's share of the node's network: one of 400 Gbit/s each
+    inter_node_bytes_per_second: PositiveFloat = (
+        40e9  # a device's share of the node's network: one of 400 Gbit/s each
+    )
     latency_seconds: Annotated[float, Field(ge=0)] = 5e-6  # of each hop around a ring
     overlap: Probability = 0.8  # of a step's communication, what the backward pass can hide
     decode_images_per_second: PositiveFloat = 470.0  # by one loader worker (benchmarks/results/loader.md)

@@ -47,9 +47,13 @@ class Config(Section):
     warmup: Warmup | None = None  # InDistill's; None: none, KD from the first step
     kd: KD = KD()  # all that follows
     # Where the teacher's outputs come from. A bare word is the source: `targets: cached`.
-    targets: Annotated[Targets, BeforeValidator(lambda x: {"source": x} if isinstance(x, str) else x)] = Targets()
+    targets: Annotated[Targets, BeforeValidator(lambda x: {"source": x} if isinstance(x, str) else x)] = (
+        Targets()
+    )
     optimizer: Optimizer  # of all phases
-    schedule: Schedule = Schedule()  # of the learning rate, over each phase: each pair's of the warm-up, and KD
+    schedule: Schedule = (
+        Schedule()
+    )  # of the learning rate, over each phase: each pair's of the warm-up, and KD
     max_hours: PositiveFloat | None = None  # of one start: then a checkpoint, and exit code 75
     # How many steps in a row the run puts up with, each left out for a loss or gradient that is not finite.
     max_bad_steps: Annotated[int, Field(ge=0)] = 20
@@ -60,7 +64,9 @@ class Config(Section):
     grad_accumulation: PositiveInt = 1  # micro-batches of a step: less memory, the same global_batch
     clip_grad_norm: PositiveFloat | None = None  # gradients are scaled down to this norm; None: not at all
     sync_batchnorm: bool = False  # the student's batch statistics over all ranks; GPUs only
-    engine: Engine | None = None  # how the processes share the training; None: as `accelerate launch` says, else ddp
+    engine: Engine | None = (
+        None  # how the processes share the training; None: as `accelerate launch` says, else ddp
+    )
     ema: Ema | None = None  # a moving average of the student, which is then what is evaluated; None: none
     evaluate: Evaluate = Evaluate()  # when, and by what
     checkpoint: Checkpoint = Checkpoint()  # when, and how many stay
@@ -74,7 +80,9 @@ class Config(Section):
         if self.compile and self.engine is not None and self.engine.name == "deepspeed":
             raise ValueError("compile: true works with engine: ddp: remove one")
         if self.compile and self.teacher is not None and self.teacher.shard:
-            raise ValueError("compile: true needs the whole teacher on every process: remove it, or teacher.shard")
+            raise ValueError(
+                "compile: true needs the whole teacher on every process: remove it, or teacher.shard"
+            )
         return self
 
     @model_validator(mode="after")
@@ -93,10 +101,14 @@ class Config(Section):
                 raise ValueError("stage: heads needs a teacher: add the section teacher")
             unused = [key for key in ("student", "warmup") if getattr(self, key) is not None]
             if unused or set(names) != {"ce"} or self.evaluate.retrieval or self.teacher.heads:
-                what = unused[0] if unused else "kd.losses other than ce, evaluate.retrieval and teacher.heads"
+                what = (
+                    unused[0] if unused else "kd.losses other than ce, evaluate.retrieval and teacher.heads"
+                )
                 raise ValueError(f"stage: heads trains classifiers on the teacher alone: remove {what}")
             if self.teacher.shard:
-                raise ValueError("stage: heads needs the whole teacher on every process: remove teacher.shard")
+                raise ValueError(
+                    "stage: heads needs the whole teacher on every process: remove teacher.shard"
+                )
         elif self.student is None:
             raise ValueError("student: missing: add the section student, with the name of a timm model")
         elif self.teacher is None:
@@ -106,7 +118,9 @@ class Config(Section):
                 if name != "ce":
                     raise ValueError(f"kd.losses: {name} needs a teacher: add the section teacher, or use ce")
         elif "dih" in names and self.teacher.heads is None:
-            raise ValueError("kd.losses: dih needs teacher.heads, the heads.safetensors of a run with stage: heads")
+            raise ValueError(
+                "kd.losses: dih needs teacher.heads, the heads.safetensors of a run with stage: heads"
+            )
         return self
 
     @model_validator(mode="after")
@@ -122,7 +136,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _targets_that_can_be_stored(self) -> Config:
         if self.targets.top_k is not None and self.targets.top_k > self.data.num_classes:
-            raise ValueError(f"targets.top_k is larger than data.num_classes ({self.data.num_classes}): lower it")
+            raise ValueError(
+                f"targets.top_k is larger than data.num_classes ({self.data.num_classes}): lower it"
+            )
         if self.targets.source == "cached" and (reason := why_not_stored(self)):
             raise ValueError(f"targets: cached: {reason}, or set targets: live")
         return self

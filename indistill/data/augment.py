@@ -31,7 +31,9 @@ _CROP = slice(3, 5 + 2 * _TRIES)
 _JITTER = slice(_CROP.stop, _CROP.stop + 8)
 _RAND_AUGMENT = slice(_JITTER.stop, _JITTER.stop + 4 * MAX_RAND_AUGMENT_OPS)
 _ERASING = slice(_RAND_AUGMENT.stop, _RAND_AUGMENT.stop + 4 + 2 * _TRIES)
-_RESAMPLE = slice(_ERASING.stop, _ERASING.stop + 1 + MAX_RAND_AUGMENT_OPS)  # of the crop, then of each operation
+_RESAMPLE = slice(
+    _ERASING.stop, _ERASING.stop + 1 + MAX_RAND_AUGMENT_OPS
+)  # of the crop, then of each operation
 DRAWS = _RESAMPLE.stop
 
 _MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
@@ -91,14 +93,18 @@ def train_view(
         def box(shape: tuple[int, int]) -> Box:
             return _resized_crop_box(shape, draws[_CROP], recipe)
 
-        image = decode_crop(image, where, box) if isinstance(image, bytes) else cut(image, box(image.shape[:2]))
+        image = (
+            decode_crop(image, where, box) if isinstance(image, bytes) else cut(image, box(image.shape[:2]))
+        )
         image = _resize(image, size, resamples[0])
     else:
         image = decode(image, where) if isinstance(image, bytes) else image
         if recipe.recipe == "pad_crop":
             image = _pad_crops(image[None], draws[None], recipe.padding, size)[0].transpose(1, 2, 0)
         else:
-            image = eval_view(image, size, EvalView(interpolation.replace("random", "bilinear"), 1.0))  # as in timm
+            image = eval_view(
+                image, size, EvalView(interpolation.replace("random", "bilinear"), 1.0)
+            )  # as in timm
     if recipe.flip and draws[_FLIP] < 0.5:
         image = image[:, ::-1]
     if recipe.rand_augment or recipe.color_jitter:
@@ -146,12 +152,16 @@ def _eval_transform(size: int, view: EvalView) -> Callable[[Image.Image], torch.
 def _pad_crops(images: np.ndarray, draws: np.ndarray, padding: int, size: int) -> np.ndarray:
     """Random size x size windows of images [B, H, W, 3] with a black border of `padding` pixels: [B, 3, size, size]."""
     count, height, width, _ = images.shape
-    border_y, border_x = (max(padding, size - side - padding) for side in (height, width))  # a view may be larger
+    border_y, border_x = (
+        max(padding, size - side - padding) for side in (height, width)
+    )  # a view may be larger
     padded = np.zeros((count, 3, height + 2 * border_y, width + 2 * border_x), dtype=np.uint8)
     padded[:, :, border_y : border_y + height, border_x : border_x + width] = images.transpose(0, 3, 1, 2)
     free = np.array([height, width]) + 2 * padding - size + 1
     top, left = (draws[:, _PLACE] * free).astype(np.int64).T - padding
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(2, 3))  # [B, 3, tops, lefts, S, S]
+    windows = np.lib.stride_tricks.sliding_window_view(
+        padded, (size, size), axis=(2, 3)
+    )  # [B, 3, tops, lefts, S, S]
     return windows[np.arange(count), :, top + border_y, left + border_x]
 
 
@@ -177,8 +187,12 @@ _ARGUMENTS: dict[str, Callable[[float, float], tuple[float, ...]]] = {
     "Equalize": lambda strength, signed: (),
     "Invert": lambda strength, signed: (),
     "Rotate": lambda strength, signed: (30 * signed,),  # degrees
-    "PosterizeIncreasing": lambda strength, signed: (max(1, 4 - int(4 * strength)),),  # bits kept; Pillow takes no 0
-    "SolarizeIncreasing": lambda strength, signed: (256 - int(256 * strength),),  # inverted from this value on
+    "PosterizeIncreasing": lambda strength, signed: (
+        max(1, 4 - int(4 * strength)),
+    ),  # bits kept; Pillow takes no 0
+    "SolarizeIncreasing": lambda strength, signed: (
+        256 - int(256 * strength),
+    ),  # inverted from this value on
     "SolarizeAdd": lambda strength, signed: (int(110 * strength),),  # added below 128
     **{
         f"{name}Increasing": lambda strength, signed: (max(0.1, 1 + 0.9 * signed),)
@@ -205,7 +219,9 @@ def _operations(draws: np.ndarray, recipe: RandAugment) -> list[tuple[str, tuple
         if whether < recipe.probability:
             magnitude = recipe.magnitude
             if recipe.mstd:
-                magnitude += recipe.mstd * NormalDist().inv_cdf(max(deviation, 2.0**-54))  # which is not defined at 0
+                magnitude += recipe.mstd * NormalDist().inv_cdf(
+                    max(deviation, 2.0**-54)
+                )  # which is not defined at 0
             strength = min(max(magnitude, 0), 10) / 10
             name = _OPERATIONS[int(which * len(_OPERATIONS))]
             chosen.append((name, _ARGUMENTS[name](strength, strength if sign < 0.5 else -strength)))

@@ -59,7 +59,9 @@ def read(path: str | Path) -> list[str]:
         if not (path / RECORD).is_file():
             names = folders_in(path)
             if not names:
-                raise UserError(f"{path}: has neither class folders nor {RECORD}: name a file or folder with classes")
+                raise UserError(
+                    f"{path}: has neither class folders nor {RECORD}: name a file or folder with classes"
+                )
             return names
         path = path / RECORD
     try:
@@ -90,7 +92,9 @@ def _from_json(text: str, path: Path) -> list[str]:
             raise UserError(f"{path}: holds no class names: its shards were packed with numbers as labels")
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return content
-    if isinstance(content, dict) and sorted(map(str, content.values())) == sorted(map(str, range(len(content)))):
+    if isinstance(content, dict) and sorted(map(str, content.values())) == sorted(
+        map(str, range(len(content)))
+    ):
         return sorted(content, key=lambda name: int(content[name]))
     raise UserError(
         f"{path}: is neither a list of class names, nor a mapping from each name to its label (0, 1, 2, ...), nor a "
@@ -209,7 +213,10 @@ def check(section: config.Data) -> Names | None:
     if reference is not None and section.eval is not None:
         for found in beside(section.eval, section.root):
             refuse_difference(
-                found, reference, "data.eval", f"pack data.eval again with `shards pack --classes {reference.where}`"
+                found,
+                reference,
+                "data.eval",
+                f"pack data.eval again with `shards pack --classes {reference.where}`",
             )
     return reference
 
@@ -227,7 +234,10 @@ def check_weights(weights: Names | None, section: config.Data, role: str) -> Non
         if found is not None:
             key = "data.eval" if lists else "data.train"
             refuse_difference(
-                found, weights, key, f"take weights made for these classes, or pack {key} with `shards pack --classes`"
+                found,
+                weights,
+                key,
+                f"take weights made for these classes, or pack {key} with `shards pack --classes`",
             )
 
 

@@ -56,7 +56,9 @@ class ImageDataset(Dataset):
         draws = augment.uniforms(self.seed, view, ids)  # [B, DRAWS]
         if self.order is not None and self.memory is not None:
             pixels, all_labels, missing = self.memory
-            views = augment.train_views(pixels[ids], draws, self.section.augment, size, self.section.interpolation)
+            views = augment.train_views(
+                pixels[ids], draws, self.section.augment, size, self.section.interpolation
+            )
             images, labels = views, all_labels[ids]
             left = [row for row in range(count) if ids[row] in missing] if missing else []
         else:
@@ -73,17 +75,23 @@ class ImageDataset(Dataset):
                     self._stand_in(request, row, replaced) if request.stand_ins else (-1, 0, -1)
                 )
         records = self.stored.read(view, ids, request.fields) if request.fields else {}
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids), replaced, records)
+        return Batch(
+            torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids), replaced, records
+        )
 
     def _view(self, sample_id: int, draws: np.ndarray) -> tuple[np.ndarray, int]:
         """The augmented or evaluation view [3, S, S] of a sample, and its label. Raises BadImage."""
         image, label = self._image_and_label(sample_id)
         size = self.section.image_size
-        where = self.shards.where(sample_id) if isinstance(image, bytes) else "image"  # only decoding can fail
+        where = (
+            self.shards.where(sample_id) if isinstance(image, bytes) else "image"
+        )  # only decoding can fail
         if self.order is None:
             view = augment.eval_view(image, size, self.view, where)
         else:
-            view = augment.train_view(image, draws, self.section.augment, size, where, self.section.interpolation)
+            view = augment.train_view(
+                image, draws, self.section.augment, size, where, self.section.interpolation
+            )
         return view.transpose(2, 0, 1), label
 
     def _stand_in(self, request: Request, row: int, replaced: list[str]) -> tuple[int, np.ndarray, int]:

@@ -22,7 +22,12 @@ Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 # Upsampling chroma looks one chroma row, so at most 2 rows, further: with them the crop is pixel for pixel the same.
 _ROWS_BELOW = 2
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2  # kinds of frames, each with Huffman coding
-_OTHER_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # lossless, hierarchical, arithmetic
+_OTHER_FRAMES = {
+    0xC3,
+    *range(0xC5, 0xC8),
+    *range(0xC9, 0xCC),
+    *range(0xCD, 0xD0),
+}  # lossless, hierarchical, arithmetic
 _MOST_PIXELS = 2**26  # a header may be damaged: whether to believe in a larger image is for Pillow to say
 _SCAN, _APP1, _END = 0xDA, 0xE1, b"\xff\xd9"
 _TRANSPOSITIONS = {
@@ -59,7 +64,9 @@ def decode_crop(image: bytes, where: str, choose: Callable[[tuple[int, int]], Bo
         rows = box[0] + box[2] + _ROWS_BELOW
         ends_early = jpeg.height_at is not None and rows < jpeg.height
         if ends_early:
-            shorter = b"".join((image[: jpeg.height_at], rows.to_bytes(2, "big"), image[jpeg.height_at + 2 :]))
+            shorter = b"".join(
+                (image[: jpeg.height_at], rows.to_bytes(2, "big"), image[jpeg.height_at + 2 :])
+            )
         try:
             # What is left over of an image that ends early is nothing to be strict about.
             return cut(simplejpeg.decode_jpeg(shorter if ends_early else image, strict=not ends_early), box)

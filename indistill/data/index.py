@@ -94,7 +94,9 @@ def parse_index(file: str) -> Index:
             raise ValueError
         return make_index(**stored)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{file}: not an index that this version reads: delete it and it is built anew") from None
+        raise UserError(
+            f"{file}: not an index that this version reads: delete it and it is built anew"
+        ) from None
 
 
 def _save_index(file: str, index: Index) -> None:
@@ -210,7 +212,13 @@ def _members(
                     yield key, extension, member.offset_data, member.size, content
             stream.seek(tar.offset)
             end = stream.read(BLOCK)
-            if len(end) < BLOCK or any(end) or any(any(rest) for rest in iter(lambda: stream.read(1 << 20), b"")):
-                raise UserError(f"{path}: the tar is cut or damaged at byte {tar.offset}: fetch or pack it anew")
+            if (
+                len(end) < BLOCK
+                or any(end)
+                or any(any(rest) for rest in iter(lambda: stream.read(1 << 20), b""))
+            ):
+                raise UserError(
+                    f"{path}: the tar is cut or damaged at byte {tar.offset}: fetch or pack it anew"
+                )
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: the tar is cut or damaged ({error}): fetch or pack it anew") from None

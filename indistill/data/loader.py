@@ -113,7 +113,9 @@ class Loader(DataLoader):
 
 def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> Loader:
     """The batch of each request, in order."""
-    workers = 0 if dataset.memory is not None else dataset.section.workers  # a crop from memory is no work to share
+    workers = (
+        0 if dataset.memory is not None else dataset.section.workers
+    )  # a crop from memory is no work to share
     return Loader(
         dataset,
         sampler=_Requests(requests),

@@ -26,11 +26,16 @@ from indistill.data.shards import ShardSet
 from indistill.data.verify import parallel
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
-OVERHEAD_BYTES = 3 * BLOCK + BLOCK // 2  # of a sample: two headers, the label's block, half a block of padding
+OVERHEAD_BYTES = (
+    3 * BLOCK + BLOCK // 2
+)  # of a sample: two headers, the label's block, half a block of padding
 
 
 def pack(
-    samples: Iterable[tuple[str, bytes, str, int]], destination: str | Path, prefix: str, samples_per_shard: int
+    samples: Iterable[tuple[str, bytes, str, int]],
+    destination: str | Path,
+    prefix: str,
+    samples_per_shard: int,
 ) -> list[Path]:
     """Write (key, encoded image, extension, label) samples as `<prefix>-000000.tar`, ... with their indices.
 
@@ -46,7 +51,9 @@ def pack(
         _write_shard(paths[-1], pending)
     left_over = _shard_path(destination, prefix, len(paths))
     if left_over.exists():
-        raise UserError(f"{left_over}: left from an earlier packing of more shards: delete what is no longer wanted")
+        raise UserError(
+            f"{left_over}: left from an earlier packing of more shards: delete what is no longer wanted"
+        )
     return paths
 
 
@@ -89,7 +96,9 @@ def pack_source(
     plan = hashlib.sha256(repr(wanted).encode()).hexdigest()
     if record.exists():
         if json.loads(record.read_text()).get("plan") != plan:
-            raise UserError(f"{destination}: holds another packing (see {record.name}): choose an empty directory")
+            raise UserError(
+                f"{destination}: holds another packing (see {record.name}): choose an empty directory"
+            )
     elif stray := next(destination.glob("*.tar*"), None):
         raise UserError(f"{stray}: not of this packing: choose an empty directory")
     _save_json(record, {"plan": plan, "complete": False})
@@ -154,7 +163,9 @@ class _Shards(NamedTuple):
     ignored: int = 0
 
     def part(self, begin: int, end: int) -> Callable[[], Iterator[tuple]]:
-        return functools.partial(_read_shards, self.shards._slice(begin, end), begin, end, self.numbered, self.relabel)
+        return functools.partial(
+            _read_shards, self.shards._slice(begin, end), begin, end, self.numbered, self.relabel
+        )
 
 
 def _read_files(items: list[tuple[str, str, int]]) -> Iterator[tuple[str, bytes, str, int]]:
@@ -185,10 +196,14 @@ def _find_source(
     shards = ShardSet(source, cache_dir=cache_dir)
     keys = np.concatenate([index.keys for index in shards._indices])
     names, relabel = _names_of_shards(shards, given)
-    return _Shards(shards.fingerprint, shards, shards.image_sizes, names, len(np.unique(keys)) < len(keys), relabel)
+    return _Shards(
+        shards.fingerprint, shards, shards.image_sizes, names, len(np.unique(keys)) < len(keys), relabel
+    )
 
 
-def _names_of_shards(shards: ShardSet, given: Sequence[str] | None) -> tuple[list[str] | None, dict[int, int]]:
+def _names_of_shards(
+    shards: ShardSet, given: Sequence[str] | None
+) -> tuple[list[str] | None, dict[int, int]]:
     """Class names of packed shards, and how their labels change (old to new) where the names are `given`."""
     found = class_names.merged(class_names.beside(shards.paths), "source")
     used = np.unique(shards.labels)
@@ -197,7 +212,9 @@ def _names_of_shards(shards: ShardSet, given: Sequence[str] | None) -> tuple[lis
     if found is None:
         for label in used[used >= len(given)][:1]:
             where = shards.where(int(np.flatnonzero(shards.labels == label)[0]))
-            raise UserError(f"{where}: label {label} is beyond the {len(given)} names of --classes: name all classes")
+            raise UserError(
+                f"{where}: label {label} is beyond the {len(given)} names of --classes: name all classes"
+            )
         return list(given), {}
     relabel = {}
     for label in used[used >= 0].tolist():
@@ -212,7 +229,9 @@ def _label_in(given: Sequence[str], name: str, where: str) -> int:
         return given.index(name)
     except ValueError:
         listed = class_names.shown(given)
-        raise UserError(f"{where}: class {name!r} is not in --classes ({listed}): add it, or leave it out") from None
+        raise UserError(
+            f"{where}: class {name!r} is not in --classes ({listed}): add it, or leave it out"
+        ) from None
 
 
 def _list_files(found: list[tuple[str, int]], classes: list[str] | None, ignored: int, seed: int) -> _Files:
@@ -237,7 +256,9 @@ def _read_folder(folder: Path, given: Sequence[str] | None) -> tuple[list[tuple[
     files = [(str(path), label) for path, label in files if path.is_file()]
     images = [(path, label) for path, label in files if _extension(path) in IMAGE_EXTENSIONS]
     if not images:
-        raise UserError(f"{folder}: neither shards nor class folders with images ({', '.join(IMAGE_EXTENSIONS)}) in it")
+        raise UserError(
+            f"{folder}: neither shards nor class folders with images ({', '.join(IMAGE_EXTENSIONS)}) in it"
+        )
     return images, classes, len(files) - len(images)
 
 
@@ -288,17 +309,23 @@ def _number(
     for name, line in zip(names, lines):
         if name not in labels:
             listed = class_names.shown(classes)
-            raise UserError(f"{line}: class {name!r} is not in --classes ({listed}): add it, or remove the line")
+            raise UserError(
+                f"{line}: class {name!r} is not in --classes ({listed}): add it, or remove the line"
+            )
     return labels, classes
 
 
-def _refuse_several_labels(paths: Sequence[str], names: Sequence[str], lines: Sequence[str], known: set[str]) -> None:
+def _refuse_several_labels(
+    paths: Sequence[str], names: Sequence[str], lines: Sequence[str], known: set[str]
+) -> None:
     """Raise UserError, naming the line, if an image in a CSV seems to have more than one label.
 
     `known` names are single classes, whatever they look like.
     """
     parts = {name: [name] if name in known else _parts(name) for name in set(names)}
-    seen = Counter(part for of_name in parts.values() for part in set(of_name))  # in how many labels each occurs
+    seen = Counter(
+        part for of_name in parts.values() for part in set(of_name)
+    )  # in how many labels each occurs
     first: dict[str, int] = {}
     for row, (path, name, line) in enumerate(zip(paths, names, lines)):
         several = len(parts[name]) > 1 and (
@@ -339,7 +366,9 @@ def _pack_shard(task: tuple[Path, Callable[[], Iterator[tuple]], int | None, int
         _write_shard(path, _shrunk(read(), resize, quality))
 
 
-def _shrunk(samples: Iterable[tuple[str, bytes, str, int]], resize: int | None, quality: int) -> Iterator[tuple]:
+def _shrunk(
+    samples: Iterable[tuple[str, bytes, str, int]], resize: int | None, quality: int
+) -> Iterator[tuple]:
     """The samples with their shorter side reduced to `resize` pixels where it is longer, upright."""
     for key, image, extension, label in samples:
         if resize:
@@ -351,7 +380,9 @@ def _shrunk(samples: Iterable[tuple[str, bytes, str, int]], resize: int | None, 
             if scale < 1:
                 width, height = (max(1, round(side * scale)) for side in pixels.size)
                 content = io.BytesIO()
-                pixels.resize((width, height), Image.Resampling.LANCZOS).save(content, "JPEG", quality=quality)
+                pixels.resize((width, height), Image.Resampling.LANCZOS).save(
+                    content, "JPEG", quality=quality
+                )
                 image, extension = content.getvalue(), "jpg"
         yield key, image, extension, label
 
@@ -369,10 +400,14 @@ def _write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, int]]) -> 
     with replacing(path) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for key, image, extension, label in samples:
             if extension not in IMAGE_EXTENSIONS or "." in key.rpartition("/")[2]:
-                raise UserError(f"cannot pack '{key}.{extension}': keys have no dot, images are {IMAGE_EXTENSIONS}")
+                raise UserError(
+                    f"cannot pack '{key}.{extension}': keys have no dot, images are {IMAGE_EXTENSIONS}"
+                )
             for suffix, content in ((extension, image), ("cls", str(label).encode() if label >= 0 else None)):
                 if content is not None:
-                    member = tarfile.TarInfo(f"{key}.{suffix}")  # time, owner and mode of a fresh TarInfo are constants
+                    member = tarfile.TarInfo(
+                        f"{key}.{suffix}"
+                    )  # time, owner and mode of a fresh TarInfo are constants
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     build_index(str(path))

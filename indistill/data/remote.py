@@ -25,7 +25,9 @@ from indistill.distributed import preemption
 
 log = logging.getLogger(__name__)
 
-CACHED = re.compile(r"[0-9a-f]{16}-(?!.*\.lock$)")  # shards and parts of shards in the cache; nothing else is evicted
+CACHED = re.compile(
+    r"[0-9a-f]{16}-(?!.*\.lock$)"
+)  # shards and parts of shards in the cache; nothing else is evicted
 CACHE_BYTES = 200 * 10**9
 FETCH_ATTEMPTS = 8  # with the pauses below an outage of about two minutes is survived
 FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles, give or take a half
@@ -154,7 +156,9 @@ class ShardCache:
         Where only downloads under way could go, it waits for them, or with `wait=False` exceeds the limit.
         """
         if size > self.limit_bytes:
-            raise UserError(f"{part}: {size} bytes do not fit data.cache_bytes ({self.limit_bytes}): raise it")
+            raise UserError(
+                f"{part}: {size} bytes do not fit data.cache_bytes ({self.limit_bytes}): raise it"
+            )
         while True:
             with self.room_lock():
                 if self._evict(part, size) or not wait:
@@ -182,7 +186,9 @@ class ShardCache:
             if age < BUSY_SECONDS and not self._warned:
                 self._warned = True
                 log.warning("evicting a shard used %.0f s ago: raise data.cache_bytes", age)
-            with contextlib.suppress(FileNotFoundError):  # a part that has just been completed has another name now
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # a part that has just been completed has another name now
                 os.unlink(path)
                 excess, crowded = excess - freed, crowded - freed
         return excess <= 0
@@ -197,11 +203,15 @@ def _locked(file: str) -> bool:
         return True
 
 
-def cache_for(paths: Sequence[str], cache_dir: str | None, limit_bytes: int = CACHE_BYTES) -> ShardCache | None:
+def cache_for(
+    paths: Sequence[str], cache_dir: str | None, limit_bytes: int = CACHE_BYTES
+) -> ShardCache | None:
     if not any(map(is_remote, paths)):
         return None
     if cache_dir is None:
-        raise UserError(f"{next(filter(is_remote, paths))}: remote shards need data.cache_dir, on a disk of the node")
+        raise UserError(
+            f"{next(filter(is_remote, paths))}: remote shards need data.cache_dir, on a disk of the node"
+        )
     return ShardCache(cache_dir, limit_bytes)
 
 

@@ -59,7 +59,9 @@ class ShardSet:
         # Processes that start together build missing indices in different orders, so they share the work.
         shuffled = random.SystemRandom().sample(self.paths, len(self.paths))
         with ThreadPoolExecutor(16 if self._cache else 1) as pool:
-            loaded = dict(zip(shuffled, pool.map(lambda path: load_index(path, cache_dir, self._cache), shuffled)))
+            loaded = dict(
+                zip(shuffled, pool.map(lambda path: load_index(path, cache_dir, self._cache), shuffled))
+            )
         self._indices = [loaded[path] for path in self.paths]
         self.sizes = [len(index.keys) for index in self._indices]  # samples per shard
         digest = hashlib.sha256()
@@ -94,7 +96,11 @@ class ShardSet:
         file = self._open(shard)  # held, so that it stays open for the read
         data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)
         with contextlib.suppress(tarfile.HeaderError):
-            if tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape").size == size == len(data) - BLOCK:
+            if (
+                tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape").size
+                == size
+                == len(data) - BLOCK
+            ):
                 return Sample(key, data[BLOCK:], int(index.labels[row]))
         raise UserError(changed(path, f"sample '{key}' is not where the index says"))
 
@@ -118,7 +124,11 @@ class ShardSet:
         for shard in np.unique(shards_of_ids):
             wanted = sample_ids[shards_of_ids == shard].tolist()
             if compressed(self.paths[shard]):
-                first, last, wanted = int(self._first_ids[shard]), int(self._first_ids[shard + 1]), set(wanted)
+                first, last, wanted = (
+                    int(self._first_ids[shard]),
+                    int(self._first_ids[shard + 1]),
+                    set(wanted),
+                )
                 yield from ((i, s) for i, s in enumerate(self.iterate(first, last), first) if i in wanted)
             else:
                 yield from ((i, self.read(i)) for i in wanted)
@@ -147,7 +157,9 @@ class ShardSet:
     def prefetch(self, sample_ids: np.ndarray) -> None:
         """Fetch the remote shards that hold these samples in the background. At once done for local shards."""
         if self._cache:
-            shards = [shard for shard in np.unique(self._shards_of(sample_ids)) if is_remote(self.paths[shard])]
+            shards = [
+                shard for shard in np.unique(self._shards_of(sample_ids)) if is_remote(self.paths[shard])
+            ]
             self._cache.prefetch((self.paths[shard], self._indices[shard].bytes) for shard in shards)
 
     def _slice(self, begin: int, end: int) -> "ShardSet":
@@ -163,7 +175,9 @@ class ShardSet:
 
     def _open(self, shard: int) -> IO[bytes]:
         path, size = self.paths[shard], self._indices[shard].bytes
-        if is_remote(path):  # opened for every read: an open file that the cache evicts would go on using the disk
+        if is_remote(
+            path
+        ):  # opened for every read: an open file that the cache evicts would go on using the disk
             return self._cache.open(path, size)
         file = self._files.get(shard)
         if file is None:
@@ -189,7 +203,9 @@ def expand(urls: str | Sequence[str], root: str | None = None, allow_pipe: bool 
             if path.startswith("pipe:") and not allow_pipe:
                 raise UserError(f"{path}: runs a command, which is not allowed here (allow_pipe)")
             if "://" in path and "*" in path:
-                raise UserError(f"{path}: * is for local files; list remote shards with braces, as {{000000..000127}}")
+                raise UserError(
+                    f"{path}: * is for local files; list remote shards with braces, as {{000000..000127}}"
+                )
             path = path.removeprefix("file://")
             place = path if is_remote(path) else os.path.join(root or "", path)
             if is_remote(place) or os.path.isfile(place):
@@ -197,7 +213,11 @@ def expand(urls: str | Sequence[str], root: str | None = None, allow_pipe: bool 
                 continue
             found = sorted(glob.glob(os.path.join(glob.escape(root or ""), path)))
             # An index or a sidecar that the pattern takes in is no shard.
-            found = [path for path in found if not path.endswith((".json", ".lock", ".part")) and os.path.isfile(path)]
+            found = [
+                path
+                for path in found
+                if not path.endswith((".json", ".lock", ".part")) and os.path.isfile(path)
+            ]
             if not found:
                 raise UserError(f"{place}: no such shard: correct the path or data.root")
             paths += found

@@ -36,7 +36,13 @@ class StreamedTraining:
     """The training data of one rank; the counterpart of `data.IndexedTraining`. Raises UserError for missing shards."""
 
     def __init__(self, section: config.Data, seed: int, rank: int, world: int, accumulation: int) -> None:
-        self.section, self.seed, self.rank, self.world, self.accumulation = section, seed, rank, world, accumulation
+        self.section, self.seed, self.rank, self.world, self.accumulation = (
+            section,
+            seed,
+            rank,
+            world,
+            accumulation,
+        )
         self.urls = shards.expand(section.train, section.root, section.allow_pipe)
         check_accumulation(section, world, accumulation)
         readers = world * max(section.workers, 1)
@@ -81,7 +87,9 @@ class StreamedImages(IterableDataset):
         urls, section = self.training.urls, self.training.section
         skipped = self.first_step * section.global_batch * len(urls) // (section.epoch_samples * readers)
         for epoch in itertools.count():
-            for shard in np.random.RandomState([self.training.seed, epoch]).permutation(len(urls))[reader::readers]:
+            for shard in np.random.RandomState([self.training.seed, epoch]).permutation(len(urls))[
+                reader::readers
+            ]:
                 if skipped:
                     skipped -= 1
                     continue

@@ -45,7 +45,11 @@ class Content(NamedTuple):
     def summary(self) -> str:
         """One line of counts, and one more if there are images that training refuses whatever its classes."""
         labelled = self.labels.total()
-        span = f" ({min(self.labels)} to {max(self.labels)}, {len(self.labels)} different)" if self.labels else ""
+        span = (
+            f" ({min(self.labels)} to {max(self.labels)}, {len(self.labels)} different)"
+            if self.labels
+            else ""
+        )
         line = f"{self.images} images, {labelled} labelled{span}, {self.images - labelled} unlabelled"
         others = ", ".join(f"{n} {name or 'without extension'}" for name, n in sorted(self.others.items()))
         line += f"; other members: {others}" if others else ""

@@ -16,10 +16,24 @@ from indistill.config import Config, UserError
 
 # ZeRO flattens the parameters and cuts them anywhere: right for optimizers that treat every number by itself, wrong for
 # those that take norms or factors of a tensor (lamb, lars, adafactor, muon, the cautious ones).
-ELEMENTWISE = {"sgd", "momentum", "sgdw", "adam", "adamw", "nadam", "nadamw", "radam", "radamw", "adamax", "lion"}
+ELEMENTWISE = {
+    "sgd",
+    "momentum",
+    "sgdw",
+    "adam",
+    "adamw",
+    "nadam",
+    "nadamw",
+    "radam",
+    "radamw",
+    "adamax",
+    "lion",
+}
 ELEMENTWISE |= {"rmsprop", "adadelta"}
 
-_BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own default of 5e8 would take 2 GB for each buffer, also for small students
+_BUCKET_ELEMENTS = (
+    50_000_000  # DeepSpeed's own default of 5e8 would take 2 GB for each buffer, also for small students
+)
 _SETTINGS = {  # keys of the config's section, and the DeepSpeed configuration's
     "stage": "zero_optimization.stage",
     "offload_optimizer": "zero_optimization.offload_optimizer.device",
@@ -79,7 +93,9 @@ def zero_config(settings: Config, world: int) -> dict[str, Any] | None:
                 ours = {"optimizer": "optimizer", "scheduler": "schedule"}.get(root, "mixed_precision")
                 raise UserError(f"{source}: {root} is what {ours} of this config sets: remove it there")
             if key == "zero_optimization.compute_grad_norm" and value is False:
-                raise UserError(f"{source}: {key}: the norm tells which steps to skip (max_bad_steps): remove it there")
+                raise UserError(
+                    f"{source}: {key}: the norm tells which steps to skip (max_bad_steps): remove it there"
+                )
             if key in said and said[key][0] != value:
                 old, other = said[key]
                 raise UserError(f"{source}: {key} is {value}, but {other} makes it {old}: let them agree")
@@ -89,11 +105,15 @@ def zero_config(settings: Config, world: int) -> dict[str, Any] | None:
     if stage not in (1, 2, 3):
         raise UserError(f"{source}: {_STAGE} is {stage}: give 1, 2 or 3, or set engine.name: ddp")
     if stage != 3 and said.get(_OFFLOAD_PARAMETERS, ("none",))[0] != "none":
-        raise UserError(f"{said[_OFFLOAD_PARAMETERS][1]}: parameters are offloaded in stage 3, this is {stage}")
+        raise UserError(
+            f"{said[_OFFLOAD_PARAMETERS][1]}: parameters are offloaded in stage 3, this is {stage}"
+        )
     for key in (_OFFLOAD_OPTIMIZER, _OFFLOAD_PARAMETERS):
         if said.get(key, ("none",))[0] not in ("none", "cpu"):
             device, source = said[key]
-            raise UserError(f"{source}: {key} is {device}: offload to cpu (checkpoints read the state from memory)")
+            raise UserError(
+                f"{source}: {key} is {device}: offload to cpu (checkpoints read the state from memory)"
+            )
     for key in ("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size"):
         said.setdefault(_SETTINGS[key], (_BUCKET_ELEMENTS, "engine"))
     # Without these two Accelerate would have DeepSpeed cast the parameters, batch norm included.
@@ -107,7 +127,9 @@ def _check_usable(settings: Config) -> None:
     # Accelerate asks for the version of transformers whenever it runs DeepSpeed.
     missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"engine: DeepSpeed needs packages that are not installed: pip install {' '.join(missing)}")
+        raise UserError(
+            f"engine: DeepSpeed needs packages that are not installed: pip install {' '.join(missing)}"
+        )
     if "LOCAL_RANK" not in os.environ:
         raise UserError(
             "engine: DeepSpeed needs a launcher, for one process too: torchrun --nproc-per-node 1 -m indistill ..."
@@ -156,7 +178,9 @@ def _read(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"engine.config_file: {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"engine.config_file: {path}: neither JSON nor YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"engine.config_file: {path}: neither JSON nor YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(f"engine.config_file: {path}: expected a mapping of keys at the top level")
     if "distributed_type" not in tree:

@@ -84,7 +84,9 @@ def start(
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # checked by zero_config; Accelerate would refuse any
     handlers = [*handlers, InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)]
     plugin = DeepSpeedPlugin(hf_ds_config=zero, zero3_init_flag=False)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers, deepspeed_plugin=plugin, **arguments)
+    accelerator = Accelerator(
+        mixed_precision="no", kwargs_handlers=handlers, deepspeed_plugin=plugin, **arguments
+    )
     # A later run of this process asks anew: it may be another engine's.
     if asked is None:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
@@ -142,13 +144,19 @@ def prepare(
     """The student wrapped for training, its optimizer, and what tells on the device if the last step was skipped."""
     if not stage(accelerator):
         return *accelerator.prepare(student, optimizer), _skipped(accelerator, optimizer)
-    student.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens parameters, and refuses channels_last
+    student.to(
+        memory_format=torch.contiguous_format
+    )  # DeepSpeed flattens parameters, and refuses channels_last
     if precision != "no":
-        student.forward = convert_outputs_to_fp32(accelerator.autocast()(student.forward))  # as Accelerate does for DDP
+        student.forward = convert_outputs_to_fp32(
+            accelerator.autocast()(student.forward)
+        )  # as Accelerate does for DDP
     if stage(accelerator) == 3:
         # A parameter is gathered for the forward pass of the module that holds it. The outermost modules are run by
         # parts, never as such: what they hold themselves (positions, class tokens) has to stay whole.
-        outermost = [p.numel() for m in student.modules() if any(m.children()) for p in m.parameters(recurse=False)]
+        outermost = [
+            p.numel() for m in student.modules() if any(m.children()) for p in m.parameters(recurse=False)
+        ]
         section, key = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"], _PERSISTENCE
         section[key] = max([section.get(key, 100_000), *outermost])
     wrapped, optimizer = accelerator.prepare(student, optimizer)
@@ -269,7 +277,9 @@ def optimizer_part(accelerator: Accelerator) -> dict[str, Any]:
 def restore(accelerator: Accelerator, weights: dict[str, Tensor], parts: Sequence[dict[str, Any]]) -> None:
     """Load the student's weights and the parts of its optimizer's state, in place, whatever the number of ranks was."""
     optimizer = accelerator._optimizers[0]
-    student = unwrap_model(accelerator._models[0])  # timm's: Accelerate's imports DeepSpeed, which warns of no GPU
+    student = unwrap_model(
+        accelerator._models[0]
+    )  # timm's: Accelerate's imports DeepSpeed, which warns of no GPU
     if not stage(accelerator):
         student.load_state_dict(weights)
         optimizer.load_state_dict(parts[0]["optimizer"])
@@ -280,7 +290,9 @@ def restore(accelerator: Accelerator, weights: dict[str, Tensor], parts: Sequenc
 
     zero, partitions = optimizer.optimizer, _partitions(accelerator)
     if parts[0]["sizes"] != [sizes for sizes, _ in partitions]:
-        raise UserError("ZeRO groups the parameters otherwise than in the checkpoint: keep DeepSpeed's sub_group_size")
+        raise UserError(
+            "ZeRO groups the parameters otherwise than in the checkpoint: keep DeepSpeed's sub_group_size"
+        )
     with GatheredParameters(list(student.parameters()), modifier_rank=0):
         student.load_state_dict(weights)
     zero.refresh_fp32_params()  # where they are copies, of what was loaded

@@ -28,7 +28,9 @@ def check(settings: Config) -> None:
     """Raise UserError for the first variable that contradicts the config."""
     for name, contradiction in contradictions(settings):
         value = os.environ[name]
-        raise UserError(f"{name}={value} in the environment, but {contradiction}: unset {name}, or let them agree")
+        raise UserError(
+            f"{name}={value} in the environment, but {contradiction}: unset {name}, or let them agree"
+        )
 
 
 def contradictions(settings: Config) -> Iterator[tuple[str, str]]:

@@ -34,10 +34,14 @@ from indistill.config import UserError
 from indistill.config.run_dir import append_end, describe_error, in_one_line
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
-INTERRUPTED = 128 + signal.SIGINT  # what shells say of Ctrl-C: whoever pressed it wants no restart by a script
+INTERRUPTED = (
+    128 + signal.SIGINT
+)  # what shells say of Ctrl-C: whoever pressed it wants no restart by a script
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE_SECONDS = 25.0  # torchrun and Kubernetes kill 30 s after SIGTERM
-SAME_SECONDS = 1.0  # signals this close are one: a launcher passes on what the scheduler has sent to all processes
+SAME_SECONDS = (
+    1.0  # signals this close are one: a launcher passes on what the scheduler has sent to all processes
+)
 CHECK_SECONDS = 2.0  # between agreements of the ranks, and between a loader worker's looks at its rank
 MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of what is left if that is less
 
@@ -76,7 +80,9 @@ def listening() -> Iterator[None]:
     threading.Thread(target=_listen, args=(reader,), name="preemption", daemon=True).start()
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # A shell has its background jobs ignore Ctrl-C: they are to go on.
-    heard = [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+    heard = [
+        number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, lambda *_: None) for number in heard}
     try:
         yield
@@ -169,7 +175,9 @@ def in_worker(worker_id: int) -> None:
         while True:
             heard = signal.sigtimedwait(SIGNALS, CHECK_SECONDS)
             # A forkserver's processes are not told when the rank is gone.
-            if (heard and (heard.si_signo, heard.si_pid) == (signal.SIGTERM, rank.pid)) or not rank.is_alive():
+            if (
+                heard and (heard.si_signo, heard.si_pid) == (signal.SIGTERM, rank.pid)
+            ) or not rank.is_alive():
                 os._exit(0)
 
     threading.Thread(target=obey_the_rank, daemon=True).start()

@@ -26,7 +26,9 @@ from indistill.distributed import preemption
 
 _MOST_NAMED = 8  # of the ranks that hold a run up; a node that is lost has as many
 # What gloo raises is a plain RuntimeError.
-_COLLECTIVE = re.compile(r"/gloo/|nccl|timed out waiting|pair closure|connection (closed|reset)|broken pipe", re.I)
+_COLLECTIVE = re.compile(
+    r"/gloo/|nccl|timed out waiting|pair closure|connection (closed|reset)|broken pipe", re.I
+)
 
 
 class Place(NamedTuple):
@@ -100,7 +102,9 @@ def _watch(closed: threading.Event, timeout_minutes: float) -> None:
     # A connection of its own: the process group's may be waiting.
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=interval))
+        store = dist.TCPStore(
+            *address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=interval)
+        )
     except dist.DistError:
         store = None  # then nobody is named; the end is told all the same
     pause = 0.0
@@ -109,7 +113,9 @@ def _watch(closed: threading.Event, timeout_minutes: float) -> None:
         place, now = _place, time.monotonic()
         still = now - place.since
         if still > timeout:
-            preemption.leave(f"{place}: not over within collective_timeout_minutes ({timeout_minutes:g}); {_next()}")
+            preemption.leave(
+                f"{place}: not over within collective_timeout_minutes ({timeout_minutes:g}); {_next()}"
+            )
         if store is None:
             continue
         try:
@@ -129,7 +135,9 @@ def _watch(closed: threading.Event, timeout_minutes: float) -> None:
             told = place.passed
             reports = {other: _parse(text) for other, (text, _) in heard.items()}
             silent = {
-                other: now - since for other, (text, since) in heard.items() if now - since > timeout / 5 or not text
+                other: now - since
+                for other, (text, since) in heard.items()
+                if now - since > timeout / 5 or not text
             }
             print(f"indistill: {verdict(reports, silent)}", file=sys.stderr, flush=True)
 
@@ -155,7 +163,9 @@ def verdict(reports: dict[int, Report | None], silent: dict[int, float]) -> str:
         what = f"been in {place}, for {still:.0f} s"
         if len(late) == len(reports):
             return f"all {len(late)} ranks have {what}: they wait for each other, or one for its device"
-    named = [f"{rank} ({reports[rank].host if reports[rank] else 'host unknown'})" for rank in late[:_MOST_NAMED]]
+    named = [
+        f"{rank} ({reports[rank].host if reports[rank] else 'host unknown'})" for rank in late[:_MOST_NAMED]
+    ]
     more = f" and {len(late) - _MOST_NAMED} more" if len(late) > _MOST_NAMED else ""
     subject = f"rank {named[0]} has" if len(late) == 1 else f"ranks {', '.join(named)}{more} have"
     others = [rank for rank in sorted(reports) if rank not in late]
@@ -198,7 +208,9 @@ def explaining(folder: Path) -> Iterator[None]:
 def _of_collective(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or (dist.is_initialized() and bool(_COLLECTIVE.search(str(error))))
+    return isinstance(error, dist.DistError) or (
+        dist.is_initialized() and bool(_COLLECTIVE.search(str(error)))
+    )
 
 
 def _next() -> str:

@@ -14,7 +14,9 @@ from indistill.models.network import Network
 
 
 @torch.no_grad()
-def accuracy(accelerator: Accelerator, network: Network | Heads, dataset: ImageDataset, batch: int) -> dict[str, float]:
+def accuracy(
+    accelerator: Accelerator, network: Network | Heads, dataset: ImageDataset, batch: int
+) -> dict[str, float]:
     """Top-1 and top-5 of the whole set, in [0, 1]; nothing for a network whose classifier no loss trains.
 
     With intermediate classifier heads (`Output.cohort`) also their `top1_head1`, `top1_head2`, ... Call on all ranks,

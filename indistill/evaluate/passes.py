@@ -18,7 +18,9 @@ from indistill.models.network import Network
 
 
 @torch.no_grad()
-def embeddings(accelerator: Accelerator, network: Network, dataset: ImageDataset, batch: int) -> tuple[Tensor, Tensor]:
+def embeddings(
+    accelerator: Accelerator, network: Network, dataset: ImageDataset, batch: int
+) -> tuple[Tensor, Tensor]:
     """Embeddings float32 [N, D] and labels int64 [N] of the whole set, in its order, on every rank."""
     batches = each_batch(accelerator, dataset, batch, network)
     rows = [[network(images).embedding.float(), labels] for images, labels in batches]
@@ -32,7 +34,9 @@ def join_columns(accelerator: Accelerator, rows: list[list[Tensor]], samples: in
     A rank has one row for each of its batches, and every rank must take all columns.
     """
     kinds = gather_object([[(x.shape[1:], x.dtype) for x in rows[0]] if rows else None])
-    kind = next(kind for kind in kinds if kind)  # a rank without samples learns from another what they look like
+    kind = next(
+        kind for kind in kinds if kind
+    )  # a rank without samples learns from another what they look like
     counts = [len(share) for share in eval_shares(samples, accelerator.num_processes)]
     for i, (shape, dtype) in enumerate(kind):
         column = torch.cat([row[i] for row in rows]) if rows else torch.empty(0, *shape, dtype=dtype)
@@ -61,7 +65,11 @@ def each_batch(
         network.eval()
         _share_buffers(accelerator, network)
     loader = data_loader.eval_loader(
-        dataset.for_evaluation(), batch, accelerator.process_index, accelerator.num_processes, accelerator.device
+        dataset.for_evaluation(),
+        batch,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
     )
     try:
         with accelerator.autocast():
@@ -69,7 +77,10 @@ def each_batch(
                 watchdog.alive()
                 if preemption.asked() and not together:
                     break
-                yield batch.images.to(accelerator.device, non_blocking=True), batch.labels.to(accelerator.device)
+                yield (
+                    batch.images.to(accelerator.device, non_blocking=True),
+                    batch.labels.to(accelerator.device),
+                )
             if together and batches[accelerator.process_index] < max(batches):
                 size = dataset.section.image_size
                 black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=accelerator.device)

@@ -43,7 +43,9 @@ def retrieval(
     return scores
 
 
-def _retrieval_scores(db: Tensor, db_labels: Tensor, queries: Tensor, query_labels: Tensor) -> dict[str, float]:
+def _retrieval_scores(
+    db: Tensor, db_labels: Tensor, queries: Tensor, query_labels: Tensor
+) -> dict[str, float]:
     maps, precisions = {}, {}
     for metric in ("cosine", "l2"):
         both, precision = _scores(
@@ -116,7 +118,11 @@ def _scores(
     if any(k < 1 for k in ks):
         raise ValueError(f"precision at {min(ks)}: a number of entries is at least 1")
     shapes = [tuple(x.shape) for x in (db, db_labels, queries, query_labels)]
-    if db.ndim != 2 or queries.shape != (len(queries), db.shape[1]) or shapes[1::2] != [(len(db),), (len(queries),)]:
+    if (
+        db.ndim != 2
+        or queries.shape != (len(queries), db.shape[1])
+        or shapes[1::2] != [(len(db),), (len(queries),)]
+    ):
         raise ValueError(f"shapes {shapes} are not [N, D], [N], [Q, D], [Q]")
     if len(queries) == 0:
         raise ValueError("no queries")
@@ -137,7 +143,9 @@ def _scores(
     )  # [classes, 11]
 
     if metric == "cosine":  # a zero vector stays zero: its distance to all is 1
-        db, queries = (x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) for x in (db, queries))
+        db, queries = (
+            x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) for x in (db, queries)
+        )
     db_squares = db.square().sum(dim=1)  # [N]
 
     totals = {protocol: torch.zeros((), dtype=torch.float64, device=db.device) for protocol in protocols}
@@ -165,11 +173,15 @@ def _scores(
             reachable = precision
             if protocol == "authors":
                 query = torch.arange(start, start + len(block), device=db.device)
-                batch_sizes = (len(queries) - query // _AUTHORS_BATCH * _AUTHORS_BATCH).clamp_max(_AUTHORS_BATCH)
+                batch_sizes = (len(queries) - query // _AUTHORS_BATCH * _AUTHORS_BATCH).clamp_max(
+                    _AUTHORS_BATCH
+                )
                 beyond = ranks >= batch_sizes[rows]
                 reachable = precision.clone()
                 reachable[rows[beyond], found[beyond]] = 0
-            best = torch.maximum(precision, reachable.flip(1).cummax(dim=1).values.flip(1))  # over this rank and later
+            best = torch.maximum(
+                precision, reachable.flip(1).cummax(dim=1).values.flip(1)
+            )  # over this rank and later
             levels = found_at_level[query_class[start : start + block_queries]]  # [B, 11]
             totals[protocol] += best.gather(1, levels).mean(dim=1).sum()
     maps = {protocol: (total / len(queries)).item() for protocol, total in totals.items()}

@@ -58,7 +58,9 @@ def information(x: Tensor, labels: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for columns in _slices(x):
         unit = columns / norms  # [N, W]
-        sums = torch.zeros(len(sizes), unit.shape[1], dtype=unit.dtype, device=unit.device).index_add(0, classes, unit)
+        sums = torch.zeros(len(sizes), unit.shape[1], dtype=unit.dtype, device=unit.device).index_add(
+            0, classes, unit
+        )
         total = total + ((sums - shares[:, None] * unit.sum(dim=0)) / len(x)).square().sum()
     return total / 2
 

@@ -32,7 +32,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     return -(probabilities * log_student).sum(dim=1).mean()
 
 
-def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, standardize: bool = False) -> Tensor:
+def kd(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, standardize: bool = False
+) -> Tensor:
     """T^2 * KL(teacher || student) of the softened class probabilities, batch mean (Hinton, 1503.02531, section 2).
 
     Both [B, K]; returns a scalar. The factor T^2 keeps the gradient's size independent of the temperature.
@@ -53,7 +55,11 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0,
 
 
 def dist(
-    student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
 ) -> Tensor:
     """DIST: relations between and within classes (Huang, 2205.10536).
 
@@ -88,7 +94,9 @@ def dkd(
     _require_equal("dkd", student_logits.shape, teacher_logits.shape)
     batch, classes = student_logits.shape
     if labels.shape != (batch,):
-        raise ValueError(f"losses.dkd: labels {tuple(labels.shape)} are not one class for each of {batch} samples")
+        raise ValueError(
+            f"losses.dkd: labels {tuple(labels.shape)} are not one class for each of {batch} samples"
+        )
     if classes == 1:  # nothing but the target: zero, as is kd
         return kd(student_logits, teacher_logits, temperature)
     # The classes but the target, gathered: a mask would need a size from the device, or a large number to subtract.
@@ -129,7 +137,9 @@ def dih(
     if len(weights) != len(cohort_logits) or not weights:
         raise ValueError(f"losses.dih: {len(cohort_logits)} cohort members and {len(weights)} weights")
     if labels.shape not in (student_logits.shape, student_logits.shape[:1]):
-        raise ValueError(f"losses.dih: labels {tuple(labels.shape)} do not fit logits {tuple(student_logits.shape)}")
+        raise ValueError(
+            f"losses.dih: labels {tuple(labels.shape)} do not fit logits {tuple(student_logits.shape)}"
+        )
     logits = _at_least_float32(student_logits)
     hard = cross_entropy(logits, labels)
     soft = sum(weight * kd(logits, member, temperature) for weight, member in zip(weights, cohort_logits))
@@ -137,7 +147,10 @@ def dih(
 
 
 def token(
-    token_logits: Tensor, teacher_logits: Tensor, mode: Literal["hard", "soft"] = "hard", temperature: float = 1.0
+    token_logits: Tensor,
+    teacher_logits: Tensor,
+    mode: Literal["hard", "soft"] = "hard",
+    temperature: float = 1.0,
 ) -> Tensor:
     """The loss of DeiT's distillation token (Touvron, 2012.12877, section 4): what its classifier learns.
 
@@ -181,9 +194,15 @@ def pkt(
     as in `kd`. B counts the samples given, which are those of all ranks if they were gathered.
     """
     _require_equal("pkt", student.shape[:1], teacher.shape[:1])
-    with torch.autocast(student.device.type, enabled=False):  # the kernels are matmuls, which autocast would halve
-        p, log_p = _conditional_probabilities(_at_least_float32(teacher.flatten(1)), kernel)  # [kernels, B, B]
-        q, log_q = _conditional_probabilities(_at_least_float32(student.flatten(1)), kernel)  # [kernels, B, B]
+    with torch.autocast(
+        student.device.type, enabled=False
+    ):  # the kernels are matmuls, which autocast would halve
+        p, log_p = _conditional_probabilities(
+            _at_least_float32(teacher.flatten(1)), kernel
+        )  # [kernels, B, B]
+        q, log_q = _conditional_probabilities(
+            _at_least_float32(student.flatten(1)), kernel
+        )  # [kernels, B, B]
         loss = _divergences(p, log_p, q, log_q, divergence).mean(dim=(1, 2)).sum()
     match scale:
         case "none":
@@ -207,7 +226,9 @@ def sp(student: Tensor, teacher: Tensor) -> Tensor:
         return F.mse_loss(_unit_rows(student @ student.T), _unit_rows(teacher @ teacher.T))
 
 
-def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
+def rkd(
+    student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0
+) -> Tensor:
     """Relational knowledge distillation (Park, 1904.05068, section 3.2); weights of its classification runs.
 
     student [B, D_s], teacher [B, D_t]; returns distance_weight * distance + angle_weight * angle, Huber losses
@@ -237,7 +258,9 @@ def at(student: Tensor, teacher: Tensor) -> Tensor:
     With that mean its weight, the paper's beta, is 1000 (per pair, 1000 / (B*H*W) of the sum).
     """
     _require_equal("at", student[:, 0].shape, teacher[:, 0].shape)
-    student, teacher = (_at_least_float32(x).square().mean(dim=1).flatten(1) for x in (student, teacher))  # [B, H * W]
+    student, teacher = (
+        _at_least_float32(x).square().mean(dim=1).flatten(1) for x in (student, teacher)
+    )  # [B, H * W]
     return F.mse_loss(F.normalize(student, dim=1), F.normalize(teacher, dim=1))
 
 
@@ -382,7 +405,9 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _require_equal(loss: str, student: torch.Size, teacher: torch.Size) -> None:
     if student != teacher:
-        raise ValueError(f"losses.{loss}: student {tuple(student)} and teacher {tuple(teacher)} differ in shape")
+        raise ValueError(
+            f"losses.{loss}: student {tuple(student)} and teacher {tuple(teacher)} differ in shape"
+        )
 
 
 def vid(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
@@ -392,7 +417,9 @@ def vid(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
     authors' code; returns a scalar, the mean over elements, without the constant log(2 pi) / 2.
     """
     if mean.shape[2] > teacher.shape[2] or mean.shape[3] > teacher.shape[3]:
-        raise ValueError(f"losses.vid: mean {tuple(mean.shape)} is larger than teacher {tuple(teacher.shape)}")
+        raise ValueError(
+            f"losses.vid: mean {tuple(mean.shape)} is larger than teacher {tuple(teacher.shape)}"
+        )
     mean, variance = _at_least_float32(mean), _at_least_float32(variance)
     teacher = F.adaptive_avg_pool2d(_at_least_float32(teacher), mean.shape[2:])
     _require_equal("vid", mean.shape, teacher.shape)
@@ -410,7 +437,9 @@ def reviewkd(fused: Tensor, teacher: Tensor) -> Tensor:
     errors = [F.mse_loss(fused, teacher)]
     for size in (4, 2, 1):
         if size < min(fused.shape[2:]):
-            errors.append(F.mse_loss(F.adaptive_avg_pool2d(fused, size), F.adaptive_avg_pool2d(teacher, size)))
+            errors.append(
+                F.mse_loss(F.adaptive_avg_pool2d(fused, size), F.adaptive_avg_pool2d(teacher, size))
+            )
     weights = [0.5**i for i in range(len(errors))]
     return sum(weight * error for weight, error in zip(weights, errors)) / sum(weights)
 
@@ -437,7 +466,9 @@ def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, labels: Ten
     if labels is None:
         labels = torch.arange(len(scores), device=scores.device)
     if labels.shape != scores.shape[:1]:
-        raise ValueError(f"losses.crd: labels {tuple(labels.shape)} of {len(scores)} samples: need one class for each")
+        raise ValueError(
+            f"losses.crd: labels {tuple(labels.shape)} of {len(scores)} samples: need one class for each"
+        )
     negative = labels[:, None] != labels[None, :]  # [B, B]
     log_count = negative.sum(dim=1).to(scores.dtype).log()  # [B], -inf where there is none
     return _contrast(scores, negative, log_count) + _contrast(scores.T, negative, log_count)

@@ -48,7 +48,9 @@ class Hint(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         widths = zip(shape.student_widths, shape.teacher_widths)
-        self.regressors = nn.ModuleList(nn.Conv2d(student, teacher, kernel_size=1) for student, teacher in widths)
+        self.regressors = nn.ModuleList(
+            nn.Conv2d(student, teacher, kernel_size=1) for student, teacher in widths
+        )
 
     def forward(self, output: Output, targets: Targets) -> tuple[Tensor, ...]:
         """One map [B, C_t, H_s, W_s] per pair."""
@@ -67,7 +69,9 @@ class Variational(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.regressors, self.raw_variances = nn.ModuleList(), nn.ParameterList()
-        raw = math.log(math.expm1(self.INITIAL_VARIANCE - self.MIN_VARIANCE))  # where softplus is that variance
+        raw = math.log(
+            math.expm1(self.INITIAL_VARIANCE - self.MIN_VARIANCE)
+        )  # where softplus is that variance
         for student, teacher in zip(shape.student_widths, shape.teacher_widths):
             self.regressors.append(
                 nn.Sequential(
@@ -123,10 +127,13 @@ class _Fusion(nn.Module):
 
     def __init__(self, student_width: int, inner: int, teacher_width: int, with_deeper: bool) -> None:
         super().__init__()
-        self.reduce = nn.Sequential(nn.Conv2d(student_width, inner, kernel_size=1, bias=False), nn.BatchNorm2d(inner))
+        self.reduce = nn.Sequential(
+            nn.Conv2d(student_width, inner, kernel_size=1, bias=False), nn.BatchNorm2d(inner)
+        )
         self.attention = nn.Conv2d(2 * inner, 2, kernel_size=1) if with_deeper else None
         self.expand = nn.Sequential(
-            nn.Conv2d(inner, teacher_width, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(teacher_width)
+            nn.Conv2d(inner, teacher_width, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(teacher_width),
         )
         for convolution in (self.reduce[0], self.expand[0]):
             nn.init.kaiming_uniform_(convolution.weight, a=1)

@@ -61,14 +61,18 @@ class Objective:
         match loss:
             case config.CrossEntropy():
                 classifiers = output.cohort or (output.logits,)
-                return sum(common.cross_entropy(logits, labels, loss.label_smoothing) for logits in classifiers)
+                return sum(
+                    common.cross_entropy(logits, labels, loss.label_smoothing) for logits in classifiers
+                )
             case config.KDLoss():
                 return common.kd(output.logits, targets.logits, loss.temperature, loss.standardize)
             case config.DISTLoss():
                 logits = together(output.logits, targets.logits)  # its intra-class term compares samples
                 return common.dist(*logits, loss.beta, loss.gamma, loss.temperature)
             case config.DKDLoss():
-                return common.dkd(output.logits, targets.logits, labels, loss.alpha, loss.beta, loss.temperature)
+                return common.dkd(
+                    output.logits, targets.logits, labels, loss.alpha, loss.beta, loss.temperature
+                )
             case config.CohortLoss():
                 cohort = (targets.logits, *targets.cohort)
                 return common.dih(output.logits, cohort, labels, loss.alpha, loss.temperature, loss.weights)
@@ -82,11 +86,16 @@ class Objective:
                 weight = loss.init * loss.decay**epoch
                 layers += [(s, t, weight) for s, t in zip(output.features, targets.features)]
                 return sum(
-                    weight * common.pkt(*together(s.flatten(1), t.flatten(1)), loss.kernel, loss.divergence, loss.scale)
+                    weight
+                    * common.pkt(
+                        *together(s.flatten(1), t.flatten(1)), loss.kernel, loss.divergence, loss.scale
+                    )
                     for s, t, weight in layers
                 )
             case config.RKDLoss():
-                embeddings = together(output.embedding, targets.embedding, related=3 if loss.angle_weight else 2)
+                embeddings = together(
+                    output.embedding, targets.embedding, related=3 if loss.angle_weight else 2
+                )
                 return common.rkd(*embeddings, loss.distance_weight, loss.angle_weight)
             case config.CRDLoss():
                 student, teacher, labels = together(*projected, labels)
@@ -119,4 +128,6 @@ def reads(kd: Sequence[config.Loss], what: str) -> bool:
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool the larger of two maps [B, C, H, W] to the smaller, per axis (arXiv 2205.10003, section 3)."""
     size = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:])]
-    return tuple(m if list(m.shape[2:]) == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher))
+    return tuple(
+        m if list(m.shape[2:]) == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher)
+    )

@@ -46,7 +46,9 @@ class CNN32(nn.Module):
 
     def _stage(self, i: int, x: Tensor) -> Tensor:
         x = getattr(self, f"conv{i}_bn")(getattr(self, f"conv{i}")(x))
-        return nn.functional.relu(nn.functional.max_pool2d(x, 2))  # the published order, pool last, gives the same bits
+        return nn.functional.relu(
+            nn.functional.max_pool2d(x, 2)
+        )  # the published order, pool last, gives the same bits
 
     def forward_intermediates(
         self,

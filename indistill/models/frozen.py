@@ -62,6 +62,8 @@ def _blocks(net: nn.Module) -> list[nn.Module]:
     """What a network repeats, inner ones first: the elements of its lists that are neither lists nor single layers."""
     lists = (nn.Sequential, nn.ModuleList)
     # RegNet's stages name their blocks one by one instead.
-    listing = [m for m in net.modules() if isinstance(m, lists) or len({type(child) for child in m.children()}) == 1]
+    listing = [
+        m for m in net.modules() if isinstance(m, lists) or len({type(child) for child in m.children()}) == 1
+    ]
     parts = dict.fromkeys(part for module in listing for part in module.children())
     return [part for part in reversed(parts) if not isinstance(part, lists) and [*part.children()]]

@@ -49,7 +49,9 @@ class Heads(nn.Module):
                 )
             self.classifiers.append(nn.Linear(inputs, teacher.net.num_classes))
 
-    def forward(self, images: Tensor, upto: None = None, pairs: Sequence[int] = (), targets: None = None) -> Output:
+    def forward(
+        self, images: Tensor, upto: None = None, pairs: Sequence[int] = (), targets: None = None
+    ) -> Output:
         """Images as Network takes them; `cohort` holds each head's logits [B, K], `logits` the deepest's."""
         with torch.no_grad():
             maps = self._frozen[0].maps(images, self.stages)
@@ -61,11 +63,15 @@ class Heads(nn.Module):
         return fingerprint(self)
 
     def classify(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(classifier(self._flatten(feature)) for classifier, feature in zip(self.classifiers, maps))
+        return tuple(
+            classifier(self._flatten(feature)) for classifier, feature in zip(self.classifiers, maps)
+        )
 
     def _flatten(self, feature: Tensor) -> Tensor:
         if self.pool:
-            feature = nn.functional.adaptive_avg_pool2d(feature, [min(self.pool, size) for size in feature.shape[2:]])
+            feature = nn.functional.adaptive_avg_pool2d(
+                feature, [min(self.pool, size) for size in feature.shape[2:]]
+            )
         return feature.flatten(1)  # [B, C * H * W]
 
     def save(self, path: Path) -> None:

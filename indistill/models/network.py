@@ -96,7 +96,9 @@ class Network(nn.Module):
     def _project(self, output: Output, targets: Targets | None) -> Output:
         if targets is None or not self.projectors:
             return output
-        return output._replace(projected={key: part(output, targets) for key, part in self.projectors.items()})
+        return output._replace(
+            projected={key: part(output, targets) for key, part in self.projectors.items()}
+        )
 
     def normalise(self, images: Tensor) -> Tensor:
         # Said by the images too: weights that are in pieces, or made anew by a layer (NFNet's), do not say it.
@@ -161,11 +163,15 @@ def save_network(network: Network, section: config.Model, path: Path) -> None:
     save_model(network.net, str(path), metadata)
 
 
-def normalisation(net: nn.Module, section: config.Model, role: str) -> tuple[Sequence[float], Sequence[float]]:
+def normalisation(
+    net: nn.Module, section: config.Model, role: str
+) -> tuple[Sequence[float], Sequence[float]]:
     """Input mean and standard deviation per channel, in [0, 1] units; UserError if neither config nor timm has them."""
     if section.mean is not None:
         return section.mean, section.std
     timm_config = net.pretrained_cfg or {}
     if not timm_config.get("mean") or not timm_config.get("std"):
-        raise UserError(f"{role}: the normalisation of {section.name} is not known: set {role}.mean and {role}.std")
+        raise UserError(
+            f"{role}: the normalisation of {section.name} is not known: set {role}.mean and {role}.std"
+        )
     return timm_config["mean"], timm_config["std"]

@@ -22,7 +22,9 @@ class Output(NamedTuple):
 class Targets(NamedTuple):
     """What the teacher gives for one batch; empty or None for what the phase does not read."""
 
-    features: tuple[Tensor, ...] = ()  # [B, C, H_t, W_t] per pair: pruned to the student's width in the warm-up
+    features: tuple[
+        Tensor, ...
+    ] = ()  # [B, C, H_t, W_t] per pair: pruned to the student's width in the warm-up
     embedding: Tensor | None = None  # [B, D_t]
     logits: Tensor | None = None  # [B, K]
     cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head

@@ -39,7 +39,9 @@ def stage_maps(net: nn.Module, images: Tensor, indices: Sequence[int]) -> list[T
     )
 
 
-def stage_maps_and_final(net: nn.Module, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+def stage_maps_and_final(
+    net: nn.Module, images: Tensor, indices: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
     """What `forward_features` returns, and the maps [B, C, H, W] of the stages `indices` (ascending) on the way."""
     if not indices:
         return net.forward_features(images), []
@@ -74,4 +76,6 @@ def match_stages(teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]
         for ladder, net in zip(ladders, (teacher, student))
     ]
     count = min(AUTO_PAIRS, *map(len, depths))
-    return list(zip(*([depth[math.ceil((k + 1) * len(depth) / count) - 1] for k in range(count)] for depth in depths)))
+    return list(
+        zip(*([depth[math.ceil((k + 1) * len(depth) / count) - 1] for k in range(count)] for depth in depths))
+    )

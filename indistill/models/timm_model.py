@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from indistill import config
 from indistill.config import UserError
 
-_OTHER_WEIGHTS = {"checkpoint_path", "pretrained_strict"}  # of timm.create_model: what weights it ends up with
+_OTHER_WEIGHTS = {
+    "checkpoint_path",
+    "pretrained_strict",
+}  # of timm.create_model: what weights it ends up with
 _TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
 
 
@@ -38,13 +41,17 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
             f"{role}.name: timm has no model {section.name!r}" + (f"; near: {', '.join(close)}" * bool(close))
         )
     for key in _OTHER_WEIGHTS & section.kwargs.keys():
-        raise UserError(f"{role}.kwargs.{key}: would load other weights, or only some: give {role}.checkpoint instead")
+        raise UserError(
+            f"{role}.kwargs.{key}: would load other weights, or only some: give {role}.checkpoint instead"
+        )
     # Asked for another number of classes, timm would replace a pretrained head by a random one.
     kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
     try:
         net = timm.create_model(section.name, pretrained=section.pretrained, **kwargs)
     except Exception as error:  # timm, the hub client and the network each raise their own
-        instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * (role != "eval")
+        instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * (
+            role != "eval"
+        )
         reason = " ".join(str(error).split())[:300]
         message = f"{role}: timm could not create {section.name}: {reason}" + instead * section.pretrained
         raise (NoWeights(message, role) if section.pretrained else UserError(message)) from None
@@ -76,7 +83,9 @@ def _load_weights(net: nn.Module, path: str, role: str) -> None:
         raise UserError(f"{role}.checkpoint: {path} is not a readable checkpoint: {reason}") from None
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{role}.checkpoint: {path} is not a state dict: save the state dict alone")
-    state = {key.removeprefix("net."): value for key, value in state.items() if not key.startswith(_TRAINING_PARTS)}
+    state = {
+        key.removeprefix("net."): value for key, value in state.items() if not key.startswith(_TRAINING_PARTS)
+    }
     wanted = net.state_dict()
     for key in [*wanted, *state]:
         if key not in state or key not in wanted:
@@ -101,13 +110,19 @@ def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> N
             features = net.forward_features(images)
             embedding = net.forward_head(features, pre_logits=True)
             distilled = isinstance(net.get_classifier(), tuple)  # DeiT's: the mean of two classifiers
-            same = torch.allclose(net.forward_head(features) if distilled else net.get_classifier()(embedding), logits)
+            same = torch.allclose(
+                net.forward_head(features) if distilled else net.get_classifier()(embedding), logits
+            )
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{role}: {name} cannot take {image_size} px images (data.image_size): {reason}") from None
+        raise UserError(
+            f"{role}: {name} cannot take {image_size} px images (data.image_size): {reason}"
+        ) from None
     finally:
         net.train(training)
     if not same:
-        raise UserError(f"{role}: the output of {name} is not its classifier on its embedding: use another variant")
+        raise UserError(
+            f"{role}: the output of {name} is not its classifier on its embedding: use another variant"
+        )
     if not hasattr(net, "head_hidden_size"):  # timm's word for the embedding's width
         net.head_hidden_size = embedding.shape[1]

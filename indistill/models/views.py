@@ -39,7 +39,9 @@ def view_by_record(record: Mapping[str, Any], data: config.Data) -> EvalView:
     """How evaluation shows images to a network with this record of timm's, where the config says auto."""
     crop, interpolation, size = data.eval_crop, data.eval_interpolation, (data.image_size, data.image_size)
     # Networks may be made for one size, and be at their best, with another crop, at a second one.
-    at_second = size == tuple(record.get("test_input_size") or ())[1:] != tuple(record.get("input_size") or ())[1:]
+    at_second = (
+        size == tuple(record.get("test_input_size") or ())[1:] != tuple(record.get("input_size") or ())[1:]
+    )
     own = timm.data.resolve_data_config(pretrained_cfg=dict(record), use_test_size=at_second)
     interpolation = own["interpolation"] if interpolation == "auto" else interpolation
     if crop != "auto":

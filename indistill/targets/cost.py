@@ -104,7 +104,13 @@ def _run(
                 loss, _ = objective(output, targets, labels, phase, phase.start)
             trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
             torch.autograd.grad(loss, trained, allow_unused=True)
-    return teaching.get_total_flops(), learning.get_total_flops(), sum(kept.values()), targets, output.features
+    return (
+        teaching.get_total_flops(),
+        learning.get_total_flops(),
+        sum(kept.values()),
+        targets,
+        output.features,
+    )
 
 
 def _convolution_backward(
@@ -168,8 +174,13 @@ def decide(settings: Config, works: Mapping[Phase, Work], timetable: Timetable) 
         images = phase_steps(phase, timetable) * timetable.global_batch
         made = timetable.steps_per_epoch * timetable.global_batch * (data.augment.views or 0)
         size = sum(record_bytes(*target, settings.targets) for target in work.targets.items())
-        teacher, student = (flops / machine.flops_per_second for flops in (work.teacher_flops, work.student_flops))
-        decoding, reading = decode_seconds(settings), size * machine.devices_per_node / machine.read_bytes_per_second
+        teacher, student = (
+            flops / machine.flops_per_second for flops in (work.teacher_flops, work.student_flops)
+        )
+        decoding, reading = (
+            decode_seconds(settings),
+            size * machine.devices_per_node / machine.read_bytes_per_second,
+        )
         live = images * max(student + teacher, decoding)
         cached = images * max(student, decoding, reading) + made * max(teacher, decoding)
         source = "cached" if reason is None and cached < live else "live"

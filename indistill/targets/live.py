@@ -53,7 +53,9 @@ class LiveTargets:
         teacher.eval().requires_grad_(False)
         teacher.kd_stages = sorted({*kd_stages, *(heads.stages if heads else ())})
         if plan.mode == "paper_bn":
-            self.norms = [prune.published_norm(teacher.net, pair.teacher_stage, input_size) for pair in plan.pairs]
+            self.norms = [
+                prune.published_norm(teacher.net, pair.teacher_stage, input_size) for pair in plan.pairs
+            ]
         frozen.run_in(teacher, precision)
         self.held_in = precision if shard_on is None else "no"  # FSDP takes one precision
         # FSDP gathers weights into tensors that it uses again.
@@ -61,7 +63,9 @@ class LiveTargets:
         if shard_on is not None:
             frozen.shard(teacher, shard_on, input_size)
         device = teacher.mean.device
-        self.kept = [None if pair.kept is None else torch.tensor(pair.kept, device=device) for pair in plan.pairs]
+        self.kept = [
+            None if pair.kept is None else torch.tensor(pair.kept, device=device) for pair in plan.pairs
+        ]
         if heads is not None:
             heads.to(device)
 
@@ -94,7 +98,9 @@ class LiveTargets:
     def everything(self, images: Tensor, pairs: Sequence[int]) -> dict[str, Tensor]:
         """What these pairs and KD read, by field (targets/manifest.py), in one pass of the teacher."""
         found = self.found(images, sorted({*self.kd_stages, *self.teacher.stages}), whole=True)
-        kept = {f"pair{pair + 1}": self._prune(found[f"stage{self.teacher.stages[pair]}"], pair) for pair in pairs}
+        kept = {
+            f"pair{pair + 1}": self._prune(found[f"stage{self.teacher.stages[pair]}"], pair) for pair in pairs
+        }
         return {name: pooled(x, self.pool) if x.dim() == 4 else x for name, x in found.items()} | kept
 
     def found(self, images: Tensor, stages: Sequence[int], whole: bool) -> dict[str, Tensor]:
@@ -114,7 +120,9 @@ class LiveTargets:
         """The whole pass, its maps by stage, and the logits of the cohort."""
         output = self.run(images)
         maps = dict(zip(self.teacher.kd_stages, output.features))
-        cohort = self.heads.classify([maps[stage].float() for stage in self.heads.stages]) if self.heads else ()
+        cohort = (
+            self.heads.classify([maps[stage].float() for stage in self.heads.stages]) if self.heads else ()
+        )
         return output, maps, cohort
 
     def _prune(self, feature: Tensor, pair: int) -> Tensor:

@@ -30,7 +30,15 @@ from indistill.targets.records import Field, wanted_format
 VERSION = 1
 
 # What of a config decides the targets. Weights count by their content.
-_KEYS = ("seed", "data.num_classes", "data.image_size", "data.augment", "data.interpolation", "teacher", "targets.pool")
+_KEYS = (
+    "seed",
+    "data.num_classes",
+    "data.image_size",
+    "data.augment",
+    "data.interpolation",
+    "teacher",
+    "targets.pool",
+)
 _KEYS += ("warmup.pairs", "warmup.adapter", "warmup.prune")
 _NOT = ("teacher.checkpoint", "teacher.heads", "teacher.shard", "teacher.precision")
 
@@ -159,7 +167,9 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
             f"{path}: damaged, or of another version: make the targets anew in another targets.dir"
         ) from None
     if manifest.version != VERSION:
-        raise UserError(f"{path}: of version {manifest.version}, this one reads {VERSION}: make the targets anew")
+        raise UserError(
+            f"{path}: of version {manifest.version}, this one reads {VERSION}: make the targets anew"
+        )
     return manifest
 
 
@@ -179,7 +189,9 @@ def check_manifest(root: str, manifest: Manifest, settings: Config, hashes: dict
     for key in dict.fromkeys((*ours, *stored)):
         # A run without the warm-up may take the other targets.
         if stored.get(key) != ours.get(key) and (settings.warmup or not key.startswith("warmup")):
-            raise UserError(f"{root}: made with {key}: {stored.get(key)}, this run has {ours.get(key)}: {again}")
+            raise UserError(
+                f"{root}: made with {key}: {stored.get(key)}, this run has {ours.get(key)}: {again}"
+            )
     for name, field in manifest.fields.items():
         ours = wanted_format(name, len(field.shape) == 3, settings.targets)
         if (field.format, field.top_k) != ours:
@@ -190,7 +202,9 @@ def check_manifest(root: str, manifest: Manifest, settings: Config, hashes: dict
         stored, here = manifest.teacher.files.get(key), hashes.get(key)
         path = getattr(settings.teacher, key.removeprefix("teacher."))
         if stored is None or path is None:
-            raise UserError(f"{root}: made with {key}: {stored and stored.path}, this run has {path}: {again}")
+            raise UserError(
+                f"{root}: made with {key}: {stored and stored.path}, this run has {path}: {again}"
+            )
         if here != stored.sha256 if here else path != stored.path:
             told = f"(SHA-256 {stored.sha256[:12]}), this run has {path} ({here[:12] if here else 'which is not here'})"
             raise UserError(f"{root}: made with {key}: {stored.path} {told}: {again}")
@@ -200,4 +214,6 @@ def check_classes(root: str, manifest: Manifest, names: Names | None) -> None:
     """Raise UserError if the targets were made for other class names than those of data.train."""
     if names is not None and manifest.classes is not None:
         remedy = "make the targets again in another targets.dir, or set targets: live"
-        class_names.refuse_difference(names, Names(f"{root}/manifest.json", manifest.classes), "data.train", remedy)
+        class_names.refuse_difference(
+            names, Names(f"{root}/manifest.json", manifest.classes), "data.train", remedy
+        )

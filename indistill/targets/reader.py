@@ -56,7 +56,9 @@ class Reader:
                 stored = ", ".join(self.manifest.fields)
                 raise UserError(f"{self.root}: holds {stored}, and not {name}, which this run reads: {again}")
             if missing := views - set(self.manifest.fields[name].views):
-                raise UserError(f"{self.root}: lacks {name} in view {min(missing)}, made for other durations: {again}")
+                raise UserError(
+                    f"{self.root}: lacks {name} in view {min(missing)}, made for other durations: {again}"
+                )
 
     @property
     def remote(self) -> bool:
@@ -103,7 +105,9 @@ class Reader:
         if path in self._open:
             return self._open[path]
         shape = (self.manifest.samples[shard], self.manifest.fields[field].record.itemsize)
-        if self._cache:  # opened for every read: an open file that the cache evicts would go on using the disk
+        if (
+            self._cache
+        ):  # opened for every read: an open file that the cache evicts would go on using the disk
             with self._cache.open(path, size) as file:
                 return np.memmap(file, np.uint8, "r", shape=shape)
         try:

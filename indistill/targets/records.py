@@ -13,7 +13,13 @@ from torch import Tensor
 from indistill import config
 
 _TINY = torch.finfo(torch.float32).tiny  # what a probability of 0 is taken for: a logarithm of -87
-_TORCH = {"<f4": torch.float32, "<u2": torch.bfloat16, "|i1": torch.int8, "<i2": torch.int16, "<i4": torch.int32}
+_TORCH = {
+    "<f4": torch.float32,
+    "<u2": torch.bfloat16,
+    "|i1": torch.int8,
+    "<i2": torch.int16,
+    "<i4": torch.int32,
+}
 
 
 # --- one field -------------------------------------------------------------------------------------------------------
@@ -38,7 +44,11 @@ class Field(BaseModel):
                 parts = [("values", "|i1", self.shape), ("scales", "<f4", self.shape[:1])]
             case "top_k":
                 number = "<i2" if self.shape[0] <= 2**15 else "<i4"
-                parts = [("probabilities", "<f4", (self.top_k,)), ("classes", number, (self.top_k,)), ("tail", "<f4")]
+                parts = [
+                    ("probabilities", "<f4", (self.top_k,)),
+                    ("classes", number, (self.top_k,)),
+                    ("tail", "<f4"),
+                ]
         return np.dtype([*parts, ("crc32", "<u4")])
 
     def encode(self, tensor: Tensor) -> np.ndarray:
@@ -53,7 +63,10 @@ class Field(BaseModel):
                 values = tensor.float()
                 scales = values.abs().amax(dim=(2, 3)) / 127  # [B, C]
                 divisors = torch.where(scales > 0, scales, 1)[:, :, None, None]
-                parts = {"values": (values / divisors).round().clamp(-127, 127).to(torch.int8), "scales": scales}
+                parts = {
+                    "values": (values / divisors).round().clamp(-127, 127).to(torch.int8),
+                    "scales": scales,
+                }
             case "top_k":
                 probabilities = tensor.double().softmax(dim=1)  # [B, classes]
                 largest, classes = probabilities.topk(self.top_k, dim=1)
@@ -86,7 +99,9 @@ class Field(BaseModel):
             case "top_k":
                 left_out = max(self.shape[0] - self.top_k, 1)
                 values = (parts["tail"][:, None] / left_out).expand(-1, *self.shape)  # [B, classes]
-                values = values.scatter(1, parts["classes"].long(), parts["probabilities"]).clamp_min(_TINY).log()
+                values = (
+                    values.scatter(1, parts["classes"].long(), parts["probabilities"]).clamp_min(_TINY).log()
+                )
         return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
 
     def blank(self, samples: int, device: torch.device) -> Tensor:
@@ -97,7 +112,9 @@ def describe(name: str, tensor: Tensor, section: config.Targets) -> Field:
     """The field that stores such tensors [B, ...] as the config wants it."""
     kind, top_k = wanted_format(name, tensor.dim() == 4, section)
     channels_last = (
-        tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
     )
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Field(format=kind, shape=tensor.shape[1:], dtype=dtype, channels_last=channels_last, top_k=top_k)

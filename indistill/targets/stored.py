@@ -31,7 +31,13 @@ class CachedTargets:
         live: LiveTargets | None = None,
         phases: Sequence[str] = (),
     ) -> None:
-        self.reader, self.losses, self.kd_stages, self.live, self.phases = reader, losses, list(kd_stages), live, phases
+        self.reader, self.losses, self.kd_stages, self.live, self.phases = (
+            reader,
+            losses,
+            list(kd_stages),
+            live,
+            phases,
+        )
         self.teacher = live and live.teacher
         self.fingerprint = reader.manifest.teacher.fingerprint
         if live and any(field.format != "float32" for field in reader.manifest.fields.values()):
@@ -69,7 +75,9 @@ class CachedTargets:
         return fields_of(phase, self.losses, self.kd_stages, self.reader.manifest.heads)
 
 
-def fields_of(phase: Phase, losses: Sequence[config.Loss], kd_stages: Sequence[int], heads: int) -> tuple[str, ...]:
+def fields_of(
+    phase: Phase, losses: Sequence[config.Loss], kd_stages: Sequence[int], heads: int
+) -> tuple[str, ...]:
     """What a phase reads of the stored targets (manifest.py); a teacher with `heads` intermediate classifiers."""
     if phase.pairs:
         return tuple(f"pair{pair + 1}" for pair in phase.pairs)

@@ -98,13 +98,17 @@ class Checkpoints:
             shutil.rmtree(path)
         found = saved(self.folder)
         if choice == "never" and found:
-            raise UserError(f"{self.folder.parent} holds a run already: choose another run_dir, or --resume auto")
+            raise UserError(
+                f"{self.folder.parent} holds a run already: choose another run_dir, or --resume auto"
+            )
         if choice in ("auto", "never"):
             candidates = found[::-1]
         else:
             candidates = [Path(choice)]
             if not candidates[0].is_dir():
-                raise UserError(f"--resume {choice}: no checkpoint there: give a directory called step-XXXXXXXX")
+                raise UserError(
+                    f"--resume {choice}: no checkpoint there: give a directory called step-XXXXXXXX"
+                )
         for path in candidates:
             damage = damaged(path)
             if damage is None:

@@ -37,7 +37,11 @@ def choose(
     plan: Plan,
 ) -> LiveTargets | CachedTargets:
     """What `targets.source: auto` trains from: stored targets where they are cheaper, and there. Call on all ranks."""
-    phases = [] if config.why_not_stored(settings) else cheaper_stored(settings, student, live, objective, timetable)
+    phases = (
+        []
+        if config.why_not_stored(settings)
+        else cheaper_stored(settings, student, live, objective, timetable)
+    )
     there = phases and engine.on_main(accelerator, lambda: manifest_exists(targets_root(settings)))
     if accelerator.is_main_process:
         told = f"stored in {', '.join(phases)}" if there else "live"

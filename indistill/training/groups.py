@@ -42,7 +42,11 @@ def train(
     Raises UserError for a number of processes that the students do not divide, and otherwise as `loop.train`. When the
     groups are asked to stop, or one is lost, all go on from the newest step of which each has a checkpoint.
     """
-    count, rank, world = len(students), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    count, rank, world = (
+        len(students),
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
     if world % count:
         raise UserError(
             f"student_groups: disjoint: {world} processes cannot be cut into {count} equal groups: start a multiple of "
@@ -84,7 +88,12 @@ def _begin_groups(
 
 
 def _from_all(
-    store: distributed.Store, what: str, group: int, place: int, students: Sequence[tuple[str, Config]], mine: Any
+    store: distributed.Store,
+    what: str,
+    group: int,
+    place: int,
+    students: Sequence[tuple[str, Config]],
+    mine: Any,
 ) -> dict[str, Any]:
     """By name, what each student's first rank tells; waits for all of them."""
     if place == 0:
@@ -97,7 +106,11 @@ def _common(
 ) -> str:
     """What to resume from: the newest step that every student has a whole checkpoint of."""
     folder = Path(students[group][1].run_dir) / "checkpoints"
-    whole = [path.name for path in checkpoint.saved(folder) if checkpoint.damaged(path) is None] if place == 0 else []
+    whole = (
+        [path.name for path in checkpoint.saved(folder) if checkpoint.damaged(path) is None]
+        if place == 0
+        else []
+    )
     saved = _from_all(store, "saved", group, place, students, whole)
     if resume == "never" or not any(saved.values()):
         return resume
@@ -118,17 +131,27 @@ class _Apart(Sources):
         place: int,
         students: Sequence[tuple[str, Config]],
     ) -> None:
-        self.store, self.exchange, self.group, self.place, self.students = store, exchange, group, place, students
+        self.store, self.exchange, self.group, self.place, self.students = (
+            store,
+            exchange,
+            group,
+            place,
+            students,
+        )
         self.name, self.position = students[group][0], group
         self.step = 0  # that the current batch is of
 
-    def batches(self, training: Training, first_step: int, last_step: int, device: torch.device) -> Iterator[Batch]:
+    def batches(
+        self, training: Training, first_step: int, last_step: int, device: torch.device
+    ) -> Iterator[Batch]:
         accumulation = self.students[self.group][1].grad_accumulation
         for i, batch in enumerate(super().batches(training, first_step, last_step, device)):
             self.step = first_step + i // accumulation
             yield batch
 
-    def targets(self, targets_of: LiveTargets, plan: Plan, timetable: Timetable, settings: Config) -> ExchangedTargets:
+    def targets(
+        self, targets_of: LiveTargets, plan: Plan, timetable: Timetable, settings: Config
+    ) -> ExchangedTargets:
         world = int(os.environ["WORLD_SIZE"])
         micro_batch = settings.data.global_batch // world // settings.grad_accumulation
         if micro_batch % len(self.students):
@@ -143,7 +166,9 @@ class _Apart(Sources):
             Student(of_one, Plan.parse(all_told[name]["plan"]), all_told[name]["kd_stages"], heads, timetable)
             for name, of_one in self.students
         ]
-        return ExchangedTargets(targets_of, self, students, settings.teacher.precision or settings.mixed_precision)
+        return ExchangedTargets(
+            targets_of, self, students, settings.teacher.precision or settings.mixed_precision
+        )
 
 
 class Student:
@@ -182,7 +207,9 @@ class ExchangedTargets:
         count, group = len(self.students), self.apart.group
         wanted = [(student, field) for student in self.students for field in student.fields(self.apart.step)]
         tensors = self._made(images.chunk(count)[group], wanted)
-        sent = torch.cat([tensor.to(self.dtype).flatten(1) for tensor in tensors], dim=1)  # [B / count, values]
+        sent = torch.cat(
+            [tensor.to(self.dtype).flatten(1) for tensor in tensors], dim=1
+        )  # [B / count, values]
         parts = [torch.empty_like(sent) for _ in range(count)]
         as_bytes = [part.view(torch.uint8) for part in parts]
         self.apart.exchange.allgather([as_bytes], [sent.view(torch.uint8)]).wait()
@@ -207,6 +234,8 @@ class ExchangedTargets:
         for student, field in wanted:
             stage, kept = student.stage(field), student.kept(field)
             tensor = found[field] if stage is None else found[f"stage{stage}"]
-            tensor = tensor if kept is None else tensor.index_select(1, torch.tensor(kept, device=tensor.device))
+            tensor = (
+                tensor if kept is None else tensor.index_select(1, torch.tensor(kept, device=tensor.device))
+            )
             made.append(tensor if stage is None else pooled(tensor, self.live.pool))
         return made

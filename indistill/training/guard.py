@@ -36,7 +36,9 @@ class Ema(ModelEmaV3):
         weight = (1.0 - self.get_decay(step)) * ~skipped  # []
         both = list(zip(self.module.state_dict().values(), model.state_dict().values()))
         averages = [average for average, _ in both if average.is_floating_point()]
-        changes = torch._foreach_sub([value for average, value in both if average.is_floating_point()], averages)
+        changes = torch._foreach_sub(
+            [value for average, value in both if average.is_floating_point()], averages
+        )
         torch._foreach_mul_(changes, weight)
         torch._foreach_add_(averages, changes)
         for average, value in both:

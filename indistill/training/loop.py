@@ -148,12 +148,16 @@ class Run:
         }
         agree(identity)
         state = {"log": self.log, "pace": self.pace}
-        self.checkpoints = Checkpoints(accelerator, self.run_dir, settings.checkpoint, identity, state, self.whole)
+        self.checkpoints = Checkpoints(
+            accelerator, self.run_dir, settings.checkpoint, identity, state, self.whole
+        )
         self.first_step, self.scores = self.checkpoints.resume(self.resume, self.ema)
         self.done = self.first_step
         self.log.open(self.first_step, settings)
         record_start(accelerator, self.run_dir, self.first_step)
-        batches = self.sources.batches(self.training, self.first_step, timetable.total_steps, accelerator.device)
+        batches = self.sources.batches(
+            self.training, self.first_step, timetable.total_steps, accelerator.device
+        )
         self.batches = self.log.waiting(batches)
 
     # --- the run -----------------------------------------------------------------------------------------------------
@@ -251,7 +255,9 @@ class Run:
         network, scores = self._scored(), self.scores
         if self.settings.evaluate.retrieval:
             batch = self.settings.evaluate.batch
-            scores |= evaluate.retrieval(self.accelerator, network, self.training.dataset, self.eval_set, batch)
+            scores |= evaluate.retrieval(
+                self.accelerator, network, self.training.dataset, self.eval_set, batch
+            )
         summary = self._summary(scores)
         if self.accelerator.is_main_process:
             self._write_result(network, summary)
@@ -321,7 +327,9 @@ def evaluation(
         return scores
     pairs = parts.comparable_pairs(settings, teacher.net, student.net)
     samples = section.similarity_samples
-    return scores | evaluate.similarity(accelerator, student, teacher, pairs, eval_set, section.batch, samples)
+    return scores | evaluate.similarity(
+        accelerator, student, teacher, pairs, eval_set, section.batch, samples
+    )
 
 
 def mean_over_ranks(accelerator: Accelerator, value: Tensor | float) -> float:

@@ -20,7 +20,9 @@ def make_mix(settings: Config, accelerator: Accelerator) -> Callable[[Batch, Pha
     mixup = None
     if section and (section.mixup or section.cutmix):
         if micro_batch % 2:
-            raise UserError(f"kd.mix needs an even batch per rank and accumulation step, this is {micro_batch}")
+            raise UserError(
+                f"kd.mix needs an even batch per rank and accumulation step, this is {micro_batch}"
+            )
         mixup = Mixup(
             mixup_alpha=section.mixup,
             cutmix_alpha=section.cutmix,

@@ -41,7 +41,9 @@ def create(student: nn.Module, section: config.Optimizer, fused: bool = False) -
                 **({"fused": True} if fused else {}) | _arguments(student, section),
             )
     except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"optimizer: timm refuses {section.name}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"optimizer: timm refuses {section.name}: {' '.join(str(error).split())[:200]}"
+        ) from None
     if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:
         optimizer.register_step_pre_hook(_begin_momentum)
     return optimizer
@@ -122,7 +124,9 @@ class PhaseOptim:
     ) -> None:
         self.optimizer, self.settings, self.timetable = optimizer, settings, timetable
         self.pairs: tuple[int, ...] | None = None  # of the phase that the last step was in
-        self.stale_gradients: Tensor | None = None  # to be cleared when the pairs change (engine.stale_gradients)
+        self.stale_gradients: Tensor | None = (
+            None  # to be cleared when the pairs change (engine.stale_gradients)
+        )
         if unused:
             _split_groups(optimizer, unused)
             optimizer.register_step_pre_hook(self._set_unused_aside)
@@ -142,7 +146,10 @@ class PhaseOptim:
         """Prepare the optimizer for a step of a phase; returns the learning rate."""
         if phase not in self.schedulers:  # of a curriculum that sets its own pace
             self.schedulers[phase] = _scheduler(self.optimizer, self.settings, phase, self.timetable)
-        reset, new_epoch = _section(self.settings, phase).reset_optimizer, step % self.timetable.steps_per_epoch == 0
+        reset, new_epoch = (
+            _section(self.settings, phase).reset_optimizer,
+            step % self.timetable.steps_per_epoch == 0,
+        )
         if (reset != "never" and step == phase.start) or (reset == "epoch" and new_epoch):
             self._reset()
         if phase.pairs != self.pairs and self.stale_gradients is not None:
@@ -161,7 +168,9 @@ class PhaseOptim:
             group.update(options)
 
     def _set_unused_aside(self, optimizer: Optimizer, *_: Any) -> None:
-        self.aside = [(group, group["params"]) for group in optimizer.param_groups if self.pairs in group["unused_in"]]
+        self.aside = [
+            (group, group["params"]) for group in optimizer.param_groups if self.pairs in group["unused_in"]
+        ]
         for group, _ in self.aside:
             group["params"] = []
 
@@ -192,7 +201,9 @@ def _scheduler(optimizer: Optimizer, settings: Config, phase: Phase, timetable: 
     rate = own.lr or settings.optimizer.lr
     if isinstance(rate, list):
         if len(rate) != timetable.curriculum.pairs:
-            raise UserError(f"warmup.lr: {len(rate)} values for {timetable.curriculum.pairs} pairs: give one per pair")
+            raise UserError(
+                f"warmup.lr: {len(rate)} values for {timetable.curriculum.pairs} pairs: give one per pair"
+            )
         rate = rate[phase.index]
     length = (timetable.total_steps if phase.end is None else phase.end) - phase.start
     for group in optimizer.param_groups:
@@ -209,10 +220,14 @@ def _scheduler(optimizer: Optimizer, settings: Config, phase: Phase, timetable: 
         case "step":
             decay_every = timetable.steps(section.decay_every)
             if decay_every < 1:
-                raise UserError(f"schedule.decay_every: {section.decay_every} is less than one step: raise it")
+                raise UserError(
+                    f"schedule.decay_every: {section.decay_every} is less than one step: raise it"
+                )
             return StepLRScheduler(optimizer, decay_t=decay_every, decay_rate=section.decay_rate, **warmup)
         case "multistep":
-            decay_at = [timetable.steps(duration) + 1 for duration in section.decay_at]  # timm decays one step early
+            decay_at = [
+                timetable.steps(duration) + 1 for duration in section.decay_at
+            ]  # timm decays one step early
             return MultiStepLRScheduler(optimizer, decay_t=decay_at, decay_rate=section.decay_rate, **warmup)
         case "constant":
             return StepLRScheduler(optimizer, decay_t=1, decay_rate=1.0, **warmup)

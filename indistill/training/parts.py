@@ -60,13 +60,19 @@ def networks(
     net = create_student(settings)
     normalisation = network.normalisation(net, settings.student, "student")
     if settings.teacher is None:
-        return trainable(settings, Network(net, *normalisation)).to(device), LiveTargets(None, NO_PLAN, size), NO_PLAN
+        return (
+            trainable(settings, Network(net, *normalisation)).to(device),
+            LiveTargets(None, NO_PLAN, size),
+            NO_PLAN,
+        )
 
     reader = open_targets(accelerator, settings) if settings.targets.source == "cached" else None
     # One that is to be sharded may not fit a device, and stays on the CPU until then.
     shard_on = device if settings.teacher.shard and accelerator.num_processes > 1 else None
     if reader is None:
-        with torch.random.fork_rng():  # whether it is created here or not, the student's layers begin the same
+        with (
+            torch.random.fork_rng()
+        ):  # whether it is created here or not, the student's layers begin the same
             torch.manual_seed(settings.seed)
             teacher = (make_teacher or create_teacher)(settings).to("cpu" if shard_on else device)
     teacher_net = reader.manifest.teacher if reader else teacher.net
@@ -115,7 +121,9 @@ def check_fit(settings: Config) -> None:
     sections = {role: getattr(settings, role).model_copy(update=bare) for role in ("student", "teacher")}
     settings = settings.model_copy(update=sections)
     student = create_student(settings)
-    teacher = timm_model.create(settings.teacher, settings.data.num_classes, settings.data.image_size, "teacher")
+    teacher = timm_model.create(
+        settings.teacher, settings.data.num_classes, settings.data.image_size, "teacher"
+    )
     if reads(settings.kd.losses, "features"):
         choose_pairs(settings, teacher, student)
     if settings.warmup:
@@ -151,7 +159,9 @@ def create_teacher(settings: Config) -> Network:
         class_names.check_weights(class_names.of_weights(section.checkpoint), settings.data, "teacher")
     net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "teacher")
     if section.pretrained:
-        class_names.check_weights(class_names.of_pretrained(net.pretrained_cfg, section.name), settings.data, "teacher")
+        class_names.check_weights(
+            class_names.of_pretrained(net.pretrained_cfg, section.name), settings.data, "teacher"
+        )
     return Network(net, *normalisation(net, settings.teacher, "teacher"))
 
 
@@ -209,7 +219,9 @@ class Sources:
         """Training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
         return open_data(accelerator, settings)
 
-    def batches(self, training: Training, first_step: int, last_step: int, device: torch.device) -> Iterable[Batch]:
+    def batches(
+        self, training: Training, first_step: int, last_step: int, device: torch.device
+    ) -> Iterable[Batch]:
         """The micro-batches of the steps [first_step, last_step)."""
         return training.loader(first_step, last_step, device)
 

@@ -79,7 +79,9 @@ class Progress:
             print(text, file=file, flush=True)
 
 
-def plain(line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: Timetable, name: str = "") -> str:
+def plain(
+    line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: Timetable, name: str = ""
+) -> str:
     """A line for a log, with all there is to tell."""
     number, of = _place(phase, timetable)
     epochs = timetable.total_steps / timetable.steps_per_epoch
@@ -93,13 +95,18 @@ def plain(line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: T
     else:
         values = ", ".join(f"{term} {line[term]:.4g}" for term in _several(terms))
         parts.append(f"loss {line['loss']:.4g}{f' ({values})' * bool(values)}")
-    parts += [f"{line['images_per_second']:.0f} images/s", f"data wait {100 * line['data_wait_fraction']:.0f} %"]
+    parts += [
+        f"{line['images_per_second']:.0f} images/s",
+        f"data wait {100 * line['data_wait_fraction']:.0f} %",
+    ]
     in_phase, in_run = time_left(line, phase, timetable)
     parts.append(f"left: {in_run}" if phase.end is None else f"left: phase {in_phase}, run {in_run}")
     return _row(name, *parts)
 
 
-def live(line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: Timetable, name: str, width: int) -> str:
+def live(
+    line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: Timetable, name: str, width: int
+) -> str:
     """The same for `width` columns, as a `bar_format` of tqdm, which counts the steps in it.
 
     What is longer loses the least important parts, whole: a number that is cut would be another number.
@@ -135,7 +142,9 @@ def time_left(line: dict[str, Any], phase: Phase, timetable: Timetable) -> tuple
     """
     rate = line["images_per_second"] / timetable.global_batch  # steps a second
     end = timetable.total_steps if phase.end is None else phase.end
-    in_phase, in_run = (tqdm.format_interval((last - line["step"]) / rate) for last in (end, timetable.total_steps))
+    in_phase, in_run = (
+        tqdm.format_interval((last - line["step"]) / rate) for last in (end, timetable.total_steps)
+    )
     open_end = timetable.curriculum.order == "auto" and line["step"] < end < timetable.total_steps
     return "<" * open_end + in_phase, "~" * (end < timetable.total_steps) + in_run
 

@@ -64,7 +64,9 @@ def agree_on_plan(
 
 
 # --- targets that are stored -----------------------------------------------------------------------------------------
-def stored_plan(accelerator: Accelerator, settings: Config, run_dir: Path, reader: Reader, student: nn.Module) -> Plan:
+def stored_plan(
+    accelerator: Accelerator, settings: Config, run_dir: Path, reader: Reader, student: nn.Module
+) -> Plan:
     """The plan that the targets were made by, kept as that of the run. Raises UserError if it is of another student."""
     plan, path = reader.manifest.pruning(), run_dir / "prune_plan.json"
     pairs, key = settings.warmup.pairs, "warmup.pairs"
@@ -81,7 +83,9 @@ def stored_plan(accelerator: Accelerator, settings: Config, run_dir: Path, reade
 
     def keep() -> None:
         if path.exists() and Plan.read(path).hash != plan.hash:
-            raise UserError(f"{reader.root}: made with another plan than {path}, with which this run began: {again}")
+            raise UserError(
+                f"{reader.root}: made with another plan than {path}, with which this run began: {again}"
+            )
         path.write_text(plan.to_json())
 
     engine.on_main(accelerator, keep)

@@ -59,12 +59,16 @@ class RunLog:
         # Over the steps since the last line: the sum of each term and, last, the number of steps: [T + 1]. First of
         # those that were taken, then of the skipped ones.
         self.sums = self.skipped_sums = self.zero
-        self.in_a_row = self.most_in_a_row = self.zero  # skipped steps: up to the last step; the most since a line
+        self.in_a_row = self.most_in_a_row = (
+            self.zero
+        )  # skipped steps: up to the last step; the most since a line
         self.timed_steps = 0  # steps that this process ran since the last line, the skipped ones included
         self.skipped_steps = 0  # up to the last line
         self.wait_seconds = 0.0
         self.phase_seconds: dict[str, float] = {}
-        self.bad: set[str] = set()  # undecodable samples, by name: this rank's, and all ranks' as of the last line
+        self.bad: set[str] = (
+            set()
+        )  # undecodable samples, by name: this rank's, and all ranks' as of the last line
         self.bad_agreed = 0  # sum over the ranks of len(bad) when they last told each other
         # If the last step was logged, means over the ranks: asked to stop, and seconds per step (preemption.py).
         self.told: tuple[float, float] | None = None
@@ -180,7 +184,10 @@ class RunLog:
         """What a checkpoint must hold for the next line to come out as if nothing had happened. Call on all ranks."""
         device = {name: getattr(self, name) for name in ("sums", "skipped_sums", "in_a_row", "most_in_a_row")}
         return {
-            **{name: self.accelerator.reduce(value, reduction="mean").tolist() for name, value in device.items()},
+            **{
+                name: self.accelerator.reduce(value, reduction="mean").tolist()
+                for name, value in device.items()
+            },
             "names": self.names,
             "phase_seconds": self.phase_seconds,
             "bad": sorted(self.bad),
@@ -205,7 +212,9 @@ class RunLog:
         """One line of metrics.jsonl, and its numbers to the trackers. A full disk is told, and does not end the run."""
         if not self.accelerator.is_main_process:
             return
-        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+        numbers = {
+            name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"
+        }
         self.trackers.log(numbers, line["step"])
         self.unwritten.append(json.dumps(line) + "\n")
         size = self.path.stat().st_size
@@ -226,7 +235,9 @@ class RunLog:
         numbers = torch.tensor([float(number) for number in numbers], device=self.zero.device)
         parts = self.sums, self.skipped_sums, self.most_in_a_row[None], numbers
         told = iter(self.accelerator.reduce(torch.cat(parts), reduction="mean").tolist())
-        (*sums, taken), (*of_skipped, skipped), (in_a_row,), numbers = (list(islice(told, len(part))) for part in parts)
+        (*sums, taken), (*of_skipped, skipped), (in_a_row,), numbers = (
+            list(islice(told, len(part))) for part in parts
+        )
         self.skipped_steps += round(skipped)
         if in_a_row > self.max_bad_steps:
             terms = [name for name, value in zip(self.names, of_skipped) if not math.isfinite(value)]

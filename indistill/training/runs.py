@@ -36,7 +36,9 @@ def run(
         return (_run_together if isinstance(stages, Students) else _run_stages)(stages, resume, callbacks)
 
 
-def _run_together(students: Students, resume: str, callbacks: Sequence[Callback]) -> dict[str, dict[str, Any]]:
+def _run_together(
+    students: Students, resume: str, callbacks: Sequence[Callback]
+) -> dict[str, dict[str, Any]]:
     if resume not in ("auto", "never"):
         raise UserError(
             f"--resume {resume}: several students go on from where they stopped, with auto: to go back with one, train "
@@ -45,7 +47,9 @@ def _run_together(students: Students, resume: str, callbacks: Sequence[Callback]
     for _, settings in students:  # a run that has to be refused is so before another begins
         environment.check(settings)
         has_begun(settings)
-    summaries = (groups if students.groups == "disjoint" else training_students).train(students, resume, callbacks)
+    summaries = (groups if students.groups == "disjoint" else training_students).train(
+        students, resume, callbacks
+    )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return summaries
@@ -63,7 +67,9 @@ def _run_stages(
     # All ranks look before any can write. A stage that has to be refused is so before days of work on the others.
     begun = {name for name, settings in stages if chain and has_begun(settings)}
     if begun and resume == "never":
-        raise UserError(f"--resume never: stage {min(begun)} has begun already: choose another run_dir, or auto")
+        raise UserError(
+            f"--resume never: stage {min(begun)} has begun already: choose another run_dir, or auto"
+        )
     finished = {name for name, settings in stages if name in begun and _summary(settings).exists()}
     for name, settings in stages:
         if name not in finished:
@@ -122,7 +128,9 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(hashes, indent=2) + "\n")
         except OSError as error:
-            raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another") from None
+            raise UserError(
+                f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another"
+            ) from None
 
 
 def _say(line: str) -> None:

@@ -23,7 +23,9 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     environment.check(settings)
     check_devices(settings, world)
-    torch.backends.cudnn.benchmark = True  # a run has few shapes, and steps without end to use what is found for them
+    torch.backends.cudnn.benchmark = (
+        True  # a run has few shapes, and steps without end to use what is found for them
+    )
     if settings.compile:
         # Each network has a graph for each phase; with more than the usual 8 in all, the others would not be compiled.
         torch._dynamo.config.recompile_limit = 64
@@ -36,7 +38,11 @@ def start_accelerator(settings: Config, training: bool = True) -> Accelerator:
             settings.mixed_precision,
             world,
             settings.collective_timeout_minutes,
-            [DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)],
+            [
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=partly_unused, gradient_as_bucket_view=True
+                )
+            ],
             gradient_accumulation_steps=settings.grad_accumulation,
             dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if settings.compile else None,
         )

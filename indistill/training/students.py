@@ -42,13 +42,16 @@ def train(
     """
     shared = shared or Shared(students[0][1], len(students))
     runs = {
-        name: Run(settings, resume, _Share(shared, i, name), callbacks) for i, (name, settings) in enumerate(students)
+        name: Run(settings, resume, _Share(shared, i, name), callbacks)
+        for i, (name, settings) in enumerate(students)
     }
     for run in runs.values():
         run.begin()
     under_way, summaries, stopped = dict(runs), {}, None
     while under_way:
-        name = min(under_way, key=lambda name: under_way[name].done)  # of equals the first: on every rank the same
+        name = min(
+            under_way, key=lambda name: under_way[name].done
+        )  # of equals the first: on every rank the same
         run = under_way[name]
         try:
             if run.finished:
@@ -74,7 +77,9 @@ class Shared(Sources):
         self.places = [0] * students
         self.loaded: dict[int, Batch] = {}
         self.loader: Iterator[tuple[int, Batch]] | None = None
-        self.network: Network | None = None  # the teacher as it was created; each student's has stages of its own
+        self.network: Network | None = (
+            None  # the teacher as it was created; each student's has stages of its own
+        )
         self.teacher_pass: TeacherPass | None = None
 
     def data(self, *arguments: Any) -> tuple[Training, data.ImageDataset | None]:
@@ -114,10 +119,14 @@ class _Share(Sources):
     def teacher(self, settings: Config) -> Network:
         return self.shared.teacher(settings)
 
-    def batches(self, training: Training, first_step: int, last_step: int, device: torch.device) -> Iterator[Batch]:
+    def batches(
+        self, training: Training, first_step: int, last_step: int, device: torch.device
+    ) -> Iterator[Batch]:
         shared = self.shared
         places = range(first_step * shared.accumulation, last_step * shared.accumulation)
-        shared.places[self.student] = places.start  # at once: what comes later is kept until this student has seen it
+        shared.places[self.student] = (
+            places.start
+        )  # at once: what comes later is kept until this student has seen it
 
         def batches() -> Iterator[Batch]:
             for place in places:
@@ -161,7 +170,11 @@ class TeacherPass:
             self.of, self.output, self.maps = (place, images.dtype), None, {}
             before, self.asked = self.asked, before
         self.asked = self.asked[0] | set(stages), self.asked[1] or whole
-        if not self.maps.keys() >= set(stages) or self.output is None or (whole and self.output.embedding is None):
+        if (
+            not self.maps.keys() >= set(stages)
+            or self.output is None
+            or (whole and self.output.embedding is None)
+        ):
             self._run(images, sorted(self.asked[0] | before[0]), self.asked[1] or before[1])
         return self.output._replace(features=tuple(self.maps[stage] for stage in stages))
 

@@ -22,7 +22,9 @@ _PROJECT = "indistill"
 # For wandb, which would wait for its server for 90 s at the start and without end at the end. A run that is asked to
 # stop is killed 30 s later.
 _INIT_SECONDS, _FINISH_SECONDS = "30", "20"
-_PATIENCE_SECONDS = 10.0  # with a line that fails: libraries that retry over a network may take minutes for each
+_PATIENCE_SECONDS = (
+    10.0  # with a line that fails: libraries that retry over a network may take minutes for each
+)
 
 
 class Trackers:
@@ -31,13 +33,17 @@ class Trackers:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.running: dict[str, GeneralTracker] = {}
-        self.failed: set[str] = set()  # that missed a line, and were told of; they get the next ones all the same
+        self.failed: set[str] = (
+            set()
+        )  # that missed a line, and were told of; they get the next ones all the same
 
     def start(self, settings: Config, run_id: str, step: int) -> None:
         """Begin, or go on after `step` completed steps; `run_id` is the same at every start of a run."""
         run_dir = Path(settings.run_dir)
         flat = config.flatten(settings, without=())
-        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()}
+        plain = {
+            key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()
+        }
         installed = {str(name) for name in get_available_trackers()}
         for name in dict.fromkeys(settings.trackers):
             if name not in installed:
@@ -57,9 +63,13 @@ class Trackers:
                 tracker.start()
                 self.running[name] = tracker
                 if name == "wandb":
-                    tracker.tracker.config.update(plain, allow_val_change=True)  # Accelerate's sets another run's
+                    tracker.tracker.config.update(
+                        plain, allow_val_change=True
+                    )  # Accelerate's sets another run's
                 elif name != "tensorboard" or not any(run_dir.glob("tensorboard/*/hparams.yml")):
-                    tracker.store_init_configuration(plain)  # TensorBoard would list each start as another run
+                    tracker.store_init_configuration(
+                        plain
+                    )  # TensorBoard would list each start as another run
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         """A tracker that fails gets the next line all the same, unless it holds the run up or cannot recover."""
@@ -74,7 +84,9 @@ class Trackers:
                     self._tell(name, f"failed at step {step}", error, "the run goes on without it")
                 elif name not in self.failed:
                     self.failed.add(name)
-                    self._tell(name, f"failed at step {step}", error, "the run goes on, and tries again at each line")
+                    self._tell(
+                        name, f"failed at step {step}", error, "the run goes on, and tries again at each line"
+                    )
 
     def finish(self) -> None:
         for name, tracker in [*self.running.items()]:

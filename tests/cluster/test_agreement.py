@@ -52,7 +52,10 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
     both("log.every_steps: rank 0 has 1, rank 1 has 2", mine=with_keys(tree, "log", every_steps=2))
     both(r"indistill: rank 0 has .*, rank 1 has .*", (agree, "__file__", other_code))
     both(r"torch: rank 0 has .*, rank 1 has 0\.1", (torch, "__version__", "0.1"))
-    both("data: rank 0 has [0-9a-f]{64}, rank 1 has [0-9a-f]{64}", mine=with_keys(tree, "data", root=other_data))
+    both(
+        "data: rank 0 has [0-9a-f]{64}, rank 1 has [0-9a-f]{64}",
+        mine=with_keys(tree, "data", root=other_data),
+    )
     both("plan: rank 0 has .*, rank 1 has .*", (parts, "agree_on_plan", other_plan))
     both("teacher: rank 0 has .*, rank 1 has .*", (parts, "create_teacher", other_teacher))
 

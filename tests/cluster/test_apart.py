@@ -144,8 +144,16 @@ def refused(path: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("world", "overrides", "message"),
     [
-        (3, {}, "student_groups: disjoint: 3 processes cannot be cut into 2 equal groups: start a multiple of 2"),
-        (2, {"grad_accumulation": 32}, "1 images of a rank and accumulation step cannot be shared out to 2 teachers"),
+        (
+            3,
+            {},
+            "student_groups: disjoint: 3 processes cannot be cut into 2 equal groups: start a multiple of 2",
+        ),
+        (
+            2,
+            {"grad_accumulation": 32},
+            "1 images of a rank and accumulation step cannot be shared out to 2 teachers",
+        ),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(path, tmp_path, world, overrides, message):

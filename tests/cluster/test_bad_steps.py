@@ -33,7 +33,9 @@ BAD = (3, 8, 9)  # in the warm-up; then two in a row, in kd
 def digest(values: Any) -> str:
     found = hashlib.sha256()
     for value in values:
-        found.update(torch.as_tensor(value).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(
+            torch.as_tensor(value).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()
 
 
@@ -100,11 +102,14 @@ class State:
         engine.prepare, engine.whole, guard.Ema = keep_prepare, keep_whole, keep_ema
 
     def digests(self) -> list[str]:
-        inner = getattr(self.optimizer.optimizer, "optimizer", self.optimizer.optimizer)  # ZeRO's own holds torch's
+        inner = getattr(
+            self.optimizer.optimizer, "optimizer", self.optimizer.optimizer
+        )  # ZeRO's own holds torch's
         state = [value for of_one in inner.state.values() for value in of_one.values()]
         student = self.whole()
         return [
-            digest(p) for p in (student.parameters(), state, student.buffers(), self.ema.module.state_dict().values())
+            digest(p)
+            for p in (student.parameters(), state, student.buffers(), self.ema.module.state_dict().values())
         ]
 
     def at_bad_steps(self, begin: Any, end: Any) -> None:
@@ -194,7 +199,12 @@ def short_tree(tree):
 
 @pytest.mark.parametrize(
     ("kind", "world", "rank", "precision", "accumulation"),
-    [("gradient", 1, 0, "bf16", 2), ("image", 2, 0, "no", 1), ("loss", 2, 1, "bf16", 2), ("loss", 1, 0, "no", 1)],
+    [
+        ("gradient", 1, 0, "bf16", 2),
+        ("image", 2, 0, "no", 1),
+        ("loss", 2, 1, "bf16", 2),
+        ("loss", 1, 0, "no", 1),
+    ],
 )
 def test_a_bad_step_leaves_no_trace(short_tree, tmp_path, kind, world, rank, precision, accumulation):
     short_tree |= {"mixed_precision": precision, "grad_accumulation": accumulation}
@@ -207,7 +217,9 @@ def test_a_bad_step_leaves_no_trace(short_tree, tmp_path, kind, world, rank, pre
     assert ranks[0]["digests"][:2] == ranks[-1]["digests"][:2]  # batch norm's statistics are each rank's own
 
     per_step = [line["loss"] for line in lines(without)]
-    windows = [[loss for step, loss in enumerate(per_step) if step // 2 == i and step not in BAD] for i in range(6)]
+    windows = [
+        [loss for step, loss in enumerate(per_step) if step // 2 == i and step not in BAD] for i in range(6)
+    ]
     means = [sum(window) / len(window) if window else None for window in windows]
     assert means[4] is None  # both steps of it were bad
     assert [line["loss"] for line in lines(short_tree)] == [
@@ -225,7 +237,9 @@ def resume(tree: dict[str, Any]) -> None:
     break_steps("loss", 0)  # counts its steps anew
     loop.train(config.parse(tree, "test"), str(again))
     kept = {"step", "loss", "skipped_steps"}
-    assert [{k: line[k] for k in kept} for line in lines(tree)] == [{k: line[k] for k in kept} for line in whole]
+    assert [{k: line[k] for k in kept} for line in lines(tree)] == [
+        {k: line[k] for k in kept} for line in whole
+    ]
 
 
 def test_the_count_is_in_the_checkpoint(short_tree):
@@ -247,7 +261,9 @@ def test_too_many_in_a_row_stop_the_run(short_tree, tmp_path):
     run_ranks(stopped, 2, ["train", str(path)], str(tmp_path), exit_code=2)
     message = (tmp_path / "stderr-0").read_text()
     # The fourth of them was step 9, which has no line.
-    assert "step 10: loss, ce not finite: 5 steps in a row were skipped, more than max_bad_steps (3)" in message
+    assert (
+        "step 10: loss, ce not finite: 5 steps in a row were skipped, more than max_bad_steps (3)" in message
+    )
     # That of step 9 is written beside the steps, and may not be there yet.
     assert re.search(rf"last good checkpoint: {short_tree['run_dir']}/checkpoints/step-0000000[69]:", message)
     word, reason = (Path(short_tree["run_dir"]) / "status").read_text().splitlines()
@@ -278,7 +294,9 @@ def test_under_zero(short_tree, tmp_path, stage, kind, accumulation):
     ours, expected, limits = zip(
         *(
             row
-            for row in zip(losses(zero["run_dir"]), losses(short_tree["run_dir"]), strayed(losses, plain["run_dir"]))
+            for row in zip(
+                losses(zero["run_dir"]), losses(short_tree["run_dir"]), strayed(losses, plain["run_dir"])
+            )
             if row[:2] != (None, None)
         )
     )

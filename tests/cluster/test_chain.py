@@ -37,7 +37,9 @@ def run(path: Path, told: Path) -> None:
 
 
 def check(run_dir: Path) -> dict[str, Any]:
-    summaries = {name: json.loads((run_dir / name / "summary.json").read_text()) for name in ("teacher", "student")}
+    summaries = {
+        name: json.loads((run_dir / name / "summary.json").read_text()) for name in ("teacher", "student")
+    }
     assert [(s["world_size"], s["step"]) for s in summaries.values()] == [(2, 4), (2, 15)]
     assert set(json.loads((run_dir / "student" / "inputs.json").read_text())) == {"teacher.checkpoint"}
     return summaries

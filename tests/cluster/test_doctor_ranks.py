@@ -53,7 +53,9 @@ def dies(here: Here) -> Said:
     os._exit(3)
 
 
-def run(tree, tmp_path: Path, how: str = "", ranks=(0, 1), agent=False, seconds=(60.0, 60.0)) -> tuple[list[int], Any]:
+def run(
+    tree, tmp_path: Path, how: str = "", ranks=(0, 1), agent=False, seconds=(60.0, 60.0)
+) -> tuple[list[int], Any]:
     """Exit codes, and what rank 0 printed."""
     path, port = tmp_path / "config.yaml", unused_port()
     path.write_text(json.dumps(tree))
@@ -62,7 +64,8 @@ def run(tree, tmp_path: Path, how: str = "", ranks=(0, 1), agent=False, seconds=
         served = distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         variables = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     processes = [
-        start(examine_with, variables, str(path), how, *seconds, rank=rank, world=2, port=port) for rank in ranks
+        start(examine_with, variables, str(path), how, *seconds, rank=rank, world=2, port=port)
+        for rank in ranks
     ]
     for process in processes:
         process.join(timeout=120)
@@ -96,7 +99,10 @@ def test_two_ranks(tree, tmp_path):
     assert line["what"].startswith("gloo: sums are right, 17 MB take ")
     (line,) = lines(told, "clocks")
     within, bound = (float(part.split()[0]) for part in line["what"].removeprefix("within ").split("± "))
-    assert (line["level"], within <= bound < 1000) == ("ok", True)  # both are one clock, so the difference is 0
+    assert (line["level"], within <= bound < 1000) == (
+        "ok",
+        True,
+    )  # both are one clock, so the difference is 0
     (line,) = lines(told, "one file system")
     assert (line["level"], line["ranks"]) == ("ok", [0])
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -48,8 +48,14 @@ def losses(run_dir: str) -> list[float]:
 @pytest.fixture
 def elastic_tree(tree):
     """No batch norm, no dropout: the loss of a global batch does not depend on how it is divided."""
-    tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["student"] = {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
+    }
+    tree["teacher"] |= {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
+    }
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree["duration"] = "15 steps"
     tree["log"]["every_steps"] = 2  # windows that straddle the changes of world size

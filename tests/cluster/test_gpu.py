@@ -82,14 +82,27 @@ def test_the_loss_scale_is_in_the_checkpoint(tree):
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_no_step_between_lines_waits_for_the_gpu(tree, monkeypatch, precision):
     """CUDA itself raises at whatever would wait, in all steps that write no line."""
-    tree |= {"mixed_precision": precision, "grad_accumulation": 2, "clip_grad_norm": 1.0, "ema": {"decay": 0.9}}
+    tree |= {
+        "mixed_precision": precision,
+        "grad_accumulation": 2,
+        "clip_grad_norm": 1.0,
+        "ema": {"decay": 0.9},
+    }
     tree["log"]["every_steps"] = 6
     tree["data"] |= {"in_memory": False, "workers": 1}  # else batches are not pinned by a thread of their own
     begin_step, end_step = PhaseOptim.begin_step, RunLog.end_step
     quiet = []
 
     def begin(phase_optim, step, phase):
-        if step > 0 and step + 1 not in (4, 6, 8, 12, 13, 18, 24):  # the first opens the loader; these have lines
+        if step > 0 and step + 1 not in (
+            4,
+            6,
+            8,
+            12,
+            13,
+            18,
+            24,
+        ):  # the first opens the loader; these have lines
             quiet.append(step)
             torch.cuda.set_sync_debug_mode("error")
         return begin_step(phase_optim, step, phase)
@@ -155,7 +168,9 @@ def test_zero_follows_ddp(tree, tmp_path, precision, stage):
     run(tree)
     run_moved(run, tree, BF16 / 2)
     run_ranks(run, 1, zero)
-    assert_rounding_explains(losses(zero["run_dir"]), losses(tree["run_dir"]), strayed(losses, tree["run_dir"]))
+    assert_rounding_explains(
+        losses(zero["run_dir"]), losses(tree["run_dir"]), strayed(losses, tree["run_dir"])
+    )
 
 
 def test_torchrun_with_nccl(tree, tmp_path):
@@ -163,9 +178,19 @@ def test_torchrun_with_nccl(tree, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({**tree, "sync_batchnorm": True}))
     port = f"--master-port={unused_port()}"
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", port, "-m", "indistill"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={world}",
+        port,
+        "-m",
+        "indistill",
+    ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    done = subprocess.run([*command, "train", str(path)], capture_output=True, text=True, env=environment, timeout=500)
+    done = subprocess.run(
+        [*command, "train", str(path)], capture_output=True, text=True, env=environment, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     assert f"indistill: {world} process" in done.stdout
     assert "on cuda" in done.stdout

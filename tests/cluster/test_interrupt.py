@@ -79,7 +79,9 @@ def wait_for(*paths: Path, process: subprocess.Popen) -> None:
 def losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """Of each run at or below a folder."""
     return {
-        str(file.parent.relative_to(run_dir)): [(x["step"], x["loss"]) for x in read_lines(file) if "loss" in x]
+        str(file.parent.relative_to(run_dir)): [
+            (x["step"], x["loss"]) for x in read_lines(file) if "loss" in x
+        ]
         for file in run_dir.rglob("metrics.jsonl")
     }
 
@@ -103,7 +105,10 @@ def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, s
     tree["data"] |= {"in_memory": bool(students), "workers": 2}
     tree["checkpoint"], run_dir = {"every_steps": None}, Path(tree["run_dir"])
     if students:
-        both = [{"name": name, "student": {"name": "cnn32_student"}, "optimizer": {"lr": lr}} for name, lr in RATES]
+        both = [
+            {"name": name, "student": {"name": "cnn32_student"}, "optimizer": {"lr": lr}}
+            for name, lr in RATES
+        ]
         tree |= {"students": both, "student_groups": students}
         del tree["student"]
     script, path = tmp_path / "waiting.py", tmp_path / "config.yaml"
@@ -118,7 +123,9 @@ def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, s
         process.kill()
     assert (run_dir / "status").read_text() == "requeue\n"
     assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in told
-    assert re.search(r"^indistill: stopped at step \d of 24: the same command goes on from there$", told, re.M)
+    assert re.search(
+        r"^indistill: stopped at step \d of 24: the same command goes on from there$", told, re.M
+    )
     assert "leaves at once" not in told
     if not launcher:
         assert process.returncode == 130
@@ -129,5 +136,10 @@ def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, s
     assert losses(run_dir) == losses(tmp_path / "whole")
     assert all(len(of_run) == 24 for of_run in losses(run_dir).values())
     assert len(losses(run_dir)) == (2 if students else 1)
-    starts = [line for file in run_dir.rglob("history.jsonl") for line in read_lines(file) if line["event"] == "start"]
+    starts = [
+        line
+        for file in run_dir.rglob("history.jsonl")
+        for line in read_lines(file)
+        if line["event"] == "start"
+    ]
     assert {line["step"] > 0 for line in starts} == {False, True}  # it went on from what Ctrl-C had left

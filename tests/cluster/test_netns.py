@@ -42,7 +42,20 @@ def hosts() -> Iterator[list[str]]:
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        ip(
+            "link",
+            "add",
+            names[0],
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            names[1],
+            "netns",
+            names[1],
+        )
         for name, address in zip(names, ADDRESSES):
             ip("-n", name, "address", "add", f"{address}/24", "dev", name)
             ip("-n", name, "link", "set", name, "up")
@@ -58,11 +71,15 @@ def hosts() -> Iterator[list[str]]:
 
 def launch(config: Path, variables: dict[str, str], *before: str) -> subprocess.Popen:
     """launch/torchrun.sh as a user calls it; stdout and stderr are in one pipe."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GLOO_", "NCCL_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("GLOO_", "NCCL_"))
+    }
     environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"OMP_NUM_THREADS": "1", "PET_MASTER_PORT": str(unused_port()), **variables}
     command = [*before, REPOSITORY / "launch" / "torchrun.sh", config]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def on_both(hosts: list[str], config: Path) -> list[subprocess.Popen]:
@@ -72,7 +89,18 @@ def on_both(hosts: list[str], config: Path) -> list[subprocess.Popen]:
     for i, host in enumerate(hosts):
         variables = {"PET_NNODES": "2", "PET_NODE_RANK": str(i), "PET_NPROC_PER_NODE": "1"}
         variables |= {"PET_MASTER_ADDR": ADDRESSES[0], "PET_MASTER_PORT": port}
-        enter = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", f'hostname node{i}; exec "$@"', "sh"]
+        enter = [
+            "ip",
+            "netns",
+            "exec",
+            host,
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            f'hostname node{i}; exec "$@"',
+            "sh",
+        ]
         nodes.append(launch(config, variables, *enter))
     return nodes
 
@@ -122,7 +150,8 @@ def test_a_run_on_two_hosts_outlives_a_cut_cable(tree, tmp_path, hosts):
         assert re.search(rf"indistill: rank {rank} leaves at once: step \d+, phase \S+, [a-z ]+: ", text)
         assert "step-0000" in text
     assert re.search(
-        r"indistill: rank 1 \(node1\) has not been heard from for \d+ s \(last: .+\); rank 0 waits for it", told[0]
+        r"indistill: rank 1 \(node1\) has not been heard from for \d+ s \(last: .+\); rank 0 waits for it",
+        told[0],
     )
     assert (run_dir / "status").read_text() == "requeue\n"
     assert not (run_dir / "summary.json").exists()

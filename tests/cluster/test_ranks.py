@@ -23,8 +23,14 @@ from indistill.training.loop import Run
 @pytest.fixture
 def vit_tree(tree):
     """Networks without batch norm or dropout: a loss is then the same however the batch is divided."""
-    tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["student"] = {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
+    }
+    tree["teacher"] |= {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
+    }
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree["kd"] = {"losses": [{"name": "ce"}, {"name": "kd"}]}
     tree["duration"] = "12 steps"
@@ -82,7 +88,9 @@ def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
     assert losses(trees[2]["run_dir"]) == pytest.approx(losses(trees[1]["run_dir"]), rel=LOGGED)
     one, two = (json.loads((tmp_path / f"run{w}" / "summary.json").read_text()) for w in (1, 2))
     assert (one["world_size"], two["world_size"]) == (1, 2)
-    assert [two["metrics"][key] for key in ("top1", "top5")] == [one["metrics"][key] for key in ("top1", "top5")]
+    assert [two["metrics"][key] for key in ("top1", "top5")] == [
+        one["metrics"][key] for key in ("top1", "top5")
+    ]
     assert two["metrics"] == pytest.approx(one["metrics"], rel=LOGGED)  # maps are compared in float32
 
 
@@ -90,7 +98,11 @@ def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
 def test_accumulation_changes_nothing(vit_tree, tmp_path):
     recorded = []
     for steps in (1, 4):
-        tree = {**copy.deepcopy(vit_tree), "run_dir": str(tmp_path / f"run{steps}"), "grad_accumulation": steps}
+        tree = {
+            **copy.deepcopy(vit_tree),
+            "run_dir": str(tmp_path / f"run{steps}"),
+            "grad_accumulation": steps,
+        }
         run_ranks(in_float64, 1, run, tree)
         recorded.append(losses(tree["run_dir"]))
     assert len(recorded[0]) == 12

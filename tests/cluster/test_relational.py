@@ -134,7 +134,8 @@ def test_auto_gathers_while_neither_rows_nor_relations_are_many(tmp_path):
     run_ranks(gathered_rows, 2, str(tmp_path))
     for rank in (0, 1):
         lengths = {
-            name: int((tmp_path / f"{name}-{rank}").read_text()) for name in ("fits", "wide", "pairs", "triplets")
+            name: int((tmp_path / f"{name}-{rank}").read_text())
+            for name in ("fits", "wide", "pairs", "triplets")
         }
         assert lengths == {"fits": 4, "wide": 2, "pairs": 2, "triplets": 2}
 
@@ -146,8 +147,14 @@ def run(tree: dict[str, Any]) -> None:
 @pytest.mark.portable
 def test_a_run_with_every_loss_is_the_same_on_two_ranks(tree, tmp_path):
     """Trained layers, all relational losses and information flow; no batch norm, so that ranks can agree."""
-    tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["student"] = {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
+    }
+    tree["teacher"] |= {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
+    }
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["2 steps", "2 steps", "2 steps"]}
     names = ["ce", "kd", "dist", "dkd", "pkt", "information_flow", "rkd", "crd", "sp", "at", "hint", "vid"]
     tree["kd"] = {"losses": [{"name": name, "weight": 0.1} for name in names], "pairs": [[0, 0], [2, 2]]}

@@ -138,7 +138,9 @@ def test_features_are_bit_equal_and_each_rank_holds_its_share(tmp_path, name):
         # Each pair alone, all at once, in KD the maps but the first, two heads, embedding, logits; in two precisions.
         assert rank["compared"] == 2 * (pairs + pairs + (pairs - 1) + 2 + 2)
         assert rank["held"] == pytest.approx(rank["total"] / 2, rel=0.03)
-        assert rank["alive"] == pytest.approx(rank["total"] / 2, abs=15_000)  # less than a block: images and the like
+        assert rank["alive"] == pytest.approx(
+            rank["total"] / 2, abs=15_000
+        )  # less than a block: images and the like
         assert rank["gathered"] > 1.4 * rank["total"]  # and would have been seen
     assert sum(rank["held"] for rank in told) == pytest.approx(told[0]["total"], rel=0.01)
 
@@ -147,7 +149,9 @@ def refuse(name: str) -> None:
     import accelerate
 
     device = accelerate.Accelerator().device
-    network = Network(timm.create_model(name, num_classes=7), (0.5,) * 3, (0.5,) * 3).eval().requires_grad_(False)
+    network = (
+        Network(timm.create_model(name, num_classes=7), (0.5,) * 3, (0.5,) * 3).eval().requires_grad_(False)
+    )
     with pytest.raises(config.UserError, match=r"teacher\.shard: XceptionAligned runs some blocks by parts"):
         frozen.shard(network, device, SIZE)
 
@@ -162,7 +166,11 @@ def test_a_network_that_runs_parts_of_blocks_is_refused():
 @pytest.fixture
 def uneven_tree(tree):
     """Ten steps, and evaluations on 51 images, of which one rank has a batch and the other two."""
-    tree |= {"duration": "10 steps", "checkpoint": {"every_steps": 5}, "evaluate": {"every": "5 steps", "batch": 25}}
+    tree |= {
+        "duration": "10 steps",
+        "checkpoint": {"every_steps": 5},
+        "evaluate": {"every": "5 steps", "batch": 25},
+    }
     tree["warmup"] = {
         "durations": ["2 steps", "2 steps", "2 steps"],
         "prune": {"criterion": "activation", "batches": 2},
@@ -203,7 +211,9 @@ def told(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], str, dict[str, flo
     """Loss and terms of every step, the plan, and the final scores."""
     run_dir = Path(tree["run_dir"])
     lines = [line for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line]
-    steps = [{key: value for key, value in line.items() if key in ("step", "loss", "kd", "ce")} for line in lines]
+    steps = [
+        {key: value for key, value in line.items() if key in ("step", "loss", "kd", "ce")} for line in lines
+    ]
     scores = json.loads((run_dir / "summary.json").read_text())["metrics"]
     return steps, (run_dir / "prune_plan.json").read_text(), scores
 
@@ -256,7 +266,9 @@ def stop_one(tree: dict[str, Any]) -> None:
     frozen.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))
     preemption.asked = lambda: accelerator.process_index == 1
     with pytest.raises(Preempted):
-        evaluate.similarity(accelerator, student, teacher, [(0, 0)], training.open_eval_set(settings), batch=10)
+        evaluate.similarity(
+            accelerator, student, teacher, [(0, 0)], training.open_eval_set(settings), batch=10
+        )
 
 
 def test_a_rank_that_is_asked_to_stop_leaves_none_waiting(vit_tree):

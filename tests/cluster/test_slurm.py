@@ -116,7 +116,11 @@ class Job:
 
     def steps(self) -> list[dict[str, Any]]:
         clocks = ("images_per_second", "data_wait_fraction")
-        lines = [line for line in read_lines(self.run_dir / "metrics.jsonl") if "checkpoint_stall_seconds" not in line]
+        lines = [
+            line
+            for line in read_lines(self.run_dir / "metrics.jsonl")
+            if "checkpoint_stall_seconds" not in line
+        ]
         return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
 
     def wait_for_steps(self, number: int) -> None:

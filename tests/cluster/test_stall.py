@@ -70,9 +70,7 @@ def test_a_rank_that_waits_for_data_is_named_before_the_timeout(tree, tmp_path):
     codes, (stderr, other) = run(tree, tmp_path, "waits")
     assert codes == [preemption.EXIT_CODE] * 2
     named, left = [line for line in stderr.splitlines() if line.startswith("indistill:")]
-    pattern = (
-        r"indistill: rank 1 \((.+)\) has been in step 20, phase kd, waiting for data, for (\d+) s; rank 0 waits for it"
-    )
+    pattern = r"indistill: rank 1 \((.+)\) has been in step 20, phase kd, waiting for data, for (\d+) s; rank 0 waits for it"
     host, seconds = re.fullmatch(pattern, named).groups()
     assert host == socket.gethostname()
     assert 30 * TIMEOUT_MINUTES - 3 <= int(seconds) < 60 * TIMEOUT_MINUTES
@@ -89,7 +87,9 @@ def test_a_rank_that_dies_ends_the_other_in_one_line(tree, tmp_path, engine):
     assert codes == [preemption.EXIT_CODE, -signal.SIGKILL]
     assert "Traceback" not in stderr
     (line,) = [line for line in stderr.splitlines() if line.startswith("indistill:")]
-    assert line.startswith("indistill: rank 0 leaves at once: step 20, phase kd, training: lost the other processes: ")
+    assert line.startswith(
+        "indistill: rank 0 leaves at once: step 20, phase kd, training: lost the other processes: "
+    )
     assert "Connection closed by peer" in line or "Connection reset by peer" in line
     assert line.endswith("step-00000015")
     errors = Path(tree["run_dir"]) / "errors" / "rank-0.txt"

@@ -67,7 +67,9 @@ def zero_tree(tree, tmp_path):
 
 
 def with_stage(tree: dict[str, Any], stage: int, folder: Path, name: str) -> dict[str, Any]:
-    file = folder / f"stage{stage}.json"  # small parameters and buckets: many partitions, and more than one bucket
+    file = (
+        folder / f"stage{stage}.json"
+    )  # small parameters and buckets: many partitions, and more than one bucket
     small = {"stage3_param_persistence_threshold": 0, "stage": stage, "stage3_max_live_parameters": 1000}
     file.write_text(json.dumps({"zero_optimization": small, "gradient_clipping": "auto"}))
     section = {"name": "deepspeed", "stage": stage, "reduce_bucket_size": 4000, "config_file": str(file)}
@@ -133,9 +135,13 @@ def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp
         run_ranks(run_contiguous, 2, zero_tree)
         assert [t["engine"] for t in told(zero_tree["run_dir"])] == ["ddp"] * 2
         run_ranks(run_moved, 2, run_contiguous, zero_tree, EPS)
-        of_ddp["losses"], of_ddp["strayed"] = losses(zero_tree["run_dir"]), strayed(losses, zero_tree["run_dir"])
+        of_ddp["losses"], of_ddp["strayed"] = (
+            losses(zero_tree["run_dir"]),
+            strayed(losses, zero_tree["run_dir"]),
+        )
         of_ddp["student"], *of_ddp["moved"] = (
-            load_file(f"{zero_tree['run_dir']}{suffix}/student.safetensors") for suffix in ("", "-moved0", "-moved1")
+            load_file(f"{zero_tree['run_dir']}{suffix}/student.safetensors")
+            for suffix in ("", "-moved0", "-moved1")
         )
     assert len(of_ddp["losses"]) == 24
 
@@ -174,15 +180,23 @@ def score(tree: dict[str, Any], *weights: str) -> None:
 @pytest.mark.portable
 def test_engines_share_a_process_and_bf16(tree, tmp_path):
     """A transformer, whose positions no module's own forward pass reads, in bf16; what is left behind is evaluated."""
-    tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["student"] = {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
+    }
+    tree["teacher"] |= {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
+    }
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree |= {"mixed_precision": "bf16", "duration": "12 steps", "checkpoint": {"every_steps": 6}}
     trees = [with_stage(tree, 3, tmp_path, "zero3"), tree, with_stage(tree, 2, tmp_path, "zero2")]
     run_ranks(run_all, 2, trees)
     run_ranks(run_moved, 2, run, tree, EPS)
     for other in (trees[0], trees[2]):
-        assert_rounding_explains(losses(other["run_dir"]), losses(tree["run_dir"]), strayed(losses, tree["run_dir"]))
+        assert_rounding_explains(
+            losses(other["run_dir"]), losses(tree["run_dir"]), strayed(losses, tree["run_dir"])
+        )
         assert told(other["run_dir"])[0]["world"] == 2
         run_ranks(score, 2, other, "student.safetensors", "checkpoints/step-00000012")
 
@@ -191,8 +205,14 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_elastic(tree, tmp_path, of_ddp, stage):
     """From two processes to one to two, in the warm-up and after: the losses of a run on two."""
-    tree["student"] = {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3}}
-    tree["teacher"] |= {"name": "test_vit", "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}}
+    tree["student"] = {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
+    }
+    tree["teacher"] |= {
+        "name": "test_vit",
+        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
+    }
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "3 steps", "3 steps"]}
     tree |= {"duration": "15 steps", "checkpoint": {"every_steps": 5, "keep_last": 9}, "ema": {"decay": 0.9}}
     if "elastic" not in of_ddp:

@@ -43,8 +43,14 @@ def refused(capsys, *arguments: str) -> str:
         (["data.train=gone-*.tar"], r"gone-\*.tar: no such shard"),
         (["data.train=[]"], r"the list of shards is empty"),
         (["student.name=resnet_18"], r"student.name: timm has no model 'resnet_18'"),
-        (["teacher={name: cnn32_auxiliary, checkpoint: weights.pt}"], r"teacher.checkpoint: no file weights.pt"),
-        (["teacher.name=cnn32_student", "student.name=cnn32_auxiliary"], r"16 channels, more than the 8.*conv1x1"),
+        (
+            ["teacher={name: cnn32_auxiliary, checkpoint: weights.pt}"],
+            r"teacher.checkpoint: no file weights.pt",
+        ),
+        (
+            ["teacher.name=cnn32_student", "student.name=cnn32_auxiliary"],
+            r"16 channels, more than the 8.*conv1x1",
+        ),
         (["data.global_batch=36"], r"must be divisible by data.streams.*32, 40"),
         (["data.global_batch=1000000"], r"larger than the data set"),
         (["grad_accumulation=3"], r"not divisible by .* grad_accumulation \(3\)"),
@@ -72,7 +78,10 @@ def test_a_variable_of_accelerate_that_would_replace_a_key(config_file, capsys, 
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     for command in (["train", config_file], ["eval", config_file, "any.pt"]):
         line = refused(capsys, *command)
-        assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2 in the environment, but grad_accumulation is 1: unset" in line
+        assert (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2 in the environment, but grad_accumulation is 1: unset"
+            in line
+        )
 
 
 def test_a_head_of_another_size(config_file, tmp_path, capsys):
@@ -97,7 +106,9 @@ def test_a_run_directory_that_holds_another_config(config_file, tree, capsys):
     capsys.readouterr()
     before = (Path(tree["run_dir"]) / "metrics.jsonl").read_text()
     line = refused(capsys, "train", config_file, "duration=13 steps", "optimizer.lr=0.5")
-    assert re.search(r"holds a run of another config \(optimizer.lr: 0.001 -> 0.5\): choose another run_dir", line)
+    assert re.search(
+        r"holds a run of another config \(optimizer.lr: 0.001 -> 0.5\): choose another run_dir", line
+    )
     assert (Path(tree["run_dir"]) / "metrics.jsonl").read_text() == before
 
 
@@ -106,7 +117,9 @@ def test_a_cut_shard(config_file, tree, tmp_path, capsys):
     folder.mkdir()
     source = sorted(Path(tree["data"]["root"]).glob("train-*.tar"))[0]
     (folder / "train-0.tar").write_bytes(source.read_bytes()[:20480])
-    line = refused(capsys, "train", config_file, f"data.train={folder}/train-*.tar", f"data.cache_dir={tmp_path}/cache")
+    line = refused(
+        capsys, "train", config_file, f"data.train={folder}/train-*.tar", f"data.cache_dir={tmp_path}/cache"
+    )
     assert "train-0.tar" in line
 
 
@@ -181,5 +194,7 @@ def test_help_imports_nothing_heavy():
         "    assert 'train' in out.getvalue()\n"
         "print(sorted({'torch', 'accelerate', 'timm', 'numpy', 'pydantic'} & set(sys.modules)))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert result.stdout.strip() == "[]"

@@ -49,7 +49,9 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def space(monkeypatch, free: float, total: float = 1e15) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=total, used=total - free, free=free))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=total, used=total - free, free=free)
+    )
 
 
 # --- the software ----------------------------------------------------------------------------------------------------
@@ -61,7 +63,9 @@ def test_versions_are_those_of_the_metadata(tree, monkeypatch):
     assert f"torch {torch.__version__} (" in line.what
     installed = software.installed_version
     found = {"timm": "0.9.1", "deepspeed": None}
-    monkeypatch.setattr(software, "installed_version", lambda name: found[name] if name in found else installed(name))
+    monkeypatch.setattr(
+        software, "installed_version", lambda name: found[name] if name in found else installed(name)
+    )
     told = [line for line in look(software.versions) if line.level == FAIL]
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     needed = next(text for text in project["dependencies"] if text.startswith("timm"))
@@ -75,8 +79,18 @@ def test_versions_are_those_of_the_metadata(tree, monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "level", "what"),
     [
-        ("ACCELERATE_USE_FSDP", "true", FAIL, "contradicts the config: engine.name is not set (ddp or deepspeed), and"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", FAIL, "contradicts the config: grad_accumulation is 1"),
+        (
+            "ACCELERATE_USE_FSDP",
+            "true",
+            FAIL,
+            "contradicts the config: engine.name is not set (ddp or deepspeed), and",
+        ),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "4",
+            FAIL,
+            "contradicts the config: grad_accumulation is 1",
+        ),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", FAIL, "contradicts the config: compile is false"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", FAIL, "contradicts the config: mixed_precision is no"),
         ("CUDA_LAUNCH_BLOCKING", "1", WARN, "has the CPU wait"),
@@ -132,7 +146,10 @@ def test_too_few_cores(tree, monkeypatch):
     assert (line.level, line.remedy) == (OK, "")
     (line,) = look(node.cores, with_data(tree, in_memory=False, workers=9))
     assert line.level == WARN
-    assert line.what == f"8 of {os.cpu_count()} allowed to 2 processes, each with 9 loader workers (data.workers)"
+    assert (
+        line.what
+        == f"8 of {os.cpu_count()} allowed to 2 processes, each with 9 loader workers (data.workers)"
+    )
     assert line.remedy.endswith("or data.workers=3")
     monkeypatch.setattr(node, "_quota", lambda: 1.5)
     assert look(node.cores, with_data(tree, in_memory=False, workers=3))[0].level == WARN
@@ -203,7 +220,9 @@ def test_a_cache_dir(tree, tmp_path, monkeypatch):
     cache = tmp_path / "cache" / "remote-shards"
     cache.mkdir(parents=True)
     (cache / "shard").write_bytes(bytes(500_000))
-    far = with_data(tree, cache_dir=f"{tmp_path}/cache", root="memory://far", train="a-{0..3}.tar", cache_bytes=3e6)
+    far = with_data(
+        tree, cache_dir=f"{tmp_path}/cache", root="memory://far", train="a-{0..3}.tar", cache_bytes=3e6
+    )
     space(monkeypatch, 2.6e6)
     assert look(disks.cache_dir, far)[0].level == OK
     space(monkeypatch, 2.4e6)
@@ -222,22 +241,31 @@ def test_weights(tree, tmp_path):
     torch.save({"path": Path("object")}, objects)
     levels = {}
     for path in (whole, cut, objects, tmp_path / "gone.pt"):
-        (line,) = look(inputs.weights, tree | {"teacher": {"name": "cnn32_auxiliary", "checkpoint": str(path)}})
+        (line,) = look(
+            inputs.weights, tree | {"teacher": {"name": "cnn32_auxiliary", "checkpoint": str(path)}}
+        )
         levels[path.name] = line.level
         assert line.what.startswith("teacher.checkpoint: ")
         assert str(path) in line.what
     assert levels == {"whole.safetensors": OK, "cut.safetensors": FAIL, "objects.pt": FAIL, "gone.pt": FAIL}
     made = f"{tree['run_dir']}/student.safetensors"  # by an earlier stage
     assert not look(inputs.weights, tree, tree | {"teacher": {"name": "cnn32_student", "checkpoint": made}})
-    (line,) = look(inputs.weights, tree | {"targets": "cached", "data": tree["data"] | {"augment": {"views": 2}}})
+    (line,) = look(
+        inputs.weights, tree | {"targets": "cached", "data": tree["data"] | {"augment": {"views": 2}}}
+    )
     assert (line.level, "no stored targets there" in line.what) == (FAIL, True)
 
 
 def test_weights_from_the_hub(tree, tmp_path, monkeypatch):
     tree |= {"student": {"name": "resnet18", "pretrained": True}}
     (line,) = look(inputs.weights, tree)
-    assert (line.level, "student: the weights of resnet18 are not in this node's cache" in line.what) == (WARN, True)
-    monkeypatch.setattr(inputs.huggingface_hub, "try_to_load_from_cache", lambda hub, file: f"{tmp_path}/{hub}/{file}")
+    assert (line.level, "student: the weights of resnet18 are not in this node's cache" in line.what) == (
+        WARN,
+        True,
+    )
+    monkeypatch.setattr(
+        inputs.huggingface_hub, "try_to_load_from_cache", lambda hub, file: f"{tmp_path}/{hub}/{file}"
+    )
     (line,) = look(inputs.weights, tree)
     assert (line.level, "in this node's cache (timm/resnet18" in line.what) == (OK, True)
 
@@ -249,7 +277,10 @@ def test_shards(tree, data_dir, tmp_path, monkeypatch):
     (line,) = look(inputs.data_shards, with_data(tree, train="gone-{0..3}.tar"))
     assert (line.level, "gone-0.tar: no such shard" in line.what) == (FAIL, True)
     (line,) = look(inputs.data_shards, with_data(tree, streams=5))
-    assert (line.level, "data.global_batch (32) must be divisible by data.streams (5)" in line.what) == (FAIL, True)
+    assert (line.level, "data.global_batch (32) must be divisible by data.streams (5)" in line.what) == (
+        FAIL,
+        True,
+    )
 
     moved = tmp_path / "moved"
     shutil.copytree(data_dir, moved)
@@ -285,8 +316,13 @@ def test_reading(tree, data_dir, tmp_path):
     assert list(cut.parent.iterdir()) == [cut]
     packed = cut.with_name("train-0.tar.gz")
     packed.write_bytes(gzip.compress(sorted(data_dir.glob("train-*.tar"))[0].read_bytes()))
-    (line,) = look(inputs.reading, with_data(tree, root=str(cut.parent), train="train-0.tar.gz"))  # in the worker
-    assert (line.level, line.what.startswith(f"{packed}: a compressed shard cannot be read at")) == (FAIL, True)
+    (line,) = look(
+        inputs.reading, with_data(tree, root=str(cut.parent), train="train-0.tar.gz")
+    )  # in the worker
+    assert (line.level, line.what.startswith(f"{packed}: a compressed shard cannot be read at")) == (
+        FAIL,
+        True,
+    )
 
 
 def test_reading_what_cannot_be_decoded(tree, tmp_path):
@@ -308,7 +344,13 @@ def test_reading_remote_shards_leaves_the_cache_as_it_is(tree, data_dir, tmp_pat
     for path in data_dir.glob("train-*"):
         files.pipe(f"/far/{path.name}", path.read_bytes())
     names = [path.name for path in sorted(data_dir.glob("train-*.tar"))]
-    far = {"root": "memory://far", "train": names, "cache_dir": f"{tmp_path}/cache", "in_memory": False, "workers": 0}
+    far = {
+        "root": "memory://far",
+        "train": names,
+        "cache_dir": f"{tmp_path}/cache",
+        "in_memory": False,
+        "workers": 0,
+    }
     for access in ({}, {"access": "stream", "epoch_samples": 192}):
         (line,) = look(inputs.reading, with_data(tree, **far, **access) | SLOW)
         assert (line.level, line.what.startswith(f"{names[0]}: ")) == (OK, True)
@@ -373,7 +415,10 @@ def test_class_lists(tree, tmp_path):
     assert line.what.startswith("data.train has 10 class names, data.eval none")
     named("eval", ten)
     (line,) = look(inputs.class_lists, tree)
-    assert (line.level, line.what) == (OK, "data.train has 10 class names, data.eval numbers its classes alike")
+    assert (line.level, line.what) == (
+        OK,
+        "data.train has 10 class names, data.eval numbers its classes alike",
+    )
     (line,) = look(inputs.class_lists, with_data(tree, num_classes=12))
     assert (line.level, line.remedy) == (WARN, "set data.num_classes, which is 12, to their number")
     named("eval", ten[1:])
@@ -412,8 +457,14 @@ def test_a_launch_that_is_none(monkeypatch):
 
 
 def test_lines_of_many_ranks():
-    shared, mine = Line("versions", OK, "torch 3"), [Line("reading", OK, f"{rank} MB/s") for rank in range(12)]
-    full, slow = Line("run dir", FAIL, "full", "empty it"), [Line("gpu", WARN, f"number {rank}") for rank in range(12)]
+    shared, mine = (
+        Line("versions", OK, "torch 3"),
+        [Line("reading", OK, f"{rank} MB/s") for rank in range(12)],
+    )
+    full, slow = (
+        Line("run dir", FAIL, "full", "empty it"),
+        [Line("gpu", WARN, f"number {rank}") for rank in range(12)],
+    )
     found = {rank: [shared, slow[rank], *[full] * (rank in (3, 5)), mine[rank]] for rank in range(12)}
     findings = merged(found, {rank: f"node{rank // 8}" for rank in range(12)})
     assert findings[0] == ("versions", OK, "torch 3", "", list(range(12)), ["node0", "node1"])
@@ -442,7 +493,9 @@ def test_the_command(tree, tmp_path, capsys):
     assert not Path(tree["run_dir"]).exists()
     assert exit_code(str(path), "teacher={name: resnet18, checkpoint: gone.pt}", "data.train=gone.tar") == 1
     printed = capsys.readouterr().out
-    assert "\nFAIL  weights: teacher.checkpoint: no file gone.pt: correct it; every node needs it\n" in printed
+    assert (
+        "\nFAIL  weights: teacher.checkpoint: no file gone.pt: correct it; every node needs it\n" in printed
+    )
     assert printed.count("gone.tar: no such shard") == 1
     assert exit_code() == 0
     assert "run dir" not in capsys.readouterr().out

@@ -91,9 +91,14 @@ def test_timm_loads_it(trained, tmp_path, capsys):
     """By timm alone: classes, normalisation and preprocessing are those of the evaluation, and so is the top-1."""
     folder = tmp_path / "deep" / "student"
     main(["export", str(trained), str(folder)])
-    assert f"exported the moving average of step 96 to {folder}. On 16 images of data.eval" in capsys.readouterr().out
+    assert (
+        f"exported the moving average of step 96 to {folder}. On 16 images of data.eval"
+        in capsys.readouterr().out
+    )
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # readable by whoever may read the others
+    assert (
+        len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    )  # readable by whoever may read the others
     assert list(folder.parent.iterdir()) == [folder]
 
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -136,7 +141,9 @@ def test_programs_give_the_checkpoints_scores(trained, tmp_path, form, capsys):
     extra = {"metadata.json": ""}
     if form == "onnx":
         session = onnxruntime.InferenceSession(folder / "model.onnx")
-        metadata = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items() if k != "pkg"}
+        metadata = {
+            k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items() if k != "pkg"
+        }
         run = lambda batch: session.run(["logits"], {"images": batch})[0]  # noqa: E731
     else:
         program = torch.export.load(folder / "model.pt2", extra_files=extra).module()
@@ -187,7 +194,10 @@ def test_the_card_says_what_it_is(trained, tmp_path):
     text = card.text
     assert "Weights: moving average (decay 0.9), after 96 steps of training." in text
     assert "**Teacher.** cnn32_auxiliary, with random weights." in text
-    assert "teacher stage to student stage 0 to 0 (8 of 16 channels), 1 to 1 (16 of 32 channels), 2 to 2 (32 of" in text
+    assert (
+        "teacher stage to student stage 0 to 0 (8 of 16 channels), 1 to 1 (16 of 32 channels), 2 to 2 (32 of"
+        in text
+    )
     assert "losses: ce (weight 1), kd (weight 0.05); 96 steps in all." in text
     scores = json.loads((trained / "summary.json").read_text())["metrics"]
     assert {name: float(value) for name, value in re.findall(r"\| (\w+) \| ([\d.e-]+) \|", text)} == {
@@ -239,7 +249,9 @@ def test_an_unfinished_run(run_copy, tmp_path, capsys):
     assert not source.finished
     assert source.file == run_copy / "checkpoints" / "step-00000096" / "ema.safetensors"
     assert f"{run_copy} is not finished; exported the moving average of step 96" in capsys.readouterr().out
-    assert "after 96 steps of a run that had not finished." in (tmp_path / "student" / "README.md").read_text()
+    assert (
+        "after 96 steps of a run that had not finished." in (tmp_path / "student" / "README.md").read_text()
+    )
 
 
 def test_on_a_machine_without_the_shards(run_copy, tmp_path, capsys):
@@ -253,7 +265,9 @@ def test_on_a_machine_without_the_shards(run_copy, tmp_path, capsys):
     net = timm.create_model(f"local-dir:{tmp_path}/student", pretrained=True)
     assert net.pretrained_cfg["label_names"] == names
     out = capsys.readouterr().out
-    assert re.search(r"compared on random images, since there are no others: .*eval-\*.tar: no such shard", out)
+    assert re.search(
+        r"compared on random images, since there are no others: .*eval-\*.tar: no such shard", out
+    )
     assert "On 16 random images its logits are within 0.0e+00 of the run's." in out
 
 
@@ -268,7 +282,11 @@ def test_other_networks(trained, tmp_path, name, kwargs, forms):
     """A network with pretrained weights of its own, of which nothing is claimed for these."""
     settings = config.load(
         trained / "config.yaml",
-        [f"student={{name: {name}, kwargs: {json.dumps(kwargs)}}}", "data.image_size=64", "data.eval_crop=0.9"],
+        [
+            f"student={{name: {name}, kwargs: {json.dumps(kwargs)}}}",
+            "data.image_size=64",
+            "data.eval_crop=0.9",
+        ],
     )
     torch.manual_seed(0)
     net = timm_model.create(settings.student, 10, 64, "student")
@@ -298,7 +316,10 @@ def test_interpolation_and_crop_go_along(trained, tmp_path, form):
     said = ["data.eval_interpolation=bicubic", "data.eval_crop=0.9"]
     (run / "config.yaml").write_text(config.dump(config.load(trained / "config.yaml", said)))
     export(run, tmp_path / "student", form)
-    assert "resized to 35 pixels (bicubic), the centre of 32 x 32" in (tmp_path / "student" / "README.md").read_text()
+    assert (
+        "resized to 35 pixels (bicubic), the centre of 32 x 32"
+        in (tmp_path / "student" / "README.md").read_text()
+    )
     anyone = config.load(trained / "config.yaml", ["data.eval_crop=auto"])
     _, view = load_for_eval(anyone, str(tmp_path / "student"))
     assert view == EvalView("bicubic", 0.9, "center", tuple(MEAN))
@@ -328,7 +349,9 @@ def test_mistakes_are_one_line(run_copy, tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert "full: is there and no empty folder" in refused(capsys, "export", run_copy, tmp_path / "full")
-    assert "file: is there and no empty folder" in refused(capsys, "export", run_copy, tmp_path / "full" / "file")
+    assert "file: is there and no empty folder" in refused(
+        capsys, "export", run_copy, tmp_path / "full" / "file"
+    )
     assert "cannot be written" in refused(capsys, "export", run_copy, tmp_path / "full" / "file" / "below")
     assert "holds no config.yaml" in refused(capsys, "export", tmp_path, destination)
     assert "no checkpoint of" in line("--checkpoint", "step-00000003")
@@ -336,13 +359,16 @@ def test_mistakes_are_one_line(run_copy, tmp_path, capsys, monkeypatch):
         patch.setattr("importlib.util.find_spec", lambda name: None)
         assert "pip install 'indistill[export]'" in line("--format", "onnx")
     with monkeypatch.context() as patch:
-        patch.setattr(write, "_check", lambda *_, **__: (_ for _ in ()).throw(UserError("nothing exported: ...")))
+        patch.setattr(
+            write, "_check", lambda *_, **__: (_ for _ in ()).throw(UserError("nothing exported: ..."))
+        )
         assert "nothing exported" in line()
 
     weights = run_copy / "checkpoints" / "step-00000096" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
     assert re.search(
-        r"step-00000096: damaged .*choose another with --checkpoint: .*step-00000064", line("--weights", "raw")
+        r"step-00000096: damaged .*choose another with --checkpoint: .*step-00000064",
+        line("--weights", "raw"),
     )
     (run_copy / "student.safetensors").write_bytes(b"\0" * 100)
     assert "is not a readable checkpoint" in line()
@@ -377,7 +403,9 @@ def test_eval_of_a_timm_model(trained, monkeypatch, tmp_path):
     scores = [evaluate_checkpoint(settings, name) for name in ("timm:cnn32_auxiliary", "cnn32_auxiliary")]
     assert created == [("cnn32_auxiliary", True, {})] * 2
     images, labels = pictures(trained)
-    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])  # [51, 3, 32, 32]
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+    )  # [51, 3, 32, 32]
     mean, std = (torch.tensor(net.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         net.eval()

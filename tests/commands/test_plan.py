@@ -15,13 +15,20 @@ from indistill import config
 from indistill.commands.cli import main
 from indistill.commands.plan import estimate
 from indistill.commands.plan.memory import state_bytes
-from indistill.commands.plan.network import all_gather_bytes, all_reduce_bytes, communication_seconds, step_seconds
+from indistill.commands.plan.network import (
+    all_gather_bytes,
+    all_reduce_bytes,
+    communication_seconds,
+    step_seconds,
+)
 from indistill.commands.plan.text import text
 from indistill.config import UserError, runs
 from indistill.targets.cost import Work
 from indistill.training import optim, parts
 
-WEIGHTS = 8 * 27 + 16 * 72 + 32 * 144 + 128 * 64 + 64 * 10 + 3 * (8 + 16 + 32) + 64 + 10  # with biases and norms
+WEIGHTS = (
+    8 * 27 + 16 * 72 + 32 * 144 + 128 * 64 + 64 * 10 + 3 * (8 + 16 + 32) + 64 + 10
+)  # with biases and norms
 IMAGENET = Path(__file__).parents[2] / "configs" / "imagenet_r34_r18.yaml"
 
 
@@ -56,7 +63,10 @@ def test_a_ring():
     assert all_gather_bytes(100, 4) == 75
     assert all_reduce_bytes(100, 1) == 0
     machine = config.Machine(
-        devices_per_node=4, intra_node_bytes_per_second=100, inter_node_bytes_per_second=10, latency_seconds=0.5
+        devices_per_node=4,
+        intra_node_bytes_per_second=100,
+        inter_node_bytes_per_second=10,
+        latency_seconds=0.5,
     )
     assert communication_seconds(machine, 150, 2, devices=1) == 0
     assert communication_seconds(machine, 150, 2, devices=4) == 1.5 + 2 * 6 * 0.5
@@ -74,13 +84,18 @@ def test_bytes_on_the_network(tree, found):
     # 32 rows of 64 and of 128 numbers gathered, the gradients of the former summed.
     assert kd["samples of all ranks"] == (32 * (64 + 128) / 2 + 32 * 64) * 4
     tree["kd"]["relational_scope"] = "local"
-    assert "samples of all ranks" not in estimate.of_run(config.parse(tree, "test"), world=2).phases[-1].network_bytes
+    assert (
+        "samples of all ranks"
+        not in estimate.of_run(config.parse(tree, "test"), world=2).phases[-1].network_bytes
+    )
 
 
 def test_a_step():
     machine = config.Machine(flops_per_second=100, overlap=0.5, decode_images_per_second=10)
     settings = small(machine=machine, workers=2)
-    work = Work(teacher_flops=100, student_flops=300, activation_bytes=0, batch_bytes=0, targets={}, student_maps=[])
+    work = Work(
+        teacher_flops=100, student_flops=300, activation_bytes=0, batch_bytes=0, targets={}, student_maps=[]
+    )
     # Two images: 8 s on the device, 4 s of them backward, 0.1 s decoding. Half of what is sent can be hidden, ...
     assert step_seconds(settings, work, "live", 2, 6.0) == (8 + 3, "device")
     assert step_seconds(settings, work, "live", 2, 20.0) == (8 + 16, "device")  # ... in 4 s at most
@@ -93,7 +108,13 @@ def small(views=None, workers=0, in_memory=False, **sections):
     tree = {
         "run_dir": "run",
         "duration": "100 epochs",
-        "data": {"train": "x.tar", "num_classes": 10, "global_batch": 8, "workers": workers, "in_memory": in_memory},
+        "data": {
+            "train": "x.tar",
+            "num_classes": 10,
+            "global_batch": 8,
+            "workers": workers,
+            "in_memory": in_memory,
+        },
         "student": {"name": "cnn32_student"},
         "teacher": {"name": "cnn32_auxiliary", "random": True},
         "warmup": {"durations": ["20 epochs"]},
@@ -111,7 +132,10 @@ def test_the_imagenet_config_has_the_cost_that_it_states():
     *warmup, kd = found.phases
     per_image = [phase.work.teacher_flops + phase.work.student_flops for phase in found.phases]
     assert f"{per_image[-1] / 1e9:.1f} GFLOP an image in KD" in stated
-    assert f"({kd.work.teacher_flops / 1e9:.1f} the teacher, {kd.work.student_flops / 1e9:.1f} the student)" in stated
+    assert (
+        f"({kd.work.teacher_flops / 1e9:.1f} the teacher, {kd.work.student_flops / 1e9:.1f} the student)"
+        in stated
+    )
     mean = sum(f * p.steps for f, p in zip(per_image, warmup)) / sum(p.steps for p in warmup)
     assert f"{mean / 1e9:.1f} on average in the warm-up" in stated
     total = sum(flops * phase.steps * 512 for flops, phase in zip(per_image, found.phases))
@@ -119,7 +143,9 @@ def test_the_imagenet_config_has_the_cost_that_it_states():
     page = text(found)
     assert all(phase.name in page for phase in found.phases)
     assert re.search(r"kd +82 +205,164 +7.33 +10.6", page)
-    assert all(name in page for name in ("machine.flops_per_second", "read_bytes_per_second", "latency_seconds"))
+    assert all(
+        name in page for name in ("machine.flops_per_second", "read_bytes_per_second", "latency_seconds")
+    )
     one, *_, most = found.scaling
     assert (one.devices, most.devices, most.batch) == (8, 512, 1)
     assert most.efficiency["kd"] < one.efficiency["kd"] <= 1
@@ -201,5 +227,7 @@ def test_a_chain_is_planned_before_its_first_stage_has_run(monkeypatch):
     stages = runs.load(path, ["run_dir=gone"])
     found = estimate.of_chain(stages, world=1, samples=1437)
     assert list(found) == ["teacher", "auxiliary", "heads", "student"]
-    assert found["student"].phases[-1].work.targets == {"logits": (10,)} | {f"head{i}": (10,) for i in (1, 2, 3, 4)}
+    assert found["student"].phases[-1].work.targets == {"logits": (10,)} | {
+        f"head{i}": (10,) for i in (1, 2, 3, 4)
+    }
     assert all(pair.kept is None for pair in found["student"].pairs)

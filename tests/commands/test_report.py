@@ -90,7 +90,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 def data_of(file: Path) -> dict[str, Any]:
     """The numbers that a page embeds."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.S)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.S)[1]
+    )
 
 
 def curves(file: Path) -> dict[tuple[str, str], list[tuple[float, float]]]:
@@ -197,15 +199,21 @@ def test_the_page_in_a_browser(chain, run, browser, tmp_path):
 
     def shown_rows(table: str) -> dict[str, list[str]]:
         cells = "[...row.cells].map(cell => cell.textContent)"
-        found = browser.value(f"[...document.querySelectorAll('[aria-label={table}] tbody tr')].map(row => {cells})")
+        found = browser.value(
+            f"[...document.querySelectorAll('[aria-label={table}] tbody tr')].map(row => {cells})"
+        )
         return {first: rest for first, *rest in found}
 
-    summary, of_teacher = (json.loads((folder / "summary.json").read_text()) for folder in (run, chain / "teacher"))
+    summary, of_teacher = (
+        json.loads((folder / "summary.json").read_text()) for folder in (run, chain / "teacher")
+    )
     results = shown_rows("Results")
     of_student = results["student"]
     assert of_student[5] == "cnn32_student"
     assert of_student[:2] == [f"{100 * summary['metrics'][key]:.2f}" for key in ("top1", "map_cosine")]
-    assert results["teacher"][0] == f"{100 * of_teacher['metrics']['top1']:.2f}"  # of the run that it comes from
+    assert (
+        results["teacher"][0] == f"{100 * of_teacher['metrics']['top1']:.2f}"
+    )  # of the run that it comes from
     seconds = json.loads((run / "networks.json").read_text())["speed"]["seconds"]
     assert results["teacher / student"][4] == f"{seconds['teacher'] / seconds['student']:.2f}×"
     assert [row[0] for row in shown_rows("Phases").values()] == ["4", "4", "5", "11"]
@@ -290,7 +298,10 @@ def test_every_number_of_the_run_is_in_its_curves(chain):
         ("Throughput", "images/s", "images_per_second"),
         ("Waiting for data", "waiting for data", "data_wait_fraction"),
         ("Divergence of the information flow", "divergence", "information_flow_divergence"),
-        *(("Alignment of the maps (linear CKA)", layer, f"cka_{layer}") for layer in ("pair1", "pair3", "embedding")),
+        *(
+            ("Alignment of the maps (linear CKA)", layer, f"cka_{layer}")
+            for layer in ("pair1", "pair3", "embedding")
+        ),
     ):
         assert found[title, name] == [(line["step"], line[key]) for line in lines if key in line]
     assert len(found["Accuracy", "top1"]) == 4
@@ -312,7 +323,9 @@ def test_networks_are_counted(chain):
     """Against counts by hand: three 3x3 convolutions without padding, batch norms, two linear layers."""
     widths, sides = (3, 8, 16, 32), (30, 13, 4)
     parameters = sum(9 * a * b + b + 2 * b for a, b in pairwise(widths)) + (4 * 32 + 1) * 64 + 65 * CLASSES
-    products = sum(9 * a * b * side**2 for a, b, side in zip(widths, widths[1:], sides)) + 4 * 32 * 64 + 64 * CLASSES
+    products = (
+        sum(9 * a * b * side**2 for a, b, side in zip(widths, widths[1:], sides)) + 4 * 32 * 64 + 64 * CLASSES
+    )
     known = json.loads((chain / "student" / "networks.json").read_text())
     assert (known["student"]["parameters"], known["student"]["flops"]) == (parameters, 2 * products)
     whole = sum(p.numel() for p in CNN32((16, 32, 64), 128).parameters())
@@ -365,7 +378,9 @@ def test_every_kind_of_run_has_a_report(run, kind):
             (run / "status").write_text("running\n")
             lines[3]["loss"] = None
             starts = [line for line in read_lines(run / "history.jsonl") if line["event"] == "start"]
-            (run / "history.jsonl").write_text("".join(json.dumps(s) + "\n" for s in starts[: 1 + (kind == "killed")]))
+            (run / "history.jsonl").write_text(
+                "".join(json.dumps(s) + "\n" for s in starts[: 1 + (kind == "killed")])
+            )
         case "begun":
             for file in ("metrics.jsonl", "history.jsonl", "prune_plan.json", "networks.json"):
                 (run / file).unlink()
@@ -416,7 +431,10 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, run, capsys):
     (tmp_path / "file").write_text("")
     for arguments, message in (
         ([tmp_path / "none"], "none: no such directory"),
-        ([tmp_path / "run" / "checkpoints"], "holds no config.yaml, and no folder in it does: give the run_dir"),
+        (
+            [tmp_path / "run" / "checkpoints"],
+            "holds no config.yaml, and no folder in it does: give the run_dir",
+        ),
         ([run, "--baseline", tmp_path / "none"], "none: no such directory"),
         ([run, "--output", tmp_path / "file" / "x.html"], "cannot be written .*: choose another --output"),
     ):
@@ -433,7 +451,9 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, run, capsys):
 def test_a_report_of_what_is_known_needs_no_torch(run):
     report_page.write([run])
     code = "import sys; from indistill.commands.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code, "report", str(run)], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code, "report", str(run)], check=True, capture_output=True, timeout=120
+    )
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------

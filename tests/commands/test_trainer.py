@@ -36,7 +36,9 @@ def test_plan_train_score_and_take_home(config_file, tree, tmp_path):
     assert trainer.evaluate() == summary["metrics"]
 
     samples = list(shards.ShardSet(f"{tree['data']['root']}/eval-*.tar").iterate())
-    images = np.stack([np.asarray(Image.open(io.BytesIO(sample.image))) for sample in samples])  # [B, H, W, 3]
+    images = np.stack(
+        [np.asarray(Image.open(io.BytesIO(sample.image))) for sample in samples]
+    )  # [B, H, W, 3]
     with torch.inference_mode():
         guesses = trainer.student()(torch.from_numpy(images).permute(0, 3, 1, 2)).logits.argmax(1)
     right = [guess == sample.label for guess, sample in zip(guesses.tolist(), samples)]
@@ -62,7 +64,9 @@ def test_a_file_of_several_runs(tree, tmp_path):
 
 
 def test_a_mistake_is_found_where_the_config_is_read(config_file):
-    with pytest.raises(UserError, match="data: unknown key 'num_clases'; the nearest valid key is 'num_classes'"):
+    with pytest.raises(
+        UserError, match="data: unknown key 'num_clases'; the nearest valid key is 'num_classes'"
+    ):
         Trainer(config_file, "data.num_clases=3")
 
 
@@ -76,7 +80,9 @@ def test_one_version():
 def test_the_package_has_nothing_heavy_and_its_types():
     code = "import indistill, sys; print({'torch', 'numpy', 'pydantic'} & set(sys.modules)); "
     code += "print(indistill.Trainer.__module__, 'torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert result.stdout == "set()\nindistill.commands.trainer False\n"
     assert (Path(indistill.__file__).parent / "py.typed").exists()
     with pytest.raises(AttributeError, match="no attribute 'Trainr'"):

@@ -47,7 +47,9 @@ def test_an_unknown_key_is_named_with_the_nearest(file, override, key, nearest):
 def test_an_unknown_key_of_the_file_itself(tree, file):
     tree["data"]["global_bach"] = 64
     file.write_text(yaml.safe_dump(tree))
-    assert refusal(file) == f"{file}: data: unknown key 'global_bach'; the nearest valid key is 'global_batch'"
+    assert (
+        refusal(file) == f"{file}: data: unknown key 'global_bach'; the nearest valid key is 'global_batch'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,12 +201,21 @@ def test_files_that_are_no_configs(tmp_path):
         (["teacher=null", "warmup=null", "kd.losses.1={name: pkt}"], "kd.losses: pkt needs a teacher"),
         (["teacher=null", "kd.losses=[{name: ce}]"], "warmup needs a teacher"),
         (["data.eval=null", "evaluate.every=1"], "evaluate.every needs shards to evaluate on: set data.eval"),
-        (["data.eval=null", "evaluate.retrieval=true"], "evaluate.retrieval needs query shards: set data.eval"),
-        (["student.pretrained=true", "student.checkpoint=a.pt"], "student: pretrained and checkpoint exclude"),
+        (
+            ["data.eval=null", "evaluate.retrieval=true"],
+            "evaluate.retrieval needs query shards: set data.eval",
+        ),
+        (
+            ["student.pretrained=true", "student.checkpoint=a.pt"],
+            "student: pretrained and checkpoint exclude",
+        ),
         (["student=null"], "student: missing: add the section student"),
         (["kd.losses=[{name: dih}]"], "kd.losses: dih needs teacher.heads"),
         (["kd.losses=[{name: dkd}]", "kd.mix={mixup: 0.2}"], "kd.losses: dkd reads the class of each sample"),
-        (["stage=heads", "warmup=null", "kd.losses=[{name: ce}]"], "stage: heads trains classifiers on the teacher"),
+        (
+            ["stage=heads", "warmup=null", "kd.losses=[{name: ce}]"],
+            "stage: heads trains classifiers on the teacher",
+        ),
         (
             ["stage=heads", "student=null", "warmup=null", "kd.losses=[{name: ce}]", "teacher.shard=true"],
             "stage: heads needs the whole teacher on every process: remove teacher.shard",
@@ -304,7 +315,9 @@ def test_values_that_mean_the_same_are_the_same_run(tree, settings):
 
 
 @pytest.mark.parametrize("teacher", ["{name: resnet18}", "{name: resnet18, pretrained: false}"])
-@pytest.mark.parametrize("stage", [[], ["stage=heads", "student=null", "warmup=null", "kd.losses=[{name: ce}]"]])
+@pytest.mark.parametrize(
+    "stage", [[], ["stage=heads", "student=null", "warmup=null", "kd.losses=[{name: ce}]"]]
+)
 def test_a_teacher_without_weights_is_refused(file, teacher, stage):
     message = refusal(file, [*stage, f"teacher={teacher}"])
     assert message.endswith(

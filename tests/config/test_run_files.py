@@ -115,7 +115,13 @@ def test_null_removes_and_lists_replace(chain):
 
 
 def test_a_teacher_takes_over_the_students_section(chain):
-    student = {"name": "cnn32_auxiliary", "pretrained": True, "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
+    student = {
+        "name": "cnn32_auxiliary",
+        "pretrained": True,
+        "kwargs": {"a": 1},
+        "mean": [0.1] * 3,
+        "std": [0.2] * 3,
+    }
     chain["stages"][0]["student"] = student
     chain["stages"][2]["teacher"] = {"stage": "teacher", "std": [0.5] * 3}
     auxiliary, student = (settings.teacher for _, settings in load(chain)[1:])
@@ -126,7 +132,13 @@ def test_a_teacher_takes_over_the_students_section(chain):
 
 
 def test_a_reference_replaces_a_shared_teacher(chain):
-    chain["teacher"] = {"name": "resnet10t", "random": True, "kwargs": {"a": 1}, "mean": [0.1] * 3, "std": [0.2] * 3}
+    chain["teacher"] = {
+        "name": "resnet10t",
+        "random": True,
+        "kwargs": {"a": 1},
+        "mean": [0.1] * 3,
+        "std": [0.2] * 3,
+    }
     teacher, auxiliary, _ = (settings.teacher for _, settings in load(chain))
     assert teacher.name == "resnet10t"
     assert (auxiliary.name, auxiliary.kwargs, auxiliary.mean) == ("cnn32_auxiliary", {}, None)
@@ -145,8 +157,14 @@ def test_heads_of_an_earlier_stage(chain):
     assert dict(load(chain))["student"].teacher.heads == "other.safetensors"
     for section, message in (
         ({"stage": "heads"}, "stage student: teacher: stage heads trains heads, not a student"),
-        ({"stage": "teacher", "heads": {"stage": "auxiliary"}}, "teacher.heads: stage auxiliary trains a student"),
-        ({"stage": "teacher", "heads": {"stage": "student"}}, r"teacher.heads: .*student.* is no earlier stage"),
+        (
+            {"stage": "teacher", "heads": {"stage": "auxiliary"}},
+            "teacher.heads: stage auxiliary trains a student",
+        ),
+        (
+            {"stage": "teacher", "heads": {"stage": "student"}},
+            r"teacher.heads: .*student.* is no earlier stage",
+        ),
     ):
         chain["stages"][3]["teacher"] = section
         with pytest.raises(UserError, match=message):
@@ -154,7 +172,12 @@ def test_heads_of_an_earlier_stage(chain):
 
 
 def test_overrides_reach_what_is_shared_and_single_stages(chain):
-    overrides = ["data.workers=0", "stages.0.duration=1 step", "stages.student.optimizer.lr=0.5", "run_dir=elsewhere"]
+    overrides = [
+        "data.workers=0",
+        "stages.0.duration=1 step",
+        "stages.student.optimizer.lr=0.5",
+        "run_dir=elsewhere",
+    ]
     teacher, auxiliary, student = (settings for _, settings in load(chain, *overrides))
     assert [s.data.workers for s in (teacher, auxiliary, student)] == [0, 0, 0]
     assert [s.duration for s in (teacher, auxiliary, student)] == ["1 step", "6 steps", "7 steps"]

@@ -203,7 +203,9 @@ def test_views_of_a_batch_are_those_of_its_images(recipe, size, options, flip):
 
 
 @pytest.mark.parametrize("crop", [1.0, 0.875, 0.9, 0.95])
-@pytest.mark.parametrize("shape", [(375, 500), (500, 375), (333, 501), (32, 32), (64, 47), (40, 200), (37, 36)])
+@pytest.mark.parametrize(
+    "shape", [(375, 500), (500, 375), (333, 501), (32, 32), (64, 47), (40, 200), (37, 36)]
+)
 @pytest.mark.parametrize("size", [32, 56])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_eval_view_is_torchvisions_resize_and_centre_crop(size, shape, crop, interpolation):
@@ -286,12 +288,17 @@ def test_what_cannot_be_decoded_is_named(content):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
 def test_damaged_bytes_decode_or_are_refused(kind):
-    random, whole = np.random.RandomState(0), np.frombuffer(encoded(Image.fromarray(noise(40, 50)), kind), np.uint8)
+    random, whole = (
+        np.random.RandomState(0),
+        np.frombuffer(encoded(Image.fromarray(noise(40, 50)), kind), np.uint8),
+    )
     refused = 0
     for i in range(300):
         damaged = whole.copy()
         # Headers are where readers go astray.
-        damaged[random.randint(0, min(len(whole), 200 if i % 2 else len(whole)), 6)] = random.randint(0, 256, 6)
+        damaged[random.randint(0, min(len(whole), 200 if i % 2 else len(whole)), 6)] = random.randint(
+            0, 256, 6
+        )
         try:
             image = decode(damaged.tobytes(), "here")
         except UserError:

@@ -132,7 +132,9 @@ def test_parts_of_the_training_data_agree(tmp_path):
         with_names(tmp_path / name, list(names))
     section = {"num_classes": 3, "global_batch": 1, "root": str(tmp_path)}
     assert class_names.check(config.Data(train="{one,more}/*.tar", **section)).names == ["a", "b", "c"]
-    with pytest.raises(UserError, match=r"data.train: its parts have different classes: label 1 is 'c' in .*other"):
+    with pytest.raises(
+        UserError, match=r"data.train: its parts have different classes: label 1 is 'c' in .*other"
+    ):
         class_names.check(config.Data(train=["more/*.tar", "other/*.tar"], **section))
     assert class_names.check(config.Data(train="gone/*.tar", eval="other/*.tar", **section)) is None
 
@@ -151,14 +153,20 @@ def test_a_run_keeps_its_classes(named, tmp_path):
     # The data change their names: neither the run goes on, nor are its weights scored or taken for a teacher.
     with_names(tmp_path / "train", SWAPPED)
     with_names(tmp_path / "eval", SWAPPED)
-    with pytest.raises(UserError, match=r"data.train: .*label 0 is 'animal 1'.*in .*run/classes.json it is 'animal 0'"):
+    with pytest.raises(
+        UserError, match=r"data.train: .*label 0 is 'animal 1'.*in .*run/classes.json it is 'animal 0'"
+    ):
         loop.train(settings)
-    with pytest.raises(UserError, match=r"data.eval: its classes are not those of .*run/classes.json: label 0"):
+    with pytest.raises(
+        UserError, match=r"data.eval: its classes are not those of .*run/classes.json: label 0"
+    ):
         evaluate_checkpoint(settings, str(run))
     for path in weights:
         teacher = {"name": "cnn32_student", "checkpoint": str(path)}
         of_teacher = config.parse(named | {"run_dir": str(tmp_path / "other"), "teacher": teacher}, "test")
-        with pytest.raises(UserError, match=r"data.train: its classes are not those of .*run/classes.json: label 0"):
+        with pytest.raises(
+            UserError, match=r"data.train: its classes are not those of .*run/classes.json: label 0"
+        ):
             parts.create_teacher(of_teacher)
     with_names(tmp_path / "train", TEN)
     parts.create_teacher(of_teacher)
@@ -178,11 +186,15 @@ def test_exports_are_used_with_their_classes(named, tmp_path, form):
     export(run, tmp_path / "export", form)
     load_for_eval(settings, str(tmp_path / "export"))
     with_names(tmp_path / "eval", SWAPPED)
-    with pytest.raises(UserError, match=r"data.eval: its classes are not those of .*export: label 0 is 'animal 1'"):
+    with pytest.raises(
+        UserError, match=r"data.eval: its classes are not those of .*export: label 0 is 'animal 1'"
+    ):
         load_for_eval(settings, str(tmp_path / "export"))
     (tmp_path / "eval" / "dataset.json").unlink()
     with_names(tmp_path / "train", SWAPPED)
-    with pytest.raises(UserError, match=r"data.train: its classes are not those of .*export"):  # eval has no names
+    with pytest.raises(
+        UserError, match=r"data.train: its classes are not those of .*export"
+    ):  # eval has no names
         load_for_eval(settings, str(tmp_path / "export"))
     if form == "timm":
         teacher = {"name": f"local-dir:{tmp_path}/export", "pretrained": True}

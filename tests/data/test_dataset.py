@@ -213,7 +213,9 @@ def pack_sizes(folder, sizes):
 def test_images_of_unequal_sizes_do_not_fit_in_memory(section, tmp_path):
     pack_sizes(tmp_path, [(40, 40), (40, 40), (40, 41)])
     section = with_(section, root=str(tmp_path), global_batch=1, streams=1)
-    with pytest.raises(UserError, match=r"data.in_memory .* sample n02 has \(40, 41\), the first has \(40, 40\)"):
+    with pytest.raises(
+        UserError, match=r"data.in_memory .* sample n02 has \(40, 41\), the first has \(40, 40\)"
+    ):
         training(with_(section, in_memory=True))
     batches = loaded(section, last=3)
     assert [tuple(batch.images.shape) for batch in batches] == [(1, 3, 32, 32)] * 3
@@ -279,7 +281,10 @@ def test_the_stand_ins_label_and_view_are_its_own(section, damaged):
     (batch,) = loaded(section, last=1)
     for sample, label, image in zip(batch.ids.tolist(), batch.labels.tolist(), batch.images):
         view = augment.train_view(
-            decode(whole[sample].image, ""), augment.uniforms(0, 0, np.array([sample]))[0], section.augment, 32
+            decode(whole[sample].image, ""),
+            augment.uniforms(0, 0, np.array([sample]))[0],
+            section.augment,
+            32,
         )
         assert label == whole[sample].label
         assert np.array_equal(image.permute(1, 2, 0).numpy(), view)
@@ -287,7 +292,9 @@ def test_the_stand_ins_label_and_view_are_its_own(section, damaged):
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_a_stream_without_a_readable_image_is_an_error(section, tmp_path, in_memory):
-    packing.pack([("one", b"GIF no", "png", 0), ("two", b"", "png", 0)], tmp_path, "train", samples_per_shard=2)
+    packing.pack(
+        [("one", b"GIF no", "png", 0), ("two", b"", "png", 0)], tmp_path, "train", samples_per_shard=2
+    )
     section = with_(section, root=str(tmp_path), global_batch=1, streams=1, in_memory=in_memory)
     with pytest.raises(UserError, match="can be decoded"):
         loaded(section, last=1)

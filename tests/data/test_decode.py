@@ -24,7 +24,9 @@ def picture(height, width):
     """Smooth colours with some noise: what JPEG is for, and no two rows or columns alike."""
     y, x = np.mgrid[:height, :width]
     smooth = np.stack([x * 255 / width, y * 255 / height, 127 + 127 * np.sin(x * y / 500)], axis=2)
-    return Image.fromarray((smooth * 0.9 + np.random.RandomState(0).randint(0, 25, smooth.shape)).astype(np.uint8))
+    return Image.fromarray(
+        (smooth * 0.9 + np.random.RandomState(0).randint(0, 25, smooth.shape)).astype(np.uint8)
+    )
 
 
 def encoded(image, kind="JPEG", **options):
@@ -79,7 +81,13 @@ def test_crops_of_ordinary_jpegs_are_pillows_pixels(without_pillow, options, mod
     content = encoded(picture(83, 101).convert(mode), **options)
     whole = by_pillow(content)
     assert np.array_equal(decode.decode(content, "here"), whole)
-    for top, left, height, width in [(0, 0, 83, 101), (0, 0, 1, 1), (5, 50, 40, 51), (40, 3, 23, 30), (82, 100, 1, 1)]:
+    for top, left, height, width in [
+        (0, 0, 83, 101),
+        (0, 0, 1, 1),
+        (5, 50, 40, 51),
+        (40, 3, 23, 30),
+        (82, 100, 1, 1),
+    ]:
         found = crop(content, top, left, height, width)
         assert np.array_equal(found, whole[top : top + height, left : left + width])
 
@@ -102,7 +110,9 @@ def test_rows_far_below_the_crop_are_not_decoded(monkeypatch):
     heights = []
     full = simplejpeg.decode_jpeg
     monkeypatch.setattr(
-        decode.simplejpeg, "decode_jpeg", lambda *a, **k: (heights.append(len(full(*a, **k))), full(*a, **k))[1]
+        decode.simplejpeg,
+        "decode_jpeg",
+        lambda *a, **k: (heights.append(len(full(*a, **k))), full(*a, **k))[1],
     )
     for top, rows in [(0, 10), (300, 50), (390, 10)]:
         crop(encoded(picture(400, 30)), top, 0, rows, 30)
@@ -110,7 +120,9 @@ def test_rows_far_below_the_crop_are_not_decoded(monkeypatch):
     assert heights == [12, 352, 400, 400]
 
 
-@pytest.mark.parametrize("read", [decode.decode, lambda *a: decode.decode_crop(*a, lambda shape: (0, 0, 1, 1))])
+@pytest.mark.parametrize(
+    "read", [decode.decode, lambda *a: decode.decode_crop(*a, lambda shape: (0, 0, 1, 1))]
+)
 def test_a_jpeg_that_was_cut_off_is_refused_wherever_it_was_cut(read):
     content = encoded(picture(64, 48), exif=exif(1))
     for end in range(0, len(content) - 1):
@@ -238,7 +250,9 @@ def test_a_view_of_a_file_is_the_view_of_its_pixels(recipe):
         expected = augment.train_view(by_pillow(content), row, section, 32)
         assert np.array_equal(augment.train_view(content, row, section, 32), expected)
     view = EvalView("bilinear", 0.875)
-    assert np.array_equal(augment.eval_view(content, 32, view), augment.eval_view(by_pillow(content), 32, view))
+    assert np.array_equal(
+        augment.eval_view(content, 32, view), augment.eval_view(by_pillow(content), 32, view)
+    )
 
 
 @pytest.mark.parametrize("recipe", ["none", "pad_crop", "random_resized_crop"])
@@ -258,4 +272,6 @@ def test_crops_of_imagenet_are_pillows_pixels(tmp_path):
         content = images.read(sample_id).image
         whole = by_pillow(content)
         top, left, height, width = augment._resized_crop_box(whole.shape[:2], draws[sample_id, 3:], Augment())
-        assert np.array_equal(crop(content, top, left, height, width), whole[top : top + height, left : left + width])
+        assert np.array_equal(
+            crop(content, top, left, height, width), whole[top : top + height, left : left + width]
+        )

@@ -35,8 +35,12 @@ def test_folder_is_packed_whole_and_mixed(tmp_path):
     assert json.loads((tmp_path / "a" / "dataset.json").read_text()) == summary
     assert list(webdataset_samples(data.paths)) == read
     assert [sample.label for sample in read] != sorted(sample.label for sample in read)
-    other = packing.pack_source(str(tmp_path / "images"), tmp_path / "b", prefix="train", shard_bytes=8000, seed=1)
-    assert [s.key for s in ShardSet(other["urls"], root=str(tmp_path / "b")).iterate()] != [s.key for s in read]
+    other = packing.pack_source(
+        str(tmp_path / "images"), tmp_path / "b", prefix="train", shard_bytes=8000, seed=1
+    )
+    assert [s.key for s in ShardSet(other["urls"], root=str(tmp_path / "b")).iterate()] != [
+        s.key for s in read
+    ]
 
 
 def test_packing_is_the_same_for_any_workers_and_resumes(tmp_path):
@@ -97,7 +101,9 @@ def test_resize_turns_rotated_images_upright(tmp_path):
 
 def test_csv_sources(tmp_path):
     content = folder(tmp_path / "images")
-    files = sorted(path for path in (tmp_path / "images").rglob("*") if path.is_file() and path.suffix != ".txt")
+    files = sorted(
+        path for path in (tmp_path / "images").rglob("*") if path.is_file() and path.suffix != ".txt"
+    )
     names = [path.relative_to(tmp_path).as_posix() for path in files]
     labels = [content[path.read_bytes()] for path in files]
     for file, written, classes in (
@@ -182,18 +188,27 @@ def test_a_second_split_takes_the_numbering_of_the_first(tmp_path):
 
 def test_lists_take_a_csv_and_shards_by_name_or_number(tmp_path):
     content = of_images(tmp_path, "ac")
-    for i, (labels, expected) in enumerate(((("a", "c"), (0, 2)), (("0", "2"), (0, 2)), (("2", "01"), (2, 1)))):
+    for i, (labels, expected) in enumerate(
+        ((("a", "c"), (0, 2)), (("0", "2"), (0, 2)), (("2", "01"), (2, 1)))
+    ):
         rows = [f"images/{name}/0.png,{label}\n" for name, label in zip("ac", labels)]
         (tmp_path / "list.csv").write_text("".join(rows))
         packing.pack_source(str(tmp_path / "list.csv"), tmp_path / f"csv{i}", classes=["a", "b", "c"])
         assert labels_by_class(content, tmp_path / f"csv{i}") == dict(zip("ac", expected))
-    for labels, message in ((("a", "d"), r"line 2: class 'd' is not in --classes"), (("0", "3"), "line 2: class '3'")):
-        (tmp_path / "list.csv").write_text("".join(f"images/{n}/0.png,{label}\n" for n, label in zip("ac", labels)))
+    for labels, message in (
+        (("a", "d"), r"line 2: class 'd' is not in --classes"),
+        (("0", "3"), "line 2: class '3'"),
+    ):
+        (tmp_path / "list.csv").write_text(
+            "".join(f"images/{n}/0.png,{label}\n" for n, label in zip("ac", labels))
+        )
         with pytest.raises(UserError, match=message):
             packing.pack_source(str(tmp_path / "list.csv"), tmp_path / "none", classes=["a", "b", "c"])
     # Shards: those with names are numbered anew, of the others the labels stay.
     packing.pack_source(str(tmp_path / "images"), tmp_path / "packed")
-    summary = packing.pack_source(str(tmp_path / "packed"), tmp_path / "again", classes=["c", "b", "a"], workers=2)
+    summary = packing.pack_source(
+        str(tmp_path / "packed"), tmp_path / "again", classes=["c", "b", "a"], workers=2
+    )
     assert labels_by_class(content, tmp_path / "again") == {"a": 2, "c": 0}
     assert summary["classes"] == ["c", "b", "a"]
     (tmp_path / "packed" / "dataset.json").unlink()
@@ -251,7 +266,9 @@ def test_what_looks_like_several_labels_is_refused(tmp_path, labels, line):
 def test_names_with_separators_are_no_lists(tmp_path):
     """Those of ImageNet, and what a list of classes names."""
     info = resources.files("timm.data") / "_info"
-    lemmas = dict(line.split("\t")[:2] for line in (info / "imagenet_synset_to_lemma.txt").read_text().splitlines())
+    lemmas = dict(
+        line.split("\t")[:2] for line in (info / "imagenet_synset_to_lemma.txt").read_text().splitlines()
+    )
     names = sorted({lemmas[synset] for synset in (info / "imagenet_synsets.txt").read_text().split()})
     assert sum("," in name for name in names) > 100
     packing._refuse_several_labels([f"{i}.png" for i in range(len(names))], names, [""] * len(names), set())

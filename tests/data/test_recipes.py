@@ -57,7 +57,9 @@ def test_the_operations_are_timms_increasing_ones():
 @pytest.mark.parametrize("magnitude", [0, 1, 2.5, 5, 9, 9.7, 10])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_operations_do_what_timms_do(monkeypatch, name, magnitude, sign):
-    monkeypatch.setattr(auto_augment.random, "random", lambda: 0.2 if sign > 0 else 0.8)  # above a half it negates
+    monkeypatch.setattr(
+        auto_augment.random, "random", lambda: 0.2 if sign > 0 else 0.8
+    )  # above a half it negates
     found = apply(name, magnitude, sign)
     if (name, magnitude) == ("PosterizeIncreasing", 10):
         magnitude = 9.9  # at 10 timm asks for 0 bits, which Pillow refuses
@@ -78,14 +80,18 @@ def test_operations_read_between_pixels_as_timms_do(monkeypatch, interpolation):
     for row in uniforms(0, 0, np.arange(60)):
         plain = train_view(picture(), row, Augment(recipe="pad_crop", flip=False), 48)
         expected = Image.fromarray(plain)
-        chosen = zip(augment._operations(row[augment._RAND_AUGMENT], recipe.rand_augment), row[augment._RESAMPLE][1:])
+        chosen = zip(
+            augment._operations(row[augment._RAND_AUGMENT], recipe.rand_augment), row[augment._RESAMPLE][1:]
+        )
         for (name, arguments), which in chosen:
             theirs = auto_augment.AugmentOp(name, prob=1.0, magnitude=9, hparams=hparams)
             theirs.level_fn = lambda *_, a=arguments: a
             monkeypatch.setattr(auto_augment.random, "choice", lambda both, u=which: both[int(2 * u)])
             expected = theirs(expected)
             drawn.add((name, which < 0.5))
-        assert np.array_equal(train_view(picture(), row, recipe, 48, interpolation=interpolation), np.asarray(expected))
+        assert np.array_equal(
+            train_view(picture(), row, recipe, 48, interpolation=interpolation), np.asarray(expected)
+        )
     assert {("Rotate", True), ("Rotate", False)} < drawn
 
 
@@ -165,7 +171,12 @@ def test_signs_are_drawn_evenly():
 def test_the_magnitude_varies_as_asked_and_stays_in_range():
     def degrees(**options):
         return np.array(
-            [abs(a[0]) for ops in drawn(probability=1.0, num_ops=4, **options) for name, a in ops if name == "Rotate"]
+            [
+                abs(a[0])
+                for ops in drawn(probability=1.0, num_ops=4, **options)
+                for name, a in ops
+                if name == "Rotate"
+            ]
         )
 
     normal = degrees(magnitude=5, mstd=1) / 3
@@ -182,13 +193,17 @@ def test_the_magnitude_varies_as_asked_and_stays_in_range():
 # --- colour jitter ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [ColorJitter(), ColorJitter(brightness=0.2, contrast=1.5, saturation=0, hue=0.3)])
+@pytest.mark.parametrize(
+    "recipe", [ColorJitter(), ColorJitter(brightness=0.2, contrast=1.5, saturation=0, hue=0.3)]
+)
 def test_colour_jitter_is_torchvisions_with_our_draws(monkeypatch, recipe):
     widths = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
     reference, image = transforms.ColorJitter(*widths), Image.fromarray(picture())
     changed = 0
     for draws in uniforms(0, 0, np.arange(30))[:, augment._JITTER]:
-        factors = [max(0, 1 - w) + u * (1 + w - max(0, 1 - w)) if w else None for u, w in zip(draws, widths[:3])]
+        factors = [
+            max(0, 1 - w) + u * (1 + w - max(0, 1 - w)) if w else None for u, w in zip(draws, widths[:3])
+        ]
         hue = (2 * draws[3] - 1) * recipe.hue if recipe.hue else None
         order = torch.from_numpy(np.argsort(draws[4:]))
         monkeypatch.setattr(reference, "get_params", lambda *_, o=order, f=factors, h=hue: (o, *f, h))
@@ -263,7 +278,10 @@ def test_erasing_happens_with_its_probability():
 
 def test_an_image_that_no_rectangle_fits_into_is_kept():
     image = picture()
-    assert erase(image, uniforms(0, 0, np.arange(1))[0, augment._ERASING], probability=1.0, scale=(1, 1)) is image
+    assert (
+        erase(image, uniforms(0, 0, np.arange(1))[0, augment._ERASING], probability=1.0, scale=(1, 1))
+        is image
+    )
 
 
 def test_noise_is_normal_once_normalised():
@@ -331,7 +349,14 @@ def test_switching_a_part_on_leaves_the_others_as_they_are():
 
 
 def test_no_two_parts_share_a_draw():
-    parts = [augment._PLACE, slice(2, 3), augment._CROP, augment._JITTER, augment._RAND_AUGMENT, augment._ERASING]
+    parts = [
+        augment._PLACE,
+        slice(2, 3),
+        augment._CROP,
+        augment._JITTER,
+        augment._RAND_AUGMENT,
+        augment._ERASING,
+    ]
     parts.append(augment._RESAMPLE)
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
     assert parts[-1].stop == augment.DRAWS
@@ -344,8 +369,14 @@ def test_no_two_parts_share_a_draw():
         ({"rand_augment": {"num_ops": 5}}, "data.augment.rand_augment.num_ops: "),
         ({"rand_augment": {"m": 9}}, "data.augment.rand_augment: unknown key 'm'"),
         ({"color_jitter": {"hue": 0.6}}, "data.augment.color_jitter.hue: "),
-        ({"random_erasing": {"scale": [0.5, 0.1]}}, "data.augment.random_erasing: scale and ratio are ranges"),
-        ({"random_erasing": {"scale": [0.5, 1.1]}}, "data.augment.random_erasing: scale and ratio are ranges"),
+        (
+            {"random_erasing": {"scale": [0.5, 0.1]}},
+            "data.augment.random_erasing: scale and ratio are ranges",
+        ),
+        (
+            {"random_erasing": {"scale": [0.5, 1.1]}},
+            "data.augment.random_erasing: scale and ratio are ranges",
+        ),
         ({"random_erasing": {"fill": "zero"}}, "data.augment.random_erasing.fill: "),
     ],
 )

@@ -136,7 +136,9 @@ def test_a_remote_shard_that_does_not_fit_its_index_is_found(server, tmp_path):
     data = ShardSet(urls, cache_dir=str(tmp_path / "cache"))
     path = server.directory / "x-000001.tar"
     path.write_bytes(path.read_bytes() + bytes(10240))
-    with pytest.raises(UserError, match=r"x-000001\.tar: the shard is cut or changed.*indistill shards index"):
+    with pytest.raises(
+        UserError, match=r"x-000001\.tar: the shard is cut or changed.*indistill shards index"
+    ):
         data.read(7)
     verify.index(urls, cache_dir=str(tmp_path / "cache"))  # the remedy that the message names
     assert ShardSet(urls, cache_dir=str(tmp_path / "cache")).read(7).key == "00007"
@@ -146,7 +148,9 @@ def test_shards_without_index_are_fetched_and_counted_once(server, tmp_path):
     packed, urls = serve(server, indexed=False)
     for _ in range(2):
         assert list(ShardSet(urls, cache_dir=str(tmp_path / "cache")).iterate()) == packed
-    assert sorted(server.served) == sorted([f"x-{i:06d}.tar{end}" for i in range(4) for end in ("", ".index.json")])
+    assert sorted(server.served) == sorted(
+        [f"x-{i:06d}.tar{end}" for i in range(4) for end in ("", ".index.json")]
+    )
 
 
 def test_a_cut_remote_shard_is_found_and_fetched_anew_when_mended(server, tmp_path):
@@ -190,7 +194,9 @@ def test_processes_share_one_download(server, tmp_path):
                 os._exit(2)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert sorted(server.served) == sorted([f"x-{i:06d}.tar{end}" for i in range(4) for end in ("", ".index.json")])
+    assert sorted(server.served) == sorted(
+        [f"x-{i:06d}.tar{end}" for i in range(4) for end in ("", ".index.json")]
+    )
 
 
 def test_processes_together_stay_within_the_limit(server, tmp_path):
@@ -214,7 +220,9 @@ def test_processes_together_stay_within_the_limit(server, tmp_path):
     while left:
         with cache.room_lock():
             held = {
-                e.name.removesuffix(".part"): e.stat().st_size for e in os.scandir(dead.parent) if "lock" not in e.name
+                e.name.removesuffix(".part"): e.stat().st_size
+                for e in os.scandir(dead.parent)
+                if "lock" not in e.name
             }
         peak = max(peak, sum(held.values()))
         for child in list(left):

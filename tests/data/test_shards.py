@@ -106,7 +106,9 @@ def test_fingerprint_tells_data_sets_apart(tmp_path):
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
 def test_a_tar_cut_anywhere_is_found(tmp_path, suffix):
     members = [(f"{i}.{kind}", b"7" * 30) for i in range(4) for kind in ("jpg", "txt")]
-    whole = Path(write_tar(tmp_path / f"whole.{suffix}", members, "w:gz" if suffix == "tar.gz" else "w")).read_bytes()
+    whole = Path(
+        write_tar(tmp_path / f"whole.{suffix}", members, "w:gz" if suffix == "tar.gz" else "w")
+    ).read_bytes()
     # At every header, inside headers and contents; behind 8 * 1,024 bytes only the archive's trailer follows.
     cuts = range(0, len(whole) - 8, 7) if suffix == "tar.gz" else range(0, 8 * 1024 + 1, 256)
     for cut in cuts:
@@ -168,7 +170,11 @@ def test_index_goes_to_the_cache_directory(tmp_path):
     assert len(os.listdir(cache)) == 2
     assert os.listdir(tmp_path / "a") == ["x-000000.tar"]
     again = ShardSet(urls, cache_dir=cache)
-    assert list(again.iterate()) == list(first.iterate()) == expected(samples(5, first=97) + samples(5, first=98))
+    assert (
+        list(again.iterate())
+        == list(first.iterate())
+        == expected(samples(5, first=97) + samples(5, first=98))
+    )
 
 
 def test_an_index_that_fits_is_used_wherever_it_is(tmp_path):
@@ -218,7 +224,9 @@ def test_verify_reports_every_bad_member(tmp_path):
     bad[1] = ("1", good[1][1][:-200], "jpg", 1)
     bad[4] = ("4", b"no image", "png", 4)
     paths = [str(path) for path in pack([*good, *bad], tmp_path, "x", 6)]
-    malformed = write_tar(tmp_path / "y.tar", [("a.jpg", good[0][1]), ("a.cls", b"x"), ("b.jpg", b""), ("b.cls", b"-")])
+    malformed = write_tar(
+        tmp_path / "y.tar", [("a.jpg", good[0][1]), ("a.cls", b"x"), ("b.jpg", b""), ("b.cls", b"-")]
+    )
     cut = tmp_path / "z.tar"
     cut.write_bytes(Path(paths[0]).read_bytes()[:1536])
     content = verify.verify([*paths, malformed, str(cut)])
@@ -235,17 +243,37 @@ def test_verify_reports_every_bad_member(tmp_path):
 def test_verify_finds_the_labels_that_training_refuses(tmp_path):
     """Tars of which it used to say that nothing is bad: labels in json or txt, no label, or one too large."""
     contents = {
-        "json": [("a.jpg", picture(0)), ("a.json", b'{"label": 1}'), ("b.jpg", picture(1)), ("b.json", b"{}")],
+        "json": [
+            ("a.jpg", picture(0)),
+            ("a.json", b'{"label": 1}'),
+            ("b.jpg", picture(1)),
+            ("b.json", b"{}"),
+        ],
         "txt": [("a.jpg", picture(0)), ("a.txt", b"1"), ("README", b"none")],
         "part": [("a.jpg", picture(0)), ("a.cls", b"2"), ("b.png", picture(1, "png"))],
         "large": [("a.jpg", picture(0)), ("a.cls", b"0"), ("b.jpg", picture(1)), ("b.cls", b"3")],
-        "right": [("a.jpg", picture(0)), ("a.cls", b"0"), ("b.jpg", picture(1)), ("b.cls", b"2"), ("b.wnid", b"n01")],
+        "right": [
+            ("a.jpg", picture(0)),
+            ("a.cls", b"0"),
+            ("b.jpg", picture(1)),
+            ("b.cls", b"2"),
+            ("b.wnid", b"n01"),
+        ],
     }
     paths = {name: write_tar(tmp_path / f"{name}.tar", members) for name, members in contents.items()}
     expected_lines = {
-        "json": ["2 images, 0 labelled, 2 unlabelled; other members: 2 json", "training refuses unlabelled images: "],
-        "txt": ["1 images, 0 labelled, 1 unlabelled; other members: 1 without extension, 1 txt", "training refuses"],
-        "part": ["2 images, 1 labelled (2 to 2, 1 different), 1 unlabelled", "training refuses unlabelled images: "],
+        "json": [
+            "2 images, 0 labelled, 2 unlabelled; other members: 2 json",
+            "training refuses unlabelled images: ",
+        ],
+        "txt": [
+            "1 images, 0 labelled, 1 unlabelled; other members: 1 without extension, 1 txt",
+            "training refuses",
+        ],
+        "part": [
+            "2 images, 1 labelled (2 to 2, 1 different), 1 unlabelled",
+            "training refuses unlabelled images: ",
+        ],
         "large": ["2 images, 2 labelled (0 to 3, 2 different), 0 unlabelled"],
         "right": ["2 images, 2 labelled (0 to 2, 2 different), 0 unlabelled; other members: 1 wnid"],
     }
@@ -255,9 +283,9 @@ def test_verify_finds_the_labels_that_training_refuses(tmp_path):
         assert by_default.bad == []
         lines = by_default.summary().split("\n")
         assert lines[0] == expected_lines[name][0]
-        assert [line[: len(start)] for line, start in zip(lines, expected_lines[name], strict=True)] == expected_lines[
-            name
-        ]
+        assert [
+            line[: len(start)] for line, start in zip(lines, expected_lines[name], strict=True)
+        ] == expected_lines[name]
         assert [member.key for member in content.bad] == bad[name]
         # Training says the same, of the first one.
         section = config.Data(train=path, num_classes=3, global_batch=1)
@@ -281,7 +309,9 @@ def test_index_is_built_anew(tmp_path):
     with pytest.raises(UserError, match="cut or changed"):
         ShardSet(str(path)).read(3)
     assert [
-        member for member in verify.verify(str(path)).bad if member.problem.endswith("`indistill shards index` on it")
+        member
+        for member in verify.verify(str(path)).bad
+        if member.problem.endswith("`indistill shards index` on it")
     ]
     assert verify.index(str(path)) == {str(path): 8}
     assert list(ShardSet(str(path)).iterate()) == expected(samples(8, seed=1))

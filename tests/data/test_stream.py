@@ -23,8 +23,19 @@ def section(tree, tmp_path):
     pack_images(tmp_path, "s", samples=200, per_shard=25, seed=3)
     return config.Data(
         **tree["data"]
-        | {"root": str(tmp_path), "train": "s-*.tar", "access": "stream", "epoch_samples": 200, "in_memory": False}
-        | {"workers": 0, "global_batch": 40, "shuffle_buffer": 30, "augment": {"recipe": "none", "flip": False}}
+        | {
+            "root": str(tmp_path),
+            "train": "s-*.tar",
+            "access": "stream",
+            "epoch_samples": 200,
+            "in_memory": False,
+        }
+        | {
+            "workers": 0,
+            "global_batch": 40,
+            "shuffle_buffer": 30,
+            "augment": {"recipe": "none", "flip": False},
+        }
     )
 
 

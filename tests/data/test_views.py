@@ -26,7 +26,9 @@ from indistill.training.students import Shared, _Share
 
 IMAGENET = SHARED / "imagenet-sample"
 SIZE = 224
-needs_images = pytest.mark.skipif(not IMAGENET.is_dir(), reason="the real images of imagenet-sample are not there")
+needs_images = pytest.mark.skipif(
+    not IMAGENET.is_dir(), reason="the real images of imagenet-sample are not there"
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,9 @@ def test_training_shows_what_timms_transform_shows(section, interpolation, monke
 
 
 @needs_images
-@pytest.mark.parametrize(("interpolation", "theirs"), [("bilinear",) * 2, ("bicubic",) * 2, ("random", "bilinear")])
+@pytest.mark.parametrize(
+    ("interpolation", "theirs"), [("bilinear",) * 2, ("bicubic",) * 2, ("random", "bilinear")]
+)
 def test_training_without_augmentation_is_timms_too(section, interpolation, theirs):
     recipe = Augment(recipe="none", flip=False)
     section = section.model_copy(update={"interpolation": interpolation, "augment": recipe})
@@ -146,7 +150,11 @@ def parsed(tree, tmp_path):
 
 def test_auto_is_the_default():
     section = config.Data(train="a.tar", num_classes=2, global_batch=2)
-    assert (section.interpolation, section.eval_interpolation, section.eval_crop) == ("bilinear", "auto", "auto")
+    assert (section.interpolation, section.eval_interpolation, section.eval_crop) == (
+        "bilinear",
+        "auto",
+        "auto",
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,19 +199,25 @@ def test_a_networks_own_view_is_timms(parsed, name, size):
     expected = timm.data.resolve_data_config(pretrained_cfg=record, use_test_size=size == 288)
     found = own_view(section, settings.data, "student")
     assert found._asdict() == {key: expected[key] for key in found._fields}
-    assert (name, size) != ("resnet50.a1_in1k", 288) or found.crop_pct == record["test_crop_pct"] != record["crop_pct"]
+    assert (name, size) != ("resnet50.a1_in1k", 288) or found.crop_pct == record["test_crop_pct"] != record[
+        "crop_pct"
+    ]
 
 
 def test_a_record_of_ones_own(parsed, tmp_path):
     view = own_view(
-        config.Model(name="resnet18", kwargs={"pretrained_cfg_overlay": {"crop_pct": 0.7}}), parsed().data, "student"
+        config.Model(name="resnet18", kwargs={"pretrained_cfg_overlay": {"crop_pct": 0.7}}),
+        parsed().data,
+        "student",
     )
     assert view.crop_pct == 0.7
     record = {"interpolation": "bilinear", "crop_pct": 0.6}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": record}))
     view = own_view(config.Model(name=f"local-dir:{tmp_path}"), parsed().data, "student")
     assert view[:3] == ("bilinear", 0.6, "center")
-    with pytest.raises(UserError, match=r"^student: timm's record of resnet18.no_such cannot be had: .*eval_crop$"):
+    with pytest.raises(
+        UserError, match=r"^student: timm's record of resnet18.no_such cannot be had: .*eval_crop$"
+    ):
         own_view(config.Model(name="resnet18.no_such"), parsed().data, "student")
 
 
@@ -232,7 +246,10 @@ def test_students_at_once_are_each_evaluated_by_their_own(parsed):
     ("override", "message"),
     [
         ("data.interpolation=auto", "data.interpolation: Input should be 'bilinear', 'bicubic' or 'random'"),
-        ("data.eval_interpolation=random", "data.eval_interpolation: Input should be 'auto', 'bilinear' or 'bicubic'"),
+        (
+            "data.eval_interpolation=random",
+            "data.eval_interpolation: Input should be 'auto', 'bilinear' or 'bicubic'",
+        ),
         ("data.eval_crop=1.5", "data.eval_crop: Input should be less than or equal to 1"),
         ("data.eval_crop=all", "data.eval_crop: "),
     ],

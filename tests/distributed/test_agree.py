@@ -26,9 +26,15 @@ def test_a_changed_source_file_is_another_version(tmp_path, monkeypatch):
 
 
 def test_who_differs_is_told(monkeypatch):
-    told = [{"seed": 1, "data": "a"}] * 9 + [{"seed": 1, "data": "b"}, {"seed": 1, "data": "c"}] + [{"data": "b"}] * 2
+    told = (
+        [{"seed": 1, "data": "a"}] * 9
+        + [{"seed": 1, "data": "b"}, {"seed": 1, "data": "c"}]
+        + [{"data": "b"}] * 2
+    )
     monkeypatch.setattr(distributed_agree, "gather_object", lambda mine: told)
-    with pytest.raises(UserError, match=r"seed: ranks 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. have 1, ranks 11, 12 have None: "):
+    with pytest.raises(
+        UserError, match=r"seed: ranks 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. have 1, ranks 11, 12 have None: "
+    ):
         agree({})
     told[11:] = []
     with pytest.raises(UserError, match=r"data: ranks 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. have a, rank 9 has b: "):

@@ -17,7 +17,11 @@ WORLD = 2
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """As a launcher leaves it, with DeepSpeed installed."""
-    for name in (*deepspeed_config._LAUNCHER_VARIABLES, "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+    for name in (
+        *deepspeed_config._LAUNCHER_VARIABLES,
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
@@ -43,7 +47,9 @@ def launch(monkeypatch, **variables):
 def test_what_tells_bad_steps_stays_on(zero, tmp_path):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {"compute_grad_norm": False}}))
-    with pytest.raises(UserError, match=r"zero_optimization.compute_grad_norm: the norm tells which steps to skip"):
+    with pytest.raises(
+        UserError, match=r"zero_optimization.compute_grad_norm: the norm tells which steps to skip"
+    ):
         zero({"config_file": str(path)})
 
 
@@ -52,7 +58,9 @@ def test_ddp_unless_someone_asks(tree, monkeypatch):
         assert deepspeed_config.zero_config(config.parse(tree | {"engine": section}, "test"), WORLD) is None
     launch(monkeypatch)
     assert deepspeed_config.zero_config(config.parse(tree, "test"), WORLD)["zero_optimization"]["stage"] == 2
-    with pytest.raises(UserError, match=r"engine.name is ddp, but accelerate launch was told to use DeepSpeed"):
+    with pytest.raises(
+        UserError, match=r"engine.name is ddp, but accelerate launch was told to use DeepSpeed"
+    ):
         deepspeed_config.zero_config(config.parse(tree | {"engine": {"name": "ddp"}}, "test"), WORLD)
 
 
@@ -104,11 +112,15 @@ def test_a_file_of_accelerate_config(zero, tmp_path):
 
 
 def test_the_launcher(zero, monkeypatch, tmp_path):
-    launch(monkeypatch, DEEPSPEED_ZERO_STAGE="3", GRADIENT_CLIPPING="1.0", DEEPSPEED_OFFLOAD_PARAM_DEVICE="cpu")
+    launch(
+        monkeypatch, DEEPSPEED_ZERO_STAGE="3", GRADIENT_CLIPPING="1.0", DEEPSPEED_OFFLOAD_PARAM_DEVICE="cpu"
+    )
     found = zero(clip_grad_norm=1)
     assert found["zero_optimization"]["stage"] == 3
     assert found["zero_optimization"]["offload_param"]["device"] == "cpu"
-    with pytest.raises(UserError, match=r"accelerate launch: gradient_clipping is 1.0, but clip_grad_norm makes it 0"):
+    with pytest.raises(
+        UserError, match=r"accelerate launch: gradient_clipping is 1.0, but clip_grad_norm makes it 0"
+    ):
         zero()
 
 
@@ -125,10 +137,16 @@ def test_the_launchers_variables_without_the_launcher(zero, monkeypatch):
     ("content", "message"),
     [
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is 2, but engine.stage makes it 3"),
-        ({"gradient_accumulation_steps": 8}, "gradient_accumulation_steps is 8, but grad_accumulation makes it 1"),
+        (
+            {"gradient_accumulation_steps": 8},
+            "gradient_accumulation_steps is 8, but grad_accumulation makes it 1",
+        ),
         ({"train_batch_size": 64}, "train_batch_size is 64, but data.global_batch makes it 32"),
         ({"bf16": {"enabled": True}}, "bf16.enabled is true, but mixed_precision is no"),
-        ({"optimizer": {"type": "AdamW"}}, "optimizer is what optimizer of this config sets: remove it there"),
+        (
+            {"optimizer": {"type": "AdamW"}},
+            "optimizer is what optimizer of this config sets: remove it there",
+        ),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler is what schedule of this config sets"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast is what mixed_precision of this config sets"),
         ({"distributed_type": "FSDP"}, "distributed_type is FSDP, not DEEPSPEED"),
@@ -146,16 +164,22 @@ def test_conflicts_are_named(zero, tmp_path, content, message):
 def test_what_cannot_work_is_told_at_once(zero, tree, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"engine.config_file: nowhere.json: No such file"):
         zero({"config_file": "nowhere.json"})
-    with pytest.raises(UserError, match=r"engine: offload_parameters: cpu needs stage 3, this is 2: set stage: 3"):
+    with pytest.raises(
+        UserError, match=r"engine: offload_parameters: cpu needs stage 3, this is 2: set stage: 3"
+    ):
         zero({"stage": 2, "offload_parameters": "cpu"})
-    with pytest.raises(UserError, match=r"engine.offload_parameters: parameters are offloaded in stage 3, this is 2"):
+    with pytest.raises(
+        UserError, match=r"engine.offload_parameters: parameters are offloaded in stage 3, this is 2"
+    ):
         zero({"offload_parameters": "cpu"})
     with pytest.raises(UserError, match=r"engine.stage: Input should be 1, 2 or 3"):
         zero({"stage": 4})
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 0}}')
     with pytest.raises(UserError, match=r"stage is 0: give 1, 2 or 3, or set engine.name: ddp"):
         zero({"config_file": str(tmp_path / "zero.json")})
-    with pytest.raises(UserError, match=r"optimizer.name: lamb may look at whole tensors, which ZeRO cuts: choose"):
+    with pytest.raises(
+        UserError, match=r"optimizer.name: lamb may look at whole tensors, which ZeRO cuts: choose"
+    ):
         zero(optimizer={"name": "lamb", "lr": 0.1})
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(UserError, match=r"engine: DeepSpeed needs a launcher, .* torchrun"):

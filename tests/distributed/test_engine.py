@@ -19,7 +19,9 @@ def test_unused_parameters_get_no_step(tree):
     timetable = Timetable.of(settings, steps_per_epoch=5, pairs=3)
     optimizer = optim.create(network, settings.optimizer)
     deep = set(network[1].parameters())
-    phase_optim = optim.PhaseOptim(optimizer, settings, timetable, {(0,): deep, (1,): deep, (2,): deep, (): set()})
+    phase_optim = optim.PhaseOptim(
+        optimizer, settings, timetable, {(0,): deep, (1,): deep, (2,): deep, (): set()}
+    )
     assert sorted(len(group["params"]) for group in optimizer.param_groups) == [1, 1, 1, 1]
 
     def step(at):

@@ -18,7 +18,9 @@ from indistill.training.start import start_accelerator
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "TORCH_COMPILE", "TORCHDYNAMO"))]:
+    for name in [
+        name for name in os.environ if name.startswith(("ACCELERATE_", "TORCH_COMPILE", "TORCHDYNAMO"))
+    ]:
         if name != "ACCELERATE_USE_CPU":  # which is no word on any key
             monkeypatch.delenv(name)
 
@@ -69,7 +71,9 @@ def test_a_contradiction_is_one_line_that_names_both(tree, monkeypatch, engine, 
 )
 def test_what_compile_would_not_be(tree, monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=rf"^{variable}={value} in the environment, but compile is true: unset"):
+    with pytest.raises(
+        UserError, match=rf"^{variable}={value} in the environment, but compile is true: unset"
+    ):
         environment.check(config.parse(tree | {"compile": True}, "test"))
 
 
@@ -129,7 +133,10 @@ def test_every_command_refuses(tree, tmp_path, monkeypatch, capsys, arguments):
         main([command, str(write(tree, tmp_path)), *others])
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "ACCELERATE_USE_MEGATRON_LM=true in the environment, but engine.name is not set (ddp or deepspeed)" in line
+    assert (
+        "ACCELERATE_USE_MEGATRON_LM=true in the environment, but engine.name is not set (ddp or deepspeed)"
+        in line
+    )
     assert not Path(tree["run_dir"], "metrics.jsonl").exists()
 
 
@@ -139,7 +146,10 @@ def test_no_run_of_several_begins_before_all_agree(tree, tmp_path, monkeypatch, 
     if kind == "stages":
         networks = {key: tree.pop(key) for key in ("student", "teacher", "warmup", "kd")}
         first = {"name": "first", "student": networks["student"]}
-        tree["stages"] = [first, {"name": "second", "student": networks["student"], "mixed_precision": "bf16"}]
+        tree["stages"] = [
+            first,
+            {"name": "second", "student": networks["student"], "mixed_precision": "bf16"},
+        ]
     else:
         tree["students"] = [{"name": "first"}, {"name": "second"}]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16" if kind == "students" else "bf16")

@@ -128,7 +128,9 @@ def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, 
     ends = [line for line in kept if line["event"] == "end"]
     assert [line["how"] for line in ends] == ["requeue"] * 5 + ["done"]
     # Rank 0 tells, as it knows.
-    asked = [number.name if world is None or number == signal.SIGINT else "another rank" for _, number in events]
+    asked = [
+        number.name if world is None or number == signal.SIGINT else "another rank" for _, number in events
+    ]
     assert [line["reason"].rpartition(" asked by ")[2] for line in ends[:5]] == asked
 
     whole = record(tmp_path / "whole")
@@ -136,7 +138,9 @@ def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, 
     assert record(run_dir) == whole
     weights = [load_file(folder / "student.safetensors") for folder in (run_dir, tmp_path / "whole")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run_dir, tmp_path / "whole")]
+    summaries = [
+        json.loads((folder / "summary.json").read_text()) for folder in (run_dir, tmp_path / "whole")
+    ]
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
 
 
@@ -158,7 +162,8 @@ def train_forever(path: str, patience: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("patience", "signals", "number"), [(500.0, 2, signal.SIGTERM), (500.0, 2, signal.SIGINT), (2.0, 1, signal.SIGTERM)]
+    ("patience", "signals", "number"),
+    [(500.0, 2, signal.SIGTERM), (500.0, 2, signal.SIGINT), (2.0, 1, signal.SIGTERM)],
 )
 def test_a_step_that_does_not_end(tree, tmp_path, patience, signals, number):
     """A second signal ends the process at once, and so does the end of its patience: without a checkpoint."""
@@ -278,11 +283,18 @@ def interrupt_in(place: str, number: int, errors: Path, arguments: list[str]) ->
         ),  # the loader's workers are there
         ("commands.evaluate.evaluate_checkpoint", signal.SIGINT, ["eval", "CONFIG", "resnet18"]),
         ("commands.trainer.Trainer.plan", signal.SIGINT, ["plan", "CONFIG"]),
-        ("commands.cli._parse", signal.SIGINT, ["train", "CONFIG"]),  # before anything listens: a KeyboardInterrupt
+        (
+            "commands.cli._parse",
+            signal.SIGINT,
+            ["train", "CONFIG"],
+        ),  # before anything listens: a KeyboardInterrupt
     ],
 )
 def test_where_no_step_is_under_way_a_signal_ends_it_at_once(tree, tmp_path, place, number, arguments):
-    path, errors = written(tmp_path, "run", tree | {"targets": {"dir": str(tmp_path / "t")}}), tmp_path / "stderr"
+    path, errors = (
+        written(tmp_path, "run", tree | {"targets": {"dir": str(tmp_path / "t")}}),
+        tmp_path / "stderr",
+    )
     arguments = [path if argument == "CONFIG" else argument for argument in arguments]
     process = start(interrupt_in, place, number, errors, arguments)
     process.join(timeout=120)
@@ -342,11 +354,16 @@ def test_no_stage_begins_after_one_that_was_stopped(tree, tmp_path):
         {key: tree.pop(key) for key in ("student", "warmup", "kd")}
         | {"name": "student", "teacher": {"stage": "teacher"}},
     ]
-    path, run_dir = written(tmp_path, "chain", {**tree, "duration": "15 steps", "stages": stages}), tmp_path / "chain"
+    path, run_dir = (
+        written(tmp_path, "chain", {**tree, "duration": "15 steps", "stages": stages}),
+        tmp_path / "chain",
+    )
     run_until(path, "step 2", None, 130, number=signal.SIGINT)
     assert status(run_dir) == "requeue"
     assert not (run_dir / "student").exists()
-    run_until(path, "step 2", None, preemption.EXIT_CODE)  # the fourth of the first stage is the first of the second
+    run_until(
+        path, "step 2", None, preemption.EXIT_CODE
+    )  # the fourth of the first stage is the first of the second
     run_until(path, "never", None, exit_code=0)
     assert status(run_dir) == "done"
     assert [json.loads((run_dir / name / "summary.json").read_text())["step"] for name in ("teacher", "student")] == [
@@ -410,7 +427,9 @@ def test_the_status_tells_a_launcher_what_to_do(tmp_path, monkeypatch):
     word, reason = status(tmp_path).splitlines()
     assert word == "failed"
     traceback = tmp_path / "errors" / "rank-0.txt"
-    assert re.fullmatch(rf"RuntimeError: no such luck \({__file__}, line \d+; traceback: {traceback}\)", reason)
+    assert re.fullmatch(
+        rf"RuntimeError: no such luck \({__file__}, line \d+; traceback: {traceback}\)", reason
+    )
     assert "raise outcome" in traceback.read_text()
     with pytest.raises(KeyboardInterrupt):  # where nobody listens, as in a notebook
         run(KeyboardInterrupt())
@@ -469,7 +488,11 @@ def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, 
         runs.run([("", config.parse(tree, "test"))])
     word, reason = status(run_dir).splitlines()
     assert word == "failed"
-    what = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB." if how is out_of_memory else "on purpose"
+    what = (
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+        if how is out_of_memory
+        else "on purpose"
+    )
     assert what in reason
     assert reason.endswith(f"; traceback: {run_dir}/errors/rank-0.txt)")
     assert how.__name__ in (run_dir / "errors" / "rank-0.txt").read_text()

@@ -21,7 +21,11 @@ def test_the_rank_that_is_behind_is_named():
 
 
 def test_silent_ranks_are_named_first():
-    reports = {0: report("a", 91, "training"), 1: report("b", 90, "waiting for data"), 2: report("c", 91, "training")}
+    reports = {
+        0: report("a", 91, "training"),
+        1: report("b", 90, "waiting for data"),
+        2: report("c", 91, "training"),
+    }
     assert verdict(reports, {2: 15.2}) == (
         "rank 2 (c) has not been heard from for 15 s (last: step 1204, phase kd, training); ranks 0-1 wait for it"
     )

@@ -111,11 +111,15 @@ def test_accuracy_counts_every_head(settings, images):
     output, labels = student(images[0]), images[1].numpy()
     expected = {}
     for name, logits in zip(("top1", "top1_head1", "top1_head2"), (output.logits, *output.cohort)):
-        expected[name] = sum(int(np.argmax(row)) == label for row, label in zip(logits.numpy(), labels)) / IMAGES
+        expected[name] = (
+            sum(int(np.argmax(row)) == label for row, label in zip(logits.numpy(), labels)) / IMAGES
+        )
     best = np.argsort(-output.logits.numpy(), axis=1)[:, :5]
     expected["top5"] = sum(label in row for row, label in zip(best, labels)) / IMAGES
     assert scores == pytest.approx(expected, abs=1e-12)
-    without = evaluate.accuracy(accelerator, network("cnn32_student"), training.open_eval_set(settings), batch=7)
+    without = evaluate.accuracy(
+        accelerator, network("cnn32_student"), training.open_eval_set(settings), batch=7
+    )
     assert without == {"top1": scores["top1"], "top5": scores["top5"]}
 
 
@@ -195,7 +199,9 @@ def test_retrieval_is_the_two_functions_for_each_metric(settings):
     example, expected = (embedding, labels, embedding, labels), {}
     for metric in ("cosine", "l2"):
         expected[f"map_{metric}"] = evaluate.retrieval_map(*example, metric=metric)
-        expected[f"map_{metric}_authors"] = evaluate.retrieval_map(*example, metric=metric, protocol="authors")
+        expected[f"map_{metric}_authors"] = evaluate.retrieval_map(
+            *example, metric=metric, protocol="authors"
+        )
         for k, value in evaluate.precision_at(*example, metric=metric).items():
             expected[f"precision_at_{k}_{metric}"] = value
     assert scores == expected

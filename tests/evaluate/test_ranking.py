@@ -101,7 +101,9 @@ def test_ties_keep_the_order_of_the_database():
     db = torch.ones(4, 2)
     for metric in ("cosine", "l2"):
         assert retrieval_map(db, torch.tensor([1, 1, 0, 0]), query, label, metric=metric) == 1
-        assert retrieval_map(db, torch.tensor([0, 0, 1, 1]), query, label, metric=metric) == pytest.approx(1 / 2)
+        assert retrieval_map(db, torch.tensor([0, 0, 1, 1]), query, label, metric=metric) == pytest.approx(
+            1 / 2
+        )
 
 
 def test_a_zero_embedding_is_at_cosine_distance_one():
@@ -109,7 +111,9 @@ def test_a_zero_embedding_is_at_cosine_distance_one():
     query, label = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
     assert retrieval_map(db, torch.tensor([0, 1, 0, 1]), query, label) == 1
     # Order 3, 1, 2, 0: recall 1/2 at precision 1 (levels 0 to 0.7), then 1 at 2/3.
-    assert retrieval_map(db, torch.tensor([0, 0, 1, 1]), query, label) == pytest.approx((8 * 1 + 3 * 2 / 3) / 11)
+    assert retrieval_map(db, torch.tensor([0, 0, 1, 1]), query, label) == pytest.approx(
+        (8 * 1 + 3 * 2 / 3) / 11
+    )
 
 
 @pytest.mark.parametrize("protocol", ["interpolated", "authors"])
@@ -118,7 +122,9 @@ def test_a_zero_embedding_is_at_cosine_distance_one():
 def test_matches_plain_loops(query_size, metric, protocol):
     for seed, (db_size, classes) in enumerate([(200, 4), (500, 10), (64, 40)]):
         arrays = embeddings(db_size, query_size, classes, seed=seed)
-        expected = plain_map(*(a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays), metric, protocol)
+        expected = plain_map(
+            *(a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays), metric, protocol
+        )
         result = retrieval_map(*as_tensors(arrays), metric=metric, protocol=protocol)
         assert result == pytest.approx(expected, abs=1e-12)
 
@@ -128,17 +134,30 @@ def test_matches_plain_loops(query_size, metric, protocol):
 def test_precision_matches_plain_loops(query_size, metric):
     ks = (1, 3, 10, 100, 200)
     arrays = embeddings(200, query_size, classes=40, seed=1)
-    db, db_labels, queries, query_labels = (a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays)
+    db, db_labels, queries, query_labels = (
+        a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays
+    )
     orders = [plain_order(db, query, metric) for query in queries]
     expected = {}
     for k in ks:
-        expected[k] = np.mean([np.mean(db_labels[order[:k]] == label) for order, label in zip(orders, query_labels)])
+        expected[k] = np.mean(
+            [np.mean(db_labels[order[:k]] == label) for order, label in zip(orders, query_labels)]
+        )
     assert precision_at(*as_tensors(arrays), ks=ks, metric=metric) == pytest.approx(expected, abs=1e-12)
 
 
 def test_precision_by_hand():
-    assert precision_at(*on_a_line([0, 1, 1, 0]), ks=(1, 2, 3, 4), metric="l2") == {1: 0, 2: 1 / 2, 3: 2 / 3, 4: 1 / 2}
-    query, label, db = torch.ones(1, 2), torch.tensor([1]), torch.ones(4, 2)  # ties keep the order of the database
+    assert precision_at(*on_a_line([0, 1, 1, 0]), ks=(1, 2, 3, 4), metric="l2") == {
+        1: 0,
+        2: 1 / 2,
+        3: 2 / 3,
+        4: 1 / 2,
+    }
+    query, label, db = (
+        torch.ones(1, 2),
+        torch.tensor([1]),
+        torch.ones(4, 2),
+    )  # ties keep the order of the database
     for metric in ("cosine", "l2"):
         for labels in ([1, 1, 0, 0], [0, 0, 1, 1]):
             expected = {1: labels[0], 2: labels[0], 4: 1 / 2}
@@ -219,5 +238,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_does_not_grow_with_the_queries():
     # In its own process, because the peak of this one may lie behind it.
-    output = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURE_MEMORY], check=True, capture_output=True, text=True
+    ).stdout
     assert int(output) < 700 * 1024  # KiB

@@ -37,7 +37,13 @@ def features(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) + 0.5)
 
 
-SHAPES = [((30, 4), (30, 7)), ((10, 40), (10, 3)), ((12, 6, 3, 3), (12, 4, 5, 5)), ((9, 9), (9, 9)), ((2, 1), (2, 3))]
+SHAPES = [
+    ((30, 4), (30, 7)),
+    ((10, 40), (10, 3)),
+    ((12, 6, 3, 3), (12, 4, 5, 5)),
+    ((9, 9), (9, 9)),
+    ((2, 1), (2, 3)),
+]
 
 
 @pytest.mark.parametrize(("x_shape", "y_shape"), SHAPES)
@@ -77,14 +83,18 @@ def test_constant_features_are_like_nothing(width):
 def test_cka_of_half_precision_is_that_of_its_values():
     x, y = features(8, 50).bfloat16(), features(8, 50, seed=1).half()
     assert linear_cka(x, y).dtype == torch.float64
-    assert linear_cka(x, y).item() == pytest.approx(plain_cka(x.double().numpy(), y.double().numpy()), abs=1e-12)
+    assert linear_cka(x, y).item() == pytest.approx(
+        plain_cka(x.double().numpy(), y.double().numpy()), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", [(12, 3), (12, 2, 3, 3)])
 @pytest.mark.parametrize("classes", [1, 3, 12])
 def test_information_is_the_sum_over_pairs(shape, classes, monkeypatch):
     x = features(*shape)
-    labels = torch.from_numpy(np.random.default_rng(4).integers(classes, size=len(x))) * 100 - 7  # classes of any size
+    labels = (
+        torch.from_numpy(np.random.default_rng(4).integers(classes, size=len(x))) * 100 - 7
+    )  # classes of any size
     expected = plain_information(x.numpy(), labels.numpy())
     assert information(x, labels).item() == pytest.approx(expected, abs=1e-12)
     monkeypatch.setattr(representations, "_SLICE_ENTRIES", len(x))  # one column at a time
@@ -109,7 +119,9 @@ def test_the_divergence_matches_layers_by_information_and_the_last_with_the_last
     student = torch.tensor([0.1, 0.5, 0.2], dtype=torch.float64)
     teacher = torch.tensor([0.4, 0.0, 0.15, 0.9], dtype=torch.float64)
     # 0.1 is nearest to 0.15, 0.5 to 0.4; the last, 0.2, meets 0.9 though 0.15 is nearer.
-    assert information_flow_divergence(student, teacher).item() == pytest.approx(0.05**2 + 0.1**2 + 0.7**2, rel=1e-12)
+    assert information_flow_divergence(student, teacher).item() == pytest.approx(
+        0.05**2 + 0.1**2 + 0.7**2, rel=1e-12
+    )
     assert information_flow_divergence(student[:1], teacher).item() == pytest.approx(0.8**2, rel=1e-12)
     assert information_flow_divergence(teacher, teacher).item() == 0
 

@@ -41,13 +41,17 @@ def test_a_loss_alone_goes_down_and_resumes(tree, name):
     told = [line[name] for line in lines(tree)]
     assert len(told) == 30
     assert sum(told[-5:]) < 0.985 * sum(told[:5])  # vid is slow: its variances begin far from their best
-    assert ("top1" in summary["metrics"]) == (name in ("kd", "dist", "dkd"))  # else no loss trains the classifier
+    assert ("top1" in summary["metrics"]) == (
+        name in ("kd", "dist", "dkd")
+    )  # else no loss trains the classifier
 
     state = load_file(Path(tree["run_dir"]) / "checkpoints" / "step-00000030" / "model.safetensors")
     trained = {key.split(".")[0] for key in state}
     assert trained == ({"net", "projectors"} if name in ("hint", "vid", "reviewkd", "crd") else {"net"})
     student = load_file(Path(tree["run_dir"]) / "student.safetensors")
-    assert set(student) == set(timm_model.create(config.Model(name="cnn32_student"), 10, 32, "student").state_dict())
+    assert set(student) == set(
+        timm_model.create(config.Model(name="cnn32_student"), 10, 32, "student").state_dict()
+    )
 
     again = copy.deepcopy(tree)
     train(config.parse(again, "test"), str(Path(tree["run_dir"]) / "checkpoints" / "step-00000015"))

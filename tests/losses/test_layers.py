@@ -47,7 +47,9 @@ def loss_of(name, projected, targets):
         case "hint":
             return sum(losses.hint(*same_size(s, t)) for s, t in zip(projected, targets.features))
         case "vid":
-            return sum(losses.vid(m, v, t) for m, v, t in zip(projected[::2], projected[1::2], targets.features))
+            return sum(
+                losses.vid(m, v, t) for m, v, t in zip(projected[::2], projected[1::2], targets.features)
+            )
         case "reviewkd":
             return sum(losses.reviewkd(f, t) for f, t in zip(projected, targets.features))
         case "crd":
@@ -79,11 +81,17 @@ def pooled(x, height, width):
 
 @pytest.mark.parametrize("teacher_size", [(3, 4), (7, 6)])
 def test_vid_matches_the_formula(teacher_size):
-    mean, variance, teacher = random(2, 3, 3, 4), random(1, 3, 1, 1).exp(), random(2, 3, *teacher_size, seed=1)
+    mean, variance, teacher = (
+        random(2, 3, 3, 4),
+        random(1, 3, 1, 1).exp(),
+        random(2, 3, *teacher_size, seed=1),
+    )
     target, total = pooled(teacher.numpy(), 3, 4), 0.0
     for index in np.ndindex(2, 3, 3, 4):
         v = variance[0, index[1], 0, 0].item()
-        density = math.exp(-((target[index] - mean[index].item()) ** 2) / (2 * v)) / math.sqrt(2 * math.pi * v)
+        density = math.exp(-((target[index] - mean[index].item()) ** 2) / (2 * v)) / math.sqrt(
+            2 * math.pi * v
+        )
         total -= math.log(density) + math.log(2 * math.pi) / 2
     assert losses.vid(mean, variance, teacher).item() == pytest.approx(total / 72, rel=1e-10)
 
@@ -140,7 +148,9 @@ def test_crd_matches_the_formula(labels, temperature):
     student, teacher = F.normalize(random(6, 4), dim=1), F.normalize(random(6, 4, seed=1), dim=1)
     expected = crd_in_loops(student.tolist(), teacher.tolist(), temperature, labels or range(6))
     labels = labels and torch.tensor(labels)
-    assert losses.crd(student, teacher, temperature, labels).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert losses.crd(student, teacher, temperature, labels).item() == pytest.approx(
+        expected, rel=1e-9, abs=1e-12
+    )
     single = losses.crd(student.float(), teacher.float(), temperature, labels)
     # A mean over 6 samples of 2 * 6 terms; each changes no faster than its score, of 4 products over the temperature.
     assert single.item() == pytest.approx(expected, rel=12 * EPS, abs=12 * 4 * EPS / temperature)
@@ -150,7 +160,10 @@ def test_crd_matches_the_formula(labels, temperature):
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_crd_without_negatives_asks_for_nothing(samples):
-    student, teacher = F.normalize(random(samples, 3), dim=1).requires_grad_(), F.normalize(random(samples, 3), dim=1)
+    student, teacher = (
+        F.normalize(random(samples, 3), dim=1).requires_grad_(),
+        F.normalize(random(samples, 3), dim=1),
+    )
     loss = losses.crd(student, teacher, labels=torch.zeros(samples, dtype=torch.int64))
     loss.backward()
     assert loss.item() == 0
@@ -263,7 +276,9 @@ def test_vid_predicts_from_the_pooled_map(sizes):
     part, (output, targets) = make("vid").double(), batch(sizes, dtype=torch.float64)
     projected = part(output, targets)
     for i, (student, teacher) in enumerate(zip(output.features, targets.features)):
-        x = pooled(student.detach().numpy(), *(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:])))
+        x = pooled(
+            student.detach().numpy(), *(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:]))
+        )
         first, second, third = (w[:, :, 0, 0] for w in weights_of(*part.regressors[i][::2]))
         x = np.maximum(np.einsum("oc,bchw->bohw", first, x), 0)
         x = np.maximum(np.einsum("oc,bchw->bohw", second, x), 0)
@@ -366,7 +381,9 @@ def test_contrast_is_of_unit_length_under_autocast():
 def test_every_parameter_and_the_student_get_a_gradient(name, sizes):
     part, (output, targets) = make(name), batch(sizes)
     loss_of(name, part(output, targets), targets).backward()
-    without = [key for key, value in part.named_parameters() if value.grad is None or not value.grad.abs().sum() > 0]
+    without = [
+        key for key, value in part.named_parameters() if value.grad is None or not value.grad.abs().sum() > 0
+    ]
     assert not without
     read = [output.embedding] if name == "crd" else output.features
     assert all(x.grad.abs().sum() > 0 for x in read)

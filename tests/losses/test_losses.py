@@ -23,7 +23,9 @@ LABELS = torch.tensor([2, 0, 1, 1])  # of 4 samples and 3 classes
 
 def dih(student, teacher, **options):
     """A cohort of two, of which the second is the teacher upside down."""
-    return losses.dih(student, [teacher, teacher.flip(0)], LABELS[: len(student)] % student.shape[1], **options)
+    return losses.dih(
+        student, [teacher, teacher.flip(0)], LABELS[: len(student)] % student.shape[1], **options
+    )
 
 
 def dkd(student, teacher, **options):
@@ -151,7 +153,8 @@ def numpy_rkd(student, teacher, distance_weight, angle_weight):
     size = len(student)
     samples = range(size)
     means = [
-        sum(distance(x[i], x[j]) for i in samples for j in samples) / (size * (size - 1)) for x in (student, teacher)
+        sum(distance(x[i], x[j]) for i in samples for j in samples) / (size * (size - 1))
+        for x in (student, teacher)
     ]
     total = 0.0
     for i in samples:
@@ -194,7 +197,9 @@ def test_kd_by_hand():
     # teacher (3/4, 1/4), student (1/2, 1/2): KL = 3/4 ln(3/2) + 1/4 ln(1/2)
     teacher = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
     student = torch.zeros(1, 2, dtype=torch.float64)
-    assert losses.kd(student, teacher, 1.0).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert losses.kd(student, teacher, 1.0).item() == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    )
     assert losses.kd(teacher, teacher).item() == 0
 
 
@@ -208,7 +213,9 @@ def test_standardized_kd_matches_the_formula():
 def test_standardized_kd_sees_neither_shift_nor_scale():
     student, teacher = random(4, 6), random(4, 6, seed=1)
     plain = losses.kd(student, teacher, standardize=True).item()
-    changed = losses.kd(student * torch.tensor([[1.0], [2], [3], [0.5]]) - 7, teacher, standardize=True).item()
+    changed = losses.kd(
+        student * torch.tensor([[1.0], [2], [3], [0.5]]) - 7, teacher, standardize=True
+    ).item()
     assert changed == pytest.approx(plain, rel=1e-9)
     assert losses.kd(teacher * 5 + 2, teacher, standardize=True).item() == pytest.approx(0, abs=1e-12)
 
@@ -286,14 +293,18 @@ def test_pkt_refuses_unknown_names():
 
 
 PKT_KINDS = [
-    (kernel, divergence) for kernel in ("cosine", "student_t", "rbf", "combined") for divergence in ("kl", "jeffreys")
+    (kernel, divergence)
+    for kernel in ("cosine", "student_t", "rbf", "combined")
+    for divergence in ("kl", "jeffreys")
 ]
 
 
 def weight_gradient(student, teacher, kernel, divergence, scale, seed=7):
     """Of pkt by the weights [6, 4] of a linear student of the inputs `student` [B, 6]."""
     weights = random(student.shape[1], 4, seed=seed).requires_grad_()
-    (gradient,) = torch.autograd.grad(losses.pkt(student @ weights, teacher, kernel, divergence, scale), weights)
+    (gradient,) = torch.autograd.grad(
+        losses.pkt(student @ weights, teacher, kernel, divergence, scale), weights
+    )
     return gradient
 
 
@@ -301,8 +312,12 @@ def weight_gradient(student, teacher, kernel, divergence, scale, seed=7):
 def test_pkt_scaled_by_the_batch_is_its_size_times_pkt(kernel, divergence):
     student, teacher = random(6, 3), random(6, 5, seed=1)
     expected = 6 * numpy_pkt(student.numpy(), teacher.numpy(), kernel, divergence)
-    assert losses.pkt(student, teacher, kernel, divergence, "batch").item() == pytest.approx(expected, rel=1e-9)
-    assert losses.pkt(student, teacher, kernel, divergence, "none") == losses.pkt(student, teacher, kernel, divergence)
+    assert losses.pkt(student, teacher, kernel, divergence, "batch").item() == pytest.approx(
+        expected, rel=1e-9
+    )
+    assert losses.pkt(student, teacher, kernel, divergence, "none") == losses.pkt(
+        student, teacher, kernel, divergence
+    )
 
 
 @pytest.mark.parametrize(("kernel", "divergence"), PKT_KINDS)
@@ -346,7 +361,9 @@ def test_dist_matches_the_formula():
     student, teacher = random(5, 7), random(5, 7, seed=1) * 2
     for beta, gamma, temperature in ((1.0, 1.0, 1.0), (2.0, 0.0, 4.0), (0.0, 3.0, 2.0)):
         expected = numpy_dist(student.numpy(), teacher.numpy(), beta, gamma, temperature)
-        assert losses.dist(student, teacher, beta, gamma, temperature).item() == pytest.approx(expected, rel=1e-9)
+        assert losses.dist(student, teacher, beta, gamma, temperature).item() == pytest.approx(
+            expected, rel=1e-9
+        )
     assert losses.dist(student, teacher) == losses.dist(student, teacher, 1.0, 1.0, 1.0)
 
 
@@ -377,7 +394,9 @@ def test_dkd_keeps_the_others_of_a_confident_teacher():
     teacher = torch.tensor([[3000.0, 0.25, 1.5, -1.0]])
     student = torch.tensor([[-3000.0, 1.0, 0.5, 0.0]])
     nckd = losses.dkd(student, teacher, torch.tensor([0]), alpha=0.0, beta=1.0, temperature=1.0)
-    assert nckd.item() == pytest.approx(losses.kd(student[:, 1:], teacher[:, 1:], 1.0).item(), rel=0, abs=16 * EPS)
+    assert nckd.item() == pytest.approx(
+        losses.kd(student[:, 1:], teacher[:, 1:], 1.0).item(), rel=0, abs=16 * EPS
+    )
 
 
 def test_dkd_refuses_mixed_labels():
@@ -566,7 +585,9 @@ def test_cross_entropy_with_probabilities_ignores_masked_classes_without_any():
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     assert torch.allclose(logits.grad, (logits.detach().softmax(dim=1) - labels) / 4)
-    dih = losses.dih(logits, [random(4, 5, seed=1).masked_fill(logits == -math.inf, -math.inf)], labels, alpha=0.0)
+    dih = losses.dih(
+        logits, [random(4, 5, seed=1).masked_fill(logits == -math.inf, -math.inf)], labels, alpha=0.0
+    )
     assert dih.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -575,7 +596,9 @@ def test_cross_entropy_is_that_of_torch(smoothing):
     logits, labels = random(4, 5), random(4, 5, seed=1).softmax(dim=1)
     for given in (labels, LABELS):
         expected = torch.nn.functional.cross_entropy(logits, given, label_smoothing=smoothing)
-        assert losses.cross_entropy(logits, given, smoothing).item() == pytest.approx(expected.item(), rel=1e-12)
+        assert losses.cross_entropy(logits, given, smoothing).item() == pytest.approx(
+            expected.item(), rel=1e-12
+        )
 
 
 def test_sp_matches_the_formula():
@@ -585,7 +608,10 @@ def test_sp_matches_the_formula():
 
 
 def test_rkd_matches_the_formula():
-    student, teacher = random(5, 3), random(5, 4, seed=1) ** 3  # the cube: distances beyond Huber's quadratic part too
+    student, teacher = (
+        random(5, 3),
+        random(5, 4, seed=1) ** 3,
+    )  # the cube: distances beyond Huber's quadratic part too
     for weights in ((25.0, 50.0), (1.0, 0.0), (0.0, 1.0)):
         expected = numpy_rkd(student.numpy(), teacher.numpy(), *weights)
         assert losses.rkd(student, teacher, *weights).item() == pytest.approx(expected, rel=1e-9)
@@ -616,7 +642,9 @@ def test_at_matches_the_formula():
 
 def test_hint_matches_the_formula():
     student, teacher = random(2, 3, 4, 4), random(2, 3, 4, 4, seed=1)
-    assert losses.hint(student, teacher).item() == pytest.approx(((student - teacher).numpy() ** 2).mean(), rel=1e-12)
+    assert losses.hint(student, teacher).item() == pytest.approx(
+        ((student - teacher).numpy() ** 2).mean(), rel=1e-12
+    )
     half = losses.hint(student.half(), teacher.half())
     assert half.dtype == torch.float32
     exact = ((student.half().double() - teacher.half().double()) ** 2).mean().item()
@@ -800,7 +828,9 @@ NEAR_ZERO = ALL | {
     "vid": lambda student, teacher: losses.vid(student, torch.full((1, 3, 1, 1), 1e-5), teacher),
     "reviewkd": losses.reviewkd,
 }
-NEAR_ZERO_SHAPES = SHAPES | {"crd": ((4, 3), (4, 3))} | dict.fromkeys(["vid", "reviewkd"], ((4, 3, 6, 6), (4, 3, 6, 6)))
+NEAR_ZERO_SHAPES = (
+    SHAPES | {"crd": ((4, 3), (4, 3))} | dict.fromkeys(["vid", "reviewkd"], ((4, 3, 6, 6), (4, 3, 6, 6)))
+)
 
 
 def shrunk(student, teacher, scale):

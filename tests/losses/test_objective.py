@@ -106,7 +106,9 @@ def test_warmup_phase_is_the_mean_squared_error_of_its_pair():
     assert list(terms) == ["mse_pair2"]
     assert total.item() == pytest.approx(expected, rel=1e-12)
     total.backward()
-    assert torch.allclose(student.grad, 2 * (student.detach() - teacher) / student.numel(), rtol=1e-12, atol=0)
+    assert torch.allclose(
+        student.grad, 2 * (student.detach() - teacher) / student.numel(), rtol=1e-12, atol=0
+    )
 
 
 def test_several_pairs_have_their_weights():
@@ -136,7 +138,9 @@ def test_the_larger_map_is_averaged_to_the_smaller(student, teacher):
         assert torch.allclose(ours, expected, rtol=0, atol=1e-12)
     phase = Phase("warmup 1/1", 0, (0,), (1.0,), 0, 4)
     total, _ = objective(Output((s,)), Targets((t,)), LABELS, phase, config.KD().losses)
-    assert total.item() == pytest.approx((mean_of_blocks(s) - mean_of_blocks(t)).square().mean().item(), rel=1e-12)
+    assert total.item() == pytest.approx(
+        (mean_of_blocks(s) - mean_of_blocks(t)).square().mean().item(), rel=1e-12
+    )
 
 
 def test_sizes_that_do_not_divide_are_pooled_over_overlapping_windows():
@@ -157,7 +161,9 @@ def test_reads():
 
 
 def test_a_loss_given_twice_is_told_apart(output, targets):
-    section = config.KD(losses=[{"name": "kd", "temperature": 1.0}, {"name": "ce"}, {"name": "kd", "weight": 2.0}])
+    section = config.KD(
+        losses=[{"name": "kd", "temperature": 1.0}, {"name": "ce"}, {"name": "kd", "weight": 2.0}]
+    )
     assert term_names(section.losses) == ["kd", "ce", "kd_2"]
     total, terms = objective(output, targets, LABELS, KD, section.losses)
     assert terms["kd"].item() == losses.kd(output.logits, targets.logits, 1.0).item()
@@ -171,7 +177,9 @@ def test_information_flow_decays_epoch_by_epoch_on_the_pairs_alone(step, weight)
     output = Output(tuple(s for s, _ in maps), random(6, 12, seed=20))
     targets = Targets(tuple(t for _, t in maps), random(6, 7, seed=21))
     section = config.KD(losses=[{"name": "information_flow"}])
-    total, _ = objective(output, targets, LABELS, KD, section.losses, step)  # the phase begins at 10, an epoch is 4
+    total, _ = objective(
+        output, targets, LABELS, KD, section.losses, step
+    )  # the phase begins at 10, an epoch is 4
     pairs = sum(losses.pkt(s.flatten(1), t.flatten(1)) for s, t in maps)
     expected = losses.pkt(output.embedding, targets.embedding) + weight * pairs
     assert total.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -179,9 +187,18 @@ def test_information_flow_decays_epoch_by_epoch_on_the_pairs_alone(step, weight)
 
 def test_information_flow_scales_each_of_its_layers_by_the_batch():
     maps = [(random(6, 2, 3, 3, seed=1), random(6, 4, 2, 2, seed=2))]
-    output, targets = Output((maps[0][0],), random(6, 12, seed=3)), Targets((maps[0][1],), random(6, 7, seed=4))
+    output, targets = (
+        Output((maps[0][0],), random(6, 12, seed=3)),
+        Targets((maps[0][1],), random(6, 7, seed=4)),
+    )
     plain, scaled = (
-        objective(output, targets, LABELS, KD, config.KD(losses=[{"name": "information_flow", "scale": scale}]).losses)
+        objective(
+            output,
+            targets,
+            LABELS,
+            KD,
+            config.KD(losses=[{"name": "information_flow", "scale": scale}]).losses,
+        )
         for scale in ("none", "batch")
     )
     assert scaled[0].item() == pytest.approx(6 * plain[0].item(), rel=1e-12)
@@ -211,7 +228,9 @@ def test_every_loss_of_the_config_has_its_term():
     ]
     for section, expected, weight in cases:
         kd = config.KD(losses=[section]).losses
-        read = {name: value for name, value in (("logits", logits), ("embedding", embedding)) if reads(kd, name)}
+        read = {
+            name: value for name, value in (("logits", logits), ("embedding", embedding)) if reads(kd, name)
+        }
         if reads(kd, "token"):
             read["token_logits"] = logits + 1
         output = Output(student if reads(kd, "features") else (), **read)
@@ -228,7 +247,11 @@ def test_losses_with_trained_layers_compare_what_these_made():
     cases = [
         ("hint", [s for s, _ in maps], sum(losses.hint(s, t) for s, t in maps)),
         ("reviewkd", [s for s, _ in maps], sum(losses.reviewkd(s, t) for s, t in maps)),
-        ("vid", [x for s, _ in maps for x in (s, variance)], sum(losses.vid(s, variance, t) for s, t in maps)),
+        (
+            "vid",
+            [x for s, _ in maps for x in (s, variance)],
+            sum(losses.vid(s, variance, t) for s, t in maps),
+        ),
         ("crd", unit, losses.crd(*unit, 0.07, LABELS)),
     ]
     for name, projected, expected in cases:
@@ -240,6 +263,8 @@ def test_losses_with_trained_layers_compare_what_these_made():
 
 def test_cross_entropy_of_heads_is_their_sum():
     cohort = (random(6, 5, seed=1), random(6, 5, seed=2))
-    _, terms = objective(Output((), None, cohort[-1], cohort=cohort), Targets(), LABELS, KD, config.KD().losses)
+    _, terms = objective(
+        Output((), None, cohort[-1], cohort=cohort), Targets(), LABELS, KD, config.KD().losses
+    )
     expected = sum(cross_entropy(logits, F.one_hot(LABELS, 5)) for logits in cohort)
     assert terms["ce"].item() == pytest.approx(expected, rel=FEW)

@@ -93,7 +93,9 @@ def test_a_warmup_step_teaches_the_active_stage_alone(teacher, student):
         output = student(images, upto=pair, pairs=(pair,))
         assert output.features[0].shape[1] == plan.pairs[pair].student_width
         assert (output.embedding, output.logits) == (None, None)
-        return Objective(config.KD().losses, 4)(output, targets_of(images, warmup(pair)), None, warmup(pair), 0)[0]
+        return Objective(config.KD().losses, 4)(
+            output, targets_of(images, warmup(pair)), None, warmup(pair), 0
+        )[0]
 
     before: set[str] = set()
     for pair, stage in enumerate(student.stages):

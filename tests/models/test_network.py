@@ -110,7 +110,9 @@ def test_a_pretrained_teacher_keeps_its_head(monkeypatch):
 
     monkeypatch.setattr(timm_model.timm, "create_model", with_another_head)
     message = refusal("resnet18", 10, 64, pretrained=True, kwargs={"num_classes": 10})
-    assert message.startswith("teacher.kwargs.num_classes: timm would replace the head of another size by a random one")
+    assert message.startswith(
+        "teacher.kwargs.num_classes: timm would replace the head of another size by a random one"
+    )
     section = config.Model(name="resnet18", pretrained=True, kwargs={"num_classes": 10})
     assert timm_model.create(section, 10, 64, "student").num_classes == 10  # a fine-tune may
 
@@ -118,21 +120,30 @@ def test_a_pretrained_teacher_keeps_its_head(monkeypatch):
 @pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_strict"])
 def test_weights_come_from_the_keys_that_are_checked(key):
     message = refusal(kwargs={key: False})
-    assert message == f"teacher.kwargs.{key}: would load other weights, or only some: give teacher.checkpoint instead"
+    assert (
+        message
+        == f"teacher.kwargs.{key}: would load other weights, or only some: give teacher.checkpoint instead"
+    )
 
 
 def test_statistics_that_nobody_knows():
     net = create()
     for unknown in (None, {}, {"mean": None, "std": (1, 1, 1)}):
         net.pretrained_cfg = unknown
-        with pytest.raises(UserError, match=r"^student: the normalisation of x is not known: set student.mean and"):
+        with pytest.raises(
+            UserError, match=r"^student: the normalisation of x is not known: set student.mean and"
+        ):
             normalisation(net, config.Model(name="x"), "student")
     given = config.Model(name="x", **STATISTICS)
     assert normalisation(net, given, "student") == (STATISTICS["mean"], STATISTICS["std"])
 
 
 def test_statistics_are_those_of_the_weights():
-    for name, mean in [("resnet18.a1_in1k", 0.485), ("vit_tiny_patch16_224", 0.5), ("cnn32_student", 125.3 / 255)]:
+    for name, mean in [
+        ("resnet18.a1_in1k", 0.485),
+        ("vit_tiny_patch16_224", 0.5),
+        ("cnn32_student", 125.3 / 255),
+    ]:
         net = timm.create_model(name)
         assert normalisation(net, config.Model(name=name), "student")[0][0] == pytest.approx(mean)
 
@@ -156,7 +167,9 @@ def test_a_checkpoint_is_no_program(tmp_path):
         save({**create().state_dict(), "extra": Payload(proof)}, path)
         proof.unlink(missing_ok=True)
         message = refusal(checkpoint=str(path))
-        assert message.startswith(f"teacher.checkpoint: {path} is not a readable checkpoint: damaged, or it holds")
+        assert message.startswith(
+            f"teacher.checkpoint: {path} is not a readable checkpoint: damaged, or it holds"
+        )
         assert not proof.exists()
     with path.open("rb") as file:
         pickle.load(file)
@@ -167,7 +180,11 @@ def test_files_that_are_no_checkpoints(tmp_path):
     assert refusal(checkpoint=f"{tmp_path}/none.pt") == f"teacher.checkpoint: no file {tmp_path}/none.pt"
     whole = tmp_path / "whole.pt"
     torch.save(create().state_dict(), whole)
-    contents = {"empty": b"", "garbage": b"garbage" * 99, "cut": whole.read_bytes()[: whole.stat().st_size // 2]}
+    contents = {
+        "empty": b"",
+        "garbage": b"garbage" * 99,
+        "cut": whole.read_bytes()[: whole.stat().st_size // 2],
+    }
     for kind, content in contents.items():
         for suffix in (".pt", ".safetensors"):
             path = tmp_path / f"{kind}{suffix}"
@@ -177,7 +194,9 @@ def test_files_that_are_no_checkpoints(tmp_path):
             assert not message.endswith(": ")
 
 
-@pytest.mark.parametrize("content", [[1, 2], 5, {"epoch": 3}, {1: torch.zeros(2)}, {"state_dict": [3]}, torch.zeros(3)])
+@pytest.mark.parametrize(
+    "content", [[1, 2], 5, {"epoch": 3}, {1: torch.zeros(2)}, {"state_dict": [3]}, torch.zeros(3)]
+)
 def test_checkpoints_that_are_no_state_dicts(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     assert f"{tmp_path}/other.pt is not a " in refusal(checkpoint=f"{tmp_path}/other.pt")
@@ -296,7 +315,9 @@ def test_an_adapter_lifts_the_map_of_its_pair():
     assert torch.equal(after[1], adapter(before[1]))
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[2], before[2])
-    assert {name for name, _ in lifted.named_parameters()} - {name for name, _ in plain.named_parameters()} == {
+    assert {name for name, _ in lifted.named_parameters()} - {
+        name for name, _ in plain.named_parameters()
+    } == {
         "adapters.1.weight",
         "adapters.1.bias",
     }
@@ -330,7 +351,9 @@ def test_the_papers_networks(name, widths, fc1):
     expected = {"fc1.weight": fc1, "fc1.bias": fc1[:1], "fc2.weight": (10, fc1[0]), "fc2.bias": (10,)}
     for i, (before, width) in enumerate(zip((3, *widths), widths), start=1):
         expected |= {f"conv{i}.weight": (width, before, 3, 3), f"conv{i}.bias": (width,)}
-        expected |= {f"conv{i}_bn.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+        expected |= {
+            f"conv{i}_bn.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")
+        }
         expected[f"conv{i}_bn.num_batches_tracked"] = ()
     assert {key: tuple(value.shape) for key, value in net.state_dict().items()} == expected
     assert timm.create_model(name, num_classes=3)(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
@@ -348,7 +371,9 @@ def test_the_papers_network_computes_what_the_paper_says(float64):
         y = nn.functional.batch_norm(y, mean, var, state[f"conv{i}_bn.weight"], state[f"conv{i}_bn.bias"])
         y = nn.functional.max_pool2d(y.clamp(min=0), 2)
     embedding = (y.flatten(1) @ state["fc1.weight"].T + state["fc1.bias"]).clamp(min=0)
-    assert torch.allclose(net.forward_head(net.forward_features(x), pre_logits=True), embedding, rtol=0, atol=1e-10)
+    assert torch.allclose(
+        net.forward_head(net.forward_features(x), pre_logits=True), embedding, rtol=0, atol=1e-10
+    )
     assert torch.allclose(net(x), embedding @ state["fc2.weight"].T + state["fc2.bias"], rtol=0, atol=1e-10)
 
 

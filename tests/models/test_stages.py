@@ -23,7 +23,9 @@ def blocks(reductions):
     """A model that only has its stages' descriptions."""
     net = nn.Identity()
     net.forward_intermediates = None
-    net.feature_info = [{"module": f"stage{i}", "num_chs": 8, "reduction": r} for i, r in enumerate(reductions)]
+    net.feature_info = [
+        {"module": f"stage{i}", "num_chs": 8, "reduction": r} for i, r in enumerate(reductions)
+    ]
     return net
 
 
@@ -53,11 +55,18 @@ def test_the_deepest_of_several_stages_of_one_reduction():
 
 
 def test_at_most_four_pairs_the_deepest():
-    assert match_stages(blocks([1, 2, 4, 8, 16, 32]), blocks([1, 2, 4, 8, 16, 32])) == [(2, 2), (3, 3), (4, 4), (5, 5)]
+    assert match_stages(blocks([1, 2, 4, 8, 16, 32]), blocks([1, 2, 4, 8, 16, 32])) == [
+        (2, 2),
+        (3, 3),
+        (4, 4),
+        (5, 5),
+    ]
 
 
 def test_nothing_in_common():
-    with pytest.raises(UserError, match=r"reductions \[2, 4\]\) and student \(\[8, 16\]\) .* give warmup.pairs"):
+    with pytest.raises(
+        UserError, match=r"reductions \[2, 4\]\) and student \(\[8, 16\]\) .* give warmup.pairs"
+    ):
         match_stages(blocks([2, 4]), blocks([8, 16]))
 
 
@@ -139,5 +148,7 @@ def test_a_model_without_stages_is_refused():
             """timm's method, without the description of the stages."""
 
     for net in (nn.Linear(2, 2), Plain()):
-        with pytest.raises(UserError, match=f"^{type(net).__name__} has no forward_intermediates and feature_info"):
+        with pytest.raises(
+            UserError, match=f"^{type(net).__name__} has no forward_intermediates and feature_info"
+        ):
             find_stages(net)

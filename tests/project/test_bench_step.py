@@ -25,7 +25,10 @@ def job(tmp_path, monkeypatch):
 @pytest.mark.portable
 def test_contestants_compute_the_same_loss(float64, job):
     """Networks and steps in float64; the loss itself is computed in float32."""
-    losses = {name: step.BY_HAND[name](job)().item() for name in ("by hand", "timm task", "timm task, channels_last")}
+    losses = {
+        name: step.BY_HAND[name](job)().item()
+        for name in ("by hand", "timm task", "timm task, channels_last")
+    }
     assert list(losses.values()) == pytest.approx([losses["by hand"]] * 3, rel=LOGGED)
     for stage in (1, 4):
         names = ("by hand", "by hand, every layer", "as published")

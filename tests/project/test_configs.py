@@ -92,7 +92,9 @@ def accelerator():
 
 @pytest.mark.parametrize("with_warmup", [True, False], ids=["as-it-is", "warmup-null"])
 @every_config
-def test_a_config_builds_and_computes_its_losses(path, with_warmup, create_once, accelerator, tmp_path, monkeypatch):
+def test_a_config_builds_and_computes_its_losses(
+    path, with_warmup, create_once, accelerator, tmp_path, monkeypatch
+):
     stages = runs.load(path)
     if not with_warmup:
         stages = [(name, settings.model_copy(update={"warmup": None})) for name, settings in stages]

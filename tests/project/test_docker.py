@@ -64,7 +64,9 @@ def test_what_is_copied_is_there_and_reaches_the_builder():
 def test_everything_from_outside_is_pinned():
     (outside,) = {origin for origin, _ in stages().values()} - stages().keys()
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", outside)
-    installs = [rest for name in stages() for word, rest in stages()[name][1] if word == "RUN" and " install " in rest]
+    installs = [
+        rest for name in stages() for word, rest in stages()[name][1] if word == "RUN" and " install " in rest
+    ]
     assert len(installs) == 4
     for install in installs:
         assert "constraints.txt" in install or re.search(r" uv==[\d.]+$", install)

@@ -82,11 +82,15 @@ def test_commands_in_the_text_exist(page, capsys):
 def test_patches_apply(page):
     for block in run_commands.blocks(page):
         if block.language == "diff":
-            subprocess.run(["git", "apply", "--check"], cwd=REPOSITORY, input=block.text, text=True, check=True)
+            subprocess.run(
+                ["git", "apply", "--check"], cwd=REPOSITORY, input=block.text, text=True, check=True
+            )
 
 
 def test_the_reference_is_what_the_models_say():
-    assert write_configuration.PAGE.read_text() == write_configuration.page(), "run docs/write_configuration.py"
+    assert write_configuration.PAGE.read_text() == write_configuration.page(), (
+        "run docs/write_configuration.py"
+    )
 
 
 def test_every_key_has_a_meaning():
@@ -110,7 +114,12 @@ def told_by_the_code() -> list[str]:
         return "…"
 
     trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "indistill").rglob("*.py")]
-    return [text(node).replace("……", "…") for tree in trees for node in ast.walk(tree) if isinstance(node, ast.expr)]
+    return [
+        text(node).replace("……", "…")
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.expr)
+    ]
 
 
 def test_the_program_still_says_what_troubleshooting_quotes():

@@ -22,7 +22,15 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # `--help`, `indistill shards` and its worker processes, the watchdog and the checks of a config start in moments.
-WITHOUT_TORCH = ["__init__", "config", "data.shards", "data.index", "data.verify", "data.packing", "data.remote"]
+WITHOUT_TORCH = [
+    "__init__",
+    "config",
+    "data.shards",
+    "data.index",
+    "data.verify",
+    "data.packing",
+    "data.remote",
+]
 WITHOUT_TORCH += ["data.decode", "order", "curriculum", "distributed.preemption", "distributed.watchdog"]
 WITHOUT_TORCH += ["distributed.deepspeed_config", "commands.cli", "commands.trainer", "commands.report"]
 OPTIONAL = {"deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime"}  # of the extras
@@ -82,7 +90,9 @@ def module_of(name: str, known: dict[str, Path]) -> str:
 
 
 def ours(found: dict[str, int]) -> dict[str, int]:
-    return {name.removeprefix("indistill:"): line for name, line in found.items() if name.startswith("indistill:")}
+    return {
+        name.removeprefix("indistill:"): line for name, line in found.items() if name.startswith("indistill:")
+    }
 
 
 def upward(package: Path) -> list[str]:
@@ -106,7 +116,9 @@ def allowed_upward(module: str, other: str) -> bool:
 def cycles(package: Path) -> list[list[str]]:
     """Groups of modules that import each other, directly or through others; `__init__.py` files count as modules."""
     known = modules(package)
-    graph = {module: [o for o in ours(imports(path, known)) if o != "__init__"] for module, path in known.items()}
+    graph = {
+        module: [o for o in ours(imports(path, known)) if o != "__init__"] for module, path in known.items()
+    }
     reached = {module: reach(graph, module) for module in graph}
     groups = {frozenset(b for b in graph if b in reached[a] and a in reached[b]) for a in graph}
     return sorted(sorted(group) for group in groups if group)
@@ -125,7 +137,10 @@ def reach(graph: dict[str, list[str]], start: str) -> set[str]:
 
 def test_every_folder_has_its_layer():
     assert {module.split(".")[0] for module in modules(PACKAGE)} == set(LEVEL)
-    assert len({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}) <= 14
+    assert (
+        len({path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()})
+        <= 14
+    )
 
 
 def test_imports_point_down():
@@ -141,7 +156,12 @@ def test_there_are_no_cycles():
                                   "if TYPE_CHECKING:\n    from indistill.training.loop import train"])  # fmt: skip
 def test_a_planted_upward_import_is_named(body, tmp_path):
     package = tmp_path / "indistill"
-    for name, text in {"data/__init__": "", "data/shards": body, "training/__init__": "", "training/loop": ""}.items():
+    for name, text in {
+        "data/__init__": "",
+        "data/shards": body,
+        "training/__init__": "",
+        "training/loop": "",
+    }.items():
         path = package / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")

@@ -32,10 +32,14 @@ def slurm(tmp_path, monkeypatch):
     bin_dir.mkdir()
     run_dir = tmp_path / "run"
 
-    def submit(status: str | None, *, state: str = "RUNNING", restarts: int = 0, **variables: str) -> dict[str, Any]:
+    def submit(
+        status: str | None, *, state: str = "RUNNING", restarts: int = 0, **variables: str
+    ) -> dict[str, Any]:
         leave = "" if status is None else f"mkdir -p {run_dir}; printf '{status}\n' > {run_dir}/status"
         code = 0 if status == "done" else 1
-        stub(bin_dir, "srun", f'echo "$PET_MASTER_ADDR $PET_NNODES $@" > {tmp_path}/srun\n{leave}\nexit {code}')
+        stub(
+            bin_dir, "srun", f'echo "$PET_MASTER_ADDR $PET_NNODES $@" > {tmp_path}/srun\n{leave}\nexit {code}'
+        )
         stub(bin_dir, "squeue", f"echo {state}")
         stub(
             bin_dir,
@@ -57,7 +61,12 @@ def slurm(tmp_path, monkeypatch):
             text=True,
         )
         requeued = (tmp_path / "requeued").exists()
-        return {"code": result.returncode, "requeued": requeued, "srun": (tmp_path / "srun").read_text(), "out": result}
+        return {
+            "code": result.returncode,
+            "requeued": requeued,
+            "srun": (tmp_path / "srun").read_text(),
+            "out": result,
+        }
 
     return submit
 
@@ -100,7 +109,9 @@ def test_torchrun_is_told_by_its_environment(tmp_path):
 
     def shown(**variables: str) -> list[str]:
         command = [LAUNCH / "torchrun.sh", "a.yaml", "seed=1"]
-        result = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            command, env=environment | variables, capture_output=True, text=True, check=True
+        )
         return result.stdout.splitlines()
 
     lines = shown()
@@ -109,7 +120,12 @@ def test_torchrun_is_told_by_its_environment(tmp_path):
     assert "PET_NPROC_PER_NODE=gpu" in lines
     assert not any("SIGTERM" in line for line in lines)  # passed on by torchrun
     lines = shown(SLURM_JOB_ID="7", SLURM_NODEID="3", PET_NNODES="4", PET_MASTER_ADDR="10.0.0.3")
-    assert {"PET_NODE_RANK=3", "PET_NNODES=4", "PET_MASTER_ADDR=10.0.0.3", "PET_SIGNALS_TO_HANDLE=SIGINT"} <= {*lines}
+    assert {
+        "PET_NODE_RANK=3",
+        "PET_NNODES=4",
+        "PET_MASTER_ADDR=10.0.0.3",
+        "PET_SIGNALS_TO_HANDLE=SIGINT",
+    } <= {*lines}
 
 
 def failed(*codes: int) -> ChildFailedError:

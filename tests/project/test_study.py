@@ -64,7 +64,10 @@ def test_a_full_run_has_the_authors_phases(retrieval):
     assert phases(retrieval["pkt", 0, 70, 0.001]) == [((), 0, None)]
     assert phases(retrieval["reversed", 0, 70, 0.001])[0] == ((2,), 0, 1950)
     assert phases(retrieval["all_at_once", 0, 70, 0.001]) == [((0, 1, 2), 0, 4680), ((), 4680, None)]
-    assert phases(retrieval["cumulative", 0, 70, 0.001])[1:3] == [((0, 1), 1170, 2730), ((0, 1, 2), 2730, 4680)]
+    assert phases(retrieval["cumulative", 0, 70, 0.001])[1:3] == [
+        ((0, 1), 1170, 2730),
+        ((0, 1, 2), 2730, 4680),
+    ]
 
 
 def test_all_methods_take_as_many_steps_and_a_tenth_of_the_rate_at_the_same_one(retrieval):
@@ -75,8 +78,17 @@ def test_all_methods_take_as_many_steps_and_a_tenth_of_the_rate_at_the_same_one(
         assert kd_begins == pytest.approx(390 * epochs * 12 / 70 if found.warmup else 0, abs=1.5)
         decays = [kd_begins + table.steps(text) for text in found.kd.schedule.decay_at]
         assert decays == pytest.approx([390 * epochs * 60 / 70], abs=2)
-        assert (found.seed, found.optimizer.name, found.optimizer.lr, found.kd.lr) == (seed, "adam", 0.001, rate)
-        assert (found.data.global_batch, found.data.augment.recipe, found.data.augment.flip) == (128, "pad_crop", True)
+        assert (found.seed, found.optimizer.name, found.optimizer.lr, found.kd.lr) == (
+            seed,
+            "adam",
+            0.001,
+            rate,
+        )
+        assert (found.data.global_batch, found.data.augment.recipe, found.data.augment.flip) == (
+            128,
+            "pad_crop",
+            True,
+        )
 
 
 def test_what_each_method_learns_from(retrieval):
@@ -320,7 +332,9 @@ def test_the_table(small, tmp_path, monkeypatch):
     assert "4 of 4 runs are finished" in text
     assert "| KD | 2 | 51.00 ± 1.41 |  |  | 1.0 |" in text
     half = stats.t.ppf(0.975, 1) * 1.0  # differences 3 and 1: their deviation is the root of 2
-    assert f"| **InDistill** | 2 | 53.00 ± 0.00 | +2.00 [{2 - half:+.2f}, {2 + half:+.2f}] | KD | 1.0 |" in text
+    assert (
+        f"| **InDistill** | 2 | 53.00 ± 0.00 | +2.00 [{2 - half:+.2f}, {2 + half:+.2f}] | KD | 1.0 |" in text
+    )
     assert not (tmp_path / "results" / "small.svg").exists()  # of one budget
 
 
@@ -375,7 +389,11 @@ def folders(tmp_path_factory) -> dict[str, Path]:
             path.write_bytes(gzip.compress(tar.read_bytes(), compresslevel=1))
     for name, file, network in (
         ("data/published", "auxiliary_cifar10.pt", CNN32((16, 32, 64), 128)),
-        ("weights", "efficientnet_lite0_imagenette.pt", timm.create_model("tf_efficientnet_lite0", num_classes=10)),
+        (
+            "weights",
+            "efficientnet_lite0_imagenette.pt",
+            timm.create_model("tf_efficientnet_lite0", num_classes=10),
+        ),
     ):
         (root / name).mkdir()
         torch.save(network.state_dict(), root / name / file)

@@ -17,7 +17,9 @@ from indistill.training import parts
 # Multiply-adds of an image in the small networks: 3x3 convolutions without padding, a 2x2 pool after each.
 STUDENT = [8 * 27 * 30**2, 16 * 72 * 13**2, 32 * 144 * 4**2, 128 * 64 + 64 * 10]
 TEACHER = [16 * 27 * 30**2, 32 * 144 * 13**2, 64 * 288 * 4**2, 256 * 128 + 128 * 10]
-WEIGHTS = 8 * 27 + 16 * 72 + 32 * 144 + 128 * 64 + 64 * 10 + 3 * (8 + 16 + 32) + 64 + 10  # with biases and norms
+WEIGHTS = (
+    8 * 27 + 16 * 72 + 32 * 144 + 128 * 64 + 64 * 10 + 3 * (8 + 16 + 32) + 64 + 10
+)  # with biases and norms
 
 
 @pytest.fixture
@@ -48,7 +50,9 @@ def test_bytes_kept_for_backward_are_those_counted_by_hand(found):
 def test_half_precision_halves_activations_and_holds_weights_once_more(tree, settings, found):
     half = estimate.of_run(config.parse(tree | {"mixed_precision": "bf16"}, "test"), world=2)
     work, whole = half.phases[-1].work, found.phases[-1].work
-    assert whole.activation_bytes / 2 < work.activation_bytes < 0.8 * whole.activation_bytes  # images and places stay
+    assert (
+        whole.activation_bytes / 2 < work.activation_bytes < 0.8 * whole.activation_bytes
+    )  # images and places stay
     multiplied = WEIGHTS - 3 * (8 + 16 + 32) - 64 - 10  # without norms and biases
     assert work.batch_bytes - whole.batch_bytes == pytest.approx(2 * multiplied, abs=500)
     assert (work.teacher_flops, work.student_flops) == (whole.teacher_flops, whole.student_flops)
@@ -96,7 +100,13 @@ def small(views=None, workers=0, in_memory=False, **sections):
     tree = {
         "run_dir": "run",
         "duration": "100 epochs",
-        "data": {"train": "x.tar", "num_classes": 10, "global_batch": 8, "workers": workers, "in_memory": in_memory},
+        "data": {
+            "train": "x.tar",
+            "num_classes": 10,
+            "global_batch": 8,
+            "workers": workers,
+            "in_memory": in_memory,
+        },
         "student": {"name": "cnn32_student"},
         "teacher": {"name": "cnn32_auxiliary", "random": True},
         "warmup": {"durations": ["20 epochs"]},
@@ -150,7 +160,11 @@ def test_a_slow_disk_or_a_small_teacher_is_better_recomputed():
 def test_what_cannot_be_cached_is_not():
     mixed = config.KD(losses=[config.KDLoss(name="kd")], mix=config.Mix(mixup=0.2))
     found = choices(small(views=4, machine=MACHINE, kd=mixed))
-    assert (found["warmup 1/1"].source, found["kd"].source, found["kd"].uncached) == ("cached", "live", "kd.mix")
+    assert (found["warmup 1/1"].source, found["kd"].source, found["kd"].uncached) == (
+        "cached",
+        "live",
+        "kd.mix",
+    )
     paper = config.Warmup(durations=["20 epochs"], prune=config.Prune(mode="paper_bn"))
     found = choices(small(views=4, machine=MACHINE, warmup=paper))
     assert (found["warmup 1/1"].source, found["kd"].source) == ("live", "cached")

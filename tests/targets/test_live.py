@@ -66,7 +66,9 @@ def test_a_target_is_the_kept_channels_of_the_teachers_map(networks, pairs):
     teacher, student = networks()
     targets_of, plan = build(teacher, student, [(pair, pair) for pair in pairs])
     with torch.no_grad():
-        maps = teacher.eval().forward_intermediates(normalised(pictures()), indices=pairs, intermediates_only=True)
+        maps = teacher.eval().forward_intermediates(
+            normalised(pictures()), indices=pairs, intermediates_only=True
+        )
     for pair, (full, chosen) in enumerate(zip(maps, plan.pairs)):
         (feature,), embedding, logits = targets_of(pictures(), warmup(pair))[:3]
         assert (embedding, logits) == (None, None)
@@ -114,7 +116,9 @@ def test_the_teacher_is_frozen_and_stays_as_it_is(mode):
     assert all(torch.equal(teacher.state_dict()[name], value) for name, value in before.items())
     assert not any(module.training for module in teacher.modules())
     assert not any(module._forward_hooks for module in teacher.modules())
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
+    assert not any(
+        parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters()
+    )
 
 
 # --- paper_bn: the published code's targets --------------------------------------------------------------------------

@@ -110,7 +110,9 @@ def there_and_back(field: Field, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def maps(seed=0, shape=(6, 5, 4, 3)) -> torch.Tensor:
-    values = torch.randn(shape, generator=torch.manual_seed(seed)) * torch.logspace(-6, 4, shape[1])[:, None, None]
+    values = (
+        torch.randn(shape, generator=torch.manual_seed(seed)) * torch.logspace(-6, 4, shape[1])[:, None, None]
+    )
     values[1, 2] = 0  # a channel that is silent
     return values
 
@@ -131,7 +133,9 @@ def test_bf16_rounds_to_eight_bits():
     field = targets_records.describe("stage2", values, config.Targets(features="bf16"))
     back = there_and_back(field, values)
     bits = values.numpy().view(np.uint32).astype(np.uint64)
-    nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)  # ties to even
+    nearest = (
+        ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+    )  # ties to even
     assert np.array_equal(back.numpy(), nearest)
     assert field.record.itemsize == 2 * 60 + 4
 
@@ -153,10 +157,16 @@ def test_int8_is_within_half_a_step_of_its_channel():
 @pytest.mark.portable
 def test_top_k_of_all_classes_is_the_softmax():
     logits = 20 * torch.randn(7, 12, generator=torch.manual_seed(3))
-    back = there_and_back(targets_records.describe("logits", logits, config.Targets(top_k=12)), logits).double().numpy()
+    back = (
+        there_and_back(targets_records.describe("logits", logits, config.Targets(top_k=12)), logits)
+        .double()
+        .numpy()
+    )
     exact = logits.double().numpy()
     log_p = (
-        exact - np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True)) - exact.max(1, keepdims=True)
+        exact
+        - np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True))
+        - exact.max(1, keepdims=True)
     )
     assert_log_of_rounded(back, np.maximum(log_p, np.log(np.finfo(np.float32).tiny)))
 
@@ -189,7 +199,9 @@ def test_what_is_not_a_number_stays_so():
     values = maps()
     values[0, 1, 0, 0], values[2, 3, 1, 1] = torch.nan, torch.inf
     for kind in ("float32", "bf16", "int8"):
-        back = there_and_back(targets_records.describe("pair1", values, config.Targets(features=kind)), values)
+        back = there_and_back(
+            targets_records.describe("pair1", values, config.Targets(features=kind)), values
+        )
         assert not back[0].isfinite().all()
         assert not back[2].isfinite().all()
         assert back[1].isfinite().all()
@@ -238,7 +250,11 @@ def test_rounded_targets_are_the_live_ones_rounded(stored, tmp_path, monkeypatch
     section, call = config.parse(with_(stored, lossy), "test").targets, LiveTargets.__call__
 
     def rounded(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else there_and_back(targets_records.describe(name, tensor, section), tensor)
+        return (
+            None
+            if tensor is None
+            else there_and_back(targets_records.describe(name, tensor, section), tensor)
+        )
 
     def rounding_call(*arguments):
         features, embedding, logits, cohort = call(*arguments)
@@ -283,7 +299,12 @@ def test_remote_targets_come_through_the_shard_cache(stored, tmp_path, monkeypat
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    remote = ("duration=15 steps", "targets.source=cached", f"targets.dir={url}", f"data.cache_dir={tmp_path}/cache")
+    remote = (
+        "duration=15 steps",
+        "targets.source=cached",
+        f"targets.dir={url}",
+        f"data.cache_dir={tmp_path}/cache",
+    )
     assert run(stored, tmp_path / "cached", *remote) == live
     server.shutdown()
     server.server_close()
@@ -380,7 +401,9 @@ def test_another_plan_is_refused(stored, tmp_path):
     kept = [0, 1, 2, 3, 4, 5, 6, 8]
     assert plan.pairs[0].kept != kept
     path.write_text(plan._replace(pairs=[plan.pairs[0]._replace(kept=kept), *plan.pairs[1:]]).to_json())
-    assert f"made with another plan than {path}" in refusal(stored, "duration=13 steps", f"run_dir={tmp_path}/run")
+    assert f"made with another plan than {path}" in refusal(
+        stored, "duration=13 steps", f"run_dir={tmp_path}/run"
+    )
     message = refusal(stored, "student.name=cnn32_auxiliary")
     assert (
         "(teacher stage, student stage, width) [(0, 0, 8), (1, 1, 16), (2, 2, 32)], this student has [(0, 0, 16)"
@@ -413,8 +436,14 @@ def test_a_run_does_not_go_on_with_rounded_targets(stored, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.augment.views=null", "data.augment.views, how many views of each sample there are, is missing: set it"),
-        ("data.access=stream data.in_memory=false data.epoch_samples=192", "data.access: stream has no sample ids"),
+        (
+            "data.augment.views=null",
+            "data.augment.views, how many views of each sample there are, is missing: set it",
+        ),
+        (
+            "data.access=stream data.in_memory=false data.epoch_samples=192",
+            "data.access: stream has no sample ids",
+        ),
         ("kd.mix.cutmix=1.0", "kd.mix makes new images at every step: remove it"),
         ("warmup.prune.mode=paper_bn", "warmup.prune.mode: paper_bn depends on the batch: set it to slice"),
         ("warmup.curriculum=auto", "warmup.curriculum: auto does not say ahead"),
@@ -445,7 +474,9 @@ class Stopped(Exception):
 def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     compute(stored)
     whole = files(stored)
-    assert len(whole) == 3 * (2 * len(FIELDS) - 1)  # shards, views and fields; pair1 is trained within one epoch
+    assert len(whole) == 3 * (
+        2 * len(FIELDS) - 1
+    )  # shards, views and fields; pair1 is trained within one epoch
     part = with_(stored, f"targets.dir={tmp_path}/part")
     write_shard, written = targets.write_shard, []
 
@@ -478,7 +509,9 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     compute(part)  # nothing is left to do
     assert written == []
     (root / "view-000/logits/shard-00001.bin").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"logits/shard-00001.bin: 3 bytes, not 2816: run `indistill targets CONFIG`"):
+    with pytest.raises(
+        UserError, match=r"logits/shard-00001.bin: 3 bytes, not 2816: run `indistill targets CONFIG`"
+    ):
         run(part, tmp_path / "cut", "targets.source=cached", "warmup=null")
     compute(part)
     assert written == [(0, 1)]
@@ -531,13 +564,18 @@ def test_the_command(stored, tmp_path, capsys):
         ("data.augment.views=null",): "targets: data.augment.views, how many views",
         ("targets.dir=s3://bucket/x",): "targets.dir s3://bucket/x: is written to a file system",
         ("targets.top_k=3",): "holds targets of another config (field logits: ",
-        ("kd.losses=[{name: ce}]", "warmup=null"): "neither warmup nor kd.losses reads anything of the teacher",
+        (
+            "kd.losses=[{name: ce}]",
+            "warmup=null",
+        ): "neither warmup nor kd.losses reads anything of the teacher",
         ("targets.dir=/proc/none",): "targets.dir /proc/none: cannot be written",
     }.items():
         with pytest.raises(SystemExit) as exit_:
             cli.main(["targets", str(path), *overrides])
         assert exit_.value.code == 2
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("indistill: error")]
+        (line,) = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("indistill: error")
+        ]
         assert message in line
 
 
@@ -552,7 +590,9 @@ def test_a_record_of_another_image_is_wrong(stored):
 
 def test_no_room_is_told_before_the_work(stored, monkeypatch):
     monkeypatch.setattr(targets.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
-    with pytest.raises(UserError, match=r"0.0 GB are to be written, 0.0 GB are free: lower data.augment.views"):
+    with pytest.raises(
+        UserError, match=r"0.0 GB are to be written, 0.0 GB are free: lower data.augment.views"
+    ):
         compute(stored)
 
 
@@ -575,7 +615,13 @@ def test_the_table_of_bytes():
 
 def test_heads_and_a_teacher_in_half_precision(stored, tmp_path):
     run(
-        stored, tmp_path / "heads", "stage=heads", "student=null", "warmup=null", "kd.losses=[{name: ce}]", "duration=2"
+        stored,
+        tmp_path / "heads",
+        "stage=heads",
+        "student=null",
+        "warmup=null",
+        "kd.losses=[{name: ce}]",
+        "duration=2",
     )
     cohort = (f"teacher.heads={tmp_path}/heads/heads.safetensors", "kd.losses=[{name: dih}, {name: at}]")
     cohort = (*cohort, "mixed_precision=bf16", "duration=20 steps")

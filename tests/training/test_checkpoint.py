@@ -131,7 +131,9 @@ def test_a_damaged_checkpoint_is_passed_over(finished, name, damage, capfd):
     assert [name for name in names(folder) if name.startswith("step")] == ["step-00000020", "step-00000024"]
     assert checkpoint.damaged(folder / "step-00000024") is None
     again = read_lines(folder.parent / "metrics.jsonl")
-    assert [line["loss"] for line in again if "loss" in line] == [line["loss"] for line in lines if "loss" in line]
+    assert [line["loss"] for line in again if "loss" in line] == [
+        line["loss"] for line in lines if "loss" in line
+    ]
     for name, value in load_file(folder.parent / "student.safetensors").items():
         assert torch.equal(value, student[name])
 
@@ -303,7 +305,9 @@ def test_a_step_waits_for_the_copy_alone(tree, monkeypatch):
         return write_file(path, content)
 
     monkeypatch.setattr(checkpoint, "_write_file", slow_write_file)
-    monkeypatch.setattr(RunLog, "end_step", lambda log, step, *a: (steps.append(step), end_step(log, step, *a))[1])
+    monkeypatch.setattr(
+        RunLog, "end_step", lambda log, step, *a: (steps.append(step), end_step(log, step, *a))[1]
+    )
     tree["checkpoint"] = {"every_steps": 20}
     run(tree)
     assert begun[0] >= 20  # the thread may be a step late

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, in_float64, run_moved, run_ranks, strayed
+from conftest import (
+    BF16,
+    EPS,
+    LOGGED,
+    SMOOTH,
+    assert_rounding_explains,
+    in_float64,
+    run_moved,
+    run_ranks,
+    strayed,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +38,12 @@ from indistill.training.run_log import RunLog
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
 KD = Phase("kd", 1, (), (), 4, None)
 WARMUP = Phase("warmup 1/1", 0, (0,), (1.0,), 0, 4)
-READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::item"}  # what waits for a device
+READS = {
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::nonzero",
+    "aten::item",
+}  # what waits for a device
 
 
 def run(tree: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +70,9 @@ def live_targets(name: str, precision: str) -> LiveTargets:
     net = timm.create_model(name, num_classes=10, **TEACHERS[name])
     student = timm.create_model(name, num_classes=10, **TEACHERS[name])
     plan = prune.plan(net, student, [(1, 1)], (3, 64, 64))
-    targets_of = LiveTargets(Network(net, MEAN, STD, [1]), plan, (3, 64, 64), kd_stages=[1], precision=precision)
+    targets_of = LiveTargets(
+        Network(net, MEAN, STD, [1]), plan, (3, 64, 64), kd_stages=[1], precision=precision
+    )
     targets_of.hold_weights()
     return targets_of
 
@@ -89,7 +106,9 @@ def test_a_loss_can_go_back_from_targets_made_in_inference_mode():
     targets_of = live_targets("resnet18", "no")
     for phase in (KD, WARMUP):
         for target in (
-            t for t in (*targets_of(images, phase).features, targets_of(images, phase).logits) if t is not None
+            t
+            for t in (*targets_of(images, phase).features, targets_of(images, phase).logits)
+            if t is not None
         ):
             student = torch.zeros_like(target, requires_grad=True)
             nn.functional.mse_loss(student, target).backward()
@@ -159,7 +178,9 @@ def test_a_fused_optimizer_follows_the_plain_one(tree, tmp_path, float64, name):
     kinds = []
     create = timm.optim.create_optimizer_v2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm.optim, "create_optimizer_v2", lambda *a, **k: kinds.append(o := create(*a, **k)) or o)
+        patch.setattr(
+            timm.optim, "create_optimizer_v2", lambda *a, **k: kinds.append(o := create(*a, **k)) or o
+        )
         run(tree)
         run(plain)
     assert [bool(optimizer.defaults["fused"]) for optimizer in kinds] == [True, False]
@@ -202,7 +223,11 @@ def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
     """As close as runs from weights that are off by as much as bf16 rounds: a fused kernel rounds less often."""
     tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
     tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
-    tree |= {"warmup": {"pairs": [[1, 1]], "durations": ["6 steps"]}, "duration": "12 steps", "mixed_precision": "bf16"}
+    tree |= {
+        "warmup": {"pairs": [[1, 1]], "durations": ["6 steps"]},
+        "duration": "12 steps",
+        "mixed_precision": "bf16",
+    }
     plain = {**tree, "run_dir": str(tmp_path / "plain")}
     run_ranks(run, None, plain)
     run_ranks(compiled, None, tree | {"compile": True}, "inductor")
@@ -216,7 +241,10 @@ def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
     ("keys", "message"),
     [
         ({"engine": {"name": "deepspeed"}}, "compile: true works with engine: ddp"),
-        ({"teacher": {"name": "resnet18", "random": True, "shard": True}}, "compile: true needs the whole teacher"),
+        (
+            {"teacher": {"name": "resnet18", "random": True, "shard": True}},
+            "compile: true needs the whole teacher",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(tree, keys, message):
@@ -238,6 +266,10 @@ def test_half_precision_for_the_teacher_alone(tree, tmp_path, monkeypatch):
         teacher.forward, teacher.maps = autocast(teacher.forward), autocast(teacher.maps)
 
     monkeypatch.setattr(frozen, "run_in", under_autocast)
-    by_autocast = {**plain, "run_dir": str(tmp_path / "autocast"), "teacher": {**plain["teacher"], "precision": None}}
+    by_autocast = {
+        **plain,
+        "run_dir": str(tmp_path / "autocast"),
+        "teacher": {**plain["teacher"], "precision": None},
+    }
     run(by_autocast)
     assert losses(tree["run_dir"]) == losses(by_autocast["run_dir"]) != losses(plain["run_dir"])

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import BF16, EPS, LOGGED, SMOOTH, assert_rounding_explains, kill_at_checkpoint, run_moved, strayed
+from conftest import (
+    BF16,
+    EPS,
+    LOGGED,
+    SMOOTH,
+    assert_rounding_explains,
+    kill_at_checkpoint,
+    run_moved,
+    strayed,
+)
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
@@ -36,7 +45,10 @@ def run(tree: dict[str, Any], resume: str = "auto") -> dict[str, Any]:
 def record(run_dir: str | Path) -> list[dict[str, Any]]:
     """The training lines, without what depends on the clock."""
     lines = [line for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait_fraction")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_second", "data_wait_fraction")}
+        for line in lines
+    ]
 
 
 def everything(tree: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +109,10 @@ def test_the_run_directory_tells_the_run(tree):
         for layer in ("pair1", "pair2", "pair3", "embedding")
     }
     assert evaluations[-1].keys() >= compared
-    assert evaluate_checkpoint(config.parse(tree, "test"), str(run_dir / "checkpoints" / "step-00000024")) == again
+    assert (
+        evaluate_checkpoint(config.parse(tree, "test"), str(run_dir / "checkpoints" / "step-00000024"))
+        == again
+    )
 
 
 def test_it_learns(tree):
@@ -188,7 +203,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tree, step, reference):
     run(tree)
     assert record(run_dir) == expected
     starts = read_lines(run_dir / "history.jsonl")
-    assert [line["event"] for line in starts] == ["start", "start", "end"]  # the first was killed without a word
+    assert [line["event"] for line in starts] == [
+        "start",
+        "start",
+        "end",
+    ]  # the first was killed without a word
     assert starts[1]["step"] >= step - step % 2
     for name in ("student.safetensors", "checkpoints/step-00000024/ema.safetensors"):
         ours, theirs = load_file(run_dir / name), load_file(reference_dir / name)

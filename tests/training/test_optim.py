@@ -24,7 +24,9 @@ def build(tree):
     def build(network=None, **changes):
         warmup = {"durations": ["2 epochs", "0 epochs", "3 epochs"], **changes.pop("warmup", {})}
         kd = tree["kd"] | changes.pop("kd", {})
-        settings = config.parse(tree | {"duration": "12 epochs", "warmup": warmup, "kd": kd} | changes, "test")
+        settings = config.parse(
+            tree | {"duration": "12 epochs", "warmup": warmup, "kd": kd} | changes, "test"
+        )
         timetable = Timetable.of(settings, STEPS_PER_EPOCH, pairs=3)
         optimizer = optim.create(network or nn.Linear(3, 2), settings.optimizer)
         return optimizer, timetable, optim.PhaseOptim(optimizer, settings, timetable)
@@ -143,7 +145,9 @@ def test_what_timm_refuses_is_told_in_one_line():
         ({"name": "adamw", "kwargs": {"momentun": 0.9}}, "momentun"),
         ({"name": "adamw", "kwargs": {"betas": [2, 3]}}, "Invalid beta"),
     ]:
-        with pytest.raises(UserError, match=f"^optimizer: timm refuses {section['name']}: .*{reason}") as caught:
+        with pytest.raises(
+            UserError, match=f"^optimizer: timm refuses {section['name']}: .*{reason}"
+        ) as caught:
             optim.create(nn.Linear(3, 2), config.Optimizer(lr=0.1, **section))
         assert "\n" not in str(caught.value)
 
@@ -164,7 +168,9 @@ def test_biases_norms_positions_and_tokens_do_not_decay():
     network = Network(net, (0.5,) * 3, (0.5,) * 3, adapters={0: nn.Conv2d(4, 8, 1)})
     optimizer = optim.create(network, config.Optimizer(name="adamw", lr=0.1, weight_decay=0.05))
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {
+        names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
+    }
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
     matrices = {name for name, p in network.named_parameters() if p.ndim > 1}
     assert matrices - decayed == {"net.pos_embed", "net.cls_token"}
@@ -179,7 +185,10 @@ def bare_and_wrapped(name):
     """A timm model, and the same as a student with an adapter and a projector beside it."""
     section = config.Model(name=name)
     nets = [timm_model.create(section, num_classes=10, image_size=32, role="student") for _ in range(2)]
-    beside = {"adapters": {0: nn.Conv2d(4, 8, 1)}, "projectors": {"1": nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))}}
+    beside = {
+        "adapters": {0: nn.Conv2d(4, 8, 1)},
+        "projectors": {"1": nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))},
+    }
     return nets[0], Network(nets[1], (0.5,) * 3, (0.5,) * 3, **beside)
 
 
@@ -216,10 +225,14 @@ def test_every_parameter_is_treated_as_timm_treats_it_in_the_bare_model(model, n
     theirs = timm.optim.create_optimizer_v2(bare, opt=name, lr=0.1, weight_decay=0.05, momentum=0.9, **kwargs)
     told = of_each_parameter(student, optim.create(student, section))
     expected = of_each_parameter(bare, theirs)
-    assert {name.removeprefix("net."): one for name, one in told.items() if name.startswith("net.")} == expected
+    assert {
+        name.removeprefix("net."): one for name, one in told.items() if name.startswith("net.")
+    } == expected
     assert (len({rate for rate, *_ in expected.values()}) > 1) == ("layer_decay" in kwargs)
     frozen = {name for name, parameter in bare.named_parameters() if not parameter.requires_grad}
-    assert {f"net.{name}" for name in frozen} == {n for n, p in student.named_parameters() if not p.requires_grad}
+    assert {f"net.{name}" for name in frozen} == {
+        n for n, p in student.named_parameters() if not p.requires_grad
+    }
 
     # What stands beside the model is as new as its classifier: the full rate, and weight decay by the same rule.
     one_dimensional = 0.05 if kwargs.get("filter_bias_and_bn") is False else 0.0
@@ -251,9 +264,18 @@ def test_layer_decay_scales_the_schedule(build):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"name": "sgd", "kwargs": {"eps": 1e-6}}, "optimizer.kwargs.eps: has no effect, sgd has no eps: remove it"),
-        ({"name": "adadelta", "kwargs": {"betas": [0.9, 0.99]}}, "kwargs.betas: has no effect, adadelta has no betas"),
-        ({"name": "adamw", "momentum": 0.5}, "optimizer.momentum: has no effect, adamw has no momentum: remove it"),
+        (
+            {"name": "sgd", "kwargs": {"eps": 1e-6}},
+            "optimizer.kwargs.eps: has no effect, sgd has no eps: remove it",
+        ),
+        (
+            {"name": "adadelta", "kwargs": {"betas": [0.9, 0.99]}},
+            "kwargs.betas: has no effect, adadelta has no betas",
+        ),
+        (
+            {"name": "adamw", "momentum": 0.5},
+            "optimizer.momentum: has no effect, adamw has no momentum: remove it",
+        ),
         (
             {"name": "adamw", "kwargs": {"layer_decay_min_scale": 0.1}},
             "kwargs.layer_decay_min_scale: has no effect, layer_decay is not set",
@@ -276,13 +298,17 @@ def test_an_argument_without_effect_is_refused(section, message):
 
 def test_layer_decay_of_a_single_layer_is_refused():
     section = config.Optimizer(name="adamw", lr=0.1, kwargs={"layer_decay": 0.5})
-    with pytest.raises(UserError, match=r"^optimizer.kwargs: Layer-wise lr decay has no effect, all parameters were"):
+    with pytest.raises(
+        UserError, match=r"^optimizer.kwargs: Layer-wise lr decay has no effect, all parameters were"
+    ):
         optim.create(nn.Linear(3, 2), section)
 
 
 def test_layers_that_the_warmup_trains_are_not_frozen(tree):
     tree["optimizer"]["kwargs"] = {"layer_decay": 0.5, "layer_decay_no_opt_scale": 0.1}
-    with pytest.raises(UserError, match=r"layer_decay_no_opt_scale freezes the first layers, which warmup trains"):
+    with pytest.raises(
+        UserError, match=r"layer_decay_no_opt_scale freezes the first layers, which warmup trains"
+    ):
         config.parse(tree, "test")
     config.parse(tree | {"warmup": None}, "test")
 
@@ -389,7 +415,9 @@ def test_a_reset_leaves_nothing_of_the_past(build, name):
         phase_optim.begin_step(step, timetable.curriculum.at(step))
         if step == 25:
             theirs.load_state_dict(ours.state_dict())
-            reference = timm.optim.create_optimizer_v2(theirs, opt=name, lr=0.01, weight_decay=0.01, momentum=0.9)
+            reference = timm.optim.create_optimizer_v2(
+                theirs, opt=name, lr=0.01, weight_decay=0.01, momentum=0.9
+            )
         if step >= 25:
             for p, q in zip(ours.parameters(), theirs.parameters()):
                 q.grad = p.grad.clone()

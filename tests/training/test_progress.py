@@ -24,9 +24,23 @@ from indistill.training import runs as training_runs
 
 TIMETABLE = Timetable(5004, 256, 500_400, None, Curriculum(3, durations=(15_012, 20_016, 25_020)))
 _, WARMUP, _, KD = TIMETABLE.curriculum.phases()
-LINE = {"step": 25_000, "epoch": 4.99600, "phase": "warmup 2/3", "loss": 0.0123456, "mse_pair2": 0.0123456, "lr": 0.1}
+LINE = {
+    "step": 25_000,
+    "epoch": 4.99600,
+    "phase": "warmup 2/3",
+    "loss": 0.0123456,
+    "mse_pair2": 0.0123456,
+    "lr": 0.1,
+}
 LINE |= {"images_per_second": 2560.0, "data_wait_fraction": 0.034, "bad_samples": 0, "skipped_steps": 0}
-IN_KD = LINE | {"step": 400_400, "epoch": 80.016, "phase": "kd", "loss": 3.21987, "ce": 1.20123, "kd": 2.01864}
+IN_KD = LINE | {
+    "step": 400_400,
+    "epoch": 80.016,
+    "phase": "kd",
+    "loss": 3.21987,
+    "ce": 1.20123,
+    "kd": 2.01864,
+}
 
 
 def test_a_plain_line():
@@ -39,7 +53,9 @@ def test_a_plain_line():
         "data wait 3 %  left: 2:46:40"
     )
     skipped = {key: value for key, value in LINE.items() if key != "mse_pair2"} | {"loss": None}
-    assert "  step 25000/500400  every step skipped  2560 images/s" in progress.plain(skipped, [], WARMUP, TIMETABLE)
+    assert "  step 25000/500400  every step skipped  2560 images/s" in progress.plain(
+        skipped, [], WARMUP, TIMETABLE
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +66,10 @@ def test_a_plain_line():
             "small  [4/4] kd  epoch 80.0  step 400400/500400  loss 3.22  ce 1.2  kd 2.02  2560 img/s  wait 3%  "
             "left 2:46:40",
         ),
-        (100, "small  [4/4] kd  epoch 80.0  step 400400/500400  loss 3.22  2560 img/s  wait 3%  left 2:46:40"),
+        (
+            100,
+            "small  [4/4] kd  epoch 80.0  step 400400/500400  loss 3.22  2560 img/s  wait 3%  left 2:46:40",
+        ),
         (90, "small  [4/4] kd  epoch 80.0  step 400400/500400  loss 3.22  2560 img/s  left 2:46:40"),
         (80, "small  [4/4] kd  step 400400/500400  loss 3.22  2560 img/s  left 2:46:40"),
         (60, "small  [4/4] kd  step 400400/500400  loss 3.22  left 2:46:40"),
@@ -136,7 +155,9 @@ def test_students_share_a_terminal(tree, tmp_path):
         warmup = re.compile(rf"{name}  \[2/4\] warmup 2/3  .*left \d\d:\d\d, run ~\d\d:\d\d")
         assert any(warmup.fullmatch(part) for part in texts)
         assert list(Path(tree["run_dir"], name, "tensorboard").glob("events.*"))
-    scores = [line for line in path.with_name("stdout").read_text().splitlines() if "evaluation at step" in line]
+    scores = [
+        line for line in path.with_name("stdout").read_text().splitlines() if "evaluation at step" in line
+    ]
     assert [line.split("  top1")[0] for line in scores] == [
         f"{name}  evaluation at step {step}/6" for step in (3, 6) for name in ("one", "two")
     ]

@@ -101,7 +101,9 @@ def test_skipped_steps_are_counted_and_left_out(log, clock, tmp_path):
             loss = torch.tensor(torch.nan if step in bad else float(step))
             log.add({"loss": loss, "ce": loss}, weight=1.0)
             clock.now += 1.0
-            log.end_step(step, log.timetable.curriculum.at(step - 1), lr=0.5, skipped=torch.tensor(step in bad))
+            log.end_step(
+                step, log.timetable.curriculum.at(step - 1), lr=0.5, skipped=torch.tensor(step in bad)
+            )
 
     run(log, {2, 4, 8}, 1, 8)
     assert [(line["loss"], line["skipped_steps"]) for line in lines(log)] == [(2.0, 1), (None, 2), (5.5, 2)]
@@ -109,7 +111,9 @@ def test_skipped_steps_are_counted_and_left_out(log, clock, tmp_path):
     again.restore(json.loads(json.dumps(log.state())))
     again.open(8)
     assert (again.skipped_steps, again.in_a_row) == (2, 1)  # as of the last line, of the last step
-    with pytest.raises(UserError, match=r"step 9: loss, ce not finite: 2 steps in a row were skipped, .*none yet"):
+    with pytest.raises(
+        UserError, match=r"step 9: loss, ce not finite: 2 steps in a row were skipped, .*none yet"
+    ):
         run(again, {9}, 9, 9)
 
 
@@ -139,7 +143,9 @@ def test_nothing_is_read_from_the_device_between_lines(log, clock, monkeypatch):
     for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(
-            torch.Tensor, name, lambda *a, _original=original, _name=name: (calls.append(_name), _original(*a))[1]
+            torch.Tensor,
+            name,
+            lambda *a, _original=original, _name=name: (calls.append(_name), _original(*a))[1],
         )
     steps(log, clock, 1, 2)
     assert calls == []

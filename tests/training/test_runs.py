@@ -101,7 +101,9 @@ def written_out(chain: dict[str, Any]) -> list[tuple[str, config.Config]]:
 
 def test_a_stage_needs_a_teacher_with_weights_as_a_run_does(chain):
     chain["stages"][2]["teacher"] = {"name": "resnet10t"}
-    with pytest.raises(UserError, match=r"stage student: teacher: resnet10t has no weights: set pretrained: true"):
+    with pytest.raises(
+        UserError, match=r"stage student: teacher: resnet10t has no weights: set pretrained: true"
+    ):
         load(chain)
     chain["stages"][2]["teacher"] = {"stage": "teacher", "random": True}
     with pytest.raises(UserError, match=r"stage student: teacher: random: true excludes"):
@@ -127,7 +129,9 @@ def whole(data_dir, tmp_path_factory):
     def of(chain: dict[str, Any]) -> Path:
         if not made:
             run_dir = tmp_path_factory.mktemp("whole") / "run"
-            made.update(run_dir=run_dir, summaries=training_runs.run(load({**chain, "run_dir": str(run_dir)})))
+            made.update(
+                run_dir=run_dir, summaries=training_runs.run(load({**chain, "run_dir": str(run_dir)}))
+            )
             assert list(made["summaries"]) == NAMES
             for name, summary in made["summaries"].items():
                 assert summary == json.loads((run_dir / name / "summary.json").read_text())
@@ -154,7 +158,9 @@ def times(run_dir: str) -> dict[Path, int]:
 
 def test_a_chain_is_its_stages_run_one_by_one(chain, whole, tmp_path):
     reference = whole(chain)
-    assert [json.loads((reference / n / "summary.json").read_text())["step"] for n in ("teacher", "auxiliary")] == [
+    assert [
+        json.loads((reference / n / "summary.json").read_text())["step"] for n in ("teacher", "auxiliary")
+    ] == [
         5,
         6,
     ]
@@ -171,7 +177,9 @@ def test_finished_stages_are_kept(done, capsys):
     main(["train", str(Path(done["run_dir"]).with_suffix(".yaml"))])
     assert times(done["run_dir"]) == before
     *told, metrics = capsys.readouterr().out.splitlines()
-    summaries = {name: json.loads(Path(f"{done['run_dir']}/{name}/summary.json").read_text()) for name in NAMES}
+    summaries = {
+        name: json.loads(Path(f"{done['run_dir']}/{name}/summary.json").read_text()) for name in NAMES
+    }
     assert json.loads(metrics) == {name: summary["metrics"] for name, summary in summaries.items()}
     assert all("finished before, kept" in line for line in told)
     assert [line.split()[2:6] for line in told] == [
@@ -187,7 +195,10 @@ def run_chain(tree: dict[str, Any]) -> None:
 
 def test_a_chain_killed_in_its_second_stage_goes_on_bit_for_bit(chain, whole, capfd):
     load(chain)
-    stage = {"chain": str(Path(chain["run_dir"]).with_suffix(".yaml")), "run_dir": f"{chain['run_dir']}/auxiliary"}
+    stage = {
+        "chain": str(Path(chain["run_dir"]).with_suffix(".yaml")),
+        "run_dir": f"{chain['run_dir']}/auxiliary",
+    }
     kill_at_checkpoint(run_chain, stage, step=2)
     teacher = times(f"{chain['run_dir']}/teacher")
     capfd.readouterr()
@@ -244,14 +255,18 @@ def test_a_stage_that_began_outside_the_chain_is_not_trusted(done):
 def test_a_changed_stage_is_refused_before_any_work(done):
     shutil.rmtree(Path(done["run_dir"]) / "teacher")
     before = times(done["run_dir"])
-    with pytest.raises(UserError, match=r"student holds a run of another config \(optimizer.lr: 0.002 -> 0.5\)"):
+    with pytest.raises(
+        UserError, match=r"student holds a run of another config \(optimizer.lr: 0.002 -> 0.5\)"
+    ):
         training_runs.run(load(done, "stages.student.optimizer.lr=0.5"))
     assert times(done["run_dir"]) == before
 
 
 def test_networks_that_do_not_fit_are_refused_before_the_first_stage(chain):
     names = {"stages.auxiliary.student.name=cnn32_student", "stages.student.student.name=cnn32_auxiliary"}
-    with pytest.raises(UserError, match=r"^stage student: student stage 0 has 16 channels, more than the 8 of teacher"):
+    with pytest.raises(
+        UserError, match=r"^stage student: student stage 0 has 16 channels, more than the 8 of teacher"
+    ):
         training_runs.run(load(chain, *names))
     assert not (Path(chain["run_dir"]) / "teacher").exists()
 
@@ -272,7 +287,9 @@ def test_heads_are_trained_and_teach(chain):
     student["kd"] = {"losses": [{"name": "dih"}]}
     chain["stages"] = [teacher, heads, student]
     assert [s["step"] for s in training_runs.run(load(chain)).values()] == [5, 3, 7]
-    inputs = {n: json.loads(Path(f"{chain['run_dir']}/{n}/inputs.json").read_text()) for n in ("heads", "student")}
+    inputs = {
+        n: json.loads(Path(f"{chain['run_dir']}/{n}/inputs.json").read_text()) for n in ("heads", "student")
+    }
     assert {name: set(files) for name, files in inputs.items()} == {
         "heads": {"teacher.checkpoint"},
         "student": {"teacher.checkpoint", "teacher.heads"},

@@ -79,7 +79,9 @@ def assert_same_runs(run_dir: Path, alone: Path) -> None:
         first, second = (load_file(folder / name / "student.safetensors") for folder in (run_dir, alone))
         assert first.keys() == second.keys()
         assert all(torch.equal(value, second[key]) for key, value in first.items())
-        first, second = (json.loads((folder / name / "summary.json").read_text()) for folder in (run_dir, alone))
+        first, second = (
+            json.loads((folder / name / "summary.json").read_text()) for folder in (run_dir, alone)
+        )
         assert first["metrics"] == second["metrics"]
 
 
@@ -114,7 +116,9 @@ def test_the_teacher_runs_once_on_a_batch_which_is_loaded_once(students_tree, tm
     # Once a batch, and once more where a student asks for more than before: at its first step, and as a phase begins.
     assert len(passes) == forwards.count(False)
     assert 24 <= len(passes) <= 24 + 1 + 3 + 2
-    assert passes[0] == ([0], False) or passes[0][1]  # as deep as the third student, in KD from the start, has it
+    assert (
+        passes[0] == ([0], False) or passes[0][1]
+    )  # as deep as the third student, in KD from the start, has it
 
 
 def stop_at(path: Path, student: str, step: int) -> None:
@@ -159,7 +163,10 @@ def test_students_that_stopped_go_on_together(students_tree, tmp_path):
         (["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"], "students share a teacher"),
         (["engine.name=deepspeed"], "engine: DeepSpeed takes one student"),
         (["teacher.shard=true"], "teacher.shard: students need the whole teacher"),
-        (["trackers=[tensorboard, mlflow]"], "student small: trackers: mlflow takes one run at a time in a process"),
+        (
+            ["trackers=[tensorboard, mlflow]"],
+            "student small: trackers: mlflow takes one run at a time in a process",
+        ),
         (["stages=[{name: a}]"], "students and stages exclude each other"),
         (["students.1.name=small"], "students.1.name: small names an earlier one too"),
         (["students.1.run_dir=here"], "student small_2|student resnet: run_dir: it runs in run_dir/resnet"),
@@ -173,7 +180,9 @@ def test_students_that_cannot_train_together_are_refused(students_tree, tmp_path
 
 
 def test_a_file_of_students_is_no_single_run(students_tree, tmp_path):
-    with pytest.raises(UserError, match=r"has several students: give the config.yaml in the run directory of one"):
+    with pytest.raises(
+        UserError, match=r"has several students: give the config.yaml in the run directory of one"
+    ):
         config.load(write(tmp_path, students_tree))
     with pytest.raises(UserError, match="--resume somewhere: several students go on"):
         training_runs.run(runs.load(write(tmp_path, students_tree)), "somewhere")

@@ -34,9 +34,13 @@ def test_the_names_are_accelerates():
     assert sorted(config.TRACKERS) == sorted(tracking.LOGGER_TYPE_TO_CLASS)
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("tensorbord", "tensorboard"), ("w&b", "wandb"), ("all", "mlflow")])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("tensorbord", "tensorboard"), ("w&b", "wandb"), ("all", "mlflow")]
+)
 def test_an_unknown_name_is_told_the_nearest(tree, name, nearest):
-    with pytest.raises(UserError, match=rf"trackers.1: unknown tracker '{name}'; the nearest valid one is '{nearest}'"):
+    with pytest.raises(
+        UserError, match=rf"trackers.1: unknown tracker '{name}'; the nearest valid one is '{nearest}'"
+    ):
         config.parse(tree | {"trackers": ["tensorboard", name]}, "test")
 
 
@@ -84,7 +88,10 @@ def test_a_run_with_trackers_that_fail(tree, capsys, monkeypatch):
         monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, kind)
     installed = [LoggerType(name) for name in ("tensorboard", *fails_in)]
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: installed)
-    tree |= {"trackers": ["mlflow", "tensorboard", *fails_in], "checkpoint": {"every_steps": 8, "keep_last": 9}}
+    tree |= {
+        "trackers": ["mlflow", "tensorboard", *fails_in],
+        "checkpoint": {"every_steps": 8, "keep_last": 9},
+    }
     tree["evaluate"] = {"every": "10 steps", "similarity_samples": 0}
     run_dir = Path(tree["run_dir"])
 
@@ -140,7 +147,9 @@ def test_tensorboard_on_a_disk_that_is_lost(tree, monkeypatch):
         mine.log({"loss": 1.0}, step)
     mine.finish()
     (line,) = said
-    assert re.fullmatch(r"tracker tensorboard failed at step 2 \(.*Error: .*\): the run goes on without it", line)
+    assert re.fullmatch(
+        r"tracker tensorboard failed at step 2 \(.*Error: .*\): the run goes on without it", line
+    )
 
 
 # --- the real wandb, where it is installed ---------------------------------------------------------------------------
@@ -199,7 +208,9 @@ def test_wandb_asks_nobody_and_keeps_runs_apart(tree, tmp_path):
     for offline in (False, True):
         run_ranks(use_wandb, None, trees, tmp_path, offline)
     told = (tmp_path / "said").read_text()
-    assert re.fullmatch(r"tracker wandb could not be started \(.*API key.*\): the run goes on without it", told)
+    assert re.fullmatch(
+        r"tracker wandb could not be started \(.*API key.*\): the run goes on without it", told
+    )
 
     seen = {}
     for path in sorted(tmp_path.glob("*/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):

@@ -22,7 +22,10 @@ def run_dir(here: Here) -> Said:
         if problem := _unwritable(settings.run_dir):
             yield FAIL, f"{settings.run_dir}: cannot be written ({problem})", "choose another run_dir"
         else:
-            yield OK, f"{settings.run_dir}: can be written" + ", and holds this run, which would go on" * begun
+            yield (
+                OK,
+                f"{settings.run_dir}: can be written" + ", and holds this run, which would go on" * begun,
+            )
 
 
 def checkpoints(here: Here) -> Said:
@@ -35,13 +38,17 @@ def checkpoints(here: Here) -> Said:
         weights = sum(value.nbytes for value in student.state_dict().values())
         one = weights * (1 + (settings.ema is not None))
         one += state_bytes(optim.create(student, settings.optimizer))
-        kept = one * (settings.checkpoint.keep_last + settings.checkpoint.keep_best + 1)  # and one being written
+        kept = one * (
+            settings.checkpoint.keep_last + settings.checkpoint.keep_best + 1
+        )  # and one being written
         free = shutil.disk_usage(existing_parent(settings.run_dir)).free
-        what = (
-            f"{size_text(one)} each, up to {size_text(kept)} at a time; {settings.run_dir} has {size_text(free)} free"
-        )
+        what = f"{size_text(one)} each, up to {size_text(kept)} at a time; {settings.run_dir} has {size_text(free)} free"
         if kept > free:
-            yield FAIL if 2 * one > free else WARN, what, "make room, or lower checkpoint.keep_last and keep_best"
+            yield (
+                FAIL if 2 * one > free else WARN,
+                what,
+                "make room, or lower checkpoint.keep_last and keep_best",
+            )
         else:
             yield OK, what
 
@@ -53,7 +60,9 @@ def cache_dir(here: Here) -> Said:
             continue
         cached = Path(section.cache_dir, "remote-shards")
         free = shutil.disk_usage(existing_parent(section.cache_dir)).free
-        have = sum(file.stat().st_size for file in cached.iterdir() if file.is_file()) if cached.is_dir() else 0
+        have = (
+            sum(file.stat().st_size for file in cached.iterdir() if file.is_file()) if cached.is_dir() else 0
+        )
         what = f"{section.cache_dir}: can be written, {size_text(free)} free"
         urls = [section.train] if isinstance(section.train, str) else section.train
         if not any(remote.is_remote(os.path.join(section.root or "", url)) for url in urls):

@@ -18,7 +18,9 @@ from indistill import config
 from indistill.config import Config
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
-Item = tuple[str, str] | tuple[str, str, str]  # level, what, and what to do about it where that does not say so
+Item = (
+    tuple[str, str] | tuple[str, str, str]
+)  # level, what, and what to do about it where that does not say so
 Said = Iterator[Item]
 
 START_SECONDS = 120.0  # for all ranks to import torch, from a file system that may be cold, and to meet
@@ -78,7 +80,11 @@ class Here:
 
     def connect(self, seconds: float) -> None:
         """To the store where the process group meets, on the first node. Raises dist.DistError."""
-        address, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+        address, port, timeout = (
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            timedelta(seconds=seconds),
+        )
         self.store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
     def tell(self, topic: str, value: Any) -> None:
@@ -100,7 +106,9 @@ class Here:
             hosts = self.hear("go", 0, 2 * CHECK_SECONDS)
         else:
             end = time.monotonic() + CHECK_SECONDS
-            hosts = [self.host] + [self.hear("ready", rank, end - time.monotonic()) for rank in range(1, self.world)]
+            hosts = [self.host] + [
+                self.hear("ready", rank, end - time.monotonic()) for rank in range(1, self.world)
+            ]
             hosts = None if None in hosts else hosts
             self.tell("go", hosts)
         self.hosts |= dict(enumerate(hosts or ()))
@@ -114,5 +122,7 @@ class Here:
 
 # --- the node --------------------------------------------------------------------------------------------------------
 def size_text(number: float) -> str:
-    unit, least = next(((u, n) for u, n in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if number >= n), ("kB", 1e3))
+    unit, least = next(
+        ((u, n) for u, n in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if number >= n), ("kB", 1e3)
+    )
     return f"{number / least:.3g} {unit}"

@@ -45,7 +45,10 @@ def weights(here: Here) -> Said:
         cached = settings.targets.source == "cached"  # without the teacher
         if cached:
             yield _stored_targets(targets_root(settings))
-        for role, section in (("teacher", None if cached else settings.teacher), ("student", settings.student)):
+        for role, section in (
+            ("teacher", None if cached else settings.teacher),
+            ("student", settings.student),
+        ):
             for key in ("checkpoint", "heads"):
                 path = getattr(section, key, None)
                 if path and (path not in made or os.path.exists(path)):
@@ -81,14 +84,24 @@ def _pretrained(role: str, name: str) -> Item:
     kind, _, place = name.rpartition(":")
     if kind == "local-dir":
         there = os.path.isdir(place)
-        return (OK, f"{role}.name: {place}") if there else (FAIL, f"{role}.name: no folder {place}", "correct it")
+        return (
+            (OK, f"{role}.name: {place}")
+            if there
+            else (FAIL, f"{role}.name: no folder {place}", "correct it")
+        )
     found = timm.get_pretrained_cfg(name) if not kind and timm.is_model(name) else None
     hub = place if kind == "hf-hub" else found and found.hf_hub_id
-    files = [file for file in (found and found.hf_hub_filename, "model.safetensors", "pytorch_model.bin") if file]
+    files = [
+        file for file in (found and found.hf_hub_filename, "model.safetensors", "pytorch_model.bin") if file
+    ]
     if hub and any(isinstance(huggingface_hub.try_to_load_from_cache(hub, file), str) for file in files):
         return OK, f"{role}: the weights of {name} are in this node's cache ({hub})"
     remedy = f"without internet {role}.pretrained=false {role}.checkpoint=FILE, or a filled HF_HOME"
-    return WARN, f"{role}: the weights of {name} are not in this node's cache, a run has to fetch them", remedy
+    return (
+        WARN,
+        f"{role}: the weights of {name} are not in this node's cache, a run has to fetch them",
+        remedy,
+    )
 
 
 def data_shards(here: Here) -> Said:
@@ -99,7 +112,10 @@ def data_shards(here: Here) -> Said:
         section, accumulation = settings.data, settings.grad_accumulation
         if section.access == "stream":
             streamed = StreamedTraining(section, settings.seed, here.rank, here.world, accumulation)
-            yield OK, f"data.train: {len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch"
+            yield (
+                OK,
+                f"data.train: {len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch",
+            )
         for key in ("eval",) if section.access == "stream" else ("train", "eval"):
             urls = getattr(section, key)
             if urls is None:
@@ -109,7 +125,10 @@ def data_shards(here: Here) -> Said:
             for problem in damaged[:MOST_SHOWN]:
                 yield FAIL, f"data.{key}: {problem}"
             if missing:
-                words = [os.path.join(section.root or "", url) for url in ([urls] if isinstance(urls, str) else urls)]
+                words = [
+                    os.path.join(section.root or "", url)
+                    for url in ([urls] if isinstance(urls, str) else urls)
+                ]
                 words += ["--cache-dir", section.cache_dir] if section.cache_dir else []
                 told = f"data.{key}: {len(missing)} of {len(paths)} shards have no index ({missing[0]})"
                 remedy = f"indistill shards index {shlex.join(words)}"
@@ -122,7 +141,11 @@ def data_shards(here: Here) -> Said:
                 order.check(section.global_batch, here.world)
             if not damaged:
                 told = f"{len(paths)} shard{'s' * (len(paths) > 1)}"
-                told += f", {sum(sizes):,} samples" if whole else f", {len(sizes)} of them looked at" * bool(sizes)
+                told += (
+                    f", {sum(sizes):,} samples"
+                    if whole
+                    else f", {len(sizes)} of them looked at" * bool(sizes)
+                )
                 yield OK, f"data.{key}: {told}"
 
 
@@ -156,7 +179,10 @@ def class_lists(here: Here) -> Said:
             yield FAIL, str(error)
             continue
         if names is None:
-            yield OK, f"no class names beside data.train ({class_names.RECORD}), so labels are compared as numbers only"
+            yield (
+                OK,
+                f"no class names beside data.train ({class_names.RECORD}), so labels are compared as numbers only",
+            )
             continue
         told = f"data.train has {len(names.names)} class names"
         if section.eval is not None:
@@ -200,7 +226,11 @@ def evaluation_images(here: Here) -> Said:
         of += f", compared with {found.compared:.0%} of the training images" if found.compared < 1 else ""
         if found.shared:
             told = f"data.eval: {found.shared:,} of {of}, are in data.train too, byte for byte"
-            yield WARN, told, "their scores say nothing about new images: remove them from one, and pack it again"
+            yield (
+                WARN,
+                told,
+                "their scores say nothing about new images: remove them from one, and pack it again",
+            )
         else:
             yield OK, f"data.eval: of {of}, none is in data.train"
 
@@ -235,7 +265,11 @@ def reading(here: Here) -> Said:
             what += f": {size_text(rate)}/s"
         fetched = section.access == "index" and remote.is_remote(paths[0])
         if fetched and fetching > FETCH_SECONDS:
-            yield WARN, f"{what}, a shard takes {fetching:.0f} s to fetch", "a nearer store, or smaller shards"
+            yield (
+                WARN,
+                f"{what}, a shard takes {fetching:.0f} s to fetch",
+                "a nearer store, or smaller shards",
+            )
             continue
         place = existing_parent(section.cache_dir) if fetched and section.cache_dir else None
         with tempfile.TemporaryDirectory(prefix=".indistill-doctor-", dir=place) as directory:
@@ -285,11 +319,21 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
     Indices and remote shards go to `directory`.
     """
     section, kind = settings.data, StreamedTraining
-    changes = {"train": list(paths[:1]), "root": None, "cache_dir": directory, "workers": min(section.workers, 1)}
-    section = section.model_copy(update=changes | {"streams": 1, "window": None, "global_batch": LOADER_BATCH})
+    changes = {
+        "train": list(paths[:1]),
+        "root": None,
+        "cache_dir": directory,
+        "workers": min(section.workers, 1),
+    }
+    section = section.model_copy(
+        update=changes | {"streams": 1, "window": None, "global_batch": LOADER_BATCH}
+    )
     if section.access == "index":
         samples = len(open_shards(section, section.train))
-        section, kind = section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)}), IndexedTraining
+        section, kind = (
+            section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)}),
+            IndexedTraining,
+        )
     training: Training = kind(section, settings.seed, 0, 1, 1)
     batches = iter(training.loader(0, 10**9, torch.device("cpu")))
     replaced = list(next(batches).replaced)  # by then the worker has begun

@@ -61,13 +61,19 @@ def _no_gpu() -> Item:
         reason = "no device"
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-    return FAIL, f"driver {driver}, but torch cannot use it: {reason}", "renew the driver, or take a torch for it"
+    return (
+        FAIL,
+        f"driver {driver}, but torch cannot use it: {reason}",
+        "renew the driver, or take a torch for it",
+    )
 
 
 def driver_version() -> str | None:
     """Version of NVIDIA's; None without one."""
     with contextlib.suppress(OSError):
-        found = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(
+            r"Module\s+(?:for \S+\s+)?([\d.]+)", Path("/proc/driver/nvidia/version").read_text()
+        )
         return found[1] if found else "unknown"
     return None
 
@@ -107,7 +113,9 @@ def shared_memory(here: Here) -> Said:
     except OSError as error:
         yield WARN, f"/dev/shm: {error.strerror}", "mount a tmpfs there, or data.workers=0"
         return
-    need = here.local_world * max((_batches_bytes(settings, here.world) for settings in here.settings), default=0)
+    need = here.local_world * max(
+        (_batches_bytes(settings, here.world) for settings in here.settings), default=0
+    )
     what = f"/dev/shm has {size_text(space.free)} of {size_text(space.total)} free"
     what += f", the loaders of this node hold up to {size_text(need)} there" * bool(need)
     remedy = "docker run --ipc host or --shm-size, a larger tmpfs, or fewer data.workers"
@@ -134,13 +142,21 @@ def _batches_bytes(settings: Config, world: int) -> int:
 def open_files(here: Here) -> Said:
     """The limit against shards, batches on their way, and connections to other ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = len(os.listdir("/proc/self/fd")) + 2 * here.world  # gloo connects all ranks, for checkpoints by itself
+    need = (
+        len(os.listdir("/proc/self/fd")) + 2 * here.world
+    )  # gloo connects all ranks, for checkpoints by itself
     need += shards.OPEN_SHARDS * bool(here.settings)
-    need += 2 * PREFETCH * BATCH_TENSORS * max(map(_workers, here.settings), default=0)  # training and evaluation
+    need += (
+        2 * PREFETCH * BATCH_TENSORS * max(map(_workers, here.settings), default=0)
+    )  # training and evaluation
     if soft == resource.RLIM_INFINITY:
         yield OK, "without limit"
     elif need > soft:
         above = " (above the hard limit: have it raised)" * (need > hard != resource.RLIM_INFINITY)
-        yield FAIL, f"{soft:,} allowed to a process, which needs some {need:,}", f"ulimit -n {2 * need}{above}"
+        yield (
+            FAIL,
+            f"{soft:,} allowed to a process, which needs some {need:,}",
+            f"ulimit -n {2 * need}{above}",
+        )
     else:
         yield OK, f"{soft:,} allowed to a process, which needs some {need:,}"

@@ -69,24 +69,38 @@ def agreement(here: Here) -> Said:
         fields |= {f"{name} {key}".strip(): value for key, value in setup(settings).items()}
     agree(fields)
     others = {
-        name: software.installed_version(name) for name in ("torchvision", "accelerate", "webdataset", "deepspeed")
+        name: software.installed_version(name)
+        for name in ("torchvision", "accelerate", "webdataset", "deepspeed")
     }
     try:
-        agree(others | {"python": platform.python_version(), "build": torch_build(), "driver": node.driver_version()})
+        agree(
+            others
+            | {"python": platform.python_version(), "build": torch_build(), "driver": node.driver_version()}
+        )
     except UserError as error:
         yield WARN, str(error)
         return
     nodes = list(dict.fromkeys(here.hosts.values()))
     told = ", ".join(nodes[:MOST_SHOWN]) + ", ..." * (len(nodes) > MOST_SHOWN)
-    yield OK, f"{here.world} ranks on {len(nodes)} node{'s' * (len(nodes) > 1)} ({told}): the same software and config"
+    yield (
+        OK,
+        f"{here.world} ranks on {len(nodes)} node{'s' * (len(nodes) > 1)} ({told}): the same software and config",
+    )
 
 
 def all_reduce(here: Here) -> Said:
     """Sums over all ranks: whether they are right, and how fast."""
-    numbers, wanted = torch.full((1024,), here.rank + 1.0, device=here.device), here.world * (here.world + 1) / 2
+    numbers, wanted = (
+        torch.full((1024,), here.rank + 1.0, device=here.device),
+        here.world * (here.world + 1) / 2,
+    )
     dist.all_reduce(numbers)
     if not (numbers == wanted).all():
-        yield FAIL, f"the sum over the ranks is {numbers[0].item():g} in place of {wanted:g}", "look at the hardware"
+        yield (
+            FAIL,
+            f"the sum over the ranks is {numbers[0].item():g} in place of {wanted:g}",
+            "look at the hardware",
+        )
         return
     numbers, rounds = torch.ones(REDUCED_ELEMENTS[here.device.type], device=here.device), 3
     dist.all_reduce(numbers)
@@ -99,7 +113,9 @@ def all_reduce(here: Here) -> Said:
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     seconds = slowest.item()
     rate = all_reduce_bytes(numbers.nbytes, here.world) / seconds
-    what = f"{dist.get_backend()}: sums are right, {numbers.nbytes / 1e6:.0f} MB take {1e3 * seconds:.3g} ms, "
+    what = (
+        f"{dist.get_backend()}: sums are right, {numbers.nbytes / 1e6:.0f} MB take {1e3 * seconds:.3g} ms, "
+    )
     what += f"{rate / 1e9:.3g} GB/s sent by each rank"
     key = f"{'inter' if here.world > here.local_world else 'intra'}_node_bytes_per_second"
     planned = getattr(here.machine, key)

@@ -114,7 +114,11 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
     if here.rank:
         for line in here.found:
             if line.level == FAIL:
-                print(f"indistill: {here.named([here.rank])}: {line.check}: {line.what}", file=sys.stderr, flush=True)
+                print(
+                    f"indistill: {here.named([here.rank])}: {line.check}: {line.what}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         time.sleep(5.0)  # for rank 0: torchrun ends all when one has ended so
         return 1
     found = {0: list(here.found)}
@@ -126,7 +130,9 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
             told = here.hear("found", rank, end - time.monotonic())
             if told is None:
                 here.hosts[rank] = here.hear("came", rank, 0.01) or "host unknown"
-                found[0].append(Line("ranks", FAIL, f"{here.named([rank])} does not answer", "see its output"))
+                found[0].append(
+                    Line("ranks", FAIL, f"{here.named([rank])} does not answer", "see its output")
+                )
             else:
                 here.hosts[rank], found[rank] = told[0], [Line(*line) for line in told[1]]
     findings = merged(found, here.hosts)
@@ -142,7 +148,9 @@ def merged(found: dict[int, list[Line]], hosts: dict[int, str]) -> list[Finding]
     for rank, lines in found.items():
         for line in lines:
             ranks.setdefault(line, {})[rank] = hosts[rank]
-    order = {name: i for i, name in enumerate(map(_name, (*ALONE, *TOGETHER)))}  # that of other ranks may be another
+    order = {
+        name: i for i, name in enumerate(map(_name, (*ALONE, *TOGETHER)))
+    }  # that of other ranks may be another
     findings = [Finding(*line, list(who), list(dict.fromkeys(who.values()))) for line, who in ranks.items()]
     return sorted(findings, key=lambda finding: order.get(finding.check, len(order)))
 
@@ -164,5 +172,7 @@ def text(findings: Sequence[Finding], heard: int) -> str:
     for (check, level), count in shown.items():
         if count > MOST_SHOWN:
             lines.append(f"{level:4}  {check}: {count - MOST_SHOWN} more of this kind (--json has them)")
-    counts = [f"{sum(n for (_, of), n in shown.items() if of == level)} {level}" for level in (OK, WARN, FAIL)]
+    counts = [
+        f"{sum(n for (_, of), n in shown.items() if of == level)} {level}" for level in (OK, WARN, FAIL)
+    ]
     return "\n".join([*lines, ", ".join(counts)])

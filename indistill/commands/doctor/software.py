@@ -23,11 +23,23 @@ def versions(here: Here) -> Said:
     """Against the requirements in this package's own metadata."""
     python, names = platform.python_version(), ("torchvision", "accelerate", "timm", "webdataset")
     others = [f"{name} {installed_version(name)}" for name in names]
-    yield OK, ", ".join([f"indistill {software_versions()['indistill']}", f"python {python}", torch_build(), *others])
+    yield (
+        OK,
+        ", ".join(
+            [f"indistill {software_versions()['indistill']}", f"python {python}", torch_build(), *others]
+        ),
+    )
     try:
-        required, wanted = metadata.requires("indistill") or [], metadata.metadata("indistill")["Requires-Python"]
+        required, wanted = (
+            metadata.requires("indistill") or [],
+            metadata.metadata("indistill")["Requires-Python"],
+        )
     except metadata.PackageNotFoundError:
-        yield WARN, "indistill is not installed as a package, which says what versions it needs", "pip install -e ."
+        yield (
+            WARN,
+            "indistill is not installed as a package, which says what versions it needs",
+            "pip install -e .",
+        )
         return
     if wanted and not SpecifierSet(wanted).contains(python, prereleases=True):
         yield FAIL, f"python {python}, indistill needs {wanted}", "make another environment"
@@ -48,7 +60,9 @@ def installed_version(name: str) -> str | None:
 
 
 def torch_build() -> str:
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "for CPUs"
+    build = (
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "for CPUs"
+    )
     nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if dist.is_nccl_available() else ""
     return f"torch {torch.__version__} ({build}{nccl})"
 
@@ -60,7 +74,11 @@ def deepspeed(here: Here) -> Said:
     elif version is not None:  # else it is told by versions and by start
         import deepspeed  # noqa: F401
 
-        left_out = "" if torch.cuda.is_available() else " (what it would compile on CPUs, for minutes, gloo replaces)"
+        left_out = (
+            ""
+            if torch.cuda.is_available()
+            else " (what it would compile on CPUs, for minutes, gloo replaces)"
+        )
         transformers = f"transformers {installed_version('transformers')}, which Accelerate asks for"
         yield OK, f"{version} can be imported, beside {transformers}; a start compiles nothing{left_out}"
 
@@ -84,7 +102,11 @@ def _hurting(here: Here, values: dict[str, str]) -> Iterator[tuple[str, ...]]:
         yield WARN, "CUDA_LAUNCH_BLOCKING", "has the CPU wait for every operation of the GPU"
     if values.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL":
         yield WARN, "TORCH_DISTRIBUTED_DEBUG", "compares all ranks before every collective"
-    for name, way in (("P2P", "between GPUs"), ("SHM", "within a node"), ("IB", "over InfiniBand between nodes")):
+    for name, way in (
+        ("P2P", "between GPUs"),
+        ("SHM", "within a node"),
+        ("IB", "over InfiniBand between nodes"),
+    ):
         if values.get(f"NCCL_{name}_DISABLE", "0") != "0":
             yield WARN, f"NCCL_{name}_DISABLE", f"takes NCCL's fast way {way} from it"
     interfaces = psutil.net_if_addrs()
@@ -93,6 +115,11 @@ def _hurting(here: Here, values: dict[str, str]) -> Iterator[tuple[str, ...]]:
         if wanted[0].startswith("^"):
             continue  # all but these
         if not any(own.startswith(tuple(wanted)) for own in interfaces):
-            yield FAIL, name, "names no network interface of this node", f"choose from {', '.join(interfaces)}"
+            yield (
+                FAIL,
+                name,
+                "names no network interface of this node",
+                f"choose from {', '.join(interfaces)}",
+            )
         elif wanted == ["lo"] and here.world > here.local_world:
             yield FAIL, name, "is the loopback, which leads to no other node"

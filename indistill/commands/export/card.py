@@ -30,7 +30,11 @@ logits = session.run(["logits"], {{"images": images}})[0]    # images: uint8 [ba
 program = torch.export.load("FOLDER/model.pt2").module()    # a program: load none that you do not trust
 logits = program(images)    # images: uint8 [batch, 3, {size}, {size}]""",
 }
-_RESIZED = {"center": "The shorter side is", "squash": "Each side is", "border": "The longer side is"}  # by crop_mode
+_RESIZED = {
+    "center": "The shorter side is",
+    "squash": "Each side is",
+    "border": "The longer side is",
+}  # by crop_mode
 _LIBRARY = {"timm": "timm", "onnx": "onnx", "torch": "pytorch"}
 # Where a run and its data lie is nobody's business but its owner's.
 _LOCAL_KEYS = {"run_dir": True, "data": {"root", "cache_dir"}, "targets": {"dir"}}
@@ -83,7 +87,11 @@ def card(source: Source, network: Network, form: str, command: str, checked: str
 def _weights(section: config.Model) -> str:
     if section.pretrained:
         return "with timm's pretrained weights"
-    return f"with the weights of {Path(section.checkpoint).name}" if section.checkpoint else "with random weights"
+    return (
+        f"with the weights of {Path(section.checkpoint).name}"
+        if section.checkpoint
+        else "with random weights"
+    )
 
 
 def _method(source: Source) -> str:

@@ -47,7 +47,9 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
     interpolation and crop. Raises UserError for what is none of these or does not fit the config.
     """
     path = Path(what)
-    if path.is_dir() and any((path / file).is_file() for file in ("config.json", FILES["onnx"], FILES["torch"])):
+    if path.is_dir() and any(
+        (path / file).is_file() for file in ("config.json", FILES["onnx"], FILES["torch"])
+    ):
         if not any((path / file).is_file() for file in ("config.json", FILES["onnx"])):
             raise UserError(
                 f"{path / FILES['torch']}: is a program, and to load one may run anything: evaluate the run, or an "
@@ -57,14 +59,20 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
         _check_classes(network, what, settings)
         return network, _view_of_folder(path, settings)
     name = what.removeprefix("timm:")
-    if name != what or (not path.exists() and (timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:")))):
+    if name != what or (
+        not path.exists() and (timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:")))
+    ):
         network = _pretrained(name, settings)
         _check_classes(network, name, settings)
         return network, own_view(_named(name), settings.data, "eval")
     if settings.stage == "heads":
         raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
     if path.is_dir():
-        names = ("student.safetensors", "ema.safetensors", "model.safetensors")  # of a run, else of a checkpoint
+        names = (
+            "student.safetensors",
+            "ema.safetensors",
+            "model.safetensors",
+        )  # of a run, else of a checkpoint
         path = next((path / name for name in names if (path / name).is_file()), path)
     names = class_names.of_weights(path)
     class_names.check_weights(names, settings.data, "eval")
@@ -102,12 +110,16 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
         run, classes = (_run_onnx if onnx else _run_torch)(folder)
     except Exception as error:  # each library raises its own
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: holds no readable {'onnx' if onnx else 'torch'} export: {reason}") from None
+        raise UserError(
+            f"{folder}: holds no readable {'onnx' if onnx else 'torch'} export: {reason}"
+        ) from None
     size = settings.data.image_size
     try:
         found = run(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
     except Exception:
-        raise UserError(f"{folder}: was exported for images of another size than data.image_size, {size}") from None
+        raise UserError(
+            f"{folder}: was exported for images of another size than data.image_size, {size}"
+        ) from None
     if found != settings.data.num_classes:
         raise UserError(f"{folder}: has {found} classes, data.num_classes is {settings.data.num_classes}")
     return Program(run, classes)
@@ -119,7 +131,9 @@ def _run_onnx(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | Non
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(folder / FILES["onnx"], options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        folder / FILES["onnx"], options, providers=["CPUExecutionProvider"]
+    )
     classes = json.loads(session.get_modelmeta().custom_metadata_map.get("classes", "null"))
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), classes
 
@@ -128,7 +142,9 @@ def _run_torch(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | No
     metadata = {"metadata.json": ""}
     program = torch.export.load(folder / FILES["torch"], extra_files=metadata).module()
     classes = json.loads(metadata["metadata.json"])["classes"]
-    return lambda images: program(images), classes  # of a module Program would make a part, which refuses eval()
+    return lambda images: program(
+        images
+    ), classes  # of a module Program would make a part, which refuses eval()
 
 
 def _named(name: str) -> config.Model:
@@ -155,4 +171,6 @@ def _pretrained(name: str, settings: Config) -> Network:
 def need_onnx() -> None:
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"onnx needs {', '.join(missing)}: pip install 'indistill[export]', or {' '.join(missing)}")
+        raise UserError(
+            f"onnx needs {', '.join(missing)}: pip install 'indistill[export]', or {' '.join(missing)}"
+        )

@@ -50,7 +50,9 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
     saved = checkpoint.saved(run / "checkpoints")
     names = ", ".join(path.name for path in saved)
     if step is None and not saved:
-        raise UserError(f"{run}: holds no {'raw weights: no' if finished else 'student.safetensors and no'} checkpoint")
+        raise UserError(
+            f"{run}: holds no {'raw weights: no' if finished else 'student.safetensors and no'} checkpoint"
+        )
     path = saved[-1] if step is None else run / "checkpoints" / step
     if path not in saved:
         raise UserError(f"--checkpoint {step}: no checkpoint of {run}, which has {names or 'none'}")

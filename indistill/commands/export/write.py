@@ -34,7 +34,11 @@ _MAX_PROTOBUF_BYTES = 1_900_000_000  # one ONNX file holds no more than 2 GB
 
 # --- export ----------------------------------------------------------------------------------------------------------
 def export(
-    run: str | Path, destination: str | Path, form: str = "timm", weights: str | None = None, step: str | None = None
+    run: str | Path,
+    destination: str | Path,
+    form: str = "timm",
+    weights: str | None = None,
+    step: str | None = None,
 ) -> Source:
     """Write a run's student into the folder `destination`, which is made; returns what was exported.
 
@@ -57,19 +61,32 @@ def export(
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
             raise UserError(f"{destination}: is there and no empty folder: choose another destination")
         source = find(Path(run), weights, step)
-        command = ["indistill", "export", str(run), str(destination), "--format", form, "--weights", source.weights]
+        command = [
+            "indistill",
+            "export",
+            str(run),
+            str(destination),
+            "--format",
+            form,
+            "--weights",
+            source.weights,
+        ]
         command += ["--checkpoint", step] if step else []
         network = load_file(source.settings, source.file).eval()
         images, origin = _images(source.settings)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir(parents=True)
         _write(form, network, source, partial)
-        difference = _check(network, load_folder(partial, source.settings).eval(), images, exact=form == "timm")
+        difference = _check(
+            network, load_folder(partial, source.settings).eval(), images, exact=form == "timm"
+        )
         checked = f"On {len(images)} {origin} its logits are within {difference:.1e} of the run's."
         (partial / "README.md").write_text(card(source, network, form, shlex.join(command), checked))
         partial.rename(destination)
     except OSError as error:
-        raise UserError(f"{destination}: cannot be written ({error.strerror or error}): choose another") from None
+        raise UserError(
+            f"{destination}: cannot be written ({error.strerror or error}): choose another"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     unfinished = "" if source.finished else f"{run} is not finished; "
@@ -102,7 +119,9 @@ def _check(network: Network, exported: nn.Module, images: Tensor, exact: bool) -
     for batch in (images[:1], images[1:]):
         ours, theirs = network(batch).logits, exported(batch).logits  # [B, K]
         difference = (ours - theirs).abs().max().item()
-        if ours.shape != theirs.shape or not difference <= (0 if exact else TOLERANCE * ours.abs().max().item()):
+        if ours.shape != theirs.shape or not difference <= (
+            0 if exact else TOLERANCE * ours.abs().max().item()
+        ):
             raise UserError(f"nothing exported: a logit would differ from the run's by {difference:.1e}")
         largest = max(largest, difference)
     return largest
@@ -131,7 +150,9 @@ def _write(form: str, network: Network, source: Source, folder: Path) -> None:
         {"timm": _write_timm, "onnx": _write_onnx, "torch": _write_torch}[form](network, source, folder)
     except OSError:
         raise
-    except Exception as error:  # of an operator that a format lacks, or a full disk, by each library in its own words
+    except (
+        Exception
+    ) as error:  # of an operator that a format lacks, or a full disk, by each library in its own words
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{source.settings.student.name} could not be exported as {form}: {reason}") from None
     finally:

@@ -75,7 +75,9 @@ class Scale:
     communication_seconds: dict[str, float]
     images_per_second: dict[str, float]
     efficiency: dict[str, float]  # of the rate of as many devices that do not communicate
-    batch: int | None  # images a device with the config's global batch instead (strong scaling); None: does not divide
+    batch: (
+        int | None
+    )  # images a device with the config's global batch instead (strong scaling); None: does not divide
     batch_efficiency: dict[str, float]
 
 
@@ -158,7 +160,10 @@ def of_run(
         return step_seconds(settings, works[phase], sources[phase], batch, seconds)
 
     def cost(phase: Phase) -> PhaseCost:
-        steps, (seconds, bound) = phase_steps(phase, timetable), pace(phase, batch, communication(phase, world))
+        steps, (seconds, bound) = (
+            phase_steps(phase, timetable),
+            pace(phase, batch, communication(phase, world)),
+        )
         records = {n: record_bytes(n, shape, settings.targets) for n, shape in works[phase].targets.items()}
         length = steps, steps / steps_per_epoch
         spent = seconds, bound, steps * seconds / 3600
@@ -239,14 +244,20 @@ def _networks(
         ):
             settings = _with_teacher(settings, checkpoint=None)
             unknown = "an earlier stage trains the teacher"
-        if settings.teacher and settings.teacher.heads in earlier and not Path(settings.teacher.heads).exists():
+        if (
+            settings.teacher
+            and settings.teacher.heads in earlier
+            and not Path(settings.teacher.heads).exists()
+        ):
             of_heads = _with_teacher(earlier[settings.teacher.heads], checkpoint=None, pretrained=False)
             heads = f"{folder}/heads.safetensors"
             parts.heads(accelerator, of_heads).save(Path(heads))
             settings = _with_teacher(settings, heads=heads)
         if settings.warmup and settings.warmup.prune.criterion in prune.NEEDS_DATA:
             section = settings.warmup.prune.model_copy(update={"criterion": "random"})
-            settings = settings.model_copy(update={"warmup": settings.warmup.model_copy(update={"prune": section})})
+            settings = settings.model_copy(
+                update={"warmup": settings.warmup.model_copy(update={"prune": section})}
+            )
             unknown = "decided on calibration batches"
         while True:
             try:
@@ -255,7 +266,11 @@ def _networks(
                 section = getattr(settings, error.role).model_copy(update={"pretrained": False})
                 settings = settings.model_copy(update={error.role: section})
                 notes.append(f"architecture alone: {error}")
-                if error.role == "teacher" and unknown is None and settings.warmup.prune.criterion != "random":
+                if (
+                    error.role == "teacher"
+                    and unknown is None
+                    and settings.warmup.prune.criterion != "random"
+                ):
                     unknown = "need the weights"
 
 
@@ -264,17 +279,27 @@ def _with_teacher(settings: Config, **changes: Any) -> Config:
 
 
 def _pairs(
-    settings: Config, student: Network | Heads, teacher: Network | None, plan: prune.Plan, kept_unknown: str | None
+    settings: Config,
+    student: Network | Heads,
+    teacher: Network | None,
+    plan: prune.Plan,
+    kept_unknown: str | None,
 ) -> list[Pair]:
     if not plan.pairs:
         return []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         images = torch.zeros(SEEN[0], *config.input_size(settings), dtype=torch.uint8)
-        sides = (teacher, [p.teacher_stage for p in plan.pairs]), (student, [p.student_stage for p in plan.pairs])
+        sides = (
+            (teacher, [p.teacher_stage for p in plan.pairs]),
+            (student, [p.student_stage for p in plan.pairs]),
+        )
         maps = [[tuple(m.shape[1:]) for m in network.maps(images, stages)] for network, stages in sides]
     pairs = []
     for pair, teacher_map, student_map in zip(plan.pairs, *maps):
-        names = find_stages(teacher.net)[pair.teacher_stage].name, find_stages(student.net)[pair.student_stage].name
+        names = (
+            find_stages(teacher.net)[pair.teacher_stage].name,
+            find_stages(student.net)[pair.student_stage].name,
+        )
         channels = pair.teacher_width if pair.kept is None else len(pair.kept)
         kept = [*range(channels)] if pair.kept is None else None if kept_unknown else pair.kept
         pairs.append(Pair(*names, teacher_map, student_map, channels, kept))

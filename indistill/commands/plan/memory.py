@@ -24,7 +24,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    values = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    ]
     return sum(value.nbytes for value in values if value.dim())
 
 
@@ -53,7 +55,9 @@ def memory(
         "optimizer state": share(state, 1),
         "activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works),
         # uint8, and normalised for each network
-        "images": micro_batch * math.prod(config.input_size(settings)) * (1 + FLOAT * (1 + (teacher is not None))),
+        "images": micro_batch
+        * math.prod(config.input_size(settings))
+        * (1 + FLOAT * (1 + (teacher is not None))),
     }
     if teacher is not None:
         whole = sum(value.nbytes for value in [*teacher.parameters(), *teacher.buffers()])
@@ -62,10 +66,14 @@ def memory(
         held["moving average"] = parameters
     if stage:
         section = (
-            settings.engine if isinstance(settings.engine, config.DeepSpeed) else config.DeepSpeed(name="deepspeed")
+            settings.engine
+            if isinstance(settings.engine, config.DeepSpeed)
+            else config.DeepSpeed(name="deepspeed")
         )
         fetched = section.prefetch_bucket_size if stage == 3 else section.allgather_bucket_size
-        buckets = [min(FLOAT * (size or 50_000_000), trained) for size in (section.reduce_bucket_size, fetched)]
+        buckets = [
+            min(FLOAT * (size or 50_000_000), trained) for size in (section.reduce_bucket_size, fetched)
+        ]
         held["ZeRO's own part of the weights"] = share(trained, 1)
         held["ZeRO's buckets"] = sum(buckets)
         held["whole copy for checkpoints"] = parameters

@@ -48,7 +48,9 @@ def traffic(
     if engine == "ddp":
         # All of them in every phase: those that have none count as zero.
         sent["gradients"] = all_reduce_bytes(weights, world)
-        sent["batch norm statistics"] = all_gather_bytes(sum(buffer.nbytes for buffer in student.buffers()), world)
+        sent["batch norm statistics"] = all_gather_bytes(
+            sum(buffer.nbytes for buffer in student.buffers()), world
+        )
         if settings.warmup or not reads(settings.kd.losses, "logits"):
             sent["which parameters are used"] = all_reduce_bytes(4 * len(parameters), world)
     elif engine == "ZeRO 3":  # gathered for forward and backward, gradients scattered
@@ -62,8 +64,12 @@ def traffic(
             settings, student, teacher, work, world, world * micro_batch
         )
     if settings.sync_batchnorm:
-        channels = sum(m.num_features for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        each = all_gather_bytes(world * (2 * channels + 1) * FLOAT, world) + all_reduce_bytes(2 * channels * 4, world)
+        channels = sum(
+            m.num_features for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        )
+        each = all_gather_bytes(world * (2 * channels + 1) * FLOAT, world) + all_reduce_bytes(
+            2 * channels * 4, world
+        )
         sent["batch norm over all ranks"] = micro_batches * each
     if teacher is not None and settings.teacher.shard:
         sent["teacher"] = micro_batches * all_gather_bytes(sum(p.nbytes for p in teacher.parameters()), world)
@@ -111,12 +117,16 @@ def communication_seconds(machine: config.Machine, sent: float, buckets: int, de
     return sent / (within if devices <= machine.devices_per_node else across) + hops * machine.latency_seconds
 
 
-def step_seconds(settings: Config, work: Work, source: str, batch: float, communication: float) -> tuple[float, str]:
+def step_seconds(
+    settings: Config, work: Work, source: str, batch: float, communication: float
+) -> tuple[float, str]:
     """Of a rank's step on `batch` images, and what sets its pace."""
     machine, of_image = settings.machine, work.student_flops
     student = of_image / machine.flops_per_second
     teacher = 0.0 if source == "cached" else work.teacher_flops / machine.flops_per_second
-    backward = _BACKWARD * student * batch / settings.grad_accumulation  # of the last micro-batch, where sums begin
+    backward = (
+        _BACKWARD * student * batch / settings.grad_accumulation
+    )  # of the last micro-batch, where sums begin
     exposed = communication - min(machine.overlap * communication, backward)
     size = sum(record_bytes(*target, settings.targets) for target in work.targets.items())
     reading = size * machine.devices_per_node / machine.read_bytes_per_second if source == "cached" else 0.0

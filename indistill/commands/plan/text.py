@@ -25,7 +25,10 @@ def _parts(e: Estimate) -> list[str]:
     if e.pairs:
         rows = []
         for i, pair in enumerate(e.pairs):
-            sides = (f"{pair.teacher_stage} {_map(pair.teacher_map)}", f"{pair.student_stage} {_map(pair.student_map)}")
+            sides = (
+                f"{pair.teacher_stage} {_map(pair.teacher_map)}",
+                f"{pair.student_stage} {_map(pair.student_map)}",
+            )
             rows.append([str(i + 1), *sides, f"{pair.channels} of {pair.teacher_map[0]}", _listed(pair)])
         sections.append(_table("Pairs", ["", "teacher map", "student map", "kept", "which"], rows))
 
@@ -38,7 +41,16 @@ def _parts(e: Estimate) -> list[str]:
     ]  # fmt: skip
     total = sum((p.work.teacher_flops + p.work.student_flops) * p.steps * e.global_batch for p in e.phases)
     rows.append(
-        ["run", "", f"{sum(p.steps for p in e.phases):,}", "", "", "", "", f"{sum(p.hours for p in e.phases):.2f}"]
+        [
+            "run",
+            "",
+            f"{sum(p.steps for p in e.phases):,}",
+            "",
+            "",
+            "",
+            "",
+            f"{sum(p.hours for p in e.phases):.2f}",
+        ]
     )
     columns = ["", "epochs", "steps", "teacher GFLOP", "student GFLOP", "images/s", "bound by", "hours"]
     sections.append(
@@ -59,7 +71,9 @@ def _parts(e: Estimate) -> list[str]:
     sections.append(_cached(e, machine))
     if e.world > 1:
         rows = [[p.name, *(_mega(p.network_bytes.get(k, 0)) for k in last.network_bytes)] for p in e.phases]
-        table = _table("Network, MB that a process sends in a step under DDP", ["", *last.network_bytes], rows)
+        table = _table(
+            "Network, MB that a process sends in a step under DDP", ["", *last.network_bytes], rows
+        )
         others = ", ".join(f"{engine} {_mega(size)}" for engine, size in e.network_bytes.items())
         sections.append(f"{table}\nIn {last.name} by engine: {others}.")
     sections.append(_scaled(e, machine))
@@ -71,8 +85,12 @@ def _cached(e: Estimate, machine: config.Machine) -> str:
     if not records:
         return ""
     shapes = {name: shape for p in e.phases for name, shape in p.work.targets.items()}
-    rows = [[n, _map(shapes[n]), f"{size:,}", f"{size * e.samples / 1e9:,.1f}"] for n, size in records.items()]
-    options = ", ".join(f"{key} {value}" for key, value in e.targets.items() if key in ("features", "pool", "top_k"))
+    rows = [
+        [n, _map(shapes[n]), f"{size:,}", f"{size * e.samples / 1e9:,.1f}"] for n, size in records.items()
+    ]
+    options = ", ".join(
+        f"{key} {value}" for key, value in e.targets.items() if key in ("features", "pool", "top_k")
+    )
     first = _table("Cached targets", ["", "shape", "bytes of a view", "GB of a view of all images"], rows)
     rows = [
         [
@@ -84,7 +102,11 @@ def _cached(e: Estimate, machine: config.Machine) -> str:
     ]  # fmt: skip
     columns = ["", "recomputing", "making and reading", "cheaper"]
     second = _table("Live or cached, hours of one device for another", columns, rows)
-    views = "a new view of each image in every epoch (data.augment.views)" if e.views is None else f"{e.views} views"
+    views = (
+        "a new view of each image in every epoch (data.augment.views)"
+        if e.views is None
+        else f"{e.views} views"
+    )
     return (
         f"{first}\ntargets: {options}; {views}.\n\n{second}\nmachine.read_bytes_per_second "
         f"{machine.read_bytes_per_second:.3g} a node, shared by machine.devices_per_node {machine.devices_per_node}; "
@@ -109,7 +131,9 @@ def _scaled(e: Estimate, machine: config.Machine) -> str:
         rows.append(row)
     batch = e.global_batch // e.world
     return (
-        _table(f"Scaling under DDP, {batch} images a device (same batch: {e.global_batch} on all)", columns, rows)
+        _table(
+            f"Scaling under DDP, {batch} images a device (same batch: {e.global_batch} on all)", columns, rows
+        )
         + f"\nRing all-reduce: machine.intra_node_bytes_per_second {machine.intra_node_bytes_per_second:.3g}, "
         f"inter_node_bytes_per_second {machine.inter_node_bytes_per_second:.3g} a device, latency_seconds "
         f"{machine.latency_seconds:.3g} a hop, overlap {machine.overlap:g}. Of the phases "
@@ -121,7 +145,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
     lines = [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
         )
         for row in (columns, *rows)
     ]

@@ -61,7 +61,10 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     for i in range(stretches):
         places = range(i * len(points) // stretches, (i + 1) * len(points) // stretches)
         finite = [place for place in places if points[place][1] is not None] or places[:1]
-        kept |= {min(finite, key=lambda place: points[place][1] or 0), max(finite, key=lambda p: points[p][1] or 0)}
+        kept |= {
+            min(finite, key=lambda place: points[place][1] or 0),
+            max(finite, key=lambda p: points[p][1] or 0),
+        }
     return [points[place] for place in sorted(kept)]
 
 
@@ -72,7 +75,9 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
         return [low]
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= most + 1e-9)
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -109,7 +114,8 @@ class _Axis:
     def __init__(self, low: float, high: float, log: bool, scale: float = 1.0) -> None:
         self.low, self.high, self.log = low, high, log
         self.labels = [
-            (self.at(tick / scale), short(tick)) for tick in (log_ticks if log else ticks)(low * scale, high * scale)
+            (self.at(tick / scale), short(tick))
+            for tick in (log_ticks if log else ticks)(low * scale, high * scale)
         ]
 
     def at(self, value: float) -> float:
@@ -154,20 +160,29 @@ def draw(chart: Chart, place: int) -> tuple[str, dict[str, Any]] | None:
     colours = [i if one.colour is None else one.colour for i, one in enumerate(series)]
     dots = all(len(one.points) <= _DOTS for one in series)
     for colour, one in zip(colours, series):
-        shapes.append(_bars(one, x_axis, y_axis, colour) if chart.bars else _curve(one, x_axis, y_axis, colour, dots))
+        shapes.append(
+            _bars(one, x_axis, y_axis, colour) if chart.bars else _curve(one, x_axis, y_axis, colour, dots)
+        )
     unit = ", ".join(part for part in (chart.unit, "logarithmic" if y_axis.log else "") if part)
     thinned = any(len(one.points) > MOST_POINTS for one in chart.series)
     note = " ".join(part for part in (chart.note, _THINNED if thinned else "") if part)
     names = [
-        f'<span class="name"><i class="f{c % _COLOURS}"></i>{escape(s.name)}</span>' for c, s in zip(colours, series)
+        f'<span class="name"><i class="f{c % _COLOURS}"></i>{escape(s.name)}</span>'
+        for c, s in zip(colours, series)
     ]
     told = f"{chart.title}, {unit}, by {chart.x}: {', '.join(one.name for one in series)}"
     label = escape(f"{told}. Arrow keys show the values.", quote=True)
     html = (
         f'<figure><figcaption><b>{escape(chart.title)}</b> <span class="unit">{escape(unit)}</span></figcaption>'
-        + (f'<div class="names">{"".join(names)}</div>' if len(series) > 1 or series[0].colour is not None else "")
+        + (
+            f'<div class="names">{"".join(names)}</div>'
+            if len(series) > 1 or series[0].colour is not None
+            else ""
+        )
         + f'<div class="plot" data-chart="{place}" tabindex="0" role="group" aria-label="{label}">'
-        + "".join(f'<span class="y" style="top:{100 - at / 10:.2f}%">{text}</span>' for at, text in y_axis.labels)
+        + "".join(
+            f'<span class="y" style="top:{100 - at / 10:.2f}%">{text}</span>' for at, text in y_axis.labels
+        )
         + "".join(f'<span class="x" style="left:{at / 10:.2f}%">{text}</span>' for at, text in x_axis.labels)
         + f'<span class="xlabel">{escape(chart.x)}</span>{_band_names(chart.bands, x_axis)}'
         + '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
@@ -196,9 +211,7 @@ def draw(chart: Chart, place: int) -> tuple[str, dict[str, Any]] | None:
     return html, numbers
 
 
-_THINNED = (
-    f"Of each curve at most {MOST_POINTS:,} points are shown, their values exact: each stretch's lowest and highest."
-)
+_THINNED = f"Of each curve at most {MOST_POINTS:,} points are shown, their values exact: each stretch's lowest and highest."
 
 
 def _curve(series: Series, x_axis: _Axis, y_axis: _Axis, colour: int, dots: bool) -> str:

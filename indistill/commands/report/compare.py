@@ -16,7 +16,8 @@ from indistill.commands.report.results import Row, result_rows, teacher_over_stu
 
 def add_comparison(page: Page, runs: Sequence[Run]) -> None:
     page.add(
-        "<h2>Side by side</h2>", charts.table(["", *(run.name for run in runs)], _side_by_side(runs), "Comparison")
+        "<h2>Side by side</h2>",
+        charts.table(["", *(run.name for run in runs)], _side_by_side(runs), "Comparison"),
     )
 
     def overlaid(title: str, unit: str, key: str, **how: Any) -> Chart:
@@ -46,7 +47,9 @@ def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
         return lambda run, of_run: show(getattr(of_run.get("student"), key, None))
 
     def times(key: str) -> Callable[[Run, dict[str, Row]], str]:
-        return lambda run, of_run: f"{ratio:.2f}×" if (ratio := teacher_over_student([*of_run.values()], key)) else "–"
+        return lambda run, of_run: (
+            f"{ratio:.2f}×" if (ratio := teacher_over_student([*of_run.values()], key)) else "–"
+        )
 
     row("parameters", of_student("parameters", lambda value: f"{value:,}" if value else "–"))
     row("GFLOP an image", of_student("flops", lambda value: number(value and value / 1e9)))
@@ -56,7 +59,9 @@ def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
     row("training", lambda run, _: duration(run.summary["seconds"]) if run.summary.get("seconds") else "–")
     row("images/s", lambda run, _: number(run.summary.get("images_per_second")))
     row("last loss", lambda run, _: number(next((line["loss"] for line in run.steps[::-1]), None)))
-    scores = dict.fromkeys(key for run in runs for key in run.scores if key.startswith(("top", "map_", "precision_")))
+    scores = dict.fromkeys(
+        key for run in runs for key in run.scores if key.startswith(("top", "map_", "precision_"))
+    )
     for key in scores:
         row(f"{key} %", lambda run, _, key=key: percent(run.scores.get(key), ""))
     row("bad samples", lambda run, _: number(run.steps[-1].get("bad_samples", 0) if run.steps else 0))
@@ -74,4 +79,6 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     ]
     if not rows:
         return ['<p class="none">Nothing but the run directory.</p>']
-    return [f'<div class="texts">{charts.table(["key", *(run.name for run in runs)], rows, "Differences")}</div>']
+    return [
+        f'<div class="texts">{charts.table(["key", *(run.name for run in runs)], rows, "Differences")}</div>'
+    ]

@@ -30,7 +30,9 @@ class Page:
                 drawn.append(found[0])
                 self.charts.append(found[1])
         self.add(
-            f'<div class="charts">{"".join(drawn)}</div>' if drawn else '<p class="none">Nothing recorded yet.</p>'
+            f'<div class="charts">{"".join(drawn)}</div>'
+            if drawn
+            else '<p class="none">Nothing recorded yet.</p>'
         )
 
 

@@ -30,7 +30,10 @@ def networks(run: Run, measure: bool) -> dict[str, Any]:
     sections = {role: section for role, section in sections.items() if section is not None}
     for role, section in sections.items():
         if "parameters" not in known.get(role, {}):
-            known[role] = {"name": section.name, **_told(lambda section=section: size(section, run.settings.data))}
+            known[role] = {
+                "name": section.name,
+                **_told(lambda section=section: size(section, run.settings.data)),
+            }
     if measure and "seconds" not in known.get("speed", {}):
         known["speed"] = _told(lambda: speed(list(sections.items()), run.settings))
     if known != run.networks:
@@ -85,7 +88,9 @@ def speed(sections: Sequence[tuple[str, config.Model]], settings: Config) -> dic
         nets = {role: Network(_create(section, settings.data), half, half) for role, section in sections}
     nets = {role: net.to(device).eval() for role, net in nets.items()}
     batch = _BATCH[device.type]
-    images = torch.zeros(batch, 3, settings.data.image_size, settings.data.image_size, dtype=torch.uint8, device=device)
+    images = torch.zeros(
+        batch, 3, settings.data.image_size, settings.data.image_size, dtype=torch.uint8, device=device
+    )
 
     def seconds(net: nn.Module) -> float:
         if device.type == "cuda":

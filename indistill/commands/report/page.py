@@ -78,7 +78,9 @@ class ReportAtEnd(Callback):
         try:
             write([run.run_dir], measure=False)
         except Exception as error:  # whatever an unforeseen record makes of it
-            print(f"indistill: no report written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(
+                f"indistill: no report written: {type(error).__name__}: {error}", file=sys.stderr, flush=True
+            )
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -116,14 +118,18 @@ def _report(page: Page, run: Run, baseline: Run | None) -> None:
         page.add("<h2>How alike teacher and student are</h2>")
         page.draw(_similarities(run, bands))
     if run.plan.get("pairs"):
-        page.add("<h2>Which teacher channels are taught</h2>", f'<p class="note">{escape(_plan_note(run))}</p>')
+        page.add(
+            "<h2>Which teacher channels are taught</h2>", f'<p class="note">{escape(_plan_note(run))}</p>'
+        )
         page.draw(_channels(run))
     page.add("<h2>Speed of training</h2>", *_phase_table(run, bands))
     page.draw(_throughput(run, bands))
     page.add("<h2>Checkpoints</h2>", *_checkpoints(run), "<h2>Starts and ends</h2>", *_starts(run))
     page.add("<h2>Samples and steps left out</h2>", *_left_out(run))
     page.add("<h2>Environment and configuration</h2>", *_environment(run))
-    page.add(f"<details><summary>config.yaml</summary><pre>{escape(config.dump(run.settings))}</pre></details>")
+    page.add(
+        f"<details><summary>config.yaml</summary><pre>{escape(config.dump(run.settings))}</pre></details>"
+    )
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -152,7 +158,10 @@ def _cards(run: Run, rows: Sequence[Row]) -> str:
     cards = []
     if (top1 := run.scores.get("top1")) is not None:
         cards.append(
-            (percent(top1), "top-1 of the student" if run.settings.stage != "heads" else "top-1, deepest head")
+            (
+                percent(top1),
+                "top-1 of the student" if run.settings.stage != "heads" else "top-1, deepest head",
+            )
         )
     of_teacher = next((row.top1 for row in rows if row.role == "teacher"), None)
     if top1 is not None and of_teacher is not None:
@@ -199,7 +208,11 @@ def _losses(run: Run, bands: Sequence[Band]) -> Chart:
 def _accuracy(run: Run, bands: Sequence[Band]) -> Chart:
     keys = sorted({key for line in run.lines for key in line if key.startswith("top")})
     return Chart(
-        "Accuracy", "% of data.eval", [Series(key, run.points(key)) for key in keys], bands=bands, percent=True
+        "Accuracy",
+        "% of data.eval",
+        [Series(key, run.points(key)) for key in keys],
+        bands=bands,
+        percent=True,
     )
 
 
@@ -224,7 +237,13 @@ def _similarities(run: Run, bands: Sequence[Band]) -> list[Chart]:
     ]  # fmt: skip
     information = [Series(one, run.points(f"information_student_{one}")) for one in layers]
     drawn.append(
-        Chart("Information of the student's layers", "QMI with the labels", information, bands=bands, from_zero=True)
+        Chart(
+            "Information of the student's layers",
+            "QMI with the labels",
+            information,
+            bands=bands,
+            from_zero=True,
+        )
     )
     return drawn
 
@@ -233,7 +252,9 @@ def _plan_note(run: Run) -> str:
     criterion, mode = run.plan.get("criterion"), run.plan.get("mode")
     note = f"Criterion {criterion}, mode {mode}: the channels of highest importance stay, as many as the student has."
     return (
-        note if run.plan.get("importance") else f"{note} Importances were not recorded: kept channels alone are marked."
+        note
+        if run.plan.get("importance")
+        else f"{note} Importances were not recorded: kept channels alone are marked."
     )
 
 
@@ -292,7 +313,12 @@ def _checkpoints(run: Run) -> list[str]:
         f"{number(max(stalls))} s." if stalls else "None saved."
     )  # fmt: skip
     rows = [
-        [one["name"], number(one["step"]), f"{one['bytes'] / 1e6:,.1f}", percent(one["scores"].get("top1"), "")]
+        [
+            one["name"],
+            number(one["step"]),
+            f"{one['bytes'] / 1e6:,.1f}",
+            percent(one["scores"].get("top1"), ""),
+        ]
         for one in run.checkpoints[-_MOST_NAMES:]
     ]
     table = charts.table(["kept", "step", "MB", "top-1 %"], rows, "Checkpoints") if rows else ""
@@ -319,7 +345,11 @@ def _starts(run: Run) -> list[str]:
         where = f"{line.get('world_size', '?')} × {line.get('device', '?')}, {line.get('host', '?')}"
         rows.append([moment(line["time"]), number(line.get("step")), where, after, how])
     starts = len(rows)
-    told = "Started once." if starts == 1 else f"Started {starts} times: {starts - 1} restart{'s' * (starts > 2)}."
+    told = (
+        "Started once."
+        if starts == 1
+        else f"Started {starts} times: {starts - 1} restart{'s' * (starts > 2)}."
+    )
     table = charts.table(["start", "from step", "on", "for", "end"], rows, "Starts and ends")
     return [f"<p>{told}</p>", f'<div class="texts">{table}</div>']
 
@@ -328,13 +358,19 @@ def _left_out(run: Run) -> list[str]:
     last = run.steps[-1] if run.steps else {}
     bad = max(len(run.bad), last.get("bad_samples", 0))
     skipped = last.get("skipped_steps", 0)
-    told = f"{bad:,} of the samples could not be decoded: the next of its stream stood in for each." if bad else ""
+    told = (
+        f"{bad:,} of the samples could not be decoded: the next of its stream stood in for each."
+        if bad
+        else ""
+    )
     told = told or "Every sample could be decoded."
     left_out = f"{skipped:,} steps were skipped" if skipped else "No step was skipped"
     told += f" {left_out} for a loss or gradient that was not finite."
     names = "".join(f"<li>{escape(str(name))}</li>" for name in run.bad[:_MOST_NAMES])
     more = f"<p>and {len(run.bad) - _MOST_NAMES:,} more</p>" if len(run.bad) > _MOST_NAMES else ""
-    listed = f"<details><summary>Their names, by the newest checkpoint</summary><ul>{names}</ul>{more}</details>"
+    listed = (
+        f"<details><summary>Their names, by the newest checkpoint</summary><ul>{names}</ul>{more}</details>"
+    )
     return [f"<p>{escape(told)}</p>", listed if names else ""]
 
 
@@ -344,5 +380,9 @@ def _environment(run: Run) -> list[str]:
         return ['<p class="none">The environment was not recorded.</p>']
     latest = dict(starts[-1])
     latest.update(latest.pop("software", {}))
-    rows = [[key.replace("_", " "), value] for key, value in latest.items() if key not in ("event", "time", "step")]
+    rows = [
+        [key.replace("_", " "), value]
+        for key, value in latest.items()
+        if key not in ("event", "time", "step")
+    ]
     return [f'<div class="texts">{charts.table(["latest start", ""], rows, "Environment")}</div>']

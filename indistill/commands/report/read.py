@@ -44,7 +44,11 @@ class Run(NamedTuple):
         return [line for line in self.lines if "loss" in line]
 
     def points(self, key: str) -> list[charts.Point]:
-        return [(line["step"], line[key]) for line in self.lines if isinstance(line.get(key, ""), int | float | None)]
+        return [
+            (line["step"], line[key])
+            for line in self.lines
+            if isinstance(line.get(key, ""), int | float | None)
+        ]
 
     @property
     def scores(self) -> dict[str, float]:
@@ -81,7 +85,12 @@ def read(folder: Path, name: str) -> Run:
         with contextlib.suppress(OSError):
             size = sum(file.stat().st_size for file in path.iterdir())
             kept.append(
-                {"name": path.name, "step": state.get("step"), "bytes": size, "scores": state.get("scores") or {}}
+                {
+                    "name": path.name,
+                    "step": state.get("step"),
+                    "bytes": size,
+                    "scores": state.get("scores") or {},
+                }
             )
         bad = (state.get("parts") or {}).get("log", {}).get("bad", bad)
     status = [(where / "status") for where in (folder, folder.parent)]
@@ -129,7 +138,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _history(folder: Path) -> list[dict[str, Any]]:
     lines = _lines(folder / "history.jsonl")
-    return [one for one in lines if one.get("event") in ("start", "end") and isinstance(one.get("time"), int | float)]
+    return [
+        one
+        for one in lines
+        if one.get("event") in ("start", "end") and isinstance(one.get("time"), int | float)
+    ]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

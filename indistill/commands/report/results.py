@@ -35,10 +35,13 @@ def result_rows(run: Run, baseline: Run | None) -> list[Row]:
     if baseline is not None and baseline.settings.student is not None:
         row = _row(baseline, "student", baseline.settings.student, baseline.scores)
         same = all(
-            run.networks.get("speed", {}).get(key) == baseline.networks.get("speed", {}).get(key) for key in _SAME
+            run.networks.get("speed", {}).get(key) == baseline.networks.get("speed", {}).get(key)
+            for key in _SAME
         )
         rows.append(
-            row._replace(role="baseline", name=f"{row.name} in {baseline.name}", seconds=row.seconds if same else None)
+            row._replace(
+                role="baseline", name=f"{row.name} in {baseline.name}", seconds=row.seconds if same else None
+            )
         )
     return rows
 
@@ -80,13 +83,17 @@ def results_table(run: Run, rows: Sequence[Row], baseline: Run | None) -> list[s
     table = [cells(row) for row in rows]
     ratios = [teacher_over_student(rows, key) for key in ("parameters", "flops", "seconds")]
     if any(ratios):
-        table.append(["teacher / student", "", "", *(f"{ratio:.2f}×" if ratio else "–" for ratio in ratios), ""])
+        table.append(
+            ["teacher / student", "", "", *(f"{ratio:.2f}×" if ratio else "–" for ratio in ratios), ""]
+        )
     if run.settings.stage == "heads":
         heads = {key: value for key, value in run.scores.items() if key.startswith("top1_head")}
         table += [[key.removeprefix("top1_"), percent(value, ""), *"–––––"] for key, value in heads.items()]
     notes = ["GFLOP: of a forward pass, a multiply-add counts as two operations."]
     if "seconds" in speed:
-        threads = f", {speed['threads']} thread{'s' * (speed['threads'] != 1)}" if speed.get("threads") else ""
+        threads = (
+            f", {speed['threads']} thread{'s' * (speed['threads'] != 1)}" if speed.get("threads") else ""
+        )
         precision = {"no": "float32"}.get(speed["precision"], speed["precision"])
         notes.append(
             f"ms: median of {speed['rounds']} forward passes, the networks in turns, on batches of {speed['batch']} in "
