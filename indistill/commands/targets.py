@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from indistill import config
+from indistill.config.run_dir import RunDir
 from indistill.config import Config, UserError
 from indistill.curriculum import Phase, Timetable
 from indistill.data import class_names, remote
@@ -299,7 +300,7 @@ def prepare(settings: Config) -> Job:
     agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        student, targets_of, plan = parts.networks(accelerator, settings, Path(scratch), calibration)
+        student, targets_of, plan = parts.networks(accelerator, settings, RunDir(Path(scratch)), calibration)
     targets_of.hold_weights()
 
     timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from indistill.config import UserError
-from indistill.config.run_dir import append_end, describe_error, in_one_line
+from indistill.config.run_dir import RunDir, append_end, describe_error, in_one_line
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = (
@@ -249,7 +249,7 @@ def _deadline(max_hours: float | None, now: float) -> float:
 @contextlib.contextmanager
 def status_in(run_dir: Path) -> Iterator[None]:
     """Keep `run_dir/status` while a run or a chain goes on in here."""
-    _process.status, _process.began = run_dir / "status", time.time()
+    _process.status, _process.began = RunDir(run_dir).status, time.time()
     _mark("running")
     try:
         yield

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from indistill import config
 from indistill.config import Config, UserError
+from indistill.config.run_dir import RunDir
 from indistill.data import class_names, remote
 from indistill.data.class_names import Names
 from indistill.prune import PairPlan, Plan
@@ -132,7 +133,7 @@ def decisive_config(settings: Config) -> dict[str, Any]:
 
 
 def targets_root(settings: Config) -> str:
-    return settings.targets.dir or os.path.join(settings.run_dir, "targets")
+    return settings.targets.dir or str(RunDir.of(settings).targets)
 
 
 def records_path(root: str, view: int, field: str, shard: int) -> str:

@@ -26,6 +26,7 @@ from indistill.commands.report.networks import networks
 from indistill.commands.report.read import STATES, Run, read, run_dirs, short_names
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
 from indistill.config import UserError
+from indistill.config.run_dir import RunDir
 from indistill.training.callbacks import Callback, TrainingRun
 
 _MOST_NAMES = 200  # of bad samples, and of checkpoints, that are listed
@@ -51,7 +52,7 @@ def write(
     found = [run._replace(networks=networks(run, measure)) for run in found]
     other = other and other._replace(networks=networks(other, measure))
     first = Path(runs[0])
-    default = first / "report.html" if len(runs) == 1 else first.absolute().parent / "comparison.html"
+    default = RunDir(first).report if len(runs) == 1 else first.absolute().parent / "comparison.html"
     destination = Path(output or default)
     title = first.absolute().name if len(runs) == 1 else f"{len(found)} runs"
     partial = destination.with_name(f".{destination.name}-{os.getpid()}")
