@@ -29,8 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from indistill import config
-from indistill.config.run_dir import RunDir
 from indistill.config import Config, UserError
+from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data import class_names, remote
 from indistill.data.batch import Batch, Request

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from indistill.config import tree
-from indistill.config.base import UserError
+from indistill.config.base import UserError, in_one_line
 from indistill.config.read import load
 from indistill.config.tree import Config
 
@@ -162,7 +162,7 @@ def describe_error(error: BaseException, folder: Path) -> str:
     """Describe an unexpected error in one line: its kind, message, source line, and the file with its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     line = f"{frames[-1].filename}, line {frames[-1].lineno}; " if frames else ""
-    return f"{type(error).__name__}: {in_one_line(error)} ({line}traceback: {keep_traceback(error, folder)})"
+    return f"{in_one_line(error, with_type=True)} ({line}traceback: {keep_traceback(error, folder)})"
 
 
 def keep_traceback(error: BaseException, folder: Path) -> Path | str:
@@ -176,8 +176,3 @@ def keep_traceback(error: BaseException, folder: Path) -> Path | str:
     return file
 
 
-def in_one_line(error: BaseException) -> str:
-    """The message of an error in one line; an error of a loader worker ends the worker's traceback."""
-    lines = str(error).strip().splitlines() or [""]
-    line = lines[-1] if lines[0].startswith("Caught ") else " ".join(" ".join(lines).split())
-    return line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")

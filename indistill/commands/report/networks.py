@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from indistill import config
 from indistill.commands.report.read import Run
-from indistill.config import Config
+from indistill.config import Config, in_one_line
 from indistill.config.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _told(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return find()
     except Exception as error:
-        return {"unknown": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        return {"unknown": in_one_line(error, 300, with_type=True)}
 
 
 def _create(section: config.Model, data: config.Data) -> nn.Module:
