@@ -19,6 +19,7 @@ from torch import Tensor
 
 from indistill import config, evaluate
 from indistill.config import Config
+from indistill.config.files import replace_text
 from indistill.config.run_dir import append_end, append_start
 from indistill.curriculum import Pace, Phase, Timetable
 from indistill.data.dataset import ImageDataset

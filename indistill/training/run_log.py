@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from indistill.config import Config, UserError
-from indistill.config.files import read_lines
+from indistill.config.files import read_lines, replace_text
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
