@@ -27,7 +27,7 @@ from indistill.data.dataset import open_shards
 from indistill.data.index import index_files, load_index
 from indistill.data.loader import IndexedTraining, check_accumulation
 from indistill.data.stream import StreamedTraining
-from indistill.data.training import Training
+from indistill.data.training import TrainingData
 from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
@@ -335,7 +335,7 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
             section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)}),
             IndexedTraining,
         )
-    training: Training = kind(section, settings.seed, 0, 1, 1)
+    training: TrainingData = kind(section, settings.seed, 0, 1, 1)
     batches = iter(training.loader(0, 10**9, torch.device("cpu")))
     replaced = list(next(batches).replaced)  # by then the worker has begun
     images, began = 0, time.monotonic()
