@@ -23,6 +23,7 @@ def main() -> None:
     print("indistill demo: importing torch, timm and accelerate ...", flush=True)
     from indistill import config
     from indistill.commands.report.page import ReportAtEnd
+    from indistill.config.run_dir import RunDir
     from indistill.models import timm_model
     from indistill.training import loop
 
@@ -71,7 +72,7 @@ def main() -> None:
     other = ", ".join(f"{part} {seconds[part]:.0f} s" for part in ("import", "pack"))
     print(f"\nOther parts: {other}; {time.perf_counter() - start:.0f} s in all.")
     print(
-        f"Look next at {settings.run_dir}/report.html, `tensorboard --logdir {ROOT}`, {CONFIG} and README.md."
+        f"Look next at {RunDir.of(settings).report}, `tensorboard --logdir {ROOT}`, {CONFIG} and README.md."
     )
 
 

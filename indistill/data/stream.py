@@ -13,7 +13,7 @@ import itertools
 import random
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from indistill import config
 from indistill.config import UserError
 from indistill.data import augment, remote, shards
-from indistill.data.batch import Batch
+from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
 from indistill.data.index import IMAGE_EXTENSIONS, label_problem, malformed_label, parse_label
 from indistill.data.loader import Loader, check_accumulation
@@ -34,6 +34,8 @@ from indistill.distributed import preemption
 
 class StreamedTraining:
     """The training data of one rank; the counterpart of `data.IndexedTraining`. Raises UserError for missing shards."""
+
+    dataset = None  # samples have no index
 
     def __init__(self, section: config.Data, seed: int, rank: int, world: int, accumulation: int) -> None:
         self.section, self.seed, self.rank, self.world, self.accumulation = (
@@ -53,6 +55,10 @@ class StreamedTraining:
             )
         self.steps_per_epoch = section.epoch_samples // section.global_batch
         self.fingerprint = hashlib.sha256("\0".join(self.urls).encode()).hexdigest()
+
+    def bring_along(self, stored: StoredTargets, fields_at: Callable[[int], tuple[str, ...]]) -> None:
+        """Raise UserError: streamed samples have no ids to find stored targets by."""
+        raise UserError("data.access: stream has no sample ids to read stored targets by: set it to index")
 
     def loader(self, first_step: int, last_step: int, device: torch.device) -> Loader:
         """The micro-batches of the global steps [first_step, last_step)."""

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from indistill.data.dataset import ImageDataset
 from indistill.evaluate.passes import each_batch
-from indistill.models.heads import Heads
-from indistill.models.network import Network
+from indistill.models.trainable import Trainable
 
 
 @torch.no_grad()
 def accuracy(
-    accelerator: Accelerator, network: Network | Heads, dataset: ImageDataset, batch: int
+    accelerator: Accelerator, network: Trainable, dataset: ImageDataset, batch: int
 ) -> dict[str, float]:
     """Top-1 and top-5 of the whole set, in [0, 1]; nothing for a network whose classifier no loss trains.
 

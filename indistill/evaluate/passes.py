@@ -9,17 +9,16 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from indistill.data import loader as data_loader
 from indistill.data.dataset import ImageDataset
-from indistill.data.loader import eval_shares
+from indistill.data.loader import eval_loader, eval_shares
 from indistill.distributed import preemption, watchdog
 from indistill.distributed.preemption import Preempted
-from indistill.models.network import Network
+from indistill.models.trainable import Trainable
 
 
 @torch.no_grad()
 def embeddings(
-    accelerator: Accelerator, network: Network, dataset: ImageDataset, batch: int
+    accelerator: Accelerator, network: Trainable, dataset: ImageDataset, batch: int
 ) -> tuple[Tensor, Tensor]:
     """Embeddings float32 [N, D] and labels int64 [N] of the whole set, in its order, on every rank."""
     batches = each_batch(accelerator, dataset, batch, network)
@@ -64,7 +63,7 @@ def each_batch(
     for network in networks:
         network.eval()
         _share_buffers(accelerator, network)
-    loader = data_loader.eval_loader(
+    loader = eval_loader(
         dataset.for_evaluation(),
         batch,
         accelerator.process_index,

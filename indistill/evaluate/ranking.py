@@ -11,7 +11,7 @@ from torch import Tensor
 from indistill.config import UserError
 from indistill.data.dataset import ImageDataset
 from indistill.evaluate.passes import embeddings
-from indistill.models.network import Network
+from indistill.models.trainable import Trainable
 
 PRECISION_AT = (1, 10, 100)  # nearest entries
 _AUTHORS_BATCH = 128  # queries
@@ -20,7 +20,7 @@ _BLOCK_ENTRIES = 2**24  # query-database pairs held at once: 128 MiB for each in
 
 @torch.no_grad()
 def retrieval(
-    accelerator: Accelerator, network: Network, database: ImageDataset, queries: ImageDataset, batch: int
+    accelerator: Accelerator, network: Trainable, database: ImageDataset, queries: ImageDataset, batch: int
 ) -> dict[str, float]:
     """Retrieval by the embeddings, in [0, 1]; the same on all ranks. For the metrics cosine and l2:
 

@@ -12,15 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from indistill.config import UserError
+from indistill import config
+from indistill.config import UserError, in_one_line
 from indistill.models.network import Network, fingerprint
-from indistill.models.outputs import Output
+from indistill.models.outputs import Output, Targets
 from indistill.models.stages import find_stages
+from indistill.models.trainable import Trainable
 
 _MAX_HEAD_WEIGHTS = 10**8
 
 
-class Heads(nn.Module):
+class Heads(Trainable):
     """A linear classifier on the flattened map of each of a frozen teacher's stages (arXiv 2103.00497, section 3).
 
     The teacher runs no deeper than the deepest of them; it is no submodule, so no optimizer or checkpoint sees it.
@@ -50,7 +52,11 @@ class Heads(nn.Module):
             self.classifiers.append(nn.Linear(inputs, teacher.net.num_classes))
 
     def forward(
-        self, images: Tensor, upto: None = None, pairs: Sequence[int] = (), targets: None = None
+        self,
+        images: Tensor,
+        upto: int | None = None,
+        pairs: Sequence[int] | None = None,
+        targets: Targets | None = None,
     ) -> Output:
         """Images as Network takes them; `cohort` holds each head's logits [B, K], `logits` the deepest's."""
         with torch.no_grad():
@@ -74,7 +80,7 @@ class Heads(nn.Module):
             )
         return feature.flatten(1)  # [B, C * H * W]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, section: config.Model | None = None) -> None:
         metadata = {"stages": json.dumps(self.stages), "pool": json.dumps(self.pool)}
         save_model(self, str(path), metadata)
 
@@ -91,6 +97,6 @@ class Heads(nn.Module):
         except UserError:
             raise
         except Exception as error:  # not safetensors, without our metadata, other shapes
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(error, 200)
             raise UserError(f"teacher.heads: {path} holds no heads of this teacher: {reason}") from None
         return heads.eval().requires_grad_(False).to(teacher.mean.device)

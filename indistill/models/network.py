@@ -22,11 +22,12 @@ from indistill import config
 from indistill.config import UserError
 from indistill.models.outputs import Output, Targets
 from indistill.models.stages import stage_maps, stage_maps_and_final
+from indistill.models.trainable import Trainable
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Network(nn.Module):
+class Network(Trainable):
     """A timm model that takes raw images and can stop at a stage.
 
     The student is one such module, all that is trained with it included, so that it is wrapped for training exactly
@@ -99,6 +100,10 @@ class Network(nn.Module):
         return output._replace(
             projected={key: part(output, targets) for key, part in self.projectors.items()}
         )
+
+    def save(self, path: Path, section: config.Model | None) -> None:
+        assert section is not None  # a run that trains a network has the section student
+        save_network(self, section, path)
 
     def normalise(self, images: Tensor) -> Tensor:
         # Said by the images too: weights that are in pieces, or made anew by a layer (NFNet's), do not say it.

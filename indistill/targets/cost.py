@@ -17,9 +17,9 @@ from indistill import config
 from indistill.config import Config
 from indistill.curriculum import Phase, Timetable
 from indistill.losses.objective import Objective, reads
-from indistill.models.heads import Heads
-from indistill.models.network import DTYPES, Network
+from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
+from indistill.models.trainable import Trainable
 from indistill.targets import records
 from indistill.targets.live import LiveTargets
 from indistill.targets.records import Field
@@ -51,7 +51,7 @@ class Choice:
 
 # --- what is counted -------------------------------------------------------------------------------------------------
 def measure(
-    settings: Config, student: Network | Heads, targets_of: LiveTargets, objective: Objective, phase: Phase
+    settings: Config, student: Trainable, targets_of: LiveTargets, objective: Objective, phase: Phase
 ) -> Work:
     """The work of a phase, from its loss and gradient on fake images: nothing is computed, and nothing changed."""
     buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
@@ -70,7 +70,7 @@ def measure(
 
 def _run(
     settings: Config,
-    student: Network | Heads,
+    student: Trainable,
     targets_of: LiveTargets,
     objective: Objective,
     phase: Phase,

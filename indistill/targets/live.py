@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +10,11 @@ from torch.nn import functional as F
 
 from indistill import prune
 from indistill.curriculum import Phase, Timetable
+from indistill.data.training import TrainingData
 from indistill.models import frozen
 from indistill.models.heads import Heads
 from indistill.models.network import Network
 from indistill.models.outputs import Output, Targets
-
-if TYPE_CHECKING:
-    from indistill.data.loader import IndexedTraining
 
 
 class LiveTargets:
@@ -69,7 +66,7 @@ class LiveTargets:
         if heads is not None:
             heads.to(device)
 
-    def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
+    def bring_along(self, training: TrainingData, timetable: Timetable) -> None:
         """Nothing is stored that batches could bring along."""
 
     def hold_weights(self) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from indistill import config
 from indistill.curriculum import Phase, Timetable
+from indistill.data.training import TrainingData
 from indistill.models.outputs import Targets
 from indistill.targets.live import LiveTargets
 from indistill.targets.reader import Reader
-
-if TYPE_CHECKING:
-    from indistill.data.loader import IndexedTraining
 
 
 class CachedTargets:
@@ -38,12 +35,12 @@ class CachedTargets:
             live,
             phases,
         )
-        self.teacher = live and live.teacher
+        self.teacher = live.teacher if live else None
         self.fingerprint = reader.manifest.teacher.fingerprint
         if live and any(field.format != "float32" for field in reader.manifest.fields.values()):
             self.fingerprint += f" rounded in {', '.join(phases)}"  # a run that goes on has to read the same
 
-    def bring_along(self, training: IndexedTraining, timetable: Timetable) -> None:
+    def bring_along(self, training: TrainingData, timetable: Timetable) -> None:
         """Have the loader read what each step's phase needs. Raises UserError for targets of other data, or without."""
         self.reader.check(training.fingerprint, needed(timetable, self._fields, self.reader.manifest.views))
         training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))

@@ -15,8 +15,8 @@ from conftest import unused_port
 
 from indistill import Trainer
 from indistill.config.files import read_lines
+from indistill.config.run_dir import RunDir
 from indistill.targets.manifest import load_manifest
-from indistill.training import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -102,5 +102,5 @@ def test_torchrun_passes_sigterm_on(tree, tmp_path: Path):
     finally:
         process.kill()
     assert (run_dir / "status").read_text() == "requeue\n"
-    (saved,) = checkpoint.saved(run_dir / "checkpoints")
+    (saved,) = RunDir(run_dir).saved_checkpoints()
     assert saved.name == f"step-{read_lines(run_dir / 'metrics.jsonl')[-1]['step']:08d}"

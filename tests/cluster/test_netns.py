@@ -20,7 +20,7 @@ import pytest
 from conftest import unused_port
 
 from indistill.config.files import read_lines
-from indistill.training import checkpoint
+from indistill.config.run_dir import RunDir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.203.77.1", "10.203.77.2")
@@ -155,7 +155,7 @@ def test_a_run_on_two_hosts_outlives_a_cut_cable(tree, tmp_path, hosts):
     )
     assert (run_dir / "status").read_text() == "requeue\n"
     assert not (run_dir / "summary.json").exists()
-    newest = checkpoint.saved(run_dir / "checkpoints")[-1]
+    newest = RunDir(run_dir).saved_checkpoints()[-1]
     assert 20 <= int(newest.name.removeprefix("step-")) < 600
 
     ip("-n", hosts[1], "link", "set", hosts[1], "up")

@@ -21,7 +21,7 @@ import pytest
 from conftest import SHARED
 
 from indistill.config.files import read_lines
-from indistill.training import checkpoint
+from indistill.config.run_dir import RunDir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = SHARED.parent / "slurm"
@@ -168,7 +168,7 @@ def test_at_its_time_limit_a_job_is_requeued_and_goes_on(uninterrupted, slurm_tr
     job = Job(tmp_path, slurm_tree, "--time=2", "--signal=USR1@30")
     job.wait_for_restart(1)
     assert (job.run_dir / "status").read_text() == "requeue\n"
-    stopped_at = checkpoint.saved(job.run_dir / "checkpoints")[-1].name
+    stopped_at = RunDir(job.run_dir).saved_checkpoints()[-1].name
     (tmp_path / "hold").unlink()
     assert job.wait() == "COMPLETED"
     assert f"resumed from {job.run_dir}/checkpoints/{stopped_at}" in job.output.read_text()

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from indistill import config
 from indistill.commands import cli
 from indistill.config.files import read_lines
+from indistill.config.run_dir import RunDir
 from indistill.data import loader, remote, verify
 from indistill.data.dataset import ImageDataset
 from indistill.data.loader import Loader
@@ -119,7 +120,7 @@ def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, 
     for event, number in events:
         run_until(path, event, world, code_of(number), number=number)
         assert status(run_dir) == "requeue"
-        stopped_at.append(checkpoint.saved(run_dir / "checkpoints")[-1].name)
+        stopped_at.append(RunDir(run_dir).saved_checkpoints()[-1].name)
     assert stopped_at == [f"step-{step:08d}" for step in (2, 4, 12, 16, 24)]
     run_until(path, "never", world, exit_code=0)
     assert status(run_dir) == "done"
@@ -215,7 +216,7 @@ def test_loader_workers_leave_it_to_their_rank(tree, tmp_path):
     process = start(train_in_a_group, path)
     process.join(timeout=300)
     assert process.exitcode == preemption.EXIT_CODE
-    assert [path.name for path in checkpoint.saved(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    assert [path.name for path in RunDir(tmp_path / "run").saved_checkpoints()] == ["step-00000003"]
 
 
 def keep_errors(path: Path) -> None:
@@ -250,7 +251,7 @@ def test_loader_workers_outlive_ctrl_c_from_their_first_moment(tree, tmp_path, m
     process.join(timeout=300)
     told = Path(path).with_suffix(".err").read_text()
     assert process.exitcode == 130, told
-    assert [path.name for path in checkpoint.saved(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
+    assert [path.name for path in RunDir(tmp_path / "run").saved_checkpoints()] == ["step-00000001"]
     assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in told
     assert told.endswith("indistill: stopped at step 1 of 24: the same command goes on from there\n")
     assert "Traceback" not in told

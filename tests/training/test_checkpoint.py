@@ -24,6 +24,7 @@ from indistill import config
 from indistill.commands.cli import main
 from indistill.config import UserError
 from indistill.config.files import read_lines
+from indistill.config.run_dir import RunDir
 from indistill.training import checkpoint
 from indistill.training.loop import train
 from indistill.training.run_log import RunLog
@@ -76,7 +77,7 @@ def test_an_unfinished_save_does_not_count(finished):
     partial = folder / ".partial-step-00000099"
     partial.mkdir()
     (partial / "state.json").write_text("{}")
-    assert [path.name for path in checkpoint.saved(folder)] == ["step-00000020", "step-00000024"]
+    assert [path.name for path in RunDir(folder.parent).saved_checkpoints()] == ["step-00000020", "step-00000024"]
     run(tree)
     assert names(folder) == ["step-00000020", "step-00000024"]
 

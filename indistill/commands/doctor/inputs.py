@@ -20,13 +20,14 @@ from safetensors import safe_open
 from indistill import config
 from indistill.commands.doctor.disks import existing_parent
 from indistill.commands.doctor.findings import FAIL, MOST_SHOWN, OK, WARN, Here, Item, Said, size_text
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
+from indistill.config.run_dir import weights_file
 from indistill.data import class_names, overlap, remote, shards
 from indistill.data.dataset import open_shards
 from indistill.data.index import index_files, load_index
 from indistill.data.loader import IndexedTraining, check_accumulation
 from indistill.data.stream import StreamedTraining
-from indistill.data.training import Training
+from indistill.data.training import TrainingData
 from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
@@ -40,7 +41,7 @@ LOADER_BATCH = 32  # images
 # --- what a run reads ------------------------------------------------------------------------------------------------
 def weights(here: Here) -> Said:
     """What networks begin with, and stored targets; but not what an earlier stage is yet to make."""
-    made = {f"{s.run_dir}/{'heads' if s.stage == 'heads' else 'student'}.safetensors" for s in here.settings}
+    made = {weights_file(settings) for settings in here.settings}
     for settings in here.settings:
         cached = settings.targets.source == "cached"  # without the teacher
         if cached:
@@ -75,7 +76,7 @@ def _weights_file(key: str, path: str) -> Item:
     except FileNotFoundError:
         return FAIL, f"{key}: no file {path}", "correct it; every node needs it"
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_one_line(error, 200)
         return FAIL, f"{key}: {path} is not a readable checkpoint: {reason}", "copy or save it anew"
     return OK, f"{key}: {path}, {size_text(os.path.getsize(path))}"
 
@@ -334,7 +335,7 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
             section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)}),
             IndexedTraining,
         )
-    training: Training = kind(section, settings.seed, 0, 1, 1)
+    training: TrainingData = kind(section, settings.seed, 0, 1, 1)
     batches = iter(training.loader(0, 10**9, torch.device("cpu")))
     replaced = list(next(batches).replaced)  # by then the worker has begun
     images, began = 0, time.monotonic()
