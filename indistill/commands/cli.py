@@ -129,8 +129,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Do what is asked, with the exit codes of docs/cluster.md."""
-    from indistill.config import UserError
-    from indistill.config.run_dir import in_one_line
+    from indistill.config import UserError, in_one_line
     from indistill.distributed import preemption
 
     try:

@@ -1,6 +1,6 @@
 """The configuration: typed, frozen sections, and how they are read. Imports no torch."""
 
-from indistill.config.base import Duration, Probability, Section, UserError, to_steps
+from indistill.config.base import Duration, Probability, Section, UserError, in_one_line, to_steps
 from indistill.config.loss import (
     ATLoss,
     CohortLoss,
@@ -121,6 +121,7 @@ __all__ = [
     "dump",
     "fingerprint",
     "flatten",
+    "in_one_line",
     "input_size",
     "load",
     "parse",

@@ -17,6 +17,22 @@ class UserError(Exception):
     found_by_one_rank = False  # else every rank raises it, and rank 0 speaks for all
 
 
+def in_one_line(error: BaseException, limit: int | None = None, *, with_type: bool = False) -> str:
+    """Return an error's message in one line of at most `limit` characters; the error's type if it has no message.
+
+    with_type: begin with the type, as the last line of a traceback does. The message of an error in a loader's worker
+    arrives as a traceback, whose last line counts here.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    if lines[0].startswith("Caught "):
+        lines = lines[-1:]
+    message = " ".join(" ".join(lines).split())
+    message = message.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
+    if with_type or not message:
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    return message[:limit]
+
+
 _DURATION = re.compile(
     r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(epochs?|steps?|samples?|percent|%)?", re.IGNORECASE
 )

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from indistill.config.base import UserError
+from indistill.config.base import UserError, in_one_line
 from indistill.config.tree import Config
 
 
@@ -33,7 +33,7 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {in_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys at the top level")
     for override in overrides:

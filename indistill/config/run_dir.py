@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from indistill.config import tree
-from indistill.config.base import UserError
+from indistill.config.base import UserError, in_one_line
 from indistill.config.read import load
 from indistill.config.tree import Config
 
@@ -43,7 +43,7 @@ def describe_error(error: BaseException, folder: Path) -> str:
     """The kind, message and place of an unexpected error, and the file in `folder` that has its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}, line {frames[-1].lineno}; " if frames else ""
-    return f"{type(error).__name__}: {in_one_line(error)} ({place}traceback: {keep_traceback(error, folder)})"
+    return f"{in_one_line(error, with_type=True)} ({place}traceback: {keep_traceback(error, folder)})"
 
 
 def keep_traceback(error: BaseException, folder: Path) -> Path | str:
@@ -55,13 +55,6 @@ def keep_traceback(error: BaseException, folder: Path) -> Path | str:
     except OSError:
         return "in the log"
     return file
-
-
-def in_one_line(error: BaseException) -> str:
-    """The message of an error; that of a loader's worker arrives in a traceback, whose last line it is."""
-    lines = str(error).strip().splitlines() or [""]
-    line = lines[-1] if lines[0].startswith("Caught ") else " ".join(" ".join(lines).split())
-    return line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
 
 
 def has_begun(settings: Config) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
@@ -95,7 +95,7 @@ def _decode_with_pillow(image: bytes, where: str) -> np.ndarray:
     except UnidentifiedImageError:
         raise BadImage(f"{where}: not a readable image: of no known format") from None
     except Exception as error:  # damaged files make Pillow's readers raise anything
-        raise BadImage(f"{where}: not a readable image: {' '.join(str(error).split())}") from None
+        raise BadImage(f"{where}: not a readable image: {in_one_line(error)}") from None
 
 
 def _orientation(opened: Image.Image) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from indistill import config
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
 
 # ZeRO flattens the parameters and cuts them anywhere: right for optimizers that treat every number by itself, wrong for
 # those that take norms or factors of a tensor (lamb, lars, adafactor, muon, the cautious ones).
@@ -178,9 +178,7 @@ def _read(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"engine.config_file: {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"engine.config_file: {path}: neither JSON nor YAML: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"engine.config_file: {path}: neither JSON nor YAML: {in_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"engine.config_file: {path}: expected a mapping of keys at the top level")
     if "distributed_type" not in tree:

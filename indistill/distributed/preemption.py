@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from indistill.config import UserError
-from indistill.config.run_dir import append_end, describe_error, in_one_line
+from indistill.config import UserError, in_one_line
+from indistill.config.run_dir import append_end, describe_error
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = (

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line
 from indistill.models.network import Network, fingerprint
 from indistill.models.outputs import Output
 from indistill.models.stages import find_stages
@@ -91,6 +91,6 @@ class Heads(nn.Module):
         except UserError:
             raise
         except Exception as error:  # not safetensors, without our metadata, other shapes
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(error, 200)
             raise UserError(f"teacher.heads: {path} holds no heads of this teacher: {reason}") from None
         return heads.eval().requires_grad_(False).to(teacher.mean.device)

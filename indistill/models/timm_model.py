@@ -12,7 +12,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line
 
 _OTHER_WEIGHTS = {
     "checkpoint_path",
@@ -52,7 +52,7 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
         instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * (
             role != "eval"
         )
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error, 300)
         message = f"{role}: timm could not create {section.name}: {reason}" + instead * section.pretrained
         raise (NoWeights(message, role) if section.pretrained else UserError(message)) from None
     if net.num_classes != num_classes:
@@ -77,7 +77,7 @@ def _load_weights(net: nn.Module, path: str, role: str) -> None:
     except FileNotFoundError:
         raise UserError(f"{role}.checkpoint: no file {path}") from None
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_one_line(error, 200)
         if isinstance(error.__cause__, pickle.UnpicklingError):
             reason = "damaged, or it holds objects other than tensors, which may run code: save the state dict alone"
         raise UserError(f"{role}.checkpoint: {path} is not a readable checkpoint: {reason}") from None
@@ -114,7 +114,7 @@ def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> N
                 net.forward_head(features) if distilled else net.get_classifier()(embedding), logits
             )
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UserError(
             f"{role}: {name} cannot take {image_size} px images (data.image_size): {reason}"
         ) from None

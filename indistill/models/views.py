@@ -12,7 +12,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.models import load_model_config_from_hf, resolve_pretrained_cfg
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line
 
 
 def evaluation_view(settings: config.Config) -> EvalView:
@@ -62,7 +62,7 @@ def own_record(section: config.Model, role: str) -> dict[str, Any]:
         return resolve_pretrained_cfg(name, given or tag or None, overlay).to_dict()
     except Exception as error:  # timm, the hub's client and the network each raise their own
         raise UserError(
-            f"{role}: timm's record of {section.name} cannot be had: {' '.join(str(error).split())[:200]}; without it, "
+            f"{role}: timm's record of {section.name} cannot be had: {in_one_line(error, 200)}; without it, "
             "set data.eval_interpolation and data.eval_crop"
         ) from None
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ValidationError
 
 from indistill import config
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
 from indistill.data import class_names, remote
 from indistill.data.class_names import Names
 from indistill.prune import PairPlan, Plan
@@ -152,7 +152,7 @@ def load_manifest(root: str) -> Manifest:
             text = stream.read()
     except Exception as error:  # every fsspec backend has exceptions of its own
         begun = " yet: it has begun" if os.path.exists(f"{root}/manifest.partial.json") else ""
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UserError(
             f"{path}: no stored targets there{begun} ({reason}): run `indistill targets CONFIG`, or set targets: live"
         ) from None

@@ -29,7 +29,7 @@ from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line
 from indistill.distributed import engine
 
 FORMAT_VERSION = 4
@@ -244,7 +244,7 @@ class Checkpoints:
             partial.mkdir(exist_ok=True)
             manifest = {name: _write_file(partial / name, content) for name, content in files.items()}
         except Exception as error:  # whatever a full or broken disk makes of the libraries' writers
-            failure = " ".join(f"rank {self.accelerator.process_index}: {error}".split())[:300]
+            failure = f"rank {self.accelerator.process_index}: {in_one_line(error, 300)}"
         for of_rank, failure_of_rank in self._from_all((manifest, failure)):
             manifest, failure = manifest | of_rank, failure or failure_of_rank
         if self.accelerator.is_main_process and failure is None:
@@ -293,7 +293,7 @@ def damaged(path: Path) -> str | None:
             if _sha256(path / name) != entry["sha256"]:
                 return f"{name} has another SHA-256 than when it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json or a file that it names cannot be read: {' '.join(str(error).split())[:200]}"
+        return f"manifest.json or a file that it names cannot be read: {in_one_line(error, 200)}"
     return None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from indistill import config
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
 from indistill.curriculum import Phase, Timetable
 
 # Of torch: one kernel for all parameters, which also leaves out a bad step without asking the host (engine.prepare).
@@ -41,9 +41,7 @@ def create(student: nn.Module, section: config.Optimizer, fused: bool = False) -
                 **({"fused": True} if fused else {}) | _arguments(student, section),
             )
     except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(
-            f"optimizer: timm refuses {section.name}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise UserError(f"optimizer: timm refuses {section.name}: {in_one_line(error, 200)}") from None
     if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:
         optimizer.register_step_pre_hook(_begin_momentum)
     return optimizer

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from indistill import config
-from indistill.config import Config
+from indistill.config import Config, in_one_line
 
 _PROJECT = "indistill"
 # For wandb, which would wait for its server for 90 s at the start and without end at the end. A run that is asked to
@@ -104,8 +104,7 @@ class Trackers:
                 self._tell(name, what, error, so)
 
     def _tell(self, name: str, what: str, error: BaseException, so: str) -> None:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        self.say(f"tracker {name} {what} ({reason}): {so}")
+        self.say(f"tracker {name} {what} ({in_one_line(error, with_type=True)}): {so}")
 
 
 def _options(name: str, run_dir: Path, run_id: str, step: int) -> dict[str, Any]:

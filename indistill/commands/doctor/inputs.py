@@ -20,7 +20,7 @@ from safetensors import safe_open
 from indistill import config
 from indistill.commands.doctor.disks import existing_parent
 from indistill.commands.doctor.findings import FAIL, MOST_SHOWN, OK, WARN, Here, Item, Said, size_text
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
 from indistill.data import class_names, overlap, remote, shards
 from indistill.data.dataset import open_shards
 from indistill.data.index import index_files, load_index
@@ -75,7 +75,7 @@ def _weights_file(key: str, path: str) -> Item:
     except FileNotFoundError:
         return FAIL, f"{key}: no file {path}", "correct it; every node needs it"
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_one_line(error, 200)
         return FAIL, f"{key}: {path} is not a readable checkpoint: {reason}", "copy or save it anew"
     return OK, f"{key}: {path}, {size_text(os.path.getsize(path))}"
 

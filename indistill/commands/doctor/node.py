@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Item, Said, size_text
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
 from indistill.data import shards
 from indistill.targets.manifest import load_manifest, targets_root
 
@@ -60,7 +60,7 @@ def _no_gpu() -> Item:
         torch.cuda.init()
         reason = "no device"
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error, 300)
     return (
         FAIL,
         f"driver {driver}, but torch cannot use it: {reason}",

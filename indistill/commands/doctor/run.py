@@ -25,8 +25,7 @@ from indistill.commands.doctor.inputs import class_lists, data_shards, evaluatio
 from indistill.commands.doctor.node import cores, gpu, open_files, shared_memory
 from indistill.commands.doctor.ranks import agreement, all_reduce, clocks, one_file_system, start
 from indistill.commands.doctor.software import deepspeed, environment, versions
-from indistill.config import Config, UserError
-from indistill.config.run_dir import in_one_line
+from indistill.config import Config, UserError, in_one_line
 
 # --- all of them -----------------------------------------------------------------------------------------------------
 Check = Callable[[Here], Said]
@@ -69,8 +68,7 @@ def _said(check: Check, here: Here) -> Said:
     try:
         yield from check(here)
     except Exception as error:  # of whatever it tried
-        text = " ".join(in_one_line(error).split())[:500]
-        yield FAIL, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+        yield FAIL, in_one_line(error, 500, with_type=not isinstance(error, UserError))
 
 
 def _name(check: Check) -> str:

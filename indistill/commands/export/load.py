@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from indistill import config
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
 from indistill.data import class_names
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation
@@ -109,7 +109,7 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
     try:
         run, classes = (_run_onnx if onnx else _run_torch)(folder)
     except Exception as error:  # each library raises its own
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UserError(
             f"{folder}: holds no readable {'onnx' if onnx else 'torch'} export: {reason}"
         ) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indistill import config
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
 from indistill.data import class_names
 from indistill.models.network import Network, normalisation
 from indistill.models.views import evaluation_view
@@ -68,7 +68,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read: {in_one_line(error)}") from None
 
 
 # --- the formats -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from indistill.commands.export.card import card
 from indistill.commands.export.load import FILES, load_file, load_folder, need_onnx
 from indistill.commands.export.source import Source, find, find_class_names, find_preprocessing
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
 from indistill.data.batch import Request
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.models.network import Network
@@ -153,7 +153,7 @@ def _write(form: str, network: Network, source: Source, folder: Path) -> None:
     except (
         Exception
     ) as error:  # of an operator that a format lacks, or a full disk, by each library in its own words
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_one_line(error, 300)
         raise UserError(f"{source.settings.student.name} could not be exported as {form}: {reason}") from None
     finally:
         network.to(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from indistill import config
 from indistill.commands.report.read import NETWORKS, Run
-from indistill.config import Config
+from indistill.config import Config, in_one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +47,7 @@ def _told(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return find()
     except Exception as error:
-        return {"unknown": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        return {"unknown": in_one_line(error, 300, with_type=True)}
 
 
 def _create(section: config.Model, data: config.Data) -> nn.Module:

@@ -25,7 +25,7 @@ from indistill.commands.report.markup import Page, duration, finite, moment, per
 from indistill.commands.report.networks import networks
 from indistill.commands.report.read import STATES, Run, read, run_dirs, short_names
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line
 from indistill.training.callbacks import Callback, TrainingRun
 
 _MOST_NAMES = 200  # of bad samples, and of checkpoints, that are listed
@@ -78,9 +78,8 @@ class ReportAtEnd(Callback):
         try:
             write([run.run_dir], measure=False)
         except Exception as error:  # whatever an unforeseen record makes of it
-            print(
-                f"indistill: no report written: {type(error).__name__}: {error}", file=sys.stderr, flush=True
-            )
+            reason = in_one_line(error, with_type=True)
+            print(f"indistill: no report written: {reason}", file=sys.stderr, flush=True)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
