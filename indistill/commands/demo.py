@@ -1,4 +1,4 @@
-"""`make demo`: distil a teacher into a student with a sixteenth of its parameters, on real images, in minutes.
+"""`make demo`: distil a teacher into a student of a sixteenth of its size, on real images, in minutes.
 
 The images are the 1,797 handwritten digits that ship with scikit-learn, 8x8 greyscale, enlarged to 32x32 RGB.
 """
@@ -46,6 +46,7 @@ def main() -> None:
     stopwatch = Stopwatch()
     print("indistill demo: importing torch, timm and accelerate ...", flush=True)
     from indistill import config
+    from indistill.config.run_dir import RunDir
     from indistill.training import loop  # noqa: F401  the slow import, timed on its own
 
     shutil.rmtree(ROOT, ignore_errors=True)
@@ -68,7 +69,8 @@ def main() -> None:
     print_table(runs, summaries, stopwatch.seconds)
     others = ", ".join(f"{part} {stopwatch.seconds[part]:.0f} s" for part in ("import", "pack"))
     print(f"\nOther parts: {others}; {stopwatch.elapsed():.0f} s in all.")
-    print(f"Next, see {settings.run_dir}/report.html, `tensorboard --logdir {ROOT}`, {CONFIG} and README.md.")
+    report = RunDir.of(settings).report
+    print(f"Next, see {report}, `tensorboard --logdir {ROOT}`, {CONFIG} and README.md.")
 
 
 def train_and_report(settings: Config) -> dict[str, Any]:

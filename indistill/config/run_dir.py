@@ -1,7 +1,7 @@
-"""When and why a run began, stopped and went on: `history.jsonl` in its run directory, appended to by its rank 0.
+"""A run directory: the names of its files, and the record of when and why the run started and stopped.
 
-A line at each start and one at each end in good order. A start without an end was killed, or its machine was. What
-cannot be written is left out: no run fails for its record.
+`history.jsonl` gets a line at each start of the run and one at each orderly end, written by the run's rank 0. A start
+without an end was killed, or its machine failed. A line that cannot be written is left out: no run fails for its record.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import contextlib
 import json
 import os
 import platform
+import re
 import socket
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,99 @@ from indistill.config.base import UserError, in_one_line
 from indistill.config.read import load
 from indistill.config.tree import Config
 
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
 _open: set[Path] = set()  # run directories in which this process wrote a start, and no end yet
 
 
+# --- the names of the files ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+
+
+class _Entry:
+    """A file or folder in a `_Folder`; as an attribute of one it is the path."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: _Folder, owner: type[_Folder]) -> Path:
+        return folder.path / self.name
+
+
+class RunDir(_Folder):
+    """The files of a run. No other module knows their names."""
+
+    config = _Entry("config.yaml")  # all keys with their values
+    status = _Entry("status")  # running, done, requeue or failed; of a chain, in the directory above its stages
+    metrics = _Entry("metrics.jsonl")  # a line for each logged step, evaluation and checkpoint
+    history = _Entry("history.jsonl")  # a line for each start and end
+    summary = _Entry("summary.json")  # of a finished run: final scores, seconds
+    student = _Entry("student.safetensors")  # of a finished run: the student's weights under timm's names
+    heads = _Entry("heads.safetensors")  # with `stage: heads`: the intermediate classifiers
+    pruning_plan = _Entry("prune_plan.json")  # the teacher channels that the warm-up teaches
+    classes = _Entry("classes.json")  # class names, where the data has them
+    inputs = _Entry("inputs.json")  # of a chain's stage: SHA-256 of the weights that it began with
+    checkpoints = _Entry("checkpoints")
+    errors = _Entry("errors")  # tracebacks, by rank
+    targets = _Entry("targets")  # stored targets, unless `targets.dir` names another directory
+    tensorboard = _Entry("tensorboard")
+    dvclive = _Entry("dvclive")
+    report = _Entry("report.html")
+    networks = _Entry("networks.json")  # parameters and operations, which `indistill report` counts once
+
+    @classmethod
+    def of(cls, settings: Config) -> RunDir:
+        return cls(Path(settings.run_dir))
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint after `step` completed steps."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def saved_checkpoints(self) -> list[Path]:
+        """The checkpoints that all ranks have written, oldest first. A disk may have damaged them since."""
+        found = [path for path in self.checkpoints.glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
+        return sorted(found, key=checkpoint_step)
+
+    def traceback(self, rank: str) -> Path:
+        """The file for the traceback of a rank's unexpected error."""
+        return self.errors / f"rank-{rank}.txt"
+
+
+class CheckpointDir(_Folder):
+    """The files of a checkpoint (training/checkpoint.py). No other module knows their names."""
+
+    model = _Entry("model.safetensors")  # the student with all that is trained with it
+    ema = _Entry("ema.safetensors")  # its moving average, if the run keeps one
+    state = _Entry("state.json")  # step, identity of the run, scores, and what the log and the pace count
+    manifest = _Entry("manifest.json")  # size and SHA-256 of the other files
+
+    def optimizer(self, rank: int) -> Path:
+        """A rank's part of the optimizer's state."""
+        return self.path / f"optimizer-{rank:05d}.pt"
+
+    def optimizers(self) -> list[Path]:
+        """Every rank's part of the optimizer's state, in the order of the ranks."""
+        return sorted(self.path.glob("optimizer-*.pt"))
+
+
+def checkpoint_step(path: Path) -> int:
+    """The completed steps of a checkpoint, from its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def weights_file(settings: Config) -> str:
+    """The file to which a run writes what it trained, as `teacher.checkpoint` or `teacher.heads` would name it."""
+    entry = RunDir.of(settings).heads if settings.stage == "heads" else RunDir.of(settings).student
+    return f"{settings.run_dir}/{entry.name}"
+
+
+# --- starts and ends -------------------------------------------------------------------------------------------------
 def append_start(run_dir: Path, step: int, **facts: Any) -> None:
-    """A run begins, or goes on, after `step` completed steps; `facts` are what it runs on."""
-    where = {"host": socket.gethostname(), "pid": os.getpid(), "python": platform.python_version()}
+    """Record that a run starts or resumes after `step` completed steps; `facts` describe what it runs on."""
+    process = {"host": socket.gethostname(), "pid": os.getpid(), "python": platform.python_version()}
     slurm = {"slurm_job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
-    _append(run_dir, {"event": "start", "step": step, **where, **slurm, **facts})
+    _append(run_dir, {"event": "start", "step": step, **process, **slurm, **facts})
     _open.add(run_dir)
 
 
@@ -39,44 +126,27 @@ def append_end(under: Path, how: str, reason: str = "") -> None:
         _append(run_dir, {"event": "end", "how": how, "reason": reason})
 
 
-def describe_error(error: BaseException, folder: Path) -> str:
-    """The kind, message and place of an unexpected error, and the file in `folder` that has its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{frames[-1].filename}, line {frames[-1].lineno}; " if frames else ""
-    return f"{in_one_line(error, with_type=True)} ({place}traceback: {keep_traceback(error, folder)})"
-
-
-def keep_traceback(error: BaseException, folder: Path) -> Path | str:
-    """Write the traceback to `folder`/errors/rank-N.txt, and return that path, or where else to look for it."""
-    file = folder / "errors" / f"rank-{os.environ.get('RANK', '0')}.txt"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(traceback.format_exception(error)))
-    except OSError:
-        return "in the log"
-    return file
-
-
 def has_begun(settings: Config) -> bool:
-    """Whether there is work to keep. Raises UserError if there is a run of another config.
+    """Whether the run directory has a checkpoint or result of this run.
 
-    What was refused before it logged a line is none: the mended config takes its place.
+    Raises UserError if it has a run of another config. A run that was refused before its first logged line does not
+    count: the corrected config may replace it.
     """
-    run_dir = Path(settings.run_dir)
-    saved, log = run_dir / "config.yaml", run_dir / "metrics.jsonl"
-    if not saved.exists():
+    files = RunDir.of(settings)
+    if not files.config.exists():
         return False
-    keeps = (run_dir / "summary.json").exists() or any((run_dir / "checkpoints").glob("step-*"))
-    difference = tree.difference(load(saved), settings)
-    if difference and (keeps or (log.exists() and log.stat().st_size)):
-        raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
-    return keeps
+    has_work = files.summary.exists() or bool(files.saved_checkpoints())
+    has_lines = files.metrics.exists() and files.metrics.stat().st_size > 0
+    difference = tree.difference(load(files.config), settings)
+    if difference and (has_work or has_lines):
+        raise UserError(f"{files.path} holds a run of another config ({difference}): choose another run_dir")
+    return has_work
 
 
 def _append(run_dir: Path, line: dict[str, Any]) -> None:
-    """One write of a whole line, or none: what a full disk has cut is taken back."""
+    """Append one line in a single write; a line that a full disk cuts short is removed again."""
     text = json.dumps({"time": round(time.time(), 3), **line}) + "\n"
-    path = run_dir / "history.jsonl"
+    path = RunDir(run_dir).history
     with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
@@ -85,3 +155,24 @@ def _append(run_dir: Path, line: dict[str, Any]) -> None:
             complete = False
         if not complete:
             os.truncate(path, size)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+def describe_error(error: BaseException, folder: Path) -> str:
+    """Describe an unexpected error in one line: its kind, message, source line, and the file with its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f"{frames[-1].filename}, line {frames[-1].lineno}; " if frames else ""
+    return f"{in_one_line(error, with_type=True)} ({line}traceback: {keep_traceback(error, folder)})"
+
+
+def keep_traceback(error: BaseException, folder: Path) -> Path | str:
+    """Write the traceback to `folder`/errors/rank-N.txt; return that path, or "in the log" if it cannot be written."""
+    file = RunDir(folder).traceback(os.environ.get("RANK", "0"))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        return "in the log"
+    return file
+
+

@@ -12,6 +12,7 @@ from typing import Any
 
 from indistill.config.base import UserError
 from indistill.config.read import parse, read
+from indistill.config.run_dir import weights_file
 from indistill.config.sections import ONE_RUN_TRACKERS
 from indistill.config.tree import Config, flatten
 
@@ -163,13 +164,13 @@ def _teacher(section: dict[str, Any], earlier: dict[str, Config], where: str) ->
             raise UserError(
                 f"{where}: teacher.heads: stage {name} trains a student: name one with stage: heads"
             )
-        section["heads"] = f"{settings.run_dir}/heads.safetensors"
+        section["heads"] = weights_file(settings)
     if "stage" in section:
         name, settings = _referred({"stage": section.pop("stage")}, earlier, f"{where}: teacher")
         if settings.student is None:
             raise UserError(f"{where}: teacher: stage {name} trains heads, not a student: name another stage")
         student = settings.student.model_dump(mode="json", exclude_unset=True) | {"pretrained": False}
-        section = student | {"checkpoint": f"{settings.run_dir}/student.safetensors"} | section
+        section = student | {"checkpoint": weights_file(settings)} | section
     return section
 
 

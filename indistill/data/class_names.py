@@ -17,10 +17,11 @@ from braceexpand import braceexpand
 
 from indistill import config
 from indistill.config import UserError
+from indistill.config.files import replace_text
+from indistill.config.run_dir import RunDir
 from indistill.data import remote
 
 RECORD = "dataset.json"  # of a packing
-RUN_RECORD = "classes.json"  # of a run: the list of its training data
 MOST_SHOWN = 5  # classes in a message
 
 
@@ -252,17 +253,17 @@ def keep(names: Names | None, run_dir: Path) -> None:
     """Write the names of a run's classes into its directory. Raises UserError if it was begun with others."""
     if names is None:
         return
-    record = run_dir / RUN_RECORD
+    record = RunDir(run_dir).classes
     if record.is_file():
         kept, remedy = Names(str(record), read(record)), "restore the data, or choose another run_dir"
         refuse_difference(names, kept, "data.train", remedy)
-    record.write_text(json.dumps(names.names, indent=1) + "\n")
+    replace_text(record, json.dumps(names.names, indent=1) + "\n")
 
 
 def of_weights(path: str | Path) -> Names | None:
     """The list that a run keeps beside its weights or above its checkpoints, if any."""
     folder = Path(path).absolute().parent
-    for file in (folder / RUN_RECORD, folder.parent.parent / RUN_RECORD):
+    for file in (RunDir(folder).classes, RunDir(folder.parent.parent).classes):
         if file.is_file():
             return Names(str(file), read(file))
     return None

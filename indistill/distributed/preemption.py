@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from indistill.config import UserError, in_one_line
-from indistill.config.run_dir import append_end, describe_error
+from indistill.config.files import replace_text
+from indistill.config.run_dir import RunDir, append_end, describe_error
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = (
@@ -249,7 +250,7 @@ def _deadline(max_hours: float | None, now: float) -> float:
 @contextlib.contextmanager
 def status_in(run_dir: Path) -> Iterator[None]:
     """Keep `run_dir/status` while a run or a chain goes on in here."""
-    _process.status, _process.began = run_dir / "status", time.time()
+    _process.status, _process.began = RunDir(run_dir).status, time.time()
     _mark("running")
     try:
         yield
@@ -290,7 +291,5 @@ def _mark(word: str, reason: str = "", on_any_rank: bool = False) -> str:
         if os.environ.get("RANK", "0") != "0" and not on_any_rank:
             return ""
         status.parent.mkdir(parents=True, exist_ok=True)
-        partial = status.with_name(f".status-{os.getpid()}")
-        partial.write_text(f"{word}\n{reason}\n" if word == "failed" else f"{word}\n")
-        partial.replace(status)
+        replace_text(status, f"{word}\n{reason}\n" if word == "failed" else f"{word}\n")
     return ""

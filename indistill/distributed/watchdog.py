@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indistill.config.run_dir import keep_traceback
+from indistill.config.run_dir import RunDir, keep_traceback
 from indistill.distributed import preemption
 
 _MOST_NAMED = 8  # of the ranks that hold a run up; a node that is lost has as many
@@ -214,5 +214,5 @@ def _of_collective(error: RuntimeError) -> bool:
 
 
 def _next() -> str:
-    newest: Any = _run_dir and max((_run_dir / "checkpoints").glob("step-*"), default=None)
+    newest: Any = _run_dir and max(RunDir(_run_dir).saved_checkpoints(), default=None)
     return f"the same command goes on from {newest}" if newest else "the same command starts it again"

@@ -22,6 +22,8 @@ from pydantic import BaseModel, ValidationError
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.files import replace_text
+from indistill.config.run_dir import RunDir
 from indistill.data import class_names, remote
 from indistill.data.class_names import Names
 from indistill.prune import PairPlan, Plan
@@ -132,7 +134,7 @@ def decisive_config(settings: Config) -> dict[str, Any]:
 
 
 def targets_root(settings: Config) -> str:
-    return settings.targets.dir or os.path.join(settings.run_dir, "targets")
+    return settings.targets.dir or str(RunDir.of(settings).targets)
 
 
 def records_path(root: str, view: int, field: str, shard: int) -> str:
@@ -174,9 +176,7 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(manifest.model_dump_json(indent=1) + "\n")
-    partial.replace(path)
+    replace_text(path, manifest.model_dump_json(indent=1) + "\n")
 
 
 def check_manifest(root: str, manifest: Manifest, settings: Config, hashes: dict[str, str | None]) -> None:

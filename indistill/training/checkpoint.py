@@ -8,10 +8,8 @@ states and the position in the data are not either: both are functions of the st
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -30,11 +28,12 @@ from torch import distributed, nn
 
 from indistill import config
 from indistill.config import UserError, in_one_line
+from indistill.config.files import sha256
+from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
 from indistill.distributed import engine
 
 FORMAT_VERSION = 4
 MOST_FAILURES = 3  # saves in a row that may fail before the run does
-_NAME = re.compile(r"step-(\d{8,})")
 
 
 class Stateful(Protocol):
@@ -55,13 +54,14 @@ class Checkpoints:
     def __init__(
         self,
         accelerator: Accelerator,
-        run_dir: Path,
+        files: RunDir,
         section: config.Checkpoint,
         identity: dict[str, str],
         parts: dict[str, Stateful],
         whole: Callable[[], nn.Module],
     ) -> None:
-        self.accelerator, self.folder, self.whole = accelerator, run_dir / "checkpoints", whole
+        self.accelerator, self.files, self.whole = accelerator, files, whole
+        self.folder = files.checkpoints
         self.section, self.identity, self.parts = section, identity, parts
         self.saved_at, self.best_top1 = time.monotonic(), -1.0
         self.writer: Thread | None = None
@@ -96,7 +96,7 @@ class Checkpoints:
         """
         for path in self.folder.glob(".*"):  # what a kill left half-written or half-deleted
             shutil.rmtree(path)
-        found = saved(self.folder)
+        found = self.files.saved_checkpoints()
         if choice == "never" and found:
             raise UserError(
                 f"{self.folder.parent} holds a run already: choose another run_dir, or --resume auto"
@@ -122,7 +122,7 @@ class Checkpoints:
 
     def checked_state(self, path: Path) -> dict[str, Any]:
         """The content of `state.json`. Raises UserError, naming what differs from this run."""
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads(CheckpointDir(path).state.read_text())
         if state["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
         for name, value in self.identity.items():
@@ -133,17 +133,17 @@ class Checkpoints:
 
     def load(self, path: Path, ema: ModelEmaV3 | None) -> None:
         """Restore networks and optimizer in place, on all ranks."""
-        files = sorted(path.glob("optimizer-*.pt"))
+        files = CheckpointDir(path).optimizers()
         parts = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
-        engine.restore(self.accelerator, load_file(path / "model.safetensors"), parts)
+        engine.restore(self.accelerator, load_file(CheckpointDir(path).model), parts)
         if ema is not None:
-            ema.module.load_state_dict(load_file(path / "ema.safetensors"))
+            ema.module.load_state_dict(load_file(CheckpointDir(path).ema))
 
     def set_aside_later(self, step: int) -> None:
         """Going back to an earlier checkpoint: later ones of this run no longer count, nor is it at its end."""
-        for path in saved(self.folder):
-            if _step(path) > step:
-                (self.folder.parent / "summary.json").unlink(missing_ok=True)
+        for path in self.files.saved_checkpoints():
+            if checkpoint_step(path) > step:
+                self.files.summary.unlink(missing_ok=True)
                 path.rename(path.with_name(f"superseded-{path.name}-{time.time_ns()}"))
 
     # --- saving ------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class Checkpoints:
 
     def _write(self, step: int, files: dict[str, Any]) -> None:
         """In a thread of each rank."""
-        final = self.folder / f"step-{step:08d}"
+        final = self.files.checkpoint(step)
         partial = self.folder / f".partial-{final.name}"
         try:
             self.failure = self._written(partial, final, files)
@@ -249,7 +249,7 @@ class Checkpoints:
             manifest, failure = manifest | of_rank, failure or failure_of_rank
         if self.accelerator.is_main_process and failure is None:
             try:
-                _write_file(partial / "manifest.json", manifest)
+                _write_file(CheckpointDir(partial).manifest, manifest)
                 self._publish(partial, final)
             except OSError as error:
                 failure = str(error)
@@ -267,7 +267,7 @@ class Checkpoints:
             final.rename(final.with_name(f".deleted-{final.name}"))
         partial.rename(final)
         # Keep the newest `keep_last` and the `keep_best` of highest top-1 (the newer of equals).
-        paths = saved(self.folder)
+        paths = self.files.saved_checkpoints()
         scored = [(top1, path) for path in paths if (top1 := _top1(path)) is not None]
         kept = set(paths[-self.section.keep_last :])
         kept.update(path for _, path in sorted(scored)[len(scored) - self.section.keep_best :])
@@ -278,19 +278,14 @@ class Checkpoints:
             shutil.rmtree(path)
 
 
-def saved(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; whether they are whole, `damaged` tells."""
-    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=_step)
-
-
 def damaged(path: Path) -> str | None:
     """What is wrong with a checkpoint, found by sizes and hashes; None if nothing is."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads(CheckpointDir(path).manifest.read_text())
         for name, entry in manifest.items():
             if (size := (path / name).stat().st_size) != entry["bytes"]:
                 return f"{name} has {size} bytes, not {entry['bytes']}"
-            if _sha256(path / name) != entry["sha256"]:
+            if sha256(path / name) != entry["sha256"]:
                 return f"{name} has another SHA-256 than when it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json or a file that it names cannot be read: {in_one_line(error, 200)}"
@@ -307,17 +302,8 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
         path.write_text(json.dumps(content))
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _top1(path: Path) -> float | None:
-    return (json.loads((path / "state.json").read_text())["scores"] or {}).get("top1")
+    return (json.loads(CheckpointDir(path).state.read_text())["scores"] or {}).get("top1")

@@ -12,13 +12,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from indistill.config import Config, UserError
+from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
 from indistill.data.training import Training
@@ -105,9 +105,9 @@ def _common(
     store: distributed.Store, group: int, place: int, students: Sequence[tuple[str, Config]], resume: str
 ) -> str:
     """What to resume from: the newest step that every student has a whole checkpoint of."""
-    folder = Path(students[group][1].run_dir) / "checkpoints"
+    files = RunDir.of(students[group][1])
     whole = (
-        [path.name for path in checkpoint.saved(folder) if checkpoint.damaged(path) is None]
+        [path.name for path in files.saved_checkpoints() if checkpoint.damaged(path) is None]
         if place == 0
         else []
     )
@@ -117,7 +117,7 @@ def _common(
     common = set.intersection(*map(set, saved.values()))
     if not common:
         raise UserError(f"the students have no checkpoint of the same step ({saved}): choose another run_dir")
-    return str(folder / max(common))
+    return str(files.checkpoints / max(common))
 
 
 class _Apart(Sources):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from indistill import config, evaluate
 from indistill.config import Config
+from indistill.config.files import replace_text
 from indistill.config.run_dir import append_end, append_start
 from indistill.curriculum import Pace, Phase, Timetable
 from indistill.data.dataset import ImageDataset
@@ -97,14 +98,15 @@ class Run:
 
     def _open_data(self) -> None:
         self.accelerator = start_accelerator(self.settings)
-        self.run_dir = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
+        self.files = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
+        self.run_dir = self.files.path
         self.training, self.eval_set = self.sources.data(self.accelerator, self.settings)
 
     def _build_networks(self) -> None:
         accelerator, settings, training = self.accelerator, self.settings, self.training
         calibration = partial(training.loader, 0, device=accelerator.device)
         self.student, targets_of, self.plan = parts.networks(
-            accelerator, settings, self.run_dir, calibration, self.sources.teacher, self.sources.forward
+            accelerator, settings, self.files, calibration, self.sources.teacher, self.sources.forward
         )
         self.timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(self.plan.pairs))
         self.pace = Pace(self.timetable, settings.warmup, partial(mean_over_ranks, accelerator))
@@ -138,7 +140,7 @@ class Run:
         accelerator, settings, timetable = self.accelerator, self.settings, self.timetable
         limits = settings.data.max_bad_fraction, settings.max_bad_steps
         progress = Progress(timetable, self.sources.name, self.sources.position)
-        self.log = RunLog(accelerator, self.run_dir, settings.log.every_steps, timetable, *limits, progress)
+        self.log = RunLog(accelerator, self.files, settings.log.every_steps, timetable, *limits, progress)
         identity = {
             "config": config.fingerprint(settings),
             "plan": self.plan.hash,
@@ -149,7 +151,7 @@ class Run:
         agree(identity)
         state = {"log": self.log, "pace": self.pace}
         self.checkpoints = Checkpoints(
-            accelerator, self.run_dir, settings.checkpoint, identity, state, self.whole
+            accelerator, self.files, settings.checkpoint, identity, state, self.whole
         )
         self.first_step, self.scores = self.checkpoints.resume(self.resume, self.ema)
         self.done = self.first_step
@@ -282,12 +284,10 @@ class Run:
 
     def _write_result(self, network: Network | Heads, summary: dict[str, Any]) -> None:
         if self.settings.stage == "heads":
-            network.save(self.run_dir / "heads.safetensors")
+            network.save(self.files.heads)
         else:
-            save_network(network, self.settings.student, self.run_dir / "student.safetensors")
-        partial_file = self.run_dir / "summary.json.partial"
-        partial_file.write_text(json.dumps(summary, indent=2) + "\n")
-        partial_file.replace(self.run_dir / "summary.json")
+            save_network(network, self.settings.student, self.files.student)
+        replace_text(self.files.summary, json.dumps(summary, indent=2) + "\n")
         append_end(self.run_dir, "done")
 
 

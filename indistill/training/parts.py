@@ -6,7 +6,6 @@ The plan is made once, by all ranks where it needs data, and is the same on each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from indistill import config, prune
 from indistill.config import Config, UserError
+from indistill.config.run_dir import RunDir
 from indistill.config.tree import input_size
 from indistill.curriculum import Timetable
 from indistill.data import class_names
@@ -42,7 +42,7 @@ NO_PLAN = Plan("none", "none", [])
 def networks(
     accelerator: Accelerator,
     settings: Config,
-    run_dir: Path,
+    files: RunDir,
     calibration: Callable[[int], DataLoader] | None,
     make_teacher: Callable[[Config], Network] | None = None,
     run_teacher: Callable[[Network, Config], Callable[..., Output]] | None = None,
@@ -78,9 +78,9 @@ def networks(
     teacher_net = reader.manifest.teacher if reader else teacher.net
     plan = NO_PLAN
     if settings.warmup and reader:
-        plan = stored_plan(accelerator, settings, run_dir, reader, net)
+        plan = stored_plan(accelerator, settings, files, reader, net)
     elif settings.warmup:
-        plan = agree_on_plan(accelerator, settings, run_dir, teacher, net, calibration)
+        plan = agree_on_plan(accelerator, settings, files, teacher, net, calibration)
     stages = [(pair.teacher_stage, pair.student_stage) for pair in plan.pairs]
     kd_pairs = choose_pairs(settings, teacher_net, net) if reads(losses, "features") else []
     student = Network(

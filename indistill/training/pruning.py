@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from indistill import prune
 from indistill.config import Config, UserError
+from indistill.config.run_dir import RunDir
 from indistill.config.tree import input_size
 from indistill.distributed import engine
 from indistill.models.network import Network
@@ -22,13 +22,13 @@ from indistill.targets.reader import Reader
 def agree_on_plan(
     accelerator: Accelerator,
     settings: Config,
-    run_dir: Path,
+    files: RunDir,
     teacher: Network,
     student: nn.Module,
     calibration: Callable[[int], DataLoader],
 ) -> Plan:
     """Rank 0 computes the plan, or reads that of the run it continues; every rank gets it."""
-    path, warmup = run_dir / "prune_plan.json", settings.warmup
+    path, warmup = files.pruning_plan, settings.warmup
     pairs = match_stages(teacher.net, student) if warmup.pairs == "auto" else warmup.pairs
     check_stages(pairs, teacher.net, student, "warmup.pairs")
     importance = None
@@ -65,10 +65,10 @@ def agree_on_plan(
 
 # --- targets that are stored -----------------------------------------------------------------------------------------
 def stored_plan(
-    accelerator: Accelerator, settings: Config, run_dir: Path, reader: Reader, student: nn.Module
+    accelerator: Accelerator, settings: Config, files: RunDir, reader: Reader, student: nn.Module
 ) -> Plan:
     """The plan that the targets were made by, kept as that of the run. Raises UserError if it is of another student."""
-    plan, path = reader.manifest.pruning(), run_dir / "prune_plan.json"
+    plan, path = reader.manifest.pruning(), files.pruning_plan
     pairs, key = settings.warmup.pairs, "warmup.pairs"
     pairs = match_stages(reader.manifest.teacher, student) if pairs == "auto" else pairs
     check_stages(pairs, reader.manifest.teacher, student, key)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from indistill.config import Config, UserError
-from indistill.config.files import read_lines
+from indistill.config.files import read_lines, replace_text
+from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
 from indistill.distributed import preemption, watchdog
-from indistill.training import checkpoint
 from indistill.training.progress import Progress
 from indistill.training.trackers import Trackers
 
@@ -43,14 +42,14 @@ class RunLog:
     def __init__(
         self,
         accelerator: Accelerator,
-        run_dir: Path,
+        files: RunDir,
         every_steps: int,
         timetable: Timetable,
         max_bad_fraction: float = 0.0,
         max_bad_steps: int = 0,
         progress: Progress | None = None,
     ) -> None:
-        self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
+        self.accelerator, self.files, self.path = accelerator, files, files.metrics
         self.every_steps, self.timetable, self.max_bad_fraction = every_steps, timetable, max_bad_fraction
         self.max_bad_steps = max_bad_steps
         self.terms: dict[str, Tensor] = {}  # of the step under way
@@ -87,9 +86,7 @@ class RunLog:
         if not self.accelerator.is_main_process:
             return
         kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.path)
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if settings is not None:
             self.trackers.start(settings, self.run_id, step)
         self.progress.open(step)
@@ -241,7 +238,7 @@ class RunLog:
         self.skipped_steps += round(skipped)
         if in_a_row > self.max_bad_steps:
             terms = [name for name, value in zip(self.names, of_skipped) if not math.isfinite(value)]
-            good = max(checkpoint.saved(self.path.parent / "checkpoints"), default="none yet")
+            good = max(self.files.saved_checkpoints(), default="none yet")
             raise UserError(
                 f"step {step}: {', '.join(terms) or 'gradient'} not finite: {in_a_row:.0f} steps in a row were "
                 f"skipped, more than max_bad_steps ({self.max_bad_steps}); last good checkpoint: {good}: start from "

@@ -12,7 +12,7 @@ import torch
 
 from indistill.config import Config, UserError
 from indistill.config.files import sha256
-from indistill.config.run_dir import has_begun
+from indistill.config.run_dir import RunDir, has_begun
 from indistill.config.runs import Students
 from indistill.distributed import environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
@@ -70,7 +70,7 @@ def _run_stages(
         raise UserError(
             f"--resume never: stage {min(begun)} has begun already: choose another run_dir, or auto"
         )
-    finished = {name for name, settings in stages if name in begun and _summary(settings).exists()}
+    finished = {name for name, settings in stages if name in begun and RunDir.of(settings).summary.exists()}
     for name, settings in stages:
         if name not in finished:
             environment.check(settings)
@@ -88,7 +88,7 @@ def _run_stages(
             _check_inputs(name, settings, begun=name in begun)
             if name in finished:
                 _say(f"{said}finished before, kept in {settings.run_dir}")
-                summaries[name] = json.loads(_summary(settings).read_text())
+                summaries[name] = json.loads(RunDir.of(settings).summary.read_text())
                 continue
             if preemption.asked():
                 raise Preempted(f"stopped before stage {name}")
@@ -103,18 +103,14 @@ def _is_chain(stages: list[tuple[str, Config]]) -> bool:
     return [name for name, _ in stages] != [""]
 
 
-def _summary(settings: Config) -> Path:
-    return Path(settings.run_dir) / "summary.json"
-
-
 def _check_inputs(name: str, settings: Config, begun: bool) -> None:
     """Keep the hashes of the weights that a stage begins with, in `inputs.json`; later they must still be the same."""
     run_dir, teacher = Path(settings.run_dir), settings.teacher
     files = {"teacher.checkpoint": teacher and teacher.checkpoint, "teacher.heads": teacher and teacher.heads}
     files["student.checkpoint"] = settings.student and settings.student.checkpoint
     # A file that is missing is for train to tell.
-    hashes = {key: sha256(Path(file)) for key, file in files.items() if file and Path(file).is_file()}
-    record = run_dir / "inputs.json"
+    hashes = {key: sha256(Path(file), ignore_metadata_order=True) for key, file in files.items() if file and Path(file).is_file()}
+    record = RunDir(run_dir).inputs
     if begun:
         kept = json.loads(record.read_text()) if record.exists() else {}
         for key, value in hashes.items():

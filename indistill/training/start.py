@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +10,7 @@ from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 
 from indistill import config
 from indistill.config import Config, UserError
-from indistill.config.run_dir import has_begun
+from indistill.config.run_dir import RunDir, has_begun
 from indistill.data import class_names
 from indistill.distributed import deepspeed_config, engine, environment
 from indistill.distributed.agree import agree, setup
@@ -74,19 +73,18 @@ def check_devices(settings: Config, world: int) -> None:
         raise UserError("sync_batchnorm needs GPUs: set it to false")
 
 
-def open_run_dir(settings: Config) -> Path:
+def open_run_dir(settings: Config) -> RunDir:
     """Create the run directory or find it holding this very run. Raises UserError if it cannot be used."""
-    run_dir = Path(settings.run_dir)
-    saved = run_dir / "config.yaml"
+    files = RunDir.of(settings)
     try:
         if not has_begun(settings):  # what is there is of a config that was mended since
-            (run_dir / "prune_plan.json").unlink(missing_ok=True)
-            if saved.exists():  # else the names are of something else, and not ours to delete
-                (run_dir / class_names.RUN_RECORD).unlink(missing_ok=True)
+            files.pruning_plan.unlink(missing_ok=True)
+            if files.config.exists():  # else the names are of something else, and not ours to delete
+                files.classes.unlink(missing_ok=True)
         names = class_names.check(settings.data)
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        saved.write_text(config.dump(settings))
-        class_names.keep(names, run_dir)
+        files.checkpoints.mkdir(parents=True, exist_ok=True)
+        files.config.write_text(config.dump(settings))
+        class_names.keep(names, files.path)
     except OSError as error:
-        raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}): choose another") from None
-    return run_dir
+        raise UserError(f"run_dir {files.path}: cannot be written ({error.strerror}): choose another") from None
+    return files

@@ -17,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from indistill import config
 from indistill.config import Config, in_one_line
+from indistill.config.run_dir import RunDir
 
 _PROJECT = "indistill"
 # For wandb, which would wait for its server for 90 s at the start and without end at the end. A run that is asked to
@@ -53,7 +54,7 @@ class Trackers:
                 kind = LOGGER_TYPE_TO_CLASS[name]
                 project = _PROJECT
                 if name == "tensorboard":
-                    project = name  # its folder in run_dir
+                    project = RunDir(run_dir).tensorboard.name  # its folder in run_dir
                 elif name == "wandb":
                     project = os.environ.get("WANDB_PROJECT", project)
                     os.environ.setdefault("WANDB_INIT_TIMEOUT", _INIT_SECONDS)
@@ -66,7 +67,7 @@ class Trackers:
                     tracker.tracker.config.update(
                         plain, allow_val_change=True
                     )  # Accelerate's sets another run's
-                elif name != "tensorboard" or not any(run_dir.glob("tensorboard/*/hparams.yml")):
+                elif name != "tensorboard" or not any(RunDir(run_dir).tensorboard.glob("*/hparams.yml")):
                     tracker.store_init_configuration(
                         plain
                     )  # TensorBoard would list each start as another run
@@ -123,7 +124,7 @@ def _options(name: str, run_dir: Path, run_id: str, step: int) -> dict[str, Any]
         case "clearml":
             return {"task_name": run_dir.name}
         case "dvclive":
-            return {"dir": str(run_dir / "dvclive"), "resume": step > 0}
+            return {"dir": str(RunDir(run_dir).dvclive), "resume": step > 0}
     return {}
 
 

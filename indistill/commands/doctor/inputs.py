@@ -21,6 +21,7 @@ from indistill import config
 from indistill.commands.doctor.disks import existing_parent
 from indistill.commands.doctor.findings import FAIL, MOST_SHOWN, OK, WARN, Here, Item, Said, size_text
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.run_dir import weights_file
 from indistill.data import class_names, overlap, remote, shards
 from indistill.data.dataset import open_shards
 from indistill.data.index import index_files, load_index
@@ -40,7 +41,7 @@ LOADER_BATCH = 32  # images
 # --- what a run reads ------------------------------------------------------------------------------------------------
 def weights(here: Here) -> Said:
     """What networks begin with, and stored targets; but not what an earlier stage is yet to make."""
-    made = {f"{s.run_dir}/{'heads' if s.stage == 'heads' else 'student'}.safetensors" for s in here.settings}
+    made = {weights_file(settings) for settings in here.settings}
     for settings in here.settings:
         cached = settings.targets.source == "cached"  # without the teacher
         if cached:

@@ -10,6 +10,7 @@ import yaml
 from indistill import config
 from indistill.commands.export.source import Source, find_preprocessing
 from indistill.config import Config
+from indistill.config.run_dir import RunDir
 from indistill.models import cnn32
 from indistill.models.network import Network
 from indistill.models.views import evaluation_view
@@ -96,7 +97,7 @@ def _weights(section: config.Model) -> str:
 
 def _method(source: Source) -> str:
     settings, parts = source.settings, []
-    plan = source.run / "prune_plan.json"
+    plan = RunDir(source.run).pruning_plan
     if settings.warmup and plan.is_file():
         pairs = ", ".join(
             f"{pair.teacher_stage} to {pair.student_stage} ("

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.data import class_names
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation
@@ -68,12 +69,8 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
     if settings.stage == "heads":
         raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
     if path.is_dir():
-        names = (
-            "student.safetensors",
-            "ema.safetensors",
-            "model.safetensors",
-        )  # of a run, else of a checkpoint
-        path = next((path / name for name in names if (path / name).is_file()), path)
+        candidates = (RunDir(path).student, CheckpointDir(path).ema, CheckpointDir(path).model)
+        path = next((file for file in candidates if file.is_file()), path)
     names = class_names.of_weights(path)
     class_names.check_weights(names, settings.data, "eval")
     if names is None or settings.evaluate.retrieval:  # the weights are of data.train, retrieval is from it

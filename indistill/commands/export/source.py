@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.data import class_names
 from indistill.models.network import Network, normalisation
 from indistill.models.views import evaluation_view
@@ -29,38 +30,39 @@ class Source(NamedTuple):
 # --- export ----------------------------------------------------------------------------------------------------------
 def find(run: Path, weights: str | None = None, step: str | None = None) -> Source:
     """Raises UserError, with the remedy, if the run has not what is asked for."""
-    if not (run / "config.yaml").is_file():
+    files = RunDir(run)
+    if not files.config.is_file():
         raise UserError(
             f"{run}: holds no config.yaml: give the run_dir of a run, or, of a chain or several students, one's folder "
             "in it"
         )
-    settings = config.load(run / "config.yaml")
+    settings = config.load(files.config)
     if settings.stage == "heads":
         raise UserError(f"{run}: stage: heads trains no student: export the run of one that learns from them")
     if weights == "ema" and settings.ema is None:
         raise UserError(f"{run}: kept no moving average (ema): export --weights raw")
     evaluated = "raw" if settings.ema is None else "ema"
     weights = weights or evaluated
-    summary, student = run / "summary.json", run / "student.safetensors"
+    summary, student = files.summary, files.student
     finished = summary.is_file() and student.is_file()
     if finished and step is None and weights == evaluated:
         content = _read_json(summary)
         return Source(run, settings, student, content["step"], weights, content["metrics"], finished)
 
-    saved = checkpoint.saved(run / "checkpoints")
+    saved = files.saved_checkpoints()
     names = ", ".join(path.name for path in saved)
     if step is None and not saved:
         raise UserError(
             f"{run}: holds no {'raw weights: no' if finished else 'student.safetensors and no'} checkpoint"
         )
-    path = saved[-1] if step is None else run / "checkpoints" / step
+    path = saved[-1] if step is None else files.checkpoints / step
     if path not in saved:
         raise UserError(f"--checkpoint {step}: no checkpoint of {run}, which has {names or 'none'}")
     if damage := checkpoint.damaged(path):
         raise UserError(f"{path}: damaged ({damage}): choose another with --checkpoint: {names}")
-    state = _read_json(path / "state.json")
+    state = _read_json(CheckpointDir(path).state)
     scores = (state["scores"] or {}) if weights == evaluated else {}
-    file = path / ("ema.safetensors" if weights == "ema" else "model.safetensors")
+    file = CheckpointDir(path).ema if weights == "ema" else CheckpointDir(path).model
     return Source(run, settings, file, state["step"], weights, scores, finished)
 
 

@@ -22,6 +22,7 @@ from indistill import config, prune
 from indistill.commands.plan.memory import ENGINES, FLOAT, memory, state_bytes
 from indistill.commands.plan.network import BUCKET, communication_seconds, step_seconds, traffic
 from indistill.config import Config
+from indistill.config.run_dir import RunDir, weights_file
 from indistill.curriculum import Phase, Timetable
 from indistill.data.loader import IndexedTraining, check_accumulation
 from indistill.data.stream import StreamedTraining
@@ -116,8 +117,7 @@ def of_chain(
         if world is None and node > 1:
             note = f"for a node of machine.devices_per_node ({node}): --world 1 for one process"
             estimates[name].notes.insert(0, note)
-        file = "heads.safetensors" if settings.stage == "heads" else "student.safetensors"
-        earlier[f"{settings.run_dir}/{file}"] = settings
+        earlier[weights_file(settings)] = settings
     return estimates
 
 
@@ -250,7 +250,7 @@ def _networks(
             and not Path(settings.teacher.heads).exists()
         ):
             of_heads = _with_teacher(earlier[settings.teacher.heads], checkpoint=None, pretrained=False)
-            heads = f"{folder}/heads.safetensors"
+            heads = str(RunDir(Path(folder)).heads)
             parts.heads(accelerator, of_heads).save(Path(heads))
             settings = _with_teacher(settings, heads=heads)
         if settings.warmup and settings.warmup.prune.criterion in prune.NEEDS_DATA:
@@ -261,7 +261,7 @@ def _networks(
             unknown = "decided on calibration batches"
         while True:
             try:
-                return *parts.networks(accelerator, settings, Path(folder), None), unknown, notes
+                return *parts.networks(accelerator, settings, RunDir(Path(folder)), None), unknown, notes
             except NoWeights as error:
                 section = getattr(settings, error.role).model_copy(update={"pretrained": False})
                 settings = settings.model_copy(update={error.role: section})

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from indistill import config
-from indistill.commands.report.read import NETWORKS, Run
+from indistill.commands.report.read import Run
 from indistill.config import Config, in_one_line
+from indistill.config.run_dir import RunDir
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +39,7 @@ def networks(run: Run, measure: bool) -> dict[str, Any]:
         known["speed"] = _told(lambda: speed(list(sections.items()), run.settings))
     if known != run.networks:
         with contextlib.suppress(OSError):
-            (run.path / NETWORKS).write_text(json.dumps(known, indent=2) + "\n")
+            RunDir(run.path).networks.write_text(json.dumps(known, indent=2) + "\n")
     return known
 
 

@@ -6,7 +6,6 @@ in `networks.json` beside the run. A network's architecture decides both, so tha
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import statistics
@@ -26,6 +25,8 @@ from indistill.commands.report.networks import networks
 from indistill.commands.report.read import STATES, Run, read, run_dirs, short_names
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
 from indistill.config import UserError, in_one_line
+from indistill.config.files import replace_text
+from indistill.config.run_dir import RunDir
 from indistill.training.callbacks import Callback, TrainingRun
 
 _MOST_NAMES = 200  # of bad samples, and of checkpoints, that are listed
@@ -51,17 +52,13 @@ def write(
     found = [run._replace(networks=networks(run, measure)) for run in found]
     other = other and other._replace(networks=networks(other, measure))
     first = Path(runs[0])
-    default = first / "report.html" if len(runs) == 1 else first.absolute().parent / "comparison.html"
+    default = RunDir(first).report if len(runs) == 1 else first.absolute().parent / "comparison.html"
     destination = Path(output or default)
     title = first.absolute().name if len(runs) == 1 else f"{len(found)} runs"
-    partial = destination.with_name(f".{destination.name}-{os.getpid()}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html(found, title, other), encoding="utf-8")
-        partial.replace(destination)
+        replace_text(destination, html(found, title, other))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise UserError(
             f"{destination}: cannot be written ({error.strerror or error}): choose another --output"
         ) from None

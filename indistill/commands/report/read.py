@@ -13,8 +13,8 @@ from indistill import config
 from indistill.commands.report import charts
 from indistill.config import Config, UserError
 from indistill.config.files import read_lines
+from indistill.config.run_dir import CheckpointDir, RunDir
 
-NETWORKS = "networks.json"
 STATES = {
     "done": ("finished", "good"),
     "running": ("running, or killed", "open"),
@@ -62,26 +62,27 @@ class Run(NamedTuple):
 # --- reading ---------------------------------------------------------------------------------------------------------
 def run_dirs(path: Path) -> list[Path]:
     """The run directories that `path` stands for, by their first start. Raises UserError if there are none."""
-    if (path / "config.yaml").is_file():
+    if RunDir(path).config.is_file():
         return [path]
-    inside = [file.parent for file in path.glob("*/config.yaml")]
+    inside = [child for child in path.glob("*") if RunDir(child).config.exists()]
     if not inside:
         what = "holds no config.yaml, and no folder in it does" if path.is_dir() else "no such directory"
         raise UserError(f"{path}: {what}: give the run_dir of a run, of a chain or of several students")
 
     def began(folder: Path) -> tuple[float, str]:
         starts = [line["time"] for line in _history(folder) if line["event"] == "start"]
-        return (starts[0] if starts else (folder / "config.yaml").stat().st_mtime), folder.name
+        return (starts[0] if starts else RunDir(folder).config.stat().st_mtime), folder.name
 
     return sorted(inside, key=began)
 
 
 def read(folder: Path, name: str) -> Run:
     """Raises UserError if the config is not one of this version's."""
+    files = RunDir(folder)
     kept = []
     bad: list[str] = []
-    for path in sorted((folder / "checkpoints").glob("step-*")):
-        state = read_json(path / "state.json")
+    for path in files.saved_checkpoints():
+        state = read_json(CheckpointDir(path).state)
         with contextlib.suppress(OSError):
             size = sum(file.stat().st_size for file in path.iterdir())
             kept.append(
@@ -93,20 +94,20 @@ def read(folder: Path, name: str) -> Run:
                 }
             )
         bad = (state.get("parts") or {}).get("log", {}).get("bad", bad)
-    status = [(where / "status") for where in (folder, folder.parent)]
+    status = [files.status, RunDir(folder.parent).status]
     words = [word for file in status if (word := _text(file).partition("\n")[0]) in STATES]
-    lines = [line for line in _lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
-    summary = read_json(folder / "summary.json")
+    lines = [line for line in _lines(files.metrics) if isinstance(line.get("step"), int)]
+    summary = read_json(files.summary)
     return Run(
         path=folder,
         name=name,
-        settings=config.load(folder / "config.yaml"),
+        settings=config.load(files.config),
         lines=lines,
         summary=summary,
         status="done" if summary else words[0] if words and words[0] != "done" else "",
         history=_history(folder),
-        plan=read_json(folder / "prune_plan.json"),
-        networks=read_json(folder / NETWORKS),
+        plan=read_json(files.pruning_plan),
+        networks=read_json(files.networks),
         checkpoints=kept,
         bad=bad,
     )
@@ -137,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
-    lines = _lines(folder / "history.jsonl")
+    lines = _lines(RunDir(folder).history)
     return [
         one
         for one in lines

@@ -12,6 +12,7 @@ from indistill.commands.report import charts
 from indistill.commands.report.charts import number
 from indistill.commands.report.markup import percent
 from indistill.commands.report.read import Run, read_json
+from indistill.config.run_dir import RunDir
 
 
 class Row(NamedTuple):
@@ -58,9 +59,9 @@ def _row(run: Run, role: str, section: config.Model, scores: dict[str, float]) -
 def _teacher_scores(run: Run) -> dict[str, float]:
     """Those of the run that its weights come from, if it is there."""
     file = run.settings.teacher.checkpoint
-    if not file or Path(file).name != "student.safetensors":
+    if not file or Path(file) != RunDir(Path(file).parent).student:
         return {}
-    return read_json(Path(file).parent / "summary.json").get("metrics", {})
+    return read_json(RunDir(Path(file).parent).summary).get("metrics", {})
 
 
 def teacher_over_student(rows: Sequence[Row], key: str) -> float | None:
