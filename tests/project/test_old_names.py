@@ -11,19 +11,22 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "indistill"
 # Modules that were directly in `indistill/`, except those that are still there (curriculum, order, prune).
-OLD = """
-    apart api augment build callbacks charts checkpoint class_names cli config data decode deepspeed_config demo doctor
-    engine environment estimate evaluate export files health history losses metrics models objective optim outputs
-    overlap packing pipeline precompute preemption progress projectors relational remote report runs shards similarity
-    sources store stream taps targets together trackers train watchdog
-""".split()
+OLD = re.findall(
+    r"\w+",
+    """
+    apart api augment build callbacks charts checkpoint class_names cli config data decode deepspeed_config
+    demo doctor engine environment estimate evaluate export files health history losses metrics models
+    objective optim outputs overlap packing pipeline precompute preemption progress projectors relational
+    remote report runs shards similarity sources store stream taps targets together trackers train watchdog
+    """,
+)
 
 
 def old_names(text: str, package: Path = PACKAGE) -> list[str]:
-    """Return `line: match` for every old module in `text`, as a path, a dotted name, an import or a bare file name.
+    """Return `line: match` for every old module in `text`: a path, a dotted name, an import or a bare file name.
 
-    A name that is now a folder (`indistill.targets`) is allowed as a dotted name, and a bare file name (`runs.py`) if
-    a file of the package still has it.
+    Dotted names that are now folders (`indistill.targets`) are allowed, and so are bare file names that a file
+    of the package still has (`runs.py`).
     """
     folders = {path.name for path in package.iterdir() if path.is_dir()}
     gone = "|".join(name for name in OLD if name not in folders)
