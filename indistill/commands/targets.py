@@ -1,10 +1,11 @@
 """`indistill targets`: the teacher run once over every view of the data set, and what it gave written (manifest.py).
 
-The work is a list of (view, shard), dealt to the ranks. What is there is kept, so a job that was stopped goes on, on
-any number of processes; a file has its name when it is whole, and the manifest is written when all files are there.
+The work is a list of (view, shard), dealt to the ranks. What is there is kept, so a job that was stopped goes
+on, on any number of processes; a file has its name when it is whole, and the manifest is written when all
+files are there.
 
-The teacher sees as many images at once as in training on as many processes, and the last of a shard again to fill a
-batch: on CPUs, a convolution's last bits depend on how many images there are, and not on which.
+The teacher sees as many images at once as in training on as many processes, and the last of a shard again to
+fill a batch: on CPUs, a convolution's last bits depend on how many images there are, and not on which.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Job:
         yield from loader(self.dataset, asked, self.accelerator.device)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 def write(settings: Config) -> Manifest:
     """Compute what is not there yet. Raises UserError, before any work, for what cannot be stored, or not there."""
     job = prepare(settings)
@@ -206,7 +207,7 @@ def one_rank_tells() -> Iterator[None]:
         raise told from None
 
 
-# --- verifying -------------------------------------------------------------------------------------------------------
+# --- verifying ----------------------------------------------------------------------------------------------
 def verify(settings: Config, count: int) -> bool:
     """Recompute the records of `count` random samples and views; print what differs. Is all of it right?"""
     job = prepare(settings)
@@ -276,7 +277,7 @@ def compare(
     return problems, int((exact & ~undecoded).sum()), float(off[close & ~exact].max(initial=0.0))
 
 
-# --- what both begin with --------------------------------------------------------------------------------------------
+# --- what both begin with -----------------------------------------------------------------------------------
 def prepare(settings: Config) -> Job:
     """Teacher, data and manifest. Raises UserError for what cannot be stored, and for a directory of other targets."""
     if reason := config.why_not_stored(settings):

@@ -63,9 +63,9 @@ class Trainer:
     def train(self, resume: str = "auto", callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train to the end and return the content of `summary.json`.
 
-        resume: auto, from the newest checkpoint in `run_dir` if there is one; never, from the start; or the path
-        of a checkpoint. callbacks: called after each step, evaluation and checkpoint, and at the end; see
-        `indistill.Callback`.
+        resume: auto, from the newest checkpoint in `run_dir` if there is one; never, from the start; or the
+        path of a checkpoint. callbacks: called after each step, evaluation and checkpoint, and at the end;
+        see `indistill.Callback`.
         """
         from indistill.commands.report.page import ReportAtEnd
         from indistill.training.runs import run
@@ -85,7 +85,9 @@ class Trainer:
         return evaluate_checkpoint(settings, str(what or settings.run_dir))
 
     def student(self, what: str | Path | None = None) -> Network | Program:
-        """Load the network that `evaluate(what)` scores, in eval mode on the CPU; a Program for an ONNX export.
+        """Load the network that `evaluate(what)` scores, in eval mode on the CPU.
+
+        It is a Program for an ONNX export.
 
         It normalises its input: `student(images).logits` of uint8 images [B, 3, S, S] is [B, K].
         """
@@ -120,7 +122,10 @@ class Trainer:
         targets.write(self.settings)
 
     def verify_targets(self, records: int) -> bool:
-        """Recompute the stored targets of `records` random samples; returns whether all agree, prints those that differ."""
+        """Recompute the stored targets of `records` random samples; prints those that differ.
+
+        Returns whether all agree.
+        """
         from indistill.commands import targets
 
         return targets.verify(self.settings, records)

@@ -5,17 +5,15 @@ from itertools import zip_longest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from indistill.data.dataset import ImageDataset
 from indistill.evaluate.passes import each_batch
-from indistill.models.heads import Heads
-from indistill.models.network import Network
 
 
 @torch.no_grad()
 def accuracy(
-    accelerator: Accelerator, network: Network | Heads, dataset: ImageDataset, batch: int
+    accelerator: Accelerator, network: nn.Module, dataset: ImageDataset, batch: int
 ) -> dict[str, float]:
     """Top-1 and top-5 of the whole set, in [0, 1]; nothing for a network whose classifier no loss trains.
 
