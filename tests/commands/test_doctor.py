@@ -54,7 +54,7 @@ def space(monkeypatch, free: float, total: float = 1e15) -> None:
     )
 
 
-# --- the software ----------------------------------------------------------------------------------------------------
+# --- the software -------------------------------------------------------------------------------------------
 
 
 def test_versions_are_those_of_the_metadata(tree, monkeypatch):
@@ -115,7 +115,7 @@ def test_variables_that_do_not_hurt(tree, monkeypatch):
     assert look(software.environment, tree) == before
 
 
-# --- the node --------------------------------------------------------------------------------------------------------
+# --- the node -----------------------------------------------------------------------------------------------
 
 
 def test_gpus_that_cannot_be_used(monkeypatch):
@@ -178,7 +178,7 @@ def test_open_files(tree, monkeypatch):
     assert (line.level, line.what.startswith("4,096 allowed")) == (OK, True)
 
 
-# --- disks -----------------------------------------------------------------------------------------------------------
+# --- disks --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_dir(tree, tmp_path):
@@ -231,7 +231,7 @@ def test_a_cache_dir(tree, tmp_path, monkeypatch):
     assert look(disks.cache_dir, with_data(tree, cache_dir=f"{tmp_path}/cache"))[0].level == OK  # not remote
 
 
-# --- what a run reads ------------------------------------------------------------------------------------------------
+# --- what a run reads ---------------------------------------------------------------------------------------
 
 
 def test_weights(tree, tmp_path):
@@ -432,7 +432,7 @@ def test_class_lists(tree, tmp_path):
     assert line.what.startswith(f"data.train: its classes are not those of {tmp_path}/classes.json: label 0")
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------------------
 
 
 def test_a_check_that_crashes_is_a_line(capsys, monkeypatch):

@@ -183,7 +183,7 @@ def test_exports_are_used_with_their_classes(named, tmp_path, form):
     save_network(network, settings.student, run / "student.safetensors")
     (run / "config.yaml").write_text(config.dump(settings))
     (run / "summary.json").write_text(json.dumps({"step": 1, "metrics": {}}))
-    export(run, tmp_path / "export", form)
+    export(run, tmp_path / "export", form=form)
     load_for_eval(settings, str(tmp_path / "export"))
     with_names(tmp_path / "eval", SWAPPED)
     with pytest.raises(

@@ -253,7 +253,9 @@ def test_loader_workers_outlive_ctrl_c_from_their_first_moment(tree, tmp_path, m
     assert process.exitcode == 130, told
     assert [path.name for path in RunDir(tmp_path / "run").saved_checkpoints()] == ["step-00000001"]
     assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in told
-    assert told.endswith("indistill: stopped at step 1 of 24: the same command goes on from there\n")
+    assert told.endswith(
+        "indistill: stopped at step 1 of 24: run the same command again to continue from there\n"
+    )
     assert "Traceback" not in told
 
 

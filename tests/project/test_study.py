@@ -40,7 +40,7 @@ def settings(run: study.Run) -> Any:
     return Trainer(run.base, *run.overrides()).settings
 
 
-# --- the studies that are there --------------------------------------------------------------------------------------
+# --- the studies that are there -----------------------------------------------------------------------------
 
 
 def timetable(run: study.Run) -> Timetable:
@@ -137,7 +137,7 @@ def test_a_method_with_and_without_warmup_differs_in_nothing_else():
             assert with_warmup == {**found[method], "run_dir": None}
 
 
-# --- a small study ---------------------------------------------------------------------------------------------------
+# --- a small study ------------------------------------------------------------------------------------------
 
 SMALL = {
     "title": "Small",
@@ -290,7 +290,7 @@ def test_a_damaged_line_is_named(small, tmp_path, capsys):
     assert "small.jsonl: line 1 is not a result of a run" in capsys.readouterr().err
 
 
-# --- tables and plots ------------------------------------------------------------------------------------------------
+# --- tables and plots ---------------------------------------------------------------------------------------
 
 
 def test_a_paired_difference_and_its_interval():
@@ -355,7 +355,7 @@ def test_the_plot(small, tmp_path, monkeypatch):
     assert (kd[0] - kd[1]) * 3 == pytest.approx(warm[0] - warm[1], abs=1)
 
 
-# --- Imagenette's teacher --------------------------------------------------------------------------------------------
+# --- Imagenette's teacher -----------------------------------------------------------------------------------
 
 
 @pytest.mark.portable
@@ -373,7 +373,7 @@ def test_the_teachers_ten_logits_are_those_of_its_thousand():
         imagenette_teacher.convert(dict(reversed(package.items())))
 
 
-# --- all studies, on a few random images -----------------------------------------------------------------------------
+# --- all studies, on a few random images --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

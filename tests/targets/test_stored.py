@@ -481,11 +481,11 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     part = with_(stored, f"targets.dir={tmp_path}/part")
     write_shard, written = targets.write_shard, []
 
-    def stopping(job, view, shard, batches, bar):
+    def stopping(job, view, *, shard, batches, bar):
         if len(written) == 4:
             next(batches)
             raise Stopped
-        write_shard(job, view, shard, batches, bar)
+        write_shard(job, view, shard=shard, batches=batches, bar=bar)
         written.append((view, shard))
 
     monkeypatch.setattr(targets, "write_shard", stopping)
@@ -499,7 +499,9 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     ):
         compute(with_(part, "seed=1"))
     kept = {path: path.stat().st_mtime_ns for path in root.rglob("*.bin")}
-    for folder in (root / "view-001").iterdir():  # as killed jobs of this version and of the one before leave it
+    for folder in (
+        root / "view-001"
+    ).iterdir():  # as killed jobs of this version and of the one before leave it
         (folder / "shard-00001.bin.part").write_bytes(b"half")
         (folder / "shard-00002.bin.123.0a1b2c3d.part").write_bytes(b"half")
     written.clear()
@@ -550,7 +552,9 @@ def test_the_command(stored, tmp_path, capsys):
     assert "192 samples: 0.010 GB" in told
     cli.main(["targets", str(path), "targets.top_k=4", "--verify", "30"])
     assert re.search(
-        r"^2\d\d records recomputed: \d+ the same bit for bit, .* but 0 wrong$", capsys.readouterr().out, re.M
+        r"^2\d\d records recomputed: \d+ are the same bit for bit, .* 0 are wrong$",
+        capsys.readouterr().out,
+        re.M,
     )
 
     file = tmp_path / "targets" / "view-001" / "pair2" / "shard-00002.bin"
@@ -562,11 +566,11 @@ def test_the_command(stored, tmp_path, capsys):
     assert exit_.value.code == 1
     lines = capsys.readouterr().out.strip().splitlines()[-2:]
     assert lines[0] == "view 1, train-000002.tar: sample train0131: pair2: damaged"
-    assert lines[1].endswith("but 1 wrong")
+    assert lines[1].endswith(", 1 are wrong")
 
     for overrides, message in {
         ("data.augment.views=null",): "targets: data.augment.views, how many views",
-        ("targets.dir=s3://bucket/x",): "targets.dir s3://bucket/x: is written to a file system",
+        ("targets.dir=s3://bucket/x",): "targets.dir s3://bucket/x: is not a local path",
         ("targets.top_k=3",): "holds targets of another config (field logits: ",
         (
             "kd.losses=[{name: ce}]",
@@ -594,9 +598,7 @@ def test_a_record_of_another_image_is_wrong(stored):
 
 def test_no_room_is_told_before_the_work(stored, monkeypatch):
     monkeypatch.setattr(targets.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
-    with pytest.raises(
-        UserError, match=r"0.0 GB are to be written, 0.0 GB are free: lower data.augment.views"
-    ):
+    with pytest.raises(UserError, match=r"needs 0.0 GB, but 0.0 GB are free: lower data.augment.views"):
         compute(stored)
 
 

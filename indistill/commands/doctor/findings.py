@@ -76,7 +76,7 @@ class Here:
         """The first config of each section `data`: most stages and all students share one."""
         return list({settings.data.model_dump_json(): settings for settings in self.settings[::-1]}.values())
 
-    # --- what ranks tell each other ----------------------------------------------------------------------------------
+    # --- what ranks tell each other -----------------------------------------------------------------------------
 
     def connect(self, seconds: float) -> None:
         """To the store where the process group meets, on the first node. Raises dist.DistError."""
@@ -120,7 +120,7 @@ class Here:
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(names)}" + ", ..." * (len(ranks) > MOST_SHOWN)
 
 
-# --- the node --------------------------------------------------------------------------------------------------------
+# --- the node -----------------------------------------------------------------------------------------------
 def size_text(number: float) -> str:
     unit, least = next(
         ((u, n) for u, n in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if number >= n), ("kB", 1e3)

@@ -38,7 +38,7 @@ FETCH_SECONDS = 20.0  # for a remote shard, which a run fetches whole
 LOADER_BATCH = 32  # images
 
 
-# --- what a run reads ------------------------------------------------------------------------------------------------
+# --- what a run reads ---------------------------------------------------------------------------------------
 def weights(here: Here) -> Said:
     """What networks begin with, and stored targets; but not what an earlier stage is yet to make."""
     made = {weights_file(settings) for settings in here.settings}

@@ -20,7 +20,7 @@ PREFETCH = 2  # batches of each loader worker: DataLoader's default
 BATCH_TENSORS = 3  # images, labels, ids; each is a file descriptor on its way
 
 
-# --- the node --------------------------------------------------------------------------------------------------------
+# --- the node -----------------------------------------------------------------------------------------------
 def gpu(here: Here) -> Said:
     if not torch.cuda.is_available():
         yield _no_gpu()

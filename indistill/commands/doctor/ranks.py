@@ -27,7 +27,7 @@ CLOCK_ROUNDS = 20
 REDUCED_ELEMENTS = {"cuda": 2**24, "cpu": 2**22}  # float32, to measure the network with
 
 
-# --- the processes ---------------------------------------------------------------------------------------------------
+# --- the processes ------------------------------------------------------------------------------------------
 def start(here: Here) -> Said:
     """The process group that training would use, made in the same way."""
     zero, precision, several = None, "no", here.world > 1

@@ -27,7 +27,7 @@ from indistill.commands.doctor.ranks import agreement, all_reduce, clocks, one_f
 from indistill.commands.doctor.software import deepspeed, environment, versions
 from indistill.config import Config, UserError, in_one_line
 
-# --- all of them -----------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------------------
 Check = Callable[[Here], Said]
 ALONE: tuple[Check, ...] = (versions, environment, start, deepspeed, gpu, cores, shared_memory, open_files)
 ALONE += (run_dir, checkpoints, cache_dir, weights, data_shards, class_lists, evaluation_images, reading)
