@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from indistill import config
 from indistill.config import Config, UserError
+from indistill.config.files import replacing
 from indistill.curriculum import Phase, Timetable
 from indistill.data import class_names, remote
 from indistill.data.batch import Batch, Request
@@ -166,12 +167,13 @@ def write_shard(job: Job, view: int, shard: int, batches: Iterator[Batch], bar: 
     """One file per field, all of which appear at the end."""
     fields = job.manifest.fields_in(view)
     paths = {name: Path(records_path(str(job.root), view, name, shard)) for name in fields}
-    parts = {name: path.with_name(f"{path.name}.part") for name, path in paths.items()}
     with contextlib.ExitStack() as stack:
         files = {}
-        for name, part in parts.items():
-            part.parent.mkdir(parents=True, exist_ok=True)
-            files[name] = stack.enter_context(part.open("wb"))
+        for name, path in paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for part in path.parent.glob(f"{path.name}.*part"):  # of a job that was killed
+                part.unlink(missing_ok=True)
+            files[name] = stack.enter_context(replacing(path))
         left = job.manifest.samples[shard]
         while left:
             batch = next(batches)
@@ -185,8 +187,6 @@ def write_shard(job: Job, view: int, shard: int, batches: Iterator[Batch], bar: 
                 files[name].write(records.tobytes())
             left -= len(batch.ids)
             bar.update(len(batch.ids))
-    for name, path in paths.items():
-        os.replace(parts[name], path)
 
 
 @contextlib.contextmanager

@@ -10,45 +10,61 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-_MAX_HEADER_BYTES = 100_000_000  # of safetensors, by its specification
+_MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content.
+# --- writing ---------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that replaces `path` at the end of the `with` block, in one step.
 
-    The header of a safetensors file is sorted first, because the library writes its metadata in random order.
+    A reader finds the old content or all of the new one, which is on the disk by then. Several processes may write the
+    same file: the last one wins. If the block raises, the old content stays. Only a killed process leaves its
+    unfinished `<path>.<random>.part` behind.
     """
-    digest = hashlib.sha256()
+    part = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.part"
+    try:
+        with open(part, "xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error matters
+            os.unlink(part)
+        raise
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, as `replacing` does."""
+    with replacing(path) as stream:
+        stream.write(text.encode())
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+def sha256(path: Path, *, ignore_metadata_order: bool = False) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal.
+
+    ignore_metadata_order: sort the header of a safetensors file before it is hashed. The library writes metadata in
+        random order, so two files with the same weights may differ in bytes. Other files are not affected.
+    """
     with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            header = file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES))
-            with contextlib.suppress(ValueError):  # damaged: for train to tell
-                header = json.dumps(json.loads(header), sort_keys=True).encode()
-            digest.update(header)
+        if not (ignore_metadata_order and path.suffix == ".safetensors"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        header = file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES))
+        with contextlib.suppress(ValueError):  # a damaged file is reported where its weights are loaded
+            header = json.dumps(json.loads(header), sort_keys=True).encode()
+        digest = hashlib.sha256(header)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; one that was cut by a kill is left out."""
+    """Read a file with one JSON object per line. Skips lines that were cut off; a missing file has none."""
     lines = []
     if path.exists():
         for text in path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(text))
     return lines
-
-
-# --- the index -------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its place whole and at once. Several processes may write the same one."""
-    temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.part"
-    try:
-        with open(temporary, "wb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)

@@ -17,6 +17,7 @@ from braceexpand import braceexpand
 
 from indistill import config
 from indistill.config import UserError
+from indistill.config.files import replace_text
 from indistill.data import remote
 
 RECORD = "dataset.json"  # of a packing
@@ -256,7 +257,7 @@ def keep(names: Names | None, run_dir: Path) -> None:
     if record.is_file():
         kept, remedy = Names(str(record), read(record)), "restore the data, or choose another run_dir"
         refuse_difference(names, kept, "data.train", remedy)
-    record.write_text(json.dumps(names.names, indent=1) + "\n")
+    replace_text(record, json.dumps(names.names, indent=1) + "\n")
 
 
 def of_weights(path: str | Path) -> Names | None:

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from indistill.config import UserError
-from indistill.config.files import replacing
+from indistill.config.files import replace_text
 from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -105,8 +105,7 @@ def _save_index(file: str, index: Index) -> None:
     content = json.dumps({"version": INDEX_VERSION, "bytes": index.bytes, "keys": keys, **columns})
     try:
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-        with replacing(file) as stream:
-            stream.write(content.encode())
+        replace_text(file, content)
     except OSError as error:
         raise UserError(
             f"{file}: cannot save the index ({error.strerror}): set data.cache_dir to a writable place"

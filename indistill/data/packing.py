@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from indistill.config import UserError
-from indistill.config.files import replacing
+from indistill.config.files import replace_text, replacing
 from indistill.data import class_names
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_index
@@ -392,8 +392,7 @@ def _shard_path(destination: Path, prefix: str, number: int) -> Path:
 
 
 def _save_json(path: Path, content: dict) -> None:
-    with replacing(path) as stream:
-        stream.write(json.dumps(content, indent=1).encode())
+    replace_text(path, json.dumps(content, indent=1))
 
 
 def _write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, int]]) -> None:

@@ -229,6 +229,8 @@ def _fetch(url: str, file: str, size: int | None = None, cache: ShardCache | Non
     size: bytes it must have, where known. cache: where room has to be made for it.
     Raises UserError: at once where the source says no, otherwise after FETCH_ATTEMPTS.
     """
+    # Not `files.replacing`: the part file is as long as the download from the start, so that it counts in the cache's
+    # limit, and one that a killed process left is known by its name and that of its lock.
     part = f"{file}.part"
     try:
         for attempt in range(1, FETCH_ATTEMPTS + 1):

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from indistill.config import UserError
+from indistill.config.files import replace_text
 from indistill.config.run_dir import append_end, describe_error, in_one_line
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
@@ -290,7 +291,5 @@ def _mark(word: str, reason: str = "", on_any_rank: bool = False) -> str:
         if os.environ.get("RANK", "0") != "0" and not on_any_rank:
             return ""
         status.parent.mkdir(parents=True, exist_ok=True)
-        partial = status.with_name(f".status-{os.getpid()}")
-        partial.write_text(f"{word}\n{reason}\n" if word == "failed" else f"{word}\n")
-        partial.replace(status)
+        replace_text(status, f"{word}\n{reason}\n" if word == "failed" else f"{word}\n")
     return ""

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from indistill import config
 from indistill.config import Config, UserError
+from indistill.config.files import replace_text
 from indistill.data import class_names, remote
 from indistill.data.class_names import Names
 from indistill.prune import PairPlan, Plan
@@ -174,9 +175,7 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(manifest.model_dump_json(indent=1) + "\n")
-    partial.replace(path)
+    replace_text(path, manifest.model_dump_json(indent=1) + "\n")
 
 
 def check_manifest(root: str, manifest: Manifest, settings: Config, hashes: dict[str, str | None]) -> None:

@@ -8,7 +8,6 @@ states and the position in the data are not either: both are functions of the st
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from torch import distributed, nn
 
 from indistill import config
 from indistill.config import UserError
+from indistill.config.files import sha256
 from indistill.distributed import engine
 
 FORMAT_VERSION = 4
@@ -290,7 +290,7 @@ def damaged(path: Path) -> str | None:
         for name, entry in manifest.items():
             if (size := (path / name).stat().st_size) != entry["bytes"]:
                 return f"{name} has {size} bytes, not {entry['bytes']}"
-            if _sha256(path / name) != entry["sha256"]:
+            if sha256(path / name) != entry["sha256"]:
                 return f"{name} has another SHA-256 than when it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json or a file that it names cannot be read: {' '.join(str(error).split())[:200]}"
@@ -307,12 +307,7 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
         path.write_text(json.dumps(content))
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _step(path: Path) -> int:

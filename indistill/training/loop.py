@@ -19,6 +19,7 @@ from torch import Tensor
 
 from indistill import config, evaluate
 from indistill.config import Config
+from indistill.config.files import replace_text
 from indistill.config.run_dir import append_end, append_start
 from indistill.curriculum import Pace, Phase, Timetable
 from indistill.data.dataset import ImageDataset
@@ -285,9 +286,7 @@ class Run:
             network.save(self.run_dir / "heads.safetensors")
         else:
             save_network(network, self.settings.student, self.run_dir / "student.safetensors")
-        partial_file = self.run_dir / "summary.json.partial"
-        partial_file.write_text(json.dumps(summary, indent=2) + "\n")
-        partial_file.replace(self.run_dir / "summary.json")
+        replace_text(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         append_end(self.run_dir, "done")
 
 

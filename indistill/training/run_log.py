@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from indistill.config import Config, UserError
-from indistill.config.files import read_lines
+from indistill.config.files import read_lines, replace_text
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
 from indistill.distributed import preemption, watchdog
@@ -87,9 +87,7 @@ class RunLog:
         if not self.accelerator.is_main_process:
             return
         kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.path)
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if settings is not None:
             self.trackers.start(settings, self.run_id, step)
         self.progress.open(step)

@@ -6,7 +6,6 @@ in `networks.json` beside the run. A network's architecture decides both, so tha
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import statistics
@@ -26,6 +25,7 @@ from indistill.commands.report.networks import networks
 from indistill.commands.report.read import STATES, Run, read, run_dirs, short_names
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
 from indistill.config import UserError
+from indistill.config.files import replace_text
 from indistill.training.callbacks import Callback, TrainingRun
 
 _MOST_NAMES = 200  # of bad samples, and of checkpoints, that are listed
@@ -54,14 +54,10 @@ def write(
     default = first / "report.html" if len(runs) == 1 else first.absolute().parent / "comparison.html"
     destination = Path(output or default)
     title = first.absolute().name if len(runs) == 1 else f"{len(found)} runs"
-    partial = destination.with_name(f".{destination.name}-{os.getpid()}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html(found, title, other), encoding="utf-8")
-        partial.replace(destination)
+        replace_text(destination, html(found, title, other))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise UserError(
             f"{destination}: cannot be written ({error.strerror or error}): choose another --output"
         ) from None

@@ -1,0 +1,131 @@
+"""Files that are replaced at once, and hashes of files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import struct
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from indistill.config.files import read_lines, replace_text, replacing, sha256
+
+SIZE = 1 << 20  # bytes, several times what one write call buffers
+
+
+def test_a_file_is_replaced_at_the_end(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+    with replacing(file) as stream:
+        stream.write(b"ne")
+        assert file.read_text() == "old"
+        stream.write(b"w")
+    assert file.read_text() == "new"
+    replace_text(file, "ü\n")
+    assert file.read_bytes() == "ü\n".encode()
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
+def test_a_writer_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, error):
+    (tmp_path / "file").write_text("old")
+    for name in ("file", "new"):
+        with pytest.raises(error, match="why"), replacing(tmp_path / name) as stream:
+            stream.write(b"x" * SIZE)
+            raise error("why")
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_target_that_cannot_be_replaced_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "folder", "text")
+    with pytest.raises(FileNotFoundError):
+        replace_text(tmp_path / "missing" / "file", "text")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_the_mode_is_that_of_any_new_file(tmp_path):
+    replace_text(tmp_path / "replaced", "text")
+    (tmp_path / "plain").write_text("text")
+    assert (tmp_path / "replaced").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_content_is_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        calls.append(f"fsync {os.fstat(descriptor).st_size}")
+        fsync(descriptor)
+
+    def recorded_replace(source: str, target: str | Path) -> None:
+        calls.append(f"replace {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    replace_text(tmp_path / "file", "text")
+    assert calls == ["fsync 4", "replace file"]
+
+
+def write_often(file: Path, letter: str, start: Barrier, times: int) -> None:
+    start.wait()
+    for _ in range(times):
+        replace_text(file, letter * SIZE)
+
+
+def test_two_processes_that_write_one_file_leave_one_whole_content(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(3)
+    writers = [
+        context.Process(target=write_often, args=(tmp_path / "file", letter, start, 20)) for letter in "ab"
+    ]
+    for writer in writers:
+        writer.start()
+    start.wait(timeout=60)
+    while any(writer.is_alive() for writer in writers):
+        if (tmp_path / "file").exists():
+            assert (tmp_path / "file").read_text() in ("a" * SIZE, "b" * SIZE)
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() in ("a" * SIZE, "b" * SIZE)
+
+
+def safetensors(metadata: dict[str, str], weights: bytes = b"\1\2\3\4") -> bytes:
+    """A file of one float32 number, with the metadata in the order given."""
+    weight = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"__metadata__": metadata, "weight": weight}).encode()
+    return struct.pack("<Q", len(header)) + header + weights
+
+
+def test_sha256(tmp_path):
+    files = {
+        "a.safetensors": safetensors({"name": "x", "kwargs": "{}"}),
+        "b.safetensors": safetensors({"kwargs": "{}", "name": "x"}),
+        "c.safetensors": safetensors({"kwargs": "{}", "name": "y"}),
+        "d.safetensors": safetensors({"kwargs": "{}", "name": "x"}, b"\1\2\3\5"),
+        "damaged.safetensors": b"\xff" * 100,
+        "empty.safetensors": b"",
+        "weights.pth": bytes(range(256)) * 10_000,
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert sha256(tmp_path / name) == hashlib.sha256(content).hexdigest()
+    a, b, c, d, *others = (sha256(tmp_path / name, ignore_metadata_order=True) for name in files)
+    assert a == b
+    assert len({a, c, d, *others}) == 6
+    assert others[-1] == hashlib.sha256(files["weights.pth"]).hexdigest()
+
+
+def test_lines_that_were_cut_off_are_skipped(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    assert read_lines(file) == []
+    file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_lines(file) == [{"step": 1}, {"step": 2}]
