@@ -295,7 +295,9 @@ def prepare(settings: Config) -> Job:
     accelerator = start_accelerator(settings, training=False)
     rank, accumulation = accelerator.process_index, settings.grad_accumulation
     names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
-    training = IndexedTraining(settings.data, settings.seed, rank, world, accumulation)
+    training = IndexedTraining(
+        settings.data, settings.seed, rank=rank, world=world, accumulation=accumulation
+    )
     agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest

@@ -102,7 +102,7 @@ def _images(settings: Config) -> tuple[Tensor, str]:
         if section.eval is None:
             raise UserError("data.eval is not set")
         shards, view = open_shards(section, section.eval), evaluation_view(settings)
-        dataset = ImageDataset(shards, section, settings.seed, view=view)
+        dataset = ImageDataset(shards, section, seed=settings.seed, view=view)
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:
