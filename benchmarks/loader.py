@@ -297,7 +297,9 @@ def simulated_imagenet(folder: Path) -> config.Data:
         keys = [f"n{begin + row:08d}_{row:05d}" for row in rows]
         _save_index(
             f"{path}.index.json",
-            make_index(size, keys, 512 + 112_000 * rows, 110_000 + rows % 999, rows % 1000),
+            make_index(
+                size, keys, offsets=512 + 112_000 * rows, sizes=110_000 + rows % 999, labels=rows % 1000
+            ),
         )
     return config.Data(
         train=f"{folder}/*.tar", num_classes=1000, image_size=SIZE, global_batch=1024, workers=0

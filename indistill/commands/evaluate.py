@@ -31,7 +31,9 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
     if settings.evaluate.retrieval:
         assert isinstance(network, Network)  # a Program is refused above
-        database = ImageDataset(open_shards(settings.data, settings.data.train), settings.data, settings.seed)
+        database = ImageDataset(
+            open_shards(settings.data, settings.data.train), settings.data, seed=settings.seed
+        )
         scores |= evaluate.retrieval(accelerator, network, database, eval_set, settings.evaluate.batch)
     accelerator.end_training()
     return scores

@@ -345,7 +345,11 @@ def prepare(settings: Config) -> Job:
     accelerator = start_accelerator(settings, training=False)
     names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
     training = IndexedTraining(
-        settings.data, settings.seed, accelerator.process_index, world, settings.grad_accumulation
+        settings.data,
+        settings.seed,
+        rank=accelerator.process_index,
+        world=world,
+        accumulation=settings.grad_accumulation,
     )
     agree({"data": training.fingerprint})
     student, targets_of, plan = create_networks(accelerator, settings, training)

@@ -47,7 +47,9 @@ class RunDir(_Folder):
     """The files of a run. No other module knows their names."""
 
     config = _Entry("config.yaml")  # all keys with their values
-    status = _Entry("status")  # running, done, requeue or failed; of a chain, in the directory above its stages
+    status = _Entry(
+        "status"
+    )  # running, done, requeue or failed; of a chain, in the directory above its stages
     metrics = _Entry("metrics.jsonl")  # a line for each logged step, evaluation and checkpoint
     history = _Entry("history.jsonl")  # a line for each start and end
     summary = _Entry("summary.json")  # of a finished run: final scores, seconds
@@ -174,5 +176,3 @@ def keep_traceback(error: BaseException, folder: Path) -> Path | str:
     except OSError:
         return "in the log"
     return file
-
-

@@ -5,7 +5,7 @@ from itertools import zip_longest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from indistill.data.dataset import ImageDataset
 from indistill.evaluate.passes import each_batch

@@ -66,19 +66,19 @@ def each_batch(
     loader = eval_loader(
         dataset.for_evaluation(),
         batch,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=accelerator.device,
     )
     try:
         with accelerator.autocast():
-            for batch in loader:
+            for loaded in loader:
                 watchdog.alive()
                 if preemption.asked() and not together:
                     break
                 yield (
-                    batch.images.to(accelerator.device, non_blocking=True),
-                    batch.labels.to(accelerator.device),
+                    loaded.images.to(accelerator.device, non_blocking=True),
+                    loaded.labels.to(accelerator.device),
                 )
             if together and batches[accelerator.process_index] < max(batches):
                 size = dataset.section.image_size

@@ -140,4 +140,8 @@ def open_targets(accelerator: Accelerator, settings: Config) -> Reader:
 def weights_hashes(settings: Config) -> dict[str, str | None]:
     """By key of the config, the SHA-256 of the files that the teacher comes from; None for one that is not here."""
     files = {"teacher.checkpoint": settings.teacher.checkpoint, "teacher.heads": settings.teacher.heads}
-    return {key: sha256(Path(file), ignore_metadata_order=True) if Path(file).is_file() else None for key, file in files.items() if file}
+    return {
+        key: sha256(Path(file), ignore_metadata_order=True) if Path(file).is_file() else None
+        for key, file in files.items()
+        if file
+    }

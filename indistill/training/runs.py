@@ -109,7 +109,11 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
     files = {"teacher.checkpoint": teacher and teacher.checkpoint, "teacher.heads": teacher and teacher.heads}
     files["student.checkpoint"] = settings.student and settings.student.checkpoint
     # A file that is missing is for train to tell.
-    hashes = {key: sha256(Path(file), ignore_metadata_order=True) for key, file in files.items() if file and Path(file).is_file()}
+    hashes = {
+        key: sha256(Path(file), ignore_metadata_order=True)
+        for key, file in files.items()
+        if file and Path(file).is_file()
+    }
     record = RunDir(run_dir).inputs
     if begun:
         kept = json.loads(record.read_text()) if record.exists() else {}

@@ -86,5 +86,7 @@ def open_run_dir(settings: Config) -> RunDir:
         files.config.write_text(config.dump(settings))
         class_names.keep(names, files.path)
     except OSError as error:
-        raise UserError(f"run_dir {files.path}: cannot be written ({error.strerror}): choose another") from None
+        raise UserError(
+            f"run_dir {files.path}: cannot be written ({error.strerror}): choose another"
+        ) from None
     return files

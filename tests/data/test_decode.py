@@ -247,8 +247,8 @@ def test_a_damaged_exif_block_costs_no_image(block):
 def test_a_view_of_a_file_is_the_view_of_its_pixels(recipe):
     section, content = Augment(recipe=recipe), encoded(picture(90, 120))
     for row in augment.uniforms(0, 0, np.arange(30)):
-        expected = augment.train_view(by_pillow(content), row, section, 32)
-        assert np.array_equal(augment.train_view(content, row, section, 32), expected)
+        expected = augment.train_view(by_pillow(content), row, recipe=section, size=32)
+        assert np.array_equal(augment.train_view(content, row, recipe=section, size=32), expected)
     view = EvalView("bilinear", 0.875)
     assert np.array_equal(
         augment.eval_view(content, 32, view), augment.eval_view(by_pillow(content), 32, view)
@@ -259,7 +259,7 @@ def test_a_view_of_a_file_is_the_view_of_its_pixels(recipe):
 def test_a_view_of_a_damaged_file_names_it(recipe):
     content, draws = encoded(picture(90, 120))[:-40], augment.uniforms(0, 0, np.array([0]))[0]
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
-        augment.train_view(content, draws, Augment(recipe=recipe), 32, "a.tar: sample k7")
+        augment.train_view(content, draws, recipe=Augment(recipe=recipe), size=32, where="a.tar: sample k7")
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
         augment.eval_view(content, 32, EvalView("bilinear", 0.875), "a.tar: sample k7")
 

@@ -78,7 +78,7 @@ def test_operations_read_between_pixels_as_timms_do(monkeypatch, interpolation):
     )
     recipe, drawn = Augment(recipe="pad_crop", flip=False, rand_augment={"probability": 1.0}), set()
     for row in uniforms(0, 0, np.arange(60)):
-        plain = train_view(picture(), row, Augment(recipe="pad_crop", flip=False), 48)
+        plain = train_view(picture(), row, recipe=Augment(recipe="pad_crop", flip=False), size=48)
         expected = Image.fromarray(plain)
         chosen = zip(
             augment._operations(row[augment._RAND_AUGMENT], recipe.rand_augment), row[augment._RESAMPLE][1:]
@@ -90,7 +90,8 @@ def test_operations_read_between_pixels_as_timms_do(monkeypatch, interpolation):
             expected = theirs(expected)
             drawn.add((name, which < 0.5))
         assert np.array_equal(
-            train_view(picture(), row, recipe, 48, interpolation=interpolation), np.asarray(expected)
+            train_view(picture(), row, recipe=recipe, size=48, interpolation=interpolation),
+            np.asarray(expected),
         )
     assert {("Rotate", True), ("Rotate", False)} < drawn
 
@@ -317,26 +318,26 @@ ALL = {
 def test_a_view_depends_on_image_and_draws_alone(recipe):
     section, image = Augment(recipe=recipe, **ALL), picture(60, 50)
     rows = uniforms(1, 2, np.arange(40))
-    views = [train_view(image, row, section, 48) for row in rows]
+    views = [train_view(image, row, recipe=section, size=48) for row in rows]
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     for row, view in reversed(list(zip(rows, views))):
         assert view.shape == (48, 48, 3)
         assert view.dtype == np.uint8
-        assert np.array_equal(train_view(image.copy(), row.copy(), section, 48), view)
+        assert np.array_equal(train_view(image.copy(), row.copy(), recipe=section, size=48), view)
     assert len({view.tobytes() for view in views}) == 40
     assert np.array_equal(image, picture(60, 50))
 
 
 def test_the_global_generators_are_left_alone():
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    train_view(picture(), uniforms(1, 2, np.arange(1))[0], Augment(**ALL), 32)
+    train_view(picture(), uniforms(1, 2, np.arange(1))[0], recipe=Augment(**ALL), size=32)
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 def test_switching_a_part_on_leaves_the_others_as_they_are():
     row, image = uniforms(1, 2, np.arange(1))[0], picture(60, 50)
-    plain = train_view(image, row, Augment(), 48)
-    erased = train_view(image, row, Augment(random_erasing={"probability": 1.0}), 48)
+    plain = train_view(image, row, recipe=Augment(), size=48)
+    erased = train_view(image, row, recipe=Augment(random_erasing={"probability": 1.0}), size=48)
     top, left, height, width = augment._erased_box((48, 48), row[augment._ERASING][2:], RandomErasing())
     outside = np.ones((48, 48), bool)
     outside[top : top + height, left : left + width] = False
@@ -345,12 +346,14 @@ def test_switching_a_part_on_leaves_the_others_as_they_are():
     augmented = augment._rand_augment(
         Image.fromarray(plain), row[augment._RAND_AUGMENT], RandAugment(), [Image.Resampling.BILINEAR] * 4
     )
-    assert np.array_equal(train_view(image, row, Augment(rand_augment={}), 48), np.asarray(augmented))
+    assert np.array_equal(
+        train_view(image, row, recipe=Augment(rand_augment={}), size=48), np.asarray(augmented)
+    )
 
 
 def test_no_two_parts_share_a_draw():
     parts = [
-        augment._PLACE,
+        augment._PAD_CROP,
         slice(2, 3),
         augment._CROP,
         augment._JITTER,

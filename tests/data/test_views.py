@@ -62,7 +62,7 @@ def pictures(shards):
 def test_evaluation_shows_what_timms_transform_shows(section, view, size):
     section = section.model_copy(update={"image_size": size})
     dataset = ImageDataset(open_shards(section, section.eval), section, seed=0, view=view)
-    (batch,) = loader.eval_loader(dataset, len(dataset), 0, 1, torch.device("cpu"))
+    (batch,) = loader.eval_loader(dataset, len(dataset), rank=0, world=1, device=torch.device("cpu"))
     transform = timm.data.create_transform(
         (3, size, size), interpolation=view.interpolation, crop_pct=view.crop_pct, crop_mode=view.crop_mode,
         mean=view.mean, normalize=False,
@@ -231,7 +231,7 @@ def test_eval_shows_a_named_network_its_own_view(parsed, monkeypatch):
 
 def test_students_at_once_are_each_evaluated_by_their_own(parsed):
     settings = parsed()
-    whole = ImageDataset(open_shards(settings.data, settings.data.eval), settings.data, 0, view=LITE)
+    whole = ImageDataset(open_shards(settings.data, settings.data.eval), settings.data, seed=0, view=LITE)
     shared = Shared(settings, 2)
     shared.opened = ("training", whole)
     views = []

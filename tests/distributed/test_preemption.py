@@ -62,8 +62,8 @@ def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: 
 
         return mix
 
-    def signalling_loader(*arguments):
-        for i, batch in enumerate(eval_loader(*arguments)):
+    def signalling_loader(*arguments, **keywords):
+        for i, batch in enumerate(eval_loader(*arguments, **keywords)):
             if event == "evaluation" and i == 1:
                 get_signal()
             yield batch
@@ -462,7 +462,7 @@ def test_the_status_tells_a_launcher_what_to_do(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"status", "errors"}
 
 
-def broken(*_: Any) -> None:
+def broken(*_: Any, **__: Any) -> None:
     raise ZeroDivisionError("on purpose")
 
 

@@ -112,7 +112,9 @@ def data_shards(here: Here) -> Said:
     for settings in here.by_data:
         section, accumulation = settings.data, settings.grad_accumulation
         if section.access == "stream":
-            streamed = StreamedTraining(section, settings.seed, here.rank, here.world, accumulation)
+            streamed = StreamedTraining(
+                section, settings.seed, rank=here.rank, world=here.world, accumulation=accumulation
+            )
             yield (
                 OK,
                 f"data.train: {len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch",
@@ -335,7 +337,7 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
             section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)}),
             IndexedTraining,
         )
-    training: TrainingData = kind(section, settings.seed, 0, 1, 1)
+    training: TrainingData = kind(section, settings.seed, rank=0, world=1, accumulation=1)
     batches = iter(training.loader(0, 10**9, torch.device("cpu")))
     replaced = list(next(batches).replaced)  # by then the worker has begun
     images, began = 0, time.monotonic()

@@ -115,7 +115,7 @@ def _images(settings: Config) -> tuple[Tensor, str]:
         if section.eval is None:
             raise UserError("data.eval is not set")
         shards = open_shards(section, section.eval)
-        dataset = ImageDataset(shards, section, settings.seed, view=evaluation_view(settings))
+        dataset = ImageDataset(shards, section, seed=settings.seed, view=evaluation_view(settings))
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:

@@ -213,7 +213,8 @@ def _steps_per_epoch(settings: Config, world: int, samples: int | None) -> int:
     if samples is None:
         kind = IndexedTraining if section.access == "index" else StreamedTraining
         section = section.model_copy(update={"in_memory": False})  # nothing is read but the indices
-        return kind(section, settings.seed, 0, world, accumulation).steps_per_epoch
+        training = kind(section, settings.seed, rank=0, world=world, accumulation=accumulation)
+        return training.steps_per_epoch
     check_accumulation(section, world, accumulation)
     if section.access == "stream":
         return section.epoch_samples // section.global_batch
