@@ -165,7 +165,7 @@ def refused(arguments: list[str], destination: str) -> None:
         ("run_dir", "/dev/null/run", "cannot be written"),  # noticed only by rank 0
     ],
 )
-def test_a_mistake_is_told_once_and_ends_all_ranks(tree, tmp_path, key, section, message):
+def test_a_mistake_is_printed_once_and_ends_all_ranks(tree, tmp_path, key, section, message):
     tree[key if key in tree else "data"] = section if key in tree else tree["data"] | section
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(tree))
