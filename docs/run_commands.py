@@ -126,7 +126,7 @@ def _block(page: str, line: int, match: re.Match[str]) -> Block:
 
 
 def load_configs(block: Block) -> int:
-    """Load the config of a yaml block, or each `CONFIG key=value ...` of a skipped block; return their number.
+    """Load the config of a yaml block, or each `CONFIG key=value ...` of a skipped block; return how many.
 
     Raises UserError, or YAMLError.
     """
