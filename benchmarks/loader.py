@@ -256,7 +256,7 @@ def scaled_view(file: bytes, box: decode.Box) -> np.ndarray:
 
 
 def cold_start(files: list[bytes], scratch: Path, repeats: int = 3) -> str:
-    """Time opening an index of ImageNet's size until the first batch; all its samples are the same few images."""
+    """Time the first batch from an index of ImageNet's size, whose samples are all the same few images."""
     section = simulated_imagenet(scratch / "simulated")
     rows = []
     for step in (0, 1_000, 10_000_000):
@@ -285,7 +285,7 @@ def cold_start(files: list[bytes], scratch: Path, repeats: int = 3) -> str:
 
 
 def simulated_imagenet(folder: Path) -> config.Data:
-    """Write 1,024 sparse files of the right size as shards, with indices; return the section that reads them."""
+    """Write 1,024 indices, with sparse files as shards; return the config section that reads them."""
     folder.mkdir()
     bounds = np.linspace(0, IMAGENET_SAMPLES, IMAGENET_SHARDS + 1).astype(int)
     for number, (begin, end) in enumerate(itertools.pairwise(bounds)):

@@ -48,7 +48,7 @@ def pack(folder: Path, samples: int, size: int) -> None:
 
 
 def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: int) -> dict[str, Any]:
-    """Return a config: a student of half the width, four pairs of `steps` steps each, then `last` steps of KD."""
+    """Return a config: student of half the width, four pairs of `steps` steps, then `last` steps of KD."""
     return {
         "run_dir": str(run_dir),
         "duration": f"{4 * steps + last} steps",
@@ -95,7 +95,7 @@ def within_phases(steps: list[Step]) -> Iterator[tuple[Step, Step]]:
 
 
 def sent_bytes() -> int:
-    """Return the kernel's count of bytes that others have acknowledged over TCP, loopback included (Linux)."""
+    """Return the kernel's count of acknowledged bytes sent over TCP, loopback included (Linux)."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):

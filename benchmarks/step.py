@@ -119,9 +119,11 @@ class Parts:
 def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     student, teacher = student.float(), teacher.float()
     soft = F.kl_div(
-        F.log_softmax(student / TEMPERATURE, 1), F.log_softmax(teacher / TEMPERATURE, 1), reduction="batchmean",
+        F.log_softmax(student / TEMPERATURE, 1),
+        F.log_softmax(teacher / TEMPERATURE, 1),
+        reduction="batchmean",
         log_target=True,
-    )  # fmt: skip
+    )
     return 0.5 * F.cross_entropy(student, labels) + 0.5 * TEMPERATURE**2 * soft
 
 
@@ -172,7 +174,7 @@ def every_layer(job: Job) -> Step:
 
 
 def as_published(job: Job) -> Step:
-    """(c') Like (c), with gradients for the teacher and a second, pruned pass of each stage's last convolution.
+    """(c') Like (c), with gradients for the teacher and a second, pruned pass of each stage's last layer.
 
     The published code does both at every step. This version is for ResNets of basic blocks.
     """
@@ -232,7 +234,7 @@ def timm_task(job: Job, channels_last: bool = False) -> Step:
 
 
 def torchdistill(job: Job, channels_last: bool = False) -> Step:
-    """(d) torchdistill's DistillationBox, used as in its image_classification.py and its KD example's config."""
+    """(d) torchdistill's DistillationBox, used as in its image_classification.py and KD example."""
     sys.path += [job.peers] if job.peers else []
     from torchdistill.core.distillation import DistillationBox
 
@@ -389,7 +391,7 @@ def networks(job: Job) -> tuple[nn.Module, nn.Module]:
 
 
 def synthetic(job: Job) -> tuple[Tensor, Tensor]:
-    """Return images, uint8 [B, 3, 224, 224], and labels, int64 [B], in host memory: the same for all contestants."""
+    """Return images (uint8 [B, 3, 224, 224]) and labels (int64 [B]) in host memory, the same for all."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (job.batch, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     labels = torch.randint(CLASSES, (job.batch,), generator=generator)
@@ -407,10 +409,10 @@ def clock() -> float:
 
 
 def turns(pipe: Connection, peaks: list[int]) -> Iterator[None]:
-    """Yield once for each step that the parent requests; time or profile the steps of each turn.
+    """Yield once for each step that the parent requests, and time or profile the steps of each turn.
 
-    The peak of memory is appended to `peaks` after each timed turn. It is reset after the first turn, in which
-    memory is allocated and caches are filled.
+    The peak of memory is appended to `peaks` after each timed turn. It is reset after the first turn, which
+    allocates memory and fills caches.
     """
     for number, (count, recorded) in enumerate(iter(pipe.recv, None)):
         if number == 1:
@@ -437,7 +439,7 @@ def reset_peak() -> None:
 
 
 def resident(field: str) -> int:
-    """Return this process's resident bytes: "VmRSS" is the current value, "VmHWM" the peak since `reset_peak`.
+    """Return this process's resident bytes: now for "VmRSS", peak since `reset_peak` for "VmHWM".
 
     getrusage's ru_maxrss would include the memory of the parent at the time when it started this process.
     """
@@ -447,7 +449,7 @@ def resident(field: str) -> int:
 
 def work(job: Job, pipe: Connection) -> None:
     """Take turns in a contestant's process, then send its first loss and its peak memory to the parent."""
-    import timm  # noqa: F401, so that all contestants have imported the same before the first measurement
+    import timm  # noqa: F401, so that all contestants have the same imports before the first measurement
 
     import indistill.training.loop  # noqa: F401
 
@@ -472,7 +474,7 @@ class Stopped(Exception):
 
 
 def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
-    """(b) `indistill.training.loop.train` itself, with a loader that repeats one batch and waits for turns."""
+    """(b) `indistill.training.loop.train`, with a loader that repeats one batch and waits for its turns."""
     from indistill import Callback, config
     from indistill.data.batch import Batch
     from indistill.training import loop
@@ -544,7 +546,7 @@ class Result(NamedTuple):
 
 
 def play(jobs: list[Job], arguments: argparse.Namespace) -> list[Result]:
-    """Launch all contestants several times, because the memory layout can slow a process down by some per cent."""
+    """Launch all contestants several times: the memory layout can slow a process down by some per cent."""
     launches = [launch(jobs, arguments.rounds, arguments.steps) for _ in range(arguments.launches)]
     return [
         of_job[0]._replace(
@@ -556,7 +558,7 @@ def play(jobs: list[Job], arguments: argparse.Namespace) -> list[Result]:
 
 
 def launch(jobs: list[Job], rounds: int, steps: int) -> list[Result]:
-    """Run each contestant in a process of its own. They take turns of `steps` steps, in random order each round."""
+    """Run each contestant in its own process. They take turns of `steps` steps, in random order."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for job in jobs:
@@ -591,7 +593,7 @@ def launch(jobs: list[Job], rounds: int, steps: int) -> list[Result]:
 
 
 def check_losses(results: list[Result]) -> None:
-    """Check that all contestants have the same loss on the first batch, with the same weights, images and labels."""
+    """Raise SystemExit if the contestants' losses on the first batch differ."""
     reference = next((result for result in results if result.job.contestant == "by hand"), None)
     for result in results:
         if reference is None or result.job.contestant.endswith(" alone"):
@@ -599,7 +601,7 @@ def check_losses(results: list[Result]) -> None:
         close = 1e-4 if result.job.precision == "fp32" else 3e-2
         peer = result.job.contestant.startswith(("timm", "torchdistill"))
         if result.job.precision == "bf16" and not GPU and peer:
-            # On CPUs autocast leaves the peers' log_softmax in bf16, in which a small divergence is mostly lost.
+            # On CPUs autocast leaves the peers' log_softmax in bf16, where a small divergence is mostly lost.
             close = 0.1
         if abs(result.loss - reference.loss) > close * abs(reference.loss):
             raise SystemExit(f"{result.job}: first loss {result.loss}, by hand {reference.loss}")
@@ -660,16 +662,16 @@ def write(name: str, parts: list[str], results: list[Result]) -> None:
     file.with_suffix(".json").write_text(json.dumps(record) + "\n")
 
 
-METHOD = """Each contestant is a process. They take turns, in another order each round. Figures are medians; ratios
-are formed within a round. On a CPU the measure is processor time with one thread; memory is the highest resident
-set during the timed steps, less that after the imports.
+METHOD = """Each contestant is a process. They take turns, in another order each round. Figures are medians;
+ratios are formed within a round. On a CPU the measure is processor time with one thread; memory is the
+highest resident set during the timed steps, less that after the imports.
 """
 
 
 def compare(
     name: str, precision: str, folder: str, arguments: argparse.Namespace, all_results: list[Result]
 ) -> Iterator[str]:
-    """Yield each part of the report on one pair of networks when it is ready; append results to `all_results`."""
+    """Yield each part of the report on one pair when it is ready; append the results to `all_results`."""
     batch = arguments.batch or (PAIRS[name].gpu_batch if GPU else PAIRS[name].cpu_batch)
     pair = PAIRS[name]
 

@@ -1,4 +1,4 @@
-"""The studies in benchmarks/: what their methods train, which runs are due, and the tables of their scores."""
+"""The studies in benchmarks/: what the methods train, which runs are due, and the tables of scores."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def test_mean_and_deviation():
 
 
 def made_up(small, tmp_path: Path, scores: dict[tuple[str, int], list[float]]) -> list[str]:
-    """A study whose lines have these scores: by method and budget, those of the seeds. Returns its options."""
+    """Write a study whose lines have these scores per seed, by method and budget; return its options."""
     methods, epochs = ({key[i] for key in scores} for i in (0, 1))
     cells = [{"methods": sorted(methods), "epochs": sorted(epochs), "rates": [0.001]}]
     options = small(cells=cells)
