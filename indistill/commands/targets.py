@@ -395,7 +395,9 @@ def create_networks(
     """The student, whose stages choose what is stored, the teacher in its precision, and the pruning plan."""
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        student, targets_of, plan = parts.networks(accelerator, settings, RunDir(Path(scratch)), calibration)
+        student, targets_of, plan = parts.networks(
+            accelerator, settings, files=RunDir(Path(scratch)), calibration=calibration
+        )
     # check_storable refuses `stage: heads`, and the source is live.
     assert isinstance(student, Network)
     assert isinstance(targets_of, LiveTargets)
@@ -414,7 +416,9 @@ def views_of_fields(
     phases: Collection[str] = {phase.name for phase in timetable.curriculum.phases()}
     if auto:
         objective = Objective(losses, timetable.steps_per_epoch, settings.kd.relational_scope)
-        phases = cheaper_stored(settings, student, targets_of, objective, timetable)
+        phases = cheaper_stored(
+            settings, student, live=targets_of, objective=objective, timetable=timetable
+        )
         if not phases:
             raise UserError(
                 "targets: auto: live targets are cheaper in every phase (see `indistill plan`): set targets: "

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 from indistill.config import UserError
 from indistill.curriculum import Phase
 
+Student = TypeVar("Student", bound=nn.Module)
 _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
 
 
@@ -236,7 +237,7 @@ def _scale_losses(optimizer: Any) -> None:
     optimizer.dynamic_loss_scale = True
 
 
-def whole(accelerator: Accelerator, student: nn.Module) -> Callable[[], nn.Module]:
+def whole(accelerator: Accelerator, student: Student) -> Callable[[], Student]:
     """What gives the student with all its weights, to be called on all ranks. Call this before `prepare`.
 
     Under ZeRO that is a copy, with the weights as of the latest call: in training they lie in pieces (stage 3), or in
