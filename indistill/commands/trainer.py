@@ -11,7 +11,7 @@ from indistill.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from indistill.commands.export.source import Source
-    from indistill.commands.plan.estimate import Estimate
+    from indistill.commands.plan.result import Estimate
     from indistill.models.network import Network
 
 
@@ -46,7 +46,7 @@ class Trainer:
         return self.runs[0][1]
 
     def plan(self, world: int | None = None, samples: int | None = None) -> Estimate | dict[str, Estimate]:
-        """What `train` will take in time, memory and bytes, without a GPU; `print(estimate.text(plan))` shows it.
+        """What `train` will take in time, memory and bytes, without a GPU; `print(plan)` shows it.
 
         world: processes; None: the config's `machine.devices_per_node`. samples: training images, where their shards
         are not on this machine.
