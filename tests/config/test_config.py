@@ -112,7 +112,7 @@ def test_the_run_cannot_last_a_share_of_itself(file):
     assert config.load(file, ["warmup.durations=[10%, 10%, 10%]"]).warmup.durations == ["10%"] * 3
 
 
-# --- overrides -------------------------------------------------------------------------------------------------------
+# --- overrides ----------------------------------------------------------------------------------------------
 
 
 def test_overrides_reach_everywhere(file):
@@ -161,7 +161,7 @@ def test_bad_overrides(file, override, message):
     assert refusal(file, [override]) == f"override {override!r}: {message}"
 
 
-# --- what the file may hold ------------------------------------------------------------------------------------------
+# --- what the file may hold ---------------------------------------------------------------------------------
 
 
 def test_yaml_reads_no_as_false_and_it_works_all_the_same(file):
@@ -231,7 +231,7 @@ def test_a_config_cannot_be_changed_after_loading(settings):
         settings.seed = 3
 
 
-# --- round trip and identity -----------------------------------------------------------------------------------------
+# --- round trip and identity --------------------------------------------------------------------------------
 
 
 def test_dump_is_read_back_equal(tree, file):
@@ -311,7 +311,7 @@ def test_values_that_mean_the_same_are_the_same_run(tree, settings):
     assert config.fingerprint(config.parse(same, "test")) == config.fingerprint(settings)
 
 
-# --- a teacher that knows nothing ------------------------------------------------------------------------------------
+# --- a teacher that knows nothing ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("teacher", ["{name: resnet18}", "{name: resnet18, pretrained: false}"])

@@ -89,7 +89,7 @@ def written_out(chain: dict[str, Any]) -> list[tuple[str, config.Config]]:
     ]
 
 
-# --- what the stages are ---------------------------------------------------------------------------------------------
+# --- what the stages are ------------------------------------------------------------------------------------
 
 
 def test_a_plain_config_is_one_stage_without_a_name(tree, settings):
