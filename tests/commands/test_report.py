@@ -170,7 +170,7 @@ def test_a_report_that_fails_fails_no_run(chain, tmp_path, monkeypatch, capfd):
 
 
 def test_the_page_in_a_browser(chain, run, browser, tmp_path):
-    """Names and texts that would run as a script are shown, the numbers are those of the run, and all fits a phone."""
+    """Texts that could run as a script are shown, numbers are those of the run, and the page fits a phone."""
     (run / "checkpoints" / "step-00000024" / "state.json").write_text(
         json.dumps({"step": 24, "scores": {}, "parts": {"log": {"bad": [EVIL]}}})
     )
@@ -450,7 +450,10 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, run, capsys):
 
 def test_a_report_of_what_is_known_needs_no_torch(run):
     report_page.write([run])
-    code = "import sys; from indistill.commands.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from indistill.commands.cli import main; main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run(
         [sys.executable, "-c", code, "report", str(run)], check=True, capture_output=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""Configs: every mistake is one line with the file, the key and what would do; equal runs have equal fingerprints."""
+"""Configs: a mistake is one line with file, key and remedy; equal runs have equal fingerprints."""
 
 import copy
 import re
@@ -321,8 +321,8 @@ def test_values_that_mean_the_same_are_the_same_run(tree, settings):
 def test_a_teacher_without_weights_is_refused(file, teacher, stage):
     message = refusal(file, [*stage, f"teacher={teacher}"])
     assert message.endswith(
-        "teacher: resnet18 has no weights: set pretrained: true or checkpoint: FILE; for a random teacher, as a "
-        "control, set random: true and pretrained: false"
+        "teacher: resnet18 has no weights: set pretrained: true or checkpoint: FILE; for a random "
+        "teacher, as a control, set random: true and pretrained: false"
     )
 
 

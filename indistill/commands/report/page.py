@@ -223,37 +223,43 @@ def _rate(run: Run, bands: Sequence[Band]) -> Chart:
 
 
 def _similarities(run: Run, bands: Sequence[Band]) -> list[Chart]:
-    layers = list(dict.fromkeys(
-        key.removeprefix("cka_") for line in run.lines for key in line if key.startswith("cka_")
-    ))  # fmt: skip
+    keys = dict.fromkeys(key for line in run.lines for key in line)
+    layers = [key.removeprefix("cka_") for key in keys if key.startswith("cka_")]
     samples = f"Computed on at most {run.settings.evaluate.similarity_samples} images of data.eval."
-    drawn = [
+    alignment = [Series(layer, run.points(f"cka_{layer}")) for layer in layers]
+    divergence = [Series("divergence", run.points("information_flow_divergence"))]
+    information = [Series(layer, run.points(f"information_student_{layer}")) for layer in layers]
+    return [
         Chart(
-            "Alignment of the maps (linear CKA)", "from 0 to 1", [Series(one, run.points(f"cka_{one}")) for one in layers],
-            bands=bands, from_zero=True, note=samples,
+            "Alignment of the maps (linear CKA)",
+            "from 0 to 1",
+            alignment,
+            bands=bands,
+            from_zero=True,
+            note=samples,
         ),
         Chart(
-            "Divergence of the information flow", "", [Series("divergence", run.points("information_flow_divergence"))],
-            bands=bands, may_be_log=True, note="Of the student from the teacher, over all layers; 0: the same flow.",
+            "Divergence of the information flow",
+            "",
+            divergence,
+            bands=bands,
+            may_be_log=True,
+            note="Between teacher and student, over all layers; 0: the same flow.",
         ),
-    ]  # fmt: skip
-    information = [Series(one, run.points(f"information_student_{one}")) for one in layers]
-    drawn.append(
         Chart(
             "Information in the student's layers",
             "QMI with the labels",
             information,
             bands=bands,
             from_zero=True,
-        )
-    )
-    return drawn
+        ),
+    ]
 
 
 def _plan_note(run: Run) -> str:
     note = (
-        f"Criterion {run.plan.get('criterion')}, mode {run.plan.get('mode')}: the most important channels are "
-        "kept, as many as the student has."
+        f"Criterion {run.plan.get('criterion')}, mode {run.plan.get('mode')}: the most important channels "
+        "are kept, as many as the student has."
     )
     if run.plan.get("importance"):
         return note

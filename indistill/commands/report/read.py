@@ -61,7 +61,7 @@ class Run(NamedTuple):
 
 
 def run_dirs(path: Path) -> list[Path]:
-    """Return the run directories at or in `path`, by their first start. Raises UserError if there are none."""
+    """Return the run directories at or in `path`, by first start. Raises UserError if there are none."""
     if (path / "config.yaml").is_file():
         return [path]
     inside = [file.parent for file in path.glob("*/config.yaml")]

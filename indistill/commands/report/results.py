@@ -128,6 +128,6 @@ def _speed_note(run: Run) -> str:
         threads = ", 1 thread" if speed["threads"] == 1 else f", {speed['threads']} threads"
     precision = {"no": "float32"}.get(speed["precision"], speed["precision"])
     return (
-        f"ms: median of {speed['rounds']} forward passes, the networks in turns, on batches of {speed['batch']} "
-        f"images in {precision}, on {speed['device']}{threads}, torch {speed['torch']}."
+        f"ms: median of {speed['rounds']} forward passes, the networks in turns, on batches of "
+        f"{speed['batch']} images in {precision}, on {speed['device']}{threads}, torch {speed['torch']}."
     )
