@@ -75,8 +75,8 @@ def size(section: config.Model, data: config.Data) -> dict[str, int]:
 def speed(sections: Mapping[str, config.Model], settings: Config) -> dict[str, Any]:
     """Measure the median seconds of each network's forward pass on a batch.
 
-    The networks take turns, so disturbances affect them alike. They compute as in evaluation, normalised and in
-    channels_last, in the run's precision on a GPU and in float32 on CPUs.
+    The networks take turns, so disturbances affect them alike. They compute as in evaluation, normalised and
+    in channels_last, in the run's precision on a GPU and in float32 on CPUs.
     """
     import torch
 
