@@ -330,14 +330,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     plan = _trainer(arguments).plan(arguments.world, arguments.samples)
-    from indistill.commands.plan.text import text
-
     if not isinstance(plan, dict):
-        print(json.dumps(dataclasses.asdict(plan)) if arguments.json else text(plan))
+        print(json.dumps(dataclasses.asdict(plan)) if arguments.json else plan)
     elif arguments.json:
         print(json.dumps({name: dataclasses.asdict(of_run) for name, of_run in plan.items()}))
     else:
-        print("\n\n\n".join(f"stage {name}: {text(of_run)}" for name, of_run in plan.items()))
+        print("\n\n\n".join(f"stage {name}: {of_run}" for name, of_run in plan.items()))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from indistill.training.callbacks import Callback
 if TYPE_CHECKING:
     from indistill.commands.export.load import Program
     from indistill.commands.export.source import Source
-    from indistill.commands.plan.estimate import Estimate
+    from indistill.commands.plan.result import Estimate
     from indistill.models.network import Network
 
 
@@ -48,9 +48,7 @@ class Trainer:
         return self.runs[0][1]
 
     def plan(self, world: int | None = None, samples: int | None = None) -> Estimate | dict[str, Estimate]:
-        """Estimate the time, memory and bytes of `train`, without a GPU.
-
-        `indistill.commands.plan.text.text` formats the result.
+        """Estimate the time, memory and bytes of `train`, without a GPU; `print(plan)` shows the estimate.
 
         world: number of processes; None: the config's `machine.devices_per_node`. samples: number of training
         images, needed only if their shards are not on this machine.

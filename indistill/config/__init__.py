@@ -1,4 +1,4 @@
-"""The configuration: typed, frozen sections, and how they are read. Imports no torch."""
+"""The configuration: typed, frozen sections, and functions to read them. Imports no torch."""
 
 from indistill.config.base import Duration, Probability, Section, UserError, in_one_line, to_steps
 from indistill.config.loss import (

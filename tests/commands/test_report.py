@@ -110,7 +110,7 @@ def rows(file: Path) -> list[tuple[str, list[str]]]:
     return [(heading, re.findall(r"<td>(.*?)</td>", rest)) for heading, rest in found]
 
 
-# --- what a run records ----------------------------------------------------------------------------------------------
+# --- what a run records -------------------------------------------------------------------------------------
 
 
 def test_starts_and_ends_are_recorded(chain):
@@ -166,11 +166,11 @@ def test_a_report_that_fails_fails_no_run(chain, tmp_path, monkeypatch, capfd):
     assert read_lines(tmp_path / "run" / "history.jsonl")[-1]["how"] == "done"
 
 
-# --- in a browser ----------------------------------------------------------------------------------------------------
+# --- in a browser -------------------------------------------------------------------------------------------
 
 
 def test_the_page_in_a_browser(chain, run, browser, tmp_path):
-    """Names and texts that would run as a script are shown, the numbers are those of the run, and all fits a phone."""
+    """Texts that could run as a script are shown, numbers are those of the run, and the page fits a phone."""
     (run / "checkpoints" / "step-00000024" / "state.json").write_text(
         json.dumps({"step": 24, "scores": {}, "parts": {"log": {"bad": [EVIL]}}})
     )
@@ -283,7 +283,7 @@ def test_a_comparison_in_a_browser(chain, run, browser, tmp_path):
     assert set(browser.requests) <= {page.as_uri(), "data:,"}
 
 
-# --- what is in it ---------------------------------------------------------------------------------------------------
+# --- what is in it ------------------------------------------------------------------------------------------
 
 
 def test_every_number_of_the_run_is_in_its_curves(chain):
@@ -315,8 +315,8 @@ def test_every_number_of_the_run_is_in_its_curves(chain):
         assert min(y for _, y in found[title, "kept"]) >= max(y for _, y in found[title, "left out"])
     ends = [rest for _, rest in rows(page) if rest[-1].startswith(("requeue", "done"))]
     assert [row[0] for row in ends] == ["0", "10"]
-    assert "Started 2 times: 1 restart." in page.read_text()
-    assert "Speed not measured yet" in page.read_text()
+    assert "Started 2 times." in page.read_text()
+    assert "Speed is not measured yet" in page.read_text()
 
 
 def test_networks_are_counted(chain):
@@ -343,7 +343,7 @@ def test_speed_is_measured_once(run, monkeypatch):
     assert json.loads((run / "networks.json").read_text()) == known
     (run / "networks.json").unlink()
     page = report_page.write([run])  # what cannot be measured is told
-    assert "Speed not measured: ZeroDivisionError: division by zero." in page.read_text()
+    assert "Speed could not be measured: ZeroDivisionError: division by zero." in page.read_text()
 
 
 def test_several_runs_and_those_of_a_chain(chain, run, tmp_path):
@@ -417,10 +417,10 @@ def test_every_kind_of_run_has_a_report(run, kind):
     data_of(page)
     assert "NaN" not in text
     if kind == "running":
-        assert "running, or killed" in text
+        assert "running or killed" in text
         assert curves(page)["Loss", "loss"][3] == (4, None)
     if kind == "killed":
-        assert "killed or crashed, without a word" in text
+        assert "killed or crashed; no end was recorded" in text
     if kind == "heads":
         assert dict(rows(page))["head1"][0] == "25.00"
     if kind == "supervised":
@@ -433,7 +433,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, run, capsys):
         ([tmp_path / "none"], "none: no such directory"),
         (
             [tmp_path / "run" / "checkpoints"],
-            "holds no config.yaml, and no folder in it does: give the run_dir",
+            "there is no config.yaml in it or in its folders: give the run_dir",
         ),
         ([run, "--baseline", tmp_path / "none"], "none: no such directory"),
         ([run, "--output", tmp_path / "file" / "x.html"], "cannot be written .*: choose another --output"),
@@ -450,13 +450,16 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, run, capsys):
 
 def test_a_report_of_what_is_known_needs_no_torch(run):
     report_page.write([run])
-    code = "import sys; from indistill.commands.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from indistill.commands.cli import main; main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run(
         [sys.executable, "-c", code, "report", str(run)], check=True, capture_output=True, timeout=120
     )
 
 
-# --- charts ----------------------------------------------------------------------------------------------------------
+# --- charts -------------------------------------------------------------------------------------------------
 
 
 def test_thinned_curves_keep_their_extremes_and_their_values():

@@ -439,7 +439,7 @@ def test_a_run_does_not_go_on_with_rounded_targets(stored, tmp_path):
     [
         (
             "data.augment.views=null",
-            "data.augment.views, how many views of each sample there are, is missing: set it",
+            "data.augment.views, the number of views of each sample, is missing: set it",
         ),
         (
             "data.access=stream data.in_memory=false data.epoch_samples=192",
@@ -447,9 +447,9 @@ def test_a_run_does_not_go_on_with_rounded_targets(stored, tmp_path):
         ),
         ("kd.mix.cutmix=1.0", "kd.mix makes new images at every step: remove it"),
         ("warmup.prune.mode=paper_bn", "warmup.prune.mode: paper_bn depends on the batch: set it to slice"),
-        ("warmup.curriculum=auto", "warmup.curriculum: auto does not say ahead"),
-        ("teacher=null warmup=null kd.losses=[{name: ce}]", "there are none without teacher and student"),
-        ("targets.top_k=11", "targets.top_k is larger than data.num_classes (10): lower it"),
+        ("warmup.curriculum=auto", "warmup.curriculum: auto decides during the run"),
+        ("teacher=null warmup=null kd.losses=[{name: ce}]", "there are no targets without a teacher and a student"),
+        ("targets.top_k=11", "targets.top_k is larger than data.num_classes (10): lower top_k"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_with_the_config(stored, override, message):
@@ -569,7 +569,7 @@ def test_the_command(stored, tmp_path, capsys):
     assert lines[1].endswith(", 1 are wrong")
 
     for overrides, message in {
-        ("data.augment.views=null",): "targets: data.augment.views, how many views",
+        ("data.augment.views=null",): "targets: data.augment.views, the number of views",
         ("targets.dir=s3://bucket/x",): "targets.dir s3://bucket/x: is not a local path",
         ("targets.top_k=3",): "holds targets of another config (field logits: ",
         (
