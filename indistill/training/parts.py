@@ -30,6 +30,7 @@ from indistill.models.heads import Heads
 from indistill.models.network import Network, normalisation
 from indistill.models.outputs import Output
 from indistill.models.stages import check_stages, find_stages, match_stages
+from indistill.models.timm_model import TimmModel
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets
 from indistill.targets.reader import open_targets
@@ -56,13 +57,13 @@ def networks(
     seed_everything(settings.seed)
     device, size, losses = accelerator.device, input_size(settings), settings.kd.losses
     if settings.stage == "heads":
-        return heads(accelerator, settings), LiveTargets(None, NO_PLAN, size), NO_PLAN
+        return heads(accelerator, settings), LiveTargets(None, NO_PLAN, input_size=size), NO_PLAN
     net = create_student(settings)
     normalisation = network.normalisation(net, settings.student, "student")
     if settings.teacher is None:
         return (
-            trainable(settings, Network(net, *normalisation)).to(device),
-            LiveTargets(None, NO_PLAN, size),
+            trainable(settings, Network(net, normalisation)).to(device),
+            LiveTargets(None, NO_PLAN, input_size=size),
             NO_PLAN,
         )
 
@@ -85,7 +86,7 @@ def networks(
     kd_pairs = choose_pairs(settings, teacher_net, net) if reads(losses, "features") else []
     student = Network(
         net,
-        *normalisation,
+        normalisation,
         stages=[student_stage for _, student_stage in stages],
         adapters={
             i: nn.Conv2d(pair.student_width, pair.teacher_width, kernel_size=1)
@@ -106,7 +107,17 @@ def networks(
     check_cohort(losses, len(cohort.stages) if cohort else 0)
     precision, pool = settings.teacher.precision or settings.mixed_precision, settings.targets.pool
     run = (run_teacher or compiled)(teacher, settings)
-    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, run, pool)
+    targets_of = LiveTargets(
+        teacher,
+        plan,
+        input_size=size,
+        kd_stages=kd_stages,
+        heads=cohort,
+        shard_on=shard_on,
+        precision=precision,
+        run=run,
+        pool=pool,
+    )
     return trainable(settings, student).to(device), targets_of, plan
 
 
@@ -143,7 +154,7 @@ def trainable(settings: Config, student: Network) -> Network:
     return convert_sync_batchnorm(student) if settings.sync_batchnorm else student
 
 
-def create_student(settings: Config) -> nn.Module:
+def create_student(settings: Config) -> TimmModel:
     net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
     if reads(settings.kd.losses, "token") and not hasattr(net, "set_distilled_training"):
         raise UserError(
@@ -162,7 +173,7 @@ def create_teacher(settings: Config) -> Network:
         class_names.check_weights(
             class_names.of_pretrained(net.pretrained_cfg, section.name), settings.data, "teacher"
         )
-    return Network(net, *normalisation(net, settings.teacher, "teacher"))
+    return Network(net, normalisation(net, settings.teacher, "teacher"))
 
 
 def compiled(teacher: Network, settings: Config) -> Callable[..., Output]:
