@@ -529,12 +529,12 @@ def test_a_teacher_whose_loss_is_constant_has_no_taylor_importance():
     net = CNN32((6, 8, 8), 12, CLASSES).double()
     nn.init.zeros_(net.fc2.weight)
     with pytest.raises(
-        UserError, match=r"taylor tells no channels of teacher stage 1 apart.*trained weights"
+        UserError, match=r"taylor is zero or not a number .* of teacher stage 1: .*trained weights"
     ):
         prune.calibrate(net, normalise, [1], calibration_batches(), "taylor")
     assert prune.calibrate(net, normalise, [1], calibration_batches(), "activation")[1].max() > 0
     nn.init.constant_(net.conv2.weight, np.nan)
-    with pytest.raises(UserError, match="activation tells no channels of teacher stage 1 apart"):
+    with pytest.raises(UserError, match="activation is zero or not a number for every channel of teacher stage 1"):
         prune.calibrate(net, normalise, [1], calibration_batches(), "activation")
 
 

@@ -29,9 +29,10 @@ from indistill.losses.layers import Shape
 from indistill.losses.objective import reads
 from indistill.models import timm_model
 from indistill.models.heads import Heads
-from indistill.models.network import Network, normalisation
+from indistill.models.network import Network, Normalisation, normalisation
 from indistill.models.outputs import Output
 from indistill.models.stages import check_stages, find_stages, match_stages
+from indistill.models.timm_model import TimmModel
 from indistill.models.trainable import Trainable
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets
@@ -61,14 +62,14 @@ def networks(
     Raises UserError for networks, weights, stored targets or a plan that do not fit each other.
     """
     seed_everything(settings.seed)
-    no_targets = LiveTargets(None, NO_PLAN, input_size(settings))
+    no_targets = LiveTargets(None, NO_PLAN, input_size=input_size(settings))
     if settings.stage == "heads":
         return heads(accelerator, settings), no_targets, NO_PLAN
     net = create_student(settings)
     assert settings.student is not None  # the config requires it unless stage is heads
-    builder = _Builder(accelerator, settings, net, *normalisation(net, settings.student, "student"))
+    builder = _Builder(accelerator, settings, net, normalisation(net, settings.student, "student"))
     if settings.teacher is None:
-        return builder.finish(Network(net, builder.mean, builder.std)), no_targets, NO_PLAN
+        return builder.finish(Network(net, builder.normalisation)), no_targets, NO_PLAN
     if settings.targets.source == "cached":
         return builder.with_stored_targets(files)
     teacher = builder.load_teacher(settings.teacher, make_teacher or create_teacher)
@@ -92,9 +93,8 @@ class _Builder:
 
     accelerator: Accelerator
     settings: Config
-    net: nn.Module
-    mean: Sequence[float]  # of the student's input, per channel
-    std: Sequence[float]
+    net: TimmModel
+    normalisation: Normalisation  # of the student's input
 
     def with_stored_targets(self, files: RunDir) -> Parts:
         reader = open_targets(self.accelerator, self.settings)
@@ -135,7 +135,7 @@ class _Builder:
         targets = LiveTargets(
             teacher,
             plan,
-            input_size(settings),
+            input_size=input_size(settings),
             kd_stages=kd_stages,
             heads=cohort,
             shard_on=self.shard_device(section),
@@ -145,14 +145,13 @@ class _Builder:
         )
         return self.finish(student), targets, plan
 
-    def student(self, teacher: nn.Module, plan: Plan) -> tuple[Network, list[int]]:
+    def student(self, teacher: TimmModel | manifest.Teacher, plan: Plan) -> tuple[Network, list[int]]:
         """Create the student; return it and the teacher's stages whose whole maps KD reads."""
         settings, losses = self.settings, self.settings.kd.losses
         kd_pairs = choose_pairs(settings, teacher, self.net) if reads(losses, "features") else []
         student = Network(
             self.net,
-            self.mean,
-            self.std,
+            self.normalisation,
             stages=[pair.student_stage for pair in plan.pairs],
             adapters={
                 i: nn.Conv2d(pair.student_width, pair.teacher_width, kernel_size=1)
@@ -205,7 +204,7 @@ def trainable(settings: Config, student: Network) -> Network:
     return convert_sync_batchnorm(student) if settings.sync_batchnorm else student
 
 
-def create_student(settings: Config) -> nn.Module:
+def create_student(settings: Config) -> TimmModel:
     net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
     if reads(settings.kd.losses, "token") and not hasattr(net, "set_distilled_training"):
         raise UserError(
@@ -225,7 +224,7 @@ def create_teacher(settings: Config) -> Network:
     if section.pretrained:
         names = class_names.of_pretrained(net.pretrained_cfg, section.name)
         class_names.check_weights(names, settings.data, "teacher")
-    return Network(net, *normalisation(net, section, "teacher"))
+    return Network(net, normalisation(net, section, "teacher"))
 
 
 def compiled(teacher: Network, settings: Config) -> Forward:

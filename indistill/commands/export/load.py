@@ -100,7 +100,7 @@ def load_file(settings: Config, path: Path) -> Network:
     assert settings.student is not None  # the callers refuse runs that train none
     section = settings.student.model_copy(update={"checkpoint": str(path), "pretrained": False})
     net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "student")
-    return Network(net, *normalisation(net, section, "student"))
+    return Network(net, normalisation(net, section, "student"))
 
 
 def load_folder(folder: Path, settings: Config) -> Network | Program:
@@ -178,7 +178,7 @@ def _pretrained(name: str, settings: Config) -> Network:
     """Load a timm model with its own weights."""
     section = _named(name)
     net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "eval")
-    return Network(net, *normalisation(net, section, "eval"))
+    return Network(net, normalisation(net, section, "eval"))
 
 
 def need_onnx() -> None:

@@ -89,7 +89,7 @@ def speed(sections: Mapping[str, config.Model], settings: Config) -> dict[str, A
     half = (0.5, 0.5, 0.5)
     with torch.random.fork_rng():
         nets = {
-            role: Network(_create(section, settings.data), half, half) for role, section in sections.items()
+            role: Network(_create(section, settings.data), (half, half)) for role, section in sections.items()
         }
     nets = {role: net.to(device).eval() for role, net in nets.items()}
     batch = _BATCH[device.type]
