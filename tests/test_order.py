@@ -67,7 +67,7 @@ def test_every_world_size_and_resume_point_sees_the_same(case, data):
 @settings(max_examples=50, deadline=None)
 @given(cases(), st.data())
 def test_the_order_of_a_stream_does_not_depend_on_the_global_batch(case, data):
-    """So a run resumed with another global batch at a common sample count goes on with the samples not seen yet."""
+    """A run resumed with another global batch at a common sample count continues with unseen samples."""
     order, global_batch, epoch = case
     whole = epoch_ids(order, epoch, global_batch).reshape(-1, order.streams, global_batch // order.streams)
     single = epoch_ids(order, epoch, order.streams).reshape(-1, order.streams, 1)
@@ -90,7 +90,7 @@ def test_epochs_and_seeds_differ_and_drop_others():
 
 
 def test_the_order_is_frozen():
-    """A checkpoint stores the step only: another order for the same seed would resume old runs on wrong samples."""
+    """A checkpoint stores only the step: another order for a seed would resume old runs on wrong samples."""
     assert SampleOrder([5, 9, 4, 30], seed=3, streams=4, window=6).batch(2, 1, 8).tolist() == [
         3,
         0,
@@ -138,7 +138,7 @@ def test_a_suggestion_works():
 
 
 def test_any_of_fourteen_million_samples_is_little_work(monkeypatch):
-    """Nothing is held for each sample, and a batch anywhere shuffles the shards and a window or two of each stream."""
+    """Nothing is kept per sample; any batch shuffles the shards and one or two windows of each stream."""
     sizes = np.random.RandomState(0).randint(1400, 2018, 8192)
     tracemalloc.start()
     order = SampleOrder(sizes, 0)
@@ -157,11 +157,12 @@ def test_any_of_fourteen_million_samples_is_little_work(monkeypatch):
 
 
 def clumping(batches, shard_size):
-    """Shuffle quality: how many samples of a batch come from the shard of a sample drawn from it, itself counted.
+    """Shuffle quality: how many samples of a batch share the shard of a sample drawn from it, itself included.
 
     batches: int64 [batches, B] of sample ids. With n_s samples of shard s in a batch it is the mean of
-    `sum(n_s^2) / B`, also B times the variance of a batch's mean if every shard had an independent value of unit
-    variance. A full shuffle has 1 + (B - 1) * (shard_size - 1) / (N - 1), a batch from one shard alone has B.
+        `sum(n_s^2) / B`, also B times the variance of a batch's mean if every shard had an independent value
+        of unit variance. A full shuffle has 1 + (B - 1) * (shard_size - 1) / (N - 1), a batch from one shard
+        alone has B.
     """
     return np.mean([(np.bincount(ids // shard_size) ** 2).sum() / len(ids) for ids in batches])
 
@@ -188,7 +189,8 @@ def test_shuffle_quality():
 
     default, whole_span = ours(None), ours(total)
     print(
-        f"clumping: full {full:.1f}, window of a span {whole_span:.1f}, default {default:.1f}, buffer {buffered:.0f}"
+        f"clumping: full {full:.1f}, window of a span {whole_span:.1f}, default {default:.1f}, "
+        f"buffer {buffered:.0f}"
     )
     assert whole_span < 1.1 * full
     assert default < 5 * full
