@@ -1,4 +1,4 @@
-"""Augmentation: the same view of a sample whoever computes it, and the distributions that the recipes promise."""
+"""Augmentation: views depend only on seed, view and sample, and have the distributions of the recipes."""
 
 import io
 
@@ -27,7 +27,7 @@ def draws(u=0.5, v=0.5, flip=0.9):
     return np.array([u, v, flip] + [0.5] * (DRAWS - 3))
 
 
-# --- the random numbers ----------------------------------------------------------------------------------------------
+# --- the random numbers -------------------------------------------------------------------------------------
 
 
 def split_mix(x):
@@ -90,7 +90,7 @@ def test_uniforms_are_uncorrelated():
         assert np.abs(correlations).max() < limit, name
 
 
-# --- training views --------------------------------------------------------------------------------------------------
+# --- training views -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -204,7 +204,7 @@ def test_views_of_a_batch_are_those_of_its_images(recipe, size, options, flip):
         assert np.array_equal(view, train_view(image, row, recipe=section, size=size).transpose(2, 0, 1))
 
 
-# --- evaluation views ------------------------------------------------------------------------------------------------
+# --- evaluation views ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("crop", [1.0, 0.875, 0.9, 0.95])
@@ -225,7 +225,7 @@ def test_eval_view_leaves_images_of_the_right_size_alone():
     assert np.array_equal(eval_view(noise(32, 32), 32, EvalView("bicubic", 1.0)), noise(32, 32))
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+# --- decoding -----------------------------------------------------------------------------------------------
 
 
 def encoded(image, kind="PNG", **options):

@@ -66,7 +66,7 @@ def as_webdataset_reads_it(section, pattern):
     return np.stack([image for image, _ in found]), np.array([label for _, label in found])
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
@@ -155,7 +155,7 @@ def test_a_worker_passes_the_error_on(section, tmp_path):
     assert caught.value.found_by_one_rank
 
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -200,7 +200,7 @@ def test_the_training_set_seen_for_evaluation(section, in_memory, monkeypatch):
     assert dataset.order is not None
 
 
-# --- what cannot be used ---------------------------------------------------------------------------------------------
+# --- what cannot be used ------------------------------------------------------------------------------------
 
 
 def pack_sizes(folder, sizes):
@@ -233,12 +233,12 @@ def test_a_label_beyond_the_classes_is_refused(section, tmp_path, in_memory):
         loaded(with_(section, num_classes=2), last=3)
 
 
-# --- images that cannot be decoded -----------------------------------------------------------------------------------
+# --- images that cannot be decoded --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def damaged(section, tmp_path):
-    """The training set with three images that are none, two of which follow each other in a stream of epoch 0."""
+    """The training set with three undecodable images, two of them consecutive in a stream of epoch 0."""
     row = training(section).order.batch(0, 0, BATCH)  # 8 streams of 4 samples
     bad = {int(row[5]), int(row[6]), int(row[20])}
     packed = []

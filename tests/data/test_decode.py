@@ -62,7 +62,7 @@ def without_simplejpeg(monkeypatch):
     monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", None)
 
 
-# --- ordinary JPEGs: the fast path -----------------------------------------------------------------------------------
+# --- ordinary JPEGs: the fast path --------------------------------------------------------------------------
 
 ORDINARY = {
     **{f"4:{s[0]}:{s[1]}": {"subsampling": f"4:{s[0]}:{s[1]}"} for s in ("44", "22", "20")},
@@ -94,7 +94,8 @@ def test_crops_of_ordinary_jpegs_are_pillows_pixels(without_pillow, options, mod
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.integers(1, 70), st.integers(1, 70), st.sampled_from(["444", "422", "420", "440", "411"]), st.integers(20, 100),
+    st.integers(1, 70), st.integers(1, 70), st.sampled_from(["444", "422", "420", "440", "411"]),
+    st.integers(20, 100),
     st.data(),
 )  # fmt: skip
 def test_any_crop_of_any_subsampling_is_pillows(height, width, subsampling, quality, data):
@@ -164,7 +165,7 @@ def test_a_jpeg_that_claims_to_be_huge_is_refused(without_simplejpeg):
         crop(huge, 0, 0, 10, 10)
 
 
-# --- all other images: Pillow ----------------------------------------------------------------------------------------
+# --- all other images: Pillow -------------------------------------------------------------------------------
 
 
 def grey16():
@@ -211,7 +212,7 @@ def test_16_bit_grey_keeps_its_range(without_simplejpeg):
         assert np.array_equal(decode.decode(encoded(grey16(), kind), "here"), expected)
 
 
-# --- orientation -----------------------------------------------------------------------------------------------------
+# --- orientation --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(9))
@@ -240,7 +241,7 @@ def test_a_damaged_exif_block_costs_no_image(block):
     assert np.array_equal(decode.decode(content, "here"), by_pillow(encoded(picture(40, 60))))
 
 
-# --- in use ----------------------------------------------------------------------------------------------------------
+# --- in use -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", ["none", "pad_crop", "random_resized_crop"])

@@ -252,8 +252,9 @@ def csv_of(tmp_path, labels):
 @pytest.mark.parametrize(
     ("labels", "line"),
     [
-        (["0", "0;1"], 2), (["0", "1|0", "1"], 2), (["1", "0", "0, 1"], 3), (["0 1", "1 0"], 1), (["[0, 1]"], 1),
-        (["cat", "cat;dog"], 2), (["cat|dog", "bird"], 1), (["cat", "dog", "dog,cat"], 3), (["['cat', 'dog']"], 1),
+        (["0", "0;1"], 2), (["0", "1|0", "1"], 2), (["1", "0", "0, 1"], 3), (["0 1", "1 0"], 1),
+        (["[0, 1]"], 1), (["cat", "cat;dog"], 2), (["cat|dog", "bird"], 1), (["cat", "dog", "dog,cat"], 3),
+        (["['cat', 'dog']"], 1),
         (["cat,dog", "dog,bird", "bird,cat"], 1),
     ],
 )  # fmt: skip

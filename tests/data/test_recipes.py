@@ -1,4 +1,4 @@
-"""timm's recipes with our draws: the same operations on the same pixels, and parameters of the same distributions."""
+"""timm's recipes with our draws: the same operations, and parameters of the same distributions."""
 
 import random
 
@@ -46,7 +46,7 @@ def distance(ours, theirs):
     return np.abs(ranks[0] - ranks[1]).max()
 
 
-# --- RandAugment: operations -----------------------------------------------------------------------------------------
+# --- RandAugment: operations --------------------------------------------------------------------------------
 
 
 def test_the_operations_are_timms_increasing_ones():
@@ -71,7 +71,7 @@ def test_operations_do_what_timms_do(monkeypatch, name, magnitude, sign):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
 def test_operations_read_between_pixels_as_timms_do(monkeypatch, interpolation):
-    """Of a whole view with two operations: timm's take the interpolation of its `create_transform`, or draw one."""
+    """timm's operations take the interpolation of its `create_transform`, or draw one."""
     modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     hparams = {"img_mean": (124, 116, 104)} | (
         {"interpolation": modes.get(interpolation)} if interpolation in modes else {}
@@ -134,7 +134,7 @@ def test_operations_on_places():
     assert 20 - sheared[35].argmax() == pytest.approx(0.3 * 35, abs=1)
 
 
-# --- RandAugment: what is drawn --------------------------------------------------------------------------------------
+# --- RandAugment: what is drawn -----------------------------------------------------------------------------
 
 
 def drawn(**options):
@@ -191,7 +191,7 @@ def test_the_magnitude_varies_as_asked_and_stays_in_range():
     assert operations == [("AutoContrast", ())]
 
 
-# --- colour jitter ---------------------------------------------------------------------------------------------------
+# --- colour jitter ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_no_jitter_is_no_change():
     assert augment._color_jitter(image, np.full(8, 0.9), still) is image
 
 
-# --- random erasing --------------------------------------------------------------------------------------------------
+# --- random erasing -----------------------------------------------------------------------------------------
 
 
 def erase(image, draws, **options):
@@ -305,7 +305,7 @@ def test_noise_depends_on_its_key_alone():
     assert (augment._noise(0.3, 50, 60) == augment._noise(0.3 + 2.0**-53, 50, 60)).mean() < 0.02
 
 
-# --- together --------------------------------------------------------------------------------------------------------
+# --- together -----------------------------------------------------------------------------------------------
 
 ALL = {
     "rand_augment": {"mstd": 0.5, "probability": 1.0},
