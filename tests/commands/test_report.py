@@ -159,8 +159,8 @@ def test_a_report_that_fails_fails_no_run(chain, tmp_path, monkeypatch, capfd):
     settings = config.load(chain / "teacher" / "config.yaml", [f"run_dir={tmp_path}/run", "duration=1 step"])
     monkeypatch.setattr(report_page, "html", lambda *_: 1 / 0)
     assert training_runs.run([("", settings)], callbacks=[ReportAtEnd()])[""]["step"] == 1
-    told = capfd.readouterr().err
-    assert [line for line in told.splitlines() if "report" in line] == [
+    printed = capfd.readouterr().err
+    assert [line for line in printed.splitlines() if "report" in line] == [
         "indistill: no report written: ZeroDivisionError: division by zero"
     ]
     assert read_lines(tmp_path / "run" / "history.jsonl")[-1]["how"] == "done"
@@ -241,22 +241,22 @@ def test_the_page_in_a_browser(chain, run, browser, tmp_path):
     def at(step: int, key: str) -> float:
         return next(line[key] for line in lines if line["step"] == step and key in line)
 
-    told = shown("Loss", "tap")  # of steps 1 to 24 on an axis from 0
-    assert told.pop("step, warmup 3/3") == "12"
-    assert float(told["loss"]) == pytest.approx(at(12, "loss"), rel=1e-5)
-    told = shown("Loss", "key")
-    assert told.pop("step, kd") == "24"
-    assert {name: float(value) for name, value in told.items()} == {
+    values = shown("Loss", "tap")  # of steps 1 to 24 on an axis from 0
+    assert values.pop("step, warmup 3/3") == "12"
+    assert float(values["loss"]) == pytest.approx(at(12, "loss"), rel=1e-5)
+    values = shown("Loss", "key")
+    assert values.pop("step, kd") == "24"
+    assert {name: float(value) for name, value in values.items()} == {
         name: pytest.approx(at(24, name), rel=1e-5) for name in ("loss", "ce", "kd")
     }
     browser.open(page, 1200)
-    told = shown("Accuracy", "point", 0.99)
-    assert told == {
+    values = shown("Accuracy", "point", 0.99)
+    assert values == {
         "step, kd": "24",
         **{key: f"{float(f'{100 * at(24, key):.6g}'):.15g} %" for key in ("top1", "top5")},
     }
-    told = shown("Alignment of the maps (linear CKA)", "point", 0.01)
-    assert float(told["pair1"]) == pytest.approx(at(6, "cka_pair1"), rel=1e-5)
+    values = shown("Alignment of the maps (linear CKA)", "point", 0.01)
+    assert float(values["pair1"]) == pytest.approx(at(6, "cka_pair1"), rel=1e-5)
     channel = shown("Pair 1: 8 of 16", "key")
     plan = json.loads((run / "prune_plan.json").read_text())
     kept = 15 in plan["pairs"][0]["kept"]
@@ -342,7 +342,7 @@ def test_speed_is_measured_once(run, monkeypatch):
     report_page.write([run])
     assert json.loads((run / "networks.json").read_text()) == known
     (run / "networks.json").unlink()
-    page = report_page.write([run])  # what cannot be measured is told
+    page = report_page.write([run])  # the page says what could not be measured
     assert "Speed could not be measured: ZeroDivisionError: division by zero." in page.read_text()
 
 

@@ -226,6 +226,6 @@ def test_other_commands_want_a_stage(chain, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["eval", str(Path(chain["run_dir"]).with_suffix(".yaml")), "student.safetensors"])
     assert exit_.value.code == 2
-    told = capsys.readouterr().err
-    assert "run.yaml has several stages: give the config.yaml in the run directory of one" in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "run.yaml has several stages: give the config.yaml in the run directory of one" in printed
+    assert printed.count("\n") == 1
