@@ -45,7 +45,9 @@ def choose(
 
     Call on all ranks. Raises UserError for stored targets that were made with another pruning plan.
     """
-    assert isinstance(live, LiveTargets)  # `parts.networks` returns no other for a source that is not "cached"
+    assert isinstance(
+        live, LiveTargets
+    )  # `parts.networks` returns no other for a source that is not "cached"
     phases: list[str] = []
     if not config.why_not_stored(settings):
         phases = cheaper_stored(settings, student, live=live, objective=objective, timetable=timetable)
@@ -58,8 +60,8 @@ def choose(
     reader = open_targets(accelerator, settings)
     if plan.pairs and reader.manifest.pruning().hash != plan.hash:
         raise UserError(
-            f"{reader.root}: made with another pruning plan than this run's: run `indistill targets CONFIG` again, in "
-            "another targets.dir, or set targets: live"
+            f"{reader.root}: made with another pruning plan than this run's: run `indistill targets CONFIG` "
+            "again, in another targets.dir, or set targets: live"
         )
     return CachedTargets(reader, settings.kd.losses, live.kd_stages, live, phases)
 
