@@ -27,7 +27,7 @@ from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets, pooled
-from indistill.targets.stored import fields_of
+from indistill.targets.stored import fields_of, targets_from
 from indistill.training import checkpoint
 from indistill.training.callbacks import Callback
 from indistill.training.loop import train as train_run
@@ -219,11 +219,7 @@ class ExchangedTargets:
             for (student, field), tensor, column in zip(wanted, tensors, columns)
             if student is self.students[group]
         }
-        if phase.pairs:
-            return Targets(tuple(mine.values()))
-        features = tuple(mine[f"stage{stage}"] for stage in self.kd_stages)
-        cohort = tuple(tensor for field, tensor in mine.items() if field.startswith("head"))
-        return Targets(features, mine.get("embedding"), mine.get("logits"), cohort)
+        return targets_from(mine)
 
     def _made(self, images: Tensor, wanted: Sequence[tuple[Student, str]]) -> list[Tensor]:
         """What is wanted of these images, in one pass of the teacher, no deeper than it needs to be."""

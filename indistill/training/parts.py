@@ -100,7 +100,11 @@ def networks(
     kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
     if reader:
         check_cohort(losses, reader.manifest.heads)
-        return trainable(settings, student).to(device), CachedTargets(reader, losses, kd_stages), plan
+        return (
+            trainable(settings, student).to(device),
+            CachedTargets(reader, losses, kd_stages=kd_stages),
+            plan,
+        )
 
     teacher.stages = [teacher_stage for teacher_stage, _ in stages]
     cohort = settings.teacher.heads and Heads.load(settings.teacher.heads, teacher, settings.data.image_size)

@@ -16,6 +16,7 @@ from indistill.distributed import engine
 from indistill.models.network import Network
 from indistill.models.stages import check_stages, find_stages, match_stages
 from indistill.prune import Plan
+from indistill.targets.manifest import REMEDY
 from indistill.targets.reader import Reader
 
 
@@ -72,19 +73,18 @@ def stored_plan(
     pairs, key = settings.warmup.pairs, "warmup.pairs"
     pairs = match_stages(reader.manifest.teacher, student) if pairs == "auto" else pairs
     check_stages(pairs, reader.manifest.teacher, student, key)
-    again = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
     ours = [(teacher, stage, find_stages(student)[stage].channels) for teacher, stage in pairs]
     theirs = [(pair.teacher_stage, pair.student_stage, pair.student_width) for pair in plan.pairs]
     if ours != theirs:
         raise UserError(
             f"{reader.root}: made for pairs (teacher stage, student stage, width) {theirs}, this student has {ours}: "
-            f"{again}"
+            f"{REMEDY}"
         )
 
     def keep() -> None:
         if path.exists() and Plan.read(path).hash != plan.hash:
             raise UserError(
-                f"{reader.root}: made with another plan than {path}, with which this run began: {again}"
+                f"{reader.root}: made with another plan than {path}, with which this run began: {REMEDY}"
             )
         path.write_text(plan.to_json())
 
