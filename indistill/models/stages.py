@@ -27,7 +27,7 @@ class Stage:
 
 
 class Architecture(Protocol):
-    """Describes stages and embedding as timm models do: a network, or the record of one that is not loaded."""
+    """Stages and embedding as timm models describe them: a network, or the record of one not loaded."""
 
     @property
     def feature_info(self) -> Any: ...

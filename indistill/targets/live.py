@@ -97,8 +97,7 @@ class LiveTargets:
         return Targets(features, _copy(fields["embedding"]), _copy(fields["logits"]), cohort)
 
     def everything(self, images: Tensor, pairs: Sequence[int]) -> dict[str, Tensor]:
-        """The targets of these pairs and of KD, by field (targets/manifest.py), in one pass of the teacher.
-        """
+        """The targets of these pairs and of KD, by field (targets/manifest.py), in one teacher pass."""
         teacher = self._loaded()
         fields = self.found(images, sorted({*self.kd_stages, *teacher.stages}), whole=True)
         pruned = {
@@ -107,8 +106,7 @@ class LiveTargets:
         return {name: pooled(x, self.pool) if x.dim() == 4 else x for name, x in fields.items()} | pruned
 
     def found(self, images: Tensor, stages: Sequence[int], whole: bool) -> dict[str, Tensor]:
-        """Unpruned maps of the stages (ascending), by field; with `whole` also embedding, logits and heads.
-        """
+        """Unpruned maps of the stages (ascending) by field; with `whole` embedding, logits and heads, too."""
         teacher = self._loaded()
         if not whole:
             with self.without_gradient():

@@ -36,6 +36,7 @@ from indistill.models.timm_model import TimmModel
 from indistill.models.trainable import Trainable
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets
+from indistill.targets.manifest import Teacher as StoredTeacher
 from indistill.targets.reader import open_targets
 from indistill.targets.source import TargetSource
 from indistill.targets.stored import CachedTargets
@@ -107,7 +108,7 @@ class _Builder:
             )
         student, kd_stages = self.student(teacher, plan)
         check_cohort(losses, reader.manifest.heads)
-        return self.finish(student), CachedTargets(reader, losses, kd_stages), plan
+        return self.finish(student), CachedTargets(reader, losses, kd_stages=kd_stages), plan
 
     def load_teacher(self, section: config.Teacher, make_teacher: Callable[[Config], Network]) -> Network:
         """Create the teacher on its device, or on the CPU if it is to be sharded: it may be too large for one."""
@@ -148,7 +149,7 @@ class _Builder:
         )
         return self.finish(student), targets, plan
 
-    def student(self, teacher: TimmModel | manifest.Teacher, plan: Plan) -> tuple[Network, list[int]]:
+    def student(self, teacher: TimmModel | StoredTeacher, plan: Plan) -> tuple[Network, list[int]]:
         """Create the student; return it and the teacher's stages whose whole maps KD reads."""
         settings, losses = self.settings, self.settings.kd.losses
         kd_pairs = choose_pairs(settings, teacher, self.net) if reads(losses, "features") else []

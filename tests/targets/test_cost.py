@@ -77,7 +77,7 @@ def test_measuring_changes_nothing(settings, tmp_path):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     timetable = Timetable.of(settings, 6, len(plan.pairs))
     for phase in timetable.curriculum.phases():
-        measure(settings, student, targets_of, build_objective(settings), phase)
+        measure(settings, student, targets_of=targets_of, objective=build_objective(settings), phase=phase)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
 

@@ -377,7 +377,7 @@ def test_a_mismatch_is_refused_by_name(stored, tmp_path):
         "targets.pool=2": "made with targets.pool: None, this run has 2",
         "data.train=eval-*.tar": "made from other shards",
         "warmup.durations=[8 steps, 1 steps, 1 steps]": "lacks pair1 in view 1, made for other durations",
-        "kd.losses=[{name: pkt}]": "holds pair1, pair2, pair3, logits, and not embedding, which this run reads",
+        "kd.losses=[{name: pkt}]": "contains pair1, pair2, pair3, logits, but not embedding, which this run reads",
     }.items():  # fmt: skip
         message = refusal(stored, *re.split(r" (?=teacher)", override))
         assert message.startswith(root), message
@@ -645,7 +645,7 @@ def test_heads_and_a_teacher_in_half_precision(stored, tmp_path):
 def test_without_records_targets_are_zeros_of_their_shape(stored):
     """As ZeRO needs them, to learn which parameters a phase trains."""
     reader = Reader(stored["targets"]["dir"], compute(stored), None, 0)
-    cached = CachedTargets(reader, config.parse(stored, "test").kd.losses, [0, 1, 2])
+    cached = CachedTargets(reader, config.parse(stored, "test").kd.losses, kd_stages=[0, 1, 2])
     found = cached(torch.zeros(2, 3, 32, 32), Phase("kd", 3, (), (), 13, None))
     assert [tuple(x.shape) for x in found.features] == [(2, 16, 15, 15), (2, 32, 6, 6), (2, 64, 2, 2)]
     assert (found.embedding.shape, found.logits.shape) == ((2, 128), (2, 10))

@@ -132,7 +132,9 @@ class _Costs:
         """Measure the work of all phases that have steps."""
         objective = Objective(settings.kd.losses, timetable.steps_per_epoch, settings.kd.relational_scope)
         works = {
-            phase: measure(settings, built.student, built.targets_of, objective, phase)
+            phase: measure(
+                settings, built.student, targets_of=built.targets_of, objective=objective, phase=phase
+            )
             for phase in timetable.curriculum.phases()
             if phase_steps(phase, timetable)
         }
