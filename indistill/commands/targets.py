@@ -31,6 +31,7 @@ from tqdm import tqdm
 from indistill import config
 from indistill.config import Config, UserError
 from indistill.config.files import replacing
+from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data import class_names, remote
@@ -281,7 +282,7 @@ def prepare(settings: Config) -> Job:
     """Teacher, data and manifest. Raises UserError for what cannot be stored, and for a directory of other targets."""
     if reason := config.why_not_stored(settings):
         raise UserError(f"targets: {reason}")
-    root, world = targets_root(settings), int(os.environ.get("WORLD_SIZE", "1"))
+    root, world = targets_root(settings), Ranks.from_environment().world_size
     if remote.is_remote(root):
         raise UserError(
             f"targets.dir {root}: is written to a file system: give a path, and copy what is there"
@@ -293,7 +294,7 @@ def prepare(settings: Config) -> Job:
     auto = settings.targets.source == "auto"
     live = {"targets": settings.targets.model_copy(update={"source": "live"})}
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
-    accelerator = start_accelerator(settings, training=False)
+    accelerator = start_accelerator(settings)
     rank, accumulation = accelerator.process_index, settings.grad_accumulation
     names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
     training = IndexedTraining(settings.data, settings.seed, rank, world, accumulation)

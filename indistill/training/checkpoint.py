@@ -19,7 +19,6 @@ from threading import Thread
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.operations import recursively_apply
 from safetensors.torch import load_file, save_file
@@ -30,7 +29,7 @@ from indistill import config
 from indistill.config import UserError, in_one_line
 from indistill.config.files import sha256
 from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
-from indistill.distributed import engine
+from indistill.distributed.engine import Engine, on_main
 
 FORMAT_VERSION = 4
 MOST_FAILURES = 3  # saves in a row that may fail before the run does
@@ -53,14 +52,15 @@ class Checkpoints:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        engine: Engine,
         files: RunDir,
         section: config.Checkpoint,
         identity: dict[str, str],
         parts: dict[str, Stateful],
         whole: Callable[[], nn.Module],
     ) -> None:
-        self.accelerator, self.files, self.whole = accelerator, files, whole
+        self.engine, self.accelerator = engine, engine.accelerator
+        self.files, self.whole = files, whole
         self.folder = files.checkpoints
         self.section, self.identity, self.parts = section, identity, parts
         self.saved_at, self.best_top1 = time.monotonic(), -1.0
@@ -69,7 +69,7 @@ class Checkpoints:
         self.failure: str | None = None  # of the last save, known to all ranks once it has ended
         self.failures_in_a_row = 0
         # The writers' own, so that they can agree while the ranks train.
-        self.group = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.group = distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
 
     # --- resuming ----------------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class Checkpoints:
 
         No scores but None says that the evaluation is still to be done.
         """
-        path, state = engine.on_main(self.accelerator, lambda: self.find(choice))
+        path, state = on_main(self.accelerator, lambda: self.find(choice))
         if path is None:
             return 0, {}
         self.load(path, ema)
@@ -135,7 +135,7 @@ class Checkpoints:
         """Restore networks and optimizer in place, on all ranks."""
         files = CheckpointDir(path).optimizers()
         parts = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
-        engine.restore(self.accelerator, load_file(CheckpointDir(path).model), parts)
+        self.engine.restore(load_file(CheckpointDir(path).model), parts)
         if ema is not None:
             ema.module.load_state_dict(load_file(CheckpointDir(path).ema))
 
@@ -181,7 +181,7 @@ class Checkpoints:
             "parts": {name: part.state() for name, part in self.parts.items()},
         }
         files: dict[str, Any] = {}
-        if part := engine.optimizer_part(self.accelerator):
+        if part := self.engine.optimizer_part():
             files[f"optimizer-{self.accelerator.process_index:05d}.pt"] = part
         weights = self.whole().state_dict()
         if self.accelerator.is_main_process:

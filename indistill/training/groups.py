@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed
 
 from indistill.config import Config, UserError
+from indistill.config.ranks import Ranks, variables
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
@@ -42,11 +43,8 @@ def train(
     Raises UserError for a number of processes that the students do not divide, and otherwise as `loop.train`. When the
     groups are asked to stop, or one is lost, all go on from the newest step of which each has a checkpoint.
     """
-    count, rank, world = (
-        len(students),
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )
+    ranks, count = Ranks.from_environment(), len(students)
+    rank, world = ranks.rank, ranks.world_size
     if world % count:
         raise UserError(
             f"student_groups: disjoint: {world} processes cannot be cut into {count} equal groups: start a multiple of "
@@ -54,11 +52,11 @@ def train(
         )
     group, place = divmod(rank, world // count)
     name, settings = students[group]
-    engine.find_interface(world)
+    engine.find_interface(ranks)
     timeout = timedelta(minutes=settings.collective_timeout_minutes)
     store, *_ = next(distributed.rendezvous("env://", rank, world, timeout=timeout))
     launched = dict(os.environ)
-    os.environ |= {"RANK": str(place), "WORLD_SIZE": str(world // count), "INDISTILL_GROUP": f"{name}/"}
+    os.environ |= variables(place, world // count) | {"INDISTILL_GROUP": f"{name}/"}
     try:
         exchange = _begin_groups(store, group, count, place, world // count, timeout)
         resume = _common(store, group, place, students, resume)
@@ -80,7 +78,7 @@ def _begin_groups(
     backend = "gloo"
     kind = distributed.ProcessGroupGloo
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(Ranks.from_environment().local_rank)
         backend, kind = "nccl", distributed.ProcessGroupNCCL
     own = distributed.PrefixStore(f"student {group}", store)
     distributed.init_process_group(backend, store=own, rank=place, world_size=size, timeout=timeout)
@@ -152,7 +150,7 @@ class _Apart(Sources):
     def targets(
         self, targets_of: LiveTargets, plan: Plan, timetable: Timetable, settings: Config
     ) -> ExchangedTargets:
-        world = int(os.environ["WORLD_SIZE"])
+        world = Ranks.from_environment().world_size
         micro_batch = settings.data.global_batch // world // settings.grad_accumulation
         if micro_batch % len(self.students):
             raise UserError(

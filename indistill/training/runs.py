@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from indistill.config import Config, UserError
 from indistill.config.files import sha256
+from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, has_begun
 from indistill.config.runs import Students
 from indistill.distributed import environment, preemption, watchdog
@@ -109,7 +109,11 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
     files = {"teacher.checkpoint": teacher and teacher.checkpoint, "teacher.heads": teacher and teacher.heads}
     files["student.checkpoint"] = settings.student and settings.student.checkpoint
     # A file that is missing is for train to tell.
-    hashes = {key: sha256(Path(file), ignore_metadata_order=True) for key, file in files.items() if file and Path(file).is_file()}
+    hashes = {
+        key: sha256(Path(file), ignore_metadata_order=True)
+        for key, file in files.items()
+        if file and Path(file).is_file()
+    }
     record = RunDir(run_dir).inputs
     if begun:
         kept = json.loads(record.read_text()) if record.exists() else {}
@@ -119,7 +123,7 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
                     f"stage {name} began with other weights than are now in {files[key]} ({key}): delete {run_dir} to "
                     "train the stage again, or choose another run_dir"
                 )
-    elif hashes and os.environ.get("RANK", "0") == "0":
+    elif hashes and Ranks.from_environment().is_main_process:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(hashes, indent=2) + "\n")
@@ -130,5 +134,5 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
 
 
 def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if Ranks.from_environment().is_main_process:
         print(line, flush=True)

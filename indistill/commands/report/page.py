@@ -6,7 +6,6 @@ in `networks.json` beside the run. A network's architecture decides both, so tha
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 import sys
@@ -26,6 +25,7 @@ from indistill.commands.report.read import STATES, Run, read, run_dirs, short_na
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
 from indistill.config import UserError, in_one_line
 from indistill.config.files import replace_text
+from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.training.callbacks import Callback, TrainingRun
 
@@ -70,7 +70,7 @@ class ReportAtEnd(Callback):
 
     def on_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
         """Write it without measuring anything, which is cheap. A report that fails does not fail the run."""
-        if os.environ.get("RANK", "0") != "0":
+        if not Ranks.from_environment().is_main_process:
             return
         try:
             write([run.run_dir], measure=False)
