@@ -55,5 +55,7 @@ def test_repartition(each):
     for old in (1, 2, 3, 8):
         for new in (1, 2, 4, 5):
             sizes = [len(x) for x in wholes]
-            found = [engine.repartition(parts(old), sizes, each, rank, new) for rank in range(new)]
+            found = [
+                engine.repartition(parts(old), sizes, each=each, rank=rank, world=new) for rank in range(new)
+            ]
             assert all(torch.equal(a, b) for a, b in zip(found, parts(new)))
