@@ -81,9 +81,8 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
     from indistill import config
     from indistill.data.batch import Batch
     from indistill.training import loop
-    from indistill.training import students as training_students
     from indistill.training.parts import Sources
-    from indistill.training.students import Shared
+    from indistill.training.students import Shared, train_students
 
     torch.set_num_threads(1)
     images = torch.randint(256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -139,7 +138,7 @@ def work(names: tuple[str, ...], warmup: int | None, pipe: Connection) -> None:
         ]
         with contextlib.suppress(Stopped), contextlib.redirect_stdout(sys.stderr):
             if len(students) > 1:
-                training_students.train(students, shared=Several(students[0][1], len(students)))
+                train_students(students, shared=Several(students[0][1], len(students)))
             else:
                 loop.train(students[0][1], sources=OneRun())
 

@@ -214,8 +214,8 @@ def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: 
     networks = parts.networks
     for seed in range(2):
 
-        def moving_networks(*arguments: Any, seed: int = seed) -> tuple[Any, ...]:
-            student, *others = networks(*arguments)
+        def moving_networks(*arguments: Any, seed: int = seed, **keywords: Any) -> tuple[Any, ...]:
+            student, *others = networks(*arguments, **keywords)
             move(student.parameters(), unit, seed)
             return student, *others
 

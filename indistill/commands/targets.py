@@ -301,7 +301,9 @@ def prepare(settings: Config) -> Job:
     agree({"data": training.fingerprint})
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        student, targets_of, plan = parts.networks(accelerator, settings, RunDir(Path(scratch)), calibration)
+        student, targets_of, plan = parts.networks(
+            accelerator, settings, files=RunDir(Path(scratch)), calibration=calibration
+        )
     targets_of.hold_weights()
 
     timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))
@@ -309,7 +311,9 @@ def prepare(settings: Config) -> Job:
     phases = {phase.name for phase in timetable.curriculum.phases()}
     if auto:
         objective = Objective(losses, timetable.steps_per_epoch, settings.kd.relational_scope)
-        phases = cheaper_stored(settings, student, targets_of, objective, timetable)
+        phases = cheaper_stored(
+            settings, student, live=targets_of, objective=objective, timetable=timetable
+        )
         if not phases:
             raise UserError(
                 "targets: auto: in no phase would reading be cheaper, as `indistill plan` shows: all are live"

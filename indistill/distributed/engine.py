@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -41,6 +41,7 @@ from indistill.config.ranks import Ranks
 from indistill.curriculum import Phase
 from indistill.models.graph import walk
 
+Student = TypeVar("Student", bound=nn.Module)
 _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
 
 # The student wrapped for training, its optimizer, and a function that returns whether the last step was skipped, as a
@@ -68,7 +69,7 @@ class Engine(ABC):
         """Name of the engine; optimizer state in a checkpoint loads only into the same one."""
 
     @abstractmethod
-    def whole(self, student: nn.Module) -> Callable[[], nn.Module]:
+    def whole(self, student: Student) -> Callable[[], Student]:
         """Return a function that gathers the student's full weights (collective). Call before `prepare`."""
 
     @abstractmethod
@@ -112,7 +113,7 @@ class DDP(Engine):
     def describe(self) -> str:
         return "ddp"
 
-    def whole(self, student: nn.Module) -> Callable[[], nn.Module]:
+    def whole(self, student: Student) -> Callable[[], Student]:
         return lambda: student
 
     def unused(
@@ -171,7 +172,7 @@ class ZeRO(Engine):
     def describe(self) -> str:
         return f"ZeRO stage {self.stage}"
 
-    def whole(self, student: nn.Module) -> Callable[[], nn.Module]:
+    def whole(self, student: Student) -> Callable[[], Student]:
         """As `Engine.whole`; the function returns a copy, with the weights as of its latest call.
 
         During training the student's own weights are partitioned (stage 3) or views of larger buffers, which cannot be
@@ -179,7 +180,7 @@ class ZeRO(Engine):
         """
         spare = copy.deepcopy(student)
 
-        def gathered() -> nn.Module:
+        def gathered() -> Student:
             from deepspeed.runtime.zero import GatheredParameters
 
             with GatheredParameters(list(student.parameters())):

@@ -1,8 +1,8 @@
-"""Checkpoints: copied to host memory in a moment, written by a thread, hashed, renamed once all ranks have written.
+"""Checkpoints: copied to host memory, written by a thread, hashed, and renamed once all ranks have written.
 
-`step-XXXXXXXX` (completed optimizer steps) holds the student, its moving average, each rank's part of the optimizer's
-state, `state.json`, and `manifest.json` with the size and the SHA-256 of all these. The teacher is not in it. Random
-states and the position in the data are not either: both are functions of the step.
+`step-XXXXXXXX` (completed optimizer steps) contains the student, its moving average, each rank's part of the optimizer's
+state, `state.json`, and `manifest.json` with the size and the SHA-256 of these files. It contains neither the teacher,
+nor random states and the position in the data: both are functions of the step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ MOST_FAILURES = 3  # saves in a row that may fail before the run does
 
 
 class Stateful(Protocol):
-    """What has a state beside tensors: small and JSON-able, the same on every rank."""
+    """A part of a run with a state of its own: small, JSON-able, and the same on every rank."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -47,36 +47,45 @@ class Checkpoints:
     """The `checkpoints/` folder of a run.
 
     `identity` (config, plan, data, teacher, engine) must be the same at save and resume; `parts` are saved with the
-    networks. `whole` gives the student with all its weights, on all ranks.
+    networks. `whole` returns the student with all its weights; it is called on all ranks.
     """
 
     def __init__(
         self,
         engine: Engine,
         files: RunDir,
+        *,
         section: config.Checkpoint,
         identity: dict[str, str],
-        parts: dict[str, Stateful],
+        parts: Mapping[str, Stateful],
         whole: Callable[[], nn.Module],
     ) -> None:
-        self.engine, self.accelerator = engine, engine.accelerator
-        self.files, self.whole = files, whole
+        self.engine = engine
+        self.accelerator = engine.accelerator
+        self.files = files
         self.folder = files.checkpoints
-        self.section, self.identity, self.parts = section, identity, parts
-        self.saved_at, self.best_top1 = time.monotonic(), -1.0
+        self.section = section
+        self.identity = identity
+        self.parts = parts
+        self.whole = whole
+        self.saved_at = time.monotonic()
+        self.best_top1 = -1.0
         self.writer: Thread | None = None
-        self.crash: Exception | None = None  # of the writer: no disk's fault
+        self.crash: Exception | None = None  # of the writer's thread, and not the disk's fault
         self.failure: str | None = None  # of the last save, known to all ranks once it has ended
         self.failures_in_a_row = 0
-        # The writers' own, so that they can agree while the ranks train.
-        self.group = distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+        # A group for the writers alone, so that they can agree while the ranks train. (Any: torch's type hint allows an
+        # int, for ranks that are not in the group.)
+        self.group: Any = (
+            distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+        )
 
     # --- resuming ----------------------------------------------------------------------------------------------------
 
     def resume(self, choice: str, ema: ModelEmaV3 | None) -> tuple[int, dict[str, float] | None]:
-        """Restore what `--resume auto|never|PATH` means: the completed steps, and the scores if then evaluated.
+        """Load the checkpoint that `--resume auto|never|PATH` names; return its completed steps and its scores.
 
-        No scores but None says that the evaluation is still to be done.
+        The scores are {} if no evaluation was due at that step, and None if one was due and has not been made.
         """
         path, state = on_main(self.accelerator, lambda: self.find(choice))
         if path is None:
@@ -85,30 +94,18 @@ class Checkpoints:
         self.best_top1 = state["best_top1"]
         for name, part in self.parts.items():
             part.restore(state["parts"][name])
-        if self.accelerator.is_main_process:  # accelerator.print would say it on every node
+        if self.accelerator.is_main_process:  # accelerator.print would print it on every node
             print(f"resumed from {path} at step {state['step']}", flush=True)
         return state["step"], state["scores"]
 
     def find(self, choice: str) -> tuple[Path | None, dict[str, Any]]:
-        """The checkpoint to resume from, verified, with the content of `state.json`; None to start anew.
+        """Return the checkpoint to resume from, verified, and its `state.json`; None to start from the first step.
 
-        A damaged one is passed over for the one before, unless it was named. Later ones then no longer count.
+        If a checkpoint is damaged, the one before it is taken, unless it was named. Later ones then no longer count.
         """
-        for path in self.folder.glob(".*"):  # what a kill left half-written or half-deleted
+        for path in self.folder.glob(".*"):  # left half-written or half-deleted by a kill
             shutil.rmtree(path)
-        found = self.files.saved_checkpoints()
-        if choice == "never" and found:
-            raise UserError(
-                f"{self.folder.parent} holds a run already: choose another run_dir, or --resume auto"
-            )
-        if choice in ("auto", "never"):
-            candidates = found[::-1]
-        else:
-            candidates = [Path(choice)]
-            if not candidates[0].is_dir():
-                raise UserError(
-                    f"--resume {choice}: no checkpoint there: give a directory called step-XXXXXXXX"
-                )
+        candidates = self._candidates(choice)
         for path in candidates:
             damage = damaged(path)
             if damage is None:
@@ -120,15 +117,30 @@ class Checkpoints:
             raise UserError(f"{path}: damaged ({damage}), and no other to go on from: choose another run_dir")
         return None, {}
 
+    def _candidates(self, choice: str) -> list[Path]:
+        """The checkpoints that `--resume choice` allows, the preferred one first."""
+        if choice not in ("auto", "never"):
+            if not Path(choice).is_dir():
+                raise UserError(
+                    f"--resume {choice}: no checkpoint there: give a directory called step-XXXXXXXX"
+                )
+            return [Path(choice)]
+        saved = self.files.saved_checkpoints()
+        if choice == "never" and saved:
+            raise UserError(
+                f"{self.files.path} holds a run already: choose another run_dir, or --resume auto"
+            )
+        return saved[::-1]
+
     def checked_state(self, path: Path) -> dict[str, Any]:
-        """The content of `state.json`. Raises UserError, naming what differs from this run."""
+        """Read `state.json`. Raises UserError, naming what differs from this run."""
         state = json.loads(CheckpointDir(path).state.read_text())
         if state["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
         for name, value in self.identity.items():
             if (saved := state["identity"][name]) != value:
-                which = f" ({saved}, not {value})" if name == "engine" else ""
-                raise UserError(f"{path}: saved with another {name}{which}: resume with the one of that run")
+                values = f" ({saved}, not {value})" if name == "engine" else ""
+                raise UserError(f"{path}: saved with another {name}{values}: resume with the one of that run")
         return state
 
     def load(self, path: Path, ema: ModelEmaV3 | None) -> None:
@@ -140,7 +152,7 @@ class Checkpoints:
             ema.module.load_state_dict(load_file(CheckpointDir(path).ema))
 
     def set_aside_later(self, step: int) -> None:
-        """Going back to an earlier checkpoint: later ones of this run no longer count, nor is it at its end."""
+        """Rename checkpoints after `step`, and delete the summary: a run that goes back to an earlier step lacks both."""
         for path in self.files.saved_checkpoints():
             if checkpoint_step(path) > step:
                 self.files.summary.unlink(missing_ok=True)
@@ -149,7 +161,10 @@ class Checkpoints:
     # --- saving ------------------------------------------------------------------------------------------------------
 
     def due(self, step: int, logged: bool, scores: dict[str, float]) -> bool:
-        """Whether to save after `step` steps. The clock is rank 0's, asked at logged steps: it costs a broadcast."""
+        """Whether to save after `step` steps.
+
+        For `every_minutes` rank 0's clock counts, broadcast to all ranks, and only at logged steps.
+        """
         if self.section.keep_best and scores.get("top1", -1.0) > self.best_top1:
             return True
         if self.section.every_steps and step % self.section.every_steps == 0:
@@ -160,10 +175,10 @@ class Checkpoints:
         return broadcast_object_list(late)[0]
 
     def save(self, step: int, ema: ModelEmaV3 | None, scores: dict[str, float] | None) -> None:
-        """Begin to write `step-XXXXXXXX`; call on all ranks. `scores["top1"]`, where there is one, ranks the best.
+        """Begin to write `step-XXXXXXXX`; call on all ranks. The best checkpoints are those of the highest `top1`.
 
-        Returns when the state is in host memory, after waiting for the save before, if that is still under way. Raises
-        UserError if MOST_FAILURES in a row could not be written.
+        Waits for the save before, if it is still under way, and returns when the state is in host memory. Raises
+        UserError if MOST_FAILURES saves in a row failed.
         """
         self.wait()
         if self.failures_in_a_row >= MOST_FAILURES:
@@ -172,7 +187,7 @@ class Checkpoints:
                 "room or mend the disk, and start again"
             )
         self.best_top1 = max(self.best_top1, (scores or {}).get("top1", -1.0))
-        content = {
+        state = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "identity": self.identity,
@@ -180,21 +195,26 @@ class Checkpoints:
             "best_top1": self.best_top1,
             "parts": {name: part.state() for name, part in self.parts.items()},
         }
-        files: dict[str, Any] = {}
+        final = self.files.checkpoint(step)
+        # Written under another name, so that a checkpoint which is there under its own is complete.
+        partial = CheckpointDir(self.folder / f".partial-{final.name}")
+        contents: dict[Path, Any] = {}  # of the files that this rank writes
         if part := self.engine.optimizer_part():
-            files[f"optimizer-{self.accelerator.process_index:05d}.pt"] = part
+            contents[partial.optimizer(self.accelerator.process_index)] = part
         weights = self.whole().state_dict()
         if self.accelerator.is_main_process:
-            files |= {"model.safetensors": weights, "state.json": content}
+            contents |= {partial.model: weights, partial.state: state}
             if ema is not None:
-                files["ema.safetensors"] = ema.module.state_dict()
-        files = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), files)
-        self.writer = Thread(target=self._write, args=(step, files), name="checkpoint", daemon=True)
+                contents[partial.ema] = ema.module.state_dict()
+        contents = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), contents)
+        self.writer = Thread(
+            target=self._write, args=(step, partial, final, contents), name="checkpoint", daemon=True
+        )
         self.writer.start()
         self.saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Until the save under way has ended, well or not. Call on all ranks. Raises what the writer did not expect."""
+        """Wait until the save under way has succeeded or failed. Call on all ranks. Raises the writer's unexpected errors."""
         if self.writer is not None:
             self.writer.join()
             self.writer = None
@@ -203,7 +223,7 @@ class Checkpoints:
             self.failures_in_a_row = self.failures_in_a_row + 1 if self.failure else 0
 
     def close(self) -> None:
-        """At the end of a run: raises UserError if its last checkpoint could not be written."""
+        """Wait for the last save, at the end of a run. Raises UserError if it failed."""
         self.wait()
         if self.group is not None:
             distributed.destroy_process_group(self.group)
@@ -213,19 +233,17 @@ class Checkpoints:
                 "disk, and start again"
             )
 
-    def _write(self, step: int, files: dict[str, Any]) -> None:
-        """In a thread of each rank."""
-        final = self.files.checkpoint(step)
-        partial = self.folder / f".partial-{final.name}"
+    def _write(self, step: int, partial: CheckpointDir, final: Path, contents: dict[Path, Any]) -> None:
+        """Write a checkpoint, in a thread of each rank."""
         try:
-            self.failure = self._written(partial, final, files)
-        except RuntimeError as error:  # a rank is gone, as the next step will find
+            self.failure = self._write_and_publish(partial, final, contents)
+        except RuntimeError as error:  # a rank is gone, as the next step will find out
             self.failure = f"the ranks cannot agree: {error}"
-        except Exception as error:  # a thread cannot end the run: `wait` does
+        except Exception as error:  # a thread cannot end the run: `wait` raises it
             self.crash = error
             return
         if self.accelerator.is_main_process and self.failure:
-            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+            shutil.rmtree(partial.path, ignore_errors=True)  # it may be what fills the disk
             with contextlib.suppress(OSError):  # the log may be on the disk that is full
                 print(
                     f"indistill: CHECKPOINT NOT WRITTEN at step {step}: {self.failure}. The run goes on; the "
@@ -234,35 +252,41 @@ class Checkpoints:
                     flush=True,
                 )
 
-    def _written(self, partial: Path, final: Path, files: dict[str, Any]) -> str | None:
-        """Write this rank's files, agree that all ranks have, and let rank 0 put the name on them; what failed, if any.
+    def _write_and_publish(
+        self, partial: CheckpointDir, final: Path, contents: dict[Path, Any]
+    ) -> str | None:
+        """Write this rank's files, then have rank 0 rename the folder; return why that failed, or None.
 
         The answer is the same on all ranks.
         """
-        manifest, failure = {}, None
+        manifest: dict[str, Any] = {}
+        failure = None
         try:
-            partial.mkdir(exist_ok=True)
-            manifest = {name: _write_file(partial / name, content) for name, content in files.items()}
-        except Exception as error:  # whatever a full or broken disk makes of the libraries' writers
+            partial.path.mkdir(exist_ok=True)
+            manifest = {path.name: _write_file(path, content) for path, content in contents.items()}
+        except Exception as error:  # the libraries' writers raise many kinds on a full or broken disk
             failure = f"rank {self.accelerator.process_index}: {in_one_line(error, 300)}"
-        for of_rank, failure_of_rank in self._from_all((manifest, failure)):
-            manifest, failure = manifest | of_rank, failure or failure_of_rank
+        for manifest_of_rank, failure_of_rank in self._from_all((manifest, failure)):
+            manifest |= manifest_of_rank
+            failure = failure or failure_of_rank
         if self.accelerator.is_main_process and failure is None:
             try:
-                _write_file(CheckpointDir(partial).manifest, manifest)
-                self._publish(partial, final)
+                _write_file(partial.manifest, manifest)
+                self._publish(partial.path, final)
             except OSError as error:
                 failure = str(error)
         return self._from_all(failure)[0]
 
     def _from_all(self, mine: Any) -> list[Any]:
+        """Gather one value from each rank's writer."""
         if self.group is None:
             return [mine]
-        told = [None] * self.accelerator.num_processes
-        distributed.all_gather_object(told, mine, group=self.group)
-        return told
+        gathered: list[Any] = [None] * self.accelerator.num_processes
+        distributed.all_gather_object(gathered, mine, group=self.group)
+        return gathered
 
     def _publish(self, partial: Path, final: Path) -> None:
+        """Rename a complete checkpoint, and delete those that are no longer to be kept."""
         if final.exists():  # saved before its evaluation, which a preemption had stopped
             final.rename(final.with_name(f".deleted-{final.name}"))
         partial.rename(final)
@@ -273,13 +297,13 @@ class Checkpoints:
         kept.update(path for _, path in sorted(scored)[len(scored) - self.section.keep_best :])
         for path in paths:
             if path not in kept:
-                path.rename(path.with_name(f".deleted-{path.name}"))  # never half there under its name
+                path.rename(path.with_name(f".deleted-{path.name}"))  # an incomplete one never has its name
         for path in self.folder.glob(".deleted-*"):
             shutil.rmtree(path)
 
 
 def damaged(path: Path) -> str | None:
-    """What is wrong with a checkpoint, found by sizes and hashes; None if nothing is."""
+    """Return what is wrong with a checkpoint, by sizes and hashes of its files; None if nothing is."""
     try:
         manifest = json.loads(CheckpointDir(path).manifest.read_text())
         for name, entry in manifest.items():
@@ -293,7 +317,7 @@ def damaged(path: Path) -> str | None:
 
 
 def _write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Write it to the disk itself; returns its entry in the manifest."""
+    """Write a file through to the disk; return its entry in the manifest."""
     if path.suffix == ".safetensors":
         save_file({name: value.contiguous() for name, value in content.items()}, path)
     elif path.suffix == ".pt":

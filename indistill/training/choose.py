@@ -9,19 +9,23 @@ from indistill.config import Config, UserError
 from indistill.curriculum import Timetable
 from indistill.distributed import engine
 from indistill.losses.objective import Objective
-from indistill.models.network import Network
+from indistill.models.trainable import Trainable
 from indistill.prune import Plan
 from indistill.targets.cost import decide, measure
 from indistill.targets.live import LiveTargets
 from indistill.targets.manifest import manifest_exists, targets_root
 from indistill.targets.reader import open_targets
+from indistill.targets.source import TargetSource
 from indistill.targets.stored import CachedTargets
 
 
 def cheaper_stored(
-    settings: Config, student: Network, live: LiveTargets, objective: Objective, timetable: Timetable
+    settings: Config, student: Trainable, *, live: LiveTargets, objective: Objective, timetable: Timetable
 ) -> list[str]:
-    """The phases, by name, in which `targets.source: auto` reads stored targets. Call it before `engine.prepare`."""
+    """Return the names of the phases in which stored targets are cheaper than live ones.
+
+    Call it before `engine.prepare`: it runs the bare student.
+    """
     phases = timetable.curriculum.phases()
     works = {phase: measure(settings, student, live, objective, phase) for phase in phases}
     return [name for name, choice in decide(settings, works, timetable).items() if choice.source == "cached"]
@@ -30,24 +34,28 @@ def cheaper_stored(
 def choose(
     accelerator: Accelerator,
     settings: Config,
-    student: Network,
-    live: LiveTargets,
+    *,
+    student: Trainable,
+    live: TargetSource,
     objective: Objective,
     timetable: Timetable,
     plan: Plan,
-) -> LiveTargets | CachedTargets:
-    """What `targets.source: auto` trains from: stored targets where they are cheaper, and there. Call on all ranks."""
-    phases = (
-        []
-        if config.why_not_stored(settings)
-        else cheaper_stored(settings, student, live, objective, timetable)
-    )
-    there = phases and engine.on_main(accelerator, lambda: manifest_exists(targets_root(settings)))
+) -> TargetSource:
+    """Return stored targets for the phases in which they are cheaper, if they exist, else `live`.
+
+    Call on all ranks. Raises UserError for stored targets that were made with another pruning plan.
+    """
+    assert isinstance(
+        live, LiveTargets
+    )  # `parts.networks` returns no other for a source that is not "cached"
+    phases: list[str] = []
+    if not config.why_not_stored(settings):
+        phases = cheaper_stored(settings, student, live=live, objective=objective, timetable=timetable)
+    root = targets_root(settings)
+    stored = bool(phases) and engine.on_main(accelerator, lambda: manifest_exists(root))
     if accelerator.is_main_process:
-        told = f"stored in {', '.join(phases)}" if there else "live"
-        hint = ": `indistill targets CONFIG` would make the run shorter" if phases and not there else ""
-        print(f"indistill: targets: auto: {told}{hint}", flush=True)
-    if not there:
+        print(f"indistill: targets: auto: {_describe(phases, stored)}", flush=True)
+    if not stored:
         return live
     reader = open_targets(accelerator, settings)
     if plan.pairs and reader.manifest.pruning().hash != plan.hash:
@@ -56,3 +64,11 @@ def choose(
             "another targets.dir, or set targets: live"
         )
     return CachedTargets(reader, settings.kd.losses, live.kd_stages, live, phases)
+
+
+def _describe(phases: list[str], stored: bool) -> str:
+    if stored:
+        return f"stored in {', '.join(phases)}"
+    if phases:
+        return "live: `indistill targets CONFIG` would make the run shorter"
+    return "live"

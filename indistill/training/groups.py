@@ -1,9 +1,8 @@
 """Several students of one teacher, each on ranks of its own: `students` with `student_groups: disjoint`.
 
-The ranks are cut into as many equal groups as there are students, and each group trains its student as a run of its
-own, in a process group of its own. Rank j of every group has the same images, loaded by itself. Its teacher runs on one
-part of them, and one all-gather among those ranks hands round what the students need of it, pruned and in the teacher's
-precision: in bf16 where that is bf16.
+The ranks are divided into as many equal groups as there are students, and each group trains its student as a run of its
+own, in its own process group. Rank j of every group loads the same images. Its teacher runs on one part of them, and an
+all-gather among those ranks exchanges the targets that the students need, pruned and in the teacher's precision.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -22,29 +22,31 @@ from indistill.config.ranks import Ranks, variables
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
-from indistill.data.training import Training
+from indistill.data.training import TrainingData
 from indistill.distributed import engine
 from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
-from indistill.prune import Plan
+from indistill.prune import PairPlan, Plan
 from indistill.targets.live import LiveTargets, pooled
+from indistill.targets.source import TargetSource
 from indistill.targets.stored import fields_of
 from indistill.training import checkpoint
 from indistill.training.callbacks import Callback
-from indistill.training.loop import train as train_run
+from indistill.training.loop import train
 from indistill.training.parts import Sources
 
 
-def train(
+def train_groups(
     students: Sequence[tuple[str, Config]], resume: str = "auto", callbacks: Sequence[Callback] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Train all of them to the end; returns each one's `summary.json`, on every rank.
+    """Train all students to the end; return the content of each one's `summary.json`, on every rank.
 
-    Raises UserError for a number of processes that the students do not divide, and otherwise as `loop.train`. When the
-    groups are asked to stop, or one is lost, all go on from the newest step of which each has a checkpoint.
+    Raises UserError if the number of processes is not a multiple of the number of students, and otherwise like
+    `loop.train`. When the groups are asked to stop, or one of them fails, all resume from the newest step of which
+    every student has a checkpoint.
     """
-    ranks, count = Ranks.from_environment(), len(students)
-    rank, world = ranks.rank, ranks.world_size
+    ranks = Ranks.from_environment()
+    count, rank, world = len(students), ranks.rank, ranks.world_size
     if world % count:
         raise UserError(
             f"student_groups: disjoint: {world} processes cannot be cut into {count} equal groups: start a multiple of "
@@ -55,14 +57,14 @@ def train(
     engine.find_interface(ranks)
     timeout = timedelta(minutes=settings.collective_timeout_minutes)
     store, *_ = next(distributed.rendezvous("env://", rank, world, timeout=timeout))
+    groups = _Groups(store, students, group=group, rank=place, size=world // count)
     launched = dict(os.environ)
     os.environ |= variables(place, world // count) | {"INDISTILL_GROUP": f"{name}/"}
     try:
-        exchange = _begin_groups(store, group, count, place, world // count, timeout)
-        resume = _common(store, group, place, students, resume)
-        sources = _Apart(store, exchange, group, place, students)
-        summary = train_run(settings, resume, sources, callbacks)
-        return _from_all(store, "summary", group, place, students, summary)
+        exchange = groups.begin(timeout)
+        resume = _common_checkpoint(groups, resume)
+        summary = train(settings, resume, _GroupSources(groups, exchange), callbacks)
+        return groups.gather("summary", summary)
     except UserError as error:
         error.found_by_one_rank = place == 0  # of its group
         raise
@@ -71,45 +73,57 @@ def train(
         os.environ.update(launched)
 
 
-def _begin_groups(
-    store: distributed.Store, group: int, count: int, place: int, size: int, timeout: timedelta
-) -> distributed.ProcessGroup:
-    """Make this student's process group the default one; returns that of the ranks with the same images."""
-    backend = "gloo"
-    kind = distributed.ProcessGroupGloo
-    if torch.cuda.is_available():
-        torch.cuda.set_device(Ranks.from_environment().local_rank)
-        backend, kind = "nccl", distributed.ProcessGroupNCCL
-    own = distributed.PrefixStore(f"student {group}", store)
-    distributed.init_process_group(backend, store=own, rank=place, world_size=size, timeout=timeout)
-    return kind(distributed.PrefixStore(f"images {place}", store), group, count, timeout)
+@dataclass(frozen=True)
+class _Groups:
+    """The groups of ranks, seen from one rank. `store` connects all ranks; values in it are JSON."""
+
+    store: distributed.Store
+    students: Sequence[tuple[str, Config]]
+    _: KW_ONLY
+    group: int  # index of this rank's student
+    rank: int  # within the group
+    size: int  # ranks of a group
+
+    @property
+    def name(self) -> str:
+        return self.students[self.group][0]
+
+    @property
+    def settings(self) -> Config:
+        return self.students[self.group][1]
+
+    def begin(self, timeout: timedelta) -> distributed.ProcessGroup:
+        """Make this student's process group the default one; return the group of ranks that load the same images."""
+        own = distributed.PrefixStore(f"student {self.group}", self.store)
+        same_images = distributed.PrefixStore(f"images {self.rank}", self.store)
+        on_gpus = torch.cuda.is_available()
+        if on_gpus:
+            torch.cuda.set_device(Ranks.from_environment().local_rank)
+        backend = "nccl" if on_gpus else "gloo"
+        distributed.init_process_group(
+            backend, store=own, rank=self.rank, world_size=self.size, timeout=timeout
+        )
+        # Any: both take a timeout, which torch's type hints do not say.
+        kind: Any = distributed.ProcessGroupNCCL if on_gpus else distributed.ProcessGroupGloo
+        return kind(same_images, self.group, len(self.students), timeout)
+
+    def gather(self, key: str, value: Any) -> dict[str, Any]:
+        """Gather one value from each student's first rank, by student name; blocks until all have arrived."""
+        if self.rank == 0:
+            self.store.set(f"{key} {self.group}", json.dumps(value))
+        return {name: json.loads(self.store.get(f"{key} {i}")) for i, (name, _) in enumerate(self.students)}
 
 
-def _from_all(
-    store: distributed.Store,
-    what: str,
-    group: int,
-    place: int,
-    students: Sequence[tuple[str, Config]],
-    mine: Any,
-) -> dict[str, Any]:
-    """By name, what each student's first rank tells; waits for all of them."""
-    if place == 0:
-        store.set(f"{what} {group}", json.dumps(mine))
-    return {name: json.loads(store.get(f"{what} {i}")) for i, (name, _) in enumerate(students)}
+def _common_checkpoint(groups: _Groups, resume: str) -> str:
+    """Return what to resume from: the newest step of which every student has an undamaged checkpoint.
 
-
-def _common(
-    store: distributed.Store, group: int, place: int, students: Sequence[tuple[str, Config]], resume: str
-) -> str:
-    """What to resume from: the newest step that every student has a whole checkpoint of."""
-    files = RunDir.of(students[group][1])
-    whole = (
-        [path.name for path in files.saved_checkpoints() if checkpoint.damaged(path) is None]
-        if place == 0
-        else []
-    )
-    saved = _from_all(store, "saved", group, place, students, whole)
+    Raises UserError if there are checkpoints, but of no common step.
+    """
+    files = RunDir.of(groups.settings)
+    mine: list[str] = []
+    if groups.rank == 0:
+        mine = [path.name for path in files.saved_checkpoints() if checkpoint.damaged(path) is None]
+    saved = groups.gather("saved", mine)
     if resume == "never" or not any(saved.values()):
         return resume
     common = set.intersection(*map(set, saved.values()))
@@ -118,103 +132,120 @@ def _common(
     return str(files.checkpoints / max(common))
 
 
-class _Apart(Sources):
+class _GroupSources(Sources):
     """A run's own images and teacher; its targets come from the teachers of all groups."""
 
-    def __init__(
-        self,
-        store: distributed.Store,
-        exchange: distributed.ProcessGroup,
-        group: int,
-        place: int,
-        students: Sequence[tuple[str, Config]],
-    ) -> None:
-        self.store, self.exchange, self.group, self.place, self.students = (
-            store,
-            exchange,
-            group,
-            place,
-            students,
-        )
-        self.name, self.position = students[group][0], group
-        self.step = 0  # that the current batch is of
+    def __init__(self, groups: _Groups, exchange: distributed.ProcessGroup) -> None:
+        self.groups = groups
+        self.exchange = exchange
+        self.name = groups.name
+        self.position = groups.group
+        self.step = 0  # of the current batch
 
     def batches(
-        self, training: Training, first_step: int, last_step: int, device: torch.device
+        self, training: TrainingData, first_step: int, last_step: int, device: torch.device
     ) -> Iterator[Batch]:
-        accumulation = self.students[self.group][1].grad_accumulation
+        accumulation = self.groups.settings.grad_accumulation
         for i, batch in enumerate(super().batches(training, first_step, last_step, device)):
             self.step = first_step + i // accumulation
             yield batch
 
     def targets(
-        self, targets_of: LiveTargets, plan: Plan, timetable: Timetable, settings: Config
+        self, targets_of: TargetSource, plan: Plan, timetable: Timetable, settings: Config
     ) -> ExchangedTargets:
+        assert isinstance(targets_of, LiveTargets)  # the config refuses students that read stored targets
+        assert settings.teacher is not None  # and students without a teacher
+        students = self.groups.students
         world = Ranks.from_environment().world_size
         micro_batch = settings.data.global_batch // world // settings.grad_accumulation
-        if micro_batch % len(self.students):
+        if micro_batch % len(students):
             raise UserError(
                 f"student_groups: disjoint: {micro_batch} images of a rank and accumulation step cannot be shared out "
-                f"to {len(self.students)} teachers: change data.global_batch"
+                f"to {len(students)} teachers: change data.global_batch"
             )
-        told = {"plan": plan.to_json(), "kd_stages": targets_of.kd_stages}
-        all_told = _from_all(self.store, "plan", self.group, self.place, self.students, told)
+        needs = self.groups.gather("plan", {"plan": plan.to_json(), "kd_stages": targets_of.kd_stages})
         heads = len(targets_of.heads.stages) if targets_of.heads else 0
-        students = [
-            Student(of_one, Plan.parse(all_told[name]["plan"]), all_told[name]["kd_stages"], heads, timetable)
-            for name, of_one in self.students
+        needs_of = [
+            Needs(
+                student_settings,
+                Plan.parse(needs[name]["plan"]),
+                kd_stages=needs[name]["kd_stages"],
+                heads=heads,
+                steps_per_epoch=timetable.steps_per_epoch,
+            )
+            for name, student_settings in students
         ]
         return ExchangedTargets(
-            targets_of, self, students, settings.teacher.precision or settings.mixed_precision
+            targets_of, self, needs_of, settings.teacher.precision or settings.mixed_precision
         )
 
 
-class Student:
-    """What one of them needs of the teacher, at any step."""
+class Needs:
+    """Which teacher outputs one student needs at a given step."""
 
     def __init__(
-        self, settings: Config, plan: Plan, kd_stages: Sequence[int], heads: int, timetable: Timetable
+        self, settings: Config, plan: Plan, *, kd_stages: Sequence[int], heads: int, steps_per_epoch: int
     ) -> None:
-        self.losses, self.kd_stages, self.heads, self.pairs = settings.kd.losses, kd_stages, heads, plan.pairs
-        self.curriculum = Timetable.of(settings, timetable.steps_per_epoch, len(plan.pairs)).curriculum
+        self.losses = settings.kd.losses
+        self.kd_stages = kd_stages
+        self.heads = heads
+        self.pairs = plan.pairs
+        self.curriculum = Timetable.of(settings, steps_per_epoch, len(plan.pairs)).curriculum
 
     def fields(self, step: int) -> tuple[str, ...]:
         return fields_of(self.curriculum.at(step), self.losses, self.kd_stages, self.heads)
 
     def stage(self, field: str) -> int | None:
-        """The teacher's stage whose map the field is made of; None for what needs the whole network."""
+        """The teacher stage whose map the field is made from; None for a field that takes the whole network."""
         if field.startswith("pair"):
-            return self.pairs[int(field.removeprefix("pair")) - 1].teacher_stage
+            return self._pair(field).teacher_stage
         return int(field.removeprefix("stage")) if field.startswith("stage") else None
 
     def kept(self, field: str) -> list[int] | None:
-        return self.pairs[int(field.removeprefix("pair")) - 1].kept if field.startswith("pair") else None
+        """The channels of the map that the field keeps; None if it keeps all."""
+        return self._pair(field).kept if field.startswith("pair") else None
+
+    def _pair(self, field: str) -> PairPlan:
+        return self.pairs[int(field.removeprefix("pair")) - 1]
 
 
 class ExchangedTargets:
-    """LiveTargets of a part of the images, for all students; the other ranks give the other parts."""
+    """Run the teacher on this rank's part of the batch for every student, and exchange targets between groups."""
 
-    def __init__(self, live: LiveTargets, apart: _Apart, students: Sequence[Student], precision: str) -> None:
-        self.live, self.apart, self.students = live, apart, students
+    def __init__(
+        self, live: LiveTargets, sources: _GroupSources, students: Sequence[Needs], precision: str
+    ) -> None:
+        self.live = live
+        self.sources = sources
+        self.students = students
         self.dtype = DTYPES[precision]
-        self.teacher, self.fingerprint, self.kd_stages = live.teacher, live.fingerprint, live.kd_stages
-        self.bring_along, self.hold_weights = live.bring_along, live.hold_weights
+        self.teacher = live.teacher
+        self.fingerprint = live.fingerprint
+        self.kd_stages = live.kd_stages
+
+    def bring_along(self, training: TrainingData, timetable: Timetable) -> None:
+        self.live.bring_along(training, timetable)
+
+    def hold_weights(self) -> None:
+        self.live.hold_weights()
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
         """Images [B, 3, H, W], the same on these ranks of all groups."""
-        count, group = len(self.students), self.apart.group
-        wanted = [(student, field) for student in self.students for field in student.fields(self.apart.step)]
-        tensors = self._made(images.chunk(count)[group], wanted)
+        count = len(self.students)
+        group = self.sources.groups.group
+        step = self.sources.step
+        requested = [(student, field) for student in self.students for field in student.fields(step)]
+        tensors = self._compute(images.chunk(count)[group], requested)
         sent = torch.cat(
             [tensor.to(self.dtype).flatten(1) for tensor in tensors], dim=1
         )  # [B / count, values]
         parts = [torch.empty_like(sent) for _ in range(count)]
         as_bytes = [part.view(torch.uint8) for part in parts]
-        self.apart.exchange.allgather([as_bytes], [sent.view(torch.uint8)]).wait()
+        self.sources.exchange.allgather([as_bytes], [sent.view(torch.uint8)]).wait()
         columns = torch.cat(parts).split([tensor[0].numel() for tensor in tensors], dim=1)
         mine = {
             field: column.unflatten(1, tensor.shape[1:])
-            for (student, field), tensor, column in zip(wanted, tensors, columns)
+            for (student, field), tensor, column in zip(requested, tensors, columns)
             if student is self.students[group]
         }
         if phase.pairs:
@@ -223,17 +254,22 @@ class ExchangedTargets:
         cohort = tuple(tensor for field, tensor in mine.items() if field.startswith("head"))
         return Targets(features, mine.get("embedding"), mine.get("logits"), cohort)
 
-    def _made(self, images: Tensor, wanted: Sequence[tuple[Student, str]]) -> list[Tensor]:
-        """What is wanted of these images, in one pass of the teacher, no deeper than it needs to be."""
-        stages = sorted({stage for student, field in wanted if (stage := student.stage(field)) is not None})
-        whole = any(student.stage(field) is None for student, field in wanted)
-        found = self.live.found(images, stages, whole)
-        made = []
-        for student, field in wanted:
-            stage, kept = student.stage(field), student.kept(field)
-            tensor = found[field] if stage is None else found[f"stage{stage}"]
-            tensor = (
-                tensor if kept is None else tensor.index_select(1, torch.tensor(kept, device=tensor.device))
-            )
-            made.append(tensor if stage is None else pooled(tensor, self.live.pool))
-        return made
+    def _compute(self, images: Tensor, requested: Sequence[tuple[Needs, str]]) -> list[Tensor]:
+        """Compute the requested fields in one teacher pass, no deeper than necessary."""
+        stages = sorted(
+            {stage for student, field in requested if (stage := student.stage(field)) is not None}
+        )
+        whole = any(student.stage(field) is None for student, field in requested)
+        outputs = self.live.found(images, stages, whole)
+        tensors = []
+        for student, field in requested:
+            stage = student.stage(field)
+            if stage is None:
+                tensors.append(outputs[field])
+                continue
+            feature = outputs[f"stage{stage}"]
+            kept = student.kept(field)
+            if kept is not None:
+                feature = feature.index_select(1, torch.tensor(kept, device=feature.device))
+            tensors.append(pooled(feature, self.live.pool))
+        return tensors

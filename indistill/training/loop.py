@@ -20,17 +20,15 @@ from torch import Tensor
 from indistill import config, evaluate
 from indistill.config import Config
 from indistill.config.files import replace_text
-from indistill.config.run_dir import append_end, append_start
+from indistill.config.run_dir import RunDir, append_end, append_start, weights_file
 from indistill.curriculum import Pace, Phase, Timetable
 from indistill.data.dataset import ImageDataset
 from indistill.distributed import engine, watchdog
 from indistill.distributed.agree import agree, software_versions
 from indistill.distributed.preemption import Agreement, Preempted
 from indistill.losses.objective import Objective
-from indistill.models.heads import Heads
-from indistill.models.network import Network, save_network
-from indistill.targets.live import LiveTargets
-from indistill.targets.stored import CachedTargets
+from indistill.models.network import Network
+from indistill.models.trainable import Trainable
 from indistill.training import guard, optim, parts
 from indistill.training.callbacks import Callback
 from indistill.training.checkpoint import Checkpoints
@@ -48,10 +46,10 @@ def train(
 ) -> dict[str, Any]:
     """Run to the end and return the content of `summary.json`.
 
-    `resume` is auto, never, or a checkpoint's path; `sources` gives the data and teacher, by default the run's own;
-    `callbacks` are told of each step, evaluation, checkpoint and of the end. Raises UserError, before any step, for
-    whatever in the config cannot work with this data and world size, and Preempted where the run was asked to stop,
-    with a checkpoint of that step.
+    `resume` is auto, never, or a checkpoint's path. `sources` gives the data and the teacher, by default the run's own.
+    `callbacks` are called after each step, evaluation and checkpoint, and at the end. Raises UserError, before any
+    step, for a config that cannot work with this data and world size; raises Preempted if the run was asked to stop,
+    after a checkpoint of that step.
     """
     run = Run(settings, resume, sources, callbacks)
     run.begin()
@@ -73,16 +71,20 @@ class Run:
         sources: Sources | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.settings, self.resume, self.callbacks = settings, resume, callbacks
+        self.settings = settings
+        self.resume = resume
         self.sources = sources or Sources()
+        self.callbacks = callbacks
         self.done = 0
+        # Of the last step: {} if no evaluation was due, None if the one that was due has not been made.
+        self.scores: dict[str, float] | None = {}
 
     @property
     def finished(self) -> bool:
         return self.done >= self.timetable.total_steps
 
     def begin(self) -> None:
-        """Build all that the run needs, load its newest checkpoint, and score the student before the first step."""
+        """Build all that the run needs, load its newest checkpoint, and make the evaluation that is still due."""
         self._open_data()
         self._build_networks()
         self._prepare()
@@ -99,22 +101,32 @@ class Run:
     def _open_data(self) -> None:
         self.engine = start_engine(self.settings)
         self.accelerator = self.engine.accelerator
-        self.files = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
-        self.run_dir = self.files.path
+        self.files: RunDir = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
+        self.run_dir: Path = self.files.path
         self.training, self.eval_set = self.sources.data(self.accelerator, self.settings)
 
     def _build_networks(self) -> None:
         accelerator, settings, training = self.accelerator, self.settings, self.training
-        calibration = partial(training.loader, 0, device=accelerator.device)
         self.student, targets_of, self.plan = parts.networks(
-            accelerator, settings, self.files, calibration, self.sources.teacher, self.sources.forward
+            accelerator,
+            settings,
+            files=self.files,
+            calibration=partial(training.loader, 0, device=accelerator.device),
+            make_teacher=self.sources.teacher,
+            run_teacher=self.sources.forward,
         )
         self.timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(self.plan.pairs))
         self.pace = Pace(self.timetable, settings.warmup, partial(mean_over_ranks, accelerator))
         self.objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
         if settings.targets.source == "auto":
             targets_of = choose(
-                accelerator, settings, self.student, targets_of, self.objective, self.timetable, self.plan
+                accelerator,
+                settings,
+                student=self.student,
+                live=targets_of,
+                objective=self.objective,
+                timetable=self.timetable,
+                plan=self.plan,
             )
         self.targets_of = self.sources.targets(targets_of, self.plan, self.timetable, settings)
         self.targets_of.bring_along(training, self.timetable)
@@ -123,23 +135,39 @@ class Run:
         """Create the optimizer, and wrap the student for training on all ranks."""
         accelerator, settings, student = self.accelerator, self.settings, self.student
         self.mix = make_mix(settings, accelerator)
-        self.ema = settings.ema and guard.Ema(student, settings.ema.decay, use_warmup=settings.ema.warmup)
+        self.ema: guard.Ema | None = None
+        if settings.ema is not None:
+            self.ema = guard.Ema(student, settings.ema.decay, use_warmup=settings.ema.warmup)
         self.whole = self.engine.whole(student)
         optimizer = optim.create(student, settings.optimizer, fused=self.engine.fused)
-        blank = partial(blank_loss, accelerator, settings, student, self.targets_of, self.objective)
-        unused = self.engine.unused(student, self.timetable.curriculum.phases(), blank)
+        unused = self.engine.unused(student, self.timetable.curriculum.phases(), self._blank_loss)
         self.phase_optim = optim.PhaseOptim(optimizer, settings, self.timetable, unused)
         self.wrapped, self.optimizer, self.was_skipped = self.engine.prepare(student, optimizer)
         self.phase_optim.stale_gradients = self.engine.stale_gradients()
         self.buffers = Buffers(self.wrapped)
         self.stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
 
+    def _blank_loss(self, phase: Phase) -> Tensor:
+        """Compute a phase's loss on two black images: its graph contains the parameters that the phase trains."""
+        device = self.accelerator.device
+        images = torch.zeros(2, *config.input_size(self.settings), dtype=torch.uint8, device=device)
+        labels = torch.zeros(2, dtype=torch.int64, device=device)
+        targets = self.targets_of(images, phase)
+        output = self.student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
+        return self.objective(output, targets, labels, phase, int(phase.start))[0]
+
     def _resume(self) -> None:
-        """Go on from a checkpoint, if there is one; all ranks have to agree on what they run."""
+        """Load the newest checkpoint, if there is one, once all ranks agree on what they run."""
         accelerator, settings, timetable = self.accelerator, self.settings, self.timetable
-        limits = settings.data.max_bad_fraction, settings.max_bad_steps
-        progress = Progress(timetable, self.sources.name, self.sources.position)
-        self.log = RunLog(accelerator, self.files, settings.log.every_steps, timetable, *limits, progress)
+        self.log = RunLog(
+            accelerator,
+            self.files,
+            timetable=timetable,
+            every_steps=settings.log.every_steps,
+            max_bad_fraction=settings.data.max_bad_fraction,
+            max_bad_steps=settings.max_bad_steps,
+            progress=Progress(timetable, self.sources.name, self.sources.position),
+        )
         identity = {
             "config": config.fingerprint(settings),
             "plan": self.plan.hash,
@@ -148,9 +176,13 @@ class Run:
             "engine": self.engine.describe(),
         }
         agree(identity)
-        state = {"log": self.log, "pace": self.pace}
         self.checkpoints = Checkpoints(
-            self.engine, self.files, settings.checkpoint, identity, state, self.whole
+            self.engine,
+            self.files,
+            section=settings.checkpoint,
+            identity=identity,
+            parts={"log": self.log, "pace": self.pace},
+            whole=self.whole,
         )
         self.first_step, self.scores = self.checkpoints.resume(self.resume, self.ema)
         self.done = self.first_step
@@ -164,14 +196,15 @@ class Run:
     # --- the run -----------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Make one optimizer step; then log, evaluate, save, and stop where that is due."""
-        step, phase = self.done, self.pace.curriculum.at(self.done)
-        if step == self.first_step:
-            self.targets_of.hold_weights()  # no student's plan is made from them any more
+        """Make one optimizer step; then log, evaluate, save and stop where that is due."""
+        step = self.done
+        phase = self.pace.curriculum.at(step)
         watchdog.begin_step(step + 1, phase.name)
+        if step == self.first_step:
+            self.targets_of.hold_weights()  # every student that shares the teacher has its pruning plan by now
         lr = self.phase_optim.begin_step(step, phase)
         self.buffers.keep()
-        # Dropout and mixing, too, depend on the step alone.
+        # Dropout and mixing depend on the step alone, so a resumed run repeats them.
         seed_everything(step_seed(self.settings.seed, step, self.accelerator.process_index))
 
         self.loss = torch.zeros((), device=self.accelerator.device)
@@ -179,16 +212,20 @@ class Run:
             with self.accelerator.accumulate(self.wrapped):
                 self.loss += self._micro_batch(phase, step) / self.settings.grad_accumulation
         self.done = step + 1
-        skipped = self.was_skipped()  # on all ranks: a loss or gradient was not finite on one
+
+        skipped = (
+            self.was_skipped()
+        )  # bool [], the same on all ranks: on one, a loss or gradient was not finite
         self.buffers.put_back(skipped)
         if self.ema:
             self.ema.update(self.whole(), self.done, skipped)
-        # The phase, with its end if its loss has flattened.
+        # With `curriculum: auto`, a phase whose loss has flattened gets its end here.
         phase = self.pace.end_step(self.done, phase, self.loss.masked_fill(skipped, 0.0), ~skipped)
-        self._end_step(phase, self.log.end_step(self.done, phase, lr, skipped))
+        line = self.log.end_step(self.done, phase, lr, skipped)
+        self._after_step(phase, line)
 
     def _micro_batch(self, phase: Phase, step: int) -> Tensor:
-        """Compute the gradients of one micro-batch, and after a step's last update the weights; return its loss."""
+        """Train on one micro-batch and return its loss; the last of a step updates the weights."""
         batch = next(self.batches)
         images, labels = self.mix(batch, phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
         targets = self.targets_of(images, phase, batch.records)
@@ -197,35 +234,38 @@ class Run:
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients and self.settings.clip_grad_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip_grad_norm)
+        # Accelerate lets only the last micro-batch of a step through to the optimizer.
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.log.add({"loss": loss.detach(), **terms}, weight=1 / self.settings.grad_accumulation)
         return loss.detach()
 
-    def _end_step(self, phase: Phase, line: dict[str, Any] | None) -> None:
-        """After a step: evaluate, save and stop where that is due. `line` is the step's logged line, if it has one."""
+    def _after_step(self, phase: Phase, line: dict[str, Any] | None) -> None:
+        """Evaluate, save and stop where that is due. `line` is the step's logged line, if it has one."""
         for callback in self.callbacks:
             callback.on_step(self, phase, line)
-        leaving = self.stop.reached(self.done, self.log.told)
+        leaving = self.stop.reached(self.done, self.log.agreed)
         self.scores = {}
         if self.eval_set and self.timetable.evaluate_at(self.done):
             self.scores = None if leaving else self._evaluate()
-        if leaving or self.checkpoints.due(self.done, line is not None, self.scores) or self.finished:
+        if leaving or self.finished or self.checkpoints.due(self.done, line is not None, self.scores or {}):
             self._save()
         if leaving:
             self._leave()
             raise Preempted(f"stopped at step {self.done} of {self.timetable.total_steps}")
 
-    def _scored(self) -> Network | Heads:
-        """Return what is scored: the student's moving average, if the run keeps one. Call on all ranks."""
-        return self.ema.module if self.ema else self.whole()
-
     def _evaluate(self) -> dict[str, float]:
-        """The scores after this step. If a preemption stops it, a resumed run begins with it."""
+        """Score the student after this step. If a preemption stops it, the resumed run begins with it."""
+        assert self.eval_set is not None  # or no evaluation would be due
         try:
             with self.log.off_the_clock("evaluating"):
-                teacher = self.targets_of.teacher
-                scores = evaluation(self.accelerator, self.settings, self._scored(), teacher, self.eval_set)
+                scores = evaluation(
+                    self.accelerator,
+                    self.settings,
+                    student=self._scored_network(),
+                    teacher=self.targets_of.teacher,
+                    eval_set=self.eval_set,
+                )
         except Preempted:
             self.scores = None
             self._save()
@@ -235,6 +275,10 @@ class Run:
         for callback in self.callbacks:
             callback.on_evaluation(self, scores)
         return scores
+
+    def _scored_network(self) -> Trainable:
+        """Return the network that is scored: the moving average, if the run keeps one. Call on all ranks."""
+        return self.ema.module if self.ema else self.whole()
 
     def _save(self) -> None:
         with self.log.off_the_clock("saving a checkpoint") as stall:
@@ -250,18 +294,21 @@ class Run:
     # --- the result --------------------------------------------------------------------------------------------------
 
     def end(self) -> dict[str, Any]:
-        """Write the student's weights and `summary.json`, close what is open, and return the summary."""
+        """Write the trained weights and `summary.json`, close what is open, and return the summary."""
         self.stop.close()
         self.checkpoints.close()
-        network, scores = self._scored(), self.scores
+        network = self._scored_network()
+        scores = self.scores or {}
         if self.settings.evaluate.retrieval:
-            batch = self.settings.evaluate.batch
+            assert self.training.dataset is not None and self.eval_set is not None  # the config requires both
             scores |= evaluate.retrieval(
-                self.accelerator, network, self.training.dataset, self.eval_set, batch
+                self.accelerator, network, self.training.dataset, self.eval_set, self.settings.evaluate.batch
             )
         summary = self._summary(scores)
         if self.accelerator.is_main_process:
-            self._write_result(network, summary)
+            network.save(Path(weights_file(self.settings)), self.settings.student)
+            replace_text(self.files.summary, json.dumps(summary, indent=2) + "\n")
+            append_end(self.run_dir, "done")
         for callback in self.callbacks:
             callback.on_end(self, summary)
         self.log.close()
@@ -270,60 +317,39 @@ class Run:
         return summary
 
     def _summary(self, scores: dict[str, float]) -> dict[str, Any]:
-        log, steps = self.log, self.timetable.total_steps
-        seconds = sum(log.phase_seconds.values())
+        phase_seconds, steps = self.log.phase_seconds, self.timetable.total_steps
+        seconds = sum(phase_seconds.values())
         return {
             "step": steps,
             "world_size": self.accelerator.num_processes,
             "seconds": seconds,
-            "phase_seconds": log.phase_seconds,
+            "phase_seconds": phase_seconds,
             "images_per_second": steps * self.timetable.global_batch / max(seconds, 1e-9),
             "metrics": scores,
         }
 
-    def _write_result(self, network: Network | Heads, summary: dict[str, Any]) -> None:
-        if self.settings.stage == "heads":
-            network.save(self.files.heads)
-        else:
-            save_network(network, self.settings.student, self.files.student)
-        replace_text(self.files.summary, json.dumps(summary, indent=2) + "\n")
-        append_end(self.run_dir, "done")
-
 
 def record_start(accelerator: Accelerator, run_dir: Path, step: int) -> None:
+    """Append this start to the run's history, with the world size, the device and the software."""
     if accelerator.is_main_process:
         device, software = engine.device_name(accelerator.device), software_versions()
         append_start(run_dir, step, world_size=accelerator.num_processes, device=device, software=software)
 
 
-def blank_loss(
-    accelerator: Accelerator,
-    settings: Config,
-    student: Network | Heads,
-    targets_of: LiveTargets | CachedTargets,
-    objective: Objective,
-    phase: Phase,
-) -> Tensor:
-    """The loss of a phase on two black images: its graph names the parameters that the phase trains."""
-    images = torch.zeros(2, *config.input_size(settings), dtype=torch.uint8, device=accelerator.device)
-    labels = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
-    targets = targets_of(images, phase)
-    output = student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-    return objective(output, targets, labels, phase, phase.start)[0]
-
-
 def evaluation(
     accelerator: Accelerator,
     settings: Config,
-    student: Network | Heads,
+    *,
+    student: Trainable,
     teacher: Network | None,
     eval_set: ImageDataset,
 ) -> dict[str, float]:
-    """Accuracy and, beside a teacher, how alike their stages are, whether or not they are trained to be."""
+    """Measure accuracy and, beside a teacher, the similarity of stages, whether or not they are trained to be alike."""
     section = settings.evaluate
     scores = evaluate.accuracy(accelerator, student, eval_set, section.batch)
     if teacher is None or not section.similarity_samples:
         return scores
+    assert isinstance(student, Network)  # heads hold their teacher themselves and have no other
     pairs = parts.comparable_pairs(settings, teacher.net, student.net)
     samples = section.similarity_samples
     return scores | evaluate.similarity(

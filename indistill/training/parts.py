@@ -1,11 +1,12 @@
-"""What a run trains and what teaches it: networks, pruning plan, targets, from the config.
+"""Build a run's networks, pruning plan and targets from its config.
 
-The plan is made once, by all ranks where it needs data, and is the same on each.
+The pruning plan is made once, by all ranks where it needs data, and is the same on each of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -21,116 +22,178 @@ from indistill.config.tree import input_size
 from indistill.curriculum import Timetable
 from indistill.data import class_names
 from indistill.data.batch import Batch
-from indistill.data.training import Training, open_data
+from indistill.data.dataset import ImageDataset
+from indistill.data.training import TrainingData, open_data
 from indistill.losses import layers
 from indistill.losses.layers import Shape
 from indistill.losses.objective import reads
-from indistill.models import network, timm_model
+from indistill.models import timm_model
 from indistill.models.heads import Heads
 from indistill.models.network import Network, normalisation
 from indistill.models.outputs import Output
 from indistill.models.stages import check_stages, find_stages, match_stages
+from indistill.models.trainable import Trainable
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets
 from indistill.targets.reader import open_targets
+from indistill.targets.source import TargetSource
 from indistill.targets.stored import CachedTargets
 from indistill.training.pruning import agree_on_plan, stored_plan
 
 NO_PLAN = Plan("none", "none", [])
+Parts = tuple[Trainable, TargetSource, Plan]
+Forward = Callable[..., Output]  # with the arguments of `Network.forward`
 
 
 def networks(
     accelerator: Accelerator,
     settings: Config,
+    *,
     files: RunDir,
-    calibration: Callable[[int], DataLoader] | None,
+    calibration: Callable[[int], DataLoader] | None = None,
     make_teacher: Callable[[Config], Network] | None = None,
-    run_teacher: Callable[[Network, Config], Callable[..., Output]] | None = None,
-) -> tuple[Network | Heads, LiveTargets | CachedTargets, Plan]:
+    run_teacher: Callable[[Network, Config], Forward] | None = None,
+) -> Parts:
     """Return the module to train (on the device), the source of its targets, and the pruning plan.
 
-    `calibration(n)` gives this rank's share of n global batches. `make_teacher` and `run_teacher` replace
-    `create_teacher` and `compiled` for a teacher that several students share. Raises UserError for whatever does not
-    fit.
+    `calibration(n)` loads this rank's share of n global batches, for a pruning criterion that needs data.
+    `make_teacher` and `run_teacher` replace `create_teacher` and `compiled` for a teacher that several students share.
+    Raises UserError for networks, weights, stored targets or a plan that do not fit each other.
     """
     seed_everything(settings.seed)
-    device, size, losses = accelerator.device, input_size(settings), settings.kd.losses
+    no_targets = LiveTargets(None, NO_PLAN, input_size(settings))
     if settings.stage == "heads":
-        return heads(accelerator, settings), LiveTargets(None, NO_PLAN, size), NO_PLAN
+        return heads(accelerator, settings), no_targets, NO_PLAN
     net = create_student(settings)
-    normalisation = network.normalisation(net, settings.student, "student")
+    assert settings.student is not None  # the config requires it unless stage is heads
+    builder = _Builder(accelerator, settings, net, *normalisation(net, settings.student, "student"))
     if settings.teacher is None:
-        return (
-            trainable(settings, Network(net, *normalisation)).to(device),
-            LiveTargets(None, NO_PLAN, size),
-            NO_PLAN,
+        return builder.finish(Network(net, builder.mean, builder.std)), no_targets, NO_PLAN
+    if settings.targets.source == "cached":
+        return builder.with_stored_targets(files)
+    teacher = builder.load_teacher(settings.teacher, make_teacher or create_teacher)
+    plan = NO_PLAN
+    if settings.warmup is not None:
+        plan = agree_on_plan(
+            accelerator,
+            settings,
+            warmup=settings.warmup,
+            files=files,
+            teacher=teacher,
+            student=net,
+            calibration=calibration,
         )
+    return builder.with_teacher(settings.teacher, teacher, plan, run_teacher or compiled)
 
-    reader = open_targets(accelerator, settings) if settings.targets.source == "cached" else None
-    # One that is to be sharded may not fit a device, and stays on the CPU until then.
-    shard_on = device if settings.teacher.shard and accelerator.num_processes > 1 else None
-    if reader is None:
+
+@dataclass(frozen=True)
+class _Builder:
+    """Builds the student around its bare timm model `net`, and its targets, once they know the teacher."""
+
+    accelerator: Accelerator
+    settings: Config
+    net: nn.Module
+    mean: Sequence[float]  # of the student's input, per channel
+    std: Sequence[float]
+
+    def with_stored_targets(self, files: RunDir) -> Parts:
+        reader = open_targets(self.accelerator, self.settings)
+        teacher, losses = reader.manifest.teacher, self.settings.kd.losses
+        plan = NO_PLAN
+        if self.settings.warmup is not None:
+            plan = stored_plan(
+                self.accelerator, self.settings.warmup, files=files, reader=reader, student=self.net
+            )
+        student, kd_stages = self.student(teacher, plan)
+        check_cohort(losses, reader.manifest.heads)
+        return self.finish(student), CachedTargets(reader, losses, kd_stages), plan
+
+    def load_teacher(self, section: config.Teacher, make_teacher: Callable[[Config], Network]) -> Network:
+        """Create the teacher on its device; one that is to be sharded may be too large for it, and stays on the CPU."""
+        device = torch.device("cpu") if self.shard_device(section) else self.accelerator.device
         with (
             torch.random.fork_rng()
-        ):  # whether it is created here or not, the student's layers begin the same
-            torch.manual_seed(settings.seed)
-            teacher = (make_teacher or create_teacher)(settings).to("cpu" if shard_on else device)
-    teacher_net = reader.manifest.teacher if reader else teacher.net
-    plan = NO_PLAN
-    if settings.warmup and reader:
-        plan = stored_plan(accelerator, settings, files, reader, net)
-    elif settings.warmup:
-        plan = agree_on_plan(accelerator, settings, files, teacher, net, calibration)
-    stages = [(pair.teacher_stage, pair.student_stage) for pair in plan.pairs]
-    kd_pairs = choose_pairs(settings, teacher_net, net) if reads(losses, "features") else []
-    student = Network(
-        net,
-        *normalisation,
-        stages=[student_stage for _, student_stage in stages],
-        adapters={
-            i: nn.Conv2d(pair.student_width, pair.teacher_width, kernel_size=1)
-            for i, pair in enumerate(plan.pairs)
-            if pair.student_width > pair.teacher_width
-        },
-        reads=[what for what in ("logits", "embedding", "token") if reads(losses, what)],
-        kd_stages=[student_stage for _, student_stage in kd_pairs],
-        projectors=layers.create(losses, projector_shape(teacher_net, net, kd_pairs)),
-    )
-    kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
-    if reader:
-        check_cohort(losses, reader.manifest.heads)
-        return trainable(settings, student).to(device), CachedTargets(reader, losses, kd_stages), plan
+        ):  # the student's new layers start alike with and without a teacher created here
+            torch.manual_seed(self.settings.seed)
+            return make_teacher(self.settings).to(device)
 
-    teacher.stages = [teacher_stage for teacher_stage, _ in stages]
-    cohort = settings.teacher.heads and Heads.load(settings.teacher.heads, teacher, settings.data.image_size)
-    check_cohort(losses, len(cohort.stages) if cohort else 0)
-    precision, pool = settings.teacher.precision or settings.mixed_precision, settings.targets.pool
-    run = (run_teacher or compiled)(teacher, settings)
-    targets_of = LiveTargets(teacher, plan, size, kd_stages, cohort, shard_on, precision, run, pool)
-    return trainable(settings, student).to(device), targets_of, plan
+    def shard_device(self, section: config.Teacher) -> torch.device | None:
+        """The device over which the teacher is sharded with those of the other ranks; None if it is not."""
+        sharded = section.shard and self.accelerator.num_processes > 1
+        return self.accelerator.device if sharded else None
+
+    def with_teacher(
+        self,
+        section: config.Teacher,
+        teacher: Network,
+        plan: Plan,
+        run_teacher: Callable[[Network, Config], Forward],
+    ) -> Parts:
+        settings = self.settings
+        student, kd_stages = self.student(teacher.net, plan)
+        teacher.stages = [pair.teacher_stage for pair in plan.pairs]
+        cohort = Heads.load(section.heads, teacher, settings.data.image_size) if section.heads else None
+        check_cohort(settings.kd.losses, len(cohort.stages) if cohort else 0)
+        targets = LiveTargets(
+            teacher,
+            plan,
+            input_size(settings),
+            kd_stages=kd_stages,
+            heads=cohort,
+            shard_on=self.shard_device(section),
+            precision=section.precision or settings.mixed_precision,
+            run=run_teacher(teacher, settings),
+            pool=settings.targets.pool,
+        )
+        return self.finish(student), targets, plan
+
+    def student(self, teacher: nn.Module, plan: Plan) -> tuple[Network, list[int]]:
+        """Create the student; return it and the teacher's stages whose whole maps KD reads."""
+        settings, losses = self.settings, self.settings.kd.losses
+        kd_pairs = choose_pairs(settings, teacher, self.net) if reads(losses, "features") else []
+        student = Network(
+            self.net,
+            self.mean,
+            self.std,
+            stages=[pair.student_stage for pair in plan.pairs],
+            adapters={
+                i: nn.Conv2d(pair.student_width, pair.teacher_width, kernel_size=1)
+                for i, pair in enumerate(plan.pairs)
+                if pair.student_width > pair.teacher_width
+            },
+            reads=[what for what in ("logits", "embedding", "token") if reads(losses, what)],
+            kd_stages=[student_stage for _, student_stage in kd_pairs],
+            projectors=layers.create(losses, projector_shape(teacher, self.net, kd_pairs)),
+        )
+        kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
+        return student, kd_stages
+
+    def finish(self, student: Network) -> Network:
+        return trainable(self.settings, student).to(self.accelerator.device)
 
 
 def check_fit(settings: Config) -> None:
-    """Raise UserError where the networks of a stage that is still to come do not fit each other, by their shapes.
+    """Raise UserError if the networks of a chain's later stage do not fit each other, judged by their shapes.
 
-    Its teacher has no weights yet; those and the data are left to `networks`.
+    The teacher has no weights yet; weights and data are checked by `networks`.
     """
     if settings.stage == "heads" or settings.teacher is None:
         return
+    assert settings.student is not None  # the config requires it unless stage is heads
     bare = {"pretrained": False, "checkpoint": None}
-    sections = {role: getattr(settings, role).model_copy(update=bare) for role in ("student", "teacher")}
-    settings = settings.model_copy(update=sections)
+    teacher_section = settings.teacher.model_copy(update=bare)
+    settings = settings.model_copy(update={"student": settings.student.model_copy(update=bare)})
     student = create_student(settings)
     teacher = timm_model.create(
-        settings.teacher, settings.data.num_classes, settings.data.image_size, "teacher"
+        teacher_section, settings.data.num_classes, settings.data.image_size, "teacher"
     )
     if reads(settings.kd.losses, "features"):
         choose_pairs(settings, teacher, student)
-    if settings.warmup:
-        pairs = match_stages(teacher, student) if settings.warmup.pairs == "auto" else settings.warmup.pairs
-        criterion = settings.warmup.prune.criterion
+    if warmup := settings.warmup:
+        pairs = match_stages(teacher, student) if warmup.pairs == "auto" else warmup.pairs
+        criterion = warmup.prune.criterion
         criterion = "random" if criterion in prune.NEEDS_DATA else criterion
-        prune.plan(teacher, student, pairs, input_size(settings), criterion, adapter=settings.warmup.adapter)
+        prune.plan(teacher, student, pairs, input_size(settings), criterion, adapter=warmup.adapter)
 
 
 def check_cohort(losses: Sequence[config.Loss], heads: int) -> None:
@@ -140,6 +203,7 @@ def check_cohort(losses: Sequence[config.Loss], heads: int) -> None:
 
 
 def trainable(settings: Config, student: Network) -> Network:
+    """Synchronise the student's batch norms over all ranks, if the config says so."""
     return convert_sync_batchnorm(student) if settings.sync_batchnorm else student
 
 
@@ -154,24 +218,25 @@ def create_student(settings: Config) -> nn.Module:
 
 
 def create_teacher(settings: Config) -> Network:
+    """Create the teacher with its weights, on the CPU. Raises UserError if they are missing or do not fit."""
     section = settings.teacher
+    assert section is not None  # a teacher is created only for a config that has one
     if section.checkpoint:
         class_names.check_weights(class_names.of_weights(section.checkpoint), settings.data, "teacher")
     net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "teacher")
     if section.pretrained:
-        class_names.check_weights(
-            class_names.of_pretrained(net.pretrained_cfg, section.name), settings.data, "teacher"
-        )
-    return Network(net, *normalisation(net, settings.teacher, "teacher"))
+        names = class_names.of_pretrained(net.pretrained_cfg, section.name)
+        class_names.check_weights(names, settings.data, "teacher")
+    return Network(net, *normalisation(net, section, "teacher"))
 
 
-def compiled(teacher: Network, settings: Config) -> Callable[..., Output]:
-    """Return what runs the teacher on a batch, with the arguments of `Network.forward`."""
+def compiled(teacher: Network, settings: Config) -> Forward:
+    """Return the function that runs the teacher on a batch: `torch.compile` of it, if the config says so."""
     return torch.compile(teacher, dynamic=False) if settings.compile else teacher
 
 
 def heads(accelerator: Accelerator, settings: Config) -> Heads:
-    """Intermediate classifiers on the teacher, which they hold and run themselves."""
+    """Create intermediate classifiers on the teacher, which they hold and run themselves."""
     teacher = create_teacher(settings).to(accelerator.device)
     stages = settings.heads.stages
     if stages == "auto":
@@ -180,18 +245,18 @@ def heads(accelerator: Accelerator, settings: Config) -> Heads:
 
 
 def choose_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
-    """(teacher stage, student stage) of what KD reads, else of the warm-up, else matched."""
+    """Return the pairs (teacher stage, student stage) of kd.pairs, else of the warm-up, else matched ones."""
     pairs, key = settings.kd.pairs, "kd.pairs"
     if pairs is None and settings.warmup:
         pairs, key = settings.warmup.pairs, "warmup.pairs"
-    if pairs in (None, "auto"):
+    if pairs is None or pairs == "auto":
         return match_stages(teacher, student)
     check_stages(pairs, teacher, student, key)
     return pairs
 
 
 def comparable_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
-    """As choose_pairs, but none where nothing matches: what no loss needs must not fail."""
+    """Like `choose_pairs`, but [] if nothing matches: pairs that are only reported must not stop a run."""
     try:
         return choose_pairs(settings, teacher, student)
     except UserError:
@@ -199,6 +264,7 @@ def comparable_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -
 
 
 def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]]) -> Shape:
+    """Return the widths that the trainable layers of losses translate between."""
     teacher_stages, student_stages = find_stages(teacher), find_stages(student)
     return Shape(
         student_widths=[student_stages[stage].channels for _, stage in pairs],
@@ -209,32 +275,36 @@ def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tupl
 
 
 class Sources:
-    """Opens a run's own data and creates its own teacher."""
+    """Opens a run's own data and creates its own teacher.
 
-    # Of a student among several, for what they show: its name, and the terminal's line where no one else knows it.
-    name = ""
-    position: int | None = None
+    Subclasses share them among several students (students.py, groups.py).
+    """
 
-    def data(self, accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
-        """Training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
+    name = ""  # of a student among several, shown with its progress
+    position: int | None = (
+        None  # of the student's progress line, if other processes write to the terminal too
+    )
+
+    def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
+        """Open the training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
         return open_data(accelerator, settings)
 
     def batches(
-        self, training: Training, first_step: int, last_step: int, device: torch.device
+        self, training: TrainingData, first_step: int, last_step: int, device: torch.device
     ) -> Iterable[Batch]:
-        """The micro-batches of the steps [first_step, last_step)."""
+        """Load the micro-batches of the steps [first_step, last_step)."""
         return training.loader(first_step, last_step, device)
 
     def targets(
-        self, targets_of: LiveTargets | CachedTargets, plan: Plan, timetable: Timetable, settings: Config
-    ) -> LiveTargets | CachedTargets:
-        """What gives the targets of a batch, from what the networks were built with."""
+        self, targets_of: TargetSource, plan: Plan, timetable: Timetable, settings: Config
+    ) -> TargetSource:
+        """Return the source of the run's targets, given the one that the networks were built with."""
         return targets_of
 
     def teacher(self, settings: Config) -> Network:
-        """Raises UserError for a teacher that cannot be had or does not fit."""
+        """Create the teacher. Raises UserError if its weights are missing or do not fit."""
         return create_teacher(settings)
 
-    def forward(self, teacher: Network, settings: Config) -> Callable[..., Output]:
-        """What runs it on a batch, with the arguments of `Network.forward`."""
+    def forward(self, teacher: Network, settings: Config) -> Forward:
+        """Return the function that runs the teacher on a batch."""
         return compiled(teacher, settings)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from indistill import prune
+from indistill import config, prune
 from indistill.config import Config, UserError
 from indistill.config.run_dir import RunDir
 from indistill.config.tree import input_size
@@ -22,25 +22,26 @@ from indistill.targets.reader import Reader
 def agree_on_plan(
     accelerator: Accelerator,
     settings: Config,
+    *,
+    warmup: config.Warmup,
     files: RunDir,
     teacher: Network,
     student: nn.Module,
-    calibration: Callable[[int], DataLoader],
+    calibration: Callable[[int], DataLoader] | None,
 ) -> Plan:
-    """Rank 0 computes the plan, or reads that of the run it continues; every rank gets it."""
-    path, warmup = files.pruning_plan, settings.warmup
+    """Return the plan of the run that is resumed, or make one on rank 0; every rank gets the same.
+
+    `calibration(n)` loads this rank's share of n global batches, for a criterion that needs data.
+    """
     pairs = match_stages(teacher.net, student) if warmup.pairs == "auto" else warmup.pairs
     check_stages(pairs, teacher.net, student, "warmup.pairs")
+    path, section = files.pruning_plan, warmup.prune
     importance = None
-    if warmup.prune.criterion in prune.NEEDS_DATA and not engine.on_main(accelerator, path.exists):
-        device, batches = teacher.mean.device, calibration(warmup.prune.batches)
-        importance = prune.calibrate(
-            teacher.net,
-            teacher.normalise,
-            [teacher_stage for teacher_stage, _ in pairs],
-            ((batch.images.to(device), batch.labels.to(device)) for batch in batches),
-            warmup.prune.criterion,
-            lambda x: accelerator.reduce(x.to(accelerator.device), reduction="sum"),
+    if section.criterion in prune.NEEDS_DATA and not engine.on_main(accelerator, path.exists):
+        assert calibration is not None  # given by every caller whose criterion may need data
+        stages = [teacher_stage for teacher_stage, _ in pairs]
+        importance = _measure_importance(
+            accelerator, section, teacher=teacher, stages=stages, calibration=calibration
         )
 
     def read_or_make() -> Plan:
@@ -51,8 +52,8 @@ def agree_on_plan(
             student,
             pairs,
             input_size(settings),
-            warmup.prune.criterion,
-            warmup.prune.mode,
+            section.criterion,
+            section.mode,
             warmup.adapter,
             importance,
             settings.seed,
@@ -63,28 +64,52 @@ def agree_on_plan(
     return engine.on_main(accelerator, read_or_make)
 
 
-# --- targets that are stored -----------------------------------------------------------------------------------------
+def _measure_importance(
+    accelerator: Accelerator,
+    section: config.Prune,
+    *,
+    teacher: Network,
+    stages: list[int],
+    calibration: Callable[[int], DataLoader],
+) -> dict[int, Tensor]:
+    """Score the output channels [C] of each teacher stage on calibration batches of all ranks."""
+    device = teacher.mean.device
+    batches = calibration(section.batches)
+    return prune.calibrate(
+        teacher.net,
+        teacher.normalise,
+        stages,
+        ((batch.images.to(device), batch.labels.to(device)) for batch in batches),
+        section.criterion,
+        lambda sums: accelerator.reduce(sums.to(accelerator.device), reduction="sum"),
+    )
+
+
 def stored_plan(
-    accelerator: Accelerator, settings: Config, files: RunDir, reader: Reader, student: nn.Module
+    accelerator: Accelerator, warmup: config.Warmup, *, files: RunDir, reader: Reader, student: nn.Module
 ) -> Plan:
-    """The plan that the targets were made by, kept as that of the run. Raises UserError if it is of another student."""
-    plan, path = reader.manifest.pruning(), files.pruning_plan
-    pairs, key = settings.warmup.pairs, "warmup.pairs"
-    pairs = match_stages(reader.manifest.teacher, student) if pairs == "auto" else pairs
-    check_stages(pairs, reader.manifest.teacher, student, key)
-    again = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
-    ours = [(teacher, stage, find_stages(student)[stage].channels) for teacher, stage in pairs]
+    """Return the plan by which stored targets were made, and keep it as the run's own.
+
+    Raises UserError if it was made for another student, or differs from the plan with which the run began.
+    """
+    plan, teacher = reader.manifest.pruning(), reader.manifest.teacher
+    pairs = match_stages(teacher, student) if warmup.pairs == "auto" else warmup.pairs
+    check_stages(pairs, teacher, student, "warmup.pairs")
+    remedy = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
+    widths = [stage.channels for stage in find_stages(student)]
+    ours = [(teacher_stage, stage, widths[stage]) for teacher_stage, stage in pairs]
     theirs = [(pair.teacher_stage, pair.student_stage, pair.student_width) for pair in plan.pairs]
     if ours != theirs:
         raise UserError(
             f"{reader.root}: made for pairs (teacher stage, student stage, width) {theirs}, this student has {ours}: "
-            f"{again}"
+            f"{remedy}"
         )
+    path = files.pruning_plan
 
     def keep() -> None:
         if path.exists() and Plan.read(path).hash != plan.hash:
             raise UserError(
-                f"{reader.root}: made with another plan than {path}, with which this run began: {again}"
+                f"{reader.root}: made with another plan than {path}, with which this run began: {remedy}"
             )
         path.write_text(plan.to_json())
 

@@ -1,6 +1,6 @@
-"""What a run reports: `metrics.jsonl`, trackers such as TensorBoard, and one live line.
+"""Report a run: `metrics.jsonl`, trackers such as TensorBoard, and one live line.
 
-Losses are summed on the device and read only where a line is logged, so that no other step waits for the device.
+Losses are summed on the device and read only when a line is logged, so that no other step waits for the device.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,9 +30,13 @@ from indistill.distributed import preemption, watchdog
 from indistill.training.progress import Progress
 from indistill.training.trackers import Trackers
 
+_ON_DEVICE = ("sums", "skipped_sums", "in_a_row", "most_in_a_row")  # of RunLog
+
 
 @dataclass
 class Pause:
+    """How long an `off_the_clock` block took, once it has ended."""
+
     seconds: float = 0.0
 
 
@@ -43,34 +47,37 @@ class RunLog:
         self,
         accelerator: Accelerator,
         files: RunDir,
-        every_steps: int,
+        *,
         timetable: Timetable,
+        every_steps: int,
         max_bad_fraction: float = 0.0,
         max_bad_steps: int = 0,
         progress: Progress | None = None,
     ) -> None:
-        self.accelerator, self.files, self.path = accelerator, files, files.metrics
-        self.every_steps, self.timetable, self.max_bad_fraction = every_steps, timetable, max_bad_fraction
+        self.accelerator = accelerator
+        self.files = files
+        self.path = files.metrics
+        self.timetable = timetable
+        self.every_steps = every_steps
+        self.max_bad_fraction = max_bad_fraction
         self.max_bad_steps = max_bad_steps
         self.terms: dict[str, Tensor] = {}  # of the step under way
         self.names: list[str] = []  # of the terms in the sums: a window lies within a phase
         self.zero = torch.zeros((), device=accelerator.device)
-        # Over the steps since the last line: the sum of each term and, last, the number of steps: [T + 1]. First of
-        # those that were taken, then of the skipped ones.
-        self.sums = self.skipped_sums = self.zero
-        self.in_a_row = self.most_in_a_row = (
-            self.zero
-        )  # skipped steps: up to the last step; the most since a line
+        # Sums over the steps since the last line, [T + 1]: of each term and, last, the number of steps.
+        self.sums = self.zero  # of the steps that were taken
+        self.skipped_sums = self.zero
+        self.in_a_row = self.zero  # skipped steps in a row, up to the last step
+        self.most_in_a_row = self.zero  # the most since the last line
         self.timed_steps = 0  # steps that this process ran since the last line, the skipped ones included
         self.skipped_steps = 0  # up to the last line
         self.wait_seconds = 0.0
         self.phase_seconds: dict[str, float] = {}
-        self.bad: set[str] = (
-            set()
-        )  # undecodable samples, by name: this rank's, and all ranks' as of the last line
-        self.bad_agreed = 0  # sum over the ranks of len(bad) when they last told each other
+        # Names of undecodable samples: of this rank, and of all ranks as of the last line.
+        self.bad: set[str] = set()
+        self.bad_agreed = 0  # sum over the ranks of len(bad) when they last exchanged the names
         # If the last step was logged, means over the ranks: asked to stop, and seconds per step (preemption.py).
-        self.told: tuple[float, float] | None = None
+        self.agreed: tuple[float, float] | None = None
         self.progress = progress or Progress(timetable)
         self.trackers = Trackers(self.progress.say)
         self.run_id = secrets.token_hex(16)  # kept in checkpoints: for trackers that go on with a run
@@ -78,7 +85,7 @@ class RunLog:
         self.clock = self.phase_clock = time.perf_counter()
 
     def open(self, step: int, settings: Config | None = None) -> None:
-        """Begin at `step` completed steps; lines of later steps, left by a run that was killed, are dropped.
+        """Begin at `step` completed steps, without the lines of later steps that a killed run has left.
 
         With a config, its trackers begin too.
         """
@@ -92,7 +99,7 @@ class RunLog:
         self.progress.open(step)
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, with the time the loop waited for each counted."""
+        """Yield the batches; count how long the loop waits for each, and note samples that could not be decoded."""
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
@@ -113,16 +120,16 @@ class RunLog:
             yield batch
 
     def add(self, terms: dict[str, Tensor], weight: float) -> None:
-        """Detached scalars of one micro-batch, which is `weight` of a step."""
+        """Add the detached scalars of one micro-batch; `weight` is its share of the step."""
         for name, value in terms.items():
             value = weight * value.float()
             self.terms[name] = self.terms[name] + value if name in self.terms else value
 
     def end_step(self, step: int, phase: Phase, lr: float, skipped: Tensor) -> dict[str, Any] | None:
-        """Record a completed step (`step` of them are now); return its line if one was logged, else None.
+        """Record a step, after which `step` are completed; return its line if one is logged, else None.
 
-        `skipped`, a bool [] on the device and the same on all ranks, leaves its terms out. Raises UserError, on all
-        ranks and where a line is logged, when too many in a row were.
+        `skipped` is a bool [] on the device, the same on all ranks: the terms of a skipped step are left out. Raises
+        UserError on all ranks, at a logged step, if too many steps in a row were skipped.
         """
         self.timed_steps += 1
         self.names = list(self.terms)
@@ -133,34 +140,37 @@ class RunLog:
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         self.terms = {}
         self.progress.step()
-        self.told = None
+        self.agreed = None
         if step % self.every_steps and step != phase.end and step != self.timetable.total_steps:
             return None
         pace = (time.perf_counter() - self.clock) / self.timed_steps
-        means, taken, bad, asked, step_seconds = self._agree(step, len(self.bad), preemption.asked(), pace)
+        losses, (bad, asked, step_seconds) = self._agree(step, [len(self.bad), preemption.asked(), pace])
         self._agree_on_bad_samples(round(bad * self.accelerator.num_processes))
-        self.told = asked, step_seconds
-        seconds = time.perf_counter() - self.clock
-        line = {
-            "step": step,
-            "epoch": step / self.timetable.steps_per_epoch,
-            "phase": phase.name,
-            "loss": None,  # where every step was skipped
-            **({name: value / taken for name, value in means.items()} if taken else {}),
-            "lr": lr,
-            "images_per_second": self.timed_steps * self.timetable.global_batch / seconds,
-            "data_wait_fraction": self.wait_seconds / seconds,
-            "bad_samples": len(self.bad),
-            "skipped_steps": self.skipped_steps,
-        }
+        self.agreed = asked, step_seconds
+        line = self._line(step, phase, lr, losses)
         self._close_window(phase)
         self._write(line)
         if self.accelerator.is_main_process:
             self.progress.show(line, [name for name in self.names if name in line and name != "loss"], phase)
         return line
 
+    def _line(self, step: int, phase: Phase, lr: float, losses: dict[str, float]) -> dict[str, Any]:
+        seconds = time.perf_counter() - self.clock
+        return {
+            "step": step,
+            "epoch": step / self.timetable.steps_per_epoch,
+            "phase": phase.name,
+            "loss": None,  # stays if every step was skipped
+            **losses,
+            "lr": lr,
+            "images_per_second": self.timed_steps * self.timetable.global_batch / seconds,
+            "data_wait_fraction": self.wait_seconds / seconds,
+            "bad_samples": len(self.bad),
+            "skipped_steps": self.skipped_steps,
+        }
+
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """A line beside those of the steps: scores, or what a checkpoint cost."""
+        """Write a line beside those of the steps: scores, or how long a checkpoint took."""
         if numbers:
             self._write({"step": step, **numbers})
             if self.accelerator.is_main_process:
@@ -168,8 +178,9 @@ class RunLog:
 
     @contextlib.contextmanager
     def off_the_clock(self, doing: str) -> Iterator[Pause]:
-        """Time spent here (evaluation, checkpoints) is not the training step's."""
-        pause, begin = Pause(), time.perf_counter()
+        """Leave the time of the block (evaluation, checkpoints) out of that of the training steps."""
+        pause = Pause()
+        begin = time.perf_counter()
         watchdog.at(doing)
         yield pause
         watchdog.at("training")
@@ -178,13 +189,13 @@ class RunLog:
         self.phase_clock += pause.seconds
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the next line to come out as if nothing had happened. Call on all ranks."""
-        device = {name: getattr(self, name) for name in ("sums", "skipped_sums", "in_a_row", "most_in_a_row")}
+        """Return what the next line depends on, so that a resumed run logs the same. Call on all ranks."""
+        means = {
+            name: self.accelerator.reduce(getattr(self, name), reduction="mean").tolist()
+            for name in _ON_DEVICE
+        }
         return {
-            **{
-                name: self.accelerator.reduce(value, reduction="mean").tolist()
-                for name, value in device.items()
-            },
+            **means,
             "names": self.names,
             "phase_seconds": self.phase_seconds,
             "bad": sorted(self.bad),
@@ -193,11 +204,14 @@ class RunLog:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned, on any number of ranks."""
         # Every rank takes the mean over the ranks, whose mean over any number of ranks is itself.
-        for name in ("sums", "skipped_sums", "in_a_row", "most_in_a_row"):
+        for name in _ON_DEVICE:
             setattr(self, name, torch.tensor(state[name], device=self.accelerator.device))
-        self.names, self.phase_seconds = state["names"], dict(state["phase_seconds"])
-        self.bad, self.bad_agreed = set(state["bad"]), len(state["bad"]) * self.accelerator.num_processes
+        self.names = state["names"]
+        self.phase_seconds = dict(state["phase_seconds"])
+        self.bad = set(state["bad"])
+        self.bad_agreed = len(self.bad) * self.accelerator.num_processes
         self.skipped_steps = state["skipped_steps"]
         self.run_id = state.get("run_id", self.run_id)
 
@@ -206,7 +220,7 @@ class RunLog:
         self.trackers.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and its numbers to the trackers. A full disk is told, and does not end the run."""
+        """Write a line to metrics.jsonl and its numbers to the trackers. A full disk is reported, and the run goes on."""
         if not self.accelerator.is_main_process:
             return
         numbers = {
@@ -219,22 +233,23 @@ class RunLog:
             with self.path.open("a") as file:
                 file.writelines(self.unwritten)
         except OSError as error:
-            os.truncate(self.path, size)  # no half line, to which the next would be added
+            os.truncate(self.path, size)  # without a half line, to which the next would be appended
             if len(self.unwritten) == 1:
                 self.progress.say(f"METRICS NOT WRITTEN, kept for later: {error}")
             return
         self.unwritten.clear()
 
-    def _agree(self, step: int, *numbers: float) -> tuple[dict[str, float], float, ...]:
-        """What the line says, in one collective: the means over the ranks of each term's sum, the number of steps that
-        were taken, and the means of `numbers`. Raises UserError if too many in a row were skipped.
+    def _agree(self, step: int, numbers: Sequence[float]) -> tuple[dict[str, float], list[float]]:
+        """Return each term's mean over the steps that were taken, {} if none was, and the ranks' means of `numbers`.
+
+        All of it takes one collective. Raises UserError if too many steps in a row were skipped.
         """
-        numbers = torch.tensor([float(number) for number in numbers], device=self.zero.device)
-        parts = self.sums, self.skipped_sums, self.most_in_a_row[None], numbers
-        told = iter(self.accelerator.reduce(torch.cat(parts), reduction="mean").tolist())
-        (*sums, taken), (*of_skipped, skipped), (in_a_row,), numbers = (
-            list(islice(told, len(part))) for part in parts
-        )
+        extra = torch.tensor([float(number) for number in numbers], device=self.zero.device)
+        parts = [self.sums, self.skipped_sums, self.most_in_a_row[None], extra]
+        means = iter(self.accelerator.reduce(torch.cat(parts), reduction="mean").tolist())
+        *of_taken, taken = islice(means, len(self.sums))
+        *of_skipped, skipped = islice(means, len(self.skipped_sums))
+        in_a_row = next(means)
         self.skipped_steps += round(skipped)
         if in_a_row > self.max_bad_steps:
             terms = [name for name, value in zip(self.names, of_skipped) if not math.isfinite(value)]
@@ -244,11 +259,15 @@ class RunLog:
                 f"skipped, more than max_bad_steps ({self.max_bad_steps}); last good checkpoint: {good}: start from "
                 "its weights in another run_dir, with a lower optimizer.lr or with clip_grad_norm"
             )
-        return dict(zip(self.names, sums)), taken, *numbers
+        losses = {name: value / taken for name, value in zip(self.names, of_taken)} if taken else {}
+        return losses, list(means)
 
-    def _agree_on_bad_samples(self, told: int) -> None:
-        """If any rank found a bad sample since the last line (`told` sums their counts), share the names."""
-        if told == self.bad_agreed:
+    def _agree_on_bad_samples(self, count: int) -> None:
+        """Share the names of bad samples if any rank found one since the last line; `count` sums the ranks' counts.
+
+        Raises UserError if there are too many.
+        """
+        if count == self.bad_agreed:
             return
         self.bad = set(gather_object(sorted(self.bad)))
         self.bad_agreed = len(self.bad) * self.accelerator.num_processes
@@ -260,9 +279,11 @@ class RunLog:
             )
 
     def _close_window(self, phase: Phase) -> None:
+        """Begin a new window, after a logged step."""
         now = time.perf_counter()
         self.phase_seconds[phase.name] = self.phase_seconds.get(phase.name, 0.0) + now - self.phase_clock
         self.sums = self.skipped_sums = self.zero
         self.most_in_a_row = self.in_a_row
-        self.timed_steps, self.wait_seconds = 0, 0.0
+        self.timed_steps = 0
+        self.wait_seconds = 0.0
         self.clock = self.phase_clock = now

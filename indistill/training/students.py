@@ -1,8 +1,8 @@
 """Several students of one teacher, trained at once: the `students` of a config.
 
-Each is a run of its own in `run_dir/NAME`, and computes what it would alone, bit for bit. They take turns, a step each.
-A batch is loaded, augmented and brought to the device once, and the teacher runs on it once. On several processes each
-of them trains every student on its own part of the batch, so that no target has to travel.
+Each student is a run of its own in `run_dir/NAME` and computes what it would compute alone, bit for bit. They take turns
+step by step. A batch is loaded, augmented and copied to the device once, and the teacher runs on it once. With several
+processes, each of them trains every student on its own part of the batch, so no targets are sent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from indistill.config import Config
 from indistill.data.batch import Batch
 from indistill.data.dataset import ImageDataset
-from indistill.data.training import Training
+from indistill.data.training import TrainingData
 from indistill.distributed.preemption import Preempted
 from indistill.models import frozen
 from indistill.models.network import Network
@@ -29,16 +29,16 @@ from indistill.training.loop import Run
 from indistill.training.parts import Sources
 
 
-def train(
+def train_students(
     students: Sequence[tuple[str, Config]],
     resume: str = "auto",
     callbacks: Sequence[Callback] = (),
     shared: Shared | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Train all of them to the end; returns each one's `summary.json`. Errors are those of `loop.train`.
+    """Train all students to the end; return the content of each one's `summary.json`. Raises what `loop.train` raises.
 
-    When they are asked to stop, each leaves a checkpoint. A student that is behind the others catches up first when
-    they go on.
+    When the run is asked to stop, each student saves a checkpoint. After a restart, students that are behind the others
+    catch up first.
     """
     shared = shared or Shared(students[0][1], len(students))
     runs = {
@@ -47,11 +47,12 @@ def train(
     }
     for run in runs.values():
         run.begin()
-    under_way, summaries, stopped = dict(runs), {}, None
+    under_way = dict(runs)
+    summaries = {}
+    stopped = None
     while under_way:
-        name = min(
-            under_way, key=lambda name: under_way[name].done
-        )  # of equals the first: on every rank the same
+        # The first of those with the fewest steps: the same on every rank.
+        name = min(under_way, key=lambda name: under_way[name].done)
         run = under_way[name]
         try:
             if run.finished:
@@ -68,51 +69,51 @@ def train(
 
 
 class Shared(Sources):
-    """The images and the teacher of all students, each made when the first asks."""
+    """The data and teacher that all students share, created on first use."""
 
     def __init__(self, settings: Config, students: int) -> None:
         self.accumulation = settings.grad_accumulation
-        self.opened: tuple[Training, ImageDataset | None] | None = None
-        # Micro-batches, counted from the start of the run: where each student is, and those that one still needs.
-        self.places = [0] * students
-        self.loaded: dict[int, Batch] = {}
+        self.opened: tuple[TrainingData, ImageDataset | None] | None = None
+        # Micro-batches are counted from the start of the run.
+        self.positions = [0] * students  # the micro-batch at which each student is
+        self.loaded: dict[int, Batch] = {}  # micro-batches that a student still needs
         self.loader: Iterator[tuple[int, Batch]] | None = None
-        self.network: Network | None = (
-            None  # the teacher as it was created; each student's has stages of its own
-        )
+        self.network: Network | None = None  # the teacher as created; each student's copy has its own stages
         self.teacher_pass: TeacherPass | None = None
 
-    def data(self, *arguments: Any) -> tuple[Training, data.ImageDataset | None]:
-        self.opened = self.opened or super().data(*arguments)
+    def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
+        self.opened = self.opened or super().data(accelerator, settings)
         return self.opened
 
     def teacher(self, settings: Config) -> Network:
         if self.network is None:
             self.network = super().teacher(settings)
-            _ = self.network.fingerprint  # of the weights as they are now
+            _ = self.network.fingerprint  # cached now, before the weights change their precision
         return copy.copy(self.network)
 
-    def batch(self, place: int, training: Training, last_step: int, device: torch.device) -> Batch:
-        """The micro-batch at a place. The first to be asked for is the earliest of all."""
+    def batch(self, position: int, training: TrainingData, last_step: int, device: torch.device) -> Batch:
+        """Return the micro-batch at a position. No later call may ask for one before the first call's position."""
         if self.loader is None:
-            batches = super().batches(training, place // self.accumulation, last_step, device)
-            self.loader = enumerate(batches, place)
-        while place not in self.loaded:
+            batches = super().batches(training, position // self.accumulation, last_step, device)
+            self.loader = enumerate(batches, position)
+        while position not in self.loaded:
             loaded, batch = next(self.loader)
             images, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.labels))
             self.loaded[loaded] = batch._replace(images=images, labels=labels)
-        for earlier in [earlier for earlier in self.loaded if earlier < min(self.places)]:
+        for earlier in [earlier for earlier in self.loaded if earlier < min(self.positions)]:
             del self.loaded[earlier]
-        return self.loaded[place]
+        return self.loaded[position]
 
 
 class _Share(Sources):
-    """What one of the students sees of it."""
+    """One student's view of `Shared`."""
 
     def __init__(self, shared: Shared, student: int, name: str) -> None:
-        self.shared, self.student, self.name = shared, student, name
+        self.shared = shared
+        self.student = student  # its index
+        self.name = name
 
-    def data(self, accelerator: Accelerator, settings: Config) -> tuple[Training, data.ImageDataset | None]:
+    def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
         training, eval_set = self.shared.data(accelerator, settings)
         return training, eval_set and eval_set.for_evaluation(evaluation_view(settings))
 
@@ -120,69 +121,77 @@ class _Share(Sources):
         return self.shared.teacher(settings)
 
     def batches(
-        self, training: Training, first_step: int, last_step: int, device: torch.device
+        self, training: TrainingData, first_step: int, last_step: int, device: torch.device
     ) -> Iterator[Batch]:
         shared = self.shared
-        places = range(first_step * shared.accumulation, last_step * shared.accumulation)
-        shared.places[self.student] = (
-            places.start
-        )  # at once: what comes later is kept until this student has seen it
+        positions = range(first_step * shared.accumulation, last_step * shared.accumulation)
+        # Set before the first batch is asked for, so that no batch is dropped which this student needs.
+        shared.positions[self.student] = positions.start
 
         def batches() -> Iterator[Batch]:
-            for place in places:
-                shared.places[self.student] = place
-                yield shared.batch(place, training, last_step, device)
+            for position in positions:
+                shared.positions[self.student] = position
+                yield shared.batch(position, training, last_step, device)
 
         return batches()
 
     def forward(self, teacher: Network, settings: Config) -> Callable[..., Output]:
         shared = self.shared
         if shared.teacher_pass is None:
+            assert settings.teacher is not None  # the config refuses students without a teacher
             common = shared.teacher(settings).eval().requires_grad_(False)
             frozen.run_in(common, settings.teacher.precision or settings.mixed_precision)
             shared.teacher_pass = TeacherPass(common, super().forward(common, settings))
+        teacher_pass = shared.teacher_pass
 
         def forward(images: Tensor, upto: int | None = None, pairs: Sequence[int] = ()) -> Output:
             stages = teacher.kd_stages if upto is None else [teacher.stages[pair] for pair in pairs]
-            return shared.teacher_pass(images, shared.places[self.student], stages, whole=upto is None)
+            return teacher_pass(images, shared.positions[self.student], stages=stages, whole=upto is None)
 
         return forward
 
 
 class TeacherPass:
-    """One forward pass of a teacher for each batch, whose maps serve whoever asks.
+    """One forward pass of a teacher for each batch, whose maps all students use.
 
-    It goes as deep as was asked on the batch before, since students ask for the same at every step. Where a phase has
-    begun, and one asks for more than there is, the pass is made again.
+    It computes what students asked for on the batch before, since they ask for the same at every step. When a student
+    asks for more, as at the start of a phase, the pass is repeated with all that was asked for.
     """
 
     def __init__(self, network: Network, run: Callable[..., Output]) -> None:
-        self.network, self.run = network, run
-        self.of: tuple[int, torch.dtype] | None = None  # the place of the batch; KD may have mixed its images
-        self.asked: tuple[set[int], bool] = set(), False  # on this batch: stages, and whether for the logits
+        self.network = network
+        self.run = run
+        # Position and dtype of the batch: KD may have mixed its images, which makes them float.
+        self.batch: tuple[int, torch.dtype] | None = None
+        self.stages: set[int] = set()  # requested on this batch
+        self.whole = False  # whether embedding and logits were requested on this batch
         self.output: Output | None = None
         self.maps: dict[int, Tensor] = {}
 
-    def __call__(self, images: Tensor, place: int, stages: Sequence[int], whole: bool) -> Output:
-        """The maps [B, C, H, W] of the stages and, of the `whole` network, embedding and logits too."""
-        before = set(), False
-        if self.of != (place, images.dtype):
-            self.of, self.output, self.maps = (place, images.dtype), None, {}
-            before, self.asked = self.asked, before
-        self.asked = self.asked[0] | set(stages), self.asked[1] or whole
-        if (
-            not self.maps.keys() >= set(stages)
-            or self.output is None
-            or (whole and self.output.embedding is None)
-        ):
-            self._run(images, sorted(self.asked[0] | before[0]), self.asked[1] or before[1])
-        return self.output._replace(features=tuple(self.maps[stage] for stage in stages))
+    def __call__(self, images: Tensor, position: int, *, stages: Sequence[int], whole: bool) -> Output:
+        """Return the maps [B, C, H, W] of the stages and, if `whole`, the embedding and logits too."""
+        stages_before: set[int] = set()
+        whole_before = False
+        if self.batch != (position, images.dtype):
+            self.batch = (position, images.dtype)
+            stages_before, whole_before = self.stages, self.whole
+            self.stages, self.whole = set(), False
+            self.output = None
+            self.maps = {}
+        self.stages = self.stages | set(stages)
+        self.whole = self.whole or whole
+        output = self.output
+        if output is None or not self.maps.keys() >= set(stages) or (whole and output.embedding is None):
+            output = self._run(images, sorted(self.stages | stages_before), self.whole or whole_before)
+        return output._replace(features=tuple(self.maps[stage] for stage in stages))
 
-    def _run(self, images: Tensor, stages: list[int], whole: bool) -> None:
+    def _run(self, images: Tensor, stages: list[int], whole: bool) -> Output:
         if whole:
             self.network.kd_stages = stages
-            self.output = self.run(images)
+            output = self.run(images)
         else:
             self.network.stages = stages
-            self.output = self.run(images, upto=len(stages) - 1, pairs=tuple(range(len(stages))))
-        self.maps = dict(zip(stages, self.output.features))
+            output = self.run(images, upto=len(stages) - 1, pairs=tuple(range(len(stages))))
+        self.output = output
+        self.maps = dict(zip(stages, output.features))
+        return output

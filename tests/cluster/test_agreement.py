@@ -26,8 +26,8 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
     differs = os.environ["RANK"] == "1"
     plan_of, teacher_of = pruning.agree_on_plan, parts.create_teacher
 
-    def other_plan(*arguments):
-        return plan_of(*arguments)._replace(criterion="l2")
+    def other_plan(*arguments, **keywords):
+        return plan_of(*arguments, **keywords)._replace(criterion="l2")
 
     def other_teacher(settings):
         teacher = teacher_of(settings)

@@ -49,7 +49,7 @@ def path(tree, tmp_path):
 def run(path: Path, folder: Path) -> None:
     """Train, and note how many images the teacher saw, and how many bytes each all-gather sent."""
     told: dict[str, Any] = {"images": 0, "sent": []}
-    rank, normalise, begin_groups = os.environ["RANK"], Network.normalise, groups._begin_groups
+    rank, normalise, begin_groups = os.environ["RANK"], Network.normalise, groups._Groups.begin
 
     def noting_normalise(network, images):
         if not network.training and torch.is_inference_mode_enabled():  # and not in an evaluation
@@ -65,7 +65,7 @@ def run(path: Path, folder: Path) -> None:
             return self.group.allgather(parts, sent)
 
     Network.normalise = noting_normalise
-    groups._begin_groups = lambda *arguments: Noting(begin_groups(*arguments))
+    groups._Groups.begin = lambda *arguments: Noting(begin_groups(*arguments))
     training_runs.run(runs.load(path))
     assert os.environ["RANK"] == rank
     (folder / f"told-{rank}.json").write_text(json.dumps(told))

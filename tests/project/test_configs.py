@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from indistill.config import runs
+from indistill.config.run_dir import RunDir
 from indistill.curriculum import Timetable
 from indistill.data.batch import Batch
 from indistill.losses.objective import Objective
@@ -113,7 +114,9 @@ def check_stage(path, settings, accelerator, run_dir):
     images = torch.randint(256, (SEEN, 3, size, size), dtype=torch.uint8)
     labels = torch.tensor([0, classes - 1])
     batch = Batch(images, labels, labels, [])
-    student, targets_of, plan = parts.networks(accelerator, settings, run_dir, lambda batches: [batch])
+    student, targets_of, plan = parts.networks(
+        accelerator, settings, files=RunDir(run_dir), calibration=lambda batches: [batch]
+    )
 
     assert len(plan.pairs) >= 3 if warmup else not plan.pairs
     for pair in plan.pairs:

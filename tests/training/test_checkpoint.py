@@ -24,7 +24,7 @@ from indistill import config
 from indistill.commands.cli import main
 from indistill.config import UserError
 from indistill.config.files import read_lines
-from indistill.config.run_dir import RunDir
+from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.training import checkpoint
 from indistill.training.loop import train
 from indistill.training.run_log import RunLog
@@ -220,10 +220,10 @@ def test_a_resumed_run_imports_no_deepspeed(tree):
 
 def test_a_failure_is_told_to_a_full_disk(tmp_path, monkeypatch):
     main_process = SimpleNamespace(is_main_process=True)
-    saving = SimpleNamespace(folder=tmp_path, accelerator=main_process, _written=lambda *_: "no space left")
+    saving = SimpleNamespace(accelerator=main_process, _write_and_publish=lambda *_: "no space left")
     full = SimpleNamespace(write=Mock(side_effect=OSError(errno.ENOSPC, "no space left")))
     monkeypatch.setattr(sys, "stderr", full)
-    checkpoint.Checkpoints._write(saving, 3, {})
+    checkpoint.Checkpoints._write(saving, 3, CheckpointDir(tmp_path / ".partial"), tmp_path / "step", {})
     assert "CHECKPOINT NOT WRITTEN at step 3: no space left" in full.write.call_args.args[0]
 
 

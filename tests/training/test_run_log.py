@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from indistill.config import UserError
 from indistill.config.files import read_lines
+from indistill.config.run_dir import RunDir
 from indistill.curriculum import Curriculum, Timetable
 from indistill.data.batch import Batch
 from indistill.training import run_log
@@ -36,7 +37,7 @@ def clock(monkeypatch):
 def log(tmp_path, clock):
     """Lines every 3 steps; a warm-up of 4 steps, then kd to step 10; 5 steps of 32 images an epoch."""
     timetable = Timetable(5, 32, 10, None, Curriculum(1, durations=(4,)))
-    log = RunLog(Accelerator(), tmp_path, every_steps=3, timetable=timetable)
+    log = RunLog(Accelerator(), RunDir(tmp_path), every_steps=3, timetable=timetable)
     log.open(0)
     return log
 
@@ -107,7 +108,7 @@ def test_skipped_steps_are_counted_and_left_out(log, clock, tmp_path):
 
     run(log, {2, 4, 8}, 1, 8)
     assert [(line["loss"], line["skipped_steps"]) for line in lines(log)] == [(2.0, 1), (None, 2), (5.5, 2)]
-    again = RunLog(log.accelerator, tmp_path, 3, log.timetable, max_bad_steps=1)
+    again = RunLog(log.accelerator, RunDir(tmp_path), every_steps=3, timetable=log.timetable, max_bad_steps=1)
     again.restore(json.loads(json.dumps(log.state())))
     again.open(8)
     assert (again.skipped_steps, again.in_a_row) == (2, 1)  # as of the last line, of the last step
@@ -120,7 +121,7 @@ def test_skipped_steps_are_counted_and_left_out(log, clock, tmp_path):
 def test_a_window_survives_a_checkpoint(log, clock, tmp_path):
     steps(log, clock, 1, 5)
     state = json.loads(json.dumps(log.state()))
-    again = RunLog(log.accelerator, tmp_path, 3, log.timetable)
+    again = RunLog(log.accelerator, RunDir(tmp_path), every_steps=3, timetable=log.timetable)
     again.restore(state)
     assert again.run_id == log.run_id
     again.open(5)
@@ -132,7 +133,7 @@ def test_lines_behind_the_checkpoint_are_dropped(log, clock, tmp_path):
     steps(log, clock, 1, 9)
     with log.path.open("a") as file:
         file.write('{"step": 10, "lo')  # a kill in the middle of a line
-    again = RunLog(log.accelerator, tmp_path, 3, log.timetable)
+    again = RunLog(log.accelerator, RunDir(tmp_path), every_steps=3, timetable=log.timetable)
     again.open(5)
     assert [line["step"] for line in lines(again)] == [3, 4]
 

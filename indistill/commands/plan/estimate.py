@@ -261,7 +261,7 @@ def _networks(
             unknown = "decided on calibration batches"
         while True:
             try:
-                return *parts.networks(accelerator, settings, RunDir(Path(folder)), None), unknown, notes
+                return *parts.networks(accelerator, settings, files=RunDir(Path(folder))), unknown, notes
             except NoWeights as error:
                 section = getattr(settings, error.role).model_copy(update={"pretrained": False})
                 settings = settings.model_copy(update={error.role: section})
