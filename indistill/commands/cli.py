@@ -130,7 +130,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _ranks() -> Ranks:
-    """Read rank and world size, before anything that ends by the rank; exits with code 2 if they are malformed."""
+    """Read rank and world size; exits with code 2 if they are malformed."""
     from indistill.config import UserError
     from indistill.config.ranks import Ranks
 

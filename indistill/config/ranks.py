@@ -1,4 +1,4 @@
-"""This process among all processes of a launch: the only place that reads RANK, WORLD_SIZE and their local forms."""
+"""Rank and world size, read from the environment. No other module reads these variables."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read what torchrun or `accelerate launch` has set. Raises UserError for a value that is not an integer.
+        """Read the variables of torchrun or `accelerate launch`. Raises UserError for a malformed value.
 
-        Not to be cached: groups.py changes the variables for the time that a group of ranks trains its student.
+        Do not cache the result: groups.py changes the variables while a group of ranks trains its student.
         """
         world_size = _integer("WORLD_SIZE", default=1, least=1)
         return cls(
@@ -60,6 +60,6 @@ def _integer(name: str, *, default: int, least: int) -> int:
     if text.strip().isdecimal() and int(text) >= least:
         return int(text)
     raise UserError(
-        f"{name}={text} in the environment: expected an integer of at least {least}: unset {name}, or start with "
-        "torchrun or accelerate launch"
+        f"{name}={text} in the environment: expected an integer of at least {least}: unset {name}, or start "
+        "with torchrun or accelerate launch"
     )

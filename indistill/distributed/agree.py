@@ -27,14 +27,15 @@ def software_versions() -> dict[str, str]:
 
 
 def setup(settings: Config) -> dict[str, Any]:
-    """The software versions and config keys that all ranks must share, those that a restart may change included."""
+    """Software versions and config keys that all ranks must share, even keys that a restart may change."""
     return software_versions() | config.flatten(settings, without=config.NODE_KEYS)
 
 
 def agree(fields: dict[str, Any]) -> None:
     """Compare the fields of all ranks (collective).
 
-    Raises UserError, on all ranks, naming the first field that differs, two values and the ranks that have them.
+    Raises UserError, on all ranks, naming the first field that differs, two values and the ranks that have
+    them.
     """
     gathered = gather_object([fields])  # one per rank
     for name in dict.fromkeys(name for one in gathered for name in one):
@@ -42,8 +43,8 @@ def agree(fields: dict[str, Any]) -> None:
         other = next((value for value in values if value != values[0]), None)
         if other is not None:
             raise UserError(
-                f"the ranks disagree on {name}: {_ranks(values, values[0])} {values[0]}, {_ranks(values, other)} "
-                f"{other}: start all of them with the same config, code and files"
+                f"the ranks disagree on {name}: {_ranks(values, values[0])} {values[0]}, "
+                f"{_ranks(values, other)} {other}: start all of them with the same config, code and files"
             )
 
 

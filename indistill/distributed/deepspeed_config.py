@@ -15,8 +15,9 @@ from indistill import config
 from indistill.config import Config, UserError, in_one_line
 from indistill.config.ranks import Ranks
 
-# ZeRO flattens the parameters and splits them anywhere: right for optimizers that treat every element by itself, wrong
-# for those that use norms or factors of a whole tensor (lamb, lars, adafactor, muon, the cautious ones).
+# ZeRO flattens the parameters and splits them anywhere: right for optimizers that treat every element by
+# itself, wrong for those that use norms or factors of a whole tensor (lamb, lars, adafactor, muon, the
+# cautious ones).
 ELEMENTWISE = {
     "sgd",
     "momentum",
@@ -75,8 +76,9 @@ _Settings = dict[
 def zero_config(settings: Config, ranks: Ranks) -> dict[str, Any] | None:
     """Return DeepSpeed's configuration, or None under DDP.
 
-    It combines the config, the file in its `engine.config_file`, and the settings of `accelerate launch`. Raises
-    UserError if two of them differ, if one sets what another key of the config sets, and for what cannot work.
+    It combines the config, the file in its `engine.config_file`, and the settings of `accelerate launch`.
+    Raises UserError if two of them differ, if one sets what another key of the config sets, and for what
+    cannot work.
     """
     section = _section(settings)
     if section is None:
@@ -98,15 +100,15 @@ def zero_config(settings: Config, ranks: Ranks) -> dict[str, Any] | None:
 
 
 def _section(settings: Config) -> config.DeepSpeed | None:
-    """The section `engine`, its defaults if only `accelerate launch` asks for DeepSpeed, or None under DDP."""
+    """Return the section `engine`, or defaults if only `accelerate launch` sets DeepSpeed; None under DDP."""
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     section = settings.engine
     if isinstance(section, config.DeepSpeed):
         return section
     if section is not None and launched:
         raise UserError(
-            "engine.name is ddp, but accelerate launch was told to use DeepSpeed: set engine.name: deepspeed, or use "
-            "another accelerate config"
+            "engine.name is ddp, but accelerate launch was told to use DeepSpeed: set engine.name: "
+            "deepspeed, or use another accelerate config"
         )
     return config.DeepSpeed(name="deepspeed") if launched else None
 
@@ -120,12 +122,13 @@ def _check_usable(settings: Config, ranks: Ranks) -> None:
         )
     if not ranks.has_local_rank:
         raise UserError(
-            "engine: DeepSpeed needs a launcher, for one process too: torchrun --nproc-per-node 1 -m indistill ..."
+            "engine: DeepSpeed needs a launcher, for one process too: torchrun --nproc-per-node 1 -m "
+            "indistill ..."
         )
     if settings.optimizer.name.lower() not in ELEMENTWISE:
         raise UserError(
-            f"optimizer.name: {settings.optimizer.name} may use norms or factors of whole tensors, which ZeRO splits: "
-            f"choose one of {', '.join(sorted(ELEMENTWISE))}, or engine.name: ddp"
+            f"optimizer.name: {settings.optimizer.name} may use norms or factors of whole tensors, which "
+            f"ZeRO splits: choose one of {', '.join(sorted(ELEMENTWISE))}, or engine.name: ddp"
         )
 
 
@@ -158,7 +161,7 @@ def _from_launcher() -> Iterator[tuple[str, Any]]:
 
 
 def _merge(values: _Settings, source: str, added: dict[str, Any], precision: str) -> None:
-    """Add the settings of `source` to `values`. Raises UserError for one that is not allowed, or that differs."""
+    """Add the settings of `source` to `values`. Raises UserError for one that is forbidden or differs."""
     _check_precision(source, added, precision)
     for key, value in added.items():
         root = key.partition(".")[0]
@@ -175,7 +178,8 @@ def _merge(values: _Settings, source: str, added: dict[str, Any], precision: str
         if key in values and values[key][0] != value:
             other_value, other_source = values[key]
             raise UserError(
-                f"{source}: {key} is {value}, but {other_source} makes it {other_value}: set both to the same value"
+                f"{source}: {key} is {value}, but {other_source} makes it {other_value}: set both to the "
+                "same value"
             )
         values.setdefault(key, (value, source))
 
@@ -199,7 +203,7 @@ def _check_stage(values: _Settings) -> None:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON, or a file of `accelerate config`, as dotted keys; values of `auto` are left out."""
+    """Read a DeepSpeed JSON, or a file of `accelerate config`, as dotted keys; skips values of `auto`."""
     try:
         text = Path(path).read_text()
         try:
@@ -216,8 +220,8 @@ def _read(path: str) -> dict[str, Any]:
         return dict(_flat(tree))
     if tree["distributed_type"] != "DEEPSPEED":
         raise UserError(
-            f"engine.config_file: {path}: distributed_type is {tree['distributed_type']}, not DEEPSPEED: give another "
-            "file, or set engine.name: ddp"
+            f"engine.config_file: {path}: distributed_type is {tree['distributed_type']}, not DEEPSPEED: "
+            "give another file, or set engine.name: ddp"
         )
     section = tree.get("deepspeed_config") or {}
     values = _read(section["deepspeed_config_file"]) if "deepspeed_config_file" in section else {}
@@ -255,6 +259,6 @@ def _check_precision(source: str, values: dict[str, Any], precision: str) -> Non
         enabled = values.get(f"{kind}.enabled")
         if enabled is not None and enabled != (precision == kind):
             raise UserError(
-                f"{source}: {kind}.enabled is {str(enabled).lower()}, but mixed_precision is {precision}: set "
-                "both to the same precision, or remove one"
+                f"{source}: {kind}.enabled is {str(enabled).lower()}, but mixed_precision is {precision}: "
+                "set both to the same precision, or remove one"
             )

@@ -1,7 +1,7 @@
 """How the processes share the training: DDP, or DeepSpeed's ZeRO, both through Accelerate.
 
-Under ZeRO the student computes what it computes under DDP: parameters, gradients and the optimizer's state are float32,
-mixed precision is the same autocast, and a parameter that a phase does not use stays as it is.
+Under ZeRO the student computes what it computes under DDP: parameters, gradients and the optimizer's state
+are float32, mixed precision is the same autocast, and a parameter that a phase does not use stays as it is.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from indistill.models.graph import walk
 Student = TypeVar("Student", bound=nn.Module)
 _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
 
-# The student wrapped for training, its optimizer, and a function that returns whether the last step was skipped, as a
-# bool [] on the device.
+# The student wrapped for training, its optimizer, and a function that returns whether the last step was
+# skipped, as a bool [] on the device.
 Prepared = tuple[nn.Module, Optimizer, Callable[[], Tensor]]
 
 
-# --- the engines -----------------------------------------------------------------------------------------------------
+# --- the engines --------------------------------------------------------------------------------------------
 class Engine(ABC):
     """Trains one student on all ranks; `start` creates it.
 
@@ -87,7 +87,7 @@ class Engine(ABC):
 
     @abstractmethod
     def stale_gradients(self) -> Tensor | None:
-        """Return the gradients to clear when the parameters that a phase uses change, if the engine keeps any."""
+        """Return gradients to clear when another phase uses other parameters, or None if there are none."""
 
     @abstractmethod
     def optimizer_part(self) -> dict[str, Any]:
@@ -100,8 +100,8 @@ class Engine(ABC):
     def restore(self, weights: Mapping[str, Tensor], parts: Sequence[dict[str, Any]]) -> None:
         """Load the student's weights and the optimizer's state in place, saved on any number of ranks.
 
-        `parts` are the optimizer's parts of all ranks that saved them, in the order of the ranks. Raises UserError if
-        they do not fit.
+        `parts` are the optimizer's parts of all ranks that saved them, in the order of the ranks. Raises
+        UserError if they do not fit.
         """
 
 
@@ -130,8 +130,8 @@ class DDP(Engine):
     def _was_skipped(self, optimizer: Optimizer) -> Callable[[], Tensor]:
         """Return the function that tells whether `optimizer` skipped its last step.
 
-        The scaler passes its inf check to a fused optimizer, which skips the step by itself, so that the host does not
-        wait for the device. For other optimizers the scaler waits, and Accelerate knows.
+        The scaler passes its inf check to a fused optimizer, which skips the step by itself, so that the host
+        does not wait for the device. For other optimizers the scaler waits, and Accelerate knows.
         """
         device = self.accelerator.device
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -161,7 +161,7 @@ class DDP(Engine):
 
 
 class ZeRO(Engine):
-    """DeepSpeed's ZeRO: ranks hold parts of the optimizer's state, in stage 2 of the gradients, in 3 of the weights."""
+    """DeepSpeed's ZeRO: ranks partition optimizer state, from stage 2 on gradients, in stage 3 weights."""
 
     fused = False
 
@@ -175,8 +175,8 @@ class ZeRO(Engine):
     def whole(self, student: Student) -> Callable[[], Student]:
         """As `Engine.whole`; the function returns a copy, with the weights as of its latest call.
 
-        During training the student's own weights are partitioned (stage 3) or views of larger buffers, which cannot be
-        saved.
+        During training the student's own weights are partitioned (stage 3) or views of larger buffers, which
+        cannot be saved.
         """
         spare = copy.deepcopy(student)
 
@@ -222,10 +222,11 @@ class ZeRO(Engine):
         return wrapped, self.optimizer, lambda: torch.tensor(self.optimizer.step_was_skipped, device=device)
 
     def _keep_outermost_parameters_whole(self, student: nn.Module) -> None:
-        """Raise the size up to which stage 3 does not partition a parameter, to hold those of the outermost modules.
+        """Raise the size up to which stage 3 keeps parameters whole, to that of the outermost modules' own.
 
-        A parameter is gathered for the forward pass of the module that holds it. The forward pass of the outermost
-        modules is never called, only that of their parts: their own parameters (positions, class tokens) must be whole.
+        A parameter is gathered for the forward pass of the module that holds it. The forward pass of the
+        outermost modules is never called, only that of their parts: their own parameters (positions, class
+        tokens) must be whole.
         """
         outermost = [
             parameter.numel()
@@ -248,7 +249,7 @@ class ZeRO(Engine):
         return getattr(self._zero, "grad_partitions_flat_buffer", None)
 
     def optimizer_part(self) -> dict[str, Any]:
-        """As `Engine.optimizer_part`. `repartition` describes how the ranks' parts of a group of parameters join."""
+        """As `Engine.optimizer_part`; `repartition` describes how the parts of all ranks join."""
         zero, partitions = self._zero, self._partitions()
         scaler = {
             name: value for name, value in vars(zero.loss_scaler).items() if isinstance(value, int | float)
@@ -261,7 +262,8 @@ class ZeRO(Engine):
 
         if parts[0]["sizes"] != [sizes for sizes, _ in self._partitions()]:
             raise UserError(
-                "DeepSpeed partitions the parameters differently from the checkpoint: use the same sub_group_size"
+                "DeepSpeed partitions the parameters differently from the checkpoint: use the same "
+                "sub_group_size"
             )
         with GatheredParameters(list(self.student.parameters()), modifier_rank=0):
             self.student.load_state_dict(weights)
@@ -270,7 +272,7 @@ class ZeRO(Engine):
         self._restore_optimizer([part["optimizer"] for part in parts])
 
     def _restore_optimizer(self, states: Sequence[list[dict[str, Any]]]) -> None:
-        """Load this rank's part of the state; `states` has, by saved rank and group of parameters, name to value."""
+        """Load this rank's part; `states` has, by saved rank and group of parameters, name to value."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for i, (sizes, flat) in enumerate(self._partitions()):
             for name, value in states[0][i].items():
@@ -286,7 +288,7 @@ class ZeRO(Engine):
         return self.optimizer.optimizer
 
     def _partitions(self) -> list[tuple[list[int], Tensor]]:
-        """Return, for each group of parameters that ZeRO concatenates, their sizes and this rank's part of them."""
+        """Return, for each group of parameters that ZeRO concatenates, the sizes and this rank's part."""
         zero = self._zero
         if self.stage == 3:
             sizes = [[parameter.ds_numel for parameter in group] for group in zero.fp16_groups]
@@ -298,8 +300,8 @@ class ZeRO(Engine):
 def use_dynamic_loss_scale(zero_optimizer: Any) -> None:
     """Give a ZeRO optimizer the dynamic loss scale that DeepSpeed reserves for parameters in fp16.
 
-    It then scales the loss, unscales before clipping, skips steps that overflow on any rank, and is in checkpoints.
-    The numbers are those of torch.amp.GradScaler.
+    It then scales the loss, unscales before clipping, skips steps that overflow on any rank, and is in
+    checkpoints. The numbers are those of torch.amp.GradScaler.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
@@ -317,10 +319,11 @@ def use_dynamic_loss_scale(zero_optimizer: Any) -> None:
 def repartition(
     parts: Sequence[Tensor], sizes: Sequence[int], *, each: bool, rank: int, world: int
 ) -> Tensor:
-    """Return the part [n] of `rank` of `world` ranks, from the `parts` of another number of ranks, in rank order.
+    """Return the part [n] of `rank` of `world` ranks, from `parts` of any number of ranks, in rank order.
 
-    ZeRO concatenates parameters of these `sizes`. In stages 1 and 2 it pads the whole to a multiple of 2 * world and
-    cuts it into `world` parts; in stage 3 (`each`) it does so with each parameter, padded to a multiple of world.
+    ZeRO concatenates parameters of these `sizes`. In stages 1 and 2 it pads the whole to a multiple of 2 *
+    world and cuts it into `world` parts; in stage 3 (`each`) it does so with each parameter, padded to a
+    multiple of world.
     """
     pad = torch.nn.functional.pad
     if not each:
@@ -333,7 +336,7 @@ def repartition(
     return torch.cat([parameter.chunk(world)[rank] for parameter in padded])
 
 
-# --- starting --------------------------------------------------------------------------------------------------------
+# --- starting -----------------------------------------------------------------------------------------------
 def start(
     zero: dict[str, Any] | None,
     precision: str,
@@ -345,10 +348,11 @@ def start(
 ) -> Engine:
     """Start Accelerate under DDP, or under ZeRO with the DeepSpeed configuration `zero`.
 
-    `handlers` and `arguments` are passed to Accelerator. A collective fails after `timeout_minutes`; those of the first
-    call in a process count, because its process group stays.
+    `handlers` and `arguments` are passed to Accelerator. A collective fails after `timeout_minutes`; those of
+    the first call in a process count, because its process group stays.
     """
-    # Forget an earlier run of this process, which may have had another engine or precision. The process group stays.
+    # Forget an earlier run of this process, which may have had another engine or precision. The process group
+    # stays.
     AcceleratorState._reset_state(reset_partial_state=True)
     use_deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     # The microsecond, because Accelerate drops what equals its default, and gloo's default is another.
@@ -393,8 +397,8 @@ def _deepspeed_accelerator(
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed.comm  # noqa: F401
 
-        # With gloo alone; else DeepSpeed compiles its own collectives for minutes. (As an attribute of the package, the
-        # name deepspeed.comm.torch is torch itself.)
+        # With gloo alone; else DeepSpeed compiles its own collectives for minutes. (As an attribute of the
+        # package, the name deepspeed.comm.torch is torch itself.)
         backend: Any = sys.modules["deepspeed.comm.torch"]
         backend.build_shm_op = lambda: None
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # checked by zero_config; Accelerate would refuse any
@@ -416,7 +420,10 @@ def find_interface(ranks: Ranks) -> None:
 
 
 def _interface() -> str | None:
-    """Return the network interface that leads to the first node; gloo uses the host name's, often the loopback."""
+    """Return the network interface that leads to the first node.
+
+    By default gloo uses the one of the host name, often the loopback.
+    """
     try:
         family, *_, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -432,7 +439,7 @@ def _interface() -> str | None:
     return None
 
 
-# --- helpers that both engines and commands use ----------------------------------------------------------------------
+# --- helpers that both engines and commands use -------------------------------------------------------------
 def device_name(device: torch.device) -> str:
     """Return the product name of the GPU, or of the CPU."""
     if device.type == "cuda":
@@ -444,7 +451,7 @@ def device_name(device: torch.device) -> str:
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """Call `function` on rank 0 only, and return its result or raise its UserError on every rank (collective)."""
+    """Call `function` on rank 0; return its result, or raise its UserError, on every rank (collective)."""
     result: Any = None
     message: str | None = None
     if accelerator.is_main_process:

@@ -1,8 +1,9 @@
-"""Refuses variables of Accelerate and torch.compile that contradict the config, instead of following or ignoring them.
+"""Refuses variables of Accelerate and torch.compile that contradict the config.
 
-`accelerate launch` sets them from its options and from the file of `accelerate config`; another job may have left them.
-Accelerate reads some of them in addition to its arguments, and ignores others. The launcher's own defaults (precision
-and compilation "no", "auto") leave the choice to the config. deepspeed_config.py compares the variables of DeepSpeed.
+`accelerate launch` sets them from its options and from the file of `accelerate config`; another job may have
+left them. Accelerate reads some of them in addition to its arguments, and ignores others. The launcher's own
+defaults (precision and compilation "no", "auto") leave the choice to the config. deepspeed_config.py compares
+the variables of DeepSpeed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from indistill.config import Config, UserError
 _FALSE = ("n", "no", "f", "false", "off", "0")  # accelerate.utils.str_to_bool
 _OTHER_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-_COMPILE_DEFAULTS = {  # as `accelerate launch` sets them; other values would change the result of compile: true
+# As `accelerate launch` sets them; other values would change the result of compile: true.
+_COMPILE_DEFAULTS = {
     "ACCELERATE_DYNAMO_MODE": ("default",),
     "ACCELERATE_DYNAMO_USE_FULLGRAPH": _FALSE,
     "ACCELERATE_DYNAMO_USE_DYNAMIC": _FALSE,
@@ -29,7 +31,8 @@ def check(settings: Config) -> None:
     for name, contradiction in contradictions(settings):
         value = os.environ[name]
         raise UserError(
-            f"{name}={value} in the environment, but {contradiction}: unset {name}, or set both to the same value"
+            f"{name}={value} in the environment, but {contradiction}: unset {name}, or set both to the same "
+            "value"
         )
 
 
@@ -42,7 +45,7 @@ def contradictions(settings: Config) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def without_accumulation() -> Iterator[None]:
-    """Hide the variable of gradient accumulation, already checked: Accelerate would convert even `auto` to a number."""
+    """Hide the checked variable of gradient accumulation: Accelerate would convert `auto` to a number."""
     value = os.environ.pop(_ACCUMULATION, None)
     try:
         yield
@@ -52,7 +55,7 @@ def without_accumulation() -> Iterator[None]:
 
 
 def _expected(settings: Config) -> Iterator[tuple[str, Collection[str], str]]:
-    """Yield each variable, the lower-case values that agree with the config, and the config's key and value."""
+    """Yield each variable, its allowed values in lower case, and the key and value of the config."""
     engine = f"engine.name is {settings.engine.name}" if settings.engine else "engine.name is not set"
     for name in _OTHER_ENGINES:
         yield name, ("", *_FALSE), f"{engine} (ddp or deepspeed), and Accelerate would use another engine"

@@ -1,16 +1,18 @@
 """Stops a run with a checkpoint when its machine is preempted, or when somebody presses Ctrl-C.
 
-SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or a time limit ask one rank or all of them to stop. The ranks agree at the end of a
-step, write a checkpoint, and exit with `exit_code()`. The process ends at once on a second signal; if no step ends
-within PATIENCE_SECONDS of the first; and on the first if no step is running: while a run starts, after its last
-checkpoint, and in every command but `train`. When one rank waits for data, the others wait for it within the step,
-where no consistent state can be saved. If its shard arrives too late, all ranks exit without a new checkpoint.
+SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or a time limit ask one rank or all of them to stop. The ranks agree at the
+end of a step, write a checkpoint, and exit with `exit_code()`. The process ends at once on a second signal;
+if no step ends within PATIENCE_SECONDS of the first; and on the first if no step is running: while a run
+starts, after its last checkpoint, and in every command but `train`. When one rank waits for data, the others
+wait for it within the step, where no consistent state can be saved. If its shard arrives too late, all ranks
+exit without a new checkpoint.
 
-The first line of `status` in the run directory, or in that of the whole chain, tells a launcher what to do next:
+The first line of `status` in the run directory, or in that of the whole chain, tells a launcher what to do
+next:
 
-    running   if no process is left, the run was killed: start it again, it continues from its newest checkpoint
+    running   if no process is left, it was killed: start it again, it continues from its newest checkpoint
     requeue   stopped with a checkpoint, or its processes lost each other: start it again
-    failed    an error that would occur again; the second line gives the reason and the file with the traceback
+    failed    an error that would occur again; the second line has the reason and the traceback's file
     done      nothing is left to do
 """
 
@@ -39,7 +41,8 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 128 + signal.SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE_SECONDS = 25.0  # torchrun and Kubernetes kill 30 s after SIGTERM
-# Signals this close together count as one: a launcher passes on a signal that the scheduler sends to all processes.
+# Signals this close together count as one: a launcher passes on a signal that the scheduler sends to all
+# processes.
 SAME_SECONDS = 1.0
 CHECK_SECONDS = 2.0  # between agreements of the ranks, and between a loader worker's checks of its rank
 MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of the remaining time if that is less
@@ -51,7 +54,7 @@ class Preempted(Exception):
 
 @dataclass
 class _Process:
-    """The requests to stop that this process has received; signals concern a process, whatever run or stage it is in."""
+    """The requests to stop that this process has received, in whatever run or stage."""
 
     asked_at: float = math.inf  # time.monotonic of the first signal
     asked_by: str = "another rank"  # the first signal's name, or the time limit
@@ -66,13 +69,13 @@ _process = _Process()
 _leaving = threading.Lock()
 
 
-# --- receiving signals -----------------------------------------------------------------------------------------------------
+# --- receiving signals --------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Handle the signals within the context; in the main thread only.
 
-    A thread reads them from the pipe that Python's C handler writes to: a Python handler would not run while the main
-    thread waits in a collective.
+    A thread reads them from the pipe that Python's C handler writes to: a Python handler would not run while
+    the main thread waits in a collective.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -137,8 +140,8 @@ def leave(reason: str) -> NoReturn:
 def exit_at_once(code: int) -> NoReturn:
     """End this process and its child processes: those of a pool would wait for work forever.
 
-    A normal exit would wait for ranks that wait for this one, for loaders, and for downloads of shards. The streams are
-    not flushed: the main thread may hold them.
+    A normal exit would wait for ranks that wait for this one, for loaders, and for downloads of shards. The
+    streams are not flushed: the main thread may hold them.
     """
     with contextlib.suppress(Exception):
         for child in multiprocessing.active_children():
@@ -187,7 +190,7 @@ def in_worker(worker_id: int) -> None:
 
 @contextlib.contextmanager
 def signals_blocked(*numbers: signal.Signals) -> Iterator[None]:
-    """Block these signals, by default all SIGNALS, in processes started within the context: they inherit the mask.
+    """Block these signals (default: all SIGNALS) in processes started within the context: they inherit it.
 
     A terminal sends Ctrl-C to child processes too, and a scheduler SIGTERM.
     """
@@ -198,12 +201,13 @@ def signals_blocked(*numbers: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# --- agreeing --------------------------------------------------------------------------------------------------------
+# --- agreeing -----------------------------------------------------------------------------------------------
 class Agreement:
     """Decides between two steps whether the ranks stop, the same on all of them.
 
-    A logged line reduces its terms over the ranks anyway, and the requests to stop with them. Between lines one number
-    is reduced every CHECK_SECONDS, converted to steps by the pace of the last line; before the first line, every step.
+    A logged line reduces its terms over the ranks anyway, and the requests to stop with them. Between lines
+    one number is reduced every CHECK_SECONDS, converted to steps by the pace of the last line; before the
+    first line, every step.
     """
 
     def __init__(self, world: int, mean_over_ranks: Callable[[float], float]) -> None:
@@ -225,7 +229,8 @@ class Agreement:
     def reached(self, step: int, told: tuple[float, float] | None) -> bool:
         """Return whether the ranks stop after `step`; call on all ranks after each step.
 
-        `told` holds the means over the ranks of `asked` and of seconds per step if the step was logged, else None.
+        `told` holds the means over the ranks of `asked` and of seconds per step if the step was logged, else
+        None.
         """
         if self.world == 1:
             return settle(asked())
@@ -237,7 +242,7 @@ class Agreement:
 
 
 def settle(ranks_asked: float) -> bool:
-    """Return whether any rank was asked to stop; then all ranks stop, and take the time that a checkpoint needs."""
+    """Return whether any rank was asked to stop; if so, all ranks stop, without a time limit for saving."""
     _process.agreed = ranks_asked > 0
     if _process.agreed:
         if time.time() >= _process.deadline and _process.asked_at == math.inf:
@@ -247,7 +252,7 @@ def settle(ranks_asked: float) -> bool:
 
 
 def _deadline(max_hours: float | None, now: float) -> float:
-    """Return the time.time to stop at: before the job's time limit, and at most `max_hours` after this start."""
+    """Return the time.time to stop at: before the job's limit, and at most `max_hours` after this start."""
     deadline = math.inf if max_hours is None else (_process.began or now) + 3600 * max_hours
     job_end = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
     if now < job_end < math.inf:  # a shell may outlive the job that it was started in
@@ -255,7 +260,7 @@ def _deadline(max_hours: float | None, now: float) -> float:
     return deadline
 
 
-# --- status for the launcher --------------------------------------------------------------------------------------------
+# --- status for the launcher --------------------------------------------------------------------------------
 @contextlib.contextmanager
 def status_in(run_dir: Path) -> Iterator[None]:
     """Keep `run_dir/status` up to date while a run or a chain runs within the context."""
@@ -294,8 +299,8 @@ def _end(status: Path, word: str, reason: str, on_any_rank: bool = False) -> Non
 def _mark(status: Path, word: str, reason: str = "", on_any_rank: bool = False) -> str:
     """Write `status`, by rank 0 or `on_any_rank`; returns "".
 
-    If another rank has failed and this one would write requeue, returns the reason of the other and writes nothing. A
-    status that cannot be written does not fail the run: the exit code says the same.
+    If another rank has failed and this one would write requeue, returns the reason of the other and writes
+    nothing. A status that cannot be written does not fail the run: the exit code says the same.
     """
     with contextlib.suppress(OSError):
         if word == "requeue" and status.exists():

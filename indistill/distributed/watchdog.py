@@ -1,9 +1,9 @@
 """Names the rank that stalls a run, and ends a run whose processes lost each other with one line.
 
-Each rank notes its current place in the program. A thread publishes it every few seconds, even while the main thread
-waits in a collective, in the store of the rendezvous. When rank 0 makes no progress for half of
-`collective_timeout_minutes`, it names the rank that the others wait for. After the whole timeout every rank exits: gloo
-would raise an error then, and NCCL would abort the process without a message.
+Each rank notes its current place in the program. A thread publishes it every few seconds, even while the main
+thread waits in a collective, in the store of the rendezvous. When rank 0 makes no progress for half of
+`collective_timeout_minutes`, it names the rank that the others wait for. After the whole timeout every rank
+exits: gloo would raise an error then, and NCCL would abort the process without a message.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COLLECTIVE = re.compile(
 
 
 class Place(NamedTuple):
-    """Where in the program a rank is. All ranks run the same program: the one with the lowest `passed` is behind."""
+    """Where in the program a rank is. All run the same program: the lowest `passed` is behind."""
 
     passed: int  # the number of places that the rank has reached so far
     step: int
@@ -62,7 +62,7 @@ _run_dir: Path | None = None
 _closed = threading.Event()
 
 
-# --- the place of this rank: assigning a new tuple is atomic, so the thread can read it -------------------------------
+# --- the place of this rank: assigning a new tuple is atomic, so the thread can read it ---------------------
 def begin_step(step: int, phase: str) -> None:
     """Note that a step begins; `step` counts from 1, as in metrics.jsonl."""
     global _place
@@ -81,7 +81,7 @@ def alive() -> None:
     _place = _place._replace(since=time.monotonic())
 
 
-# --- the thread ------------------------------------------------------------------------------------------------------
+# --- the thread ---------------------------------------------------------------------------------------------
 def open(run_dir: Path, timeout_minutes: float) -> None:
     """Watch this process until `close`, if the run has several processes."""
     global _place, _run_dir, _closed
@@ -104,7 +104,7 @@ def close() -> None:
 
 
 class _Watch:
-    """The thread's work: publish this rank's place; on rank 0, read the other ranks' places and name the late rank."""
+    """The thread's work: publish this rank's place, and on rank 0 name the rank that the others wait for."""
 
     def __init__(self, ranks: Ranks, timeout_minutes: float) -> None:
         self.rank = ranks.rank
@@ -152,7 +152,7 @@ class _Watch:
             return None
 
     def _exchange(self, place: Place, now: float) -> bool:
-        """Publish this rank's place; return whether all ranks' places were read, by rank 0 if it makes no progress."""
+        """Publish this rank's place; a rank 0 without progress also reads all places. Return whether it did."""
         import torch.distributed as dist
 
         if self.store is None:
@@ -160,7 +160,7 @@ class _Watch:
         still = now - place.since
         report = Report(socket.gethostname(), place, still)
         try:
-            # The store is on rank 0's node. For the other ranks this is a send without an answer: it cannot wait.
+            # The store is on rank 0's node. For the other ranks this sends without an answer: it cannot wait.
             self.store.set(f"{self.prefix}{self.rank}", json.dumps(report))
             if self.rank != 0 or still < self.timeout / 4:
                 return False
@@ -194,7 +194,8 @@ def _parse(text: bytes | None) -> Report | None:
 def verdict(reports: Mapping[int, Report | None], silent: Mapping[int, float]) -> str:
     """Name the ranks that stall the run, from the latest report of every rank, None for a rank without one.
 
-    `silent` has, by rank, the seconds since a silent rank's last report; it includes every rank without a report.
+    `silent` has, by rank, the seconds since a silent rank's last report; it includes every rank without a
+    report.
     """
     known = {rank: report for rank, report in reports.items() if report is not None}
     if silent:
@@ -237,12 +238,13 @@ def _ranges(ranks: Sequence[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
-# --- the end ---------------------------------------------------------------------------------------------------------
+# --- the end ------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def explaining(folder: Path) -> Iterator[None]:
-    """End the process with one line if a collective fails within the context; the traceback is in `folder`/errors.
+    """End the process with one line if a collective fails within the context.
 
-    The other processes are unreachable or gone, and only another start can help.
+    The traceback is in `folder`/errors. The other processes are unreachable or gone: only another start
+    helps.
     """
     try:
         yield

@@ -10,8 +10,8 @@ from torch.autograd.graph import Node
 def walk(root: Node | None, ends_at: Callable[[Node], bool] | None = None) -> Iterator[Node]:
     """Yield each node reachable from `root` once, depth first, `root` itself included.
 
-    A node for which `ends_at` holds is yielded, and not followed. Keep the nodes that are compared later: torch makes
-    another Python object for a node whose first one is gone.
+    A node for which `ends_at` holds is yielded, and not followed. Keep the nodes that are compared later:
+    torch makes another Python object for a node whose first one is gone.
     """
     seen: set[Node] = set()
     stack = [root]

@@ -28,7 +28,7 @@ def start_engine(settings: Config) -> Engine:
 
 
 def start_accelerator(settings: Config) -> Accelerator:
-    """Start Accelerate for a command that does not train; never under DeepSpeed. Raises what `start_engine` raises."""
+    """Start Accelerate for a command that does not train, never under DeepSpeed; raises as `start_engine`."""
     return _start(settings, training=False).accelerator
 
 
@@ -39,15 +39,17 @@ def _start(settings: Config, training: bool) -> Engine:
     # A run has few shapes, and enough steps to benefit from the fastest algorithm for each.
     torch.backends.cudnn.benchmark = True
     if settings.compile:
-        # Each network has a graph for each phase; with more than the usual 8 in all, the others would not be compiled.
+        # Each network has a graph for each phase; with more than the usual 8 in all, the others would not be
+        # compiled.
         torch._dynamo.config.recompile_limit = 64
     zero = deepspeed_config.zero_config(settings, ranks) if training else None
     started = _engine(settings, zero, ranks)
     accelerator = started.accelerator
     if accelerator.num_processes != ranks.world_size:
         raise UserError(
-            f"the launcher started {ranks.world_size} processes, Accelerate sees {accelerator.num_processes}: unset "
-            "ACCELERATE_* variables of another job, or check the accelerate config"
+            f"the launcher started {ranks.world_size} processes, Accelerate sees "
+            f"{accelerator.num_processes}: unset ACCELERATE_* variables of another job, or check the "
+            "accelerate config"
         )
     agree(setup(settings))
     if accelerator.is_main_process:  # accelerator.print would print on every node
@@ -56,7 +58,8 @@ def _start(settings: Config, training: bool) -> Engine:
 
 
 def _engine(settings: Config, zero: dict[str, Any] | None, ranks: Ranks) -> Engine:
-    # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding, the head.
+    # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding,
+    # the head.
     partly_unused = settings.warmup is not None or not reads(settings.kd.losses, "logits")
     ddp = DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)
     dynamo = TorchDynamoPlugin(backend="inductor", dynamic=False) if settings.compile else None

@@ -1,4 +1,4 @@
-"""Rank and world size: what a launcher sets, what is missing, what is malformed; and that only one file reads them."""
+"""Rank and world size as a launcher sets them, missing or malformed; only one file reads them."""
 
 from __future__ import annotations
 

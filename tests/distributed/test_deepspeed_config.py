@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration from its three sources, without DeepSpeed: which one counts, and conflicts by name."""
+"""DeepSpeed's configuration from its three sources, without DeepSpeed; conflicts are named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def zero(tree):
-    """DeepSpeed's configuration for the tree with some keys replaced; `engine` is that section without its name."""
+    """Return DeepSpeed's configuration for the tree with keys replaced; `engine_keys` in its section."""
 
     def zero(engine_keys=(), **keys):
         section = {"name": "deepspeed", **dict(engine_keys)}
