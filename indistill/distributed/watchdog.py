@@ -152,7 +152,7 @@ class _Watch:
             return None
 
     def _exchange(self, place: Place, now: float) -> bool:
-        """Publish this rank's place; a rank 0 without progress also reads all places. Return whether it did."""
+        """Publish this place; a rank 0 without progress also reads all places. Return whether it did so."""
         import torch.distributed as dist
 
         if self.store is None:
