@@ -83,7 +83,7 @@ def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> 
 
     def telling_end(run: Run) -> dict[str, Any]:
         accelerator, digest = run.accelerator, hashlib.sha256()
-        for value in run._scored().state_dict().values():  # what is evaluated and saved
+        for value in run._scored_network().state_dict().values():  # what is evaluated and saved
             digest.update(value.numpy().tobytes())
         told = {"world": accelerator.num_processes, "engine": run.engine.describe()}
         told |= {"hash": digest.hexdigest()}
