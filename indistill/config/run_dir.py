@@ -1,7 +1,8 @@
 """A run directory: the names of its files, and the record of when and why the run started and stopped.
 
-`history.jsonl` gets a line at each start of the run and one at each orderly end, written by the run's rank 0. A start
-without an end was killed, or its machine failed. A line that cannot be written is left out: no run fails for its record.
+`history.jsonl` gets a line at each start of the run and one at each orderly end, written by the run's rank 0.
+A start without an end was killed, or its machine failed. A line that cannot be written is left out: no run
+fails for its record.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _open: set[Path] = set()  # run directories in which this process wrote a start, and no end yet
 
 
-# --- the names of the files ------------------------------------------------------------------------------------------
+# --- the names of the files ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Folder:
     path: Path
@@ -48,7 +49,9 @@ class RunDir(_Folder):
     """The files of a run. No other module knows their names."""
 
     config = _Entry("config.yaml")  # all keys with their values
-    status = _Entry("status")  # running, done, requeue or failed; of a chain, in the directory above its stages
+    status = _Entry(
+        "status"
+    )  # running, done, requeue or failed; of a chain, in the directory above its stages
     metrics = _Entry("metrics.jsonl")  # a line for each logged step, evaluation and checkpoint
     history = _Entry("history.jsonl")  # a line for each start and end
     summary = _Entry("summary.json")  # of a finished run: final scores, seconds
@@ -106,12 +109,12 @@ def checkpoint_step(path: Path) -> int:
 
 
 def weights_file(settings: Config) -> str:
-    """The file to which a run writes what it trained, as `teacher.checkpoint` or `teacher.heads` would name it."""
+    """The file of the weights that a run trains, as `teacher.checkpoint` or `teacher.heads` would name it."""
     entry = RunDir.of(settings).heads if settings.stage == "heads" else RunDir.of(settings).student
     return f"{settings.run_dir}/{entry.name}"
 
 
-# --- starts and ends -------------------------------------------------------------------------------------------------
+# --- starts and ends ----------------------------------------------------------------------------------------
 def append_start(run_dir: Path, step: int, **facts: Any) -> None:
     """Record that a run starts or resumes after `step` completed steps; `facts` describe what it runs on."""
     process = {"host": socket.gethostname(), "pid": os.getpid(), "python": platform.python_version()}
@@ -130,8 +133,8 @@ def append_end(under: Path, how: str, reason: str = "") -> None:
 def has_begun(settings: Config) -> bool:
     """Whether the run directory has a checkpoint or result of this run.
 
-    Raises UserError if it has a run of another config. A run that was refused before its first logged line does not
-    count: the corrected config may replace it.
+    Raises UserError if it has a run of another config. A run that was refused before its first logged line
+    does not count: the corrected config may replace it.
     """
     files = RunDir.of(settings)
     if not files.config.exists():
@@ -158,16 +161,16 @@ def _append(run_dir: Path, line: dict[str, Any]) -> None:
             os.truncate(path, size)
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 def describe_error(error: BaseException, folder: Path) -> str:
-    """Describe an unexpected error in one line: its kind, message, source line, and the file with its traceback."""
+    """Describe an unexpected error in one line: type, message, source line, and the file with its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     line = f"{frames[-1].filename}, line {frames[-1].lineno}; " if frames else ""
     return f"{in_one_line(error, with_type=True)} ({line}traceback: {keep_traceback(error, folder)})"
 
 
 def keep_traceback(error: BaseException, folder: Path) -> Path | str:
-    """Write the traceback to `folder`/errors/rank-N.txt; return that path, or "in the log" if it cannot be written."""
+    """Write the traceback to errors/rank-N.txt in `folder`; return that path, or "in the log" on failure."""
     file = RunDir(folder).traceback(str(Ranks.from_environment().rank))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,5 +178,3 @@ def keep_traceback(error: BaseException, folder: Path) -> Path | str:
     except OSError:
         return "in the log"
     return file
-
-

@@ -14,7 +14,7 @@ from indistill.models.outputs import Targets
 
 
 class TargetSource(Protocol):
-    """Gives the targets of a batch: a live teacher, stored targets, or the teachers of several groups of ranks."""
+    """Gives the targets of a batch: a live teacher, stored targets, or the teachers of several groups."""
 
     @property
     def teacher(self) -> Network | None:
@@ -32,7 +32,7 @@ class TargetSource(Protocol):
         """Have the loader read what each step needs with its batch. Raises UserError if that cannot work."""
 
     def hold_weights(self) -> None:
-        """Keep the teacher's weights in its precision from now on; no pruning plan is made from them any more."""
+        """Convert the teacher's weights to its precision, once no more pruning plans are made from them."""
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
-        """Compute the targets of images [B, 3, H, W] as the student gets them, or decode the batch's `records`."""
+        """Compute the targets of images [B, 3, H, W], the student's input, or decode the batch's `records`."""

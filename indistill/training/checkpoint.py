@@ -1,8 +1,8 @@
 """Checkpoints: copied to host memory, written by a thread, hashed, and renamed once all ranks have written.
 
-`step-XXXXXXXX` (completed optimizer steps) contains the student, its moving average, each rank's part of the optimizer's
-state, `state.json`, and `manifest.json` with the size and the SHA-256 of these files. It contains neither the teacher,
-nor random states and the position in the data: both are functions of the step.
+`step-XXXXXXXX` (completed optimizer steps) contains the student, its moving average, each rank's part of the
+optimizer's state, `state.json`, and `manifest.json` with the size and the SHA-256 of these files. It contains
+neither the teacher, nor random states and the position in the data: both are functions of the step.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Stateful(Protocol):
 class Checkpoints:
     """The `checkpoints/` folder of a run.
 
-    `identity` (config, plan, data, teacher, engine) must be the same at save and resume; `parts` are saved with the
-    networks. `whole` returns the student with all its weights; it is called on all ranks.
+    `identity` (config, plan, data, teacher, engine) must be the same at save and resume; `parts` are saved
+    with the networks. `whole` returns the student with all its weights; it is called on all ranks.
     """
 
     def __init__(
@@ -74,18 +74,20 @@ class Checkpoints:
         self.crash: Exception | None = None  # of the writer's thread, and not the disk's fault
         self.failure: str | None = None  # of the last save, known to all ranks once it has ended
         self.failures_in_a_row = 0
-        # A group for the writers alone, so that they can agree while the ranks train. (Any: torch's type hint allows an
-        # int, for ranks that are not in the group.)
+        # A group for the writers alone, so that they can agree while the ranks train. (Any: torch's type hint
+        # allows an int, for ranks that are not in the group.)
         self.group: Any = (
-            distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+            distributed.new_group(backend="gloo") if engine.accelerator.num_processes > 1 else None
         )
 
-    # --- resuming ----------------------------------------------------------------------------------------------------
+    # --- resuming -------------------------------------------------------------------------------------------
 
     def resume(self, choice: str, ema: ModelEmaV3 | None) -> tuple[int, dict[str, float] | None]:
-        """Load the checkpoint that `--resume auto|never|PATH` names; return its completed steps and its scores.
+        """Load the checkpoint that `--resume auto|never|PATH` names; return its completed steps and its
+        scores.
 
-        The scores are {} if no evaluation was due at that step, and None if one was due and has not been made.
+        The scores are {} if no evaluation was due at that step, and None if one was due and has not been
+        made.
         """
         path, state = on_main(self.accelerator, lambda: self.find(choice))
         if path is None:
@@ -99,9 +101,11 @@ class Checkpoints:
         return state["step"], state["scores"]
 
     def find(self, choice: str) -> tuple[Path | None, dict[str, Any]]:
-        """Return the checkpoint to resume from, verified, and its `state.json`; None to start from the first step.
+        """Return the checkpoint to resume from, verified, and its `state.json`; None to start from the first
+        step.
 
-        If a checkpoint is damaged, the one before it is taken, unless it was named. Later ones then no longer count.
+        If a checkpoint is damaged, the one before it is taken, unless it was named. Later ones then no longer
+        count.
         """
         for path in self.folder.glob(".*"):  # left half-written or half-deleted by a kill
             shutil.rmtree(path)
@@ -152,13 +156,13 @@ class Checkpoints:
             ema.module.load_state_dict(load_file(CheckpointDir(path).ema))
 
     def set_aside_later(self, step: int) -> None:
-        """Rename checkpoints after `step`, and delete the summary: a run that goes back to an earlier step lacks both."""
+        """Set aside what a run that goes back to `step` will write again: later checkpoints, and the summary."""
         for path in self.files.saved_checkpoints():
             if checkpoint_step(path) > step:
                 self.files.summary.unlink(missing_ok=True)
                 path.rename(path.with_name(f"superseded-{path.name}-{time.time_ns()}"))
 
-    # --- saving ------------------------------------------------------------------------------------------------------
+    # --- saving ---------------------------------------------------------------------------------------------
 
     def due(self, step: int, logged: bool, scores: dict[str, float]) -> bool:
         """Whether to save after `step` steps.
@@ -175,16 +179,17 @@ class Checkpoints:
         return broadcast_object_list(late)[0]
 
     def save(self, step: int, ema: ModelEmaV3 | None, scores: dict[str, float] | None) -> None:
-        """Begin to write `step-XXXXXXXX`; call on all ranks. The best checkpoints are those of the highest `top1`.
+        """Begin to write `step-XXXXXXXX`; call on all ranks. The best checkpoints are those of the highest
+        `top1`.
 
-        Waits for the save before, if it is still under way, and returns when the state is in host memory. Raises
-        UserError if MOST_FAILURES saves in a row failed.
+        Waits for the save before, if it is still under way, and returns when the state is in host memory.
+        Raises UserError if MOST_FAILURES saves in a row failed.
         """
         self.wait()
         if self.failures_in_a_row >= MOST_FAILURES:
             raise UserError(
-                f"{self.folder}: the last {MOST_FAILURES} checkpoints could not be written ({self.failure}): make "
-                "room or mend the disk, and start again"
+                f"{self.folder}: the last {MOST_FAILURES} checkpoints could not be written ({self.failure}): "
+                "make room or mend the disk, and start again"
             )
         self.best_top1 = max(self.best_top1, (scores or {}).get("top1", -1.0))
         state = {
@@ -214,7 +219,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Wait until the save under way has succeeded or failed. Call on all ranks. Raises the writer's unexpected errors."""
+        """Wait for the end of the save under way. Call on all ranks. Raises the writer's unexpected errors."""
         if self.writer is not None:
             self.writer.join()
             self.writer = None
@@ -229,8 +234,8 @@ class Checkpoints:
             distributed.destroy_process_group(self.group)
         if self.failure:
             raise UserError(
-                f"{self.folder}: the last checkpoint could not be written ({self.failure}): make room or mend the "
-                "disk, and start again"
+                f"{self.folder}: the last checkpoint could not be written ({self.failure}): make room or "
+                "mend the disk, and start again"
             )
 
     def _write(self, step: int, partial: CheckpointDir, final: Path, contents: dict[Path, Any]) -> None:

@@ -60,8 +60,8 @@ def choose(
     reader = open_targets(accelerator, settings)
     if plan.pairs and reader.manifest.pruning().hash != plan.hash:
         raise UserError(
-            f"{reader.root}: made with another pruning plan than this run's: run `indistill targets CONFIG` again, in "
-            "another targets.dir, or set targets: live"
+            f"{reader.root}: made with another pruning plan than this run's: run `indistill targets CONFIG` "
+            "again, in another targets.dir, or set targets: live"
         )
     return CachedTargets(reader, settings.kd.losses, live.kd_stages, live, phases)
 

@@ -1,8 +1,9 @@
 """Several students of one teacher, each on ranks of its own: `students` with `student_groups: disjoint`.
 
-The ranks are divided into as many equal groups as there are students, and each group trains its student as a run of its
-own, in its own process group. Rank j of every group loads the same images. Its teacher runs on one part of them, and an
-all-gather among those ranks exchanges the targets that the students need, pruned and in the teacher's precision.
+The ranks are divided into as many equal groups as there are students, and each group trains its student as a
+run of its own, in its own process group. Rank j of every group loads the same images. Its teacher runs on one
+part of them, and an all-gather among those ranks exchanges the targets that the students need, pruned and in
+the teacher's precision.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ def train_groups(
 ) -> dict[str, dict[str, Any]]:
     """Train all students to the end; return the content of each one's `summary.json`, on every rank.
 
-    Raises UserError if the number of processes is not a multiple of the number of students, and otherwise like
-    `loop.train`. When the groups are asked to stop, or one of them fails, all resume from the newest step of which
-    every student has a checkpoint.
+    Raises UserError if the number of processes is not a multiple of the number of students, and otherwise
+    like `loop.train`. When the groups are asked to stop, or one of them fails, all resume from the newest
+    step of which every student has a checkpoint.
     """
     ranks = Ranks.from_environment()
     count, rank, world = len(students), ranks.rank, ranks.world_size
     if world % count:
         raise UserError(
-            f"student_groups: disjoint: {world} processes cannot be cut into {count} equal groups: start a multiple of "
-            f"{count}, or set student_groups: equal"
+            f"student_groups: disjoint: {world} processes cannot be cut into {count} equal groups: start a "
+            f"multiple of {count}, or set student_groups: equal"
         )
     group, place = divmod(rank, world // count)
     name, settings = students[group]
@@ -93,7 +94,7 @@ class _Groups:
         return self.students[self.group][1]
 
     def begin(self, timeout: timedelta) -> distributed.ProcessGroup:
-        """Make this student's process group the default one; return the group of ranks that load the same images."""
+        """Make this student's process group the default; return the group of ranks with the same images."""
         own = distributed.PrefixStore(f"student {self.group}", self.store)
         same_images = distributed.PrefixStore(f"images {self.rank}", self.store)
         on_gpus = torch.cuda.is_available()
@@ -160,8 +161,8 @@ class _GroupSources(Sources):
         micro_batch = settings.data.global_batch // world // settings.grad_accumulation
         if micro_batch % len(students):
             raise UserError(
-                f"student_groups: disjoint: {micro_batch} images of a rank and accumulation step cannot be shared out "
-                f"to {len(students)} teachers: change data.global_batch"
+                f"student_groups: disjoint: {micro_batch} images of a rank and accumulation step cannot be "
+                f"shared out to {len(students)} teachers: change data.global_batch"
             )
         needs = self.groups.gather("plan", {"plan": plan.to_json(), "kd_stages": targets_of.kd_stages})
         heads = len(targets_of.heads.stages) if targets_of.heads else 0
@@ -196,7 +197,7 @@ class Needs:
         return fields_of(self.curriculum.at(step), self.losses, self.kd_stages, self.heads)
 
     def stage(self, field: str) -> int | None:
-        """The teacher stage whose map the field is made from; None for a field that takes the whole network."""
+        """The teacher stage whose map the field is made from; None if it takes the whole network."""
         if field.startswith("pair"):
             return self._pair(field).teacher_stage
         return int(field.removeprefix("stage")) if field.startswith("stage") else None
@@ -210,7 +211,7 @@ class Needs:
 
 
 class ExchangedTargets:
-    """Run the teacher on this rank's part of the batch for every student, and exchange targets between groups."""
+    """Runs the teacher on this rank's part of the batch for every student; groups exchange the targets."""
 
     def __init__(
         self, live: LiveTargets, sources: _GroupSources, students: Sequence[Needs], precision: str

@@ -6,9 +6,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from indistill.models.trainable import Trainable
+
 
 class Buffers:
-    """A network's buffers: batch norm's running statistics, which a forward pass changes, whatever becomes of its step.
+    """A network's buffers: batch norm's running statistics, which a forward pass changes even if its step is
+    skipped.
 
     They are copied at every step, since a number that is not finite would stay in them forever.
     """
@@ -18,21 +21,24 @@ class Buffers:
         self.kept = [buffer.clone() for buffer in self.buffers]
 
     def keep(self) -> None:
+        """Copy the buffers, before a step."""
         if self.buffers:
             torch._foreach_copy_(self.kept, self.buffers)
 
     def put_back(self, skipped: Tensor) -> None:
-        """As they were, where `skipped` (bool []) is true: the device alone knows."""
+        """Restore the copies if `skipped`, a bool [] that is not read from the device, is true."""
         for buffer, kept in zip(self.buffers, self.kept):
             torch.where(skipped, kept, buffer, out=buffer)
 
 
 class Ema(ModelEmaV3):
-    """timm's moving average; a skipped step leaves it as it is."""
+    """timm's moving average of the student, which a skipped step leaves unchanged."""
+
+    module: Trainable
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:
-        """`step` counts from 1; `skipped`, bool [], stays on the device."""
+    def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:  # type: ignore[override]  # one more argument
+        """Update the average after `step` completed steps; `skipped` is a bool [] on the device."""
         weight = (1.0 - self.get_decay(step)) * ~skipped  # []
         both = list(zip(self.module.state_dict().values(), model.state_dict().values()))
         averages = [average for average, _ in both if average.is_floating_point()]
@@ -43,4 +49,4 @@ class Ema(ModelEmaV3):
         torch._foreach_add_(averages, changes)
         for average, value in both:
             if not average.is_floating_point():
-                average.copy_(value)  # batch norm's counts, put back before
+                average.copy_(value)  # batch norm's counts, which `Buffers` has restored

@@ -46,10 +46,10 @@ def train(
 ) -> dict[str, Any]:
     """Run to the end and return the content of `summary.json`.
 
-    `resume` is auto, never, or a checkpoint's path. `sources` gives the data and the teacher, by default the run's own.
-    `callbacks` are called after each step, evaluation and checkpoint, and at the end. Raises UserError, before any
-    step, for a config that cannot work with this data and world size; raises Preempted if the run was asked to stop,
-    after a checkpoint of that step.
+    `resume` is auto, never, or a checkpoint's path. `sources` gives the data and the teacher, by default the
+    run's own. `callbacks` are called after each step, evaluation and checkpoint, and at the end. Raises
+    UserError, before any step, for a config that cannot work with this data and world size; raises Preempted
+    if the run was asked to stop, after a checkpoint of that step.
     """
     run = Run(settings, resume, sources, callbacks)
     run.begin()
@@ -84,7 +84,7 @@ class Run:
         return self.done >= self.timetable.total_steps
 
     def begin(self) -> None:
-        """Build all that the run needs, load its newest checkpoint, and make the evaluation that is still due."""
+        """Build all that the run needs, load its newest checkpoint, and make an evaluation that is still due."""
         self._open_data()
         self._build_networks()
         self._prepare()
@@ -96,7 +96,7 @@ class Run:
             self.scores = self._evaluate()
             self._save()
 
-    # --- what the run is made of -------------------------------------------------------------------------------------
+    # --- what the run is made of ----------------------------------------------------------------------------
 
     def _open_data(self) -> None:
         self.engine = start_engine(self.settings)
@@ -148,7 +148,7 @@ class Run:
         self.stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
 
     def _blank_loss(self, phase: Phase) -> Tensor:
-        """Compute a phase's loss on two black images: its graph contains the parameters that the phase trains."""
+        """Compute a phase's loss on two black images; its graph contains the parameters that it trains."""
         device = self.accelerator.device
         images = torch.zeros(2, *config.input_size(self.settings), dtype=torch.uint8, device=device)
         labels = torch.zeros(2, dtype=torch.int64, device=device)
@@ -193,7 +193,7 @@ class Run:
         )
         self.batches = self.log.waiting(batches)
 
-    # --- the run -----------------------------------------------------------------------------------------------------
+    # --- the run --------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """Make one optimizer step; then log, evaluate, save and stop where that is due."""
@@ -201,7 +201,7 @@ class Run:
         phase = self.pace.curriculum.at(step)
         watchdog.begin_step(step + 1, phase.name)
         if step == self.first_step:
-            self.targets_of.hold_weights()  # every student that shares the teacher has its pruning plan by now
+            self.targets_of.hold_weights()  # every student that shares the teacher has its plan by now
         lr = self.phase_optim.begin_step(step, phase)
         self.buffers.keep()
         # Dropout and mixing depend on the step alone, so a resumed run repeats them.
@@ -291,7 +291,7 @@ class Run:
         self.checkpoints.wait()
         self.log.close()
 
-    # --- the result --------------------------------------------------------------------------------------------------
+    # --- the result -----------------------------------------------------------------------------------------
 
     def end(self) -> dict[str, Any]:
         """Write the trained weights and `summary.json`, close what is open, and return the summary."""
@@ -344,7 +344,7 @@ def evaluation(
     teacher: Network | None,
     eval_set: ImageDataset,
 ) -> dict[str, float]:
-    """Measure accuracy and, beside a teacher, the similarity of stages, whether or not they are trained to be alike."""
+    """Measure accuracy and, beside a teacher, how similar their stages are, whether trained to be or not."""
     section = settings.evaluate
     scores = evaluate.accuracy(accelerator, student, eval_set, section.batch)
     if teacher is None or not section.similarity_samples:

@@ -14,9 +14,13 @@ from indistill.data.batch import Batch
 
 
 def make_mix(settings: Config, accelerator: Accelerator) -> Callable[[Batch, Phase], tuple[Tensor, Tensor]]:
-    """The step that brings a batch to the device and, in KD, mixes it: before any normalisation, for both networks."""
-    section, micro_batch = settings.kd.mix, settings.data.global_batch // accelerator.num_processes
-    micro_batch //= settings.grad_accumulation
+    """Return a function that copies a batch to the device and, in KD, mixes its images.
+
+    Both networks get the mixed images, before any normalisation. Raises UserError for an odd batch size,
+    which timm cannot mix.
+    """
+    section = settings.kd.mix
+    micro_batch = settings.data.global_batch // accelerator.num_processes // settings.grad_accumulation
     mixup = None
     if section and (section.mixup or section.cutmix):
         if micro_batch % 2:
@@ -28,7 +32,7 @@ def make_mix(settings: Config, accelerator: Accelerator) -> Callable[[Batch, Pha
             cutmix_alpha=section.cutmix,
             prob=section.prob,
             switch_prob=section.switch_prob,
-            label_smoothing=0.0,  # left to the loss
+            label_smoothing=0.0,  # the loss does it
             num_classes=settings.data.num_classes,
         )
 

@@ -1,4 +1,7 @@
-"""Optimizer and learning rate. The rate is a function of the step alone, so a checkpoint need not hold it."""
+"""Create the optimizer, and set its learning rate and state phase by phase.
+
+The learning rate is a function of the step alone, so a checkpoint does not contain it.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,22 @@ from indistill import config
 from indistill.config import Config, UserError, in_one_line
 from indistill.curriculum import Phase, Timetable
 
-# Of torch: one kernel for all parameters, which also leaves out a bad step without asking the host (engine.prepare).
+# Torch has fused versions of these: one kernel for all parameters, which skips a bad step without asking the
+# host (engine.prepare).
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 def create(student: nn.Module, section: config.Optimizer, fused: bool = False) -> Optimizer:
-    """Any timm optimizer, with timm's groups of parameters: its layer decay, and what gets no weight decay.
+    """Create any timm optimizer, with timm's parameter groups (layer decay, parameters without weight decay).
 
-    `fused`: in torch's fused version, if it has one, which takes the same steps. (With `dampening`, SGD's first one is
-    damped, too.) Raises UserError for what timm refuses, and for an argument that would have no effect.
+    fused: use torch's fused version, if the optimizer has one. It takes the same steps, except that with
+        `dampening` SGD's first step is damped, too.
+
+    Raises UserError for what timm refuses, and for an argument that would have no effect.
     """
     try:
         fused = fused and timm.optim.get_optimizer_class(section.name, bind_defaults=False) in FUSED
-        with _without_effect_is_refused():
+        with _refuse_without_effect():
             optimizer = timm.optim.create_optimizer_v2(
                 student,
                 opt=section.name,
@@ -48,8 +54,9 @@ def create(student: nn.Module, section: config.Optimizer, fused: bool = False) -
 
 
 def _arguments(student: nn.Module, section: config.Optimizer) -> dict[str, Any]:
-    """`optimizer.kwargs` as timm takes them. Raises UserError for those that timm would drop without a word."""
-    kwargs, info = dict(section.kwargs), timm.optim.get_optimizer_info(section.name.lower().split("_")[-1])
+    """Return `optimizer.kwargs` as timm takes them. Raises UserError for those that timm would ignore."""
+    kwargs = dict(section.kwargs)
+    info = timm.optim.get_optimizer_info(section.name.lower().split("_")[-1])
     hybrid = isinstance(info.opt_class, type) and issubclass(info.opt_class, timm.optim.Muon)
     if not info.has_momentum and section.momentum != config.Optimizer.model_fields["momentum"].default:
         raise UserError(f"optimizer.momentum: has no effect, {section.name} has no momentum: remove it")
@@ -70,7 +77,10 @@ def _arguments(student: nn.Module, section: config.Optimizer) -> dict[str, Any]:
 
 
 def _in_student(student: nn.Module, patterns: list[str]) -> list[str]:
-    """Patterns of the timm model's parameters as patterns of the student's. UserError for one that names none."""
+    """Turn patterns of the timm model's parameters into patterns of the student's.
+
+    Raises UserError for a pattern that matches no parameter.
+    """
     names = [name for name, _ in student.named_parameters()]
     for pattern in patterns:
         if not fnmatch.filter(names, f"net.{pattern}"):
@@ -78,27 +88,37 @@ def _in_student(student: nn.Module, patterns: list[str]) -> list[str]:
     return [f"net.{pattern}" for pattern in patterns]
 
 
+class _Warnings(logging.Handler):
+    """Collects the messages of warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 @contextlib.contextmanager
-def _without_effect_is_refused() -> Iterator[None]:
-    """Raise UserError where timm warns that an argument has no effect (layer decay of a single layer)."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
+def _refuse_without_effect() -> Iterator[None]:
+    """Raise UserError if timm warns that an argument has no effect (layer decay of a single layer)."""
+    handler = _Warnings()
     logger = logging.getLogger(timm.optim.__name__)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-    for message in messages:
+    for message in handler.messages:
         if "no effect" in message:
             raise UserError(f"optimizer.kwargs: {' '.join(message.split())[:200]}: remove it")
 
 
 def _begin_momentum(optimizer: Optimizer, *_: Any) -> None:
-    """Momentum zero for parameters that have their first gradient, which torch's fused SGD gives to all or none.
+    """Start the momentum of parameters that have their first gradient at zero.
 
-    They may be some of many where the curriculum moves on. The step is the same: 0 * momentum + gradient.
+    Torch's fused SGD starts it for all parameters or none, but a new phase adds some parameters to others.
+    The step is the same: 0 * momentum + gradient.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -109,8 +129,9 @@ def _begin_momentum(optimizer: Optimizer, *_: Any) -> None:
 class PhaseOptim:
     """Sets learning rate and optimizer state for a step, phase by phase; the optimizer stays the same object.
 
-    `unused` maps the pairs of a phase to parameters that it takes no step with. An optimizer skips those without a
-    gradient by itself; ZeRO gives them zeros, with which it would let them decay, and count the steps.
+    `unused` maps the pairs of a phase to the parameters that it leaves as they are. An optimizer skips
+    parameters without a gradient by itself. Under ZeRO they have gradients of zero, with which it would let
+    them decay and count steps.
     """
 
     def __init__(
@@ -120,11 +141,12 @@ class PhaseOptim:
         timetable: Timetable,
         unused: Mapping[tuple[int, ...], Set[Tensor]] | None = None,
     ) -> None:
-        self.optimizer, self.settings, self.timetable = optimizer, settings, timetable
-        self.pairs: tuple[int, ...] | None = None  # of the phase that the last step was in
-        self.stale_gradients: Tensor | None = (
-            None  # to be cleared when the pairs change (engine.stale_gradients)
-        )
+        self.optimizer = optimizer
+        self.settings = settings
+        self.timetable = timetable
+        self.pairs: tuple[int, ...] | None = None  # of the last step's phase
+        self.stale_gradients: Tensor | None = None  # cleared when the pairs change (engine.stale_gradients)
+        self.aside: list[tuple[dict[str, Any], list[Tensor]]] = []  # groups and their unused parameters
         if unused:
             _split_groups(optimizer, unused)
             optimizer.register_step_pre_hook(self._set_unused_aside)
@@ -136,36 +158,35 @@ class PhaseOptim:
             optimizer.state or isinstance(optimizer, timm.optim.Lookahead)
         ):
             raise UserError(
-                f"reset_optimizer: {settings.optimizer.name} does not build its state anew: set never, or choose "
-                "another optimizer.name"
+                f"reset_optimizer: {settings.optimizer.name} does not build its state anew: set never, or "
+                "choose another optimizer.name"
             )
 
     def begin_step(self, step: int, phase: Phase) -> float:
-        """Prepare the optimizer for a step of a phase; returns the learning rate."""
-        if phase not in self.schedulers:  # of a curriculum that sets its own pace
+        """Prepare the optimizer for a step of a phase; return the learning rate."""
+        if phase not in self.schedulers:  # with `curriculum: auto`, phases begin earlier than planned
             self.schedulers[phase] = _scheduler(self.optimizer, self.settings, phase, self.timetable)
-        reset, new_epoch = (
-            _section(self.settings, phase).reset_optimizer,
-            step % self.timetable.steps_per_epoch == 0,
-        )
+        reset = _section(self.settings, phase).reset_optimizer
+        new_epoch = step % self.timetable.steps_per_epoch == 0
         if (reset != "never" and step == phase.start) or (reset == "epoch" and new_epoch):
             self._reset()
         if phase.pairs != self.pairs and self.stale_gradients is not None:
             self.stale_gradients.zero_()
         self.pairs = phase.pairs
-        self.schedulers[phase].step_update(step - phase.start)
+        self.schedulers[phase].step_update(step - int(phase.start))
         # Layer decay scales the rate of all layers but the last.
         return next(group["lr"] for group in self.optimizer.param_groups if group.get("lr_scale", 1.0) == 1.0)
 
     def _reset(self) -> None:
-        """As if newly created. Not by `load_state_dict`, which DeepSpeed's partitions would not fit."""
+        """Return to the state at creation, without `load_state_dict`, which DeepSpeed's partitions do not fit."""
         self.optimizer.state.clear()
         for group, options in zip(self.optimizer.param_groups, self.options):
-            for counter in group.keys() - options.keys() - {"params"}:  # where Lamb and Adan count
+            for counter in group.keys() - options.keys() - {"params"}:  # Lamb and Adan count steps there
                 del group[counter]
             group.update(options)
 
     def _set_unused_aside(self, optimizer: Optimizer, *_: Any) -> None:
+        """Take the phase's unused parameters out of the optimizer for the time of a step."""
         self.aside = [
             (group, group["params"]) for group in optimizer.param_groups if self.pairs in group["unused_in"]
         ]
@@ -178,38 +199,40 @@ class PhaseOptim:
 
 
 def _split_groups(optimizer: Optimizer, unused: Mapping[tuple[int, ...], Set[Tensor]]) -> None:
-    """Split each group into parameters that the same phases leave unused, which the group then names."""
+    """Split each parameter group by the phases that leave a parameter unused, which `unused_in` then lists."""
     groups = []
     for group in optimizer.param_groups:
-        together: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}
+        by_phases: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}
         for parameter in group["params"]:
-            where = tuple(pairs for pairs, parameters in unused.items() if parameter in parameters)
-            together.setdefault(where, []).append(parameter)
-        groups += [{**group, "params": params, "unused_in": where} for where, params in together.items()]
+            phases = tuple(pairs for pairs, parameters in unused.items() if parameter in parameters)
+            by_phases.setdefault(phases, []).append(parameter)
+        for phases, unused_parameters in by_phases.items():
+            groups.append({**group, "params": unused_parameters, "unused_in": phases})
     optimizer.param_groups[:] = groups
 
 
 def _section(settings: Config, phase: Phase) -> config.PhaseTraining:
-    return settings.warmup if phase.pairs else settings.kd
+    """The config's section for the phase."""
+    if not phase.pairs:
+        return settings.kd
+    assert settings.warmup is not None  # or no phase would have pairs
+    return settings.warmup
 
 
 def _scheduler(optimizer: Optimizer, settings: Config, phase: Phase, timetable: Timetable) -> Scheduler:
-    own = _section(settings, phase)
-    section = own.schedule or settings.schedule
-    rate = own.lr or settings.optimizer.lr
-    if isinstance(rate, list):
-        if len(rate) != timetable.curriculum.pairs:
-            raise UserError(
-                f"warmup.lr: {len(rate)} values for {timetable.curriculum.pairs} pairs: give one per pair"
-            )
-        rate = rate[phase.index]
-    length = (timetable.total_steps if phase.end is None else phase.end) - phase.start
+    """Create timm's scheduler for a phase; its steps are counted from the start of the phase.
+
+    Raises UserError for a number of rates other than that of the pairs, and for a decay more often than each
+    step.
+    """
+    section = _section(settings, phase).schedule or settings.schedule
+    length = int((timetable.total_steps if phase.end is None else phase.end) - phase.start)
     for group in optimizer.param_groups:
-        group["initial_lr"] = rate  # where timm's schedulers take their base rate from
-    warmup = {
+        group["initial_lr"] = _base_rate(settings, phase, timetable)  # timm's schedulers start from it
+    warmup: dict[str, Any] = {
         "warmup_t": timetable.steps(section.warmup),
         "warmup_lr_init": section.warmup_lr,
-        "warmup_prefix": False,  # every count begins with the phase
+        "warmup_prefix": False,  # the other durations count from the start of the phase, too
         "t_in_epochs": False,
     }
     match section.name:
@@ -223,9 +246,19 @@ def _scheduler(optimizer: Optimizer, settings: Config, phase: Phase, timetable: 
                 )
             return StepLRScheduler(optimizer, decay_t=decay_every, decay_rate=section.decay_rate, **warmup)
         case "multistep":
-            decay_at = [
-                timetable.steps(duration) + 1 for duration in section.decay_at
-            ]  # timm decays one step early
+            # timm decays one step early.
+            decay_at = [timetable.steps(duration) + 1 for duration in section.decay_at]
             return MultiStepLRScheduler(optimizer, decay_t=decay_at, decay_rate=section.decay_rate, **warmup)
         case "constant":
             return StepLRScheduler(optimizer, decay_t=1, decay_rate=1.0, **warmup)
+
+
+def _base_rate(settings: Config, phase: Phase, timetable: Timetable) -> float:
+    rate = _section(settings, phase).lr or settings.optimizer.lr
+    if not isinstance(rate, list):
+        return rate
+    if len(rate) != timetable.curriculum.pairs:
+        raise UserError(
+            f"warmup.lr: {len(rate)} values for {timetable.curriculum.pairs} pairs: give one per pair"
+        )
+    return rate[phase.index]

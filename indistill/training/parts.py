@@ -57,8 +57,9 @@ def networks(
     """Return the module to train (on the device), the source of its targets, and the pruning plan.
 
     `calibration(n)` loads this rank's share of n global batches, for a pruning criterion that needs data.
-    `make_teacher` and `run_teacher` replace `create_teacher` and `compiled` for a teacher that several students share.
-    Raises UserError for networks, weights, stored targets or a plan that do not fit each other.
+    `make_teacher` and `run_teacher` replace `create_teacher` and `compiled` for a teacher that several
+    students share. Raises UserError for networks, weights, stored targets or a plan that do not fit each
+    other.
     """
     seed_everything(settings.seed)
     no_targets = LiveTargets(None, NO_PLAN, input_size(settings))
@@ -109,7 +110,7 @@ class _Builder:
         return self.finish(student), CachedTargets(reader, losses, kd_stages), plan
 
     def load_teacher(self, section: config.Teacher, make_teacher: Callable[[Config], Network]) -> Network:
-        """Create the teacher on its device; one that is to be sharded may be too large for it, and stays on the CPU."""
+        """Create the teacher on its device, or on the CPU if it is to be sharded: it may be too large for one."""
         device = torch.device("cpu") if self.shard_device(section) else self.accelerator.device
         with (
             torch.random.fork_rng()
@@ -211,8 +212,8 @@ def create_student(settings: Config) -> nn.Module:
     net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
     if reads(settings.kd.losses, "token") and not hasattr(net, "set_distilled_training"):
         raise UserError(
-            f"kd.losses: token needs a student with a distillation token, {settings.student.name} has none: choose one "
-            "such as deit_tiny_distilled_patch16_224"
+            f"kd.losses: token needs a student with a distillation token, {settings.student.name} has none: "
+            "choose one such as deit_tiny_distilled_patch16_224"
         )
     return net
 
@@ -286,7 +287,7 @@ class Sources:
     )
 
     def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
-        """Open the training and evaluation images. Raises UserError for shards and batch sizes that cannot work."""
+        """Open the training and evaluation images. Raises UserError for unusable shards and batch sizes."""
         return open_data(accelerator, settings)
 
     def batches(

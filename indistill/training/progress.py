@@ -1,4 +1,4 @@
-"""A run as people watch it: one live line in a terminal, plain lines at a sane rate in a log."""
+"""Show a run's progress: one live line in a terminal, plain lines at most every 10 seconds in a log."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PLAIN_SECONDS = 10.0  # between plain lines
 
 
 class Progress:
-    """Shows the logged lines of a run; rank 0 alone has one. `name` tells the runs apart that share a terminal.
+    """Shows the logged lines of a run, on rank 0. `name` distinguishes the runs that share a terminal.
 
-    `position` is the terminal's line, counted from 0, for runs in processes that know nothing of each other.
+    `position` is the terminal's line, counted from 0, for runs in processes that do not know of each other.
     """
 
     def __init__(self, timetable: Timetable, name: str = "", position: int | None = None) -> None:
@@ -28,7 +28,8 @@ class Progress:
         self.printed = -float("inf")
 
     def open(self, step: int) -> None:
-        # One without a size, as a container may get, would show nothing.
+        """Start at `step` completed steps, with a live line if there is a terminal."""
+        # A terminal without a size, as in some containers, would show nothing.
         if sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
             self.bar = tqdm(
                 total=self.timetable.total_steps,
@@ -43,31 +44,36 @@ class Progress:
             self.bar.update()
 
     def show(self, line: dict[str, Any], terms: Sequence[str], phase: Phase) -> None:
-        """A line of `metrics.jsonl`; `terms` are the names of the loss's terms in it.
+        """Show a line of `metrics.jsonl`; `terms` are the names of the loss's terms in it.
 
-        Without a terminal the first line, those that end a phase, and others 10 seconds after the one before.
+        Without a terminal, print the first line, those that end a phase, and others if 10 seconds have
+        passed.
         """
         if self.bar is not None:
             width = self.bar.format_dict["ncols"] or 100
-            self.bar.bar_format = live(line, terms, phase, self.timetable, self.name, width)
+            self.bar.bar_format = live(
+                line, terms, phase=phase, timetable=self.timetable, name=self.name, width=width
+            )
             self.bar.refresh()
         elif (
             line["step"] in (phase.end, self.timetable.total_steps)
             or time.perf_counter() - self.printed > _PLAIN_SECONDS
         ):
-            self._print(plain(line, terms, phase, self.timetable, self.name), sys.stdout)
+            text = plain(line, terms, phase=phase, timetable=self.timetable, name=self.name)
+            self._print(text, sys.stdout)
             self.printed = time.perf_counter()
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
-        """The accuracies among them."""
-        told = [f"{name} {100 * score:.2f} %" for name, score in scores.items() if name.startswith("top")]
-        if told:
-            at = f"evaluation at step {step}/{self.timetable.total_steps}"
-            self._print(_row(self.name, at, *told), sys.stdout)
+        """Print the accuracies among the scores."""
+        texts = [f"{name} {100 * score:.2f} %" for name, score in scores.items() if name.startswith("top")]
+        if texts:
+            title = f"evaluation at step {step}/{self.timetable.total_steps}"
+            self._print(_row(self.name, title, *texts), sys.stdout)
 
     def say(self, message: str) -> None:
-        """Something that went wrong, above the live line."""
-        self._print(f"indistill: {f'{self.name}: ' * bool(self.name)}{message}", sys.stderr)
+        """Print a warning above the live line."""
+        name = f"{self.name}: " if self.name else ""
+        self._print(f"indistill: {name}{message}", sys.stderr)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -80,10 +86,10 @@ class Progress:
 
 
 def plain(
-    line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: Timetable, name: str = ""
+    line: dict[str, Any], terms: Sequence[str], *, phase: Phase, timetable: Timetable, name: str = ""
 ) -> str:
-    """A line for a log, with all there is to tell."""
-    number, of = _place(phase, timetable)
+    """Format a line for a log, with all its parts."""
+    number, of = _phase_number(phase, timetable)
     epochs = timetable.total_steps / timetable.steps_per_epoch
     parts = [
         f"{phase.name} (phase {number} of {of})",
@@ -94,7 +100,7 @@ def plain(
         parts.append("every step skipped")
     else:
         values = ", ".join(f"{term} {line[term]:.4g}" for term in _several(terms))
-        parts.append(f"loss {line['loss']:.4g}{f' ({values})' * bool(values)}")
+        parts.append(f"loss {line['loss']:.4g}" + (f" ({values})" if values else ""))
     parts += [
         f"{line['images_per_second']:.0f} images/s",
         f"data wait {100 * line['data_wait_fraction']:.0f} %",
@@ -105,25 +111,26 @@ def plain(
 
 
 def live(
-    line: dict[str, Any], terms: Sequence[str], phase: Phase, timetable: Timetable, name: str, width: int
+    line: dict[str, Any], terms: Sequence[str], *, phase: Phase, timetable: Timetable, name: str, width: int
 ) -> str:
-    """The same for `width` columns, as a `bar_format` of tqdm, which counts the steps in it.
+    """Format a line for `width` columns, as a `bar_format` of tqdm, which counts the steps in it.
 
-    What is longer loses the least important parts, whole: a number that is cut would be another number.
+    A longer line loses its least important parts, but no part is cut: a number would become another number.
     """
-    number, of = _place(phase, timetable)
+    number, of = _phase_number(phase, timetable)
     in_phase, in_run = time_left(line, phase, timetable)
     steps = str(timetable.total_steps)
-    lost = line["loss"] is None
-    # Each with its importance: the higher, the sooner it goes.
+    all_skipped = line["loss"] is None
+    # Each with its rank: the higher, the sooner it is dropped.
     parts = [
         (name, 1),
         (f"[{number}/{of}] {phase.name}", 0),
         (f"epoch {line['epoch']:.1f}", 5),
         (f"step {steps}/{steps}", 0),
-        ("skipped" if lost else f"loss {line['loss']:.3g}", 2),
+        ("skipped" if all_skipped else f"loss {line['loss']:.3g}", 2),
     ]
-    parts += [] if lost else [(f"{term} {line[term]:.3g}", 7 + i) for i, term in enumerate(_several(terms))]
+    if not all_skipped:
+        parts += [(f"{term} {line[term]:.3g}", 7 + i) for i, term in enumerate(_several(terms))]
     parts += [
         (f"{line['images_per_second']:.0f} img/s", 4),
         (f"wait {100 * line['data_wait_fraction']:.0f}%", 6),
@@ -135,22 +142,24 @@ def live(
 
 
 def time_left(line: dict[str, Any], phase: Phase, timetable: Timetable) -> tuple[str, str]:
-    """In the phase and in the run, at the rate of the line, without evaluations: of training alone.
+    """Training time left in the phase and in the run at the line's rate, evaluations excluded.
 
-    `~` marks what another phase, with a rate of its own, is part of, `<` the most that a phase takes which ends when
-    its loss has flattened.
+    `~` marks a time that includes other phases, whose rates differ; `<` marks the most that a phase takes
+    which ends when its loss has flattened.
     """
     rate = line["images_per_second"] / timetable.global_batch  # steps a second
     end = timetable.total_steps if phase.end is None else phase.end
     in_phase, in_run = (
         tqdm.format_interval((last - line["step"]) / rate) for last in (end, timetable.total_steps)
     )
-    open_end = timetable.curriculum.order == "auto" and line["step"] < end < timetable.total_steps
-    return "<" * open_end + in_phase, "~" * (end < timetable.total_steps) + in_run
+    is_last = end >= timetable.total_steps
+    if timetable.curriculum.order == "auto" and line["step"] < end and not is_last:
+        in_phase = f"<{in_phase}"
+    return in_phase, in_run if is_last else f"~{in_run}"
 
 
-def _place(phase: Phase, timetable: Timetable) -> tuple[int, int]:
-    """The phase's number, from 1, and how many there are."""
+def _phase_number(phase: Phase, timetable: Timetable) -> tuple[int, int]:
+    """The phase's number, from 1, and the number of phases."""
     names = [one.name for one in timetable.curriculum.phases()]
     return names.index(phase.name) + 1, len(names)
 
@@ -160,4 +169,4 @@ def _row(*parts: str) -> str:
 
 
 def _several(terms: Sequence[str]) -> Sequence[str]:
-    return terms if len(terms) > 1 else ()  # one alone is the loss
+    return terms if len(terms) > 1 else ()  # a single one equals the loss

@@ -47,17 +47,8 @@ def agree_on_plan(
     def read_or_make() -> Plan:
         if path.exists():
             return Plan.read(path)
-        plan = prune.plan(
-            teacher.net,
-            student,
-            pairs,
-            input_size(settings),
-            section.criterion,
-            section.mode,
-            warmup.adapter,
-            importance,
-            settings.seed,
-        )
+        how = (section.criterion, section.mode, warmup.adapter, importance, settings.seed)
+        plan = prune.plan(teacher.net, student, pairs, input_size(settings), *how)
         path.write_text(plan.to_json())
         return plan
 
@@ -101,8 +92,8 @@ def stored_plan(
     theirs = [(pair.teacher_stage, pair.student_stage, pair.student_width) for pair in plan.pairs]
     if ours != theirs:
         raise UserError(
-            f"{reader.root}: made for pairs (teacher stage, student stage, width) {theirs}, this student has {ours}: "
-            f"{remedy}"
+            f"{reader.root}: made for pairs (teacher stage, student stage, width) {theirs}, this student has "
+            f"{ours}: {remedy}"
         )
     path = files.pruning_plan
 

@@ -1,6 +1,7 @@
 """Report a run: `metrics.jsonl`, trackers such as TensorBoard, and one live line.
 
-Losses are summed on the device and read only when a line is logged, so that no other step waits for the device.
+Losses are summed on the device and read only when a line is logged, so that no other step waits for the
+device.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Pause:
 
 
 class RunLog:
-    """Collects the terms of each step and writes a line every `every_steps` completed steps and at each phase's end."""
+    """Collects the terms of each step; writes a line every `every_steps` steps and at each phase's end."""
 
     def __init__(
         self,
@@ -76,7 +77,8 @@ class RunLog:
         # Names of undecodable samples: of this rank, and of all ranks as of the last line.
         self.bad: set[str] = set()
         self.bad_agreed = 0  # sum over the ranks of len(bad) when they last exchanged the names
-        # If the last step was logged, means over the ranks: asked to stop, and seconds per step (preemption.py).
+        # If the last step was logged, means over the ranks: asked to stop, and seconds per step
+        # (preemption.py).
         self.agreed: tuple[float, float] | None = None
         self.progress = progress or Progress(timetable)
         self.trackers = Trackers(self.progress.say)
@@ -99,7 +101,7 @@ class RunLog:
         self.progress.open(step)
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches; count how long the loop waits for each, and note samples that could not be decoded."""
+        """Yield the batches; count how long the loop waits for each, and note samples that were replaced."""
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
@@ -128,8 +130,8 @@ class RunLog:
     def end_step(self, step: int, phase: Phase, lr: float, skipped: Tensor) -> dict[str, Any] | None:
         """Record a step, after which `step` are completed; return its line if one is logged, else None.
 
-        `skipped` is a bool [] on the device, the same on all ranks: the terms of a skipped step are left out. Raises
-        UserError on all ranks, at a logged step, if too many steps in a row were skipped.
+        `skipped` is a bool [] on the device, the same on all ranks: the terms of a skipped step are left out.
+        Raises UserError on all ranks, at a logged step, if too many steps in a row were skipped.
         """
         self.timed_steps += 1
         self.names = list(self.terms)
@@ -220,7 +222,7 @@ class RunLog:
         self.trackers.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
-        """Write a line to metrics.jsonl and its numbers to the trackers. A full disk is reported, and the run goes on."""
+        """Write a line to metrics.jsonl and to the trackers. A full disk is reported, and the run goes on."""
         if not self.accelerator.is_main_process:
             return
         numbers = {
@@ -240,7 +242,8 @@ class RunLog:
         self.unwritten.clear()
 
     def _agree(self, step: int, numbers: Sequence[float]) -> tuple[dict[str, float], list[float]]:
-        """Return each term's mean over the steps that were taken, {} if none was, and the ranks' means of `numbers`.
+        """Return each term's mean over the steps that were taken, {} if none was, and the ranks' means of
+        `numbers`.
 
         All of it takes one collective. Raises UserError if too many steps in a row were skipped.
         """
@@ -255,15 +258,17 @@ class RunLog:
             terms = [name for name, value in zip(self.names, of_skipped) if not math.isfinite(value)]
             good = max(self.files.saved_checkpoints(), default="none yet")
             raise UserError(
-                f"step {step}: {', '.join(terms) or 'gradient'} not finite: {in_a_row:.0f} steps in a row were "
-                f"skipped, more than max_bad_steps ({self.max_bad_steps}); last good checkpoint: {good}: start from "
-                "its weights in another run_dir, with a lower optimizer.lr or with clip_grad_norm"
+                f"step {step}: {', '.join(terms) or 'gradient'} not finite: {in_a_row:.0f} steps in a row "
+                f"were skipped, more than max_bad_steps ({self.max_bad_steps}); last good checkpoint: "
+                f"{good}: start from its weights in another run_dir, with a lower optimizer.lr or with "
+                "clip_grad_norm"
             )
         losses = {name: value / taken for name, value in zip(self.names, of_taken)} if taken else {}
         return losses, list(means)
 
     def _agree_on_bad_samples(self, count: int) -> None:
-        """Share the names of bad samples if any rank found one since the last line; `count` sums the ranks' counts.
+        """Share the names of bad samples if any rank found one since the last line; `count` sums the ranks'
+        counts.
 
         Raises UserError if there are too many.
         """

@@ -1,4 +1,4 @@
-"""Train the runs of a config file: one, a chain of stages one after the other, or several students at once."""
+"""Train the runs of a config file: one run, a chain of stages, or several students at once."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from indistill.training.students import train_students
 def run(
     stages: list[tuple[str, Config]], resume: str = "auto", callbacks: Sequence[Callback] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Train the runs that `config.runs.load` returned; return the content of each one's `summary.json`, by name.
+    """Train the runs that `config.runs.load` returned; return the content of each one's `summary.json`, by
+    name.
 
-    Stages of a chain run one after the other, and finished stages are kept. Raises UserError if a run directory
-    contains another run, or if a stage began with other weights than the earlier stage has now. Raises Preempted if a
-    run was asked to stop; no stage begins after that.
+    Stages of a chain run one after the other, and finished stages are kept. Raises UserError if a run
+    directory contains another run, or if a stage began with other weights than the earlier stage has now.
+    Raises Preempted if a run was asked to stop; no stage begins after that.
     """
     run_dir = RunDir.of(stages[0][1]).path
     run_dir = run_dir.parent if _is_chain(stages) else run_dir
@@ -45,8 +46,8 @@ def _run_students(
 ) -> dict[str, dict[str, Any]]:
     if resume not in ("auto", "never"):
         raise UserError(
-            f"--resume {resume}: several students go on from where they stopped, with auto: to go back with one, train "
-            "the config.yaml in its run directory"
+            f"--resume {resume}: several students go on from where they stopped, with auto: to go back with "
+            "one, train the config.yaml in its run directory"
         )
     for _, settings in students:  # refuse any run before the first begins
         environment.check(settings)
@@ -64,8 +65,8 @@ def _run_stages(
     chain = _is_chain(stages)
     if chain and resume not in ("auto", "never"):
         raise UserError(
-            f"--resume {resume}: a chain goes on from where it stopped, with auto: to go back in one stage, train the "
-            "config.yaml in its run directory"
+            f"--resume {resume}: a chain goes on from where it stopped, with auto: to go back in one stage, "
+            "train the config.yaml in its run directory"
         )
     # All ranks look before any of them can write.
     begun = {name for name, settings in stages if chain and has_begun(settings)}
@@ -89,7 +90,8 @@ def _run_stages(
             _say(f"{label}: {'goes on' if name in begun else 'begins'} in {settings.run_dir}")
         summaries[name] = train(settings, resume, callbacks=callbacks)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # shared by all stages: under torchrun it cannot be made twice
+        # It was shared by all stages: under torchrun it cannot be made twice.
+        torch.distributed.destroy_process_group()
     return summaries
 
 
@@ -131,8 +133,8 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
         for key, value in hashes.items():
             if kept.get(key) != value:
                 raise UserError(
-                    f"stage {name} began with other weights than are now in {files[key]} ({key}): delete {run_dir.path} to "
-                    "train the stage again, or choose another run_dir"
+                    f"stage {name} began with other weights than are now in {files[key]} ({key}): delete "
+                    f"{run_dir.path} to train the stage again, or choose another run_dir"
                 )
     elif hashes and Ranks.from_environment().is_main_process:
         try:

@@ -1,8 +1,9 @@
 """Several students of one teacher, trained at once: the `students` of a config.
 
-Each student is a run of its own in `run_dir/NAME` and computes what it would compute alone, bit for bit. They take turns
-step by step. A batch is loaded, augmented and copied to the device once, and the teacher runs on it once. With several
-processes, each of them trains every student on its own part of the batch, so no targets are sent.
+Each student is a run of its own in `run_dir/NAME` and computes what it would compute alone, bit for bit. They
+take turns step by step. A batch is loaded, augmented and copied to the device once, and the teacher runs on
+it once. With several processes, each of them trains every student on its own part of the batch, so no targets
+are sent.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def train_students(
     callbacks: Sequence[Callback] = (),
     shared: Shared | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Train all students to the end; return the content of each one's `summary.json`. Raises what `loop.train` raises.
+    """Train all students to the end; return the content of each one's `summary.json`. Raises what
+    `loop.train` raises.
 
-    When the run is asked to stop, each student saves a checkpoint. After a restart, students that are behind the others
-    catch up first.
+    When the run is asked to stop, each student saves a checkpoint. After a restart, students that are behind
+    the others catch up first.
     """
     shared = shared or Shared(students[0][1], len(students))
     runs = {
@@ -92,7 +94,7 @@ class Shared(Sources):
         return copy.copy(self.network)
 
     def batch(self, position: int, training: TrainingData, last_step: int, device: torch.device) -> Batch:
-        """Return the micro-batch at a position. No later call may ask for one before the first call's position."""
+        """Return the micro-batch at a position; the first call's position must be the lowest of all."""
         if self.loader is None:
             batches = super().batches(training, position // self.accumulation, last_step, device)
             self.loader = enumerate(batches, position)
@@ -154,8 +156,8 @@ class _Share(Sources):
 class TeacherPass:
     """One forward pass of a teacher for each batch, whose maps all students use.
 
-    It computes what students asked for on the batch before, since they ask for the same at every step. When a student
-    asks for more, as at the start of a phase, the pass is repeated with all that was asked for.
+    It computes what students asked for on the batch before, since they ask for the same at every step. When a
+    student asks for more, as at the start of a phase, the pass is repeated with all that was asked for.
     """
 
     def __init__(self, network: Network, run: Callable[..., Output]) -> None:

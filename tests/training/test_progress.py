@@ -44,11 +44,11 @@ IN_KD = LINE | {
 
 
 def test_a_plain_line():
-    assert progress.plain(LINE, ["mse_pair2"], WARMUP, TIMETABLE) == (
+    assert progress.plain(LINE, ["mse_pair2"], phase=WARMUP, timetable=TIMETABLE) == (
         "warmup 2/3 (phase 2 of 4)  epoch 5.00/100  step 25000/500400  loss 0.01235  2560 images/s  data wait 3 %  "
         "left: phase 16:42, run ~13:12:20"  # 10,028 and 475,400 steps, 10 a second
     )
-    assert progress.plain(IN_KD, ["ce", "kd"], KD, TIMETABLE, "small") == (
+    assert progress.plain(IN_KD, ["ce", "kd"], phase=KD, timetable=TIMETABLE, name="small") == (
         "small  kd (phase 4 of 4)  epoch 80.02/100  step 400400/500400  loss 3.22 (ce 1.201, kd 2.019)  2560 images/s  "
         "data wait 3 %  left: 2:46:40"
     )
@@ -78,12 +78,12 @@ def test_a_plain_line():
     ],
 )
 def test_the_live_line_fits_the_terminal(width, shown):
-    live = progress.live(IN_KD, ["ce", "kd"], KD, TIMETABLE, "small", width)
+    live = progress.live(IN_KD, ["ce", "kd"], phase=KD, timetable=TIMETABLE, name="small", width=width)
     assert live.format(n_fmt=400_400, total_fmt=500_400) == shown
 
 
 def test_the_live_line_of_a_warm_up():
-    assert progress.live(LINE, ["mse_pair2"], WARMUP, TIMETABLE, "", 120) == (
+    assert progress.live(LINE, ["mse_pair2"], phase=WARMUP, timetable=TIMETABLE, name="", width=120) == (
         "[2/4] warmup 2/3  epoch 5.0  step {n_fmt}/{total_fmt}  loss 0.0123  2560 img/s  wait 3%  "
         "left 16:42, run ~13:12:20"
     )
