@@ -14,6 +14,7 @@ from indistill import __version__
 
 if TYPE_CHECKING:
     from indistill.commands.trainer import Trainer
+    from indistill.config.ranks import Ranks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,8 +23,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments = _parse(argv)
         from indistill.distributed import preemption
 
+        ranks = _ranks()
         with preemption.listening():
-            _run(arguments)
+            _run(arguments, ranks)
     except KeyboardInterrupt:  # before preemption.listening handles it
         print("indistill: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
@@ -158,7 +160,19 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_targets)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _ranks() -> Ranks:
+    """Read rank and world size; exits with code 2 if they are malformed."""
+    from indistill.config import UserError
+    from indistill.config.ranks import Ranks
+
+    try:
+        return Ranks.from_environment()
+    except UserError as error:
+        print(f"indistill: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Execute the command; any exit has one of the codes of docs/cluster.md."""
     from indistill.config import UserError, in_one_line
     from indistill.distributed import preemption
@@ -166,19 +180,18 @@ def _run(arguments: argparse.Namespace) -> None:
     try:
         arguments.run(arguments)
     except preemption.Preempted as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.is_main_process:
             print(f"indistill: {stopped}: run the same command again to continue from there", file=sys.stderr)
         _leave(preemption.exit_code())
     except UserError as error:
         message = in_one_line(error)
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or error.found_by_one_rank:
+        if ranks.is_main_process or error.found_by_one_rank:
             print(f"indistill: error: {message}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ:
+        if ranks.launched:
             _leave(2)
         sys.exit(2)
     except Exception:
-        if "RANK" not in os.environ:
+        if not ranks.launched:
             raise
         traceback.print_exc()
         _leave(1)
@@ -295,9 +308,11 @@ def _read_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from indistill.config.ranks import Ranks
+
     trainer = _trainer(arguments)
     summary = trainer.train(arguments.resume)
-    if os.environ.get("RANK", "0") != "0":
+    if not Ranks.from_environment().is_main_process:
         return
     if trainer.several:
         print(json.dumps({name: of_run["metrics"] for name, of_run in summary.items()}))
@@ -306,8 +321,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from indistill.config.ranks import Ranks
+
     metrics = _trainer(arguments).evaluate(arguments.checkpoint)
-    if os.environ.get("RANK", "0") != "0":
+    if not Ranks.from_environment().is_main_process:
         return
     if arguments.json:
         print(json.dumps(metrics))
@@ -340,13 +357,14 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> None:
     from indistill.config import runs
+    from indistill.config.ranks import Ranks
 
     stages = runs.load(arguments.config, arguments.overrides) if arguments.config else []
     from indistill.commands.doctor.run import run
 
     code = run(stages, arguments.json)
     sys.stdout.flush()
-    if "RANK" in os.environ:
+    if Ranks.from_environment().launched:
         os._exit(code)  # a normal exit would wait for ranks that may hang
     sys.exit(code)
 

@@ -19,7 +19,7 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     """
     if settings.data.eval is None:
         raise UserError("eval needs shards to evaluate on: set data.eval")
-    accelerator = start_accelerator(settings, training=False)
+    accelerator = start_accelerator(settings)
     network, view = load_for_eval(settings, checkpoint)
     network = network.to(accelerator.device)
     if settings.evaluate.retrieval and isinstance(network, Program):

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from indistill import config
 from indistill.config import Config, UserError
 from indistill.config.files import replacing
+from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data import class_names, remote
@@ -337,12 +338,12 @@ def prepare(settings: Config) -> Job:
 
     Raises UserError if the targets cannot be stored, or if the directory has targets of another config.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = Ranks.from_environment().world_size
     root = check_storable(settings, world)
     auto = settings.targets.source == "auto"
     live = {"targets": settings.targets.model_copy(update={"source": "live"})}
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
-    accelerator = start_accelerator(settings, training=False)
+    accelerator = start_accelerator(settings)
     names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
     training = IndexedTraining(
         settings.data,

@@ -21,6 +21,7 @@ from typing import Any
 
 from indistill.config import tree
 from indistill.config.base import UserError, in_one_line
+from indistill.config.ranks import Ranks
 from indistill.config.read import load
 from indistill.config.tree import Config
 
@@ -170,7 +171,7 @@ def describe_error(error: BaseException, folder: Path) -> str:
 
 def keep_traceback(error: BaseException, folder: Path) -> Path | str:
     """Write the traceback to errors/rank-N.txt in `folder`; return that path, or "in the log" on failure."""
-    file = RunDir(folder).traceback(os.environ.get("RANK", "0"))
+    file = RunDir(folder).traceback(str(Ranks.from_environment().rank))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(traceback.format_exception(error)))

@@ -38,7 +38,7 @@ from indistill.training.mix import make_mix
 from indistill.training.parts import Sources
 from indistill.training.progress import Progress
 from indistill.training.run_log import RunLog
-from indistill.training.start import open_run_dir, start_accelerator
+from indistill.training.start import open_run_dir, start_engine
 
 
 def train(
@@ -99,7 +99,8 @@ class Run:
     # --- what the run is made of ----------------------------------------------------------------------------
 
     def _open_data(self) -> None:
-        self.accelerator = start_accelerator(self.settings)
+        self.engine = start_engine(self.settings)
+        self.accelerator = self.engine.accelerator
         self.files: RunDir = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
         self.run_dir: Path = self.files.path
         self.training, self.eval_set = self.sources.data(self.accelerator, self.settings)
@@ -137,14 +138,12 @@ class Run:
         self.ema: guard.Ema | None = None
         if settings.ema is not None:
             self.ema = guard.Ema(student, settings.ema.decay, use_warmup=settings.ema.warmup)
-        self.whole = engine.whole(accelerator, student)
-        optimizer = optim.create(student, settings.optimizer, fused=not engine.stage(accelerator))
-        unused = engine.unused(accelerator, student, self.timetable.curriculum.phases(), self._blank_loss)
+        self.whole = self.engine.whole(student)
+        optimizer = optim.create(student, settings.optimizer, fused=self.engine.fused)
+        unused = self.engine.unused(student, self.timetable.curriculum.phases(), self._blank_loss)
         self.phase_optim = optim.PhaseOptim(optimizer, settings, self.timetable, unused)
-        self.wrapped, self.optimizer, self.was_skipped = engine.prepare(
-            accelerator, settings.mixed_precision, student, optimizer
-        )
-        self.phase_optim.stale_gradients = engine.stale_gradients(self.optimizer)
+        self.wrapped, self.optimizer, self.was_skipped = self.engine.prepare(student, optimizer)
+        self.phase_optim.stale_gradients = self.engine.stale_gradients()
         self.buffers = Buffers(self.wrapped)
         self.stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
 
@@ -174,11 +173,11 @@ class Run:
             "plan": self.plan.hash,
             "data": self.training.fingerprint,
             "teacher": self.targets_of.fingerprint,
-            "engine": engine.describe(accelerator),
+            "engine": self.engine.describe(),
         }
         agree(identity)
         self.checkpoints = Checkpoints(
-            accelerator,
+            self.engine,
             self.files,
             section=settings.checkpoint,
             identity=identity,

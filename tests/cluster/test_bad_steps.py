@@ -85,7 +85,19 @@ class State:
     """Collects the state that a bad step must not change, during a run of `module.train`."""
 
     def __init__(self) -> None:
-        prepare, whole, ema_class = engine.prepare, engine.whole, guard.Ema
+        for engine_class in (engine.DDP, engine.ZeRO):
+            self.record(engine_class)
+        ema_class = guard.Ema
+
+        def keep_ema(*arguments, **keywords):
+            self.ema = ema_class(*arguments, **keywords)
+            return self.ema
+
+        guard.Ema = keep_ema
+
+    def record(self, engine_class: type[engine.Engine]) -> None:
+        """Keep what `prepare` and `whole` of the engine return."""
+        prepare, whole = engine_class.prepare, engine_class.whole
 
         def keep_prepare(*arguments):
             self.wrapped, self.optimizer, was_skipped = prepare(*arguments)
@@ -95,11 +107,7 @@ class State:
             self.whole = whole(*arguments)
             return self.whole
 
-        def keep_ema(*arguments, **keywords):
-            self.ema = ema_class(*arguments, **keywords)
-            return self.ema
-
-        engine.prepare, engine.whole, guard.Ema = keep_prepare, keep_whole, keep_ema
+        engine_class.prepare, engine_class.whole = keep_prepare, keep_whole
 
     def digests(self) -> list[str]:
         inner = getattr(
@@ -134,7 +142,7 @@ class State:
 
         def telling_end(run):
             accelerator = run.accelerator
-            recorded = {"world": accelerator.num_processes, "engine": engine.describe(accelerator)}
+            recorded = {"world": accelerator.num_processes, "engine": run.engine.describe()}
             recorded["digests"] = self.digests()
             (Path(tree["run_dir"]) / f"recorded-{accelerator.process_index}.json").write_text(
                 json.dumps(recorded)

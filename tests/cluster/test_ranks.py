@@ -49,7 +49,7 @@ def run_and_hash(tree: dict[str, Any], folder: str) -> None:
 
     def telling_end(run: Run) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for value in run._scored().state_dict().values():  # the weights that are evaluated and saved
+        for value in run._scored_network().state_dict().values():  # the weights that are evaluated and saved
             digest.update(value.numpy().tobytes())
         records = {"hash": digest.hexdigest(), "world": run.accelerator.num_processes, "ids": ids}
         (Path(folder) / f"{run.accelerator.process_index}.json").write_text(json.dumps(records))

@@ -83,9 +83,9 @@ def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> 
 
     def telling_end(run: Run) -> dict[str, Any]:
         accelerator, digest = run.accelerator, hashlib.sha256()
-        for value in run._scored().state_dict().values():  # the weights that are evaluated and saved
+        for value in run._scored_network().state_dict().values():  # the weights that are evaluated and saved
             digest.update(value.numpy().tobytes())
-        saved = {"world": accelerator.num_processes, "engine": engine.describe(accelerator)}
+        saved = {"world": accelerator.num_processes, "engine": run.engine.describe()}
         saved |= {"hash": digest.hexdigest()}
         (run.run_dir / f"saved-{accelerator.process_index}.json").write_text(json.dumps(saved))
         return end(run)
@@ -97,14 +97,14 @@ def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> 
 
 def run_contiguous(tree: dict[str, Any]) -> None:
     """Train under DDP with the memory format of ZeRO, because another format sums in another order."""
-    prepare = engine.prepare
+    prepare = engine.DDP.prepare
 
-    def contiguous_prepare(accelerator, precision, student, *arguments):
+    def contiguous_prepare(ddp, student, optimizer):
         student.to(memory_format=torch.contiguous_format)
-        return prepare(accelerator, precision, student, *arguments)
+        return prepare(ddp, student, optimizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "prepare", contiguous_prepare)
+        patch.setattr(engine.DDP, "prepare", contiguous_prepare)
         run(tree)
 
 
@@ -243,20 +243,20 @@ def test_zero_resumes_in_the_same_stage(tree, tmp_path):
 
 def run_scaled(trees: list[dict[str, Any]], scales: list[float]) -> None:
     """Train with the loss scaled as for fp16, from each initial scale, and write the last scale."""
-    prepare = engine.prepare
+    prepare = engine.ZeRO.prepare
     for tree, scale in zip(trees, scales):
 
         def scaling_prepare(*arguments, scale=scale):
             wrapped, optimizer, was_skipped = prepare(*arguments)
-            engine._scale_losses(optimizer.optimizer)
+            engine.use_dynamic_loss_scale(optimizer.optimizer)
             optimizer.optimizer.loss_scaler.cur_scale = scale
             scaling_prepare.optimizer = optimizer.optimizer
             return wrapped, optimizer, was_skipped
 
-        engine.prepare = scaling_prepare
+        engine.ZeRO.prepare = scaling_prepare
         run(tree)
         (Path(tree["run_dir"]) / "scale").write_text(str(scaling_prepare.optimizer.loss_scale))
-    engine.prepare = prepare
+    engine.ZeRO.prepare = prepare
 
 
 # Exponents: squares of gradients overflow in ZeRO's float32 norm with the one, gradients with the other.

@@ -40,7 +40,7 @@ CLOCKS = ("images_per_second", "data_wait_fraction")
 
 
 def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: int | None = None) -> None:
-    """`indistill train`, in which rank `whom`, or each, gets a signal at "step N", at "evaluation", or "never"."""
+    """Train; rank `whom`, or each rank, gets a signal at "step N", at "evaluation", or "never"."""
     make_mix, eval_loader = training_mix.make_mix, loader.eval_loader
     mine = whom is None or int(os.environ.get("RANK", "0")) == whom
     micro_batches = 0
@@ -108,7 +108,7 @@ def evaluated_tree(tree):
 
 @pytest.mark.parametrize("world", [None, 2])
 def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, tmp_path, world):
-    """In the warm-up, at the end of a phase, in an evaluation during the warm-up, in KD, in the last evaluation.
+    """In the warm-up, at the end of a phase, in an evaluation of the warm-up, in KD, in the last evaluation.
 
     Ctrl-C is one of the signals, in a step and in an evaluation.
     """
@@ -369,7 +369,8 @@ def test_no_stage_begins_after_one_that_was_stopped(tree, tmp_path):
     )  # the fourth of the first stage is the first of the second
     run_until(path, "never", None, exit_code=0)
     assert status(run_dir) == "done"
-    assert [json.loads((run_dir / name / "summary.json").read_text())["step"] for name in ("teacher", "student")] == [
+    summaries = [json.loads((run_dir / name / "summary.json").read_text()) for name in ("teacher", "student")]
+    assert [summary["step"] for summary in summaries] == [
         4, 15,
     ]  # fmt: skip
 
@@ -404,7 +405,7 @@ def test_the_earliest_limit_counts(monkeypatch, job_end, max_hours, deadline):
 
 
 def test_ranks_ask_each_other_every_two_seconds():
-    """One collective a step until the pace is known, then one in `every_steps`; a logged line carries the question."""
+    """One collective a step until the pace is known, then one in `every_steps`; logged lines need none."""
     asked: list[int] = []
     stop = preemption.Agreement(world=2, mean_over_ranks=lambda value: asked.append(step) or value)
     for step in range(1, 41):

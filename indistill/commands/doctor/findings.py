@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from indistill import config
 from indistill.config import Config
+from indistill.config.ranks import Ranks
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 Item = (
@@ -51,9 +52,9 @@ class Here:
 
     def __init__(self, stages: Sequence[tuple[str, Config]] = ()) -> None:
         self.stages, self.settings = stages, [settings for _, settings in stages]
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.ranks = Ranks.from_environment()
+        self.rank, self.world = self.ranks.rank, self.ranks.world_size
+        self.local_rank, self.local_world = self.ranks.local_rank, self.ranks.local_world_size
         self.host = socket.gethostname()
         self.hosts = {self.rank: self.host}
         self.store: dist.TCPStore | None = None

@@ -31,7 +31,7 @@ def gpu(here: Here) -> Said:
         yield FAIL, told, f"torchrun --nproc-per-node {count}"
         return
     precisions = {p for s in here.settings for p in (s.mixed_precision, s.teacher and s.teacher.precision)}
-    for index in [here.local_rank] if "LOCAL_RANK" in os.environ else range(count):
+    for index in [here.local_rank] if here.ranks.has_local_rank else range(count):
         found, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
         right = (2 * torch.ones(8, device=f"cuda:{index}")).sum().item() == 16
         what = f"{index}: {found.name}, compute capability {found.major}.{found.minor}, driver {driver_version()}, "

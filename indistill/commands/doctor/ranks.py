@@ -31,7 +31,7 @@ REDUCED_ELEMENTS = {"cuda": 2**24, "cpu": 2**22}  # float32, to measure the netw
 def start(here: Here) -> Said:
     """The process group that training would use, made in the same way."""
     zero, precision, several = None, "no", here.world > 1
-    absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    absent = [*here.ranks.missing, *(n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ)]
     if several and absent:
         told = f"WORLD_SIZE={here.world}, but no {', '.join(absent)}"
         yield FAIL, told, "unset it, or start with torchrun or accelerate launch"
@@ -39,16 +39,16 @@ def start(here: Here) -> Said:
     try:
         for settings in here.settings[::-1]:  # the first one's is the one that counts
             check_devices(settings, here.world)
-            zero, precision = zero_config(settings, here.world), settings.mixed_precision
+            zero, precision = zero_config(settings, here.ranks), settings.mixed_precision
     except UserError as error:  # the ranks can meet all the same
         yield FAIL, str(error)
     if several and here.rank:
         here.connect(findings.START_SECONDS)
         here.tell("came", here.host)
     # Collectives have longer than any check may take: at their end NCCL would abort the process without a word.
-    accelerator = engine.start(
-        zero, precision, here.world, 4 * max(findings.START_SECONDS, findings.CHECK_SECONDS) / 60, []
-    )
+    timeout_minutes = 4 * max(findings.START_SECONDS, findings.CHECK_SECONDS) / 60
+    started = engine.start(zero, precision, ranks=here.ranks, timeout_minutes=timeout_minutes)
+    accelerator = started.accelerator
     here.device = accelerator.device
     if accelerator.num_processes != here.world:
         told = f"the launcher started {here.world} processes, Accelerate sees {accelerator.num_processes}"
@@ -59,7 +59,7 @@ def start(here: Here) -> Said:
     here.met = several
     backend = f", {dist.get_backend()}" if dist.is_initialized() else ""
     told = f"{here.world} process{'es' * several} on {here.device.type}{backend}"
-    yield OK, f"{told}, {engine.describe(accelerator)}"
+    yield OK, f"{told}, {started.describe()}"
 
 
 def agreement(here: Here) -> Said:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from indistill.commands.export.card import card
 from indistill.commands.export.load import FILES, load_file, load_folder, need_onnx
 from indistill.commands.export.source import Source, find, find_class_names, find_preprocessing
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.ranks import Ranks
 from indistill.data.batch import Request
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.models.network import Network
@@ -54,7 +54,7 @@ def export(
     """
     if form == "onnx":
         need_onnx()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if Ranks.from_environment().world_size != 1:
         raise UserError("export runs in one process: start it without a launcher")
     destination = Path(destination)
     partial = destination.absolute().with_name(f".partial-{destination.absolute().name}")

@@ -6,7 +6,6 @@ directory. Both depend on the architecture alone, so no weights are loaded.
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 import sys
@@ -26,6 +25,7 @@ from indistill.commands.report.read import STATES, Run, read, run_dirs, short_na
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
 from indistill.config import Config, UserError, in_one_line
 from indistill.config.files import replace_text
+from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.training.callbacks import Callback, TrainingRun
 
@@ -71,7 +71,7 @@ class ReportAtEnd(Callback):
 
     def on_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
         """Write the report without measuring speed. If that fails, the run does not."""
-        if os.environ.get("RANK", "0") != "0":
+        if not Ranks.from_environment().is_main_process:
             return
         try:
             write([run.run_dir], measure=False)
