@@ -18,7 +18,7 @@ from typing import Any
 
 from indistill.config import tree
 from indistill.config.base import UserError
-from indistill.config.read import load
+from indistill.config.read import load_recorded
 from indistill.config.tree import Config
 
 _open: set[Path] = set()  # run directories in which this process wrote a start, and no end yet
@@ -74,7 +74,7 @@ def has_begun(settings: Config) -> bool:
     if not saved.exists():
         return False
     keeps = (run_dir / "summary.json").exists() or any((run_dir / "checkpoints").glob("step-*"))
-    difference = tree.difference(load(saved), settings)
+    difference = tree.difference(load_recorded(saved), settings)
     if difference and (keeps or (log.exists() and log.stat().st_size)):
         raise UserError(f"{run_dir} holds a run of another config ({difference}): choose another run_dir")
     return keeps

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from indistill.config import plugins
 from indistill.config.base import Duration, Probability, Section
-from indistill.config.loss import CrossEntropy, Loss
+from indistill.config.loss import AnyLoss, Loss
 
 # --- data ------------------------------------------------------------------------------------------------------------
 MAX_RAND_AUGMENT_OPS = 4
@@ -262,12 +263,14 @@ class Mix(Section):
     switch_prob: Annotated[float, Field(ge=0, le=1)] = 0.5  # that it is by CutMix, where both are on
 
 
+def _cross_entropy() -> list[Loss]:
+    return [plugins.find("ce")(name="ce")]
+
+
 class KD(PhaseTraining):
     """The rest of the run after the warm-up; without a teacher it is plain supervised training."""
 
-    losses: Annotated[list[Loss], Field(min_length=1)] = [
-        CrossEntropy(name="ce")
-    ]  # whose weighted sum is minimised
+    losses: list[AnyLoss] = Field(default_factory=_cross_entropy, min_length=1)  # whose weighted sum is minimised
     # For losses on feature maps: (teacher stage, student stage). None: those of the warm-up, or else auto.
     pairs: Literal["auto"] | list[tuple[int, int]] | None = None
     # Losses that compare the samples of a batch see those of all ranks (global) or of their own (local); auto: global

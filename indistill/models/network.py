@@ -33,7 +33,7 @@ class Network(nn.Module):
     once; the teacher is another, frozen. `stages` gives the stage of each warm-up pair, shallow to deep, and
     `adapters` maps a pair to the module that lifts its map to the teacher's width. `kd_stages` are the stages whose
     maps KD reads, `reads` what else it reads of the student ("logits", "embedding", "token"), and `projectors` maps a
-    KD loss to its trainable part (losses/layers.py).
+    KD loss to its trainable part (`Loss.layers`).
     """
 
     def __init__(

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from indistill import config
 from indistill.config import Config
 from indistill.curriculum import Phase, Timetable
-from indistill.losses.objective import Objective, reads
+from indistill.losses.gather import Rows
+from indistill.losses.objective import Objective, teaches
 from indistill.models.heads import Heads
 from indistill.models.network import DTYPES, Network
 from indistill.models.outputs import Targets
@@ -36,7 +37,7 @@ class Work:
     activation_bytes: int  # that the student keeps for the backward pass
     batch_bytes: int  # kept once for a batch: weights in half precision above all
     targets: dict[str, tuple[int, ...]]  # shape of each target that the phase reads
-    student_maps: list[tuple[int, ...]]  # shape of each map that the phase reads of the student
+    compared: list[Rows]  # what losses that compare samples gather from all ranks
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,13 @@ def measure(
     runs = [_run(settings, student, targets_of, objective, phase, batch) for batch in SEEN]
     for buffer, before in buffers:
         buffer.copy_(before)  # batch norm has counted the batches
-    (*_, fewer, _, _), (teacher_flops, student_flops, more, targets, maps) = runs
+    (*_, fewer, _, _), (teacher_flops, student_flops, more, targets, compared) = runs
     activation_bytes = (more - fewer) // (SEEN[1] - SEEN[0])
     batch_bytes = fewer - SEEN[0] * activation_bytes
     fields = _fields(settings, targets_of, phase, targets)
     shapes = {name: tuple(target.shape[1:]) for name, target in fields.items()}
-    student_maps = [tuple(feature.shape[1:]) for feature in maps]
     flops = teacher_flops // SEEN[1], student_flops // SEEN[1]
-    return Work(*flops, activation_bytes, batch_bytes, shapes, student_maps)
+    return Work(*flops, activation_bytes, batch_bytes, shapes, compared)
 
 
 def _run(
@@ -75,8 +75,8 @@ def _run(
     objective: Objective,
     phase: Phase,
     batch: int,
-) -> tuple[int, int, int, Targets, Sequence[Tensor]]:
-    """Operations of teacher and student, bytes kept for the backward pass, targets, and the student's maps."""
+) -> tuple[int, int, int, Targets, list[Rows]]:
+    """Operations of teacher and student, bytes kept for the backward pass, targets, and what losses compare."""
     parameter = next(student.parameters())
     dtype = DTYPES[settings.mixed_precision]
     autocast = torch.autocast(parameter.device.type, dtype, enabled=settings.mixed_precision != "no")
@@ -109,7 +109,7 @@ def _run(
         learning.get_total_flops(),
         sum(kept.values()),
         targets,
-        output.features,
+        [] if phase.pairs else objective.compared(output, targets, labels),
     )
 
 
@@ -129,11 +129,11 @@ def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Ta
     """The targets that the phase's losses read, by name."""
     if phase.pairs:
         return {f"pair{pair + 1}": target for pair, target in zip(phase.pairs, targets.features)}
-    losses = [loss for loss in settings.kd.losses if loss.name != "ce"]  # which reads no teacher
+    losses = settings.kd.losses
     fields = {f"stage{stage}": target for stage, target in zip(targets_of.kd_stages, targets.features)}
-    if reads(losses, "embedding"):
+    if teaches(losses, "embedding"):
         fields["embedding"] = targets.embedding
-    if reads(losses, "logits"):
+    if teaches(losses, "logits"):
         fields["logits"] = targets.logits
     return fields | {f"head{i + 1}": logits for i, logits in enumerate(targets.cohort)}
 
@@ -158,7 +158,8 @@ def uncached(settings: Config, phase: Phase) -> str | None:
         return "prune.mode: paper_bn" if settings.warmup.prune.mode == "paper_bn" else None
     if settings.kd.mix and (settings.kd.mix.mixup or settings.kd.mix.cutmix):
         return "kd.mix"
-    return "ce alone" if all(loss.name == "ce" for loss in settings.kd.losses) else None
+    names = " and ".join(loss.name for loss in settings.kd.losses)
+    return None if any(loss.teaches for loss in settings.kd.losses) else f"{names} alone"
 
 
 def decide(settings: Config, works: Mapping[Phase, Work], timetable: Timetable) -> dict[str, Choice]:

@@ -1,7 +1,6 @@
 """The trainable parts of losses, and those losses, against loops in float64 written from the papers."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +8,12 @@ import torch
 from conftest import EPS
 from torch.nn import functional as F
 
-from indistill import losses
-from indistill.losses import layers
-from indistill.losses.layers import Contrast, Review, Shape
-from indistill.losses.objective import same_size
+from indistill import config, losses
+from indistill.losses import Shape
+from indistill.losses.common import same_size
+from indistill.losses.crd_loss import Contrast
+from indistill.losses.objective import create_layers
+from indistill.losses.reviewkd_loss import Review
 from indistill.models.outputs import Output, Targets
 
 pytestmark = pytest.mark.portable
@@ -58,7 +59,8 @@ def loss_of(name, projected, targets):
 
 def make(name, seed=0):
     torch.manual_seed(seed)
-    return layers.create([SimpleNamespace(name=name, dim=11)], SHAPE)["0"]
+    keys = {"dim": 11} if name == "crd" else {}
+    return config.KD(losses=[{"name": name, **keys}]).losses[0].layers(SHAPE)
 
 
 NAMES = ["hint", "vid", "reviewkd", "crd"]
@@ -246,7 +248,8 @@ def test_crd_wants_one_class_per_sample(shape):
 
 def test_create_makes_one_for_each_loss_that_has_one():
     names = ["ce", "crd", "hint", "kd", "vid", "reviewkd", "hint"]
-    parts = layers.create([SimpleNamespace(name=name, dim=11) for name in names], SHAPE)
+    sections = [{"name": name, "dim": 11} if name == "crd" else {"name": name} for name in names]
+    parts = create_layers(config.KD(losses=sections).losses, SHAPE)
     assert {key: type(part).__name__ for key, part in parts.items()} == {
         "1": "Contrast",
         "2": "Hint",

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from indistill import config, losses
 from indistill.curriculum import Phase
-from indistill.losses.objective import Objective, reads, same_size, term_names
+from indistill.losses.common import same_size
+from indistill.losses.objective import Objective, reads, term_names
 from indistill.models.outputs import Output, Targets
 
 pytestmark = [pytest.mark.portable, pytest.mark.usefixtures("float64")]

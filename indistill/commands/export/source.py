@@ -34,7 +34,7 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
             f"{run}: holds no config.yaml: give the run_dir of a run, or, of a chain or several students, one's folder "
             "in it"
         )
-    settings = config.load(run / "config.yaml")
+    settings = config.load_recorded(run / "config.yaml")
     if settings.stage == "heads":
         raise UserError(f"{run}: stage: heads trains no student: export the run of one that learns from them")
     if weights == "ema" and settings.ema is None:

@@ -100,7 +100,7 @@ def read(folder: Path, name: str) -> Run:
     return Run(
         path=folder,
         name=name,
-        settings=config.load(folder / "config.yaml"),
+        settings=config.load_recorded(folder / "config.yaml"),
         lines=lines,
         summary=summary,
         status="done" if summary else words[0] if words and words[0] != "done" else "",
