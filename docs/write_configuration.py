@@ -1,4 +1,4 @@
-"""`python docs/write_configuration.py` writes configuration.md from the sections in indistill/config/.
+"""`python docs/write_configuration.py` writes configuration.md from the sections of the config and the losses.
 
 Types, limits and defaults are pydantic's; a key's meaning is the comment beside it, or on the lines above it.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from indistill import config
+from indistill.config import plugins
 
 PAGE = Path(__file__).with_name("configuration.md")
 MOST_CHOICES = 3  # of sections that a cell of a table lists
@@ -25,8 +26,8 @@ INTRODUCTION = """\
 # Configuration
 
 Every key of a config, written by `python docs/write_configuration.py` from the comments in
-[indistill/config](../indistill/config); a test fails where this page and the code differ. An unknown key, or a value of
-another type, is one line before any work, with exit code 2:
+[indistill/config](../indistill/config) and [indistill/losses](../indistill/losses); a test fails where this page and
+the code differ. An unknown key, or a value of another type, is one line before any work, with exit code 2:
 
 ```text
 indistill: error: configs/digits_demo.yaml data.worker=2: data: unknown key 'worker'; the nearest valid key is 'workers'
@@ -49,9 +50,10 @@ differ."""
 
 
 def sources() -> str:
-    """The text of every file of the sections."""
+    """The text of every file of the sections and losses."""
     folder = Path(config.__file__).parent
-    return "\n".join(path.read_text() for path in sorted(folder.glob("*.py")))
+    files = sorted(folder.glob("*.py")) + sorted((folder.parent / "losses").glob("*_loss.py"))
+    return "\n".join(path.read_text() for path in files)
 
 
 def meanings(source: str) -> dict[tuple[str, str], str]:
@@ -74,7 +76,25 @@ def meanings(source: str) -> dict[tuple[str, str], str]:
 
 
 def models() -> dict[str, type[BaseModel]]:
-    return {name: value for name, value in vars(config).items() if inspect.isclass(value)}
+    named = {name: value for name, value in vars(config).items() if inspect.isclass(value)}
+    return named | {loss.__name__: loss for loss in losses()}
+
+
+def losses() -> list[type[config.Loss]]:
+    """The built-in losses, `ce` first."""
+    return [plugins.find(name) for name in sorted(plugins.built_in(), key=lambda name: (name != "ce", name))]
+
+
+def schema_of_the_config() -> dict[str, Any]:
+    """The JSON schema, in which `kd.losses` lists every built-in loss, and default sections are filled in."""
+    tree = config.Config.model_json_schema()
+    for loss in losses():
+        tree["$defs"][loss.__name__] = loss.model_json_schema()
+    choices = tree["$defs"]["KD"]["properties"]["losses"]
+    choices["items"] = {"oneOf": [{"$ref": f"#/$defs/{loss.__name__}"} for loss in losses()]}
+    choices["default"] = config.KD().model_dump()["losses"]
+    tree["properties"]["kd"]["default"] = config.KD().model_dump()
+    return tree
 
 
 def meaning(section: str, key: str, told: dict[tuple[str, str], str]) -> str:
@@ -200,7 +220,7 @@ def table(
 
 
 def page() -> str:
-    told, tree = meanings(sources()), config.Config.model_json_schema()
+    told, tree = meanings(sources()), schema_of_the_config()
     heads = sections(tree)
     operational, node = (
         ", ".join(f"`{key}`" for key in keys) for keys in (config.OPERATIONAL_KEYS, config.NODE_KEYS)

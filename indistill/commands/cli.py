@@ -115,6 +115,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     targets.set_defaults(run=_targets)
 
+    for command in (train, evaluate, plan, doctor, targets):
+        command.add_argument(
+            "--plugin",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="a Python file that defines losses of your own, which it runs (docs/losses.md); may be repeated",
+        )
     _add_shards(commands.add_parser("shards", help="pack, index and verify WebDataset shards"))
 
     arguments, rest = parser.parse_known_args(argv)
@@ -129,11 +137,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Do what is asked, with the exit codes of docs/cluster.md."""
-    from indistill.config import UserError
+    from indistill.config import UserError, plugins
     from indistill.config.run_dir import in_one_line
     from indistill.distributed import preemption
 
     try:
+        for file in getattr(arguments, "plugin", ()):
+            plugins.load_file(file)
         arguments.run(arguments)
     except preemption.Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
