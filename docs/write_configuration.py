@@ -1,4 +1,4 @@
-"""`python docs/write_configuration.py` writes configuration.md from the sections of the config and the losses.
+"""`python docs/write_configuration.py` writes configuration.md from the config's sections and the losses.
 
 Types, limits and defaults are pydantic's; a key's meaning is the comment beside it, or on the lines above it.
 """
@@ -26,27 +26,28 @@ INTRODUCTION = """\
 # Configuration
 
 Every key of a config, written by `python docs/write_configuration.py` from the comments in
-[indistill/config](../indistill/config) and [indistill/losses](../indistill/losses); a test fails where this page and
-the code differ. An unknown key, or a value of another type, is one line before any work, with exit code 2:
+[indistill/config](../indistill/config) and [indistill/losses](../indistill/losses); a test fails where this page
+and the code differ. An unknown key, or a value of another type, is one line before any work, with exit code 2:
 
 ```text
 indistill: error: configs/digits_demo.yaml data.worker=2: data: unknown key 'worker'; the nearest valid key is 'workers'
 ```
 
-A key is set in the file or after it, `indistill train CONFIG data.workers=8 warmup=null`: the value is YAML, and a
-number indexes a list (`kd.losses.0.weight=0.5`). `run_dir/config.yaml` holds all keys of a run with their values.
+A key is set in the file or after it, `indistill train CONFIG data.workers=8 warmup=null`: the value is YAML, and
+a number indexes a list (`kd.losses.0.weight=0.5`). `run_dir/config.yaml` holds all keys of a run with their
+values.
 
-A **duration** is a number with a unit, `3 epochs`, `500 steps`, `1e6 samples` or `10 percent` of the run; a bare number
-counts epochs.
+A **duration** is a number with a unit, `3 epochs`, `500 steps`, `1e6 samples` or `10 percent` of the run; a bare
+number counts epochs.
 
 Besides, a file may list `stages` ([chains](method.md#chains)) or `students` with `student_groups`
 ([several students](students.md)): each has a name and its own keys, merged with those of the file.
 
 {starts}
-"""
+"""  # noqa: E501  # an error is quoted as it is printed
 STARTS = """\
-A run that is started again must have the same config, except for {operational}. Between the nodes of a run {node} may
-differ."""
+A run that is started again must have the same config, except for {operational}. Between the nodes of a run
+{node} may differ."""
 
 
 def sources() -> str:
@@ -57,7 +58,7 @@ def sources() -> str:
 
 
 def meanings(source: str) -> dict[tuple[str, str], str]:
-    """The comments of each class's annotated fields: the block of lines above, and that on the field's last line."""
+    """The comments of each class's annotated fields: the lines above it, and the one on its last line."""
     lines = source.splitlines()
     comments = {
         token.start[0]: token.string.lstrip("#").strip()

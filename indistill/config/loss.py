@@ -20,7 +20,7 @@ TEACHES = frozenset({"logits", "embedding", "features", "heads"})
 
 
 class Inputs(SimpleNamespace):
-    """What a loss is given of the student, or of the teacher, for one batch: what it declares, and nothing else.
+    """What a loss is given of the student or of the teacher for one batch: what it declares, nothing else.
 
     For a loss that compares samples, B counts those of all ranks.
     """
@@ -33,7 +33,9 @@ class Inputs(SimpleNamespace):
     projected: tuple[Tensor, ...]  # what the loss's own layers returned; of the student
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the loss is not given {name!r}: declare it in `reads`, or of the teacher in `teaches`")
+        raise AttributeError(
+            f"the loss is not given {name!r}: declare it in `reads`, or of the teacher in `teaches`"
+        )
 
 
 class Shape(NamedTuple):
@@ -48,13 +50,12 @@ class Shape(NamedTuple):
 class Loss(Section):
     """A loss: its keys in `kd.losses`, what it needs, and its formula. A subclass states its `name`.
 
-    reads: what it needs of the student ("logits", "embedding", "features", "token") and whether it needs "labels".
-    What no loss reads is not computed.
-    teaches: what it needs of the teacher ("logits", "embedding", "features", "heads"); by default what it reads. What
-    no loss needs is not stored.
-    compares: how many samples it relates to each other: 1, or 2 for pairs, 3 for triplets. If more than 1, it is given
-    the samples of all ranks, gathered with gradients.
-    whole_labels: whether labels have to be classes, int64 [B], and not the probabilities [B, K] of mixed images.
+    reads: what it needs of the student ("logits", "embedding", "features", "token") and whether it needs
+    "labels". What no loss reads is not computed. teaches: what it needs of the teacher ("logits",
+    "embedding", "features", "heads"); by default what it reads. What no loss needs is not stored. compares:
+    how many samples it relates to each other: 1, or 2 for pairs, 3 for triplets. If more than 1, it is given
+    the samples of all ranks, gathered with gradients. whole_labels: whether labels have to be classes, int64
+    [B], and not the probabilities [B, K] of mixed images.
     """
 
     reads: ClassVar[AbstractSet[str]] = frozenset()
@@ -70,7 +71,9 @@ class Loss(Section):
             cls.teaches = cls.reads & TEACHES
         for key, known in (("reads", READS), ("teaches", TEACHES)):
             if unknown := sorted(getattr(cls, key) - known):
-                raise ValueError(f"{cls.__qualname__}.{key}: {unknown[0]!r} is none of {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"{cls.__qualname__}.{key}: {unknown[0]!r} is none of {', '.join(sorted(known))}"
+                )
         if name is not None:
             cls.__annotations__["name"] = Literal[name]
 
@@ -83,8 +86,9 @@ class Loss(Section):
     def layers(self, shape: Shape) -> nn.Module | None:
         """Create the loss's trainable layers, if it has any; they are trained and saved with the student.
 
-        Called with the student's `Output` and the `Targets` (models/outputs.py), they return a tuple of tensors, which
-        the loss finds in `student.projected`. If it compares samples, these are all that it is given, [B, ...] each.
+        Called with the student's `Output` and the `Targets` (models/outputs.py), they return a tuple of
+        tensors, which the loss finds in `student.projected`. If it compares samples, these are all that it is
+        given, [B, ...] each.
         """
         return None
 
@@ -92,7 +96,7 @@ class Loss(Section):
         """Raise UserError if the keys do not fit a teacher with `heads` intermediate heads."""
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
-        """Return the loss, a scalar; `labels` are None unless the loss reads them, `epoch` counts those of KD, from 0."""
+        """Return the loss, a scalar. `labels` are None unless it reads them; `epoch` counts from 0 in KD."""
         raise NotImplementedError(f"{type(self).__qualname__} has no __call__")
 
 
@@ -108,7 +112,7 @@ class RecordedLoss(Loss):
 
 
 def _by_name(value: Any, info: ValidationInfo) -> Any:
-    """Turn a mapping into the loss that its name states; recorded ones whose class is not loaded stay as they are."""
+    """Turn a mapping into the loss of its name; a recorded one whose class is not loaded keeps any keys."""
     if not isinstance(value, dict):
         return value
     name = value.get("name")

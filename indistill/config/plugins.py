@@ -1,4 +1,4 @@
-"""Find a loss class by its name: registered, built in, of an installed package, or of a file. Imports no torch."""
+"""Find a loss class by its name: registered, built in, or in an installed package. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def register(name: str, loss: type[Any]) -> None:
         raise ValueError(f"loss {name!r} is built in: choose another name for {loss.__qualname__}")
     other = _classes.get(name, loss)
     if (other.__module__, other.__qualname__) != (loss.__module__, loss.__qualname__):
-        raise ValueError(f"two losses are named {name!r}, in {_origin(other)} and {_origin(loss)}: rename one")
+        raise ValueError(
+            f"two losses are named {name!r}, in {_origin(other)} and {_origin(loss)}: rename one"
+        )
     _classes[name] = loss
 
 
@@ -55,7 +57,9 @@ def find(name: str) -> type[Any]:
     packages = [point for point in _entry_points() if point.name == name]
     if name in built_in():
         if packages:
-            raise ValueError(f"loss {name!r} of the package {_package(packages[0])} is built in: uninstall that package")
+            raise ValueError(
+                f"loss {name!r} of the package {_package(packages[0])} is built in: uninstall that package"
+            )
         importlib.import_module(f"{GROUP}.{name}_loss")
     elif len(packages) > 1:
         several = " and ".join(sorted(map(_package, packages)))
@@ -65,8 +69,8 @@ def find(name: str) -> type[Any]:
     elif name not in _classes:
         nearest = difflib.get_close_matches(name, names(), n=3, cutoff=0.0)
         raise ValueError(
-            f"unknown loss {name!r}; the nearest are {', '.join(nearest)}; a loss of your own needs --plugin FILE, or "
-            "its package installed (docs/losses.md)"
+            f"unknown loss {name!r}; the nearest are {', '.join(nearest)}; a loss of your own needs "
+            "--plugin FILE, or its package installed (docs/losses.md)"
         )
     return _classes[name]
 
@@ -106,12 +110,14 @@ def load_file(path: str) -> None:
         _classes.update(before)
         raise UserError(f"--plugin {path}{_line(error, file)}: {_one_line(error)}") from error
     if _classes.keys() == before.keys():
-        raise UserError(f'--plugin {path}: defines no loss: add a class such as `class Mine(Loss, name="mine")`')
+        raise UserError(
+            f'--plugin {path}: defines no loss: add a class such as `class Mine(Loss, name="mine")`'
+        )
     _files.add(file)
 
 
 def source_hashes() -> dict[str, str]:
-    """Return a hash of the source file of each loss that is not built in, by `loss NAME`: ranks compare them."""
+    """Return a hash of the source file of each loss that is not built in, keyed by `loss NAME`."""
     hashes = {}
     for name in sorted(_classes.keys() - set(built_in())):
         file = getattr(sys.modules.get(_classes[name].__module__), "__file__", None)
@@ -129,11 +135,13 @@ def _load_package(point: EntryPoint) -> None:
     try:
         point.load()
     except Exception as error:
-        raise ValueError(f"loss {point.name!r} of the package {_package(point)}: {_one_line(error)}") from error
+        raise ValueError(
+            f"loss {point.name!r} of the package {_package(point)}: {_one_line(error)}"
+        ) from error
     if point.name not in _classes:
         raise ValueError(
-            f"loss {point.name!r} of the package {_package(point)}: its entry point {point.value} defines no loss of "
-            "that name"
+            f"loss {point.name!r} of the package {_package(point)}: its entry point {point.value} defines no "
+            "loss of that name"
         )
 
 
@@ -152,7 +160,9 @@ def _line(error: Exception, file: Path) -> str:
     """`, line N`: the last line of the file that the error passed through."""
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return f", line {error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
     return f", line {lines[-1]}" if lines else ""
 
 

@@ -42,7 +42,7 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
 
 
 def load_recorded(path: str | Path) -> Config:
-    """Read the `config.yaml` of a run, to look at it: its losses need not be installed, and torch is not imported."""
+    """Read the `config.yaml` of a run, to look at it: without torch, and without the package of a loss."""
     return parse(read(path), source=str(path), recorded=True)
 
 

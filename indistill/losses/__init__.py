@@ -1,7 +1,7 @@
 """Distillation losses: pure functions of tensors, each a mean over the batch, and one file for each.
 
-Every loss is computed in float32 at least, whatever the autocast state, and leaves gradients open to both arguments:
-the caller decides what is frozen. Shapes are never broadcast; a mismatch raises ValueError.
+Every loss is computed in float32 at least, whatever the autocast state, and leaves gradients open to both
+arguments: the caller decides what is frozen. Shapes are never broadcast; a mismatch raises ValueError.
 """
 
 from indistill.config import Inputs, Loss, Shape

@@ -20,10 +20,10 @@ class ATLoss(Loss, name="at"):
 def at(student: Tensor, teacher: Tensor) -> Tensor:
     """Activation-based attention transfer (Zagoruyko, 1612.03928, equation 2, p = 2, F_sum^2).
 
-    student [B, C_s, H, W], teacher [B, C_t, H, W]; returns a scalar. A map's attention is its mean square over the
-    channels, flattened and scaled to length 1; the squared difference is averaged over B*H*W. As in the published
-    code that length counts as 1e-12 at least, which keeps the gradient of maps near zero below 8e6 / (B*H*W).
-    With that mean its weight, the paper's beta, is 1000 (per pair, 1000 / (B*H*W) of the sum).
+    student [B, C_s, H, W], teacher [B, C_t, H, W]; returns a scalar. A map's attention is its mean square
+    over the channels, flattened and scaled to length 1; the squared difference is averaged over B*H*W. As in
+    the published code that length counts as 1e-12 at least, which keeps the gradient of maps near zero below
+    8e6 / (B*H*W). With that mean its weight, the paper's beta, is 1000 (per pair, 1000 / (B*H*W) of the sum).
     """
     require_equal("at", student[:, 0].shape, teacher[:, 0].shape)
     return F.mse_loss(_attention(student), _attention(teacher))

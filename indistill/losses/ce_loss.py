@@ -25,8 +25,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     """Cross-entropy with the labels, batch mean; returns a scalar.
 
     Logits [B, K]; labels int64 [B], or class probabilities [B, K]. label_smoothing: the share of a label that
-    is spread evenly over all classes (Szegedy, 1512.00567, section 7). A class of probability 0 adds 0, even if
-    its logit is -inf.
+    is spread evenly over all classes (Szegedy, 1512.00567, section 7). A class of probability 0 adds 0, even
+    if its logit is -inf.
     """
     logits = at_least_float32(logits)
     if not labels.is_floating_point():

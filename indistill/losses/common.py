@@ -17,11 +17,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 def require_equal(loss: str, student: torch.Size, teacher: torch.Size) -> None:
     """Raise ValueError, naming the loss, if the two shapes differ."""
     if student != teacher:
-        raise ValueError(f"losses.{loss}: student {tuple(student)} and teacher {tuple(teacher)} differ in shape")
+        raise ValueError(
+            f"losses.{loss}: student {tuple(student)} and teacher {tuple(teacher)} differ in shape"
+        )
 
 
 def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities [B, K], batch mean. Classes with p = 0 add 0, as in torch.special.xlogy."""
+    """KL(p || q) of log-probabilities [B, K], batch mean; classes with p = 0 add 0."""
     p = log_p.exp()
     # Masked before the product, whose gradient would be 0 * inf. F.kl_div gives nan where both are -inf.
     terms = p * (log_p.masked_fill(p == 0, 0) - log_q.masked_fill(p == 0, 0))
@@ -29,17 +31,23 @@ def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pool the larger of two maps [B, C, H, W] to the smaller, per axis (arXiv 2205.10003, section 3)."""
-    size = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:])]
+    """Average-pool the larger of two maps [B, C, H, W] to the smaller, per axis (2205.10003, section 3)."""
+    size = smaller_size(student, teacher)
     return _pool(student, size), _pool(teacher, size)
 
 
-def _pool(feature: Tensor, size: list[int]) -> Tensor:
-    return feature if list(feature.shape[2:]) == size else F.adaptive_avg_pool2d(feature, size)
+def smaller_size(student: Tensor, teacher: Tensor) -> tuple[int, int]:
+    """The smaller height and the smaller width of two maps [B, C, H, W]."""
+    height, width = (min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:]))
+    return height, width
+
+
+def _pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
 
 
 def square_distances(x: Tensor) -> Tensor:
-    """Squared Euclidean distances: [B, D] -> [B, B]. Rounding may leave entries below 0; the diagonal is exactly 0."""
+    """Squared Euclidean distances: [B, D] -> [B, B], exactly 0 on the diagonal, below 0 by rounding."""
     # A shift changes no distance; without the mean, far less is lost in the difference of squares below.
     x = x - x.mean(dim=0)
     squares = x.square().sum(dim=1)  # [B]

@@ -29,20 +29,20 @@ class CRDLoss(Loss, name="crd"):
 
 
 def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, labels: Tensor | None = None) -> Tensor:
-    """Contrastive representation distillation (Tian, 1910.10699, equation 18): is this pair one image, or two?
+    """Contrastive representation distillation (Tian, 1910.10699, equation 18): is a pair one image, or two?
 
-    student and teacher [B, D], rows of length one; returns a scalar. Each anchor's counterpart is to be distinguished
-    from N others by h = e^x / (e^x + N), x the inner product over the temperature: the mean over anchors of
-    -log h(counterpart) - sum over the others of log(1 - h(other)), once with the teacher's rows as anchors, once with
-    the student's. With labels, int64 [B], samples of the anchor's class are no negatives, as in the paper. Without any
-    negative, h is 1.
+    student and teacher [B, D], rows of length one; returns a scalar. Each anchor's counterpart is to be
+    distinguished from N others by h = e^x / (e^x + N), x the inner product over the temperature: the mean
+    over anchors of -log h(counterpart) - sum over the others of log(1 - h(other)), once with the teacher's
+    rows as anchors, once with the student's. With labels, int64 [B], samples of the anchor's class are no
+    negatives, as in the paper. Without any negative, h is 1.
 
-    Two things differ from the paper. Its 16384 negatives come from a memory of all M training images; here they are the
-    others of the batch: the loss sums fewer terms, and gradients flow to both sides of a pair. And its equation 19 is
-    h = e^x / (e^x + N / M), but the authors' code divides e^x by Z first, M times the mean of e^x over the first batch.
-    So M cancels and N is left, times that mean: 2.2 for random rows of 128 dimensions, 1 here. Without Z, N / M of a
-    batch is so small that every pair counts as positive, and the loss falls to a minimum where all rows of the student
-    are one vector, and all of the teacher its opposite.
+    Two things differ from the paper. Its 16384 negatives come from a memory of all M training images; here
+    they are the others of the batch: the loss sums fewer terms, and gradients flow to both sides of a pair.
+    And its equation 19 is h = e^x / (e^x + N / M), but the authors' code divides e^x by Z first, M times the
+    mean of e^x over the first batch. So M cancels and N is left, times that mean: 2.2 for random rows of 128
+    dimensions, 1 here. Without Z, N / M of a batch is so small that every pair counts as positive, and the
+    loss falls to a minimum where all rows of the student are one vector, and all of the teacher its opposite.
     """
     require_equal("crd", student.shape, teacher.shape)
     with torch.autocast(student.device.type, enabled=False):
@@ -79,5 +79,6 @@ class Contrast(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    # Half precision has no exact unit length, and F.normalize's own bound of 1e-12 would let gradients of 1e12 through.
+    # Half precision has no exact unit length, and F.normalize's own bound of 1e-12 would let gradients of
+    # 1e12 through.
     return F.normalize(at_least_float32(x), dim=1, eps=1e-6)

@@ -41,9 +41,9 @@ def dih(
 ) -> Tensor:
     """Distillation by the teacher and its intermediate heads together (Asadian, 2103.00497).
 
-    The sum over the cohort of weight * ((1 - alpha) * cross-entropy + alpha * T^2 * KL(member || student)): the labels
-    count once for every member, as in the published code. All logits [B, K]; labels int64 [B], or class probabilities
-    [B, K]; weights one per member, 1 by default. Returns a scalar.
+    The sum over the cohort of weight * ((1 - alpha) * cross-entropy + alpha * T^2 * KL(member || student)):
+    the labels count once for every member, as in the published code. All logits [B, K]; labels int64 [B], or
+    class probabilities [B, K]; weights one per member, 1 by default. Returns a scalar.
     """
     for member in cohort_logits:
         require_equal("dih", student_logits.shape, member.shape)

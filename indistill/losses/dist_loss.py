@@ -31,10 +31,10 @@ def dist(
 ) -> Tensor:
     """DIST: relations between and within classes (Huang, 2205.10536).
 
-    Both [B, K]; returns T^2 * (beta * inter + gamma * intra), of the softened probabilities: inter is 1 - Pearson's
-    correlation of student and teacher over the classes, mean over the samples; intra the same over the samples, mean
-    over the classes. A class or sample of equal probabilities has correlation 0. The defaults are those of the
-    published code, which gives the loss weight 2 on ImageNet.
+    Both [B, K]; returns T^2 * (beta * inter + gamma * intra), of the softened probabilities: inter is 1 -
+    Pearson's correlation of student and teacher over the classes, mean over the samples; intra the same over
+    the samples, mean over the classes. A class or sample of equal probabilities has correlation 0. The
+    defaults are those of the published code, which gives the loss weight 2 on ImageNet.
     """
     require_equal("dist", student_logits.shape, teacher_logits.shape)
     student = F.softmax(at_least_float32(student_logits) / temperature, dim=1)
@@ -52,8 +52,9 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
 def _unit_deviations(x: Tensor) -> Tensor:
     """Each row's deviations from its mean, scaled to length 1: [N, M] -> [N, M].
 
-    The published code adds 1e-8 to the product of two lengths. A lower bound of 1e-4 on each has the same effect where
-    both vanish, and bounds the gradient where one does: with a student whose logits start at zero.
+    The published code adds 1e-8 to the product of two lengths. A lower bound of 1e-4 on each has the same
+    effect where both vanish, and bounds the gradient where one does: with a student whose logits start at
+    zero.
     """
     x = x - x.mean(dim=1, keepdim=True)
     return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-4)

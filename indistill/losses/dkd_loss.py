@@ -31,20 +31,24 @@ def dkd(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    """Decoupled knowledge distillation (Zhao, 2203.08679, equation 7): T^2 * (alpha * TCKD + beta * NCKD), batch mean.
+    """Decoupled knowledge distillation (Zhao, 2203.08679, equation 7), batch mean.
 
-    Logits [B, K], labels int64 [B]; returns a scalar. TCKD is KL(teacher || student) of (target class, all others),
-    NCKD that of the other classes among themselves. The published runs take beta 0.5 (ResNet-18) or 2 (MobileNet-V1)
-    and T 1 on ImageNet; on CIFAR-100 mostly beta 8 and T 4, with a warm-up of the loss's weight. Masked
-    classes add 0, as in `kd`; where the teacher masks all classes but the target, NCKD is 0.
+    The value is T^2 * (alpha * TCKD + beta * NCKD).
+    Logits [B, K], labels int64 [B]; returns a scalar. TCKD is KL(teacher || student) of (target class, all
+    others), NCKD that of the other classes among themselves. The published runs take beta 0.5 (ResNet-18) or
+    2 (MobileNet-V1) and T 1 on ImageNet; on CIFAR-100 mostly beta 8 and T 4, with a warm-up of the loss's
+    weight. Masked classes add 0, as in `kd`; where the teacher masks all classes but the target, NCKD is 0.
     """
     require_equal("dkd", student_logits.shape, teacher_logits.shape)
     batch, classes = student_logits.shape
     if labels.shape != (batch,):
-        raise ValueError(f"losses.dkd: labels {tuple(labels.shape)} are not one class for each of {batch} samples")
+        raise ValueError(
+            f"losses.dkd: labels {tuple(labels.shape)} are not one class for each of {batch} samples"
+        )
     if classes == 1:  # nothing but the target: zero, as is kd
         return kd(student_logits, teacher_logits, temperature)
-    # The classes but the target, gathered: a mask would need a size from the device, or a large number to subtract.
+    # The classes but the target, gathered: a mask would need a size from the device, or a large number to
+    # subtract.
     others = torch.arange(classes - 1, device=labels.device).expand(batch, -1)
     others = others + (others >= labels[:, None])  # [B, K - 1]
     student_binary, student_rest = _decouple(student_logits, labels, others, temperature)

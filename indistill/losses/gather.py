@@ -13,16 +13,19 @@ from torch import Tensor
 from indistill.config import Inputs
 
 MAX_ELEMENTS = 2**24  # of the gathered rows, and of what relates them to each other: 64 MiB each in float32
-Key = tuple[str, str, int]  # "student", "teacher" or "labels"; name in `Inputs`; position among several tensors
+Key = tuple[
+    str, str, int
+]  # "student", "teacher" or "labels"; name in `Inputs`; position among several tensors
 
 
 def gather(*rows: Tensor, scope: str = "global", related: int = 2) -> tuple[Tensor, ...]:
     """Gather each tensor [B, ...] of this rank from all ranks: [W * B, ...], in rank order.
 
-    Every rank must pass as many rows, and then compute the same loss of them; with gradients averaged over ranks, as
-    DDP does, the result is the gradient of that one loss on the global batch. `scope` "local" gathers nothing; "auto"
-    does while neither any gathered tensor nor the (W * B)^related relations exceed MAX_ELEMENTS: 4,096 samples in
-    pairs, 256 in triplets. As W * B is the global batch, that choice does not depend on the world size.
+    Every rank must pass as many rows, and then compute the same loss of them; with gradients averaged over
+    ranks, as DDP does, the result is the gradient of that one loss on the global batch. `scope` "local"
+    gathers nothing; "auto" does while neither any gathered tensor nor the (W * B)^related relations exceed
+    MAX_ELEMENTS: 4,096 samples in pairs, 256 in triplets. As W * B is the global batch, that choice does not
+    depend on the world size.
     """
     if not dist.is_initialized() or scope == "local":
         return rows
@@ -33,12 +36,12 @@ def gather(*rows: Tensor, scope: str = "global", related: int = 2) -> tuple[Tens
 
 
 def gathers(scope: str, batch: int, widest: int, related: int) -> bool:
-    """Whether `gather` gathers rows of at most `widest` elements, for `batch` samples on all ranks together."""
+    """Whether `gather` gathers rows of at most `widest` elements; `batch` counts the samples of all ranks."""
     return scope == "global" or (scope == "auto" and max(batch**related, batch * widest) <= MAX_ELEMENTS)
 
 
 def gather_inputs(
-    student: Inputs, teacher: Inputs, labels: Tensor | None, *, scope: str, related: int
+    student: Inputs, teacher: Inputs, *, labels: Tensor | None, scope: str, related: int
 ) -> tuple[Inputs, Inputs, Tensor | None]:
     """Gather all that a loss is given, as `gather` does."""
     found: dict[Key, Tensor] = {}
@@ -51,8 +54,8 @@ def gather_inputs(
 def groups(student: Inputs, teacher: Inputs, labels: Tensor | None) -> list[dict[Key, Tensor]]:
     """Divide what a loss is given into groups that are gathered together, or not at all.
 
-    Student and teacher have the same number of samples then. A loss that reads labels has one group, as the number of
-    labels has to fit all others; its own layers' tensors are one group, too.
+    Student and teacher have the same number of samples then. A loss that reads labels has one group, as the
+    number of labels has to fit all others; its own layers' tensors are one group, too.
     """
     together: dict[tuple[str, int], dict[Key, Tensor]] = {}
     for side, inputs in (("student", student), ("teacher", teacher)):
@@ -103,7 +106,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # The sum over ranks is W times the gradient of the one loss, and the average over ranks makes it one again.
+        # The sum over ranks is W times the gradient of the one loss, and the average over ranks makes it one
+        # again.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -11,7 +11,7 @@ from indistill.models.outputs import Output, Targets
 
 
 class HintLoss(Loss, name="hint"):
-    """On every pair of `kd.pairs`, through a trained 1x1 convolution from the student's maps to the teacher's."""
+    """On every pair of `kd.pairs`, through a trained 1x1 convolution of the student's map."""
 
     reads = frozenset({"features"})
 
@@ -23,13 +23,13 @@ class HintLoss(Loss, name="hint"):
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of two feature maps [B, C, H, W], the warm-up's loss (2205.10003); returns a scalar."""
+    """Mean squared error of two maps [B, C, H, W], also the warm-up's loss (2205.10003); returns a scalar."""
     require_equal("hint", student.shape, teacher.shape)
     return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
 class Hint(nn.Module):
-    """FitNets' regressor, a 1x1 convolution from the student's width to the teacher's (1412.6550, section 2.2)."""
+    """FitNets' regressor: a 1x1 convolution from student to teacher width (1412.6550, section 2.2)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

@@ -23,15 +23,15 @@ class KDLoss(Loss, name="kd"):
 def kd(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, standardize: bool = False
 ) -> Tensor:
-    """T^2 * KL(teacher || student) of the softened class probabilities, batch mean (Hinton, 1503.02531, section 2).
+    """T^2 * KL(teacher || student) of softened probabilities, batch mean (Hinton, 1503.02531, section 2).
 
     Both [B, K]; returns a scalar. The factor T^2 keeps the gradient's size independent of the temperature.
     A class that the teacher masks, with a logit of -inf, adds 0, even if the student masks it too.
 
-    standardize: each sample's logits are first shifted to mean 0 and scaled to standard deviation 1 over the classes
-    (logit standardisation, Sun, 2403.01427), so that only their proportions are learned. As in its published code the
-    deviation is the sample's (K - 1); its authors use temperature 2 and weight 9 with it. Masked classes stay
-    masked and do not count in mean and deviation.
+    standardize: each sample's logits are first shifted to mean 0 and scaled to standard deviation 1 over the
+    classes (logit standardisation, Sun, 2403.01427), so that only their proportions are learned. As in its
+    published code the deviation is the sample's (K - 1); its authors use temperature 2 and weight 9 with it.
+    Masked classes stay masked and do not count in mean and deviation.
     """
     require_equal("kd", student_logits.shape, teacher_logits.shape)
     student = at_least_float32(student_logits)
@@ -45,7 +45,7 @@ def kd(
 
 
 def _standardize(logits: Tensor) -> Tensor:
-    """Scale every row of [B, K] to mean 0 and sample standard deviation 1 over the classes that are not -inf."""
+    """Scale each row of [B, K] to mean 0 and sample standard deviation 1 over classes that are not -inf."""
     masked = logits == -torch.inf
     count = (~masked).sum(dim=1, keepdim=True).to(logits.dtype)
     mean = logits.masked_fill(masked, 0).sum(dim=1, keepdim=True) / count

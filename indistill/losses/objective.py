@@ -25,12 +25,12 @@ class Objective:
     scope: str = "auto"
 
     def __call__(
-        self, output: Output, targets: Targets, labels: Tensor, phase: Phase, step: int
+        self, output: Output, targets: Targets, *, labels: Tensor, phase: Phase, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the phase's losses, and each term unweighted, detached.
 
-        Labels are int64 [B], or class probabilities [B, K] of mixed images. A sum that is not finite gives gradients
-        that are not finite, which whatever sums these over the ranks shows to all of them.
+        Labels are int64 [B], or class probabilities [B, K] of mixed images. A sum that is not finite gives
+        gradients that are not finite, which whatever sums these over the ranks shows to all of them.
         """
         weights: Sequence[float]
         if phase.pairs:
@@ -38,23 +38,28 @@ class Objective:
             values = [hint(*same_size(s, t)) for s, t in zip(output.features, targets.features)]
             weights = phase.weights
         else:
-            epoch = (step - phase.start) // self.steps_per_epoch
+            epoch = int(step - phase.start) // self.steps_per_epoch
             names = term_names(self.losses)
-            values = [self._term(i, output, targets, labels, epoch=epoch) for i in range(len(self.losses))]
+            values = [
+                self._term(i, output, targets=targets, labels=labels, epoch=epoch)
+                for i in range(len(self.losses))
+            ]
             weights = [loss.weight for loss in self.losses]
         total = sum_of(weight * value for weight, value in zip(weights, values))
         total = total * (1 + 0 * total.detach())  # times 1, or times nan
         return total, {name: value.detach() for name, value in zip(names, values)}
 
-    def _term(self, index: int, output: Output, targets: Targets, labels: Tensor, *, epoch: int) -> Tensor:
+    def _term(self, index: int, output: Output, *, targets: Targets, labels: Tensor, epoch: int) -> Tensor:
         if output.cohort:  # classifier heads that are trained, each by itself
             heads = [output._replace(logits=logits, cohort=()) for logits in output.cohort]
-            return sum_of(self._term(index, head, targets, labels, epoch=epoch) for head in heads)
+            return sum_of(
+                self._term(index, head, targets=targets, labels=labels, epoch=epoch) for head in heads
+            )
         loss = self.losses[index]
-        student, teacher, own_labels = inputs(loss, index, output, targets, labels)
+        student, teacher, own_labels = self._inputs(index, output, targets, labels)
         if loss.compares > 1:
             student, teacher, own_labels = gather_inputs(
-                student, teacher, own_labels, scope=self.scope, related=loss.compares
+                student, teacher, labels=own_labels, scope=self.scope, related=loss.compares
             )
         return loss(student, teacher, own_labels, epoch)
 
@@ -63,34 +68,36 @@ class Objective:
         rows = []
         for i, loss in enumerate(self.losses):
             if loss.compares > 1:
-                given = groups(*inputs(loss, i, output, targets, labels))
-                rows += [Rows.of([*group.values()], loss.compares) for group in given]
+                for group in groups(*self._inputs(i, output, targets, labels)):
+                    rows.append(Rows.of([*group.values()], loss.compares))
         return rows
 
-
-def inputs(loss: Loss, index: int, output: Output, targets: Targets, labels: Tensor) -> tuple[Inputs, Inputs, Any]:
-    """Return what a loss is given of student and teacher, and the labels; None if it does not read labels."""
-    own_labels = labels if "labels" in loss.reads else None
-    projected = output.projected.get(str(index))
-    if projected is not None and loss.compares > 1:
-        return Inputs(projected=projected), Inputs(), own_labels
-    of_student = {
-        "logits": output.logits,
-        "embedding": output.embedding,
-        "features": output.features,
-        "token": output.token_logits,
-    }
-    of_teacher = {
-        "logits": targets.logits,
-        "embedding": targets.embedding,
-        "features": targets.features,
-        "heads": targets.cohort,
-    }
-    student = Inputs(**{name: value for name, value in of_student.items() if name in loss.reads})
-    teacher = Inputs(**{name: value for name, value in of_teacher.items() if name in loss.teaches})
-    if projected is not None:
-        student.projected = projected
-    return student, teacher, own_labels
+    def _inputs(
+        self, index: int, output: Output, targets: Targets, labels: Tensor
+    ) -> tuple[Inputs, Inputs, Any]:
+        """Return what a loss is given of student and teacher, and the labels if it reads them, else None."""
+        loss = self.losses[index]
+        own_labels = labels if "labels" in loss.reads else None
+        projected = output.projected.get(str(index))
+        if projected is not None and loss.compares > 1:
+            return Inputs(projected=projected), Inputs(), own_labels
+        of_student = {
+            "logits": output.logits,
+            "embedding": output.embedding,
+            "features": output.features,
+            "token": output.token_logits,
+        }
+        of_teacher = {
+            "logits": targets.logits,
+            "embedding": targets.embedding,
+            "features": targets.features,
+            "heads": targets.cohort,
+        }
+        student = Inputs(**{name: value for name, value in of_student.items() if name in loss.reads})
+        teacher = Inputs(**{name: value for name, value in of_teacher.items() if name in loss.teaches})
+        if projected is not None:
+            student.projected = projected
+        return student, teacher, own_labels
 
 
 def create_layers(losses: Sequence[Loss], shape: Shape) -> dict[str, nn.Module]:
@@ -100,7 +107,7 @@ def create_layers(losses: Sequence[Loss], shape: Shape) -> dict[str, nn.Module]:
 
 
 def term_names(losses: Sequence[Loss]) -> list[str]:
-    """The names of the losses; one that is there several times has its position among them added: kd, kd_2."""
+    """The names of the losses, with a number from the second of the same name on: kd, kd_2."""
     names = [loss.name for loss in losses]
     counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts)]

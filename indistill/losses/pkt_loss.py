@@ -35,24 +35,25 @@ def pkt(
     divergence: Divergence = "jeffreys",
     scale: Scale = "none",
 ) -> Tensor:
-    """Probabilistic knowledge transfer (Passalis, 1803.10837); by default in the form of InDistill (2205.10003).
+    """Probabilistic knowledge transfer (Passalis, 1803.10837); by default in InDistill's form (2205.10003).
 
-    student [B, ...], teacher [B, ...], flattened; returns a scalar. The widths may differ. Each network's batch is
-    described by how near samples are to each other under a kernel, each row normalised to sum to one:
+    student [B, ...], teacher [B, ...], flattened; returns a scalar. The widths may differ. Each network's
+    batch is described by how near samples are to each other under a kernel, each row scaled to sum to one:
     - cosine: (cos + 1) / 2, the one of 1803.10837;
     - student_t: 1 / (1 + d) of the Euclidean distance d, of degree 1 (2005.00727);
-    - rbf: exp(-d / s), where s is the batch's mean distance, the "adaptive_rbf" of 2005.00727's code. (There s gets no
-      gradient; here it does, since the kernel does not depend on scale. A fixed s = 1, the plain "rbf" there, leaves
-      wide features without neighbours.)
+    - rbf: exp(-d / s), where s is the batch's mean distance, the "adaptive_rbf" of 2005.00727's code.
+      (There s gets no gradient; here it does, since the kernel does not depend on scale. A fixed s = 1, the
+      plain "rbf" there, leaves wide features without neighbours.)
     - combined: cosine and student_t, the two losses summed (2005.00727).
-    The two descriptions are compared by a divergence, averaged over the B*B entries: kl is KL(teacher || student)
-    (1803.10837), jeffreys the sum of both directions (2005.00727).
+    The two descriptions are compared by a divergence, averaged over the B*B entries: kl is
+    KL(teacher || student) (1803.10837), jeffreys the sum of both directions (2005.00727).
 
-    Each row is a distribution over B samples, and its divergence, a sum, does not grow with B. So that average, the
-    published one, falls as 1 / B, and with it the gradient of the weights. At 4,096 samples a quarter of the
-    gradients, or half under the cosine kernel, can be below 1e-8 (docs/losses.md), Adam's eps, under which Adam's
-    steps shrink too. scale: batch multiplies by B: the mean over the samples of the divergence of their rows, as in
-    `kd`. B counts the samples given, which are those of all ranks if they were gathered.
+    Each row is a distribution over B samples, and its divergence, a sum, does not grow with B. So that
+    average, the published one, falls as 1 / B, and with it the gradient of the weights. At 4,096 samples a
+    quarter of the gradients, or half under the cosine kernel, can be below 1e-8 (docs/losses.md), Adam's eps,
+    under which Adam's steps shrink too. scale: batch multiplies by B: the mean over the samples of the
+    divergence of their rows, as in `kd`. B counts the samples given, which are those of all ranks if they
+    were gathered.
     """
     require_equal("pkt", student.shape[:1], teacher.shape[:1])
     with torch.autocast(student.device.type, enabled=False):  # the kernels are products of matrices
@@ -89,7 +90,7 @@ def _conditional_probabilities(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tenso
 
 
 def _divergences(p: Tensor, log_p: Tensor, *, q: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """The terms, [kernels, B, B], whose sum over a row is its divergence; p of the teacher, q of the student."""
+    """The terms, [kernels, B, B], whose sum over a row is its divergence; p: teacher, q: student."""
     match divergence:
         case "kl":
             return p * (log_p - log_q)

@@ -26,10 +26,10 @@ class ReviewKDLoss(Loss, name="reviewkd"):
 
 
 def reviewkd(fused: Tensor, teacher: Tensor) -> Tensor:
-    """Hierarchical context loss of one pair of maps [B, C, H, W] (Chen, 2104.09044, section 3); returns a scalar.
+    """Hierarchical context loss of two maps [B, C, H, W] (Chen, 2104.09044, section 3); returns a scalar.
 
-    Mean squared errors of the maps, and of the maps pooled to 4x4, 2x2 and 1x1 where that is smaller. Each weighs half
-    of the one before, and the weights are divided by their sum, as in the authors' code.
+    Mean squared errors of the maps, and of the maps pooled to 4x4, 2x2 and 1x1 where that is smaller. Each
+    weighs half of the one before, and the weights are divided by their sum, as in the authors' code.
     """
     require_equal("reviewkd", fused.shape, teacher.shape)
     fused = at_least_float32(fused)
@@ -45,11 +45,12 @@ def reviewkd(fused: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Review(nn.Module):
-    """ReviewKD: each stage of the student, fused with all deeper ones, against the teacher's (2104.09044, section 3).
+    """ReviewKD: fuses each stage of the student with all deeper ones (2104.09044, section 3).
 
-    The fusion goes from deep to shallow; its inner width is that of the deepest student map, at most 512, as in the
-    authors' code for CIFAR-100 and ResNet-18 (for MobileNet on ImageNet they took 256). Their recursion starts one
-    level deeper, at the pooled embedding; this one at the deepest pair, whose pooled map losses.reviewkd compares too.
+    The fusion goes from deep to shallow; its inner width is that of the deepest student map, at most 512, as
+    in the authors' code for CIFAR-100 and ResNet-18 (for MobileNet on ImageNet they took 256). Their
+    recursion starts one level deeper, at the pooled embedding; this one at the deepest pair, whose pooled map
+    losses.reviewkd compares too.
     """
 
     def __init__(self, shape: Shape) -> None:

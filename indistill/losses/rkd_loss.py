@@ -24,17 +24,19 @@ class RKDLoss(Loss, name="rkd"):
         return rkd(student.embedding, teacher.embedding, self.distance_weight, self.angle_weight)
 
 
-def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
+def rkd(
+    student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0
+) -> Tensor:
     """Relational knowledge distillation (Park, 1904.05068, section 3.2); weights of its classification runs.
 
-    student [B, D_s], teacher [B, D_t]; returns distance_weight * distance + angle_weight * angle, Huber losses
-    (delta 1) averaged over all B^2 pairs and all B^3 triplets, as in the published code, where those of a sample with
-    itself are zero.
-    Distances are relative to the batch's mean distance; the angle is the cosine of the angle that two samples make at
-    a third. Samples closer to each other than 1e-6 have no angle, as their distance has no gradient.
+    student [B, D_s], teacher [B, D_t]; returns distance_weight * distance + angle_weight * angle, Huber
+    losses (delta 1) averaged over all B^2 pairs and all B^3 triplets, as in the published code, where those
+    of a sample with itself are zero. Distances are relative to the batch's mean distance; the angle is the
+    cosine of the angle that two samples make at a third. Samples closer to each other than 1e-6 have no
+    angle, as their distance has no gradient.
 
-    The angles take six products of B^3 * D multiplications a step, 3.3e12 for B = 1024 and D = 512, but little memory:
-    blocks of anchors of some 2^24 numbers are recomputed in the backward pass.
+    The angles take six products of B^3 * D multiplications a step, 3.3e12 for B = 1024 and D = 512, but
+    little memory: blocks of anchors of some 2^24 numbers are recomputed in the backward pass.
     """
     require_equal("rkd", student.shape[:1], teacher.shape[:1])
     with torch.autocast(student.device.type, enabled=False):

@@ -14,7 +14,7 @@ from indistill.losses.kd_loss import kd
 
 
 class TokenLoss(Loss, name="token"):
-    """Distillation token of a student such as deit_tiny_distilled_patch16_224; `ce` then trains its class token."""
+    """For students such as deit_tiny_distilled_patch16_224; `ce` then trains their class token."""
 
     reads = frozenset({"logits", "token"})
     mode: Literal["hard", "soft"] = "hard"  # the teacher's class as a label, or its softened probabilities
@@ -32,9 +32,9 @@ def token(
 ) -> Tensor:
     """The loss of DeiT's distillation token (Touvron, 2012.12877, section 4): what its classifier learns.
 
-    Both [B, K]; returns a scalar. hard: cross-entropy with the teacher's decision, the published choice, at weight 0.5
-    beside the class token's 0.5. soft: T^2 * KL(teacher || token), batch mean, for which the paper names T = 3 at
-    weight 0.1; its code defaults to T = 1, and divides by K too.
+    Both [B, K]; returns a scalar. hard: cross-entropy with the teacher's decision, the published choice, at
+    weight 0.5 beside the class token's 0.5. soft: T^2 * KL(teacher || token), batch mean, for which the paper
+    names T = 3 at weight 0.1; its code defaults to T = 1, and divides by K too.
     """
     require_equal("token", token_logits.shape, teacher_logits.shape)
     match mode:

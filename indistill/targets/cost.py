@@ -101,7 +101,7 @@ def _run(
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 run = convert_outputs_to_fp32(autocast(student.forward))
                 output = run(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-                loss, _ = objective(output, targets, labels, phase, phase.start)
+                loss, _ = objective(output, targets, labels=labels, phase=phase, step=phase.start)
             trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
             torch.autograd.grad(loss, trained, allow_unused=True)
     return (

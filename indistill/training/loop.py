@@ -192,7 +192,7 @@ class Run:
         images, labels = self.mix(batch, phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
         targets = self.targets_of(images, phase, batch.records)
         output = self.wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-        loss, terms = self.objective(output, targets, labels, phase, step)
+        loss, terms = self.objective(output, targets, labels=labels, phase=phase, step=step)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients and self.settings.clip_grad_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip_grad_norm)
@@ -310,7 +310,7 @@ def blank_loss(
     labels = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
     targets = targets_of(images, phase)
     output = student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-    return objective(output, targets, labels, phase, phase.start)[0]
+    return objective(output, targets, labels=labels, phase=phase, step=phase.start)[0]
 
 
 def evaluation(

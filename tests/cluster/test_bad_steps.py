@@ -61,8 +61,8 @@ def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
             value.register_hook(lambda gradient: gradient * torch.nan)
         return value
 
-    def breaking_call(self, *arguments):
-        result = call(self, *arguments)
+    def breaking_call(self, *arguments, **keywords):
+        result = call(self, *arguments, **keywords)
         at["broken"] = at["step"]
         return result
 

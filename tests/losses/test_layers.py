@@ -66,11 +66,11 @@ def make(name, seed=0):
 NAMES = ["hint", "vid", "reviewkd", "crd"]
 
 
-# --- the losses ------------------------------------------------------------------------------------------------------
+# --- the losses ---------------------------------------------------------------------------------------------
 
 
 def pooled(x, height, width):
-    """Adaptive average pooling of [B, C, H, W]: output i covers the inputs from floor(iH/h) to ceil((i+1)H/h)."""
+    """Adaptive average pooling of [B, C, H, W]: output i covers inputs floor(iH/h) to ceil((i+1)H/h)."""
     rows, columns = x.shape[2:]
     out = np.zeros((*x.shape[:2], height, width))
     for i in range(height):
@@ -154,7 +154,8 @@ def test_crd_matches_the_formula(labels, temperature):
         expected, rel=1e-9, abs=1e-12
     )
     single = losses.crd(student.float(), teacher.float(), temperature, labels)
-    # A mean over 6 samples of 2 * 6 terms; each changes no faster than its score, of 4 products over the temperature.
+    # A mean over 6 samples of 2 * 6 terms; each changes no faster than its score, of 4 products over the
+    # temperature.
     assert single.item() == pytest.approx(expected, rel=12 * EPS, abs=12 * 4 * EPS / temperature)
     if temperature == 0.07:
         assert torch.equal(single, losses.crd(student.float(), teacher.float(), labels=labels))
@@ -182,7 +183,8 @@ def test_crd_is_finite_where_exponentials_are_not():
 
 
 def test_crd_makes_pairs_recognisable():
-    # Equation 19 without the normalisation of the authors' code falls too, but to where all samples look the same.
+    # Equation 19 without the normalisation of the authors' code falls too, but to where all samples look the
+    # same.
     torch.manual_seed(0)
     teacher = random(32, SHAPE.teacher_dim, dtype=torch.float32)
     student = torch.randn(32, SHAPE.student_dim, requires_grad=True)
@@ -243,7 +245,7 @@ def test_crd_wants_one_class_per_sample(shape):
         losses.crd(torch.zeros(4, 3), torch.zeros(4, 3), labels=torch.zeros(shape, dtype=torch.int64))
 
 
-# --- the projectors --------------------------------------------------------------------------------------------------
+# --- the projectors -----------------------------------------------------------------------------------------
 
 
 def test_create_makes_one_for_each_loss_that_has_one():

@@ -19,7 +19,7 @@ FEW = 8 * EPS  # cross-entropy is always float32: a logarithm of a sum of five e
 
 
 def objective(output, targets, labels, phase, losses, step=10):
-    return Objective(losses, steps_per_epoch=4)(output, targets, labels, phase, step)
+    return Objective(losses, steps_per_epoch=4)(output, targets, labels=labels, phase=phase, step=step)
 
 
 def random(*shape, seed):

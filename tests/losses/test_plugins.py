@@ -24,7 +24,8 @@ from indistill.distributed import agree
 
 ROOT = Path(__file__).parents[2]
 
-# It compares samples, reads the teacher's embedding, has a key and the trained layers that lead from one width to another.
+# It compares samples, reads the teacher's embedding, has a key and the trained layers that lead from one
+# width to another.
 PAIRS = '''
 import torch
 from pydantic import PositiveFloat
@@ -54,7 +55,7 @@ class Pairs(Loss, name="pairs"):
         return ((ours @ ours.T - theirs @ theirs.T).abs() ** self.power).mean()
 '''
 # It compares samples without layers of its own, and reads labels.
-CENTRED = '''
+CENTRED = """
 from indistill.losses import Loss, kd
 
 class Centred(Loss, name="centred"):
@@ -65,7 +66,7 @@ class Centred(Loss, name="centred"):
     def __call__(self, student, teacher, labels, epoch):
         assert len(student.logits) == len(teacher.logits) == len(labels) != 16
         return kd(student.logits - student.logits.mean(dim=0), teacher.logits - teacher.logits.mean(dim=0))
-'''
+"""
 
 
 def write_package(folder: Path, name: str, loss: str, source: str, target: str | None = None) -> Path:
@@ -88,7 +89,9 @@ def write_config(tree, tmp_path: Path, *losses: dict) -> Path:
 
 def environment(*folders: Path, **variables: str) -> dict[str, str]:
     paths = os.pathsep.join(map(str, [ROOT, *folders]))
-    return os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | variables
+    return (
+        os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | variables
+    )
 
 
 @pytest.fixture
@@ -138,12 +141,12 @@ def logged(run_dir: Path, name: str) -> list[float]:
     return [line[name] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line]
 
 
-# --- a loss of one's own, from the first step to the report ----------------------------------------------------------
+# --- a loss of one's own, from the first step to the report -------------------------------------------------
 
 
 @pytest.fixture
 def both(tree, tmp_path, installed):
-    """A config with a loss of an installed package and one of a file, and the option that the latter needs."""
+    """A config with a loss of an installed package and one of a file, and the option for the latter."""
     tree["checkpoint"] = {"every_steps": 2, "keep_last": 9}
     file = write_config(tree, tmp_path, {"name": "ce"}, {"name": "pairs", "power": 3.0}, {"name": "centred"})
     write_package(installed[0], "pairs_of_samples", "pairs", PAIRS)
@@ -158,7 +161,12 @@ def train_in_processes(world: int, site: Path, *arguments: object) -> None:
     port = str(unused_port())
     ranks = []
     for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
         variables = environment(site, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
         ranks.append(subprocess.Popen(line, env=variables, stderr=subprocess.PIPE, text=True))
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
@@ -172,7 +180,10 @@ def test_losses_of_a_package_and_of_a_file_train_and_resume(both, command, insta
     assert len(pairs) == 6
     assert pairs[-1] < pairs[0]
     recorded = yaml.safe_load((run_dir / "config.yaml").read_text())["kd"]["losses"]
-    assert recorded[1:] == [{"name": "pairs", "weight": 1.0, "power": 3.0}, {"name": "centred", "weight": 1.0}]
+    assert recorded[1:] == [
+        {"name": "pairs", "weight": 1.0, "power": 3.0},
+        {"name": "centred", "weight": 1.0},
+    ]
     state = load_file(run_dir / "checkpoints" / "step-00000002" / "model.safetensors")
     layers = {key for key in state if key.startswith("projectors")}
     assert layers == {"projectors.1.linear.weight", "projectors.1.linear.bias"}
@@ -198,8 +209,8 @@ def test_the_plan_counts_what_the_losses_declare(both, command):
     plan = json.loads(command("plan", file, *plugin, "--world", 2, "--json"))
     (phase,) = plan["phases"]
     assert set(phase["record_bytes"]) == {"embedding", "logits"}
-    # Of 32 samples, each rank sends the half that it has: embeddings of 128 and 128 numbers, logits of 10 and 10, and
-    # a label. The gradients of the lifted embedding and of the student's logits are summed.
+    # Of 32 samples, each rank sends the half that it has: embeddings of 128 and 128 numbers, logits of 10 and
+    # 10, and a label. The gradients of the lifted embedding and of the student's logits are summed.
     gathered = 32 / 2 * (4 * (128 + 128) + 4 * (10 + 10) + 8)
     summed = 32 * (4 * 128 + 4 * 10)
     assert phase["network_bytes"]["samples of all ranks"] == gathered + summed
@@ -235,7 +246,7 @@ def test_ranks_with_another_source_of_a_loss_disagree(installed, tmp_path):
     assert hashes[0] != hashes[1]
 
 
-# --- the documentation's example -------------------------------------------------------------------------------------
+# --- the documentation's example ----------------------------------------------------------------------------
 
 
 def test_the_example_of_the_documentation_trains(tree, tmp_path, command):
@@ -251,7 +262,7 @@ def test_the_example_of_the_documentation_trains(tree, tmp_path, command):
     assert "kd.losses.1.scale: Input should be a valid number" in wrong
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------------
+# --- mistakes -----------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_loss_is_refused_without_torch(tree, tmp_path):
@@ -271,7 +282,9 @@ def test_an_unknown_loss_is_refused_without_torch(tree, tmp_path):
 
 def test_a_recorded_config_is_read_without_torch_and_without_the_loss(tree, tmp_path):
     recorded = tmp_path / "config.yaml"
-    tree["kd"] = {"losses": [{"name": "kd", "temperature": 2.0}, {"name": "gone", "weight": 3.0, "sharp": [1, 2]}]}
+    tree["kd"] = {
+        "losses": [{"name": "kd", "temperature": 2.0}, {"name": "gone", "weight": 3.0, "sharp": [1, 2]}]
+    }
     recorded.write_text(yaml.safe_dump(tree))
     code = (
         "import sys\nfrom indistill.config import flatten, load_recorded\n"
@@ -292,9 +305,15 @@ LOSS = "from indistill.losses import Loss\n\nclass Mine(Loss, name={name!r}):\n 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (LOSS.format(name="kd", body="pass"), "line 3: ValueError: loss 'kd' is built in: choose another name"),
+        (
+            LOSS.format(name="kd", body="pass"),
+            "line 3: ValueError: loss 'kd' is built in: choose another name",
+        ),
         (LOSS.format(name="My Loss", body="pass"), "line 3: ValueError: loss name 'My Loss'"),
-        (LOSS.format(name="mine", body="reads = {'maps'}"), "line 3: ValueError: Mine.reads: 'maps' is none of"),
+        (
+            LOSS.format(name="mine", body="reads = {'maps'}"),
+            "line 3: ValueError: Mine.reads: 'maps' is none of",
+        ),
         ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("x = (\n", "line 1: SyntaxError: '(' was never closed"),
         ("x = 1\n", "defines no loss"),
@@ -316,11 +335,17 @@ def test_a_file_that_cannot_be_used_is_one_line(tree, tmp_path, command, source,
     [
         ({"one": "mine", "two": "mine"}, "mine", "two losses are named 'mine', in the packages one and two"),
         ({"one": "kd"}, "kd", "loss 'kd' of the package one is built in"),
-        ({"broken": "mine"}, "mine", "loss 'mine' of the package broken: ZeroDivisionError: division by zero"),
+        (
+            {"broken": "mine"},
+            "mine",
+            "loss 'mine' of the package broken: ZeroDivisionError: division by zero",
+        ),
         ({"empty": "mine"}, "mine", "its entry point empty defines no loss of that name"),
     ],
 )
-def test_a_package_that_cannot_be_used_is_one_line(tree, tmp_path, installed, command, packages, loss, message):
+def test_a_package_that_cannot_be_used_is_one_line(
+    tree, tmp_path, installed, command, packages, loss, message
+):
     file = write_config(tree, tmp_path, {"name": loss})
     sources = {"broken": "1 / 0", "empty": "x = 1"}
     for package, name in packages.items():
