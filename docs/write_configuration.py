@@ -1,4 +1,4 @@
-"""Write configuration.md from the sections in indistill/config/: `python docs/write_configuration.py`.
+"""Write configuration.md from the sections and losses: `python docs/write_configuration.py`.
 
 Types, limits and defaults come from pydantic; the meaning of a key is the comment on its line or above it.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from indistill import config
+from indistill.config import plugins
 
 PAGE = Path(__file__).with_name("configuration.md")
 MOST_CHOICES = 3  # sections that a cell of a table lists; of more it names the first
@@ -26,8 +27,9 @@ INTRODUCTION = """\
 # Configuration
 
 This page lists every key of a config. `python docs/write_configuration.py` writes it from the comments in
-[indistill/config](../indistill/config), and a test fails if it differs from the code. An unknown key or a
-value of the wrong type ends the command before any work, with one line and exit code 2:
+[indistill/config](../indistill/config) and [indistill/losses](../indistill/losses), and a test fails if it
+differs from the code. An unknown key or a value of the wrong type ends the command before any work, with one
+line and exit code 2:
 
 ```text
 indistill: error: my.yaml data.worker=2: data: unknown key 'worker'; the nearest valid key is 'workers'
@@ -45,7 +47,7 @@ A file may also list `stages` ([chains](method.md#chains)), or `students` with `
 the file.
 
 {starts}
-"""
+"""  # noqa: E501  # an error is quoted as it is printed
 STARTS = """\
 A run resumes with the same config only, except for {operational}, which may change. {node} may also differ
 between the nodes of a run."""
@@ -54,7 +56,8 @@ between the nodes of a run."""
 def sources() -> str:
     """Return the text of all files that define sections."""
     folder = Path(config.__file__).parent
-    return "\n".join(path.read_text() for path in sorted(folder.glob("*.py")))
+    files = sorted(folder.glob("*.py")) + sorted((folder.parent / "losses").glob("*_loss.py"))
+    return "\n".join(path.read_text() for path in files)
 
 
 def meanings(source: str) -> dict[tuple[str, str], str]:
@@ -77,8 +80,26 @@ def meanings(source: str) -> dict[tuple[str, str], str]:
 
 
 def models() -> dict[str, type[BaseModel]]:
-    """Return every section class, by name."""
-    return {name: value for name, value in vars(config).items() if inspect.isclass(value)}
+    """Return every section and loss class, by name."""
+    named = {name: value for name, value in vars(config).items() if inspect.isclass(value)}
+    return named | {loss.__name__: loss for loss in losses()}
+
+
+def losses() -> list[type[config.Loss]]:
+    """The built-in losses, `ce` first."""
+    return [plugins.find(name) for name in sorted(plugins.built_in(), key=lambda name: (name != "ce", name))]
+
+
+def schema_of_the_config() -> dict[str, Any]:
+    """The JSON schema, in which `kd.losses` lists every built-in loss, and default sections are filled in."""
+    tree = config.Config.model_json_schema()
+    for loss in losses():
+        tree["$defs"][loss.__name__] = loss.model_json_schema()
+    choices = tree["$defs"]["KD"]["properties"]["losses"]
+    choices["items"] = {"oneOf": [{"$ref": f"#/$defs/{loss.__name__}"} for loss in losses()]}
+    choices["default"] = config.KD().model_dump()["losses"]
+    tree["properties"]["kd"]["default"] = config.KD().model_dump()
+    return tree
 
 
 def meaning(section: str, key: str, comments: dict[tuple[str, str], str]) -> str:
@@ -212,7 +233,7 @@ def in_yaml(text: str) -> str:
 def page() -> str:
     """Return the text of configuration.md."""
     comments = meanings(sources())
-    tree = config.Config.model_json_schema()
+    tree = schema_of_the_config()
     heads = sections(tree)
     operational = ", ".join(f"`{key}`" for key in config.OPERATIONAL_KEYS)
     node = ", ".join(f"`{key}`" for key in config.NODE_KEYS)

@@ -534,7 +534,9 @@ def test_a_teacher_whose_loss_is_constant_has_no_taylor_importance():
         prune.calibrate(net, normalise, [1], calibration_batches(), "taylor")
     assert prune.calibrate(net, normalise, [1], calibration_batches(), "activation")[1].max() > 0
     nn.init.constant_(net.conv2.weight, np.nan)
-    with pytest.raises(UserError, match="activation is zero or not a number for every channel of teacher stage 1"):
+    with pytest.raises(
+        UserError, match="activation is zero or not a number for every channel of teacher stage 1"
+    ):
         prune.calibrate(net, normalise, [1], calibration_batches(), "activation")
 
 

@@ -69,6 +69,13 @@ def _add_config(
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the file")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="run a Python file that defines losses of your own (docs/losses.md); may be repeated",
+    )
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -174,10 +181,12 @@ def _ranks() -> Ranks:
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Execute the command; any exit has one of the codes of docs/cluster.md."""
-    from indistill.config import UserError, in_one_line
+    from indistill.config import UserError, in_one_line, plugins
     from indistill.distributed import preemption
 
     try:
+        for file in getattr(arguments, "plugin", ()):
+            plugins.load_file(file)
         arguments.run(arguments)
     except preemption.Preempted as stopped:
         if ranks.is_main_process:

@@ -417,9 +417,7 @@ def views_of_fields(
     phases: Collection[str] = {phase.name for phase in timetable.curriculum.phases()}
     if auto:
         objective = Objective(losses, timetable.steps_per_epoch, settings.kd.relational_scope)
-        phases = cheaper_stored(
-            settings, student, live=targets_of, objective=objective, timetable=timetable
-        )
+        phases = cheaper_stored(settings, student, live=targets_of, objective=objective, timetable=timetable)
         if not phases:
             raise UserError(
                 "targets: auto: live targets are cheaper in every phase (see `indistill plan`): set targets: "

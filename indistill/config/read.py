@@ -41,10 +41,18 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
     return tree
 
 
-def parse(tree: dict[str, Any], source: str) -> Config:
-    """Validate a plain tree; `source` names it in error messages. Raises UserError for the first mistake."""
+def load_recorded(path: str | Path) -> Config:
+    """Read the `config.yaml` of a run to show it, without torch and without the packages of its losses."""
+    return parse(read(path), source=str(path), recorded=True)
+
+
+def parse(tree: dict[str, Any], source: str, *, recorded: bool = False) -> Config:
+    """Validate a plain tree; `source` names it in error messages. Raises UserError for the first mistake.
+
+    recorded: allow losses whose class is not loaded, as `load_recorded` does.
+    """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={"recorded": recorded})
     except ValidationError as error:
         keys, message = _first_mistake(error, tree)
         raise UserError(f"{source}: {'.'.join(keys) + ': ' if keys else ''}{message}") from None

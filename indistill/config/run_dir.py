@@ -22,7 +22,7 @@ from typing import Any
 from indistill.config import tree
 from indistill.config.base import UserError, in_one_line
 from indistill.config.ranks import Ranks
-from indistill.config.read import load
+from indistill.config.read import load_recorded
 from indistill.config.tree import Config
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
@@ -141,7 +141,7 @@ def has_begun(settings: Config) -> bool:
         return False
     has_work = files.summary.exists() or bool(files.saved_checkpoints())
     has_lines = files.metrics.exists() and files.metrics.stat().st_size > 0
-    difference = tree.difference(load(files.config), settings)
+    difference = tree.difference(load_recorded(files.config), settings)
     if difference and (has_work or has_lines):
         raise UserError(f"{files.path} holds a run of another config ({difference}): choose another run_dir")
     return has_work

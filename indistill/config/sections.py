@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from indistill.config import plugins
 from indistill.config.base import Duration, Probability, Section
-from indistill.config.loss import CrossEntropy, Loss
+from indistill.config.loss import AnyLoss, Loss
 
 # --- data ---------------------------------------------------------------------------------------------------
 MAX_RAND_AUGMENT_OPS = 4
@@ -316,13 +317,16 @@ class Mix(Section):
     switch_prob: Probability = 0.5  # Probability of CutMix instead of mixup, where both are used.
 
 
+def _cross_entropy() -> list[Loss]:
+    return [plugins.find("ce")(name="ce")]
+
+
 class KD(PhaseTraining):
     """The phase after the warm-up, to the end of the run; without a teacher, supervised training."""
 
     lr: PositiveFloat | None = None  # Base learning rate of this phase; None: `optimizer.lr`.
-    losses: Annotated[list[Loss], Field(min_length=1)] = [
-        CrossEntropy(name="ce")
-    ]  # Losses of this phase; their weighted sum is minimised (docs/losses.md).
+    # Losses of this phase; their weighted sum is minimised (docs/losses.md).
+    losses: list[AnyLoss] = Field(default_factory=_cross_entropy, min_length=1)
     # Pairs [teacher stage, student stage] for losses on feature maps; `auto` as in warmup.pairs. None:
     # `warmup.pairs` if there is a warm-up, else auto.
     pairs: Literal["auto"] | list[tuple[int, int]] | None = None

@@ -51,7 +51,7 @@ class Config(Section):
     teacher: Teacher | None = None  # The teacher; None: supervised training without one.
     heads: Heads = Heads()  # The classifiers of `stage: heads`.
     warmup: Warmup | None = None  # InDistill's warm-up; None: none, the KD phase begins at step 0.
-    kd: KD = KD()  # The phase after the warm-up: losses and training settings.
+    kd: KD = Field(default_factory=KD)  # The phase after the warm-up: losses and training settings.
     # Where the teacher's outputs come from. A single word sets the source: `targets: cached`.
     targets: Annotated[Targets, BeforeValidator(lambda x: {"source": x} if isinstance(x, str) else x)] = (
         Targets()
@@ -111,12 +111,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _networks_where_needed(self) -> Config:
-        names = [loss.name for loss in self.kd.losses]
+        losses = self.kd.losses
         if self.stage == "heads":
             if self.teacher is None:
                 raise ValueError("stage: heads needs a teacher: add the section teacher")
             unused = [key for key in ("student", "warmup") if getattr(self, key) is not None]
-            if unused or set(names) != {"ce"} or self.evaluate.retrieval or self.teacher.heads:
+            supervised = all(not loss.teaches and loss.reads <= {"logits", "labels"} for loss in losses)
+            if unused or not supervised or self.evaluate.retrieval or self.teacher.heads:
                 what = (
                     unused[0] if unused else "kd.losses other than ce, evaluate.retrieval and teacher.heads"
                 )
@@ -130,20 +131,24 @@ class Config(Section):
         elif self.teacher is None:
             if self.warmup is not None:
                 raise ValueError("warmup needs a teacher: add the section teacher, or remove warmup")
-            for name in names:
-                if name != "ce":
-                    raise ValueError(f"kd.losses: {name} needs a teacher: add the section teacher, or use ce")
-        elif "dih" in names and self.teacher.heads is None:
-            raise ValueError(
-                "kd.losses: dih needs teacher.heads, the heads.safetensors of a run with stage: heads"
-            )
+            for loss in losses:
+                if loss.teaches:
+                    raise ValueError(
+                        f"kd.losses: {loss.name} needs a teacher: add the section teacher, or use ce"
+                    )
+        elif self.teacher.heads is None:
+            for loss in losses:
+                if "heads" in loss.teaches:
+                    raise ValueError(
+                        f"kd.losses: {loss.name} needs teacher.heads, the heads.safetensors of a run with stage: heads"
+                    )
         return self
 
     @model_validator(mode="after")
     def _whole_labels(self) -> Config:
         mixed = self.kd.mix is not None and (self.kd.mix.mixup or self.kd.mix.cutmix)
         for loss in self.kd.losses:
-            if mixed and loss.name in ("dkd", "crd"):
+            if mixed and loss.whole_labels:
                 raise ValueError(
                     f"kd.losses: {loss.name} reads the class of each sample, kd.mix mixes them: remove one"
                 )

@@ -11,19 +11,20 @@ import torch
 from accelerate.utils import gather_object
 
 from indistill import __version__, config
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, plugins
 
 _RANKS_SHOWN = 8
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of indistill, torch and timm; indistill's includes a hash of its source files."""
+    """Versions of indistill, torch and timm. indistill's includes a hash of its source files; plugins have one too."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
     own = f"{__version__} (source files {digest.hexdigest()[:12]})"
-    return {"indistill": own, "torch": torch.__version__, "timm": timm.__version__}
+    versions = {"indistill": own, "torch": torch.__version__, "timm": timm.__version__}
+    return versions | plugins.source_hashes()
 
 
 def setup(settings: Config) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class Run:
         labels = torch.zeros(2, dtype=torch.int64, device=device)
         targets = self.targets_of(images, phase)
         output = self.student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-        return self.objective(output, targets, labels, phase, int(phase.start))[0]
+        return self.objective(output, targets, labels=labels, phase=phase, step=int(phase.start))[0]
 
     def _resume(self) -> None:
         """Load the newest checkpoint, if there is one, once all ranks agree on what they run."""
@@ -230,7 +230,7 @@ class Run:
         images, labels = self.mix(batch, phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
         targets = self.targets_of(images, phase, batch.records)
         output = self.wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-        loss, terms = self.objective(output, targets, labels, phase, step)
+        loss, terms = self.objective(output, targets, labels=labels, phase=phase, step=step)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients and self.settings.clip_grad_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip_grad_norm)

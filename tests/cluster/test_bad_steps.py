@@ -22,7 +22,7 @@ from indistill import losses as indistill_losses
 from indistill.commands.cli import main
 from indistill.config.files import read_lines
 from indistill.distributed import engine
-from indistill.losses import common, objective
+from indistill.losses import ce_loss, objective
 from indistill.training import guard, loop, optim
 from indistill.training import mix as training_mix
 from indistill.training.loop import Run
@@ -61,8 +61,8 @@ def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
             value.register_hook(lambda gradient: gradient * torch.nan)
         return value
 
-    def breaking_call(self, *arguments):
-        result = call(self, *arguments)
+    def breaking_call(self, *arguments, **keywords):
+        result = call(self, *arguments, **keywords)
         at["broken"] = at["step"]
         return result
 
@@ -77,8 +77,8 @@ def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
 
     optim.PhaseOptim.begin_step = telling_begin_step
     objective.Objective.__call__, loop.make_mix = breaking_call, breaking_mix
-    common.hint = lambda *arguments: broken(hint(*arguments))
-    common.cross_entropy = lambda *arguments: broken(entropy(*arguments))
+    objective.hint = lambda *arguments: broken(hint(*arguments))
+    ce_loss.cross_entropy = lambda *arguments: broken(entropy(*arguments))
 
 
 class State:

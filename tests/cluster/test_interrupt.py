@@ -126,7 +126,9 @@ def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, s
     assert (run_dir / "status").read_text() == "requeue\n"
     assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in output
     assert re.search(
-        r"^indistill: stopped at step \d of 24: run the same command again to continue from there$", output, re.M
+        r"^indistill: stopped at step \d of 24: run the same command again to continue from there$",
+        output,
+        re.M,
     )
     assert "leaves at once" not in output
     if not launcher:

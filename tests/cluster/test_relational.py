@@ -103,7 +103,7 @@ def scaled_terms(folder: str) -> None:
             for scale in ("none", "batch"):
                 section = config.KD(losses=[{"name": name, "scale": scale}])
                 objective = Objective(section.losses, steps_per_epoch=1, scope=scope)
-                total, _ = objective(output, targets, LABELS[mine], phase, 0)
+                total, _ = objective(output, targets, labels=LABELS[mine], phase=phase, step=0)
                 results[scope, name, scale] = total.item()
     torch.save(results, Path(folder) / f"{rank}.pt")
 

@@ -80,7 +80,9 @@ def compare(folder: str, name: str) -> None:
         with torch.no_grad():
             for parameter in heads.parameters():
                 parameter.fill_(0.1).cumsum_(0)
-        return LiveTargets(teacher, plan, input_size=SIZE, kd_stages=stages[1:], heads=heads, shard_on=shard_on)
+        return LiveTargets(
+            teacher, plan, input_size=SIZE, kd_stages=stages[1:], heads=heads, shard_on=shard_on
+        )
 
     whole, before = targets(None), alive_bytes()
     sharded = targets(accelerator.device)
@@ -260,7 +262,9 @@ def stop_one(tree: dict[str, Any]) -> None:
     accelerator = accelerate.Accelerator()
     settings = config.parse(tree, "test")
     student, teacher = (
-        Network(trained("test_vit", {**section["kwargs"], "num_classes": 10}), ((0.5,) * 3, (0.5,) * 3)).eval()
+        Network(
+            trained("test_vit", {**section["kwargs"], "num_classes": 10}), ((0.5,) * 3, (0.5,) * 3)
+        ).eval()
         for section in (tree["student"], tree["teacher"])
     )
     frozen.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))

@@ -93,7 +93,7 @@ def test_a_step():
     machine = config.Machine(flops_per_second=100, overlap=0.5, decode_images_per_second=10)
     settings = small(machine=machine, workers=2)
     work = Work(
-        teacher_flops=100, student_flops=300, activation_bytes=0, batch_bytes=0, targets={}, student_maps=[]
+        teacher_flops=100, student_flops=300, activation_bytes=0, batch_bytes=0, targets={}, compared=[]
     )
 
     def step(settings, source, communication):

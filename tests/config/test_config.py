@@ -73,7 +73,7 @@ def test_an_unknown_key_of_the_file_itself(tree, file):
         ("warmup.lr=[1, -2]", "warmup.lr.1: Input should be greater than 0"),
         ("kd.losses=[]", "kd.losses: List should have at least 1 item"),
         ("kd.losses.1.temperature=hot", "kd.losses.1.temperature: Input should be a valid number"),
-        ("kd.losses.1.name=dk", "kd.losses.1: Input tag 'dk' found using 'name'"),
+        ("kd.losses.1.name=dk", "kd.losses.1: unknown loss 'dk'; the nearest are dkd, kd"),
         ("mixed_precision=fp8", "mixed_precision: Input should be 'no', 'bf16' or 'fp16'"),
     ],
 )

@@ -507,10 +507,10 @@ def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, 
 def fail_on_one(path: str, rank: int) -> None:
     inner = objective.Objective.__call__
 
-    def fail_at_third(objective, output, targets, labels, phase, step):
+    def fail_at_third(objective, output, targets, *, labels, phase, step):
         if step == 2 and os.environ["RANK"] == str(rank):
             broken()
-        return inner(objective, output, targets, labels, phase, step)
+        return inner(objective, output, targets, labels=labels, phase=phase, step=step)
 
     objective.Objective.__call__ = fail_at_third
     cli.main(["train", path])

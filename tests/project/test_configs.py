@@ -143,7 +143,7 @@ def check_stage(path, settings, accelerator, run_dir):
     for phase in (*before[-1:], last):  # the deepest maps, and all of the networks
         targets = targets_of(images, phase)
         output = student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-        loss, terms = objective(output, targets, mixed, phase, phase.start)
+        loss, terms = objective(output, targets, labels=mixed, phase=phase, step=phase.start)
         assert 0 < loss.item() < math.inf
         assert len(terms) == len(phase.pairs or settings.kd.losses)
     assert student.eval()(images).logits.shape == (SEEN, classes)

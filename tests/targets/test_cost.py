@@ -161,7 +161,7 @@ def test_a_slow_disk_or_a_small_teacher_is_better_recomputed():
 
 
 def test_what_cannot_be_cached_is_not():
-    mixed = config.KD(losses=[config.KDLoss(name="kd")], mix=config.Mix(mixup=0.2))
+    mixed = config.KD(losses=[{"name": "kd"}], mix=config.Mix(mixup=0.2))
     found = choices(small(views=4, machine=MACHINE, kd=mixed))
     assert (found["warmup 1/1"].source, found["kd"].source, found["kd"].uncached) == (
         "cached",

@@ -452,7 +452,10 @@ def test_a_run_does_not_go_on_with_rounded_targets(stored, tmp_path):
         ("kd.mix.cutmix=1.0", "kd.mix makes new images at every step: remove it"),
         ("warmup.prune.mode=paper_bn", "warmup.prune.mode: paper_bn depends on the batch: set it to slice"),
         ("warmup.curriculum=auto", "warmup.curriculum: auto decides during the run"),
-        ("teacher=null warmup=null kd.losses=[{name: ce}]", "there are no targets without a teacher and a student"),
+        (
+            "teacher=null warmup=null kd.losses=[{name: ce}]",
+            "there are no targets without a teacher and a student",
+        ),
         ("targets.top_k=11", "targets.top_k is larger than data.num_classes (10): lower top_k"),
     ],
 )

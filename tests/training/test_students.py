@@ -156,7 +156,10 @@ def test_students_that_stopped_go_on_together(students_tree, tmp_path):
     ("overrides", "message"),
     [
         (["students.resnet.seed=3"], "student resnet: seed is 3, and 0 for the first student: set it once"),
-        (["students.1.data.image_size=64"], "student resnet: data.image_size is 64, and 32 for the first student"),
+        (
+            ["students.1.data.image_size=64"],
+            "student resnet: data.image_size is 64, and 32 for the first student",
+        ),
         (["students.1.kd.mix=null"], "student resnet: kd.mix"),
         (["teacher={name: cnn32_auxiliary}"], "student small: teacher: cnn32_auxiliary has no weights"),
         (["students.1.teacher.name=cnn32_student"], "student resnet: teacher.name"),
@@ -169,7 +172,10 @@ def test_students_that_stopped_go_on_together(students_tree, tmp_path):
         ),
         (["stages=[{name: a}]"], "students and stages exclude each other"),
         (["students.1.name=small"], "students.1.name: small is already in use"),
-        (["students.1.run_dir=here"], "student small_2|student resnet: run_dir is always the file.s run_dir/resnet"),
+        (
+            ["students.1.run_dir=here"],
+            "student small_2|student resnet: run_dir is always the file.s run_dir/resnet",
+        ),
     ],
 )
 def test_students_that_cannot_train_together_are_refused(students_tree, tmp_path, overrides, message):

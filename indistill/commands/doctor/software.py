@@ -95,7 +95,12 @@ def environment(here: Here) -> Said:
 def _hurting(here: Here, values: dict[str, str]) -> Iterator[tuple[str, ...]]:
     """Level, variable, what it does, and the remedy if it is another than to unset it."""
     for name, contradiction in dict(pair for one in here.settings for pair in contradictions(one)).items():
-        yield FAIL, name, f"contradicts the config: {contradiction}", f"unset {name}, or set both to the same value"
+        yield (
+            FAIL,
+            name,
+            f"contradicts the config: {contradiction}",
+            f"unset {name}, or set both to the same value",
+        )
     if values.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and torch.cuda.is_available():
         yield WARN, "ACCELERATE_USE_CPU", "trains on the CPU, beside a GPU"
     if values.get("CUDA_LAUNCH_BLOCKING", "0") != "0":

@@ -45,7 +45,7 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
             f"{run}: has no config.yaml: give the run_dir of a run; for a chain or several students, the "
             "folder of one of them in it"
         )
-    settings = config.load(files.config)
+    settings = config.load_recorded(files.config)
     if settings.stage == "heads":
         raise UserError(f"{run}: stage: heads trains no student: export the run of a student instead")
     if weights == "ema" and settings.ema is None:

@@ -283,9 +283,7 @@ def _build(settings: Config, earlier: Mapping[str, Config]) -> _Built:
             knows_kept = False
         while True:
             try:
-                student, targets_of, plan = parts.networks(
-                    accelerator, settings, files=RunDir(Path(folder))
-                )
+                student, targets_of, plan = parts.networks(accelerator, settings, files=RunDir(Path(folder)))
                 break
             except NoWeights as error:
                 section = getattr(settings, error.role).model_copy(update={"pretrained": False})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 from indistill import config
@@ -47,7 +45,7 @@ def traffic(
     sent = _engine_bytes(settings, student, engine, world)
     if not phase.pairs:
         sent["samples of all ranks"] = micro_batches * _gathered(
-            settings, student, teacher, work, world, world * micro_batch
+            settings.kd.relational_scope, work, world, world * micro_batch
         )
     if settings.sync_batchnorm:
         sent["batch norm over all ranks"] = micro_batches * _sync_batchnorm_bytes(student, world)
@@ -92,34 +90,13 @@ def _sync_batchnorm_bytes(student: nn.Module, world: int) -> float:
     return forward + all_reduce_bytes(2 * channels * FLOAT, world)
 
 
-def _gathered(
-    settings: Config, student: Network | Heads, teacher: Network | None, work: Work, world: int, batch: int
-) -> float:
-    """Bytes that losses which compare samples have a rank send (gather.py), for a micro-batch of all ranks.
-
-    The rows of student and teacher are gathered, and the gradients of the student's summed.
-    """
+def _gathered(scope: str, work: Work, world: int, batch: int) -> float:
+    """Bytes a rank sends for losses that compare samples (losses/gather.py), per micro-batch of all ranks."""
     sent = 0.0
-    maps = [math.prod(shape) for shape in work.student_maps]
-    targets = [math.prod(shape) for shape in work.targets.values() if len(shape) == 3]
-    for loss in settings.kd.losses:
-        match loss.name:
-            case "pkt" | "rkd" | "information_flow":
-                rows = [(student.net.head_hidden_size, teacher.net.head_hidden_size)]
-                rows += zip(maps, targets) if loss.name == "information_flow" else ()
-            case "sp":
-                rows = [*zip(maps, targets)]
-            case "dist":
-                rows = [(settings.data.num_classes, settings.data.num_classes)]
-            case "crd":
-                rows = [(loss.dim, loss.dim + 2)]  # and the labels, of 8 bytes
-            case _:
-                continue
-        related = 3 if loss.name == "rkd" and loss.angle_weight else 2
-        for of_student, of_teacher in rows:
-            if gathers(settings.kd.relational_scope, batch, max(of_student, of_teacher), related):
-                gathered = all_gather_bytes(FLOAT * batch * (of_student + of_teacher), world)
-                sent += gathered + all_reduce_bytes(FLOAT * batch * of_student, world)
+    for rows in work.compared:
+        if gathers(scope, batch, rows.widest, rows.related):
+            sent += all_gather_bytes(batch * rows.row_bytes, world)
+            sent += all_reduce_bytes(batch * rows.gradient_bytes, world)
     return sent
 
 

@@ -101,7 +101,7 @@ def read(folder: Path, name: str) -> Run:
     return Run(
         path=folder,
         name=name,
-        settings=config.load(files.config),
+        settings=config.load_recorded(files.config),
         lines=lines,
         summary=summary,
         status="done" if summary else words[0] if words and words[0] != "done" else "",
