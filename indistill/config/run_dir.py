@@ -163,7 +163,7 @@ def _append(run_dir: Path, line: dict[str, Any]) -> None:
 
 # --- errors -------------------------------------------------------------------------------------------------
 def describe_error(error: BaseException, folder: Path) -> str:
-    """Describe an unexpected error in one line: type, message, source line, and the file with its traceback."""
+    """Describe an unexpected error in one line: type, message, source line, and file of the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     line = f"{frames[-1].filename}, line {frames[-1].lineno}; " if frames else ""
     return f"{in_one_line(error, with_type=True)} ({line}traceback: {keep_traceback(error, folder)})"

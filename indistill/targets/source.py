@@ -35,4 +35,4 @@ class TargetSource(Protocol):
         """Convert the teacher's weights to its precision, once no more pruning plans are made from them."""
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
-        """Compute the targets of images [B, 3, H, W], the student's input, or decode the batch's `records`."""
+        """Compute the targets of the student's input [B, 3, H, W], or decode the batch's `records`."""

@@ -19,7 +19,7 @@ class TrainingRun(Protocol):
 
 
 class Callback(Protocol):
-    """Base class of callbacks: override what you need. Every rank calls each method, in its training thread."""
+    """Base class of callbacks: override what you need. Every rank calls them, in its training thread."""
 
     def on_step(self, run: TrainingRun, phase: Phase, line: dict[str, Any] | None) -> None:
         """Called after each optimizer step of `phase`; `line` is its line in `metrics.jsonl`, or None."""

@@ -156,7 +156,7 @@ class Checkpoints:
             ema.module.load_state_dict(load_file(CheckpointDir(path).ema))
 
     def set_aside_later(self, step: int) -> None:
-        """Set aside what a run that goes back to `step` will write again: later checkpoints, and the summary."""
+        """Set aside the later checkpoints of a run that goes back to `step`, and delete its summary."""
         for path in self.files.saved_checkpoints():
             if checkpoint_step(path) > step:
                 self.files.summary.unlink(missing_ok=True)
@@ -219,7 +219,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Wait for the end of the save under way. Call on all ranks. Raises the writer's unexpected errors."""
+        """Wait for the save under way. Call on all ranks. Raises the writer's unexpected errors."""
         if self.writer is not None:
             self.writer.join()
             self.writer = None

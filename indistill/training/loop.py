@@ -84,7 +84,7 @@ class Run:
         return self.done >= self.timetable.total_steps
 
     def begin(self) -> None:
-        """Build all that the run needs, load its newest checkpoint, and make an evaluation that is still due."""
+        """Build all parts of the run, load its newest checkpoint, and evaluate if that is still due."""
         self._open_data()
         self._build_networks()
         self._prepare()
@@ -300,7 +300,8 @@ class Run:
         network = self._scored_network()
         scores = self.scores or {}
         if self.settings.evaluate.retrieval:
-            assert self.training.dataset is not None and self.eval_set is not None  # the config requires both
+            assert self.training.dataset is not None  # the config requires both of retrieval
+            assert self.eval_set is not None
             scores |= evaluate.retrieval(
                 self.accelerator, network, self.training.dataset, self.eval_set, self.settings.evaluate.batch
             )

@@ -178,7 +178,7 @@ class PhaseOptim:
         return next(group["lr"] for group in self.optimizer.param_groups if group.get("lr_scale", 1.0) == 1.0)
 
     def _reset(self) -> None:
-        """Return to the state at creation, without `load_state_dict`, which DeepSpeed's partitions do not fit."""
+        """Clear the state, without `load_state_dict`, which does not fit DeepSpeed's partitions."""
         self.optimizer.state.clear()
         for group, options in zip(self.optimizer.param_groups, self.options):
             for counter in group.keys() - options.keys() - {"params"}:  # Lamb and Adan count steps there
@@ -199,7 +199,7 @@ class PhaseOptim:
 
 
 def _split_groups(optimizer: Optimizer, unused: Mapping[tuple[int, ...], Set[Tensor]]) -> None:
-    """Split each parameter group by the phases that leave a parameter unused, which `unused_in` then lists."""
+    """Split each parameter group by the phases that leave a parameter unused; `unused_in` lists them."""
     groups = []
     for group in optimizer.param_groups:
         by_phases: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}

@@ -98,6 +98,7 @@ class _Builder:
     normalisation: Normalisation  # of the student's input
 
     def with_stored_targets(self, files: RunDir) -> Parts:
+        """Build the student and open its stored targets; no teacher is loaded."""
         reader = open_targets(self.accelerator, self.settings)
         teacher, losses = reader.manifest.teacher, self.settings.kd.losses
         plan = NO_PLAN
@@ -110,11 +111,10 @@ class _Builder:
         return self.finish(student), CachedTargets(reader, losses, kd_stages=kd_stages), plan
 
     def load_teacher(self, section: config.Teacher, make_teacher: Callable[[Config], Network]) -> Network:
-        """Create the teacher on its device, or on the CPU if it is to be sharded: it may be too large for one."""
+        """Create the teacher on its device, or on the CPU if it is to be sharded: it may not fit a device."""
         device = torch.device("cpu") if self.shard_device(section) else self.accelerator.device
-        with (
-            torch.random.fork_rng()
-        ):  # the student's new layers start alike with and without a teacher created here
+        # The student's new layers start alike, whether or not a teacher is created before them.
+        with torch.random.fork_rng():
             torch.manual_seed(self.settings.seed)
             return make_teacher(self.settings).to(device)
 
@@ -130,6 +130,7 @@ class _Builder:
         plan: Plan,
         run_teacher: Callable[[Network, Config], Forward],
     ) -> Parts:
+        """Build the student and the live targets of a teacher."""
         settings = self.settings
         student, kd_stages = self.student(teacher.net, plan)
         teacher.stages = [pair.teacher_stage for pair in plan.pairs]
@@ -169,6 +170,7 @@ class _Builder:
         return student, kd_stages
 
     def finish(self, student: Network) -> Network:
+        """Return the student, ready to be wrapped, on its device."""
         return trainable(self.settings, student).to(self.accelerator.device)
 
 
@@ -208,6 +210,8 @@ def trainable(settings: Config, student: Network) -> Network:
 
 
 def create_student(settings: Config) -> TimmModel:
+    """Create the bare timm model. Raises UserError if a loss needs a distillation token that it lacks."""
+    assert settings.student is not None  # the config requires it unless stage is heads
     net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
     for loss in settings.kd.losses:
         if "token" in loss.reads and not hasattr(net, "set_distilled_training"):

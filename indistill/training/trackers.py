@@ -74,7 +74,7 @@ class Trackers:
             tracker.store_init_configuration(plain)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """Log a line. A tracker that fails gets the next one, unless it was slow to fail or cannot recover."""
+        """Log a line. A tracker that fails gets the next one, unless it failed slowly or cannot recover."""
         for name, tracker in [*self.running.items()]:
             begin = time.monotonic()
             try:

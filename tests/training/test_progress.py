@@ -54,7 +54,7 @@ def test_a_plain_line():
     )
     skipped = {key: value for key, value in LINE.items() if key != "mse_pair2"} | {"loss": None}
     assert "  step 25000/500400  every step skipped  2560 images/s" in progress.plain(
-        skipped, [], WARMUP, TIMETABLE
+        skipped, [], phase=WARMUP, timetable=TIMETABLE
     )
 
 
