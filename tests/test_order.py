@@ -157,7 +157,7 @@ def test_any_of_fourteen_million_samples_is_little_work(monkeypatch):
 
 
 def clumping(batches, shard_size):
-    """Shuffle quality: how many samples of a batch share the shard of a sample drawn from it, itself included.
+    """Shuffle quality: how many samples of a batch share the shard of a sample drawn from it, included.
 
     batches: int64 [batches, B] of sample ids. With n_s samples of shard s in a batch it is the mean of
         `sum(n_s^2) / B`, also B times the variance of a batch's mean if every shard had an independent value
