@@ -21,7 +21,8 @@ LAYERS = [
     ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# `--help`, `indistill shards` and its worker processes, the watchdog and the checks of a config start in moments.
+# `--help`, `indistill shards` and its worker processes, the watchdog and the checks of a config start in
+# moments.
 WITHOUT_TORCH = [
     "__init__",
     "config",
