@@ -137,7 +137,7 @@ def test_a_missing_rank_is_named_in_time(tree, tmp_path):
     assert time.monotonic() - began < 60
     (line,) = lines(output, "start")
     assert line["what"].startswith(
-        "not over within 3 s: of 2 processes rank 1 (host unknown) did not come to 127.0.0.1:"
+        "not finished within 3 s: of 2 processes rank 1 (host unknown) did not connect to 127.0.0.1:"
     )
 
 
@@ -145,7 +145,7 @@ def test_a_rank_that_hangs_or_dies_is_named(tree, tmp_path):
     codes, output = run(tree, tmp_path, "hangs", seconds=(60.0, 3.0))
     assert codes == [1, 0]
     (line,) = lines(output, "hangs")
-    assert (line["level"], line["what"], line["ranks"]) == ("FAIL", "not over within 3 s", [1])
+    assert (line["level"], line["what"], line["ranks"]) == ("FAIL", "not finished within 3 s", [1])
     codes, output = run(tree, tmp_path, "dies", seconds=(60.0, 3.0))
     assert codes == [1, 3]
     (line,) = lines(output, "ranks")
