@@ -177,7 +177,7 @@ def load_manifest(root: str) -> Manifest:
     except Exception as error:  # every fsspec backend has exceptions of its own
         missing = "no stored targets there"
         if os.path.exists(f"{root}/manifest.partial.json"):
-            missing = "the stored targets are not complete yet"
+            missing += ", only a part of them"
         reason = in_one_line(error, 200)
         raise UserError(
             f"{path}: {missing} ({reason}): run `indistill targets CONFIG`, or set targets: live"
