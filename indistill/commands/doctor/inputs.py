@@ -117,7 +117,11 @@ def data_shards(here: Here) -> Said:
         section = settings.data
         if section.access == "stream":
             streamed = StreamedTraining(
-                section, settings.seed, rank=here.rank, world=here.world, accumulation=settings.grad_accumulation
+                section,
+                settings.seed,
+                rank=here.rank,
+                world=here.world,
+                accumulation=settings.grad_accumulation,
             )
             counts = f"{len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch"
             yield OK, f"data.train: {counts}"
