@@ -5,16 +5,15 @@ from itertools import zip_longest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from indistill.data.dataset import ImageDataset
 from indistill.evaluate.passes import each_batch
-from indistill.models.trainable import Trainable
 
 
 @torch.no_grad()
 def accuracy(
-    accelerator: Accelerator, network: Trainable, dataset: ImageDataset, batch: int
+    accelerator: Accelerator, network: nn.Module, dataset: ImageDataset, batch: int
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy over the whole set, in [0, 1]; {} for a network whose classifier no loss
     trains.

@@ -18,7 +18,7 @@ class TrainingRun(Protocol):
     loss: Any  # of the last step: a tensor [] on this rank's device; reading its value waits for the device
 
 
-class Callback(Protocol):
+class Callback:
     """Base class of callbacks: override what you need. Every rank calls them, in its training thread."""
 
     def on_step(self, run: TrainingRun, phase: Phase, line: dict[str, Any] | None) -> None:

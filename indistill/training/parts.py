@@ -30,12 +30,11 @@ from indistill.models import timm_model
 from indistill.models.heads import Heads
 from indistill.models.network import Network, Normalisation, normalisation
 from indistill.models.outputs import Output
-from indistill.models.stages import check_stages, find_stages, match_stages
+from indistill.models.stages import Architecture, check_stages, find_stages, match_stages
 from indistill.models.timm_model import TimmModel
 from indistill.models.trainable import Trainable
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets
-from indistill.targets.manifest import Teacher as StoredTeacher
 from indistill.targets.reader import open_targets
 from indistill.targets.source import TargetSource
 from indistill.targets.stored import CachedTargets
@@ -149,7 +148,7 @@ class _Builder:
         )
         return self.finish(student), targets, plan
 
-    def student(self, teacher: TimmModel | StoredTeacher, plan: Plan) -> tuple[Network, list[int]]:
+    def student(self, teacher: Architecture, plan: Plan) -> tuple[Network, list[int]]:
         """Create the student; return it and the teacher's stages whose whole maps KD reads."""
         settings, losses = self.settings, self.settings.kd.losses
         kd_pairs = choose_pairs(settings, teacher, self.net) if reads(losses, "features") else []
@@ -249,7 +248,7 @@ def heads(accelerator: Accelerator, settings: Config) -> Heads:
     return Heads(teacher, stages, settings.heads.pool, settings.data.image_size).to(accelerator.device)
 
 
-def choose_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
+def choose_pairs(settings: Config, teacher: Architecture, student: Architecture) -> list[tuple[int, int]]:
     """Return the pairs (teacher stage, student stage) of kd.pairs, else of the warm-up, else matched ones."""
     pairs, key = settings.kd.pairs, "kd.pairs"
     if pairs is None and settings.warmup:
@@ -260,7 +259,7 @@ def choose_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> li
     return pairs
 
 
-def comparable_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
+def comparable_pairs(settings: Config, teacher: Architecture, student: Architecture) -> list[tuple[int, int]]:
     """Like `choose_pairs`, but [] if nothing matches: pairs that are only reported must not stop a run."""
     try:
         return choose_pairs(settings, teacher, student)
@@ -268,7 +267,7 @@ def comparable_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -
         return []
 
 
-def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]]) -> Shape:
+def projector_shape(teacher: Architecture, student: Architecture, pairs: Sequence[tuple[int, int]]) -> Shape:
     """Return the widths that the trainable layers of losses translate between."""
     teacher_stages, student_stages = find_stages(teacher), find_stages(student)
     return Shape(

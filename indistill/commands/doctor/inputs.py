@@ -344,11 +344,11 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
         "global_batch": LOADER_BATCH,
     }
     section = settings.data.model_copy(update=changes)
-    training: IndexedTraining | StreamedTraining
+    training: TrainingData
     if section.access == "index":
         samples = len(open_shards(section, section.train))
         section = section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)})
-        training: TrainingData = IndexedTraining(section, settings.seed, rank=0, world=1, accumulation=1)
+        training = IndexedTraining(section, settings.seed, rank=0, world=1, accumulation=1)
     else:
         training = StreamedTraining(section, settings.seed, rank=0, world=1, accumulation=1)
     batches = iter(training.loader(0, 10**9, torch.device("cpu")))

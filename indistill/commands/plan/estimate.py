@@ -34,6 +34,7 @@ from indistill.models.heads import Heads
 from indistill.models.network import Network
 from indistill.models.stages import find_stages
 from indistill.models.timm_model import NoWeights
+from indistill.models.trainable import Trainable
 from indistill.order import SampleOrder
 from indistill.targets.cost import SEEN, Choice, Work, decide, measure, phase_steps, record_bytes
 from indistill.targets.live import LiveTargets
@@ -108,7 +109,7 @@ def of_run(
 class _Built(NamedTuple):
     """What training would build of a run, with random weights where the real ones are not available."""
 
-    student: Network | Heads
+    student: Trainable
     teacher: Network | None
     targets_of: LiveTargets
     plan: prune.Plan

@@ -10,8 +10,8 @@ from indistill.config import Config
 from indistill.curriculum import Phase
 from indistill.losses.gather import gathers
 from indistill.losses.objective import reads
-from indistill.models.heads import Heads
 from indistill.models.network import Network
+from indistill.models.trainable import Trainable
 from indistill.targets.cost import Work, decode_seconds, record_bytes
 
 BUCKET = 25 * 2**20  # bytes of gradients that DDP reduces at once
@@ -31,7 +31,7 @@ def all_gather_bytes(size: float, world: int) -> float:
 
 def traffic(
     settings: Config,
-    student: Network | Heads,
+    student: Trainable,
     *,
     teacher: Network | None,
     phase: Phase,
@@ -55,7 +55,7 @@ def traffic(
     return {purpose: size for purpose, size in sent.items() if size}
 
 
-def _engine_bytes(settings: Config, student: Network | Heads, engine: str, world: int) -> dict[str, float]:
+def _engine_bytes(settings: Config, student: Trainable, engine: str, world: int) -> dict[str, float]:
     """Return the bytes a rank sends for weights and gradients, by purpose."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     weights = FLOAT * sum(parameter.numel() for parameter in parameters)

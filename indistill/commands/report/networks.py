@@ -18,6 +18,8 @@ from indistill.config.run_dir import RunDir
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from indistill.models.timm_model import TimmModel
+
 _SPEED_SECONDS = 5.0  # of measuring rounds; the first round is not counted
 _MOST_ROUNDS = 50
 _LEAST_ROUNDS = 3
@@ -52,13 +54,14 @@ def _or_reason(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"unknown": in_one_line(error, 300, with_type=True)}
 
 
-def _create(section: config.Model, data: config.Data) -> nn.Module:
+def _create(section: config.Model, data: config.Data) -> TimmModel:
     """Create the timm model of a section, without its weights."""
     import timm
 
-    from indistill import models  # noqa: F401  registers the small networks
+    from indistill.models.timm_model import timm_model  # `models` registers the small networks
 
-    return timm.create_model(section.name, **{"num_classes": data.num_classes, **section.kwargs}).eval()
+    kwargs = {"num_classes": data.num_classes, **section.kwargs}
+    return timm_model(timm.create_model(section.name, **kwargs).eval())
 
 
 def size(section: config.Model, data: config.Data) -> dict[str, int]:
