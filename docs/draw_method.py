@@ -77,7 +77,7 @@ class Run(NamedTuple):
         if step == 0:
             set_seed(self.settings.seed)
             net = parts.create_student(self.settings)
-            return Network(net, *normalisation(net, self.settings.student, "student")).eval()
+            return Network(net, normalisation(net, self.settings.student, "student")).eval()
         file = Path(self.settings.run_dir, f"checkpoints/step-{step:08d}/model.safetensors")
         return load_file(self.settings, file).eval()
 

@@ -1,7 +1,7 @@
 """Which teacher channels the student is taught: arXiv 2205.10003, section 3.
 
-The published pruned convolution reads the unpruned activation before it, so its output is exactly those channels of the
-teacher's own map: a pruned target is an index_select, and pruning never changes the teacher.
+The published pruned convolution reads the unpruned activation before it, so its output is exactly those
+channels of the teacher's own map: a pruned target is an index_select, and pruning never changes the teacher.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from indistill.config import UserError
 from indistill.models.stages import check_stages, find_stages, stage_maps
+from indistill.models.timm_model import TimmModel, timm_model
 
 NEEDS_DATA = ("activation", "taylor")  # the criteria that `calibrate` computes
 
-# Autograd nodes that move elements without computing: from a map in NCHW back to the layout that the network reads.
+# Autograd nodes that move elements without computing: they lead from a map in NCHW back to the network's own
+# layout.
 LAYOUT = (
     "Alias",
     "Clone",
@@ -39,6 +41,8 @@ LAYOUT = (
 
 
 class PairPlan(NamedTuple):
+    """A teacher stage, the student stage that learns from it, and the teacher channels that are kept."""
+
     teacher_stage: int
     student_stage: int
     teacher_width: int
@@ -47,16 +51,18 @@ class PairPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """The pruning plan of a run: the kept teacher channels of every pair, and how they were chosen."""
+
     criterion: str
     mode: str
     pairs: list[PairPlan]
-    # For people to look at, and no part of the hash: by pair the scores of all teacher channels, to six digits; None
+    # For display, not part of the hash: the scores of all teacher channels of each pair, to six digits; None
     # where all are kept. Empty in plans of earlier versions.
     importance: Sequence[list[float] | None] = ()
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything the targets depend on: equal on every rank and at every resume of a run."""
+        """SHA-256 of everything that the targets depend on: equal on every rank and at every resume."""
         return hashlib.sha256(self._body().encode()).hexdigest()
 
     def _body(self) -> str:
@@ -64,11 +70,12 @@ class Plan(NamedTuple):
         return json.dumps({"criterion": self.criterion, "mode": self.mode, "pairs": pairs}, sort_keys=True)
 
     def to_json(self) -> str:
+        """The content of `prune_plan.json`, with the hash."""
         return json.dumps({**json.loads(self._body()), "hash": self.hash, "importance": self.importance})
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """What `to_json` gave. Raises ValueError if it is damaged or was edited."""
+        """Read the output of `to_json`. Raises ValueError if it is damaged or was edited."""
         try:
             tree = json.loads(text)
             pairs = [PairPlan(**pair) for pair in tree["pairs"]]
@@ -82,7 +89,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """Raises UserError if the file is damaged or was edited."""
+        """Read `prune_plan.json`. Raises UserError if the file is damaged or was edited."""
         try:
             return cls.parse(path.read_text())
         except ValueError:
@@ -92,48 +99,55 @@ class Plan(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """A layer that writes into a stage's output, and the batch norm that directly reads it on its way there, if any."""
+    """A layer whose output channels are a stage's, and the batch norm that directly follows it, if any."""
 
     layer: nn.Conv2d | nn.Linear
     norm: nn.Module | None
 
 
 def top_channels(importance: Tensor, width: int) -> Tensor:
-    """The `width` most important channels of `importance` [C]: int64 indices, ascending. Of equals, the first stay."""
+    """The `width` most important channels of `importance` [C]: int64 indices, ascending. Ties keep the first.
+
+    Raises ValueError for a width that is not from 1 to C.
+    """
     if not 0 < width <= len(importance):
         raise ValueError(f"cannot keep {width} of {len(importance)} channels")
     return importance.sort(descending=True, stable=True).indices[:width].sort().values
 
 
 def l1_importance(model: nn.Module, stage: int, input_size: tuple[int, int, int] | None = None) -> Tensor:
-    """L1 norm of the filters behind each output channel of a stage: `filter_importance` with the criterion `l1`."""
+    """L1 norm of the filters behind each output channel of a stage: `filter_importance` with the criterion
+    `l1`.
+    """
     return filter_importance(model, stage, input_size)
 
 
 def filter_importance(
     model: nn.Module, stage: int, input_size: tuple[int, int, int] | None = None, criterion: str = "l1"
 ) -> Tensor:
-    """What the weights say of each output channel of a stage: float32 [channels of the stage output].
+    """Score each output channel of a stage by the network's weights: float32 [channels of the stage output].
 
-    `l1` (arXiv 1608.08710) and `l2` (1808.06866) are norms of the filter, `bn_scale` (1708.06519) is |gamma| of the
-    batch norm behind it. In a residual stage every layer that writes into the output counts: the scores of these
-    coupled filters are summed. `input_size` (C, H, W) is needed only by models that take one size other than timm's
-    default for them. Raises UserError for a stage that has no such filters or batch norms.
+    `l1` (arXiv 1608.08710) and `l2` (1808.06866) are norms of the filter, `bn_scale` (1708.06519) is |gamma|
+    of the batch norm behind it. In a residual stage every layer that is added to the output counts: the
+    scores of these coupled filters are summed. `input_size` (C, H, W) is needed only by models that take one
+    size other than timm's default for them. Raises UserError for a stage that has no such filters or batch
+    norms, ValueError for another criterion.
     """
     found = writers(model, stage, input_size)
     if criterion == "bn_scale":
-        if any(getattr(writer.norm, "weight", None) is None for writer in found):
+        scales = [writer.norm.weight for writer in found if isinstance(writer.norm, nn.BatchNorm2d)]
+        scores = [scale.detach().float().abs() for scale in scales if scale is not None]
+        if len(scores) < len(found):
             raise UserError(
-                f"warmup.prune.criterion: bn_scale needs a batch norm with scales behind every layer that writes stage "
-                f"{stage} ({find_stages(model)[stage].name}) of {type(model).__name__}: use l1, or choose other stages "
-                "in warmup.pairs"
+                "warmup.prune.criterion: bn_scale needs a batch norm with scales behind every layer that "
+                f"writes stage {stage} ({find_stages(model)[stage].name}) of {type(model).__name__}: use l1, "
+                "or choose other stages in warmup.pairs"
             )
-        scores = [writer.norm.weight.detach().float().abs() for writer in found]
     elif criterion in ("l1", "l2"):
         order = {"l1": 1, "l2": 2}[criterion]
         filters = [
             writer.layer.weight.detach().float().flatten(1) for writer in found
-        ]  # [C, weights of one filter]
+        ]  # [C, filter's weights]
         scores = [torch.linalg.vector_norm(weight, order, dim=1) for weight in filters]
     else:
         raise ValueError(f"no criterion of the weights: {criterion}")
@@ -141,7 +155,7 @@ def filter_importance(
 
 
 def random_importance(seed: int, stage: int, width: int) -> Tensor:
-    """Chance, the control of every criterion: float64 [width] in [0, 1), the same wherever it is drawn."""
+    """Random scores, the control of every criterion: float64 [width] in [0, 1), the same on every machine."""
     return torch.from_numpy(np.random.default_rng((seed, stage)).random(width))
 
 
@@ -153,69 +167,55 @@ def calibrate(
     criterion: str,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[int, Tensor]:
-    """What data says of each output channel of the teacher's `stages` (ascending): float64 [C] per stage.
+    """Score each output channel of the teacher's `stages` (ascending) on data: float64 [C] per stage.
 
-    `activation` is the mean of |map|; `taylor` the first-order change of the teacher's cross-entropy without the
-    channel, |mean over positions of activation * gradient| of each sample (arXiv 1611.06440, section 2.2). Both are
-    means over all samples.
+    `activation` is the mean of |map|; `taylor` the first-order change of the teacher's cross-entropy without
+    the channel, |mean over positions of activation * gradient| of each sample (arXiv 1611.06440, section
+    2.2). Both are means over all samples.
 
-    `net` is the bare timm model; `batches` gives raw images [B, 3, H, W], which `normalise` prepares for it, and labels
-    int64 [B], on its device. `total` sums a float64 vector over the ranks; it is called once, with sums and the number
-    of samples, so that ranks may hold unequal numbers, or none. Raises UserError where `taylor` is not defined, and for
-    a stage of which every channel scores zero.
+    `net` is the bare timm model; `batches` yields raw images [B, 3, H, W], which `normalise` prepares for it,
+    and labels int64 [B], on its device. `total` sums a float64 vector over the ranks; it is called once, with
+    sums and the number of samples, so that ranks may have unequal numbers, or none. Raises UserError where
+    `taylor` is not defined and for a stage whose channels all score zero, ValueError without any batch.
     """
+    model = timm_model(net)
     score = {"activation": _activation, "taylor": _taylor}[criterion]
     widths = [find_stages(net)[stage].channels for stage in stages]
     sums = torch.zeros(sum(widths) + 1, dtype=torch.float64, device=next(net.parameters()).device)
     with _evaluating(net):
         for images, labels in batches:
-            scores = score(net, normalise(images), labels, stages)  # a [B, C_s] per stage
+            scores = score(model, normalise(images), labels, stages)  # a [B, C_s] per stage
             sums[:-1] += torch.cat(scores, dim=1).sum(0)
             sums[-1] += len(images)
     sums = total(sums)
     if sums[-1] == 0:
         raise ValueError("no batches to calibrate on")
     importance = dict(zip(stages, (sums[:-1] / sums[-1]).split(widths)))
-    for stage, scores in importance.items():
-        if not (scores > 0).any():
+    for stage, of_channels in importance.items():
+        if not (of_channels > 0).any():
             raise UserError(
-                f"warmup.prune.criterion: {criterion} tells no channels of teacher stage {stage} apart, all are zero "
-                "or not a number: give the teacher trained weights, or use l1"
+                f"warmup.prune.criterion: {criterion} is zero or not a number for every channel of teacher "
+                f"stage {stage}: give the teacher trained weights, or use l1"
             )
     return importance
 
 
 @torch.no_grad()
-def _activation(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) -> list[Tensor]:
+def _activation(net: TimmModel, x: Tensor, labels: Tensor, stages: Sequence[int]) -> list[Tensor]:
     return [feature.abs().flatten(2).mean(2, dtype=torch.float64) for feature in stage_maps(net, x, stages)]
 
 
 @torch.enable_grad()
-def _taylor(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) -> list[Tensor]:
-    """Scores [B, C] per stage, at the very tensor that the later layers read.
+def _taylor(net: TimmModel, x: Tensor, labels: Tensor, stages: Sequence[int]) -> list[Tensor]:
+    """Scores [B, C] per stage, of the tensor itself that the later layers read.
 
-    A transformer's map is a copy of it, without the class token. That token counts here as one more position: of the
-    last block, a teacher that classifies by it reads nothing else.
+    A transformer's map is a copy of that tensor, without the class token. The token counts here as one more
+    position: a teacher that classifies by it reads nothing else of the last block.
     """
-    outputs: list[Tensor] = []
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        outputs.extend(
-            o for o in (output if isinstance(output, tuple | list) else [output]) if isinstance(o, Tensor)
-        )
-
-    hooks = [module.register_forward_hook(note) for module in net.modules()]
-    try:
-        x = x.detach().requires_grad_()  # gives a frozen network a graph
-        final, maps = net.forward_intermediates(x, indices=list(stages), stop_early=False, output_fmt="NCHW")
-        logits = net.forward_head(final)  # [B, K]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # In eval mode samples do not mix: the gradient of the sum holds that of each sample's own loss.
+    maps, logits, output_of_node = _recorded_pass(net, x, stages)
+    # In eval mode samples do not mix: the gradient of the sum contains that of each sample's own loss.
     loss = F.cross_entropy(logits, labels, reduction="sum")
 
-    output_of_node = {output.grad_fn: output for output in outputs if output.requires_grad}
     sources = [_layouts(feature, output_of_node) for feature in maps]
     gradients = iter(
         torch.autograd.grad(loss, [tensor for row in sources for tensor in row], allow_unused=True)
@@ -225,8 +225,9 @@ def _taylor(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) ->
         read = [(tensor, gradient) for tensor, gradient in zip(row, gradients) if gradient is not None]
         if not read:
             raise UserError(
-                f"warmup.prune.criterion: taylor cannot follow stage {stage} ({find_stages(net)[stage].name}) of "
-                f"{type(net).__name__} to its loss: use activation, or choose other stages in warmup.pairs"
+                f"warmup.prune.criterion: taylor cannot follow stage {stage} "
+                f"({find_stages(net)[stage].name}) of {type(net).__name__} to its loss: use activation, or "
+                "choose other stages in warmup.pairs"
             )
         tensor, gradient = read[0]
         same = tensor.shape == feature.shape and torch.equal(tensor, feature)
@@ -235,8 +236,29 @@ def _taylor(net: nn.Module, x: Tensor, labels: Tensor, stages: Sequence[int]) ->
     return scores
 
 
+def _recorded_pass(
+    net: TimmModel, x: Tensor, stages: Sequence[int]
+) -> tuple[list[Tensor], Tensor, dict[object, Tensor]]:
+    """Maps [B, C, H, W] of the stages, logits [B, K], and all modules' outputs by autograd node."""
+    outputs: list[Tensor] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        parts = output if isinstance(output, tuple | list) else [output]
+        outputs.extend(part for part in parts if isinstance(part, Tensor))
+
+    hooks = [module.register_forward_hook(record) for module in net.modules()]
+    try:
+        x = x.detach().requires_grad_()  # gives a frozen network a graph
+        final, maps = net.forward_intermediates(x, indices=list(stages), stop_early=False, output_fmt="NCHW")
+        logits = net.forward_head(final)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return maps, logits, {output.grad_fn: output for output in outputs if output.requires_grad}
+
+
 def _layouts(feature: Tensor, output_of_node: dict[object, Tensor]) -> list[Tensor]:
-    """A map and the module outputs it is copied from, nearest first; all but NCHW keep their channels last."""
+    """A map and the module outputs that it copies, nearest first; all but NCHW have their channels last."""
     found, node = [feature], feature.grad_fn
     while node is not None and node.name().startswith(LAYOUT):
         node = node.next_functions[0][0]
@@ -247,6 +269,7 @@ def _layouts(feature: Tensor, output_of_node: dict[object, Tensor]) -> list[Tens
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules in eval mode, and back in their own modes afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -256,41 +279,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class _Recorded(NamedTuple):
+    """A forward pass to a stage: its output [1, C, H, W], and the modules of the autograd graph's nodes."""
+
+    output: Tensor
+    layer_of_node: dict[object, nn.Conv2d | nn.Linear]
+    norm_reading_node: dict[object, tuple[nn.Module, object]]  # batch norm, and the node of its output
+    maybe_gates: set[object]  # nodes of convolutions with a 1x1 output, as in squeeze-excite
+
+
 def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | None = None) -> list[Writer]:
     """The layers whose output channels are the channels of a stage's output.
 
-    Walks the autograd graph back from the stage's output through whatever keeps channels apart (sums, norms,
-    activations, pools) to the convolutions and linear layers that mix them; a depthwise convolution counts, and so does
-    what it reads. A squeeze-excite gate, told by its 1x1 output, scales channels rather than writing them and is left
-    out.
+    Walks the autograd graph back from the stage's output through all operations that keep channels separate
+    (sums, norms, activations, pools) to the convolutions and linear layers that mix them; a depthwise
+    convolution counts, and so does the layer that it reads. A squeeze-excite gate, recognised by its 1x1
+    output, scales channels rather than writing them and is left out. Raises UserError for a stage that such
+    layers do not write as a whole.
     """
-    layer_of_node: dict[object, nn.Module] = {}
-    norm_reading_node: dict[object, tuple[nn.Module, object]] = {}  # with the node of its output
-    maybe_gates: set[object] = set()
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            layer_of_node[output.grad_fn] = module
-            if isinstance(module, nn.Conv2d) and output.shape[2:].numel() == 1:
-                maybe_gates.add(output.grad_fn)
-        else:
-            norm_reading_node.setdefault(inputs[0].grad_fn, (module, output.grad_fn))
-
-    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
-    hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, kinds)]
-    try:
-        device = next(model.parameters()).device
-        images = torch.zeros(
-            1, *(input_size or model.pretrained_cfg["input_size"]), device=device, requires_grad=True
-        )
-        with _evaluating(model), torch.enable_grad():
-            (output,) = stage_maps(model, images, [stage])  # [1, C, H, W]
-            if output.shape[2:].numel() == 1:  # too small to tell gates, unless the model takes larger images
-                with contextlib.suppress(AssertionError, RuntimeError):
-                    (output,) = stage_maps(model, images.repeat(1, 1, 4, 4), [stage])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    recorded = _record(timm_model(model), stage, input_size)
+    output, layer_of_node, norm_reading_node, maybe_gates = recorded
 
     written: list[object] = []  # the nodes of the layers found
     queue, seen = [output.grad_fn], set()
@@ -308,19 +316,49 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
         queue.extend(parent for parent, _ in node.next_functions)
 
     found = []
-    for node in written:
-        norm, normed = norm_reading_node.get(node, (None, None))
-        found.append(
-            Writer(layer_of_node[node], norm if normed in seen else None)
-        )  # else it is of a side branch
+    for written_node in written:
+        norm, normed = norm_reading_node.get(written_node, (None, None))
+        on_the_way = normed in seen  # else the norm is on a side branch
+        found.append(Writer(layer_of_node[written_node], norm if on_the_way else None))
 
-    name, width = find_stages(model)[stage].name, output.shape[1]
+    width = output.shape[1]
     if not found or any(len(writer.layer.weight) != width for writer in found):
         raise UserError(
-            f"stage {stage} ({name}) of {type(model).__name__}: its {width} channels are not written by whole filters, "
-            "so they have no norms: choose other stages in warmup.pairs, or set warmup.prune.criterion: activation"
+            f"stage {stage} ({find_stages(model)[stage].name}) of {type(model).__name__}: its {width} "
+            "channels are not written by whole filters, so they have no norms: choose other stages in "
+            "warmup.pairs, or set warmup.prune.criterion: activation"
         )
     return found
+
+
+def _record(net: TimmModel, stage: int, input_size: tuple[int, int, int] | None) -> _Recorded:
+    """Run one image of zeros up to the stage, and record the layers and norms on the way."""
+    layer_of_node: dict[object, nn.Conv2d | nn.Linear] = {}
+    norm_reading_node: dict[object, tuple[nn.Module, object]] = {}
+    maybe_gates: set[object] = set()
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layer_of_node[output.grad_fn] = module
+            if isinstance(module, nn.Conv2d) and output.shape[2:].numel() == 1:
+                maybe_gates.add(output.grad_fn)
+        else:
+            norm_reading_node.setdefault(inputs[0].grad_fn, (module, output.grad_fn))
+
+    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+    hooks = [module.register_forward_hook(record) for module in net.modules() if isinstance(module, kinds)]
+    try:
+        size = input_size or net.pretrained_cfg["input_size"]
+        images = torch.zeros(1, *size, device=next(net.parameters()).device, requires_grad=True)
+        with _evaluating(net), torch.enable_grad():
+            (output,) = stage_maps(net, images, [stage])  # [1, C, H, W]
+            if output.shape[2:].numel() == 1:  # gates look alike: try a larger image
+                with contextlib.suppress(AssertionError, RuntimeError):
+                    (output,) = stage_maps(net, images.repeat(1, 1, 4, 4), [stage])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _Recorded(output, layer_of_node, norm_reading_node, maybe_gates)
 
 
 def plan(
@@ -336,9 +374,10 @@ def plan(
 ) -> Plan:
     """Choose the teacher channels of every pair (teacher stage, student stage).
 
-    The criteria of NEEDS_DATA take `importance`, the scores [C] of each teacher stage by `calibrate` (ValueError if
-    absent); `random` takes `seed`. Raises UserError for a stage that does not exist, pairs out of order, a student
-    wider than its teacher where no adapter lifts it, and a criterion that a stage does not have.
+    The criteria of NEEDS_DATA take `importance`, the scores [C] of each teacher stage by `calibrate`
+    (ValueError if absent); `random` takes `seed`. Raises UserError for a stage that does not exist, pairs out
+    of order, a student wider than its teacher where no adapter lifts it, and a criterion that is not defined
+    for a stage.
     """
     check_stages(pairs, teacher, student, "warmup.pairs")
 
@@ -351,32 +390,45 @@ def plan(
             return random_importance(seed, stage, width)
         return filter_importance(teacher, stage, input_size, criterion)
 
-    plans, looked_at = [], []
+    plans: list[PairPlan] = []
+    importance_of_pairs: list[list[float] | None] = []
     for teacher_stage, student_stage in pairs:
-        teacher_width = find_stages(teacher)[teacher_stage].channels
-        student_width = find_stages(student)[student_stage].channels
-        kept = of_channels = None
-        if student_width > teacher_width and adapter == "none":
-            raise UserError(
-                f"student stage {student_stage} has {student_width} channels, more than the {teacher_width} of teacher "
-                f"stage {teacher_stage}: choose other warmup.pairs, or set warmup.adapter: conv1x1"
-            )
-        if student_width < teacher_width:
-            of_channels = scores(teacher_stage, teacher_width)
-            kept = top_channels(of_channels, student_width).tolist()
-            of_channels = [float(f"{score:.6g}") for score in of_channels.tolist()]
-        looked_at.append(of_channels)
+        pair = _unpruned(teacher, student, teacher_stage, student_stage=student_stage, adapter=adapter)
+        rounded = None
+        if pair.student_width < pair.teacher_width:
+            of_channels = scores(teacher_stage, pair.teacher_width)
+            pair = pair._replace(kept=top_channels(of_channels, pair.student_width).tolist())
+            rounded = [float(f"{score:.6g}") for score in of_channels.tolist()]
         if mode == "paper_bn":
-            published_norm(teacher, teacher_stage, input_size)  # refuses what it cannot do, before any step
-        plans.append(PairPlan(teacher_stage, student_stage, teacher_width, student_width, kept))
-    return Plan(criterion, mode, plans, tuple(looked_at))
+            published_norm(teacher, teacher_stage, input_size)  # fails here, before any step
+        plans.append(pair)
+        importance_of_pairs.append(rounded)
+    return Plan(criterion, mode, plans, tuple(importance_of_pairs))
+
+
+def _unpruned(
+    teacher: nn.Module, student: nn.Module, teacher_stage: int, *, student_stage: int, adapter: str
+) -> PairPlan:
+    """A pair that keeps all channels. Raises UserError for a wider student without an adapter."""
+    teacher_width = find_stages(teacher)[teacher_stage].channels
+    student_width = find_stages(student)[student_stage].channels
+    if student_width > teacher_width and adapter == "none":
+        raise UserError(
+            f"student stage {student_stage} has {student_width} channels, more than the {teacher_width} of "
+            f"teacher stage {teacher_stage}: choose other warmup.pairs, or set warmup.adapter: conv1x1"
+        )
+    return PairPlan(teacher_stage, student_stage, teacher_width, student_width, None)
 
 
 def published_norm(model: nn.Module, stage: int, input_size: tuple[int, int, int]) -> nn.BatchNorm2d:
-    """The batch norm behind the one convolution that writes a stage, where `prune.mode: paper_bn` applies."""
+    """The batch norm behind the only convolution that writes a stage, as `prune.mode: paper_bn` needs it.
+
+    Raises UserError for any other stage.
+    """
     found = writers(model, stage, input_size)
-    if len(found) != 1 or type(found[0].norm) is not nn.BatchNorm2d:
+    norm = found[0].norm
+    if len(found) != 1 or type(norm) is not nn.BatchNorm2d:
         raise UserError(
             f"prune.mode: paper_bn needs plain conv-bn stages, stage {stage} of the teacher is not: use slice"
         )
-    return found[0].norm
+    return norm

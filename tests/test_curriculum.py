@@ -173,7 +173,7 @@ def test_percent_needs_the_length_of_the_run():
         to_steps("10%", steps_per_epoch=100, global_batch=64)
 
 
-# --- when a loss has flattened ---------------------------------------------------------------------------------------
+# --- when a loss has flattened ------------------------------------------------------------------------------
 
 
 def flattens_after(means, patience=3, tolerance=0.01):
@@ -190,7 +190,8 @@ def test_a_steady_fall_is_judged_over_the_patience(patience):
 
 def test_a_decay_to_a_floor_flattens_where_the_formula_says():
     floor, height, ratio, patience, tolerance = 0.3, 2.0, 0.8, 3, 0.01
-    # floor + height ratio^(m + patience) >= (1 - tolerance) (floor + height ratio^m), solved for m, the last but these
+    # floor + height ratio^(m + patience) >= (1 - tolerance) (floor + height ratio^m), solved for m, the last
+    # but these
     m = math.log(floor * tolerance / (height * (1 - tolerance - ratio**patience))) / math.log(ratio)
     expected = math.ceil(m) + patience + 1
     assert 20 < expected < 40
@@ -238,7 +239,7 @@ def test_a_mean_that_is_not_a_number_is_no_improvement(bad, means, expected):
     assert flattens_after([bad if mean is None else mean for mean in means]) == expected
 
 
-# --- pace ------------------------------------------------------------------------------------------------------------
+# --- pace ---------------------------------------------------------------------------------------------------
 
 WINDOW, PATIENCE, TOLERANCE = 7, 2, 0.05
 LONGEST = (120, 0, 60, 200)  # steps of each pair; 60 is no multiple of the window
@@ -252,7 +253,9 @@ def new_pace(mean_over_ranks=lambda total: float(np.mean(total)), order="auto", 
 
 
 def loss_curves(ranks=1):
-    """float32 [steps of the pair, ranks] for each pair: to a floor, none, a fall throughout, one that is over soon."""
+    """float32 [steps of the pair, ranks] for each pair: to a floor, none, a fall throughout, one that is over
+    soon.
+    """
     t = np.arange(200.0)[:, None]
     noise = 1 + np.random.default_rng(0).uniform(-0.1, 0.1, size=(4, 200, ranks))
     shapes = (0.2 + np.exp(-t / 10), None, np.exp(-t / 30), 0.9 + np.exp(-t / 2))
@@ -262,7 +265,9 @@ def loss_curves(ranks=1):
 
 
 def run(pace, curves, steps=range(TOTAL), save_at=None):
-    """What is in force after each step; the state is asked for after `save_at` steps, and comes back from JSON."""
+    """What is in force after each step; the state is asked for after `save_at` steps, and comes back from
+    JSON.
+    """
     trace, saved = [], None
     for step in steps:
         phase = pace.curriculum.at(step)
@@ -275,7 +280,9 @@ def run(pace, curves, steps=range(TOTAL), save_at=None):
 
 
 def durations_by_hand(curves):
-    """A pair ends at the end of a window if none of the last PATIENCE means improved on all of those before them."""
+    """A pair ends at the end of a window if none of the last PATIENCE means improved on all of those before
+    them.
+    """
     durations = []
     for curve, longest in zip(curves, LONGEST):
         duration = 0
@@ -392,7 +399,9 @@ def test_another_number_of_ranks_decides_alike():
 
 
 def test_a_skipped_step_is_in_no_window():
-    """Pair 0 at a constant loss, in windows of 7: one without two of its steps, and one of which nothing is left."""
+    """Pair 0 at a constant loss, in windows of 7: one without two of its steps, and one of which nothing is
+    left.
+    """
 
     def run(pace, steps):
         for step in steps:

@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-# timm reads its models' input from such a record; means and deviations are those that the authors trained with.
+# timm's record of a model's input; mean and standard deviation are those that the authors trained with.
 _CNN32_CFG = {
     "input_size": (3, 32, 32),
     "num_classes": 10,
@@ -25,15 +25,16 @@ default_cfgs = generate_default_cfgs({"cnn32_student": _CNN32_CFG, "cnn32_auxili
 class CNN32(nn.Module):
     """The small network of arXiv 2205.10003 for 32x32 images, under timm's interface.
 
-    Three times [3x3 convolution without padding, batch norm, ReLU, 2x2 max-pool], then fc1, ReLU (the embedding) and
-    fc2. Stage i is the map after the i-th pool. Module names are those of the published state dicts.
+    Three times [3x3 convolution without padding, batch norm, ReLU, 2x2 max-pool], then fc1, ReLU (the
+    embedding) and fc2. Stage i is the map after the i-th pool. Module names are those of the published state
+    dicts.
     """
 
     def __init__(self, widths: tuple[int, int, int], hidden: int, num_classes: int = 10) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = hidden
-        self.feature_info = []
+        self.feature_info: list[dict[str, Any]] = []
         previous = 3
         for i, width in enumerate(widths, start=1):
             setattr(self, f"conv{i}", nn.Conv2d(previous, width, 3))
@@ -46,14 +47,14 @@ class CNN32(nn.Module):
 
     def _stage(self, i: int, x: Tensor) -> Tensor:
         x = getattr(self, f"conv{i}_bn")(getattr(self, f"conv{i}")(x))
-        return nn.functional.relu(
-            nn.functional.max_pool2d(x, 2)
-        )  # the published order, pool last, gives the same bits
+        # The published order, ReLU before the pool, gives the same bits.
+        return nn.functional.relu(nn.functional.max_pool2d(x, 2))
 
     def forward_intermediates(
         self,
         x: Tensor,
         indices: Sequence[int] | None = None,
+        *,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -84,10 +85,10 @@ class CNN32(nn.Module):
 
 
 def _cnn32(name: str, pretrained: bool, widths: tuple[int, int, int], hidden: int, **kwargs: Any) -> CNN32:
-    if pretrained and not kwargs.get("pretrained_cfg"):  # it says where an exported one's weights are
+    if pretrained and not kwargs.get("pretrained_cfg"):  # which names the weights of an exported one
         raise ValueError("no hub holds its weights")
-    shape = {"widths": widths, "hidden": hidden}
-    return build_model_with_cfg(CNN32, name, pretrained, kwargs_filter=("in_chans",), **shape, **kwargs)
+    kwargs |= {"widths": widths, "hidden": hidden}
+    return build_model_with_cfg(CNN32, name, pretrained, kwargs_filter=("in_chans",), **kwargs)
 
 
 @register_model

@@ -23,11 +23,11 @@ _MAX_HEAD_WEIGHTS = 10**8
 
 
 class Heads(Trainable):
-    """A linear classifier on the flattened map of each of a frozen teacher's stages (arXiv 2103.00497, section 3).
+    """A linear classifier on the flattened map of each of a frozen teacher's stages (2103.00497, section 3).
 
-    The teacher runs no deeper than the deepest of them; it is no submodule, so no optimizer or checkpoint sees it.
-    `pool` averages maps of more than that many pixels a side. Raises UserError for stages that the teacher lacks and
-    for heads too large to be meant.
+    The teacher runs no deeper than the deepest of these stages; it is not a submodule, so no optimizer or
+    checkpoint contains it. `pool` averages maps of more than that many pixels a side. Raises UserError for
+    stages that the teacher lacks and for heads of more than 1e8 weights.
     """
 
     with_logits = True
@@ -37,8 +37,9 @@ class Heads(Trainable):
         count = len(find_stages(teacher.net))
         if not stages or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < count:
             raise UserError(f"heads.stages: {list(stages)}: need increasing indices from 0 to {count - 1}")
-        self._frozen = [teacher.eval().requires_grad_(False)]
-        self.stages, self.pool = list(stages), pool
+        self._frozen = [teacher.eval().requires_grad_(False)]  # a list: nn.Module registers no items
+        self.stages = list(stages)
+        self.pool = pool
         with torch.no_grad():
             maps = teacher.maps(torch.zeros(1, 3, image_size, image_size, device=teacher.mean.device), stages)
         self.classifiers = nn.ModuleList()
@@ -46,8 +47,8 @@ class Heads(Trainable):
             inputs = self._flatten(feature).shape[1]
             if inputs * teacher.net.num_classes > _MAX_HEAD_WEIGHTS:
                 raise UserError(
-                    f"heads: stage {stage} gives {inputs} inputs for {teacher.net.num_classes} classes, more than "
-                    f"{_MAX_HEAD_WEIGHTS:.0e} weights: set heads.pool, 7 for instance"
+                    f"heads: stage {stage} gives {inputs} inputs for {teacher.net.num_classes} classes, more "
+                    f"than {_MAX_HEAD_WEIGHTS:.0e} weights: set heads.pool, 7 for instance"
                 )
             self.classifiers.append(nn.Linear(inputs, teacher.net.num_classes))
 
@@ -58,7 +59,10 @@ class Heads(Trainable):
         pairs: Sequence[int] | None = None,
         targets: Targets | None = None,
     ) -> Output:
-        """Images as Network takes them; `cohort` holds each head's logits [B, K], `logits` the deepest's."""
+        """Run on images as Network does; `cohort` has each head's logits [B, K], `logits` the deepest head's.
+
+        The other arguments are Network's, and change nothing here.
+        """
         with torch.no_grad():
             maps = self._frozen[0].maps(images, self.stages)
         cohort = self.classify(maps)
@@ -66,27 +70,31 @@ class Heads(Trainable):
 
     @cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of the classifiers' weights when it is first read."""
         return fingerprint(self)
 
     def classify(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each head's logits [B, K], from the map [B, C, H, W] of its stage."""
         return tuple(
             classifier(self._flatten(feature)) for classifier, feature in zip(self.classifiers, maps)
         )
 
     def _flatten(self, feature: Tensor) -> Tensor:
         if self.pool:
+            height, width = feature.shape[2:]
             feature = nn.functional.adaptive_avg_pool2d(
-                feature, [min(self.pool, size) for size in feature.shape[2:]]
+                feature, (min(self.pool, height), min(self.pool, width))
             )
         return feature.flatten(1)  # [B, C * H * W]
 
     def save(self, path: Path, section: config.Model | None = None) -> None:
+        """Write `heads.safetensors`, with stages and pool as metadata."""
         metadata = {"stages": json.dumps(self.stages), "pool": json.dumps(self.pool)}
         save_model(self, str(path), metadata)
 
     @classmethod
     def load(cls, path: str, teacher: Network, image_size: int) -> Heads:
-        """Those of `heads.safetensors`. Raises UserError for a file that is none, or of another teacher's."""
+        """Load `heads.safetensors`. Raises UserError if the file is invalid or belongs to another teacher."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()

@@ -1,6 +1,7 @@
-"""Teacher and student: timm networks, checked, behind one module that normalises, truncates and adapts.
+"""Teacher and student: a timm model in a module that normalises images, stops at a stage and adapts maps.
 
-Importing this module registers the small networks of arXiv 2205.10003 with timm (`cnn32_student`, `cnn32_auxiliary`).
+Importing this module registers the small networks of arXiv 2205.10003 with timm (`cnn32_student`,
+`cnn32_auxiliary`).
 """
 
 from __future__ import annotations
@@ -22,26 +23,34 @@ from indistill import config
 from indistill.config import UserError
 from indistill.models.outputs import Output, Targets
 from indistill.models.stages import stage_maps, stage_maps_and_final
+from indistill.models.timm_model import TimmModel
 from indistill.models.trainable import Trainable
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Normalisation = tuple[Sequence[float], Sequence[float]]
+"""Mean and standard deviation of the input per channel, in [0, 1] units."""
 
 
 class Network(Trainable):
     """A timm model that takes raw images and can stop at a stage.
 
-    The student is one such module, all that is trained with it included, so that it is wrapped for training exactly
-    once; the teacher is another, frozen. `stages` gives the stage of each warm-up pair, shallow to deep, and
-    `adapters` maps a pair to the module that lifts its map to the teacher's width. `kd_stages` are the stages whose
-    maps KD reads, `reads` what else it reads of the student ("logits", "embedding", "token"), and `projectors` maps a
-    KD loss to its trainable part (losses/layers.py).
+    The student is one such module and contains everything that is trained with it, so that it is wrapped for
+    training exactly once; the teacher is another, frozen. `stages` gives the stage of each warm-up pair,
+    shallow to deep, and `adapters` maps a pair to the module that lifts its map to the teacher's width.
+    `kd_stages` are the stages whose maps KD reads, `reads` the student's other outputs that it reads
+    ("logits", "embedding", "token"), and `projectors` maps a KD loss to its trainable layers
+    (losses/layers.py).
     """
+
+    mean: Tensor  # [1, 3, 1, 1], in 0..255
+    std: Tensor  # [1, 3, 1, 1], in 0..255
 
     def __init__(
         self,
-        net: nn.Module,
-        mean: Sequence[float],
-        std: Sequence[float],
+        net: TimmModel,
+        normalisation: Normalisation,
+        *,
         stages: Sequence[int] = (),
         adapters: dict[int, nn.Module] | None = None,
         reads: Collection[str] = ("logits",),
@@ -50,24 +59,26 @@ class Network(Trainable):
     ) -> None:
         super().__init__()
         self.net = net
-        self.stages, self.kd_stages = list(stages), list(kd_stages)
+        self.stages = list(stages)
+        self.kd_stages = list(kd_stages)
         self.adapters = nn.ModuleDict({str(pair): module for pair, module in (adapters or {}).items()})
         self.projectors = nn.ModuleDict(dict(projectors or {}))
-        # With a loss on its distillation token, timm's model gives that token's logits apart while it trains.
+        # In training, timm's model then returns the logits of its distillation token separately.
         self.with_token = "token" in reads
         if self.with_token:
             net.set_distilled_training(True)
-        # Returned without a loss that reads them, they would make DDP wait for gradients that never come.
+        # DDP would wait for the gradients of outputs that no loss reads, so these are not returned.
         self.with_logits = "logits" in reads
         self.with_embedding = self.with_logits or "embedding" in reads
-        # Convolutions and pools are faster so: on CPUs twice, and on GPUs in half precision.
+        # Convolutions and pools are faster in this format: twice on CPUs, and on GPUs in half precision.
         self.to(memory_format=torch.channels_last)
+        mean, std = normalisation
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights as they were when it was first asked for, on all ranks if they are sharded by then."""
+        """SHA-256 of the weights when this is first read: by all ranks, if the weights are sharded."""
         return fingerprint(self)
 
     def forward(
@@ -77,10 +88,11 @@ class Network(Trainable):
         pairs: Sequence[int] | None = None,
         targets: Targets | None = None,
     ) -> Output:
-        """Images [B, 3, H, W], uint8 or float in 0..255.
+        """Run on images [B, 3, H, W], uint8 or float in 0..255.
 
-        With `upto`, only the maps of warm-up pairs up to that one, or of `pairs` among them, and no computation beyond
-        its stage; without, all that KD reads, where projectors see the `targets` too.
+        With `upto`, return only the maps of the warm-up pairs up to that one, or of `pairs` among them, and
+        compute nothing beyond its stage. Otherwise return everything that KD reads; projectors read the
+        `targets` too.
         """
         x = self.normalise(images)  # [B, 3, H, W]
         if upto is not None:
@@ -97,67 +109,68 @@ class Network(Trainable):
     def _project(self, output: Output, targets: Targets | None) -> Output:
         if targets is None or not self.projectors:
             return output
-        return output._replace(
-            projected={key: part(output, targets) for key, part in self.projectors.items()}
-        )
+        projected = {key: part(output, targets) for key, part in self.projectors.items()}
+        return output._replace(projected=projected)
 
     def save(self, path: Path, section: config.Model | None) -> None:
         assert section is not None  # a run that trains a network has the section student
         save_network(self, section, path)
 
     def normalise(self, images: Tensor) -> Tensor:
-        # Said by the images too: weights that are in pieces, or made anew by a layer (NFNet's), do not say it.
+        # Set the memory format here too: sharded weights, and weights a layer recomputes (NFNet), lack it.
         return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def maps(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
-        """The maps [B, C, H, W] of any stages (ascending), unadapted; nothing beyond the last of them is computed."""
+        """The unadapted maps [B, C, H, W] of any stages (ascending); computes nothing beyond the last."""
         return stage_maps(self.net, self.normalise(images), stages)
 
     def _classify(self, final: Tensor, embedding: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Logits [B, K] and, with a loss on it, those of the distillation token."""
+        """Logits [B, K] and, if a loss reads them, the logits [B, K] of the distillation token."""
         if self.training and not self.with_logits:
             return None, None
         if self.with_token and self.training:
             return self.net.forward_head(final)
-        if isinstance(self.net.get_classifier(), nn.Module):
-            return self.net.get_classifier()(embedding), None
-        return self.net.forward_head(final), None  # DeiT: the mean of the class and the distillation token's
+        classifier = self.net.get_classifier()
+        if isinstance(classifier, nn.Module):
+            return classifier(embedding), None
+        logits = self.net.forward_head(final)  # DeiT: the mean of the class and the distillation token's
+        return logits, None
 
     def _adapt(self, pair: int, feature: Tensor) -> Tensor:
         return self.adapters[str(pair)](feature) if str(pair) in self.adapters else feature
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """The layer of a parameter, for timm's layer decay: that of the bare timm model.
+        """Return a function from a parameter's name to its layer in the timm model, for timm's layer decay.
 
-        Adapters and projectors count as the last layer: they are as new as a classifier, and train at the full rate.
+        Adapters and projectors count as the last layer: they are as new as a classifier, and train at the
+        full rate.
         """
         if hasattr(self.net, "group_matcher"):
             layers = group_parameters(self.net, self.net.group_matcher(coarse=coarse), reverse=True)
         else:
-            layers = auto_group_layers(self.net)  # timm's own way with such models
+            layers = auto_group_layers(self.net)  # timm's own fallback
         last = max(layers.values())
         return lambda name: layers.get(name.removeprefix("net."), last)
 
     def no_weight_decay(self) -> set[str]:
-        """Patterns of the parameters that timm's optimizers exempt from weight decay: positions and class tokens."""
-        return {f"net.{name}" for name in getattr(self.net, "no_weight_decay", set)()}
+        """The parameters that timm exempts from weight decay: position embeddings and class tokens."""
+        if not hasattr(self.net, "no_weight_decay"):
+            return set()
+        return {f"net.{name}" for name in self.net.no_weight_decay()}
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's weights: what its outputs depend on, wherever they came from.
-
-    Call on all ranks, if it is sharded.
-    """
+    """SHA-256 of a module's weights, whichever file they came from. Collective if the module is sharded."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         value = value.full_tensor() if isinstance(value, DTensor) else value
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def save_network(network: Network, section: config.Model, path: Path) -> None:
-    """The timm model's weights under timm's own names, with what it takes to use them as metadata."""
+    """Write the timm model's weights under timm's own names, with name, arguments and input as metadata."""
     metadata = {
         "name": section.name,
         "kwargs": json.dumps(section.kwargs),
@@ -168,11 +181,9 @@ def save_network(network: Network, section: config.Model, path: Path) -> None:
     save_model(network.net, str(path), metadata)
 
 
-def normalisation(
-    net: nn.Module, section: config.Model, role: str
-) -> tuple[Sequence[float], Sequence[float]]:
-    """Input mean and standard deviation per channel, in [0, 1] units; UserError if neither config nor timm has them."""
-    if section.mean is not None:
+def normalisation(net: TimmModel, section: config.Model, role: str) -> Normalisation:
+    """The input normalisation of the config, else timm's. Raises UserError if neither has one."""
+    if section.mean is not None and section.std is not None:
         return section.mean, section.std
     timm_config = net.pretrained_cfg or {}
     if not timm_config.get("mean") or not timm_config.get("std"):

@@ -1,4 +1,4 @@
-"""What a network computes on a batch, and what a teacher provides for it."""
+"""The data that flows in a step: a network's outputs on a batch, and the teacher's targets for it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ class Output(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What the teacher gives for one batch; empty or None for what the phase does not read."""
+    """The teacher's outputs for one batch; empty or None where the phase does not read them."""
 
-    features: tuple[
-        Tensor, ...
-    ] = ()  # [B, C, H_t, W_t] per pair: pruned to the student's width in the warm-up
+    features: tuple[Tensor, ...] = ()  # [B, C, H_t, W_t] per pair; the warm-up's have the student's width
     embedding: Tensor | None = None  # [B, D_t]
     logits: Tensor | None = None  # [B, K]
     cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head

@@ -1,4 +1,4 @@
-"""Stage features of any timm model, with the forward pass truncated at the deepest stage asked for.
+"""Stage features of any timm model, with a forward pass that stops at the deepest stage requested.
 
 A stage is an index into the model's `feature_info`, the numbering that timm's `forward_intermediates` uses.
 """
@@ -7,75 +7,107 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from indistill.config import UserError
+from indistill.models.timm_model import TimmModel
 
 AUTO_PAIRS = 4
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True)
+class Stage:
     index: int
     name: str  # module whose output it is
     channels: int
     reduction: int  # input pixels per feature pixel
 
 
-def find_stages(net: nn.Module) -> list[Stage]:
-    """The stages of a timm model, shallow to deep. Raises UserError for a model that does not describe its own."""
-    name = type(net).__name__
-    if not hasattr(net, "forward_intermediates") or not getattr(net, "feature_info", None):
-        raise UserError(f"{name} has no forward_intermediates and feature_info: its stages cannot be tapped")
-    info = getattr(net.feature_info, "info", net.feature_info)
-    return [Stage(i, f["module"], f["num_chs"], f["reduction"]) for i, f in enumerate(info)]
+class Architecture(Protocol):
+    """Stages and embedding as timm models describe them: a network, or the record of one not loaded."""
+
+    @property
+    def feature_info(self) -> Any: ...
+
+    @property
+    def head_hidden_size(self) -> int: ...  # width D of the embedding
 
 
-def stage_maps(net: nn.Module, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
-    """Feature maps [B, C, H, W] of the stages `indices` (ascending); nothing beyond the last of them is computed."""
+def find_stages(net: nn.Module | Architecture) -> list[Stage]:
+    """The stages of a timm model, shallow to deep. Raises UserError if the model does not describe them."""
+    info = getattr(net, "feature_info", None)
+    if not hasattr(net, "forward_intermediates") or not info:
+        raise UserError(
+            f"{type(net).__name__} has no forward_intermediates and feature_info, which its stages are read "
+            "by: choose another model"
+        )
+    rows = getattr(info, "info", info)
+    return [Stage(i, row["module"], row["num_chs"], row["reduction"]) for i, row in enumerate(rows)]
+
+
+def stage_maps(net: TimmModel, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+    """Feature maps [B, C, H, W] of the stages `indices` (ascending); computes nothing beyond the last."""
     return net.forward_intermediates(
         images, indices=list(indices), stop_early=True, intermediates_only=True, output_fmt="NCHW"
     )
 
 
 def stage_maps_and_final(
-    net: nn.Module, images: Tensor, indices: Sequence[int]
+    net: TimmModel, images: Tensor, indices: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
-    """What `forward_features` returns, and the maps [B, C, H, W] of the stages `indices` (ascending) on the way."""
+    """The result of `forward_features`, and the maps [B, C, H, W] of the stages `indices` (ascending)."""
     if not indices:
         return net.forward_features(images), []
     return net.forward_intermediates(images, indices=list(indices), stop_early=False, output_fmt="NCHW")
 
 
-def check_stages(pairs: Sequence[tuple[int, int]], teacher: nn.Module, student: nn.Module, key: str) -> None:
-    """Raise UserError, naming the config's `key`, unless all stages exist and each pair is deeper than the last."""
+def check_stages(
+    pairs: Sequence[tuple[int, int]],
+    teacher: nn.Module | Architecture,
+    student: nn.Module | Architecture,
+    key: str,
+) -> None:
+    """Raise UserError, naming the config's `key`, unless all stages exist and each pair is deeper."""
     for side, (role, net) in enumerate((("teacher", teacher), ("student", student))):
-        chosen, count = [pair[side] for pair in pairs], len(find_stages(net))
-        if any(not 0 <= index < count for index in chosen) or sorted(set(chosen)) != chosen:
-            raise UserError(f"{key}: {role} stages {chosen}: need increasing indices from 0 to {count - 1}")
+        indices = [pair[side] for pair in pairs]
+        count = len(find_stages(net))
+        if any(not 0 <= index < count for index in indices) or sorted(set(indices)) != indices:
+            raise UserError(f"{key}: {role} stages {indices}: need increasing indices from 0 to {count - 1}")
 
 
-def match_stages(teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
+def match_stages(
+    teacher: nn.Module | Architecture, student: nn.Module | Architecture
+) -> list[tuple[int, int]]:
     """Pairs (teacher stage, student stage), shallow to deep; at most AUTO_PAIRS, the deepest.
 
-    Stages of equal reduction are matched, the deepest on each side where several share it. A network of one resolution
-    (ViT) has no such ladder: blocks and stages are then matched by relative depth. Raises UserError if nothing matches.
+    Stages of equal reduction are matched, the deepest on each side where several share it. A network of one
+    resolution (ViT) has only one reduction: stages are then matched by relative depth. Raises UserError if
+    nothing matches.
     """
-    ladders = [{stage.reduction: stage.index for stage in find_stages(net)} for net in (teacher, student)]
-    if all(len(ladder) > 1 for ladder in ladders):
-        common = sorted(ladders[0].keys() & ladders[1].keys())[-AUTO_PAIRS:]
+    of_teacher = _deepest_by_reduction(teacher)
+    of_student = _deepest_by_reduction(student)
+    if len(of_teacher) > 1 and len(of_student) > 1:
+        common = sorted(of_teacher.keys() & of_student.keys())[-AUTO_PAIRS:]
         if not common:
             raise UserError(
-                f"teacher (reductions {sorted(ladders[0])}) and student ({sorted(ladders[1])}) have no stage of equal "
-                "reduction: give warmup.pairs"
+                f"teacher (reductions {sorted(of_teacher)}) and student ({sorted(of_student)}) have no stage "
+                "of equal reduction: give warmup.pairs"
             )
-        return [(ladders[0][reduction], ladders[1][reduction]) for reduction in common]
-    depths = [
-        list(ladder.values()) if len(ladder) > 1 else [stage.index for stage in find_stages(net)]
-        for ladder, net in zip(ladders, (teacher, student))
-    ]
-    count = min(AUTO_PAIRS, *map(len, depths))
-    return list(
-        zip(*([depth[math.ceil((k + 1) * len(depth) / count) - 1] for k in range(count)] for depth in depths))
-    )
+        return [(of_teacher[reduction], of_student[reduction]) for reduction in common]
+    teacher_depths = list(of_teacher.values()) if len(of_teacher) > 1 else [*range(len(find_stages(teacher)))]
+    student_depths = list(of_student.values()) if len(of_student) > 1 else [*range(len(find_stages(student)))]
+    count = min(AUTO_PAIRS, len(teacher_depths), len(student_depths))
+    return list(zip(_evenly_spaced(teacher_depths, count), _evenly_spaced(student_depths, count)))
+
+
+def _deepest_by_reduction(net: nn.Module | Architecture) -> dict[int, int]:
+    """The deepest stage of each reduction, shallow to deep."""
+    return {stage.reduction: stage.index for stage in find_stages(net)}
+
+
+def _evenly_spaced(depths: list[int], count: int) -> list[int]:
+    """`count` of the depths, evenly spaced, with the deepest."""
+    return [depths[math.ceil((k + 1) * len(depths) / count) - 1] for k in range(count)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import pickle
+from collections.abc import Callable
+from typing import Any, cast
 
 import timm
 import torch
@@ -14,56 +16,65 @@ from torch import Tensor, nn
 from indistill import config
 from indistill.config import UserError, in_one_line
 
-_OTHER_WEIGHTS = {
-    "checkpoint_path",
-    "pretrained_strict",
-}  # of timm.create_model: what weights it ends up with
+# Arguments of timm.create_model that load other weights, or only some of them.
+_OTHER_WEIGHTS = {"checkpoint_path", "pretrained_strict"}
 _TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
 
 
+class TimmModel(nn.Module):
+    """The part of timm's model interface that this package uses, for type checkers.
+
+    timm's models share no base class but nn.Module: none is an instance of this class, which defines nothing
+    at run time.
+    """
+
+    num_classes: int
+    head_hidden_size: int  # width D of the embedding
+    pretrained_cfg: dict[str, Any]
+    feature_info: Any  # a dict per stage (module, num_chs, reduction), or an object with these as `info`
+    forward_features: Callable[[Tensor], Tensor]
+    forward_intermediates: Callable[..., Any]  # maps [B, C, H, W] per stage; or the final features, and these
+    forward_head: Callable[..., Any]  # logits [B, K] (a pair while DeiT trains), or embedding
+    get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]  # DeiT has two
+    # Only some models have these.
+    set_distilled_training: Callable[[bool], None]
+    group_matcher: Callable[..., Any]
+    no_weight_decay: Callable[[], set[str]]
+
+
+def timm_model(net: nn.Module) -> TimmModel:
+    """Return `net` itself, typed: the public functions take the nn.Module that timm's own functions return."""
+    return cast(TimmModel, net)  # timm's models share no base class that could be tested
+
+
 class NoWeights(UserError):
-    """A model's pretrained weights could not be had; `role` says whose, student or teacher."""
+    """A model's pretrained weights could not be loaded; `role` is student, teacher or eval."""
 
     def __init__(self, message: str, role: str) -> None:
         super().__init__(message)
         self.role = role
 
 
-def create(section: config.Model, num_classes: int, image_size: int, role: str) -> nn.Module:
-    """The bare timm model that a `student` or `teacher` section describes.
+def create(section: config.Model, num_classes: int, image_size: int, role: str) -> TimmModel:
+    """Create the bare timm model that a `student` or `teacher` section describes.
 
-    Raises UserError for an unknown name, weights that cannot be had or do not fit, a head of another size than
-    `num_classes`, and a head that does not follow timm's interface. Nothing is ever initialised at random silently.
+    Raises UserError for an unknown name, weights that cannot be loaded or do not fit, a head of another size
+    than `num_classes`, and a head that does not follow timm's interface. No weight is left random without an
+    error.
     """
-    if not section.name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(section.name):
-        close = difflib.get_close_matches(section.name, timm.list_models(), n=3)
-        raise UserError(
-            f"{role}.name: timm has no model {section.name!r}" + (f"; near: {', '.join(close)}" * bool(close))
-        )
-    for key in _OTHER_WEIGHTS & section.kwargs.keys():
-        raise UserError(
-            f"{role}.kwargs.{key}: would load other weights, or only some: give {role}.checkpoint instead"
-        )
-    # Asked for another number of classes, timm would replace a pretrained head by a random one.
+    _check_section(section, role)
+    # Given another number of classes, timm would replace a pretrained head by a random one.
     kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
-    try:
-        net = timm.create_model(section.name, pretrained=section.pretrained, **kwargs)
-    except Exception as error:  # timm, the hub client and the network each raise their own
-        instead = f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)" * (
-            role != "eval"
-        )
-        reason = in_one_line(error, 300)
-        message = f"{role}: timm could not create {section.name}: {reason}" + instead * section.pretrained
-        raise (NoWeights(message, role) if section.pretrained else UserError(message)) from None
+    net = _create(section, kwargs, role)
     if net.num_classes != num_classes:
         raise UserError(
-            f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is {num_classes}: "
-            "use weights trained for this data set"
+            f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is "
+            f"{num_classes}: use weights trained for this data set"
         )
     if role == "teacher" and section.pretrained and "num_classes" in kwargs:
         raise UserError(
-            "teacher.kwargs.num_classes: timm would replace the head of another size by a random one: remove it, and "
-            "use weights trained for this data set"
+            "teacher.kwargs.num_classes: timm would replace the head of another size by a random one: remove "
+            "it, and use weights trained for this data set"
         )
     if section.checkpoint:
         _load_weights(net, section.checkpoint, role)
@@ -71,7 +82,53 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     return net
 
 
-def _load_weights(net: nn.Module, path: str, role: str) -> None:
+def _check_section(section: config.Model, role: str) -> None:
+    if not section.name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(section.name):
+        message = f"{role}.name: timm has no model {section.name!r}"
+        close = difflib.get_close_matches(section.name, timm.list_models(), n=3)
+        if close:
+            message += f"; near: {', '.join(close)}"
+        raise UserError(message)
+    for key in _OTHER_WEIGHTS & section.kwargs.keys():
+        raise UserError(
+            f"{role}.kwargs.{key}: would load other weights, or only some: give {role}.checkpoint instead"
+        )
+
+
+def _create(section: config.Model, kwargs: dict[str, Any], role: str) -> TimmModel:
+    try:
+        net = timm.create_model(section.name, pretrained=section.pretrained, **kwargs)
+    except Exception as error:  # timm, the hub client and the network each raise their own
+        reason = in_one_line(error, 300)
+        message = f"{role}: timm could not create {section.name}: {reason}"
+        if not section.pretrained:
+            raise UserError(message) from None
+        if role != "eval":
+            message += f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)"
+        raise NoWeights(message, role) from None
+    return timm_model(net)
+
+
+def _load_weights(net: TimmModel, path: str, role: str) -> None:
+    state = _read_state_dict(path, role)
+    state = {
+        key.removeprefix("net."): value for key, value in state.items() if not key.startswith(_TRAINING_PARTS)
+    }
+    expected = net.state_dict()
+    for key in [*expected, *state]:
+        if key not in state or key not in expected:
+            where = "lacks" if key not in state else "has an unexpected"
+            raise UserError(f"{role}.checkpoint: {path} {where} {key}: it belongs to another architecture")
+        if state[key].shape != expected[key].shape:
+            raise UserError(
+                f"{role}.checkpoint: {key} is {tuple(state[key].shape)} in {path}, {role}.name with "
+                f"data.num_classes needs {tuple(expected[key].shape)}: give the name, kwargs and "
+                "data.num_classes that it was saved with"
+            )
+    net.load_state_dict(state)
+
+
+def _read_state_dict(path: str, role: str) -> dict[str, Tensor]:
     try:
         state = load_state_dict(path, weights_only=True)
     except FileNotFoundError:
@@ -79,40 +136,30 @@ def _load_weights(net: nn.Module, path: str, role: str) -> None:
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
         reason = in_one_line(error, 200)
         if isinstance(error.__cause__, pickle.UnpicklingError):
-            reason = "damaged, or it holds objects other than tensors, which may run code: save the state dict alone"
+            reason = "damaged, or it holds objects other than tensors, which may run code"
+            reason += ": save the state dict alone"
         raise UserError(f"{role}.checkpoint: {path} is not a readable checkpoint: {reason}") from None
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{role}.checkpoint: {path} is not a state dict: save the state dict alone")
-    state = {
-        key.removeprefix("net."): value for key, value in state.items() if not key.startswith(_TRAINING_PARTS)
-    }
-    wanted = net.state_dict()
-    for key in [*wanted, *state]:
-        if key not in state or key not in wanted:
-            where = "lacks" if key not in state else "has an unexpected"
-            raise UserError(f"{role}.checkpoint: {path} {where} {key}: it belongs to another architecture")
-        if state[key].shape != wanted[key].shape:
-            raise UserError(
-                f"{role}.checkpoint: {key} is {tuple(state[key].shape)} in {path}, {role}.name with data.num_classes "
-                f"needs {tuple(wanted[key].shape)}: give the name, kwargs and data.num_classes that it was saved with"
-            )
-    net.load_state_dict(state)
+    return state
 
 
 @torch.no_grad()
-def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> None:
-    """One small forward pass: the input size fits, and classifier(embedding) is the model's own output."""
-    training, images, same = net.training, torch.zeros(1, 3, image_size, image_size), False
+def _check_interface(net: TimmModel, name: str, image_size: int, role: str) -> None:
+    """Run a small forward pass: the input size must fit, and classifier(embedding) be the model's output."""
+    images = torch.zeros(1, 3, image_size, image_size)
+    same = False
+    training = net.training
     net.eval()
     try:
         logits = net(images)
         with contextlib.suppress(RuntimeError, TypeError, AttributeError):
             features = net.forward_features(images)
             embedding = net.forward_head(features, pre_logits=True)
-            distilled = isinstance(net.get_classifier(), tuple)  # DeiT's: the mean of two classifiers
-            same = torch.allclose(
-                net.forward_head(features) if distilled else net.get_classifier()(embedding), logits
-            )
+            classifier = net.get_classifier()
+            # DeiT has two classifiers, whose mean is the output.
+            own = net.forward_head(features) if isinstance(classifier, tuple) else classifier(embedding)
+            same = torch.allclose(own, logits)
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         reason = in_one_line(error, 200)
         raise UserError(
@@ -124,5 +171,5 @@ def _check_interface(net: nn.Module, name: str, image_size: int, role: str) -> N
         raise UserError(
             f"{role}: the output of {name} is not its classifier on its embedding: use another variant"
         )
-    if not hasattr(net, "head_hidden_size"):  # timm's word for the embedding's width
+    if not hasattr(net, "head_hidden_size"):  # timm's name for the width of the embedding
         net.head_hidden_size = embedding.shape[1]

@@ -1,4 +1,4 @@
-"""How a network's evaluation images are resized and cropped, by the config or its own record."""
+"""How a network's evaluation images are resized and cropped: by the config, or by timm's `pretrained_cfg`."""
 
 from __future__ import annotations
 
@@ -16,61 +16,62 @@ from indistill.config import UserError, in_one_line
 
 
 def evaluation_view(settings: config.Config) -> EvalView:
-    """How evaluation shows images to the config's student, by the keys `data.eval_*`.
+    """How images are resized and cropped for the config's student, by the keys `data.eval_*`.
 
-    Where they say auto, as timm's record says of the student if it begins with weights, else of the teacher, if there
-    is one. Raises UserError if that record cannot be had.
+    Where they are auto, the `pretrained_cfg` of the student decides if it begins with weights, else that of
+    the teacher, if there is one. Raises UserError if that record cannot be loaded.
     """
     student, teacher = settings.student, settings.teacher
     if teacher is not None and not (student and (student.pretrained or student.checkpoint)):
         return own_view(teacher, settings.data, "teacher")
+    assert student is not None  # only `stage: heads` has none, which has a teacher
     return own_view(student, settings.data, "student")
 
 
 def own_view(section: config.Model, data: config.Data, role: str) -> EvalView:
-    """How evaluation shows images to this very network: timm's `resolve_data_config`, where the config says auto."""
-    if "auto" not in (data.eval_crop, data.eval_interpolation):
+    """How images are resized and cropped for this network: as timm records where the config is auto."""
+    if data.eval_crop != "auto" and data.eval_interpolation != "auto":
         return EvalView(data.eval_interpolation, data.eval_crop)
     mean = {} if section.mean is None else {"mean": section.mean}
     return view_by_record(own_record(section, role) | mean, data)
 
 
 def view_by_record(record: Mapping[str, Any], data: config.Data) -> EvalView:
-    """How evaluation shows images to a network with this record of timm's, where the config says auto."""
-    crop, interpolation, size = data.eval_crop, data.eval_interpolation, (data.image_size, data.image_size)
-    # Networks may be made for one size, and be at their best, with another crop, at a second one.
-    at_second = (
-        size == tuple(record.get("test_input_size") or ())[1:] != tuple(record.get("input_size") or ())[1:]
-    )
-    own = timm.data.resolve_data_config(pretrained_cfg=dict(record), use_test_size=at_second)
-    interpolation = own["interpolation"] if interpolation == "auto" else interpolation
-    if crop != "auto":
-        return EvalView(interpolation, crop)
+    """How images are resized and cropped by this `pretrained_cfg`, where the config is auto."""
+    size = (data.image_size, data.image_size)
+    # timm records a second input size for some networks, at which they are best, with a crop of its own.
+    test_size = tuple(record.get("test_input_size") or ())[1:]
+    use_test_size = size == test_size != tuple(record.get("input_size") or ())[1:]
+    own = timm.data.resolve_data_config(pretrained_cfg=dict(record), use_test_size=use_test_size)
+    interpolation = own["interpolation"] if data.eval_interpolation == "auto" else data.eval_interpolation
+    if data.eval_crop != "auto":
+        return EvalView(interpolation, data.eval_crop)
     return EvalView(interpolation, own["crop_pct"], own["crop_mode"], tuple(own["mean"]))
 
 
 def own_record(section: config.Model, role: str) -> dict[str, Any]:
-    """timm's record of a model (`pretrained_cfg`), without building it."""
-    kind, _, place = section.name.partition(":")
-    given, overlay = section.kwargs.get("pretrained_cfg"), section.kwargs.get("pretrained_cfg_overlay")
+    """timm's record of a model, `pretrained_cfg`, without building it; UserError if it cannot be loaded."""
+    kind, _, source = section.name.partition(":")
+    given = section.kwargs.get("pretrained_cfg")
+    overlay = section.kwargs.get("pretrained_cfg_overlay")
     try:
         if kind == "local-dir":
-            return json.loads((Path(place) / "config.json").read_text())["pretrained_cfg"]
+            return json.loads((Path(source) / "config.json").read_text())["pretrained_cfg"]
         if kind == "hf-hub":
-            return load_model_config_from_hf(place)[0]
+            return load_model_config_from_hf(source)[0]
         name, _, tag = section.name.partition(".")
         return resolve_pretrained_cfg(name, given or tag or None, overlay).to_dict()
     except Exception as error:  # timm, the hub's client and the network each raise their own
         raise UserError(
-            f"{role}: timm's record of {section.name} cannot be had: {in_one_line(error, 200)}; without it, "
-            "set data.eval_interpolation and data.eval_crop"
+            f"{role}: timm's pretrained_cfg of {section.name} cannot be loaded "
+            f"({in_one_line(error, 200)}): set data.eval_interpolation and data.eval_crop"
         ) from None
 
 
 class EvalView(NamedTuple):
-    """How evaluation shows an image, in the words of timm's `create_transform`."""
+    """How evaluation resizes and crops an image, by the arguments of timm's `create_transform`."""
 
     interpolation: str
     crop_pct: float
     crop_mode: str = "center"
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # the colour of a border, where crop_mode has one
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # colour of the border, in [0, 1], if crop_mode has one

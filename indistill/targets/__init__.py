@@ -1,1 +1,1 @@
-"""What the teacher computes for the student, live or stored. Imports no torch by itself."""
+"""The teacher's outputs for the student, live or stored. Imports no torch by itself."""

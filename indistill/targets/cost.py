@@ -1,4 +1,4 @@
-"""Count what live and stored targets cost, and choose the cheaper one."""
+"""Estimate the cost of live and stored targets, and choose the cheaper ones."""
 
 from __future__ import annotations
 
@@ -24,59 +24,80 @@ from indistill.targets import records
 from indistill.targets.live import LiveTargets
 from indistill.targets.records import Field
 
-SEEN = (2, 4)  # images of two batches: their difference tells an image's part from the batch's
+SEEN = (2, 4)  # images in two batches: their difference separates bytes per image from bytes per batch
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an image takes in a phase. A multiply-add counts as two operations."""
+    """The cost of an image in a phase. A multiply-add counts as two operations."""
 
     teacher_flops: int
     student_flops: int  # forward, losses and backward
     activation_bytes: int  # that the student keeps for the backward pass
-    batch_bytes: int  # kept once for a batch: weights in half precision above all
+    batch_bytes: int  # kept once per batch: mostly weights in half precision
     targets: dict[str, tuple[int, ...]]  # shape of each target that the phase reads
-    student_maps: list[tuple[int, ...]]  # shape of each map that the phase reads of the student
+    student_maps: list[tuple[int, ...]]  # shape of each of the student's maps that the phase reads
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Recomputing a phase's targets against reading them, in seconds of one device after the other."""
+    """The time of a phase with live and with stored targets, in seconds of all devices added up."""
 
-    source: str  # the cheaper: live or cached
+    source: str  # the cheaper one: live or cached
     live_seconds: float
-    cached_seconds: float  # with the making of all views
-    uncached: str | None  # why they cannot be cached
+    cached_seconds: float  # the time to store all views included
+    uncached: str | None  # why the targets cannot be stored; None if they can
 
 
-# --- what is counted -------------------------------------------------------------------------------------------------
+# --- work of a phase ----------------------------------------------------------------------------------------
 def measure(
-    settings: Config, student: Trainable, targets_of: LiveTargets, objective: Objective, phase: Phase
+    settings: Config,
+    student: Trainable,
+    *,
+    targets_of: LiveTargets,
+    objective: Objective,
+    phase: Phase,
 ) -> Work:
-    """The work of a phase, from its loss and gradient on fake images: nothing is computed, and nothing changed."""
+    """The work of a phase, from its loss and gradient on fake tensors: nothing is computed, nor changed."""
     buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
-    runs = [_run(settings, student, targets_of, objective, phase, batch) for batch in SEEN]
+    fewer, more = (
+        _run(settings, student, targets_of=targets_of, objective=objective, phase=phase, batch=batch)
+        for batch in SEEN
+    )
     for buffer, before in buffers:
         buffer.copy_(before)  # batch norm has counted the batches
-    (*_, fewer, _, _), (teacher_flops, student_flops, more, targets, maps) = runs
-    activation_bytes = (more - fewer) // (SEEN[1] - SEEN[0])
-    batch_bytes = fewer - SEEN[0] * activation_bytes
-    fields = _fields(settings, targets_of, phase, targets)
-    shapes = {name: tuple(target.shape[1:]) for name, target in fields.items()}
-    student_maps = [tuple(feature.shape[1:]) for feature in maps]
-    flops = teacher_flops // SEEN[1], student_flops // SEEN[1]
-    return Work(*flops, activation_bytes, batch_bytes, shapes, student_maps)
+    activation_bytes = (more.kept_bytes - fewer.kept_bytes) // (SEEN[1] - SEEN[0])
+    fields = _fields(settings, targets_of, phase, more.targets)
+    return Work(
+        teacher_flops=more.teacher_flops // SEEN[1],
+        student_flops=more.student_flops // SEEN[1],
+        activation_bytes=activation_bytes,
+        batch_bytes=fewer.kept_bytes - SEEN[0] * activation_bytes,
+        targets={name: tuple(target.shape[1:]) for name, target in fields.items()},
+        student_maps=[tuple(feature.shape[1:]) for feature in more.student_maps],
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One step on a fake batch."""
+
+    teacher_flops: int
+    student_flops: int  # forward, losses and backward
+    kept_bytes: int  # that the student keeps for the backward pass
+    targets: Targets
+    student_maps: Sequence[Tensor]
 
 
 def _run(
     settings: Config,
     student: Trainable,
+    *,
     targets_of: LiveTargets,
     objective: Objective,
     phase: Phase,
     batch: int,
-) -> tuple[int, int, int, Targets, Sequence[Tensor]]:
-    """Operations of teacher and student, bytes kept for the backward pass, targets, and the student's maps."""
+) -> _Run:
     parameter = next(student.parameters())
     dtype = DTYPES[settings.mixed_precision]
     autocast = torch.autocast(parameter.device.type, dtype, enabled=settings.mixed_precision != "no")
@@ -90,10 +111,7 @@ def _run(
 
     student.train()
     with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True):
-        images = torch.zeros(batch, *config.input_size(settings), dtype=torch.uint8, device=parameter.device)
-        labels = torch.zeros(batch, dtype=torch.int64, device=parameter.device)
-        if settings.kd.mix and not phase.pairs:
-            labels = torch.zeros(batch, settings.data.num_classes, device=parameter.device)
+        images, labels = _batch(settings, phase, batch, device=parameter.device)
         with FlopCounterMode(display=False) as teaching, autocast:
             targets = targets_of(images, phase)
         backward = {torch.ops.aten.convolution_backward: _convolution_backward}
@@ -101,28 +119,32 @@ def _run(
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 run = convert_outputs_to_fp32(autocast(student.forward))
                 output = run(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-                loss, _ = objective(output, targets, labels, phase, phase.start)
+                loss, _ = objective(output, targets, labels, phase, int(phase.start))
             trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
             torch.autograd.grad(loss, trained, allow_unused=True)
-    return (
-        teaching.get_total_flops(),
-        learning.get_total_flops(),
-        sum(kept.values()),
-        targets,
-        output.features,
-    )
+    kept_bytes = sum(kept.values())
+    return _Run(teaching.get_total_flops(), learning.get_total_flops(), kept_bytes, targets, output.features)
+
+
+def _batch(settings: Config, phase: Phase, batch: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images, and labels or, where KD mixes images, class probabilities."""
+    images = torch.zeros(batch, *config.input_size(settings), dtype=torch.uint8, device=device)
+    if settings.kd.mix and not phase.pairs:
+        return images, torch.zeros(batch, settings.data.num_classes, device=device)
+    return images, torch.zeros(batch, dtype=torch.int64, device=device)
 
 
 def _convolution_backward(
-    gradient: Sequence[int], images: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
+    gradient: Sequence[int], images: Sequence[int], weight: Sequence[int], *rest: Any, **_kwargs: Any
 ) -> int:
-    """Operations of `aten::convolution_backward`, from shapes: as many as forward for either gradient that is wanted.
+    """Operations of `aten::convolution_backward`, from shapes: those of the forward pass per requested
+    gradient.
 
-    torch's own formula counts the weight's of a grouped convolution as if each channel saw all others.
+    torch's own formula counts a grouped convolution's weight gradient as if each channel read all others.
     """
-    *_, transposed, _, _, wanted = rest
+    *_, transposed, _output_padding, _groups, output_mask = rest
     pixels = math.prod((images if transposed else gradient)[2:])
-    return sum(wanted[:2]) * 2 * images[0] * pixels * math.prod(weight)
+    return sum(output_mask[:2]) * 2 * images[0] * pixels * math.prod(weight)
 
 
 def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Targets) -> dict[str, Tensor]:
@@ -131,23 +153,23 @@ def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Ta
         return {f"pair{pair + 1}": target for pair, target in zip(phase.pairs, targets.features)}
     losses = [loss for loss in settings.kd.losses if loss.name != "ce"]  # which reads no teacher
     fields = {f"stage{stage}": target for stage, target in zip(targets_of.kd_stages, targets.features)}
-    if reads(losses, "embedding"):
+    if targets.embedding is not None and reads(losses, "embedding"):
         fields["embedding"] = targets.embedding
-    if reads(losses, "logits"):
+    if targets.logits is not None and reads(losses, "logits"):
         fields["logits"] = targets.logits
     return fields | {f"head{i + 1}": logits for i, logits in enumerate(targets.cohort)}
 
 
-# --- cached targets --------------------------------------------------------------------------------------------------
+# --- live or stored -----------------------------------------------------------------------------------------
 def record_bytes(name: str, shape: Sequence[int], section: config.Targets) -> int:
-    """Of one view of an image in a store: the target `name` of `shape`, checksum included."""
+    """Bytes of one stored record of target `name` with `shape`, checksum included."""
     kind, top_k = records.wanted_format(name, len(shape) == 3, section)
     field = Field(format=kind, shape=tuple(shape), dtype="float32", channels_last=False, top_k=top_k)
     return field.record.itemsize
 
 
 def uncached(settings: Config, phase: Phase) -> str | None:
-    """Why a phase's targets have to be computed on every batch; None if they can be cached."""
+    """Why a phase's targets must be computed on every batch; None if they can be stored."""
     if settings.data.access == "stream":
         return "data.access: stream"
     if settings.data.augment.views is None:
@@ -155,44 +177,44 @@ def uncached(settings: Config, phase: Phase) -> str | None:
     if settings.warmup and settings.warmup.curriculum == "auto":
         return "warmup.curriculum: auto"
     if phase.pairs:
-        return "prune.mode: paper_bn" if settings.warmup.prune.mode == "paper_bn" else None
+        paper_bn = settings.warmup is not None and settings.warmup.prune.mode == "paper_bn"
+        return "prune.mode: paper_bn" if paper_bn else None
     if settings.kd.mix and (settings.kd.mix.mixup or settings.kd.mix.cutmix):
         return "kd.mix"
     return "ce alone" if all(loss.name == "ce" for loss in settings.kd.losses) else None
 
 
 def decide(settings: Config, works: Mapping[Phase, Work], timetable: Timetable) -> dict[str, Choice]:
-    """For each phase, by name, what `targets.source: auto` follows: a function of its arguments alone.
+    """The choice of `targets.source: auto` for each phase, by name: a function of its arguments alone.
 
-    Either way decoding goes on beside the device, and reading does so too. A store is made once, all views of all
-    images; its making takes the teacher's part of the phase, with decoding beside it.
+    Decoding and reading run beside the device. All views of all images are stored once, which takes the
+    teacher's part of a step for each, with decoding beside it.
     """
-    machine, data = settings.machine, settings.data
+    machine = settings.machine
+    decoding = decode_seconds(settings)
+    views = settings.data.augment.views or 0
     choices = {}
     for phase, work in works.items():
         reason = uncached(settings, phase)
-        images = phase_steps(phase, timetable) * timetable.global_batch
-        made = timetable.steps_per_epoch * timetable.global_batch * (data.augment.views or 0)
+        trained_images = phase_steps(phase, timetable) * timetable.global_batch
+        stored_images = timetable.steps_per_epoch * timetable.global_batch * views
         size = sum(record_bytes(*target, settings.targets) for target in work.targets.items())
-        teacher, student = (
-            flops / machine.flops_per_second for flops in (work.teacher_flops, work.student_flops)
-        )
-        decoding, reading = (
-            decode_seconds(settings),
-            size * machine.devices_per_node / machine.read_bytes_per_second,
-        )
-        live = images * max(student + teacher, decoding)
-        cached = images * max(student, decoding, reading) + made * max(teacher, decoding)
+        teacher = work.teacher_flops / machine.flops_per_second  # seconds per image, like all that follow
+        student = work.student_flops / machine.flops_per_second
+        reading = size * machine.devices_per_node / machine.read_bytes_per_second
+        live = trained_images * max(student + teacher, decoding)
+        cached = trained_images * max(student, decoding, reading) + stored_images * max(teacher, decoding)
         source = "cached" if reason is None and cached < live else "live"
         choices[phase.name] = Choice(source, live, cached, reason)
     return choices
 
 
 def decode_seconds(settings: Config) -> float:
-    """Of an image, by all workers of a rank."""
+    """Seconds per image with all of a rank's loader workers."""
     rate = settings.machine.decode_images_per_second * max(settings.data.workers, 1)
     return 0.0 if settings.data.in_memory else 1 / rate
 
 
 def phase_steps(phase: Phase, timetable: Timetable) -> int:
-    return (timetable.total_steps if phase.end is None else phase.end) - phase.start
+    """The number of a phase's steps."""
+    return len(timetable.steps_of(phase))

@@ -1,15 +1,16 @@
-"""Targets computed once: what `indistill targets` writes (targets.py) and a run with `targets: cached` reads.
+"""Stored targets: the format that `indistill targets` writes and `targets: cached` reads.
 
-A directory holds `manifest.json` and, for each field, data shard and view of the data set, of those that the run reads,
-a file of fixed-size records, `view-000/logits/shard-00012.bin`, one per sample in the order of the shard. A phase reads
-the fields it needs, and a remote cache fetches no others. Fields are
+A directory contains `manifest.json` and, for each field, data shard and view that the run reads, a file of
+fixed-size records, `view-000/logits/shard-00012.bin`, one per sample in the order of the shard. A phase reads
+only the fields that it needs, and a remote cache fetches no others. Fields are
 
-    pair1, pair2, ...   maps of the warm-up's pairs, pruned
-    stage2, ...         whole maps of teacher stages that KD reads
+    pair1, pair2, ...   pruned maps of the warm-up's pairs
+    stage2, ...         unpruned maps of teacher stages that KD reads
     embedding, logits, head1, head2, ...
 
-A record ends with the CRC-32 of its other bytes. That of a sample that could not be decoded is all zeros, which is no
-valid record; training never asks for it, since the loader puts another sample in its place.
+A record ends with the CRC-32 of its other bytes. The record of a sample that could not be decoded is all
+zeros, which is never a valid record; training does not read it, since the loader replaces the sample by
+another.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from pydantic import BaseModel, ValidationError
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
-from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir
 from indistill.data import class_names, remote
 from indistill.data.class_names import Names
@@ -31,7 +31,11 @@ from indistill.targets.records import Field, wanted_format
 
 VERSION = 1
 
-# What of a config decides the targets. Weights count by their content.
+# The end of every error message about stored targets that have to be computed again.
+AGAIN = "run `indistill targets CONFIG` again"
+REMEDY = f"{AGAIN}, in another targets.dir, or set targets: live"
+
+# Keys, and sections, of the config that decide the targets.
 _KEYS = (
     "seed",
     "data.num_classes",
@@ -40,78 +44,88 @@ _KEYS = (
     "data.interpolation",
     "teacher",
     "targets.pool",
+    "warmup.pairs",
+    "warmup.adapter",
+    "warmup.prune",
 )
-_KEYS += ("warmup.pairs", "warmup.adapter", "warmup.prune")
-_NOT = ("teacher.checkpoint", "teacher.heads", "teacher.shard", "teacher.precision")
+# Keys of these sections that do not: weights are compared by content, precision by its effective value.
+_EXCLUDED = ("teacher.checkpoint", "teacher.heads", "teacher.shard", "teacher.precision")
 
 
-# --- what the directory is -------------------------------------------------------------------------------------------
+# --- the manifest -------------------------------------------------------------------------------------------
 class Weights(BaseModel):
+    """A file of weights."""
+
     path: str
     sha256: str
 
 
 class Teacher(BaseModel):
-    """What has to be known of a teacher that is not here. For models/stages.py it is the network."""
+    """Facts about a teacher that is not loaded; stands in for the network where only its stages matter."""
 
-    forward_intermediates: ClassVar[None] = None
+    forward_intermediates: ClassVar[None] = None  # models/stages.py requires the name
     feature_info: list[dict[str, Any]]  # of its stages: module, num_chs, reduction
     head_hidden_size: int  # of its embedding
     fingerprint: str  # of its weights, and of its intermediate classifiers'
-    files: dict[str, Weights]  # those that the config named, by its key
+    files: dict[str, Weights]  # that the config named, by its key
 
 
 class Manifest(BaseModel):
-    """`manifest.json`: what the targets were made from, and how they lie there."""
+    """`manifest.json`: the origin of the targets, and the layout of their files."""
 
     version: int
     teacher: Teacher
-    config: dict[str, Any]  # of the keys that decide the targets
+    config: dict[str, Any]  # values that decide the targets, by dotted key
     plan: dict[str, Any]
     data: str  # fingerprint of the shards
-    classes: list[str] | None = None  # names of the labels, where packing kept them
+    classes: list[str] | None = None  # names of the labels, if the packed shards have them
     samples: list[int]  # per shard
     fields: dict[str, Field]
-    batch: int  # images that the teacher saw at once, on which last bits depend
+    batch: int  # images in a batch of the teacher, on which last bits depend
 
     @property
     def views(self) -> int:
         return self.config["data.augment.views"]
 
     def pruning(self) -> Plan:
+        """The pruning plan of the targets."""
         pairs = [PairPlan(**pair) for pair in self.plan["pairs"]]
         return Plan(self.plan["criterion"], self.plan["mode"], pairs, tuple(self.plan.get("importance", ())))
 
     def difference(self, other: Manifest) -> str | None:
-        """The first thing in which they are of different targets, as `what: this -> other`."""
-        mine, theirs = (_told(manifest) for manifest in (self, other))
-        for key in dict.fromkeys((*mine, *theirs)):
-            if mine.get(key) != theirs.get(key):
-                return f"{key}: {mine.get(key)} -> {theirs.get(key)}"
+        """The first difference, as `name: this -> other`; None if both describe the same targets."""
+        this = _identity(self)
+        that = _identity(other)
+        for name in dict.fromkeys((*this, *that)):
+            if this.get(name) != that.get(name):
+                return f"{name}: {this.get(name)} -> {that.get(name)}"
         return None
 
     def fields_in(self, view: int) -> dict[str, Field]:
+        """The fields that are stored in a view, by name."""
         return {name: field for name, field in self.fields.items() if view in field.views}
 
     @property
     def heads(self) -> int:
-        """How many intermediate classifiers are stored."""
+        """The number of intermediate classifiers whose logits are stored."""
         return sum(name.startswith("head") for name in self.fields)
 
     def table(self) -> str:
-        """Bytes of each field: of a record, and in all."""
-        samples, lines, total = sum(self.samples), [], 0
+        """The bytes of each field, per record and in total, as text."""
+        samples = sum(self.samples)
+        lines: list[str] = []
+        total = 0
         for name, field in self.fields.items():
-            size = field.record.itemsize * samples * len(field.views)
-            lines.append(
-                f"{name:<10} {field.record.itemsize:>9,} B a sample {len(field.views):>4} views {size / 1e9:>10.3f} GB"
-            )
+            record = field.record.itemsize
+            views = len(field.views)
+            size = record * samples * views
+            lines.append(f"{name:<10} {record:>9,} B a sample {views:>4} views {size / 1e9:>10.3f} GB")
             total += size
         return "\n".join([*lines, f"{samples:,} samples: {total / 1e9:.3f} GB"])
 
 
-def _told(manifest: Manifest) -> dict[str, Any]:
-    """What identifies the targets, by names that a message may show."""
+def _identity(manifest: Manifest) -> dict[str, Any]:
+    """The identity of the targets, keyed by names suitable for error messages."""
     fields = {f"field {name}": field.model_dump(mode="json") for name, field in manifest.fields.items()}
     return {
         **manifest.config,
@@ -123,97 +137,118 @@ def _told(manifest: Manifest) -> dict[str, Any]:
 
 
 def decisive_config(settings: Config) -> dict[str, Any]:
-    """Dotted key to value, of those that decide the targets."""
-    flat = config.flatten(settings)
-    kept = {key: value for key, value in flat.items() if f"{key}.".startswith(tuple(f"{k}." for k in _KEYS))}
-    kept = {key: value for key, value in kept.items() if key not in _NOT}
+    """The config values that determine the targets, by dotted key."""
+    assert settings.teacher is not None  # a config with stored targets has one
+    prefixes = tuple(f"{key}." for key in _KEYS)
+    values = {
+        key: value
+        for key, value in config.flatten(settings).items()
+        if f"{key}.".startswith(prefixes) and key not in _EXCLUDED
+    }
     augment = settings.data.augment
     if augment.recipe == "pad_crop" and augment.rand_augment is None:
-        del kept["data.interpolation"]  # nothing is resized
-    return kept | {"teacher.precision": settings.teacher.precision or settings.mixed_precision}
+        del values["data.interpolation"]  # nothing is resized
+    return values | {"teacher.precision": settings.teacher.precision or settings.mixed_precision}
 
 
+# --- its files ----------------------------------------------------------------------------------------------
 def targets_root(settings: Config) -> str:
+    """The directory or URL of a run's stored targets."""
     return settings.targets.dir or str(RunDir.of(settings).targets)
 
 
 def records_path(root: str, view: int, field: str, shard: int) -> str:
+    """The file with the records of one field, view and data shard."""
     return f"{root}/view-{view:03d}/{field}/shard-{shard:05d}.bin"
 
 
 def manifest_exists(root: str) -> bool:
-    """Whether targets are stored there, if only in part; a URL is taken at its word."""
+    """Whether targets are stored there, completely or in part; a URL is not checked."""
     return remote.is_remote(root) or os.path.isdir(root)
 
 
 def load_manifest(root: str) -> Manifest:
-    """Raises UserError for a directory that holds none, or whose job has not ended."""
+    """Read `manifest.json`. Raises UserError if there is none, for instance before the job has finished."""
     path = f"{root}/manifest.json"
     try:
         with remote.open_stream(path) as stream:
             text = stream.read()
     except Exception as error:  # every fsspec backend has exceptions of its own
-        begun = " yet: it has begun" if os.path.exists(f"{root}/manifest.partial.json") else ""
+        missing = "no stored targets there"
+        if os.path.exists(f"{root}/manifest.partial.json"):
+            missing = "the stored targets are not complete yet"
         reason = in_one_line(error, 200)
         raise UserError(
-            f"{path}: no stored targets there{begun} ({reason}): run `indistill targets CONFIG`, or set targets: live"
+            f"{path}: {missing} ({reason}): run `indistill targets CONFIG`, or set targets: live"
         ) from None
     return parse_manifest(text, path)
 
 
 def parse_manifest(text: bytes, path: str) -> Manifest:
+    """The content of `manifest.json`. Raises UserError if it is damaged or has another version."""
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError:
-        raise UserError(
-            f"{path}: damaged, or of another version: make the targets anew in another targets.dir"
-        ) from None
+        raise UserError(f"{path}: damaged, or of another version: {REMEDY}") from None
     if manifest.version != VERSION:
-        raise UserError(
-            f"{path}: of version {manifest.version}, this one reads {VERSION}: make the targets anew"
-        )
+        raise UserError(f"{path}: version {manifest.version}, but this program reads {VERSION}: {REMEDY}")
     return manifest
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
-    replace_text(path, manifest.model_dump_json(indent=1) + "\n")
+    """Write the manifest atomically."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(manifest.model_dump_json(indent=1) + "\n")
+    partial.replace(path)
 
 
+# --- whether they are a run's -------------------------------------------------------------------------------
 def check_manifest(root: str, manifest: Manifest, settings: Config, hashes: dict[str, str | None]) -> None:
-    """Raise UserError, naming what differs, unless the targets are this config's.
+    """Raise UserError, naming the difference, unless these are the targets of this config.
 
-    hashes: SHA-256 of the file that the config names under a key (teacher.checkpoint, ...), None where it is not here.
+    hashes: SHA-256 of the file that the config names under a key (teacher.checkpoint, ...), None if it is not
+    here.
     """
-    again = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
-    stored, ours = manifest.config, decisive_config(settings)
+    stored = manifest.config
+    ours = decisive_config(settings)
     for key in dict.fromkeys((*ours, *stored)):
-        # A run without the warm-up may take the other targets.
+        # A run without the warm-up may use the other targets.
         if stored.get(key) != ours.get(key) and (settings.warmup or not key.startswith("warmup")):
-            raise UserError(
-                f"{root}: made with {key}: {stored.get(key)}, this run has {ours.get(key)}: {again}"
-            )
+            raise _mismatch(root, key, stored.get(key), ours.get(key))
     for name, field in manifest.fields.items():
-        ours = wanted_format(name, len(field.shape) == 3, settings.targets)
-        if (field.format, field.top_k) != ours:
-            key = "targets.features" if len(field.shape) == 3 else "targets.top_k"
-            told = (field.format, ours[0]) if len(field.shape) == 3 else (field.top_k, ours[1])
-            raise UserError(f"{root}: made with {key}: {told[0]}, this run has {told[1]}: {again}")
+        is_map = len(field.shape) == 3
+        kind, top_k = wanted_format(name, is_map, settings.targets)
+        if is_map and field.format != kind:
+            raise _mismatch(root, "targets.features", field.format, kind)
+        if (field.format, field.top_k) != (kind, top_k):
+            raise _mismatch(root, "targets.top_k", field.top_k, top_k)
     for key in dict.fromkeys((*hashes, *manifest.teacher.files)):
-        stored, here = manifest.teacher.files.get(key), hashes.get(key)
-        path = getattr(settings.teacher, key.removeprefix("teacher."))
-        if stored is None or path is None:
-            raise UserError(
-                f"{root}: made with {key}: {stored and stored.path}, this run has {path}: {again}"
-            )
-        if here != stored.sha256 if here else path != stored.path:
-            told = f"(SHA-256 {stored.sha256[:12]}), this run has {path} ({here[:12] if here else 'which is not here'})"
-            raise UserError(f"{root}: made with {key}: {stored.path} {told}: {again}")
+        _check_file(
+            root, key, stored=manifest.teacher.files.get(key), settings=settings, sha256=hashes.get(key)
+        )
+
+
+def _check_file(root: str, key: str, *, stored: Weights | None, settings: Config, sha256: str | None) -> None:
+    """Raise UserError unless a teacher's file is the stored one: by its content, or by its path if it is not
+    here.
+    """
+    path = getattr(settings.teacher, key.removeprefix("teacher."))
+    if stored is None or path is None:
+        raise _mismatch(root, key, stored and stored.path, path)
+    if sha256 is None and path != stored.path:
+        raise _mismatch(
+            root, key, f"{stored.path} (SHA-256 {stored.sha256[:12]})", f"{path} (which is not here)"
+        )
+    if sha256 is not None and sha256 != stored.sha256:
+        raise _mismatch(root, key, f"{stored.path} (SHA-256 {stored.sha256[:12]})", f"{path} ({sha256[:12]})")
+
+
+def _mismatch(root: str, key: str, stored: object, ours: object) -> UserError:
+    return UserError(f"{root}: made with {key}: {stored}, this run has {ours}: {REMEDY}")
 
 
 def check_classes(root: str, manifest: Manifest, names: Names | None) -> None:
-    """Raise UserError if the targets were made for other class names than those of data.train."""
+    """Raise UserError if the targets were computed for other class names than those of data.train."""
     if names is not None and manifest.classes is not None:
-        remedy = "make the targets again in another targets.dir, or set targets: live"
-        class_names.refuse_difference(
-            names, Names(f"{root}/manifest.json", manifest.classes), "data.train", remedy
-        )
+        stored = Names(f"{root}/manifest.json", manifest.classes)
+        class_names.refuse_difference(names, stored, "data.train", REMEDY)

@@ -17,6 +17,8 @@ from indistill.config.files import sha256
 from indistill.data import class_names, remote
 from indistill.distributed import engine
 from indistill.targets.manifest import (
+    AGAIN,
+    REMEDY,
     Manifest,
     check_classes,
     check_manifest,
@@ -29,15 +31,16 @@ from indistill.targets.records import intact
 OPEN_FILES = 512  # memory maps per process, well under the usual limit of 65,530
 
 
-# --- what the directory is -------------------------------------------------------------------------------------------
+# --- records by sample --------------------------------------------------------------------------------------
 class Reader:
-    """Records by view and sample. Safe after fork and through pickle: open files do not travel.
+    """Reads records by view and sample. Safe after fork and through pickle: open files are not copied.
 
-    Raises UserError for what is missing or damaged, naming the file.
+    Raises UserError for a missing or damaged file, naming it.
     """
 
     def __init__(self, root: str, manifest: Manifest, cache_dir: str | None, cache_bytes: int) -> None:
-        self.root, self.manifest = root, manifest
+        self.root = root
+        self.manifest = manifest
         self._cache = remote.cache_for([root], cache_dir, cache_bytes)
         self._first_ids = np.cumsum([0, *manifest.samples])  # [shards + 1]
         self._open: dict[str, np.ndarray] = {}
@@ -46,41 +49,47 @@ class Reader:
         return {**self.__dict__, "_open": {}}
 
     def check(self, data: str, needed: dict[str, set[int]]) -> None:
-        """Raise UserError unless these are targets of that data, with the fields in the views that are needed."""
-        again = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
+        """Raise UserError unless these are the targets of this data, with all `needed` fields in the needed
+        views.
+
+        data: fingerprint of the shards.
+        """
         if data != self.manifest.data:
-            told = f"{self.manifest.data[:12]}, data.train has now {data[:12]}"
-            raise UserError(f"{self.root}: made from other shards (fingerprint {told}): {again}")
+            fingerprints = f"{self.manifest.data[:12]}, data.train has now {data[:12]}"
+            raise UserError(f"{self.root}: made from other shards (fingerprint {fingerprints}): {REMEDY}")
         for name, views in needed.items():
             if name not in self.manifest.fields:
                 stored = ", ".join(self.manifest.fields)
-                raise UserError(f"{self.root}: holds {stored}, and not {name}, which this run reads: {again}")
+                raise UserError(
+                    f"{self.root}: contains {stored}, but not {name}, which this run reads: {REMEDY}"
+                )
             if missing := views - set(self.manifest.fields[name].views):
                 raise UserError(
-                    f"{self.root}: lacks {name} in view {min(missing)}, made for other durations: {again}"
+                    f"{self.root}: lacks {name} in view {min(missing)}, made for other durations: {REMEDY}"
                 )
 
     @property
     def remote(self) -> bool:
+        """Whether files are fetched from a URL."""
         return self._cache is not None
 
     def read(self, view: int, ids: np.ndarray, fields: Sequence[str]) -> dict[str, Tensor]:
-        """Records of samples int64 [B]: uint8 [B, bytes of a record] per field."""
-        found = {}
+        """Read and check the records of samples int64 [B]: uint8 [B, bytes of a record] per field."""
+        records = {}
         for field in fields:
             rows = self.rows(view, ids, field)
             for bad in np.flatnonzero(~intact(rows))[:1]:
-                shard = self._shards_of(ids[bad])
-                path, record = records_path(self.root, view, field, shard), ids[bad] - self._first_ids[shard]
+                shard = int(self._shards_of(ids[bad]))
+                path = records_path(self.root, view, field, shard)
                 raise UserError(
-                    f"{path}: record {record} is damaged, or its image could not be decoded when the targets were "
-                    "made, and can be now: delete the file and run `indistill targets CONFIG` again"
+                    f"{path}: record {ids[bad] - self._first_ids[shard]} is damaged, or its image could not "
+                    f"be decoded when the targets were made, and can be now: delete the file and {AGAIN}"
                 )
-            found[field] = torch.from_numpy(rows)
-        return found
+            records[field] = torch.from_numpy(rows)
+        return records
 
     def rows(self, view: int, ids: np.ndarray, field: str) -> np.ndarray:
-        """As `read` of one field, unchecked."""
+        """Read the records of one field like `read`, without checking them."""
         rows = np.empty((len(ids), self.manifest.fields[field].record.itemsize), dtype=np.uint8)
         shards = self._shards_of(ids)
         for shard in np.unique(shards):
@@ -89,7 +98,8 @@ class Reader:
         return rows
 
     def prefetch(self, view: int, ids: np.ndarray, fields: Sequence[str]) -> None:
-        """Fetch the remote files that hold these records in the background."""
+        """Fetch the remote files with these records in the background."""
+        assert self._cache is not None  # callers ask `remote` first
         files = [(field, int(shard)) for shard in np.unique(self._shards_of(ids)) for field in fields]
         self._cache.prefetch((records_path(self.root, view, *file), self._size(*file)) for file in files)
 
@@ -101,30 +111,30 @@ class Reader:
 
     def _map(self, view: int, field: str, shard: int) -> np.ndarray:
         """A file's records, uint8 [N, bytes of a record], mapped into memory."""
-        path, size = records_path(self.root, view, field, shard), self._size(field, shard)
+        path = records_path(self.root, view, field, shard)
         if path in self._open:
             return self._open[path]
+        size = self._size(field, shard)
         shape = (self.manifest.samples[shard], self.manifest.fields[field].record.itemsize)
-        if (
-            self._cache
-        ):  # opened for every read: an open file that the cache evicts would go on using the disk
+        # Opened for every read: an open file that the cache evicts would still use the disk.
+        if self._cache is not None:
             with self._cache.open(path, size) as file:
                 return np.memmap(file, np.uint8, "r", shape=shape)
         try:
-            if (found := os.stat(path).st_size) != size:
-                raise UserError(f"{path}: {found} bytes, not {size}: run `indistill targets CONFIG` again")
+            if (actual := os.stat(path).st_size) != size:
+                raise UserError(f"{path}: {actual} bytes, not {size}: {AGAIN}")
             records = np.memmap(path, np.uint8, "r", shape=shape)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: run `indistill targets CONFIG` again") from None
+            raise UserError(f"{path}: {error.strerror}: {AGAIN}") from None
         if len(self._open) >= OPEN_FILES:
             self._open.pop(next(iter(self._open)))
         self._open[path] = records
         return records
 
 
-# --- targets that are stored -----------------------------------------------------------------------------------------
+# --- a run's stored targets ---------------------------------------------------------------------------------
 def open_targets(accelerator: Accelerator, settings: Config) -> Reader:
-    """Raises UserError, naming what differs, unless the stored targets are this config's."""
+    """Open a run's stored targets. Raises UserError, naming the difference, if another config made them."""
     root = targets_root(settings)
 
     def read() -> Manifest:
@@ -138,6 +148,11 @@ def open_targets(accelerator: Accelerator, settings: Config) -> Reader:
 
 
 def weights_hashes(settings: Config) -> dict[str, str | None]:
-    """By key of the config, the SHA-256 of the files that the teacher comes from; None for one that is not here."""
+    """SHA-256 of the teacher's files, by key of the config; None for a file that is not here."""
+    assert settings.teacher is not None  # a config with stored targets has one
     files = {"teacher.checkpoint": settings.teacher.checkpoint, "teacher.heads": settings.teacher.heads}
-    return {key: sha256(Path(file), ignore_metadata_order=True) if Path(file).is_file() else None for key, file in files.items() if file}
+    return {
+        key: sha256(Path(file), ignore_metadata_order=True) if Path(file).is_file() else None
+        for key, file in files.items()
+        if file
+    }

@@ -1,9 +1,9 @@
-"""How targets are laid out in a record, and the checksums of its bytes."""
+"""Encode targets as fixed-size records with checksums, and decode them."""
 
 from __future__ import annotations
 
 import zlib
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from indistill import config
 
-_TINY = torch.finfo(torch.float32).tiny  # what a probability of 0 is taken for: a logarithm of -87
+Format = Literal["float32", "bf16", "int8", "top_k"]
+_TINY = torch.finfo(torch.float32).tiny  # replaces a probability of 0: its logarithm is -87
 _TORCH = {
     "<f4": torch.float32,
     "<u2": torch.bfloat16,
@@ -22,37 +23,44 @@ _TORCH = {
 }
 
 
-# --- one field -------------------------------------------------------------------------------------------------------
+# --- one field ----------------------------------------------------------------------------------------------
 class Field(BaseModel):
-    """How the records of one field are made, from a tensor [B, *shape] of the teacher's and back."""
+    """One field of the stored targets: encodes a teacher's tensor [B, *shape] as records, and decodes it."""
 
-    format: Literal["float32", "bf16", "int8", "top_k"]
+    format: Format
     shape: tuple[int, ...]  # of one sample
-    dtype: str  # what the teacher gave: values that are stored exactly come back as that
-    channels_last: bool  # likewise; sums over a map depend on it in their last bits
-    top_k: int | None = None
-    views: list[int] = []  # in which the config's run reads it, and in which it is stored
+    dtype: str  # of the teacher's tensor, which exactly stored values are decoded to
+    channels_last: bool  # likewise the memory format, on which the last bits of sums over a map depend
+    top_k: int | None = None  # only in the format of that name
+    views: list[int] = []  # in which it is stored: those in which the config's run reads it
 
     @property
     def record(self) -> np.dtype:
+        """The layout of a record, its checksum included."""
+        parts: list[tuple[Any, ...]]
         match self.format:
             case "float32":
                 parts = [("values", "<f4", self.shape)]
-            case "bf16":  # numpy has none
+            case "bf16":  # numpy has no such type
                 parts = [("values", "<u2", self.shape)]
             case "int8":
                 parts = [("values", "|i1", self.shape), ("scales", "<f4", self.shape[:1])]
             case "top_k":
                 number = "<i2" if self.shape[0] <= 2**15 else "<i4"
                 parts = [
-                    ("probabilities", "<f4", (self.top_k,)),
-                    ("classes", number, (self.top_k,)),
+                    ("probabilities", "<f4", (self._kept,)),
+                    ("classes", number, (self._kept,)),
                     ("tail", "<f4"),
                 ]
         return np.dtype([*parts, ("crc32", "<u4")])
 
+    @property
+    def _kept(self) -> int:
+        assert self.top_k is not None  # `wanted_format` gives both
+        return self.top_k
+
     def encode(self, tensor: Tensor) -> np.ndarray:
-        """[B, *shape] to B records."""
+        """Encode [B, *shape] as B records."""
         records = np.empty(len(tensor), self.record)
         match self.format:
             case "float32":
@@ -69,7 +77,7 @@ class Field(BaseModel):
                 }
             case "top_k":
                 probabilities = tensor.double().softmax(dim=1)  # [B, classes]
-                largest, classes = probabilities.topk(self.top_k, dim=1)
+                largest, classes = probabilities.topk(self._kept, dim=1)
                 tail = probabilities.scatter(1, classes, 0.0).sum(dim=1)
                 parts = {"probabilities": largest, "classes": classes, "tail": tail}
         for name, part in parts.items():
@@ -78,17 +86,19 @@ class Field(BaseModel):
         return records
 
     def decode(self, records: Tensor) -> Tensor:
-        """Records as uint8 [B, bytes of a record], on any device, to [B, *shape] there.
+        """Decode records, uint8 [B, bytes of a record] on any device, as [B, *shape] on that device.
 
-        Of the classes that `top_k` left out each gets the same share of the tail; the logits are log-probabilities.
+        With `top_k`, each class that was left out gets the same share of the tail, and logits are
+        log-probabilities.
         """
         parts = {}
-        for name in self.record.names[:-1]:
-            dtype, offset = self.record.fields[name]
-            base = dtype.base.str
+        layout = self.record
+        assert layout.fields is not None  # a structured type has them
+        for name in layout.fields.keys() - {"crc32"}:
+            dtype, offset, *_ = layout.fields[name]
             # A copy, because a slice is not aligned.
             part = records[:, offset : offset + dtype.itemsize].clone(memory_format=torch.contiguous_format)
-            parts[name] = part.view(_TORCH[base]).view(len(records), *dtype.shape)
+            parts[name] = part.view(_TORCH[dtype.base.str]).view(len(records), *dtype.shape)
         match self.format:
             case "float32":
                 values = parts["values"].to(getattr(torch, self.dtype))
@@ -97,7 +107,7 @@ class Field(BaseModel):
             case "int8":
                 values = parts["values"].float() * parts["scales"][:, :, None, None]
             case "top_k":
-                left_out = max(self.shape[0] - self.top_k, 1)
+                left_out = max(self.shape[0] - self._kept, 1)
                 values = (parts["tail"][:, None] / left_out).expand(-1, *self.shape)  # [B, classes]
                 values = (
                     values.scatter(1, parts["classes"].long(), parts["probabilities"]).clamp_min(_TINY).log()
@@ -105,11 +115,12 @@ class Field(BaseModel):
         return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
 
     def blank(self, samples: int, device: torch.device) -> Tensor:
+        """Zeros [samples, *shape]."""
         return torch.zeros(samples, *self.shape, dtype=getattr(torch, self.dtype), device=device)
 
 
 def describe(name: str, tensor: Tensor, section: config.Targets) -> Field:
-    """The field that stores such tensors [B, ...] as the config wants it."""
+    """The field that stores tensors like this one [B, ...] in the config's format."""
     kind, top_k = wanted_format(name, tensor.dim() == 4, section)
     channels_last = (
         tensor.dim() == 4
@@ -120,15 +131,17 @@ def describe(name: str, tensor: Tensor, section: config.Targets) -> Field:
     return Field(format=kind, shape=tensor.shape[1:], dtype=dtype, channels_last=channels_last, top_k=top_k)
 
 
-def wanted_format(name: str, is_map: bool, section: config.Targets) -> tuple[str, int | None]:
-    """Format and top_k: what the config wants of a field. An embedding is small, and stays as it is."""
+def wanted_format(name: str, is_map: bool, section: config.Targets) -> tuple[Format, int | None]:
+    """The config's format and top_k of a field. An embedding is small, and always stored as float32."""
     if is_map:
         return section.features, None
-    return ("float32", None) if name == "embedding" or section.top_k is None else ("top_k", section.top_k)
+    if name == "embedding" or section.top_k is None:
+        return "float32", None
+    return "top_k", section.top_k
 
 
 def rows_of(records: np.ndarray) -> np.ndarray:
-    """Records [B] as uint8 [B, bytes of a record]."""
+    """View records [B] as uint8 [B, bytes of a record]."""
     return records.view(np.uint8).reshape(len(records), -1)
 
 
@@ -137,5 +150,5 @@ def _checksums(rows: np.ndarray) -> np.ndarray:
 
 
 def intact(rows: np.ndarray) -> np.ndarray:
-    """Which of the records, uint8 [B, bytes of a record], fit their checksums: bool [B]."""
+    """Whether each of the records, uint8 [B, bytes of a record], has the right checksum: bool [B]."""
     return _checksums(rows) == np.ascontiguousarray(rows[:, -4:]).view("<u4")[:, 0]

@@ -15,42 +15,47 @@ from indistill.targets.reader import Reader
 
 
 class CachedTargets:
-    """What `indistill targets` stored (manifest.py), brought along by the batches; its calls are those of LiveTargets.
+    """The targets that `indistill targets` stored (manifest.py), which the batches contain; called like
+    LiveTargets.
 
-    There is no teacher, unless `live` is given: then the phases named are stored, and the others live.
+    There is no teacher, unless `live` is given: then the targets of `phases` are stored, and those of others
+    live.
     """
 
     def __init__(
         self,
         reader: Reader,
         losses: Sequence[config.Loss],
+        *,
         kd_stages: Sequence[int],
         live: LiveTargets | None = None,
         phases: Sequence[str] = (),
     ) -> None:
-        self.reader, self.losses, self.kd_stages, self.live, self.phases = (
-            reader,
-            losses,
-            list(kd_stages),
-            live,
-            phases,
-        )
-        self.teacher = live.teacher if live else None
+        self.reader = reader
+        self.losses = losses
+        self.kd_stages = list(kd_stages)
+        self.live = live
+        self.phases = phases
+        self.teacher = None if live is None else live.teacher
         self.fingerprint = reader.manifest.teacher.fingerprint
         if live and any(field.format != "float32" for field in reader.manifest.fields.values()):
-            self.fingerprint += f" rounded in {', '.join(phases)}"  # a run that goes on has to read the same
+            self.fingerprint += f" rounded in {', '.join(phases)}"  # a resumed run must read the same targets
 
     def bring_along(self, training: TrainingData, timetable: Timetable) -> None:
-        """Have the loader read what each step's phase needs. Raises UserError for targets of other data, or without."""
+        """Make the loader read the fields of each step's phase.
+
+        Raises UserError if the targets are of other data, or lack a field.
+        """
         self.reader.check(training.fingerprint, needed(timetable, self._fields, self.reader.manifest.views))
         training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))
 
     def hold_weights(self) -> None:
+        """Convert the live teacher's weights to its precision, if there is one."""
         if self.live:
             self.live.hold_weights()
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:
-        """From the records of the batch, uint8 [B, bytes] per field; zeros without them."""
+        """The targets in the batch's records, uint8 [B, bytes] per field; zeros if there are no records."""
         if self.live and phase.name not in self.phases:
             return self.live(images, phase)
         tensors = {}
@@ -60,11 +65,7 @@ class CachedTargets:
                 tensors[name] = field.decode(records[name].to(images.device, non_blocking=True))
             else:
                 tensors[name] = field.blank(len(images), images.device)
-        if phase.pairs:
-            return Targets(tuple(tensors.values()))
-        features = tuple(tensors[f"stage{stage}"] for stage in self.kd_stages)
-        cohort = tuple(tensor for name, tensor in tensors.items() if name.startswith("head"))
-        return Targets(features, tensors.get("embedding"), tensors.get("logits"), cohort)
+        return targets_from(tensors)
 
     def _fields(self, phase: Phase) -> tuple[str, ...]:
         if self.live and phase.name not in self.phases:
@@ -75,7 +76,9 @@ class CachedTargets:
 def fields_of(
     phase: Phase, losses: Sequence[config.Loss], kd_stages: Sequence[int], heads: int
 ) -> tuple[str, ...]:
-    """What a phase reads of the stored targets (manifest.py); a teacher with `heads` intermediate classifiers."""
+    """What a phase reads of the stored targets (manifest.py); a teacher with `heads` intermediate
+    classifiers.
+    """
     if phase.pairs:
         return tuple(f"pair{pair + 1}" for pair in phase.pairs)
     fields = [f"stage{stage}" for stage in kd_stages]
@@ -88,12 +91,18 @@ def fields_of(
     return tuple(fields)
 
 
+def targets_from(fields: Mapping[str, Tensor]) -> Targets:
+    """The targets of a phase from its fields, in the order of `fields_of`."""
+    features = tuple(tensor for name, tensor in fields.items() if name.startswith(("pair", "stage")))
+    cohort = tuple(tensor for name, tensor in fields.items() if name.startswith("head"))
+    return Targets(features, fields.get("embedding"), fields.get("logits"), cohort)
+
+
 def needed(timetable: Timetable, fields: Callable[[Phase], Sequence[str]], views: int) -> dict[str, set[int]]:
-    """What a run reads of the stored targets: each field of its phases, and in which of the views."""
-    found: dict[str, set[int]] = {}
+    """The fields of the stored targets that a run reads, with the views in which it reads them."""
+    views_of_fields: dict[str, set[int]] = {}
     for phase in timetable.curriculum.phases():
-        end = timetable.total_steps if phase.end is None else phase.end
-        epochs = {step // timetable.steps_per_epoch for step in range(phase.start, end)}
+        epochs = {step // timetable.steps_per_epoch for step in timetable.steps_of(phase)}
         for field in fields(phase):
-            found.setdefault(field, set()).update(epoch % views for epoch in epochs)
-    return found
+            views_of_fields.setdefault(field, set()).update(epoch % views for epoch in epochs)
+    return views_of_fields

@@ -13,7 +13,7 @@ from indistill.models.trainable import Trainable
 from indistill.prune import Plan
 from indistill.targets.cost import decide, measure
 from indistill.targets.live import LiveTargets
-from indistill.targets.manifest import manifest_exists, targets_root
+from indistill.targets.manifest import REMEDY, manifest_exists, targets_root
 from indistill.targets.reader import open_targets
 from indistill.targets.source import TargetSource
 from indistill.targets.stored import CachedTargets
@@ -27,7 +27,10 @@ def cheaper_stored(
     Call it before `engine.prepare`: it runs the bare student.
     """
     phases = timetable.curriculum.phases()
-    works = {phase: measure(settings, student, live, objective, phase) for phase in phases}
+    works = {
+        phase: measure(settings, student, targets_of=live, objective=objective, phase=phase)
+        for phase in phases
+    }
     return [name for name, choice in decide(settings, works, timetable).items() if choice.source == "cached"]
 
 
@@ -59,11 +62,8 @@ def choose(
         return live
     reader = open_targets(accelerator, settings)
     if plan.pairs and reader.manifest.pruning().hash != plan.hash:
-        raise UserError(
-            f"{reader.root}: made with another pruning plan than this run's: run `indistill targets CONFIG` "
-            "again, in another targets.dir, or set targets: live"
-        )
-    return CachedTargets(reader, settings.kd.losses, live.kd_stages, live, phases)
+        raise UserError(f"{reader.root}: made with another pruning plan than this run's: {REMEDY}")
+    return CachedTargets(reader, settings.kd.losses, kd_stages=live.kd_stages, live=live, phases=phases)
 
 
 def _describe(phases: list[str], stored: bool) -> str:

@@ -29,7 +29,7 @@ from indistill.models.outputs import Targets
 from indistill.prune import PairPlan, Plan
 from indistill.targets.live import LiveTargets, pooled
 from indistill.targets.source import TargetSource
-from indistill.targets.stored import fields_of
+from indistill.targets.stored import fields_of, targets_from
 from indistill.training import checkpoint
 from indistill.training.callbacks import Callback
 from indistill.training.loop import train
@@ -251,11 +251,7 @@ class ExchangedTargets:
             for (student, field), tensor, column in zip(requested, tensors, columns)
             if student is self.students[group]
         }
-        if phase.pairs:
-            return Targets(tuple(mine.values()))
-        features = tuple(mine[f"stage{stage}"] for stage in self.kd_stages)
-        cohort = tuple(tensor for field, tensor in mine.items() if field.startswith("head"))
-        return Targets(features, mine.get("embedding"), mine.get("logits"), cohort)
+        return targets_from(mine)
 
     def _compute(self, images: Tensor, requested: Sequence[tuple[Needs, str]]) -> list[Tensor]:
         """Compute the requested fields in one teacher pass, no deeper than necessary."""

@@ -190,7 +190,7 @@ class PhaseOptim:
         self.aside = [
             (group, group["params"]) for group in optimizer.param_groups if self.pairs in group["unused_in"]
         ]
-        for group, _ in self.aside:
+        for group, _parameters in self.aside:
             group["params"] = []
 
     def _put_unused_back(self, *_: Any) -> None:

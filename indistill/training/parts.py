@@ -29,9 +29,10 @@ from indistill.losses.layers import Shape
 from indistill.losses.objective import reads
 from indistill.models import timm_model
 from indistill.models.heads import Heads
-from indistill.models.network import Network, normalisation
+from indistill.models.network import Network, Normalisation, normalisation
 from indistill.models.outputs import Output
-from indistill.models.stages import check_stages, find_stages, match_stages
+from indistill.models.stages import Architecture, check_stages, find_stages, match_stages
+from indistill.models.timm_model import TimmModel
 from indistill.models.trainable import Trainable
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets
@@ -62,14 +63,14 @@ def networks(
     other.
     """
     seed_everything(settings.seed)
-    no_targets = LiveTargets(None, NO_PLAN, input_size(settings))
+    no_targets = LiveTargets(None, NO_PLAN, input_size=input_size(settings))
     if settings.stage == "heads":
         return heads(accelerator, settings), no_targets, NO_PLAN
     net = create_student(settings)
     assert settings.student is not None  # or `create_student` would have failed
-    builder = _Builder(accelerator, settings, net, *normalisation(net, settings.student, "student"))
+    builder = _Builder(accelerator, settings, net, normalisation(net, settings.student, "student"))
     if settings.teacher is None:
-        return builder.finish(Network(net, builder.mean, builder.std)), no_targets, NO_PLAN
+        return builder.finish(Network(net, builder.normalisation)), no_targets, NO_PLAN
     if settings.targets.source == "cached":
         return builder.with_stored_targets(files)
     teacher = builder.load_teacher(settings.teacher, make_teacher or create_teacher)
@@ -93,9 +94,8 @@ class _Builder:
 
     accelerator: Accelerator
     settings: Config
-    net: nn.Module
-    mean: Sequence[float]  # of the student's input, per channel
-    std: Sequence[float]
+    net: TimmModel
+    normalisation: Normalisation
 
     def with_stored_targets(self, files: RunDir) -> Parts:
         """Build the student and open its stored targets; no teacher is loaded."""
@@ -108,7 +108,7 @@ class _Builder:
             )
         student, kd_stages = self.student(teacher, plan)
         check_cohort(losses, reader.manifest.heads)
-        return self.finish(student), CachedTargets(reader, losses, kd_stages), plan
+        return self.finish(student), CachedTargets(reader, losses, kd_stages=kd_stages), plan
 
     def load_teacher(self, section: config.Teacher, make_teacher: Callable[[Config], Network]) -> Network:
         """Create the teacher on its device, or on the CPU if it is to be sharded: it may not fit a device."""
@@ -139,7 +139,7 @@ class _Builder:
         targets = LiveTargets(
             teacher,
             plan,
-            input_size(settings),
+            input_size=input_size(settings),
             kd_stages=kd_stages,
             heads=cohort,
             shard_on=self.shard_device(section),
@@ -149,14 +149,13 @@ class _Builder:
         )
         return self.finish(student), targets, plan
 
-    def student(self, teacher: nn.Module, plan: Plan) -> tuple[Network, list[int]]:
+    def student(self, teacher: TimmModel | Architecture, plan: Plan) -> tuple[Network, list[int]]:
         """Create the student; return it and the teacher's stages whose whole maps KD reads."""
         settings, losses = self.settings, self.settings.kd.losses
         kd_pairs = choose_pairs(settings, teacher, self.net) if reads(losses, "features") else []
         student = Network(
             self.net,
-            self.mean,
-            self.std,
+            self.normalisation,
             stages=[pair.student_stage for pair in plan.pairs],
             adapters={
                 i: nn.Conv2d(pair.student_width, pair.teacher_width, kernel_size=1)
@@ -210,7 +209,7 @@ def trainable(settings: Config, student: Network) -> Network:
     return convert_sync_batchnorm(student) if settings.sync_batchnorm else student
 
 
-def create_student(settings: Config) -> nn.Module:
+def create_student(settings: Config) -> TimmModel:
     """Create the bare timm model. Raises UserError if a loss needs a distillation token that it lacks."""
     assert settings.student is not None  # the config requires it unless stage is heads
     net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
@@ -232,7 +231,7 @@ def create_teacher(settings: Config) -> Network:
     if section.pretrained:
         names = class_names.of_pretrained(net.pretrained_cfg, section.name)
         class_names.check_weights(names, settings.data, "teacher")
-    return Network(net, *normalisation(net, section, "teacher"))
+    return Network(net, normalisation(net, section, "teacher"))
 
 
 def compiled(teacher: Network, settings: Config) -> Forward:
@@ -249,7 +248,9 @@ def heads(accelerator: Accelerator, settings: Config) -> Heads:
     return Heads(teacher, stages, settings.heads.pool, settings.data.image_size).to(accelerator.device)
 
 
-def choose_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
+def choose_pairs(
+    settings: Config, teacher: nn.Module | Architecture, student: nn.Module
+) -> list[tuple[int, int]]:
     """Return the pairs (teacher stage, student stage) of kd.pairs, else of the warm-up, else matched ones."""
     pairs, key = settings.kd.pairs, "kd.pairs"
     if pairs is None and settings.warmup:
@@ -260,7 +261,9 @@ def choose_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> li
     return pairs
 
 
-def comparable_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
+def comparable_pairs(
+    settings: Config, teacher: nn.Module | Architecture, student: nn.Module
+) -> list[tuple[int, int]]:
     """Like `choose_pairs`, but [] if nothing matches: pairs that are only reported must not stop a run."""
     try:
         return choose_pairs(settings, teacher, student)
@@ -268,7 +271,9 @@ def comparable_pairs(settings: Config, teacher: nn.Module, student: nn.Module) -
         return []
 
 
-def projector_shape(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]]) -> Shape:
+def projector_shape(
+    teacher: TimmModel | Architecture, student: TimmModel, pairs: Sequence[tuple[int, int]]
+) -> Shape:
     """Return the widths that the trainable layers of losses translate between."""
     teacher_stages, student_stages = find_stages(teacher), find_stages(student)
     return Shape(

@@ -16,6 +16,7 @@ from indistill.distributed import engine
 from indistill.models.network import Network
 from indistill.models.stages import check_stages, find_stages, match_stages
 from indistill.prune import Plan
+from indistill.targets.manifest import REMEDY
 from indistill.targets.reader import Reader
 
 
@@ -86,21 +87,20 @@ def stored_plan(
     plan, teacher = reader.manifest.pruning(), reader.manifest.teacher
     pairs = match_stages(teacher, student) if warmup.pairs == "auto" else warmup.pairs
     check_stages(pairs, teacher, student, "warmup.pairs")
-    remedy = "run `indistill targets CONFIG` again, in another targets.dir, or set targets: live"
     widths = [stage.channels for stage in find_stages(student)]
     ours = [(teacher_stage, stage, widths[stage]) for teacher_stage, stage in pairs]
     theirs = [(pair.teacher_stage, pair.student_stage, pair.student_width) for pair in plan.pairs]
     if ours != theirs:
         raise UserError(
             f"{reader.root}: made for pairs (teacher stage, student stage, width) {theirs}, this student has "
-            f"{ours}: {remedy}"
+            f"{ours}: {REMEDY}"
         )
     path = files.pruning_plan
 
     def keep() -> None:
         if path.exists() and Plan.read(path).hash != plan.hash:
             raise UserError(
-                f"{reader.root}: made with another plan than {path}, with which this run began: {remedy}"
+                f"{reader.root}: made with another plan than {path}, with which this run began: {REMEDY}"
             )
         path.write_text(plan.to_json())
 

@@ -133,7 +133,7 @@ def test_a_compiled_run_follows_the_plain_one(tree, tmp_path, precision):
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_convnext"])
 def test_a_teacher_held_in_half_precision_gives_what_autocast_gives(name):
     kwargs = {"img_size": 64} if name == "test_vit" else {}
-    network = Network(timm.create_model(name, num_classes=10, **kwargs), (0.5,) * 3, (0.2,) * 3).cuda().eval()
+    network = Network(timm.create_model(name, num_classes=10, **kwargs), ((0.5,) * 3, (0.2,) * 3)).cuda().eval()
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         expected = network(images).logits

@@ -75,12 +75,12 @@ def compare(folder: str, name: str) -> None:
     plan = prune.Plan("l1", "slice", pairs)
 
     def targets(shard_on: torch.device | None) -> LiveTargets:
-        teacher = Network(copy.deepcopy(net), (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), stages)
+        teacher = Network(copy.deepcopy(net), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.2)), stages=stages)
         heads = Heads(teacher, stages[:2], 4, SIZE[1])
         with torch.no_grad():
             for parameter in heads.parameters():
                 parameter.fill_(0.1).cumsum_(0)
-        return LiveTargets(teacher, plan, SIZE, stages[1:], heads, shard_on)
+        return LiveTargets(teacher, plan, input_size=SIZE, kd_stages=stages[1:], heads=heads, shard_on=shard_on)
 
     whole, before = targets(None), alive_bytes()
     sharded = targets(accelerator.device)
@@ -150,7 +150,7 @@ def refuse(name: str) -> None:
 
     device = accelerate.Accelerator().device
     network = (
-        Network(timm.create_model(name, num_classes=7), (0.5,) * 3, (0.5,) * 3).eval().requires_grad_(False)
+        Network(timm.create_model(name, num_classes=7), ((0.5,) * 3, (0.5,) * 3)).eval().requires_grad_(False)
     )
     with pytest.raises(config.UserError, match=r"teacher\.shard: XceptionAligned runs some blocks by parts"):
         frozen.shard(network, device, SIZE)
@@ -260,7 +260,7 @@ def stop_one(tree: dict[str, Any]) -> None:
     accelerator = accelerate.Accelerator()
     settings = config.parse(tree, "test")
     student, teacher = (
-        Network(trained("test_vit", {**section["kwargs"], "num_classes": 10}), (0.5,) * 3, (0.5,) * 3).eval()
+        Network(trained("test_vit", {**section["kwargs"], "num_classes": 10}), ((0.5,) * 3, (0.5,) * 3)).eval()
         for section in (tree["student"], tree["teacher"])
     )
     frozen.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))

@@ -86,7 +86,7 @@ def test_a_variable_of_accelerate_that_would_replace_a_key(config_file, capsys, 
 
 def test_a_head_of_another_size(config_file, tmp_path, capsys):
     weights = tmp_path / "head.safetensors"
-    network = Network(CNN32((16, 32, 64), 128, num_classes=7), (0, 0, 0), (1, 1, 1))
+    network = Network(CNN32((16, 32, 64), 128, num_classes=7), ((0, 0, 0), (1, 1, 1)))
     from indistill.config import Model
 
     save_network(network, Model(name="cnn32_auxiliary"), weights)

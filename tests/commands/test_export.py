@@ -291,7 +291,7 @@ def test_other_networks(trained, tmp_path, name, kwargs, forms):
     torch.manual_seed(0)
     net = timm_model.create(settings.student, 10, 64, "student")
     (tmp_path / "run").mkdir()
-    network = Network(net, *normalisation(net, settings.student, "student"))
+    network = Network(net, normalisation(net, settings.student, "student"))
     save_network(network, settings.student, tmp_path / "run" / "student.safetensors")
     (tmp_path / "run" / "config.yaml").write_text(config.dump(settings))
     (tmp_path / "run" / "summary.json").write_text(json.dumps({"step": 96, "metrics": {}}))

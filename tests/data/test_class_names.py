@@ -179,7 +179,7 @@ def test_exports_are_used_with_their_classes(named, tmp_path, form):
     settings, run = parsed(named), Path(named["run_dir"])
     run.mkdir()
     net = timm_model.create(settings.student, 10, 32, "student")
-    network = Network(net, *normalisation(net, settings.student, "student"))
+    network = Network(net, normalisation(net, settings.student, "student"))
     save_network(network, settings.student, run / "student.safetensors")
     (run / "config.yaml").write_text(config.dump(settings))
     (run / "summary.json").write_text(json.dumps({"step": 1, "metrics": {}}))

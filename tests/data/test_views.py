@@ -216,7 +216,7 @@ def test_a_record_of_ones_own(parsed, tmp_path):
     view = own_view(config.Model(name=f"local-dir:{tmp_path}"), parsed().data, "student")
     assert view[:3] == ("bilinear", 0.6, "center")
     with pytest.raises(
-        UserError, match=r"^student: timm's record of resnet18.no_such cannot be had: .*eval_crop$"
+        UserError, match=r"^student: timm's pretrained_cfg of resnet18.no_such cannot be loaded .*eval_crop$"
     ):
         own_view(config.Model(name="resnet18.no_such"), parsed().data, "student")
 

@@ -40,7 +40,9 @@ def network(name: str, kind: type[Network] = Network) -> Network:
 
 
 def all_scores(tree: dict, small: str) -> dict:
-    """Every function of evaluate.py on the 51 images, and on a set of one image, which leaves a rank without any."""
+    """Every function of evaluate.py on the 51 images, and on a set of one image, which leaves a rank without
+    any.
+    """
     settings = config.parse(tree, "test")
     accelerator = start_accelerator(settings)
     student, teacher = network("cnn32_student", WithHeads), network("cnn32_auxiliary")
@@ -82,7 +84,9 @@ def images(settings) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def close(a, b) -> bool:
-    """Equal keys, and numbers of maps and embeddings that are computed in float64, and then rounded to float32."""
+    """Equal keys, and numbers of maps and embeddings that are computed in float64, and then rounded to
+    float32.
+    """
     if isinstance(a, dict):
         return list(a) == list(b) and all(close(a[key], b[key]) for key in a)
     return np.asarray(a) == pytest.approx(np.asarray(b), rel=FEW, abs=FEW**2)

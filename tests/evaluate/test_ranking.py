@@ -23,7 +23,9 @@ def plain_order(db, query, metric):
 
 
 def plain_map(db, db_labels, queries, query_labels, metric, protocol):
-    """Both protocols rank by rank, in float64; the authors' loop as they run it, over the length of a query batch."""
+    """Both protocols rank by rank, in float64; the authors' loop as they run it, over the length of a query
+    batch.
+    """
     scores = []
     for start in range(0, len(queries), 128):
         precision, recall = [], []
@@ -71,8 +73,8 @@ def test_perfect_ranking():
 
 
 def test_two_relevant_by_hand():
-    # Ranks: no, yes, no, yes. Precision 0, 1/2, 1/3, 1/2; recall 0, 1/2, 1/2, 1. Levels 0 to 0.2 are nearest to rank 1,
-    # 0.3 to 0.7 to rank 2, 0.8 to 1 to rank 4.
+    # Ranks: no, yes, no, yes. Precision 0, 1/2, 1/3, 1/2; recall 0, 1/2, 1/2, 1. Levels 0 to 0.2 are nearest
+    # to rank 1, 0.3 to 0.7 to rank 2, 0.8 to 1 to rank 4.
     example = on_a_line([0, 1, 0, 1])
     assert retrieval_map(*example, metric="l2") == pytest.approx(1 / 2)
     # One query to a batch: no running maximum, so levels 0 to 0.2 keep precision 0.
@@ -80,8 +82,9 @@ def test_two_relevant_by_hand():
 
 
 def test_later_precision_counts_only_when_interpolated():
-    # Relevant at ranks 2 to 5: precision 1/2, 2/3, 3/4, 4/5 there, recall 1/4, 1/2, 3/4, 1. Of the levels, 0 and 0.1
-    # are nearest to rank 1, 0.2 and 0.3 to rank 2, 0.4 to 0.6 to rank 3, 0.7 and 0.8 to rank 4, 0.9 and 1 to rank 5.
+    # Relevant at ranks 2 to 5: precision 1/2, 2/3, 3/4, 4/5 there, recall 1/4, 1/2, 3/4, 1. Of the levels, 0
+    # and 0.1 are nearest to rank 1, 0.2 and 0.3 to rank 2, 0.4 to 0.6 to rank 3, 0.7 and 0.8 to rank 4, 0.9
+    # and 1 to rank 5.
     example = on_a_line([0, 1, 1, 1, 1, 0])
     assert retrieval_map(*example, metric="l2") == pytest.approx(4 / 5)
     expected = (2 * 0 + 2 * 1 / 2 + 3 * 2 / 3 + 2 * 3 / 4 + 2 * 4 / 5) / 11

@@ -89,7 +89,7 @@ def test_the_tokens_are_apart_in_training_and_averaged_in_evaluation(float64):
     torch.manual_seed(0)
     section = config.Model(name="deit_tiny_distilled_patch16_224", kwargs=DEIT)
     net = timm_model.create(section, 10, 32, "student")
-    network = Network(net, (0.5,) * 3, (0.5,) * 3, reads=("logits", "token"))
+    network = Network(net, ((0.5,) * 3, (0.5,) * 3), reads=("logits", "token"))
     images = torch.randint(0, 256, (2, 3, 32, 32))
     output = network.train()(images)
     tokens = net.forward_features(network.normalise(images))
@@ -162,7 +162,7 @@ def test_a_student_learns_from_the_cohort(heads_tree, tmp_path):
 def test_saved_heads_classify_the_teachers_own_maps(float64, tmp_path):
     torch.manual_seed(0)
     net = timm_model.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher")
-    teacher = Network(net, (0.5,) * 3, (0.25,) * 3)
+    teacher = Network(net, ((0.5,) * 3, (0.25,) * 3))
     heads = Heads(teacher, [0, 1], pool=5, image_size=32)
     heads.save(tmp_path / "heads.safetensors")
     loaded = Heads.load(str(tmp_path / "heads.safetensors"), teacher, 32)
@@ -182,7 +182,7 @@ def test_heads_do_not_run_the_teacher_beyond_their_stage():
     calls = []
     for name, module in net.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    heads = Heads(Network(net, (0.5,) * 3, (0.25,) * 3), [0, 1], None, 32)
+    heads = Heads(Network(net, ((0.5,) * 3, (0.25,) * 3)), [0, 1], None, 32)
     calls.clear()
     heads(torch.zeros(1, 3, 32, 32))
     assert set(calls) == {"conv1", "conv1_bn", "conv2", "conv2_bn"}
@@ -208,7 +208,7 @@ def test_a_head_too_large_to_be_meant_is_refused(monkeypatch):
     monkeypatch.setattr(heads, "_MAX_HEAD_WEIGHTS", 16 * 15 * 15 * 10 - 1)
     net = timm_model.create(config.Model(name="cnn32_auxiliary"), 10, 32, "teacher")
     with pytest.raises(UserError, match=r"3600 inputs for 10 classes.*heads\.pool"):
-        Heads(Network(net, (0.5,) * 3, (0.25,) * 3), [0], None, 32)
+        Heads(Network(net, ((0.5,) * 3, (0.25,) * 3)), [0], None, 32)
 
 
 # --- what a run is made of -------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_pace_of_its_own_is_kept_by_a_resumed_run(tree):
 def test_sync_batchnorm_converts_the_student_alone(tree):
     settings = config.parse(tree | {"sync_batchnorm": True}, "test")
     net = timm_model.create(settings.student, 10, 32, "student")
-    student = parts.trainable(settings, Network(net, (0.5,) * 3, (0.25,) * 3))
+    student = parts.trainable(settings, Network(net, ((0.5,) * 3, (0.25,) * 3)))
     kinds = {type(module).__name__ for module in student.modules()}
     assert "SyncBatchNorm" in kinds
     assert "BatchNorm2d" not in kinds

@@ -27,9 +27,9 @@ def build(teacher_name, student_name):
     torch.manual_seed(0)
     teacher, student = NETWORKS[teacher_name](), NETWORKS[student_name]()
     plan = prune.plan(teacher, student, match_stages(teacher, student), (3, SIZE, SIZE))
-    teacher = Network(teacher, MEAN, STD, [pair.teacher_stage for pair in plan.pairs])
-    student = Network(student, MEAN, STD, [pair.student_stage for pair in plan.pairs])
-    return LiveTargets(teacher, plan, (3, SIZE, SIZE)), student.train(), plan
+    teacher = Network(teacher, (MEAN, STD), stages=[pair.teacher_stage for pair in plan.pairs])
+    student = Network(student, (MEAN, STD), stages=[pair.student_stage for pair in plan.pairs])
+    return LiveTargets(teacher, plan, input_size=(3, SIZE, SIZE)), student.train(), plan
 
 
 def timm_model(name, **options):
@@ -120,7 +120,7 @@ def test_a_warmup_step_teaches_the_active_stage_alone(teacher, student):
         assert loss_of(pair).item() < loss.item()
 
 
-# --- how far it computes ---------------------------------------------------------------------------------------------
+# --- how far it computes ------------------------------------------------------------------------------------
 
 
 def leaves(net):

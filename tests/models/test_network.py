@@ -38,7 +38,7 @@ def pictures(count=3, size=32, seed=0):
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.manual_seed(seed))
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------
 
 
 def test_an_unknown_name_suggests_others():
@@ -89,7 +89,7 @@ def test_the_width_of_the_embedding_is_found(monkeypatch):
 @pytest.mark.portable
 def test_two_classifiers_of_a_distilled_model_are_known(float64):
     net = create("deit_tiny_distilled_patch16_224", 10, 32, kwargs={"img_size": 32, "depth": 1})
-    ours = Network(net, **STATISTICS).eval()
+    ours = Network(net, (*STATISTICS.values(),)).eval()
     expected = net(normalised(pictures(), *STATISTICS.values()))
     assert torch.allclose(ours(pictures()).logits, expected, rtol=0, atol=1e-10)
 
@@ -148,7 +148,7 @@ def test_statistics_are_those_of_the_weights():
         assert normalisation(net, config.Model(name=name), "student")[0][0] == pytest.approx(mean)
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 
 class Payload:
@@ -210,8 +210,8 @@ def test_a_state_dict_with_something_else_in_it(tmp_path):
 def test_a_checkpoint_with_another_head(tmp_path):
     torch.save(create(num_classes=7).state_dict(), tmp_path / "seven.pt")
     assert refusal(checkpoint=f"{tmp_path}/seven.pt") == (
-        f"teacher.checkpoint: fc2.weight is (7, 64) in {tmp_path}/seven.pt, teacher.name with data.num_classes needs "
-        "(10, 64): give the name, kwargs and data.num_classes that it was saved with"
+        f"teacher.checkpoint: fc2.weight is (7, 64) in {tmp_path}/seven.pt, teacher.name with "
+        "data.num_classes needs (10, 64): give the name, kwargs and data.num_classes that it was saved with"
     )
 
 
@@ -230,7 +230,7 @@ def test_what_is_saved_is_created_again_bit_for_bit(tmp_path, name, suffix):
     torch.manual_seed(1)
     section = config.Model(name=name, **STATISTICS)
     net = timm_model.create(section, 7, 32, "student")
-    network = Network(net, *normalisation(net, section, "student"), adapters={0: nn.Conv2d(3, 4, 1)})
+    network = Network(net, normalisation(net, section, "student"), adapters={0: nn.Conv2d(3, 4, 1)})
     network.train()(pictures())  # batch norms move away from their defaults
     path = tmp_path / f"student{suffix}"
     if suffix == ".pt":
@@ -239,14 +239,14 @@ def test_what_is_saved_is_created_again_bit_for_bit(tmp_path, name, suffix):
         save_network(network, section, path)
     torch.manual_seed(2)
     again = timm_model.create(section.model_copy(update={"checkpoint": str(path)}), 7, 32, "student")
-    again = Network(again, **STATISTICS).eval()
+    again = Network(again, (*STATISTICS.values(),)).eval()
     assert torch.equal(again(pictures()).logits, network.eval()(pictures()).logits)
 
 
 def test_saved_metadata_tells_how_to_use_the_weights(tmp_path):
     section = config.Model(name="test_resnet", kwargs={"drop_rate": 0.1}, **STATISTICS)
     net = timm_model.create(section, 7, 32, "student")
-    save_network(Network(net, **STATISTICS), section, tmp_path / "student.safetensors")
+    save_network(Network(net, (*STATISTICS.values(),)), section, tmp_path / "student.safetensors")
     with safe_open(tmp_path / "student.safetensors", "pt") as file:
         assert file.metadata() == {
             "name": "test_resnet",
@@ -258,12 +258,12 @@ def test_saved_metadata_tells_how_to_use_the_weights(tmp_path):
         assert set(file.keys()) == set(net.state_dict())
 
 
-# --- Network ---------------------------------------------------------------------------------------------------------
+# --- Network ------------------------------------------------------------------------------------------------
 
 
 def network(name="cnn32_student", mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), **options):
     torch.manual_seed(0)
-    return Network(create(name), mean, std, **options).eval()
+    return Network(create(name), (mean, std), **options).eval()
 
 
 def normalised(images, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3)):
@@ -339,7 +339,7 @@ def test_statistics_are_no_weights():
     assert set(network().state_dict()) == {f"net.{name}" for name in network().net.state_dict()}
 
 
-# --- the papers' small networks --------------------------------------------------------------------------------------
+# --- the papers' small networks -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_published_weights_classify_as_published(cifar10_test_images, name, file
     section = config.Model(name=name, checkpoint=str(SHARED / "published" / file))
     net = timm_model.create(section, 10, 32, "teacher")
     with torch.no_grad():
-        teacher = Network(net, *normalisation(net, section, "teacher")).eval()
+        teacher = Network(net, normalisation(net, section, "teacher")).eval()
         predicted = teacher(images).logits.argmax(dim=1)
     assert len(labels) == 2000
     assert low < (predicted == labels).float().mean().item() < high

@@ -16,7 +16,8 @@ from indistill.models.network import Network
 from indistill.targets.manifest import manifest_exists
 from indistill.training.loop import train
 
-# A disk too slow for maps (7 kB) to be worth reading and fast enough for logits (44 bytes), beside a slow device.
+# A disk too slow for maps (7 kB) to be worth reading and fast enough for logits (44 bytes), beside a slow
+# device.
 MACHINE = {
     "flops_per_second": 1e9,
     "devices_per_node": 1,

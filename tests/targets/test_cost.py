@@ -32,14 +32,16 @@ def test_operations_are_those_counted_by_hand(found):
     phases = {phase.name: phase.work for phase in found.phases}
     assert list(phases) == ["warmup 1/3", "warmup 2/3", "warmup 3/3", "kd"]
     for depth, work in enumerate(phases.values(), start=1):
-        # Backward takes each product twice, but for the gradient of the images; nothing is deeper than the pair.
+        # Backward takes each product twice, but for the gradient of the images; nothing is deeper than the
+        # pair.
         assert work.teacher_flops == 2 * sum(TEACHER[:depth])
         assert work.student_flops == 2 * (3 * sum(STUDENT[:depth]) - STUDENT[0])
 
 
 def test_bytes_kept_for_backward_are_those_counted_by_hand(found):
     images, convolved, pooled = 3 * 32 * 32, 8 * 30 * 30, 8 * 15 * 15
-    # The convolution's input, the norm's and the pool's; where the maxima lay (int64); the ReLU's output; the target.
+    # The convolution's input, the norm's and the pool's; where the maxima lay (int64); the ReLU's output; the
+    # target.
     expected = 4 * images + 2 * 4 * convolved + 8 * pooled + 4 * pooled + 4 * pooled
     assert found.phases[0].work.activation_bytes == expected
     assert found.phases[0].work.batch_bytes < 1000  # means and deviations of a batch norm, and scalars
@@ -75,7 +77,7 @@ def test_measuring_changes_nothing(settings, tmp_path):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     timetable = Timetable.of(settings, 6, len(plan.pairs))
     for phase in timetable.curriculum.phases():
-        measure(settings, student, targets_of, build_objective(settings), phase)
+        measure(settings, student, targets_of=targets_of, objective=build_objective(settings), phase=phase)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
 

@@ -49,8 +49,8 @@ def resnets():
 
 def build(teacher_net, student_net, pairs, mode="slice"):
     plan = prune.plan(teacher_net, student_net, pairs, SIZE, mode=mode)
-    teacher = Network(teacher_net, MEAN, STD, [pair.teacher_stage for pair in plan.pairs])
-    return LiveTargets(teacher, plan, SIZE), plan
+    teacher = Network(teacher_net, (MEAN, STD), stages=[pair.teacher_stage for pair in plan.pairs])
+    return LiveTargets(teacher, plan, input_size=SIZE), plan
 
 
 def pictures(seed=0):
@@ -99,7 +99,7 @@ def test_kd_gets_the_bare_models_embedding_and_logits(networks):
 
 
 def test_without_a_teacher_there_is_nothing_to_learn_from_it():
-    nothing = LiveTargets(None, prune.Plan("none", "none", []), SIZE)
+    nothing = LiveTargets(None, prune.Plan("none", "none", []), input_size=SIZE)
     assert nothing(pictures(), KD) == Targets((), None, None)
 
 
@@ -121,11 +121,12 @@ def test_the_teacher_is_frozen_and_stays_as_it_is(mode):
     )
 
 
-# --- paper_bn: the published code's targets --------------------------------------------------------------------------
+# --- paper_bn: the published code's targets -----------------------------------------------------------------
 
 
 def published_target(net, images, stage, kept):
-    """As in the authors' code: a pruned copy of the convolution reads the whole map before it; the copy of the batch
+    """As in the authors' code: a pruned copy of the convolution reads the whole map before it; the copy of
+    the batch
     norm has the kept scales, zero bias, and normalises by the batch."""
     state, x = net.state_dict(), normalised(images)
     for i in range(1, stage + 1):

@@ -1,4 +1,6 @@
-"""Targets computed once: every format against a reference, runs from what is stored against runs with the teacher."""
+"""Targets computed once: every format against a reference, runs from what is stored against runs with the
+teacher.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,7 @@ def no_teacher(monkeypatch) -> None:
     monkeypatch.setattr(timm_model, "create", student_only)
 
 
-# --- formats ---------------------------------------------------------------------------------------------------------
+# --- formats ------------------------------------------------------------------------------------------------
 
 
 def there_and_back(field: Field, tensor: torch.Tensor) -> torch.Tensor:
@@ -172,7 +174,9 @@ def test_top_k_of_all_classes_is_the_softmax():
 
 
 def assert_log_of_rounded(found: np.ndarray, exact: np.ndarray) -> None:
-    """Two roundings to float32 of the probability, which are absolute for its logarithm, and then one of that."""
+    """Two roundings to float32 of the probability, which are absolute for its logarithm, and then one of
+    that.
+    """
     assert (np.abs(found - exact) <= EPS * (1 + np.abs(exact))).all()
 
 
@@ -217,7 +221,7 @@ def test_zeros_are_no_record():
     assert not targets_records.intact(np.zeros((1, field.record.itemsize), np.uint8)).any()
 
 
-# --- training from what is stored ------------------------------------------------------------------------------------
+# --- training from what is stored ---------------------------------------------------------------------------
 
 
 def test_a_run_without_its_teacher_is_the_run_with_it(stored, tmp_path, monkeypatch):
@@ -340,12 +344,12 @@ def test_a_sample_that_cannot_be_decoded_has_no_record(stored, tmp_path):
         reader.read(1, np.array([39, 40]), ["logits"])
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------
 
 
 def save_teacher(path: Path, seed: int) -> None:
     torch.manual_seed(seed)
-    network = Network(CNN32((16, 32, 64), 128), (0, 0, 0), (1, 1, 1))
+    network = Network(CNN32((16, 32, 64), 128), ((0, 0, 0), (1, 1, 1)))
     save_network(network, config.Model(name="cnn32_auxiliary"), path)
 
 
@@ -373,7 +377,7 @@ def test_a_mismatch_is_refused_by_name(stored, tmp_path):
         "targets.pool=2": "made with targets.pool: None, this run has 2",
         "data.train=eval-*.tar": "made from other shards",
         "warmup.durations=[8 steps, 1 steps, 1 steps]": "lacks pair1 in view 1, made for other durations",
-        "kd.losses=[{name: pkt}]": "holds pair1, pair2, pair3, logits, and not embedding, which this run reads",
+        "kd.losses=[{name: pkt}]": "contains pair1, pair2, pair3, logits, but not embedding, which this run reads",
     }.items():  # fmt: skip
         message = refusal(stored, *re.split(r" (?=teacher)", override))
         assert message.startswith(root), message
@@ -465,7 +469,7 @@ def test_a_bare_word_is_the_source(tree):
     assert config.parse(yaml.safe_load(config.dump(settings)), "test") == settings
 
 
-# --- the job ---------------------------------------------------------------------------------------------------------
+# --- the job ------------------------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
@@ -639,7 +643,7 @@ def test_heads_and_a_teacher_in_half_precision(stored, tmp_path):
 def test_without_records_targets_are_zeros_of_their_shape(stored):
     """As ZeRO needs them, to learn which parameters a phase trains."""
     reader = Reader(stored["targets"]["dir"], compute(stored), None, 0)
-    cached = CachedTargets(reader, config.parse(stored, "test").kd.losses, [0, 1, 2])
+    cached = CachedTargets(reader, config.parse(stored, "test").kd.losses, kd_stages=[0, 1, 2])
     found = cached(torch.zeros(2, 3, 32, 32), Phase("kd", 3, (), (), 13, None))
     assert [tuple(x.shape) for x in found.features] == [(2, 16, 15, 15), (2, 32, 6, 6), (2, 64, 2, 2)]
     assert (found.embedding.shape, found.logits.shape) == ((2, 128), (2, 10))

@@ -71,7 +71,7 @@ def live_targets(name: str, precision: str) -> LiveTargets:
     student = timm.create_model(name, num_classes=10, **TEACHERS[name])
     plan = prune.plan(net, student, [(1, 1)], (3, 64, 64))
     targets_of = LiveTargets(
-        Network(net, MEAN, STD, [1]), plan, (3, 64, 64), kd_stages=[1], precision=precision
+        Network(net, (MEAN, STD), stages=[1]), plan, input_size=(3, 64, 64), kd_stages=[1], precision=precision
     )
     targets_of.hold_weights()
     return targets_of

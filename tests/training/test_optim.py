@@ -165,7 +165,7 @@ def test_arguments_reach_the_optimizer():
 
 def test_biases_norms_positions_and_tokens_do_not_decay():
     net = timm_model.create(config.Model(name="test_vit"), num_classes=10, image_size=32, role="student")
-    network = Network(net, (0.5,) * 3, (0.5,) * 3, adapters={0: nn.Conv2d(4, 8, 1)})
+    network = Network(net, ((0.5,) * 3, (0.5,) * 3), adapters={0: nn.Conv2d(4, 8, 1)})
     optimizer = optim.create(network, config.Optimizer(name="adamw", lr=0.1, weight_decay=0.05))
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     decayed = {
@@ -189,7 +189,7 @@ def bare_and_wrapped(name):
         "adapters": {0: nn.Conv2d(4, 8, 1)},
         "projectors": {"1": nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))},
     }
-    return nets[0], Network(nets[1], (0.5,) * 3, (0.5,) * 3, **beside)
+    return nets[0], Network(nets[1], ((0.5,) * 3, (0.5,) * 3), **beside)
 
 
 def of_each_parameter(model, optimizer):

@@ -93,7 +93,7 @@ def load_file(settings: Config, path: Path) -> Network:
     """The config's student with the weights of a file."""
     section = settings.student.model_copy(update={"checkpoint": str(path), "pretrained": False})
     net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "student")
-    return Network(net, *normalisation(net, section, "student"))
+    return Network(net, normalisation(net, section, "student"))
 
 
 def load_folder(folder: Path, settings: Config) -> Network | Program:
@@ -162,7 +162,7 @@ def _view_of_folder(folder: Path, settings: Config) -> EvalView:
 def _pretrained(name: str, settings: Config) -> Network:
     section = _named(name)
     net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "eval")
-    return Network(net, *normalisation(net, section, "eval"))
+    return Network(net, normalisation(net, section, "eval"))
 
 
 def need_onnx() -> None:

@@ -136,7 +136,10 @@ def of_run(
         notes.append("warmup.curriculum: auto: the durations of the warm-up are the longest it can take")
     objective = Objective(settings.kd.losses, steps_per_epoch, settings.kd.relational_scope)
     phases = [phase for phase in timetable.curriculum.phases() if phase_steps(phase, timetable)]
-    works = {phase: measure(settings, student, targets_of, objective, phase) for phase in phases}
+    works = {
+        phase: measure(settings, student, targets_of=targets_of, objective=objective, phase=phase)
+        for phase in phases
+    }
     choices = decide(settings, works, timetable)
     pairs = _pairs(settings, student, teacher, plan, kept_unknown)
     optimizer = optim.create(student, settings.optimizer)

@@ -86,7 +86,7 @@ def speed(sections: Sequence[tuple[str, config.Model]], settings: Config) -> dic
     precision = settings.mixed_precision if device.type == "cuda" else "no"
     half = (0.5, 0.5, 0.5)
     with torch.random.fork_rng():
-        nets = {role: Network(_create(section, settings.data), half, half) for role, section in sections}
+        nets = {role: Network(_create(section, settings.data), (half, half)) for role, section in sections}
     nets = {role: net.to(device).eval() for role, net in nets.items()}
     batch = _BATCH[device.type]
     images = torch.zeros(
