@@ -17,9 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from chains import chain_of
 from PIL import Image
 
 from indistill import config
+from indistill.config import runs
+from indistill.config.files import read_lines
 from indistill.data import packing
 
 if (
@@ -98,6 +102,53 @@ def tree(data_dir: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def settings(tree: dict[str, Any]) -> config.Config:
     return config.parse(tree, "test")
+
+
+@pytest.fixture
+def chain(tree: dict[str, Any]) -> dict[str, Any]:
+    """A chain of three stages as a plain tree."""
+    return chain_of(tree)
+
+
+@pytest.fixture
+def found(settings: config.Config) -> Any:
+    """The estimate of `settings` on two ranks."""
+    from indistill.commands.plan import estimate
+
+    return estimate.of_run(settings, world=2)
+
+
+@pytest.fixture
+def config_file(tree: dict[str, Any], tmp_path: Path) -> Path:
+    """The tree as a YAML file."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run a command that has to fail with one line on stderr; return that line."""
+    from indistill.commands.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, arguments)])
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def losses(run_dir: str | Path) -> list[float]:
+    """The loss of each logged step of a run."""
+    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
+
+
+def run_each_alone(path: Path, folder: Path) -> None:
+    """Train each run of a config file by itself, in `folder`/NAME."""
+    from indistill.training.loop import train
+
+    for name, settings in runs.load(path):
+        train(config.parse({**settings.model_dump(mode="json"), "run_dir": str(folder / name)}, "test"))
 
 
 _context = multiprocessing.get_context("forkserver")

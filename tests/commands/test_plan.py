@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from costs import WEIGHTS, small
 
 from indistill import config
 from indistill.commands.cli import main
@@ -26,15 +27,7 @@ from indistill.config import UserError, runs
 from indistill.targets.cost import Work
 from indistill.training import optim, parts
 
-WEIGHTS = (
-    8 * 27 + 16 * 72 + 32 * 144 + 128 * 64 + 64 * 10 + 3 * (8 + 16 + 32) + 64 + 10
-)  # with biases and norms
 IMAGENET = Path(__file__).parents[2] / "configs" / "imagenet_r34_r18.yaml"
-
-
-@pytest.fixture
-def found(settings):
-    return estimate.of_run(settings, world=2)
 
 
 @pytest.mark.parametrize(("name", "copies"), [("adamw", 2), ("momentum", 1), ("sgd", 1)])
@@ -102,27 +95,6 @@ def test_a_step():
     assert step_seconds(settings, work, "cached", 2, 0.0) == (6, "device")
     slow = small(machine=machine.model_copy(update={"decode_images_per_second": 0.1}), workers=2)
     assert step_seconds(slow, work, "live", 2, 0.0) == (10, "decoding")
-
-
-def small(views=None, workers=0, in_memory=False, **sections):
-    tree = {
-        "run_dir": "run",
-        "duration": "100 epochs",
-        "data": {
-            "train": "x.tar",
-            "num_classes": 10,
-            "global_batch": 8,
-            "workers": workers,
-            "in_memory": in_memory,
-        },
-        "student": {"name": "cnn32_student"},
-        "teacher": {"name": "cnn32_auxiliary", "random": True},
-        "warmup": {"durations": ["20 epochs"]},
-        "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
-        "optimizer": {"lr": 0.1},
-    }
-    tree["data"]["augment"] = {"views": views}
-    return config.parse(tree, "test").model_copy(update=sections)
 
 
 def test_the_imagenet_config_has_the_cost_that_it_states():

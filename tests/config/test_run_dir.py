@@ -89,5 +89,8 @@ def test_a_planted_name_is_found(source, name):
 
 
 def test_words_and_sentences_are_no_paths():
-    assert names_in('"""Writes status and config.yaml."""\nfail(f"{run}: holds no config.yaml: give another")') == set()
+    assert (
+        names_in('"""Writes status and config.yaml."""\nfail(f"{run}: holds no config.yaml: give another")')
+        == set()
+    )
     assert names_in('settings["targets"], {"status": 1}, print("targets")') == set()

@@ -77,7 +77,10 @@ def test_an_unfinished_save_does_not_count(finished):
     partial = folder / ".partial-step-00000099"
     partial.mkdir()
     (partial / "state.json").write_text("{}")
-    assert [path.name for path in RunDir(folder.parent).saved_checkpoints()] == ["step-00000020", "step-00000024"]
+    assert [path.name for path in RunDir(folder.parent).saved_checkpoints()] == [
+        "step-00000020",
+        "step-00000024",
+    ]
     run(tree)
     assert names(folder) == ["step-00000020", "step-00000024"]
 

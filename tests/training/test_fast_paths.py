@@ -18,6 +18,7 @@ from conftest import (
     SMOOTH,
     assert_rounding_explains,
     in_float64,
+    losses,
     run_moved,
     run_ranks,
     strayed,
@@ -26,7 +27,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from indistill import config, prune
-from indistill.config.files import read_lines
 from indistill.curriculum import Phase
 from indistill.models import frozen
 from indistill.models.network import Network
@@ -50,10 +50,6 @@ def run(tree: dict[str, Any]) -> dict[str, Any]:
     return loop.train(config.parse(tree, "test"))
 
 
-def losses(run_dir: str) -> list[float]:
-    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
-
-
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 TEACHERS = {
@@ -71,7 +67,11 @@ def live_targets(name: str, precision: str) -> LiveTargets:
     student = timm.create_model(name, num_classes=10, **TEACHERS[name])
     plan = prune.plan(net, student, [(1, 1)], (3, 64, 64))
     targets_of = LiveTargets(
-        Network(net, (MEAN, STD), stages=[1]), plan, input_size=(3, 64, 64), kd_stages=[1], precision=precision
+        Network(net, (MEAN, STD), stages=[1]),
+        plan,
+        input_size=(3, 64, 64),
+        kd_stages=[1],
+        precision=precision,
     )
     targets_of.hold_weights()
     return targets_of

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import run_ranks
+from conftest import run_each_alone, run_ranks
 from safetensors.torch import load_file
 
 from indistill import config
@@ -21,7 +21,6 @@ from indistill.data.dataset import ImageDataset
 from indistill.distributed import preemption
 from indistill.models.network import Network
 from indistill.training import runs as training_runs
-from indistill.training.loop import train
 from indistill.training.students import TeacherPass
 
 STUDENTS = [
@@ -61,11 +60,6 @@ def write(folder: Path, tree: dict[str, Any]) -> Path:
 
 def run(path: Path) -> None:
     training_runs.run(runs.load(path))
-
-
-def run_each_alone(path: Path, folder: Path) -> None:
-    for name, settings in runs.load(path):
-        train(config.parse({**settings.model_dump(mode="json"), "run_dir": str(folder / name)}, "test"))
 
 
 def losses(run_dir: Path) -> list[float]:
