@@ -14,7 +14,7 @@ from indistill.training.guard import Buffers
 
 @pytest.mark.parametrize("keys", [{"foreach": True}, {"fused": True}])
 def test_the_scaler_skips_and_scales_by_one(keys):
-    """Whoever leaves the step out, scaler or optimizer, it is known; and the factors, which act, change no scale."""
+    """Scaler or optimizer may skip the step: both are noticed, and the factors change no scale."""
     accelerator = engine.start(None, "no", 1, 30.0, [])
     assert accelerator.scaler.get_growth_factor() > 1 > accelerator.scaler.get_backoff_factor()
     accelerator.scaler.set_growth_interval(1)  # it grows at each good step

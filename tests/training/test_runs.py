@@ -33,7 +33,7 @@ def test_a_stage_needs_a_teacher_with_weights_as_a_run_does(chain):
         load(chain)
 
 
-# --- how they train --------------------------------------------------------------------------------------------------
+# --- how they train -----------------------------------------------------------------------------------------
 
 
 def weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
@@ -143,7 +143,7 @@ def test_a_stage_whose_teacher_changed_is_refused(done, finished):
     changed["fc2.bias"] = changed["fc2.bias"] + 1
     save_file(changed, run_dir / "auxiliary" / "student.safetensors")
     before = times(run_dir)
-    message = r"stage student began with other weights than are now in .*/auxiliary/student.safetensors \(teacher.check"
+    message = r"stage student began with other weights than are now in .*/auxiliary/student.safetensors \(t"
     with pytest.raises(UserError, match=message):
         training_runs.run(load(done))
     assert times(run_dir) == before

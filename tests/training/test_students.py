@@ -107,7 +107,8 @@ def test_the_teacher_runs_once_on_a_batch_which_is_loaded_once(students_tree, tm
     run(write(tmp_path, students_tree))
     assert len(loads) == 24
     assert forwards.count(True) == 3 * 24
-    # Once a batch, and once more where a student asks for more than before: at its first step, and as a phase begins.
+    # Once a batch, and once more where a student asks for more than before: at its first step, and as a phase
+    # begins.
     assert len(passes) == forwards.count(False)
     assert 24 <= len(passes) <= 24 + 1 + 3 + 2
     assert (
@@ -116,7 +117,7 @@ def test_the_teacher_runs_once_on_a_batch_which_is_loaded_once(students_tree, tm
 
 
 def stop_at(path: Path, student: str, step: int) -> None:
-    """Be asked to stop when one of the students has taken so many steps; the one before it is a step ahead."""
+    """Be asked to stop when a student has taken so many steps; the one before it is a step ahead."""
     with pytest.MonkeyPatch.context() as patch:
         reached = preemption.Agreement.reached
 
