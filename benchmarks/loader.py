@@ -1,8 +1,8 @@
-"""How fast are images read, decoded and augmented, on one core, next to what people use today?
+"""Measure how fast one core reads, decodes and augments images, compared with common loaders.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py [--data ../shared/data/imagenet-sample]
 
-Method: benchmarks/README.md. It prints its tables and writes them to benchmarks/results/loader.md.
+See benchmarks/README.md for the method. Prints its tables and writes them to benchmarks/results/loader.md.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def about(files: list[bytes]) -> str:
     return f"{len(files)} JPEGs, on average {kilobytes:.0f} kB and {megapixels:.2f} Mpixel.\n"
 
 
-# --- whole loaders ---------------------------------------------------------------------------------------------------
+# --- whole loaders ------------------------------------------------------------------------------------------
 
 
 def loaders(urls: list[str], files: list[bytes], scratch: Path, rounds: int) -> str:
-    """Random resized crops with flips, in batches, without workers: what one core delivers."""
+    """Time random resized crops with flips, in batches, without loader workers: the speed of one core."""
     turns = {
         "**indistill**": indistill_loader(urls, len(files), scratch),
         "webdataset, Pillow, torchvision v1": webdataset_loader(urls, normalised=True),
@@ -111,7 +111,7 @@ def indistill_loader(urls: list[str], samples: int, scratch: Path) -> Turn:
     )  # fmt: skip
     training = IndexedTraining(section, SEED, rank=0, world=1, accumulation=1)
     steps = samples // BATCH
-    assert steps * BATCH == samples, "the batch has to divide the images, for a fair count"
+    assert steps * BATCH == samples, "the batch must divide the number of images, for a fair count"
     epochs = iter(range(10**6))
 
     def turn() -> None:
@@ -153,15 +153,16 @@ def timm_loader(files: list[bytes], scratch: Path) -> Turn:
 
 
 def check(batches: Iterator[torch.Tensor]) -> None:
+    """Consume the batches, and check their shapes."""
     for images in batches:
         assert images.shape == (BATCH, 3, SIZE, SIZE)
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+# --- decoding -----------------------------------------------------------------------------------------------
 
 
 def decoders(files: list[bytes], rounds: int) -> str:
-    """From a file to a uint8 view, the same crops for all."""
+    """Time each way from a file to a uint8 view, with the same crops for all."""
     draws = augment.uniforms(SEED, 0, np.arange(len(files)))
     shapes = [decode.decode(file, "").shape[:2] for file in files]
     recipe = config.Augment(flip=False)
@@ -221,12 +222,13 @@ def v2_view(file: bytes, box: decode.Box) -> np.ndarray:
 
 
 def scale_of(box: decode.Box) -> int:
-    """The scaled DCT that leaves no fewer pixels than the view has: 1, 2, 4 or 8."""
+    """Return the largest DCT scale (1, 2, 4 or 8) that leaves at least as many pixels as the view has."""
     return next((scale for scale in (8, 4, 2) if min(box[2:]) >= SIZE * scale), 1)
 
 
 def draft_view(file: bytes, box: decode.Box) -> np.ndarray:
-    image, scale = Image.open(io.BytesIO(file)), scale_of(box)
+    image = Image.open(io.BytesIO(file))
+    scale = scale_of(box)
     image.draft("RGB", (image.width // scale, image.height // scale))
     top, left, height, width = (side / scale for side in box)
     image = image.convert("RGB")
@@ -250,31 +252,12 @@ def scaled_view(file: bytes, box: decode.Box) -> np.ndarray:
     return resized(image, (top, left, bottom - top, right - left))
 
 
-# --- opening at any step ---------------------------------------------------------------------------------------------
+# --- opening at any step ------------------------------------------------------------------------------------
 
 
 def cold_start(files: list[bytes], scratch: Path, repeats: int = 3) -> str:
-    """From nothing to the first batch, for an index of ImageNet's size whose samples are all the same few images.
-
-    1,024 shards with their indices lie on disk, the shards as holes of the right size.
-    """
-    folder = scratch / "simulated"
-    folder.mkdir()
-    bounds = np.linspace(0, IMAGENET_SAMPLES, IMAGENET_SHARDS + 1).astype(int)
-    for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        path = folder / f"{number:04d}.tar"
-        size = 112_000 * int(end - begin)  # bytes
-        with open(path, "wb") as stream:
-            stream.truncate(size)
-        rows = np.arange(end - begin)
-        keys = [f"n{begin + row:08d}_{row:05d}" for row in rows]
-        _save_index(
-            f"{path}.index.json",
-            make_index(size, keys, 512 + 112_000 * rows, 110_000 + rows % 999, rows % 1000),
-        )
-    section = config.Data(
-        train=f"{folder}/*.tar", num_classes=1000, image_size=SIZE, global_batch=1024, workers=0
-    )
+    """Time the first batch from an index of ImageNet's size, whose samples are all the same few images."""
+    section = simulated_imagenet(scratch / "simulated")
     rows = []
     for step in (0, 1_000, 10_000_000):
         opening, first_batch = [], []
@@ -296,16 +279,38 @@ def cold_start(files: list[bytes], scratch: Path, repeats: int = 3) -> str:
         "sum, s",
     ]
     return (
-        f"## Cold start at a step\n\n{IMAGENET_SAMPLES:,} samples in {IMAGENET_SHARDS:,} shards, global batch 1,024, "
-        f"rank 0 of 8, medians of {repeats}.\n\n{table(columns, rows)}"
+        f"## Cold start at a step\n\n{IMAGENET_SAMPLES:,} samples in {IMAGENET_SHARDS:,} shards, "
+        f"global batch 1,024, rank 0 of 8, medians of {repeats}.\n\n{table(columns, rows)}"
     )
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+def simulated_imagenet(folder: Path) -> config.Data:
+    """Write 1,024 indices, with sparse files as shards; return the config section that reads them."""
+    folder.mkdir()
+    bounds = np.linspace(0, IMAGENET_SAMPLES, IMAGENET_SHARDS + 1).astype(int)
+    for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        path = folder / f"{number:04d}.tar"
+        size = 112_000 * int(end - begin)  # bytes
+        with open(path, "wb") as stream:
+            stream.truncate(size)
+        rows = np.arange(end - begin)
+        keys = [f"n{begin + row:08d}_{row:05d}" for row in rows]
+        _save_index(
+            f"{path}.index.json",
+            make_index(
+                size, keys, offsets=512 + 112_000 * rows, sizes=110_000 + rows % 999, labels=rows % 1000
+            ),
+        )
+    return config.Data(
+        train=f"{folder}/*.tar", num_classes=1000, image_size=SIZE, global_batch=1024, workers=0
+    )
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
 
 
 def play(turns: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each turn in each round, after a round for warming up."""
+    """Return the CPU seconds of each turn in each round, after one round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds + 1):
         print(f"round {number} of {rounds}", file=sys.stderr)

@@ -1,8 +1,9 @@
-"""How far is `indistill plan` from what training then takes?
+"""Compare the predictions of `indistill plan` with the training that follows.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_check.py [--rounds 4]
 
-Method: benchmarks/README.md. It prints its tables and writes them to benchmarks/results/plan_check.md.
+See benchmarks/README.md for the method. Prints its tables and writes them to
+benchmarks/results/plan_check.md.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def main() -> None:
         files = stored(settings, folder / "targets")
     parts = [
         begin,
-        f"ResNet-34 to a ResNet-18 of half the width, {BATCH} images of {SIZE} pixels a step, one process and thread, "
-        f"float32, {arguments.rounds} runs of {4 * STEPS + LAST} steps.",
+        f"ResNet-34 to a ResNet-18 of half the width, {BATCH} images of {SIZE} pixels per step, one process "
+        f"and thread, float32, {arguments.rounds} runs of {4 * STEPS + LAST} steps.",
         times(plan, runs),
         peak(plan, peaks),
         targets(plan, files),
@@ -63,7 +64,7 @@ def at(settings: config.Config, run_dir: Path) -> config.Config:
 
 
 def times(plan: estimate.Estimate, runs: list[list[recorded.Step]]) -> str:
-    """CPU seconds of a step, predicted by the rate of operations that KD had."""
+    """Compare CPU seconds per step with those predicted from the rate of operations measured in KD."""
     measured: dict[str, list[float]] = {phase.name: [] for phase in plan.phases}
     for steps in runs:
         for before, step in recorded.within_phases(steps):
@@ -73,24 +74,27 @@ def times(plan: estimate.Estimate, runs: list[list[recorded.Step]]) -> str:
     rate = flops[last] / statistics.median(measured[last])
     rows, errors = [], []
     for name, seconds in measured.items():
-        found, predicted = statistics.median(seconds), flops[name] / rate
-        errors.append(predicted / found - 1)
+        measured_seconds = statistics.median(seconds)
+        predicted = flops[name] / rate
+        errors.append(predicted / measured_seconds - 1)
         spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
         error = "calibrated" if name == last else f"{errors[-1]:+.0%}"
-        rows.append([name, f"{flops[name] / 1e9:.2f}", f"{predicted:.3f}", f"{found:.3f}", spread, error])
+        shown = [f"{flops[name] / 1e9:.2f}", f"{predicted:.3f}", f"{measured_seconds:.3f}"]
+        rows.append([name, *shown, spread, error])
     shares = [phase.steps / plan.phases[-1].steps for phase in plan.phases]
-    whole = sum(flops[n] / rate * s for n, s in zip(flops, shares))
-    found = sum(statistics.median(measured[n]) * s for n, s in zip(flops, shares))
-    columns = ["phase", "GFLOP a step", "predicted s", "measured s", "its range", "error"]
+    predicted_run = sum(flops[n] / rate * s for n, s in zip(flops, shares))
+    measured_run = sum(statistics.median(measured[n]) * s for n, s in zip(flops, shares))
+    columns = ["phase", "GFLOP per step", "predicted s", "measured s", "its range", "error"]
     return (
-        f"## Time of a step\n\n{table(columns, rows)}\nCPU time of the process, median over the steps of all runs "
-        f"but the first of each phase. The one number that is fitted is machine.flops_per_second, to {last}: "
-        f"{rate:.3g}. Largest error {max(map(abs, errors)):.0%}; of the whole run {whole / found - 1:+.1%}."
+        f"## Time of a step\n\n{table(columns, rows)}\nCPU time of the process: the median over the steps of "
+        f"all runs, except the first step of each phase. Only machine.flops_per_second is fitted, to {last}: "
+        f"{rate:.3g}. The largest error is {max(map(abs, errors)):.0%}; that of the whole run is "
+        f"{predicted_run / measured_run - 1:+.1%}."
     )
 
 
 def memory(settings: config.Config) -> dict[str, int]:
-    """The most that the CPU's allocator had out during a step beyond what it had before, by phase: a step of each."""
+    """Return the peak of CPU memory allocated during one step of each phase, less that before the step."""
     peaks: dict[str, int] = {}
 
     class Profile(Callback):
@@ -125,12 +129,13 @@ def allocated(profiler: torch.profiler.profile) -> int:
 
 
 def peak(plan: estimate.Estimate, peaks: dict[str, int]) -> str:
-    held, rows = plan.memory["ddp"], []
+    held = plan.memory["ddp"]
+    rows = []
     for phase in plan.phases:
         kept = BATCH * phase.work.activation_bytes + phase.work.batch_bytes
-        found = peaks[phase.name]
-        parts = [kept, held["images"], held["gradients"], found]
-        errors = [f"{predicted / found - 1:+.0%}" for predicted in (sum(parts[:2]), sum(parts[:3]))]
+        measured = peaks[phase.name]
+        parts = [kept, held["images"], held["gradients"], measured]
+        errors = [f"{predicted / measured - 1:+.0%}" for predicted in (sum(parts[:2]), sum(parts[:3]))]
         rows.append([phase.name, *(f"{size / 1e6:.1f}" for size in parts), *errors])
     columns = [
         "phase",
@@ -142,15 +147,17 @@ def peak(plan: estimate.Estimate, peaks: dict[str, int]) -> str:
         "of all three",
     ]
     return (
-        f"## Memory of a step, MB\n\n{table(columns, rows)}\nWhat the allocator had out at most during one step, "
-        "beyond weights, optimizer and teacher, which are there before it (torch.profiler). The plan counts all "
-        "three, as DDP holds all gradients in every phase; one process has those of trained layers, and deep layers' "
-        "while the shallow ones' activations are still there. Buffers of single operations are in the peak alone."
+        f"## Memory of a step, MB\n\n{table(columns, rows)}\nThe measured peak is the most memory that was "
+        "allocated during one step, less weights, optimizer and teacher, which are allocated before "
+        "(torch.profiler). The plan counts all three columns, because DDP holds all gradients in every "
+        "phase. A single process holds only the gradients of trained layers, those of deep layers at the "
+        "same time as the activations of shallow ones. Buffers of single operations are only in the "
+        "measured peak."
     )
 
 
 def stored(settings: config.Config, folder: Path) -> dict[str, int]:
-    """Bytes on the disk of the targets of one view of all images, by target, as `indistill targets` writes them."""
+    """Write one view of all images as `indistill targets` does; return the bytes on disk by target."""
     one_view = settings.data.augment.model_copy(update={"views": 1})
     cached = settings.model_copy(
         update={
@@ -168,11 +175,11 @@ def targets(plan: estimate.Estimate, files: dict[str, int]) -> str:
     records = {name: size for phase in plan.phases for name, size in phase.record_bytes.items()}
     rows = []
     for name in sorted(records.keys() | files.keys()):
-        predicted, found = records.get(name, 0) * plan.samples, files.get(name, 0)
-        rows.append([name, f"{predicted:,}", f"{found:,}"])
+        predicted = records.get(name, 0) * plan.samples
+        rows.append([name, f"{predicted:,}", f"{files.get(name, 0):,}"])
     return (
         f"## Bytes of cached targets\n\n{table(['target', 'predicted', 'measured'], rows)}\nOne view of "
-        f"{plan.samples} images, in float32: what `indistill targets` leaves on the disk."
+        f"{plan.samples} images in float32, as written by `indistill targets`."
     )
 
 

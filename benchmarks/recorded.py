@@ -1,4 +1,4 @@
-"""What plan_check.py and scaling.py share: a small run of the real loop, with each of its steps recorded."""
+"""A small run of the real training loop that records each step; used by plan_check.py and scaling.py."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
 
 
 class Step(NamedTuple):
-    """The clocks at the end of a step."""
+    """The clocks and counters at the end of a step."""
 
     phase: str
     wall: float  # seconds
     cpu: float  # seconds of this process
-    sent: int  # bytes by TCP so far
+    sent: int  # bytes sent over TCP so far
 
 
 def pack(folder: Path, samples: int, size: int) -> None:
-    """Shards of noise: what an image shows costs nothing here."""
+    """Write shards of noise images, because their content does not affect the time."""
     random = np.random.RandomState(0)
 
     def image(i: int) -> tuple[str, bytes, str, int]:
@@ -48,7 +48,7 @@ def pack(folder: Path, samples: int, size: int) -> None:
 
 
 def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: int) -> dict[str, Any]:
-    """A config: a ResNet of half the width, four stage pairs for `steps` steps each, then KD for `last`."""
+    """Return a config: student of half the width, four pairs of `steps` steps, then `last` steps of KD."""
     return {
         "run_dir": str(run_dir),
         "duration": f"{4 * steps + last} steps",
@@ -74,7 +74,7 @@ def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: i
 
 
 def train(settings: config.Config) -> list[Step]:
-    """Train, and return every step's end."""
+    """Train, and return a record of the end of every step."""
     from indistill import Callback
     from indistill.training import loop
 
@@ -90,12 +90,12 @@ def train(settings: config.Config) -> list[Step]:
 
 
 def within_phases(steps: list[Step]) -> Iterator[tuple[Step, Step]]:
-    """Each step's end with the one before it, without those that begin a phase."""
+    """Yield each step with the one before it, except the first step of every phase."""
     return ((before, step) for before, step in itertools.pairwise(steps) if before.phase == step.phase)
 
 
 def sent_bytes() -> int:
-    """That other processes have received of this one by TCP, the loopback's included: the kernel's count (Linux)."""
+    """Return the kernel's count of acknowledged bytes sent over TCP, loopback included (Linux)."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -110,7 +110,7 @@ def sent_bytes() -> int:
 
 @contextlib.contextmanager
 def scratch(samples: int, size: int) -> Iterator[Path]:
-    """A folder with the shards in it, removed at the end."""
+    """Create a temporary folder with the shards."""
     folder = Path(tempfile.mkdtemp())
     try:
         pack(folder, samples, size)

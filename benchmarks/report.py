@@ -1,4 +1,4 @@
-"""What all results begin with, and how their tables look."""
+"""The heading of every results file, and its Markdown tables."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def heading(title: str, command: str, libraries: Sequence[str]) -> str:
-    """Title, command, date, machine and versions, as Markdown."""
+    """Return title, command, date, machine and versions as Markdown."""
     load = " ".join(f"{minutes:.1f}" for minutes in os.getloadavg())
     device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    system = f"{platform.system()} {platform.machine()}"
     return f"""# {title}
 
 `{command}`,
-{datetime.date.today()}, {device}{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()},
+{datetime.date.today()}, {device}{processor()}, {os.cpu_count()} cores, {system},
 Python {platform.python_version()}; load average {load} at the start.
 {", ".join(f"{name} {_version(name)}" for name in libraries)}.
 """
 
 
 def processor() -> str:
+    """Return the model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

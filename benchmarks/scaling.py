@@ -1,8 +1,9 @@
-"""What does a second and a fourth process cost, and which bytes cross between them?
+"""Measure the cost of a second and a fourth process, and the bytes sent between processes.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rounds 2]
 
-Method: benchmarks/README.md. It prints its tables and writes them to benchmarks/results/scaling.md. Linux, CPUs, gloo.
+See benchmarks/README.md for the method. Prints its tables and writes them to benchmarks/results/scaling.md.
+Runs on Linux, on CPUs, with gloo.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from indistill.commands.plan.network import all_reduce_bytes, communication_seco
 
 SIZE, BATCH, STEPS, LAST = 64, 8, 5, 8
 WORLDS = (1, 2, 4)
-SIZES = [2**n for n in range(10, 25, 2)]  # bytes summed by themselves
+SIZES = [2**n for n in range(10, 25, 2)]  # bytes of each separate all-reduce
 ENGINES = {"ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3}
 RESULT = RESULTS / "scaling.md"
 _context = multiprocessing.get_context("forkserver")
@@ -41,9 +42,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--without-zero", action="store_true", help="where DeepSpeed is not installed")
     arguments = parser.parse_args()
-    _context.set_forkserver_preload(
-        ["indistill.training.loop", "recorded"]
-    )  # torch, timm and accelerate are imported once
+    # Import torch, timm and accelerate once, for all processes.
+    _context.set_forkserver_preload(["indistill.training.loop", "recorded"])
     begin = heading(
         "Scaling", f"python benchmarks/scaling.py --rounds {arguments.rounds}", recorded.LIBRARIES
     )
@@ -66,9 +66,10 @@ def main() -> None:
     sums = {world: on_ranks(all_reduces, world)[0] for world in WORLDS[1:]}
     parts = [
         begin,
-        f"ResNet-34 to a ResNet-18 of half the width, {BATCH} images of {SIZE} pixels a process and step (weak "
-        f"scaling), one thread a process, float32, gloo over the loopback, {arguments.rounds} runs of each. "
-        f"**{os.cpu_count()} cores**: more processes than that take turns, and their wall clock says nothing.",
+        f"ResNet-34 to a ResNet-18 of half the width, {BATCH} images of {SIZE} pixels per process and step "
+        f"(weak scaling), one thread per process, float32, gloo over the loopback, {arguments.rounds} runs "
+        f"of each. **{os.cpu_count()} cores**: more processes than cores take turns, and their wall clock "
+        "means nothing.",
         speed(runs),
         crossing(plans, runs, zero),
         fit(sums),
@@ -81,11 +82,11 @@ def tree(folder: Path, world: int, name: str) -> dict[str, Any]:
     return recorded.tree(folder, folder / name, SIZE, BATCH * world, STEPS, LAST)
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------------------
 
 
 def on_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns on each of `world` processes, started as a launcher would."""
+    """Call `function(*arguments)` on `world` processes, started as a launcher would; return their results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -97,7 +98,7 @@ def on_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[
     for process in processes:
         process.start()
     for _, write in pipes:
-        write.close()  # so that a process that dies is heard of
+        write.close()  # so that `recv` raises EOFError if the process dies
     results = [read.recv() for read, _ in pipes]
     for process in processes:
         process.join()
@@ -120,11 +121,12 @@ def train(plain: dict[str, Any]) -> list[recorded.Step]:
 
 
 def all_reduces(repeats: int = 15) -> dict[int, float]:
-    """Median seconds of an all-reduce by its bytes."""
+    """Return the median seconds of an all-reduce, by its number of bytes."""
     torch.distributed.init_process_group("gloo")
     seconds = {}
     for size in SIZES:
-        values, taken = torch.zeros(size // 4), []
+        values = torch.zeros(size // 4)
+        taken = []
         for _ in range(repeats):
             torch.distributed.barrier()
             begin = time.perf_counter()
@@ -135,11 +137,11 @@ def all_reduces(repeats: int = 15) -> dict[int, float]:
     return seconds
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
 
 
 def medians(ranks: list[list[recorded.Step]], field: str) -> dict[str, float]:
-    """Of the steps of all ranks, by phase."""
+    """Return the median increase of `field` over a step, for the steps of all ranks, by phase."""
     taken: dict[str, list[float]] = {}
     for steps in ranks:
         for before, step in recorded.within_phases(steps):
@@ -160,15 +162,16 @@ def speed(runs: dict[int, list[list[list[recorded.Step]]]]) -> str:
     columns = [
         "phase",
         "processes",
-        "wall ms a step",
-        "CPU ms a step and process",
+        "wall ms per step",
+        "CPU ms per step and process",
         "images/s",
         "wall efficiency",
     ]
     return (
-        f"## Speed\n\n{table([*columns, 'CPU efficiency'], rows)}\nMedians over all steps and processes. Efficiency "
-        "is the time of one process, which has no DDP, over that of each of several. The CPU's time holds what DDP and "
-        "gloo copy and sum, not what a process waits for others."
+        f"## Speed\n\n{table([*columns, 'CPU efficiency'], rows)}\nMedians over all steps and processes. "
+        "Efficiency is the time of one process, which has no DDP, divided by that of each of several "
+        "processes. CPU time includes the copies and sums of DDP and gloo, but not waiting for other "
+        "processes."
     )
 
 
@@ -177,27 +180,28 @@ def crossing(
     runs: dict[int, list[list[list[recorded.Step]]]],
     zero: dict[str, list[list[recorded.Step]]],
 ) -> str:
-    """Bytes that a process sends in a step: the plan's, and the kernel's count."""
+    """Compare the bytes that a process sends in a step: the plan's, and the kernel's count."""
     rows = []
     for world, of_world in runs.items():
         if world == 1:
             continue
         for phase in plans[world].phases:
             predicted = sum(phase.network_bytes.values())
-            found = statistics.mean(sent(ranks, phase.name) for ranks in of_world)
-            rows.append(["ddp", phase.name, str(world), *compared(predicted, found)])
+            measured = statistics.mean(sent(ranks, phase.name) for ranks in of_world)
+            rows.append(["ddp", phase.name, str(world), *compared(predicted, measured)])
     for name, ranks in zero.items():
         last = plans[2].phases[-1].name
         rows.append([name, last, "2", *compared(plans[2].network_bytes[name], sent(ranks, last))])
     columns = ["engine", "phase", "processes", "predicted bytes", "measured bytes", "error"]
     return (
-        f"## Bytes that cross\n\n{table(columns, rows)}\nWhat a process sends in a step, mean over processes and "
-        "steps; measured is what the kernel counts as received of its TCP connections (payload, without headers)."
+        f"## Bytes sent\n\n{table(columns, rows)}\nBytes that a process sends in a step: the mean over "
+        "processes and steps. Measured are the bytes that the kernel counts as acknowledged on its TCP "
+        "connections (payload, without headers)."
     )
 
 
 def sent(ranks: list[list[recorded.Step]], phase: str) -> float:
-    """Bytes of a step, mean over the ranks and the phase's steps but the first."""
+    """Return the bytes sent per step: the mean over the ranks and over the phase's steps except the first."""
     each = []
     for steps in ranks:
         inside = [step.sent for step in steps if step.phase == phase]
@@ -205,12 +209,12 @@ def sent(ranks: list[list[recorded.Step]], phase: str) -> float:
     return statistics.mean(each)
 
 
-def compared(predicted: float, found: float) -> list[str]:
-    return [f"{predicted:,.0f}", f"{found:,.0f}", f"{predicted / found - 1:+.1%}"]
+def compared(predicted: float, measured: float) -> list[str]:
+    return [f"{predicted:,.0f}", f"{measured:,.0f}", f"{predicted / measured - 1:+.1%}"]
 
 
 def fit(sums: dict[int, dict[int, float]]) -> str:
-    """Latency and bandwidth by least squares of relative errors, over all sizes and worlds."""
+    """Fit latency and bandwidth by least squares of the relative errors, over all sizes and world sizes."""
     points = [
         (world, size, seconds) for world, of_world in sums.items() for size, seconds in of_world.items()
     ]
@@ -222,24 +226,25 @@ def fit(sums: dict[int, dict[int, float]]) -> str:
         intra_node_bytes_per_second=1 / per_byte,
         devices_per_node=max(WORLDS),
     )
-    rows, errors = [], []
-    for world, size, found in points:
+    rows = []
+    errors = []
+    for world, size, measured in points:
         predicted = communication_seconds(machine, all_reduce_bytes(size, world), 1, world)
-        errors.append(abs(predicted / found - 1))
+        errors.append(abs(predicted / measured - 1))
         rows.append(
             [
                 f"{size:,}",
                 str(world),
                 f"{1e3 * predicted:.2f}",
-                f"{1e3 * found:.2f}",
-                f"{predicted / found - 1:+.0%}",
+                f"{1e3 * measured:.2f}",
+                f"{predicted / measured - 1:+.0%}",
             ]
         )
     columns = ["bytes summed", "processes", "predicted ms", "measured ms", "error"]
     return (
-        f"## The ring, fitted\n\n{table(columns, rows)}\nAll-reduces by themselves, medians; fitted: latency_seconds "
-        f"{machine.latency_seconds:.2g} a hop, intra_node_bytes_per_second {1 / per_byte:.3g}. Median error "
-        f"{statistics.median(errors):.0%}, largest {max(errors):.0%}."
+        f"## The ring, fitted\n\n{table(columns, rows)}\nMedians of separate all-reduces. Fitted: "
+        f"latency_seconds {machine.latency_seconds:.2g} per hop, intra_node_bytes_per_second "
+        f"{1 / per_byte:.3g}. Median error {statistics.median(errors):.0%}, largest {max(errors):.0%}."
     )
 
 

@@ -1,8 +1,9 @@
-"""How fast is a training step, next to the least that it could take and to what people use today?
+"""Measure the time of a training step, compared with a hand-written loop and with other tools.
 
     python benchmarks/step.py [--pairs r34_r18 ...] [--precisions fp32 bf16] [--peers FOLDER]
 
-Method: benchmarks/README.md. It prints its tables and writes them to benchmarks/results/step_cpu.md or step_gpu.md.
+See benchmarks/README.md for the method. Prints its tables and writes them to
+benchmarks/results/step_cpu.md or step_gpu.md.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ from report import RESULTS, heading, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CLASSES, SIZE, TEMPERATURE, LR = 1000, 224, 4.0, 1e-3
-EPOCHS = (3, 4, 5, 6)  # of the four pairs of the warm-up: alpha = 2
+CLASSES = 1000
+SIZE = 224  # pixels
+TEMPERATURE = 4.0
+LR = 1e-3
+EPOCHS = (3, 4, 5, 6)  # of the four warm-up pairs: alpha = 2
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense
 LIBRARIES = ("torch", "timm", "accelerate", "torchdistill")
 GPU = torch.cuda.is_available()
@@ -51,17 +55,15 @@ PAIRS = {
 
 
 class Job(NamedTuple):
-    """One contestant at one computation, for a process of its own."""
+    """One contestant on one computation, in a process of its own."""
 
     contestant: str
     pair: str
     precision: str  # fp32 or bf16
-    stage: (
-        int | None
-    )  # timm's index of the pair that the warm-up trains, the same for both networks; None: KD
+    stage: int | None  # timm's index of the stage that the warm-up trains, in both networks; None: KD
     batch: int
-    folder: str  # with the weights that all begin with
-    peers: str | None  # where torchdistill is
+    folder: str  # of the initial weights, the same for all contestants
+    peers: str | None  # folder in which torchdistill is installed
     profile: bool = False
 
     @property
@@ -69,13 +71,13 @@ class Job(NamedTuple):
         return "KD" if self.stage is None else f"warm-up {self.stage}"
 
 
-# --- contestants: each makes a function that takes one step and returns its loss --------------------------------------
+# --- contestants: each returns a function that does one step and returns its loss ---------------------------
 
 Step = Callable[[], Tensor]
 
 
 class Parts:
-    """What the contestants other than indistill share: the networks, an optimizer, the images."""
+    """Networks, optimizer and images of the contestants other than indistill."""
 
     def __init__(self, job: Job, channels_last: bool = True, fused: bool = True) -> None:
         self.job, self.device = job, torch.device("cuda" if GPU else "cpu")
@@ -83,14 +85,14 @@ class Parts:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.teacher.eval().to(self.device, memory_format=layout)
         self.student.train().to(self.device, memory_format=layout)
-        # As timm groups them, and indistill: biases and norms do not decay.
         import timm.optim
 
+        # Without weight decay on biases and norms, as in timm and indistill.
         self.optimizer = timm.optim.create_optimizer_v2(
             self.student, opt="momentum", lr=LR, weight_decay=1e-4, momentum=0.9, fused=fused
         )
         self.layout = layout
-        torch.backends.cudnn.benchmark = True  # as torchdistill's and timm's scripts set it
+        torch.backends.cudnn.benchmark = True  # as in the scripts of torchdistill and timm
         known = [
             (net.pretrained_cfg["mean"], net.pretrained_cfg["std"]) for net in (self.teacher, self.student)
         ]
@@ -99,7 +101,7 @@ class Parts:
         self.images, self.labels = synthetic(job)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Normalised images and labels, from uint8 in host memory."""
+        """Copy the uint8 images from host memory, and return them normalised, with the labels."""
         images = self.images.to(self.device, non_blocking=True)
         x = ((images.float() - self.mean) / self.std).contiguous(memory_format=self.layout)
         return x, self.labels.to(self.device, non_blocking=True)
@@ -117,9 +119,11 @@ class Parts:
 def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     student, teacher = student.float(), teacher.float()
     soft = F.kl_div(
-        F.log_softmax(student / TEMPERATURE, 1), F.log_softmax(teacher / TEMPERATURE, 1), reduction="batchmean",
+        F.log_softmax(student / TEMPERATURE, 1),
+        F.log_softmax(teacher / TEMPERATURE, 1),
+        reduction="batchmean",
         log_target=True,
-    )  # fmt: skip
+    )
     return 0.5 * F.cross_entropy(student, labels) + 0.5 * TEMPERATURE**2 * soft
 
 
@@ -128,7 +132,7 @@ def maps_upto(net: nn.Module, x: Tensor, stage: int) -> Tensor:
 
 
 def by_hand(job: Job) -> Step:
-    """(a) The same computation with nothing around it."""
+    """(a) The same computation in a minimal hand-written loop."""
     parts = Parts(job)
     if job.precision == "bf16":
         parts.teacher.bfloat16()
@@ -153,7 +157,7 @@ def by_hand(job: Job) -> Step:
 
 
 def every_layer(job: Job) -> Step:
-    """(c) By hand, with both networks computed to their ends in the warm-up."""
+    """(c) The loop by hand, with every layer of both networks computed in the warm-up."""
     parts = Parts(job)
 
     def step() -> Tensor:
@@ -170,9 +174,9 @@ def every_layer(job: Job) -> Step:
 
 
 def as_published(job: Job) -> Step:
-    """(c') As (c), with gradients into the teacher, and at each stage its last convolution run again, pruned.
+    """(c') Like (c), with gradients for the teacher and a second, pruned pass of each stage's last layer.
 
-    The published code does both at every step. Here, for ResNets of basic blocks.
+    The published code does both at every step. This version is for ResNets of basic blocks.
     """
     parts = Parts(job)
     stages = {1: "layer1", 2: "layer2", 3: "layer3", 4: "layer4"}
@@ -186,7 +190,8 @@ def as_published(job: Job) -> Step:
     widths = {name: parts.student.get_submodule(name)[-1].conv2.out_channels for name in stages.values()}
 
     def pruned(name: str) -> Tensor:
-        block, kept = parts.teacher.get_submodule(name)[-1], slice(0, widths[name])
+        block = parts.teacher.get_submodule(name)[-1]
+        kept = slice(0, widths[name])
         h = F.conv2d(seen[f"{name}.h"], block.conv2.weight[kept], padding=1)
         norm = block.bn2
         h = F.batch_norm(
@@ -209,7 +214,7 @@ def as_published(job: Job) -> Step:
 
 
 def timm_task(job: Job, channels_last: bool = False) -> Step:
-    """(e) timm's LogitDistillationTask, as its train.py steps it: no channels_last unless asked for."""
+    """(e) timm's LogitDistillationTask, used as in its train.py; by default without channels_last."""
     from timm.task import LogitDistillationTask
 
     parts = Parts(job, channels_last=channels_last, fused=False)
@@ -229,7 +234,7 @@ def timm_task(job: Job, channels_last: bool = False) -> Step:
 
 
 def torchdistill(job: Job, channels_last: bool = False) -> Step:
-    """(d) torchdistill's DistillationBox, as its image_classification.py steps it, configured as in its KD example."""
+    """(d) torchdistill's DistillationBox, used as in its image_classification.py and KD example."""
     sys.path += [job.peers] if job.peers else []
     from torchdistill.core.distillation import DistillationBox
 
@@ -254,13 +259,13 @@ def torchdistill(job: Job, channels_last: bool = False) -> Step:
         with parts.autocast():
             loss = box.forward_process(x, labels, None)
         box.post_forward_process(loss=loss)
-        loss.item()  # as its script logs it, at every step
+        loss.item()  # its script logs the loss at every step
         return loss.detach()
 
     return step
 
 
-# GPU only: what the step is made of, and what might make it faster, on the loop by hand.
+# On a GPU only: the parts of a step, and possible optimisations of the loop by hand.
 
 
 def teacher_alone(job: Job) -> Step:
@@ -288,22 +293,23 @@ def student_alone(job: Job) -> Step:
 
 
 def with_overlap(job: Job) -> Step:
-    """The teacher's pass on the next batch goes on beside the student's step on this one, in a stream of its own."""
+    """Run the teacher on the next batch in a stream of its own, during the student's step on this batch."""
     parts = Parts(job)
     parts.teacher.bfloat16()
-    beside, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    side = torch.cuda.Stream()
+    main = torch.cuda.current_stream()
     ready: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def look_ahead() -> None:
-        beside.wait_stream(main)
-        with torch.cuda.stream(beside), torch.inference_mode():
+        side.wait_stream(main)
+        with torch.cuda.stream(side), torch.inference_mode():
             x, labels = parts.batch()
             ready.append((x, labels, parts.teacher(x.bfloat16())))
 
     def step() -> Tensor:
         if not ready:
             look_ahead()
-        main.wait_stream(beside)
+        main.wait_stream(side)
         x, labels, target = (tensor.clone() for tensor in ready.pop())
         look_ahead()
         with parts.autocast():
@@ -314,7 +320,7 @@ def with_overlap(job: Job) -> Step:
 
 
 def with_graphed_teacher(job: Job) -> Step:
-    """The teacher's pass replayed as a CUDA graph."""
+    """Replay the teacher's pass as a CUDA graph."""
     parts = Parts(job)
     parts.teacher.bfloat16()
     held = parts.batch()[0].bfloat16()
@@ -376,7 +382,8 @@ def networks(job: Job) -> tuple[nn.Module, nn.Module]:
     import timm
     from safetensors.torch import load_model
 
-    pair, nets = PAIRS[job.pair], []
+    pair = PAIRS[job.pair]
+    nets = []
     for role, name in (("teacher", pair.teacher), ("student", pair.student)):
         nets.append(timm.create_model(name, num_classes=CLASSES))
         load_model(nets[-1], f"{job.folder}/{job.pair}-{role}.safetensors")
@@ -384,28 +391,28 @@ def networks(job: Job) -> tuple[nn.Module, nn.Module]:
 
 
 def synthetic(job: Job) -> tuple[Tensor, Tensor]:
-    """uint8 [B, 3, 224, 224] and int64 [B] in host memory, the same for all."""
+    """Return images (uint8 [B, 3, 224, 224]) and labels (int64 [B]) in host memory, the same for all."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (job.batch, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     labels = torch.randint(CLASSES, (job.batch,), generator=generator)
     return (images.pin_memory(), labels.pin_memory()) if GPU else (images, labels)
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------------------
 
 
 def clock() -> float:
     if GPU:
         torch.cuda.synchronize()
         return time.perf_counter()
-    return time.process_time()  # of all threads, of which there is one
+    return time.process_time()  # counts all threads; there is one
 
 
 def turns(pipe: Connection, peaks: list[int]) -> Iterator[None]:
-    """An item for each step that the parent asks for; what lies between them is timed, or recorded, turn by turn.
+    """Yield once for each step that the parent requests, and time or profile the steps of each turn.
 
-    `peaks` gets the peak of memory up to the end of each turn that is timed. It is that of the turns after the first,
-    when all is created and warm.
+    The peak of memory is appended to `peaks` after each timed turn. It is reset after the first turn, which
+    allocates memory and fills caches.
     """
     for number, (count, recorded) in enumerate(iter(pipe.recv, None)):
         if number == 1:
@@ -414,7 +421,7 @@ def turns(pipe: Connection, peaks: list[int]) -> Iterator[None]:
             begin = clock()
             yield from itertools.repeat(None, count)
             seconds = clock() - begin
-        if not recorded:  # the profiler keeps what it saw
+        if not recorded:  # the profiler itself keeps memory
             peaks.append(torch.cuda.max_memory_allocated() if GPU else resident("VmHWM"))
         pipe.send(operators(profiler) if recorded else seconds)
 
@@ -431,18 +438,18 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def resident(what: str) -> int:
-    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most since `reset_peak`.
+def resident(field: str) -> int:
+    """Return this process's resident bytes: now for "VmRSS", peak since `reset_peak` for "VmHWM".
 
-    Not getrusage's ru_maxrss, which begins with what the parent had when it started this process.
+    getrusage's ru_maxrss would include the memory of the parent at the time when it started this process.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def work(job: Job, pipe: Connection) -> None:
-    """A contestant's process: takes its turns, and tells its first loss and its peak memory."""
-    import timm  # noqa: F401, for all have the same before they begin
+    """Take turns in a contestant's process, then send its first loss and its peak memory to the parent."""
+    import timm  # noqa: F401, so that all contestants have the same imports before the first measurement
 
     import indistill.training.loop  # noqa: F401
 
@@ -463,11 +470,11 @@ def work(job: Job, pipe: Connection) -> None:
 
 
 class Stopped(Exception):
-    """The parent has asked for the last turn."""
+    """Raised by the data loader after the last turn."""
 
 
 def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
-    """(b) `indistill.training.loop.train` itself, with a loader that has one batch and waits for turns."""
+    """(b) `indistill.training.loop.train`, with a loader that repeats one batch and waits for its turns."""
     from indistill import Callback, config
     from indistill.data.batch import Batch
     from indistill.training import loop
@@ -528,7 +535,7 @@ def ours(job: Job, asked: Iterator[None], first: list[Tensor]) -> None:
 
 class Result(NamedTuple):
     job: Job
-    seconds: list[float]  # per step, of each round
+    seconds: list[float]  # per step, one value for each round
     loss: float
     bytes: int
     profile: str
@@ -539,7 +546,7 @@ class Result(NamedTuple):
 
 
 def play(jobs: list[Job], arguments: argparse.Namespace) -> list[Result]:
-    """Several launches of all, since where its memory lies may make a process some per cent slower for good."""
+    """Launch all contestants several times: the memory layout can slow a process down by some per cent."""
     launches = [launch(jobs, arguments.rounds, arguments.steps) for _ in range(arguments.launches)]
     return [
         of_job[0]._replace(
@@ -551,18 +558,18 @@ def play(jobs: list[Job], arguments: argparse.Namespace) -> list[Result]:
 
 
 def launch(jobs: list[Job], rounds: int, steps: int) -> list[Result]:
-    """Each in a process of its own, in turns of some steps, in another order each round."""
+    """Run each contestant in its own process. They take turns of `steps` steps, in random order."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for job in jobs:
         pipe, other = context.Pipe()
         process = context.Process(target=work, args=(job, other), daemon=True)
         process.start()
-        other.close()  # so that a child that dies is an EOFError here
+        other.close()  # so that `recv` raises EOFError if the child dies
         pipes.append(pipe)
         processes.append(process)
     seconds: list[list[float]] = [[] for _ in jobs]
-    for number in range(rounds + 1):  # the first is for warming up
+    for number in range(rounds + 1):  # the first round is a warm-up
         for i in random.sample(range(len(jobs)), len(jobs)):
             pipes[i].send((steps if number else 2, False))
             taken = pipes[i].recv() / steps
@@ -578,31 +585,29 @@ def launch(jobs: list[Job], rounds: int, steps: int) -> list[Result]:
             pipe.send((5, True))
             profile = pipe.recv()
         pipe.send(None)
-        told = pipe.recv()
+        measured = pipe.recv()
         process.join()
-        results.append(Result(job, of_job, told["loss"], told["bytes"], profile))
+        results.append(Result(job, of_job, measured["loss"], measured["bytes"], profile))
     check_losses(results)
     return results
 
 
 def check_losses(results: list[Result]) -> None:
-    """All that distil compute the same loss on the first batch: of the same weights, images and labels."""
+    """Raise SystemExit if the contestants' losses on the first batch differ."""
     reference = next((result for result in results if result.job.contestant == "by hand"), None)
     for result in results:
         if reference is None or result.job.contestant.endswith(" alone"):
             continue
         close = 1e-4 if result.job.precision == "fp32" else 3e-2
-        if (
-            result.job.precision == "bf16"
-            and not GPU
-            and result.job.contestant.startswith(("timm", "torchdistill"))
-        ):
-            close = 0.1  # on CPUs autocast leaves their log_softmax in bf16, in which a small divergence is mostly lost
+        peer = result.job.contestant.startswith(("timm", "torchdistill"))
+        if result.job.precision == "bf16" and not GPU and peer:
+            # On CPUs autocast leaves the peers' log_softmax in bf16, where a small divergence is mostly lost.
+            close = 0.1
         if abs(result.loss - reference.loss) > close * abs(reference.loss):
             raise SystemExit(f"{result.job}: first loss {result.loss}, by hand {reference.loss}")
 
 
-# --- what is compared ------------------------------------------------------------------------------------------------
+# --- what is compared ---------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -612,55 +617,61 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     precisions = ["bf16"] if GPU else ["fp32", "bf16"]
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=precisions)
-    parser.add_argument("--batch", type=int, help="images a step (default: 128 or 256 on a GPU, 8 on a CPU)")
+    parser.add_argument(
+        "--batch", type=int, help="images per step (default: 128 or 256 on a GPU, 8 on a CPU)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--launches", type=int, default=1 if GPU else 3, help="of each process, with so many rounds"
+        "--launches",
+        type=int,
+        default=1 if GPU else 3,
+        help="launches of each process, with `--rounds` rounds each",
     )
-    parser.add_argument("--steps", type=int, default=10 if GPU else 1, help="of a turn")
+    parser.add_argument("--steps", type=int, default=10 if GPU else 1, help="steps per turn")
     parser.add_argument(
-        "--peers", help="folder of torchdistill: pip install --no-deps --target FOLDER torchdistill"
+        "--peers",
+        help="folder in which torchdistill is installed: pip install --no-deps --target FOLDER torchdistill",
     )
-    parser.add_argument("--compile", action="store_true", help="also with compile: true, in KD")
-    parser.add_argument("--out", default=f"step_{'gpu' if GPU else 'cpu'}", help="name of the results")
-    parser.add_argument("--no-warmup", action="store_true", help="KD only")
-    parser.add_argument("--profile", action="store_true", help="also the operators that take longest")
+    parser.add_argument("--compile", action="store_true", help="also measure KD with compile: true")
+    parser.add_argument("--out", default=f"step_{'gpu' if GPU else 'cpu'}", help="name of the result files")
+    parser.add_argument("--no-warmup", action="store_true", help="measure only KD")
+    parser.add_argument("--profile", action="store_true", help="also list the operators that take longest")
     arguments = parser.parse_args()
     sys.path += [arguments.peers] if arguments.peers else []
     random.seed(0)
     command = f"python benchmarks/step.py {' '.join(sys.argv[1:])}".strip()
     parts = [heading("A training step", command, LIBRARIES), METHOD]
-    found: list[Result] = []
+    results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.pairs:
             save_weights(name, folder)
             for precision in arguments.precisions:
-                for part in compare(name, precision, folder, arguments, found):
+                for part in compare(name, precision, folder, arguments, results):
                     parts.append(part)
-                    write(arguments.out, parts, found)  # as far as it has come, should it be cut off
+                    write(arguments.out, parts, results)  # at once, in case the benchmark is interrupted
     print("\n".join(parts))
 
 
-def write(name: str, parts: list[str], found: list[Result]) -> None:
+def write(name: str, parts: list[str], results: list[Result]) -> None:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.md"
     file.write_text("\n".join(parts))
     record = [
-        {**result._asdict(), "job": result.job._asdict() | {"folder": "", "peers": ""}} for result in found
+        {**result._asdict(), "job": result.job._asdict() | {"folder": "", "peers": ""}} for result in results
     ]
     file.with_suffix(".json").write_text(json.dumps(record) + "\n")
 
 
-METHOD = """Each contestant is a process; they take turns, in another order each round. Medians; ratios are formed
-within a round. On a CPU the measure is processor time, one thread each; memory is the highest resident set of the
-timed steps, less what imports take.
+METHOD = """Each contestant is a process. They take turns, in another order each round. Figures are medians;
+ratios are formed within a round. On a CPU the measure is processor time with one thread; memory is the
+highest resident set during the timed steps, less that after the imports.
 """
 
 
 def compare(
-    name: str, precision: str, folder: str, arguments: argparse.Namespace, found: list[Result]
+    name: str, precision: str, folder: str, arguments: argparse.Namespace, all_results: list[Result]
 ) -> Iterator[str]:
-    """The parts of the report on one pair of networks, each as soon as it is there; `found` gets the results."""
+    """Yield each part of the report on one pair when it is ready; append the results to `all_results`."""
     batch = arguments.batch or (PAIRS[name].gpu_batch if GPU else PAIRS[name].cpu_batch)
     pair = PAIRS[name]
 
@@ -670,13 +681,15 @@ def compare(
 
     kd = ["by hand", "indistill", "timm task", "timm task, channels_last"]
     has_torchdistill = importlib.util.find_spec("torchdistill") is not None
-    kd += ["torchdistill", "torchdistill, channels_last"] * has_torchdistill
-    kd += ["indistill, compiled", "by hand, compiled"] * arguments.compile
+    if has_torchdistill:
+        kd += ["torchdistill", "torchdistill, channels_last"]
+    if arguments.compile:
+        kd += ["indistill, compiled", "by hand, compiled"]
     if GPU:
         kd += ["by hand, teacher ahead in a stream", "by hand, teacher as a CUDA graph"]
         kd += ["teacher alone", "student alone"]
     results = play([job(contestant) for contestant in kd], arguments)
-    found += results
+    all_results += results
     title = f"## {pair.teacher} to {pair.student}, {precision}, batches of {batch}\n"
     yield from (title, "### KD\n", contest(results))
     if not has_torchdistill:
@@ -684,17 +697,19 @@ def compare(
     yield from targets_of_kd(results)
     yield from profiles(results)
     if name == "r34_r18" and not arguments.no_warmup:
-        yield from warmup(job, arguments, found)
+        yield from warmup(job, arguments, all_results)
 
 
-def warmup(job: Callable[[str, int], Job], arguments: argparse.Namespace, found: list[Result]) -> list[str]:
-    """All four pairs, each against the three other ways."""
+def warmup(
+    job: Callable[[str, int], Job], arguments: argparse.Namespace, all_results: list[Result]
+) -> list[str]:
+    """Compare the four pairs of the warm-up with the three other ways to compute them."""
     contestants = ["by hand", "indistill", "by hand, every layer", "as published"]
     phases = {}
     for stage in (1, 2, 3, 4):
         jobs = [job(contestant, stage) for contestant in contestants]
         phases[stage] = play(jobs, arguments)
-        found += phases[stage]
+        all_results += phases[stage]
     predicted = {stage: [operations(result.job) for result in phases[stage]] for stage in phases}
     rows = []
     for stage, results in phases.items():
@@ -724,7 +739,7 @@ def warmup(job: Callable[[str, int], Job], arguments: argparse.Namespace, found:
         "### Warm-up: time of a step, relative to indistill's (in brackets: by operations)\n",
         table(columns, rows),
         *verdicts,
-        *profiles(phases[1]),  # the pair whose target asks for most
+        *profiles(phases[1]),  # the pair with the highest goal
     ]
 
 
@@ -749,24 +764,25 @@ def contest(results: list[Result]) -> str:
 def targets_of_kd(results: list[Result]) -> list[str]:
     by_name = {result.job.contestant: result for result in results}
     ours, hand = by_name["indistill"], by_name["by hand"]
-    found = [verdict("KD against the loop by hand", ratio(hand, ours), 0.97)]
+    verdicts = [verdict("KD against the loop by hand", ratio(hand, ours), 0.97)]
     for peer in ("torchdistill", "torchdistill, channels_last", "timm task", "timm task, channels_last"):
         if peer in by_name:
-            found.append(verdict(f"KD against {peer}", ratio(by_name[peer], ours), 1.1))
+            verdicts.append(verdict(f"KD against {peer}", ratio(by_name[peer], ours), 1.1))
     return [
-        *found,
+        *verdicts,
         verdict("peak memory against the loop by hand, at most", ours.bytes / hand.bytes, 1.05, most=True),
     ]
 
 
-def verdict(what: str, measured: float, wanted: float, most: bool = False) -> str:
-    met = measured <= wanted if most else measured >= wanted
-    by = "" if met else f", missed by {abs(measured / wanted - 1):.1%}"
-    return f"- {what}: {measured:.3f} of {wanted} wanted: {'met' if met else 'not met'}{by}"
+def verdict(title: str, measured: float, goal: float, most: bool = False) -> str:
+    """Return a line that compares `measured` with the goal: at least `goal`, or at most if `most`."""
+    met = measured <= goal if most else measured >= goal
+    outcome = "met" if met else f"not met, missed by {abs(measured / goal - 1):.1%}"
+    return f"- {title}: {measured:.3f}, goal {goal}: {outcome}"
 
 
 def ratio(theirs: Result, ours: Result) -> float:
-    """Their time over ours, the median over the rounds."""
+    """Return their time divided by ours, the median over the rounds."""
     return statistics.median(a / b for a, b in zip(theirs.seconds, ours.seconds))
 
 
@@ -774,7 +790,7 @@ _counted: dict[tuple, float] = {}
 
 
 def operations(job: Job) -> float:
-    """Floating-point operations of a step per image, a multiply-add as two, counted on the loop by hand."""
+    """Count the FLOP per image of a step of the loop by hand, a multiply-add as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
     same = "by hand" if job.contestant not in ("by hand, every layer", "as published") else job.contestant
@@ -789,7 +805,7 @@ def operations(job: Job) -> float:
 
 
 def save_weights(name: str, folder: str) -> None:
-    """What all contestants begin with: random weights, whose values change no time."""
+    """Save random initial weights for all contestants; their values do not affect the time."""
     import timm
     from safetensors.torch import save_model
 

@@ -1,9 +1,10 @@
-"""Run a study: methods x seeds x budgets x rates over one config, with a table and a plot of the scores.
+"""Run a study: methods x seeds x epochs x rates on one config, with a table and a plot of the scores.
 
     python benchmarks/study.py benchmarks/studies/cifar10_retrieval.yaml [--jobs 2]
 
-An interrupted run goes on from its checkpoint. A finished one is a JSON line in benchmarks/results/studies/ and is not
-repeated, so the lines alone are enough to continue a study on another machine. See benchmarks/README.md.
+An interrupted run resumes from its checkpoint. A finished run is a JSON line in benchmarks/results/studies/
+and is not repeated, so these lines are enough to continue a study on another machine. See
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from html import escape
@@ -42,14 +43,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "studies"
 RUNS = REPOSITORY / "runs"
 LIBRARIES = ("indistill", "torch", "timm", "accelerate", "numpy")
-OPERATIONAL = ("run_dir", "checkpoint", "log", "trackers")  # top-level keys that change no score
+OPERATIONAL = ("run_dir", "checkpoint", "log", "trackers")  # top-level keys that do not affect scores
 PROGRESS_SECONDS = 60
 CONFIDENCE = 0.95
 
 Line = dict[str, Any]
 
 
-# --- the study -------------------------------------------------------------------------------------------------------
+# --- the study ----------------------------------------------------------------------------------------------
 
 
 class Section(BaseModel):
@@ -58,27 +59,26 @@ class Section(BaseModel):
 
 class Method(Section):
     title: str
-    overrides: list[
-        str
-    ] = []  # `key.sub=value` with $data, $runs, $seed, $epochs, $rate, after those of the study
-    baseline: str | None = None  # the method that it is compared with; None: the study's
+    # `key.sub=value`, with $data, $runs, $seed, $epochs and $rate; applied after those of the study
+    overrides: list[str] = []
+    baseline: str | None = None  # the method to compare with; None: the study's baseline
 
 
 class Prepared(Section):
-    """A run, of seed 0, whose weights the methods read in `$runs/NAME`."""
+    """A run with seed 0 whose weights the methods read from `$runs/NAME`."""
 
     epochs: PositiveFloat
     overrides: list[str] = []
 
 
 class Targets(Section):
-    """A config whose targets are stored first, once for each seed: all that any of the methods reads."""
+    """A config whose targets are stored first, once for each seed, with all that the methods read."""
 
     overrides: list[str]
 
 
 class Cells(Section):
-    """Every combination of these. Seeds come outermost, so that an early look has all methods."""
+    """Every combination of these values. Seeds vary slowest, so that early results cover all methods."""
 
     methods: list[str]
     epochs: list[PositiveFloat]
@@ -86,9 +86,9 @@ class Cells(Section):
 
 
 class Quick(Section):
-    """What `--quick` changes, to see that everything works."""
+    """The changes made by `--quick`, which checks that everything works."""
 
-    epochs: PositiveFloat  # at most so many for each run
+    epochs: PositiveFloat  # at most this many for each run
     overrides: list[str] = []
 
 
@@ -96,15 +96,14 @@ class Study(Section):
     title: str
     config: str  # relative to the study's file
     overrides: list[str] = []
-    prepare: dict[str, Prepared] = {}  # in this order, before all else
+    prepare: dict[str, Prepared] = {}  # run first, in this order
     targets: Targets | None = None
     methods: dict[str, Method]
     baseline: str
     seeds: list[int] = Field(min_length=1)
     cells: list[Cells]  # in the order in which they run
-    metrics: dict[str, str] = Field(
-        min_length=1
-    )  # name in summary.json: title; the first is compared and plotted
+    # name in summary.json: title; the first is compared and plotted
+    metrics: dict[str, str] = Field(min_length=1)
     quick: Quick
 
     @model_validator(mode="after")
@@ -123,7 +122,7 @@ class Study(Section):
 class Run:
     study: Study
     path: Path  # the study's file
-    method: str  # or the name of a prepared run
+    method: str  # name of a method or of a prepared run
     seed: int
     epochs: float
     rate: float | None
@@ -148,7 +147,7 @@ class Run:
         return self.path.parent / self.study.config
 
     def templates(self) -> list[str]:
-        """The overrides before $data and the like are replaced: equal on every machine."""
+        """Return the overrides before $data and so on are replaced; they are the same on every machine."""
         own = {**self.study.methods, **self.study.prepare, "targets": self.study.targets}[self.method]
         quick = self.study.quick.overrides if self.quick else []
         return [*self.study.overrides, "seed=$seed", "duration=$epochs epochs", *own.overrides, *quick]
@@ -167,25 +166,27 @@ class Run:
         return [*texts, f"run_dir={self.directory}", f"data.cache_dir={self.runs / 'indices'}", "trackers=[]"]
 
     def fingerprint(self) -> str:
-        """Hash of what the study asks for: a line with another one belongs to an earlier state of the study.
+        """Return a hash of the run's settings; a line with another hash is of an earlier state of the study.
 
-        It covers the config as it is written, not as it is validated: a key that indistill gains changes nothing.
+        It covers the config as written, not as validated, so that a new key of indistill does not change it.
         """
         tree = config.read(self.base, self.templates())
-        asked: list[Any] = [
+        settings: list[Any] = [
             {key: value for key, value in tree.items() if key not in OPERATIONAL},
             *self.key[1:],
         ]
         if any("$runs/" in text for text in self.templates()):
-            asked.append({name: one.model_dump() for name, one in self.study.prepare.items()})
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+            settings.append({name: one.model_dump() for name, one in self.study.prepare.items()})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def epoch(self) -> float:
-        """How far the run is."""
+        """Return the epoch that the run has reached."""
         path = self.directory / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         for text in reversed(lines):
-            with contextlib.suppress(KeyError, json.JSONDecodeError):  # a line of scores, or one half written
+            with contextlib.suppress(
+                KeyError, json.JSONDecodeError
+            ):  # a line of scores, or an incomplete line
                 return json.loads(text)["epoch"]
         return 0.0
 
@@ -204,7 +205,7 @@ def load(path: Path) -> Study:
 
 
 def plan(study: Study, arguments: argparse.Namespace) -> tuple[list[Run], list[Run]]:
-    """The prepared runs, then those of the methods, in the order in which they are carried out."""
+    """Return the prepared runs and the runs of the methods, in the order in which they are carried out."""
     longest = study.quick.epochs if arguments.quick else math.inf
     folders = {
         "runs": arguments.runs / arguments.study.stem,
@@ -231,7 +232,7 @@ def plan(study: Study, arguments: argparse.Namespace) -> tuple[list[Run], list[R
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Raise UserError, before any work, for a config that is wrong or files that are not there."""
+    """Raise UserError for an invalid config or missing files, before any work."""
     for run in runs:
         for folder, name in re.findall(r"\$(data|weights)/([\w./-]+)", " ".join(run.templates())):
             if not (path := getattr(run, folder) / name).exists():
@@ -241,7 +242,7 @@ def check(runs: Sequence[Run]) -> None:
         _ = Trainer(run.base, *run.overrides()).settings
 
 
-# --- running ---------------------------------------------------------------------------------------------------------
+# --- running ------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -276,30 +277,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", type=Path, help="YAML file, as in benchmarks/studies/")
+    parser.add_argument("study", type=Path, help="YAML file such as those in benchmarks/studies/")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each on one core (or all on one GPU)"
+        "--jobs", type=int, default=1, help="number of runs at a time, each on one core (or all on one GPU)"
     )
     parser.add_argument(
         "--data",
         type=Path,
         default=os.environ.get("DATA", REPOSITORY.parent / "shared" / "data"),
-        help="folder of the data sets, $data in the study; default: the environment's DATA, else ../shared/data",
+        help="folder of the data sets, $data in the study (default: $DATA, else ../shared/data)",
     )
     parser.add_argument(
         "--weights",
         type=Path,
         default=RUNS / "weights",
-        help="folder of converted weights, $weights in the study",
+        help="folder of converted weights, $weights in the study (default: runs/weights)",
     )
-    parser.add_argument("--runs", type=Path, help="folder of the runs; default: runs/studies, or runs/quick")
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/studies, or runs/quick)")
     parser.add_argument(
         "--results",
         type=Path,
-        help="folder of lines, tables and plots; default: benchmarks/results/studies, or RUNS",
+        help="folder of lines, tables and plots (default: benchmarks/results/studies, or RUNS)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one seed and few epochs, to see that everything works"
+        "--quick", action="store_true", help="one seed and few epochs, to check that everything works"
     )
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
@@ -315,7 +316,7 @@ def carry_out(
     jobs: int,
     keep: Callable[[Any], None] = lambda result: None,
 ) -> None:
-    """Call `action` on each run, `jobs` at a time, in processes of one thread each. Raises what an action raises."""
+    """Call `action` on each run, `jobs` at a time, in processes with one thread; raise an action's error."""
     if not runs:
         return
     print(f"{len(runs)} x {action.__name__}, {jobs} at a time, in {runs[0].runs}", flush=True)
@@ -332,8 +333,8 @@ def carry_out(
                 keep(future.result())
                 print(f"done: {action.__name__} {pending.pop(future).directory.name}", flush=True)
             show(list(pending.values()), before, time.perf_counter() - begin)
-    except BaseException:  # a mistake in one is a mistake in all; Ctrl-C too ends all
-        workers = list(pool._processes.values())  # shutdown forgets them
+    except BaseException:  # an error in one run ends all runs, and so does Ctrl-C
+        workers = list(pool._processes.values())  # read before shutdown, which discards them
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.kill()
@@ -352,13 +353,13 @@ def show(pending: Sequence[Run], before: dict[str, float], seconds: float) -> No
 
 
 def end_with_parent() -> None:
-    """Else a worker whose parent is killed would train on, beside the one that takes its place."""
+    """Exit when the parent exits, so that no worker of a killed study trains on in the same directory."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def train(run: Run) -> Line:
-    """Train from the newest checkpoint, as `indistill train` does, and return the line. Output goes to log.txt."""
+    """Train, or resume from the newest checkpoint, and return the line. Output goes to log.txt."""
     marker = run.directory / "study.txt"
     run.directory.mkdir(parents=True, exist_ok=True)
     if marker.exists() and marker.read_text() != run.fingerprint():
@@ -374,14 +375,15 @@ def train(run: Run) -> Line:
 
 
 def store_targets(run: Run) -> None:
-    """Write the stored targets that the method of this run reads; what is there is kept."""
+    """Store the targets that the methods read with this run's seed; existing ones are kept."""
     run.directory.mkdir(parents=True, exist_ok=True)
     with logged(run):
         Trainer(run.base, *run.overrides()).write_targets()
 
 
 @contextlib.contextmanager
-def logged(run: Run):
+def logged(run: Run) -> Iterator[None]:
+    """Append the output of the block to the run's log.txt."""
     with (
         (run.directory / "log.txt").open("a") as log,
         contextlib.redirect_stdout(log),
@@ -390,11 +392,11 @@ def logged(run: Run):
         yield
 
 
-# --- the lines -------------------------------------------------------------------------------------------------------
+# --- the lines ----------------------------------------------------------------------------------------------
 
 
 def line(run: Run, summary: dict[str, Any], cpu_seconds: float | None) -> Line:
-    """The run's line; `cpu_seconds`, with start and evaluation, is None for a run that was interrupted."""
+    """Return the run's line. `cpu_seconds` includes start and evaluation; None if the run was interrupted."""
     method, seed, epochs, rate = run.key
     settings = Trainer(run.base, *run.overrides()).settings
     checkpoint = (
@@ -419,7 +421,7 @@ def line(run: Run, summary: dict[str, Any], cpu_seconds: float | None) -> Line:
 
 
 def commit() -> str | None:
-    """The commit of this repository, with a + if files differ from it; None where there is no git."""
+    """Return the commit of this repository, with a + if files differ from it; None without git."""
     command = [
         "git",
         "-C",
@@ -454,8 +456,8 @@ def append(results: Path, line: Line) -> None:
 
 
 def known(results: Path, runs: Sequence[Run]) -> dict[tuple, Line]:
-    """The line of each run that has one, of the same settings."""
-    wanted = {run.key: run.fingerprint() for run in runs}
+    """Return the line of each run that has one with the same settings, by the run's key."""
+    fingerprints = {run.key: run.fingerprint() for run in runs}
     lines: dict[tuple, Line] = {}
     for number, text in enumerate(results.read_text().splitlines() if results.exists() else (), start=1):
         try:
@@ -463,16 +465,16 @@ def known(results: Path, runs: Sequence[Run]) -> dict[tuple, Line]:
             key = (one["method"], one["seed"], one["epochs"], one["rate"])
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f"{results}: line {number} is not a result of a run: remove it") from None
-        if one["fingerprint"] == wanted.get(key):
+        if one["fingerprint"] == fingerprints.get(key):
             lines.setdefault(key, one)
     return lines
 
 
-# --- the table and the plot ------------------------------------------------------------------------------------------
+# --- the table and the plot ---------------------------------------------------------------------------------
 
 
 def write(study: Study, results: Path, prepared: Sequence[Run], runs: Sequence[Run]) -> str:
-    """Write the tables and the plot beside the lines; returns the Markdown."""
+    """Write the tables and the plot beside the lines; return the Markdown."""
     lines = known(results, runs)
     results.parent.mkdir(parents=True, exist_ok=True)
     plot = curves(study, lines)
@@ -495,13 +497,13 @@ def report(
     if lines:
         parts.append(
             "Scores in %: mean ± standard deviation (n - 1) over the seeds. Differences: "
-            f'"{metric}" minus that of the baseline, paired by seed, with the {100 * CONFIDENCE:g} % interval of '
-            "Student's t."
+            f'"{metric}" minus that of the baseline, paired by seed, with the {100 * CONFIDENCE:g} % '
+            "interval of Student's t."
         )
     for line in prepared.values():
-        told = [f"{name} {100 * value:.2f}" for name, value in line["scores"].items()]
+        shown = [f"{name} {100 * value:.2f}" for name, value in line["scores"].items()]
         parts.append(
-            f"Before them, `{line['method']}` was trained for {line['epochs']:g} epochs: {', '.join(told)}."
+            f"Before them, `{line['method']}` was trained for {line['epochs']:g} epochs: {', '.join(shown)}."
         )
     if plot:
         parts.append(f"![{metric}, %, by epochs]({plot})")
@@ -541,13 +543,13 @@ def row(study: Study, lines: dict[tuple, Line], method: str, epochs: float, rate
 
 
 def of_method(lines: dict[tuple, Line], method: str, epochs: float, rate: float | None) -> dict[int, Line]:
-    """The lines by seed."""
+    """Return the method's lines by seed."""
     keys = [key for key in lines if (key[0], *key[2:]) == (method, epochs, rate)]
     return {key[1]: lines[key] for key in sorted(keys, key=lambda key: key[1])}
 
 
 def scores(lines: dict[int, Line], metric: str) -> dict[int, float]:
-    """In percent, by seed; nothing for what the method does not train."""
+    """Return the scores in percent by seed, without lines that lack the metric."""
     return {seed: 100 * line["scores"][metric] for seed, line in lines.items() if metric in line["scores"]}
 
 
@@ -559,7 +561,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def paired(own: dict[int, float], base: dict[int, float]) -> str:
-    """The mean difference over the seeds that both have, and its interval if there are two or more."""
+    """Return the mean difference over the seeds that both have, with its interval if there are several."""
     differences = [own[seed] - base[seed] for seed in own.keys() & base.keys()]
     if not differences:
         return ""
@@ -574,10 +576,10 @@ def paired(own: dict[int, float], base: dict[int, float]) -> str:
 
 
 def provenance(lines: Sequence[Line]) -> list[str]:
-    """Where the lines come from, and a warning if they do not share a teacher."""
+    """Return the origin of the lines, and a warning if they do not share a teacher."""
     if not lines:
         return []
-    places = {
+    origins = {
         "Machines": {line["machine"] for line in lines},
         "Commits": {str(line["commit"]) for line in lines},
         "Libraries": {
@@ -585,7 +587,7 @@ def provenance(lines: Sequence[Line]) -> list[str]:
         },
         "Dates": {min(line["date"] for line in lines), max(line["date"] for line in lines)},
     }
-    parts = ["\n".join(f"- {name}: {'; '.join(sorted(values))}" for name, values in places.items())]
+    parts = ["\n".join(f"- {name}: {'; '.join(sorted(values))}" for name, values in origins.items())]
     if len({line["teacher"] for line in lines} - {None}) > 1:
         parts.append("**Not all of these runs had the same teacher**: compare the lines' `teacher`.")
     return parts
@@ -597,7 +599,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def curves(study: Study, lines: dict[tuple, Line]) -> str | None:
-    """The first metric against the budget as SVG, a line per method and rate; None without two budgets."""
+    """Draw the first metric over epochs as SVG, one line per method and rate; None without two budgets."""
     from indistill.commands.report import charts
 
     metric, title = next(iter(study.metrics.items()))
@@ -620,7 +622,7 @@ def curves(study: Study, lines: dict[tuple, Line]) -> str | None:
 
 
 def standalone(charts: Any, chart: Any) -> str:
-    """A chart of the report as an SVG file: its curves and style, with the page's labels as text."""
+    """Return a chart of the report as an SVG file: its curves and style, with the page's labels as text."""
     html, _ = charts.draw(chart, 0)
     shapes = re.search(r"<svg[^>]*>(.*)</svg>", html)[1]
     style = re.search(r"<style>(.*)</style>", charts.page("", "", {}), re.DOTALL)[1]

@@ -1,7 +1,8 @@
-"""`python docs/draw_method.py` draws the pictures of method.md, in images/, from a run on the demo's digits.
+"""Draw the pictures of method.md into images/, from a run on the demo's digits.
 
-After `make demo`, whose data and teacher it takes. It trains the demo's student once more, in runs/method, with a
-checkpoint and an evaluation every epoch, half a minute on two cores; a run that is there is drawn as it is.
+Run `make demo` first; its data and teacher are used. This script trains the demo's student again in
+runs/method, with a checkpoint and an evaluation every epoch, in half a minute on two cores. An existing run
+is not repeated.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ EVERY_EPOCH = [
     "checkpoint.keep_last=100",
 ]
 WIDTH = 760  # pixels
-DIGIT = 3  # whose maps are drawn: its place among the test images
-# A page may be light or dark: each picture brings its own ground, and both sets of colours.
+DIGIT = 3  # index of the test image whose maps are drawn
+# A page may be light or dark, so each picture has its own background and both sets of colours.
 STYLE = """
 .ground{fill:#fff}.ink{fill:#1f2328}.dim{fill:#59636e}.rule{stroke:#d1d9e0;fill:none}.off{fill:#eef1f4;stroke:#d1d9e0}
 .teacher{fill:#8250df}.student{fill:#1a7f37}.rest{fill:#afb8c1}.join{stroke:#bc4c00;fill:#bc4c00}.on{fill:#fff}
@@ -50,7 +51,7 @@ STYLE = """
 text{font:12px system-ui,sans-serif}.small{font-size:11px}
 path{fill:none;stroke-width:1.8}
 """
-# Of a map's values, from zero to the target's largest, taught or not.
+# Colours of a map's values, from zero to the target's largest value, for taught and for other channels.
 COLOURS = ("#440154", "#46307e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 GREYS = (
     "#7d859020",
@@ -73,7 +74,7 @@ class Run(NamedTuple):
     lines: list[dict[str, float]]  # of metrics.jsonl
 
     def student(self, step: int) -> Network:
-        """After so many steps; before the first, as `parts.networks` begins."""
+        """Return the student after `step` steps; at step 0, initialised as by `parts.networks`."""
         if step == 0:
             set_seed(self.settings.seed)
             net = parts.create_student(self.settings)
@@ -86,17 +87,19 @@ class Run(NamedTuple):
 
 
 class Picture:
-    """An SVG in the making. Coordinates are pixels; `y` of a text is its base line."""
+    """Builds an SVG. Coordinates are pixels; `y` of a text is its base line."""
 
     def __init__(self, name: str, title: str) -> None:
-        self.name, self.parts = name, [f"<title>{title}</title>"]
+        self.name = name
+        self.parts = [f"<title>{title}</title>"]
 
     def text(self, x: float, y: float, words: str, kind: str = "ink", anchor: str = "start") -> None:
         self.parts.append(f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{words}</text>')
 
     def box(self, x: float, y: float, width: float, height: float, kind: str, corner: float = 0) -> None:
         self.parts.append(
-            f'<rect x="{x:.4g}" y="{y:.4g}" width="{width:.4g}" height="{height:.4g}" rx="{corner}" class="{kind}"/>'
+            f'<rect x="{x:.4g}" y="{y:.4g}" width="{width:.4g}" height="{height:.4g}" '
+            f'rx="{corner}" class="{kind}"/>'
         )
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str = "rule") -> None:
@@ -108,9 +111,9 @@ class Picture:
     def maps(
         self, x: float, y: float, width: float, maps: np.ndarray, kept: Sequence[int] | None = None
     ) -> float:
-        """Maps [C, H, W] of values in 0..1, side by side; those not kept in grey. Returns the height taken.
+        """Draw maps [C, H, W] with values in 0..1 side by side, in grey if not kept. Returns the height.
 
-        As paths, one for each colour: not every forge shows images inside of an SVG.
+        Each colour is one path, because not every Git forge shows images inside an SVG.
         """
         channels, tall, wide = maps.shape
         across = 2 ** math.ceil(math.log2(channels) / 2)
@@ -138,7 +141,8 @@ class Picture:
         ground = f'<rect width="{WIDTH}" height="{height:g}" rx="6" class="ground"/>'
         IMAGES.mkdir(exist_ok=True)
         (IMAGES / f"{self.name}.svg").write_text(
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" role="img">'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" '
+            f'width="{WIDTH}" role="img">'
             f"<style>{STYLE}</style>{ground}\n" + "\n".join(self.parts) + "\n</svg>\n"
         )
 
@@ -157,11 +161,11 @@ def main() -> None:
     print(f"drawn: {', '.join(sorted(path.name for path in IMAGES.glob('*.svg')))}")
 
 
-# --- the pictures ----------------------------------------------------------------------------------------------------
+# --- the pictures -------------------------------------------------------------------------------------------
 
 
 def layers(run: Run) -> None:
-    """What of both networks each phase computes."""
+    """Draw the layers of both networks that each phase computes."""
     picture = Picture("layers", "The layers of teacher and student that are computed in each phase")
     teacher, student = find_stages(run.teacher.net), find_stages(run.student(0).net)
     left, step, width, height = 128, 104, 92, 22
@@ -174,7 +178,7 @@ def layers(run: Run) -> None:
         depths = (pair.teacher_stage, pair.student_stage) if pair else (len(teacher), len(student))
         epochs = (run.end(phase) - phase.start) / run.timetable.steps_per_epoch
         picture.text(12, top + 27, "KD" if phase.name == "kd" else phase.name)
-        picture.text(12, top + 43, f"{epochs:g} epoch{'s' * (epochs != 1)}", "dim small")
+        picture.text(12, top + 43, f"{epochs:g} {'epoch' if epochs == 1 else 'epochs'}", "dim small")
         for row, (role, stages, depth) in enumerate(
             (("teacher", teacher, depths[0]), ("student", student, depths[1]))
         ):
@@ -198,13 +202,12 @@ def layers(run: Run) -> None:
 
 
 def timetable_bars(run: Run) -> None:
-    """Each phase's share of the steps, and of the operations."""
+    """Draw each phase's share of the steps and of the operations."""
     picture = Picture("timetable", "Share of each phase in the steps and in the operations of the run")
     costs = estimate.of_run(run.settings, 1, None, {}).phases
     steps = [cost.steps for cost in costs]
-    flops = [
-        (cost.work.teacher_flops + cost.work.student_flops) / 1e6 for cost in costs
-    ]  # of an image, in millions
+    # per image, in millions
+    flops = [(cost.work.teacher_flops + cost.work.student_flops) / 1e6 for cost in costs]
     work = [one * count for one, count in zip(flops, steps)]
     left, width = 110, WIDTH - 122
     rows = (
@@ -232,9 +235,10 @@ def timetable_bars(run: Run) -> None:
 
 
 def importance(run: Run) -> None:
-    """The L1 norms behind each teacher channel, and which stay."""
+    """Draw the L1 norm of each teacher channel, and which channels are kept."""
     picture = Picture("importance", "Importance of each teacher channel by pair, kept channels in colour")
-    size, top, height = config.input_size(run.settings), 14, 64
+    size = config.input_size(run.settings)
+    top, height = 14, 64
     left, width = 128, WIDTH - 144
     for i, pair in enumerate(run.plan.pairs):
         norms = prune.l1_importance(run.teacher.net, pair.teacher_stage, size).numpy()
@@ -266,7 +270,7 @@ def importance(run: Run) -> None:
 
 @torch.no_grad()
 def maps(run: Run) -> None:
-    """What the warm-up does to the student's maps of one digit that neither network was trained on."""
+    """Draw maps of one test digit: the teacher's, the target, and the student's before and after."""
     picture = Picture(
         "maps", "Maps of one digit: the teacher's, the pruned target, the student's before and after"
     )
@@ -282,7 +286,8 @@ def maps(run: Run) -> None:
     for i, (pair, phase) in enumerate(zip(run.plan.pairs, run.phases)):
         whole = run.teacher.maps(image, [pair.teacher_stage])[0][0]  # [C_t, H, W]
         target = whole[pair.kept]  # [C_s, H, W]
-        stage, bright = [pair.student_stage], target.max().item()
+        stage = [pair.student_stage]
+        bright = target.max().item()
         before, after = (run.student(step).maps(image, stage)[0][0] for step in (0, run.end(phase)))
         shown = zip(columns, (whole, target, before, after), (pair.kept, None, None, None))
         height = max(picture.maps(x, top, side, (one / bright).numpy(), kept) for x, one, kept in shown)
@@ -300,7 +305,7 @@ def maps(run: Run) -> None:
 
 
 def curves(run: Run) -> None:
-    """Loss of each logged step, and CKA of each pair at each evaluation, over the epochs."""
+    """Draw the loss of each logged step, and the CKA of each pair at each evaluation, over the epochs."""
     picture = Picture("curves", "Loss and CKA of each pair over the epochs, phases as bands")
     left, width, per_epoch = 64, WIDTH - 130, run.timetable.steps_per_epoch
     epochs = run.timetable.total_steps / per_epoch

@@ -1,13 +1,14 @@
-"""`make docs-test`: run what README.md and docs/*.md tell a reader to run, in order, in copies of the repository.
+"""Run the commands of README.md and docs/*.md in order, in copies of the repository (`make docs-test`).
 
-Of the fenced blocks `bash`, `python` and `diff` (a patch, for the rest of its page) run, `yaml` has to be a
-config or a part of one, and `text` is only shown. A comment right before a block says how it differs here:
+Fenced blocks of `bash`, `python` and `diff` run; a `diff` is a patch for the rest of its page. A `yaml` block
+must be a config or a part of one, and is only loaded. `text` does not run. A comment right before a block
+changes how it runs:
 
     <!-- docs-test
-    skip: why it cannot run here, and what checks it instead
+    skip: the reason why it cannot run here, and what checks it instead
     before: commands to run first
     after: commands to run last
-    shown text => what stands in for it
+    shown text => replacement
     -->
 """
 
@@ -39,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FIRST = "README.md"
 PAGES_AT_ONCE = 2
 LANGUAGES = ("bash", "python", "diff", "yaml", "text")
-BASE = ROOT / "configs" / "imagenet_r34_r18.yaml"  # what a part of a config is a part of
-TIMEOUT_SECONDS = 900  # of a block
+BASE = ROOT / "configs" / "imagenet_r34_r18.yaml"  # completes a block that is a part of a config
+TIMEOUT_SECONDS = 900  # for each block
 BLOCK = re.compile(
     r"(?:^<!-- docs-test\n(?P<marker>.*?)-->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -62,7 +63,7 @@ class Block(NamedTuple):
     line: int
     language: str
     text: str
-    skip: str | None  # the reason
+    skip: str | None  # the reason for not running the block
     before: str
     after: str
     replace: tuple[tuple[str, str], ...]
@@ -70,6 +71,7 @@ class Block(NamedTuple):
 
     @property
     def place(self) -> str:
+        """The page and line of the block."""
         return f"{self.page}:{self.line}"
 
     @property
@@ -77,6 +79,7 @@ class Block(NamedTuple):
         return self.text.strip().splitlines()[0][:60]
 
     def as_run(self) -> str:
+        """Return the text with all replacements."""
         text = self.text
         for old, new in self.replace:
             text = text.replace(old, new)
@@ -84,53 +87,48 @@ class Block(NamedTuple):
 
 
 def pages() -> list[str]:
-    found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
-    return [FIRST, *found]
+    names = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+    return [FIRST, *names]
 
 
 def blocks(page: str) -> list[Block]:
-    """Raises ValueError for a marker that is not understood, or speaks of text that is not in its block."""
-    text, found = (ROOT / page).read_text(), []
-    for match in BLOCK.finditer(text):
-        line = text.count("\n", 0, match.start("text"))
-        told: dict[str, str] = {}
-        replace = []
-        for entry in (match["marker"] or "").splitlines():
-            old, arrow, new = entry.partition(" => ")
-            kind, colon, rest = entry.partition(": ")
-            if kind in ("skip", "before", "after") and colon:
-                told[kind] = rest
-            elif arrow and old in match["text"]:
-                replace.append((old, new))
-            else:
-                raise ValueError(
-                    f"{page}:{line}: docs-test: {entry!r} is neither understood nor in the block"
-                )
-        before, after = (told.get(kind, "") for kind in ("before", "after"))
-        skip = told.get("skip")
-        found.append(
-            Block(
-                page,
-                line,
-                match["language"],
-                match["text"],
-                skip,
-                before,
-                after,
-                tuple(replace),
-                bool(match["marker"]),
-            )
-        )
-    return found
+    """Return the fenced blocks of a page. Raises ValueError for an invalid line in a docs-test comment."""
+    text = (ROOT / page).read_text()
+    return [_block(page, text.count("\n", 0, match.start("text")), match) for match in BLOCK.finditer(text)]
 
 
-# --- what can be checked without running it --------------------------------------------------------------------------
+def _block(page: str, line: int, match: re.Match[str]) -> Block:
+    options: dict[str, str] = {}
+    replace = []
+    for entry in (match["marker"] or "").splitlines():
+        old, arrow, new = entry.partition(" => ")
+        kind, colon, rest = entry.partition(": ")
+        if kind in ("skip", "before", "after") and colon:
+            options[kind] = rest
+        elif arrow and old in match["text"]:
+            replace.append((old, new))
+        else:
+            raise ValueError(f"{page}:{line}: docs-test: {entry!r} is neither an option nor in the block")
+    return Block(
+        page,
+        line,
+        match["language"],
+        match["text"],
+        skip=options.get("skip"),
+        before=options.get("before", ""),
+        after=options.get("after", ""),
+        replace=tuple(replace),
+        marked=bool(match["marker"]),
+    )
+
+
+# --- checks without running ---------------------------------------------------------------------------------
 
 
 def load_configs(block: Block) -> int:
-    """Load what a yaml block holds, and each `CONFIG key=value ...` of a bash block that is skipped; returns how many.
+    """Load the config of a yaml block, or each `CONFIG key=value ...` of a skipped block; return how many.
 
-    Raises UserError, or what YAML raises.
+    Raises UserError, or YAMLError.
     """
     if block.language == "yaml":
         tree = yaml.safe_load(block.text)
@@ -141,16 +139,17 @@ def load_configs(block: Block) -> int:
             file.write_text(yaml.safe_dump(tree))
             runs.load(file)
         return 1
-    found = _CONFIG.findall(re.sub(r"\\\n\s*", "", block.text)) if block.skip else []
-    for name, overrides in found:
+    commands = _CONFIG.findall(re.sub(r"\\\n\s*", "", block.text)) if block.skip else []
+    for name, overrides in commands:
         runs.load(BASE if name == "CONFIG" else ROOT / name, shlex.split(overrides))
-    return len(found)
+    return len(commands)
 
 
-# --- running ---------------------------------------------------------------------------------------------------------
+# --- running ------------------------------------------------------------------------------------------------
 
 
 def scratch_copy(folder: Path) -> None:
+    """Copy the repository's files, except those that git ignores."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -170,7 +169,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def plain_commands(block: Block) -> list[list[str]] | None:
-    """The arguments of each `indistill` of a block of nothing else; None for one that needs a shell."""
+    """Return the arguments of each `indistill` command of a block; None if the block needs a shell."""
     text = re.sub(r"\\\n", "", block.as_run())
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     lines = [line for line in lines if line]
@@ -181,13 +180,13 @@ def plain_commands(block: Block) -> list[list[str]] | None:
 
 
 def run(block: Block, folder: Path, log: Path) -> bool:
-    """Whether it did what it should; its output goes to `log`."""
+    """Run a block, with its output in `log`; return whether it succeeded."""
     if block.language == "diff":
         return call(["git", "apply"], folder, log, block.as_run())
     if block.language == "python":
         return fork(execute, folder, log, block.as_run(), block.place)
     commands = plain_commands(block)
-    if commands is not None:  # torch is imported once, not by each of them
+    if commands is not None:  # forked, so that torch is imported only once
         return all(fork(cli.main, folder, log, arguments) for arguments in commands)
     script = "\n".join(["set -euo pipefail", block.before, block.as_run(), block.after])
     return call(["bash", "-c", script], folder, log)
@@ -235,8 +234,9 @@ class Row(NamedTuple):
 
 
 def run_page(page: str, temporary: Path) -> list[Row]:
-    """Every page has the repository for itself, and all pages one folder of runs."""
-    folder, rows = temporary / page.replace("/", "-"), []
+    """Run the blocks of a page in a copy of the repository; all pages share the folder `runs`."""
+    folder = temporary / page.replace("/", "-")
+    rows = []
     scratch_copy(folder)
     (folder / "runs").symlink_to(temporary / "runs")
     log = folder.with_suffix(".log")
@@ -259,8 +259,8 @@ def run_page(page: str, temporary: Path) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run what the documentation tells a reader to run.")
-    parser.add_argument("pages", nargs="*", help="these alone, after README.md (default: all)")
+    parser = argparse.ArgumentParser(description="Run the commands of the documentation.")
+    parser.add_argument("pages", nargs="*", help="run only these pages, after README.md (default: all pages)")
     chosen = parser.parse_args().pages or pages()
     os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     _context.set_forkserver_preload(_PRELOAD)
@@ -270,7 +270,7 @@ def main() -> None:
         ThreadPoolExecutor(PAGES_AT_ONCE) as pool,
     ):
         (Path(temporary) / "runs").mkdir()
-        rows = run_page(FIRST, Path(temporary))  # with the demo, whose data and runs the others use
+        rows = run_page(FIRST, Path(temporary))  # includes the demo, whose data and runs the other pages use
         for of_page in pool.map(
             lambda page: run_page(page, Path(temporary)), [p for p in chosen if p != FIRST]
         ):

@@ -1,4 +1,4 @@
-"""For docs-test, what stands in for a reader's own images: train/, labels.csv and old-NNNN.tar.gz, of digits."""
+"""Write digits in place of a reader's own images, for docs-test: train/, labels.csv and old-NNNN.tar.gz."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ IMAGES = 40
 
 
 def main() -> None:
-    digits, rows = load_digits(), []
+    digits = load_digits()
+    rows = []
     with tarfile.open("old-0000.tar.gz", "w:gz") as first, tarfile.open("old-0001.tar.gz", "w:gz") as second:
         for i, (grey, label) in enumerate(zip(digits.images[:IMAGES], digits.target)):
             path = Path("train", str(label), f"{i}.jpg")

@@ -1,6 +1,6 @@
-"""`python docs/write_configuration.py` writes configuration.md from the sections in indistill/config/.
+"""Write configuration.md from the sections and losses: `python docs/write_configuration.py`.
 
-Types, limits and defaults are pydantic's; a key's meaning is the comment beside it, or on the lines above it.
+Types, limits and defaults come from pydantic; the meaning of a key is the comment on its line or above it.
 """
 
 from __future__ import annotations
@@ -18,84 +18,108 @@ from typing import Any
 from pydantic import BaseModel
 
 from indistill import config
+from indistill.config import plugins
 
 PAGE = Path(__file__).with_name("configuration.md")
-MOST_CHOICES = 3  # of sections that a cell of a table lists
+MOST_CHOICES = 3  # sections that a cell of a table lists; of more it names the first
+WIDTH = 110  # characters of a line of text
 INTRODUCTION = """\
 # Configuration
 
-Every key of a config, written by `python docs/write_configuration.py` from the comments in
-[indistill/config](../indistill/config); a test fails where this page and the code differ. An unknown key, or a value of
-another type, is one line before any work, with exit code 2:
+This page lists every key of a config. `python docs/write_configuration.py` writes it from the comments in
+[indistill/config](../indistill/config) and [indistill/losses](../indistill/losses), and a test fails if it
+differs from the code. An unknown key or a value of the wrong type ends the command before any work, with one
+line and exit code 2:
 
 ```text
-indistill: error: configs/digits_demo.yaml data.worker=2: data: unknown key 'worker'; the nearest valid key is 'workers'
+indistill: error: my.yaml data.worker=2: data: unknown key 'worker'; the nearest valid key is 'workers'
 ```
 
-A key is set in the file or after it, `indistill train CONFIG data.workers=8 warmup=null`: the value is YAML, and a
-number indexes a list (`kd.losses.0.weight=0.5`). `run_dir/config.yaml` holds all keys of a run with their values.
+Keys are set in the file, or on the command line after it: `indistill train CONFIG data.workers=8
+warmup=null`. The value is YAML, and a number indexes a list (`kd.losses.0.weight=0.5`). `run_dir/config.yaml`
+holds the values of all keys of a run.
 
-A **duration** is a number with a unit, `3 epochs`, `500 steps`, `1e6 samples` or `10 percent` of the run; a bare number
-counts epochs.
+A **duration** is a number with a unit: `3 epochs`, `500 steps`, `1e6 samples`, or `10 percent` of the run. A
+number without a unit counts epochs.
 
-Besides, a file may list `stages` ([chains](method.md#chains)) or `students` with `student_groups`
-([several students](students.md)): each has a name and its own keys, merged with those of the file.
+A file may also list `stages` ([chains](method.md#chains)), or `students` with `student_groups`
+([several students](students.md)). Each of them has a name and its own keys, which are merged with those of
+the file.
 
 {starts}
-"""
+"""  # noqa: E501  # an error is quoted as it is printed
 STARTS = """\
-A run that is started again must have the same config, except for {operational}. Between the nodes of a run {node} may
-differ."""
+A run resumes with the same config only, except for {operational}, which may change. {node} may also differ
+between the nodes of a run."""
 
 
 def sources() -> str:
-    """The text of every file of the sections."""
+    """Return the text of all files that define sections."""
     folder = Path(config.__file__).parent
-    return "\n".join(path.read_text() for path in sorted(folder.glob("*.py")))
+    files = sorted(folder.glob("*.py")) + sorted((folder.parent / "losses").glob("*_loss.py"))
+    return "\n".join(path.read_text() for path in files)
 
 
 def meanings(source: str) -> dict[tuple[str, str], str]:
-    """The comments of each class's annotated fields: the block of lines above, and that on the field's last line."""
+    """Return the comment of each annotated field, above it and on its own lines, by class and field."""
     lines = source.splitlines()
     comments = {
         token.start[0]: token.string.lstrip("#").strip()
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found = {}
+    texts = {}
     for class_ in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
         for field in (node for node in class_.body if isinstance(node, ast.AnnAssign)):
             first = field.lineno
             while lines[first - 2].lstrip().startswith("#"):
                 first -= 1
             words = [comments[line] for line in range(first, field.end_lineno + 1) if line in comments]
-            found[class_.name, field.target.id] = " ".join(words)
-    return found
+            texts[class_.name, field.target.id] = " ".join(words)
+    return texts
 
 
 def models() -> dict[str, type[BaseModel]]:
-    return {name: value for name, value in vars(config).items() if inspect.isclass(value)}
+    """Return every section and loss class, by name."""
+    named = {name: value for name, value in vars(config).items() if inspect.isclass(value)}
+    return named | {loss.__name__: loss for loss in losses()}
 
 
-def meaning(section: str, key: str, told: dict[tuple[str, str], str]) -> str:
-    """What is said of a key where it is declared; empty if nothing is."""
-    owners = [base.__name__ for base in models()[section].__mro__ if (base.__name__, key) in told]
-    return told[owners[0], key] if owners else ""
+def losses() -> list[type[config.Loss]]:
+    """The built-in losses, `ce` first."""
+    return [plugins.find(name) for name in sorted(plugins.built_in(), key=lambda name: (name != "ce", name))]
+
+
+def schema_of_the_config() -> dict[str, Any]:
+    """The JSON schema, in which `kd.losses` lists every built-in loss, and default sections are filled in."""
+    tree = config.Config.model_json_schema()
+    for loss in losses():
+        tree["$defs"][loss.__name__] = loss.model_json_schema()
+    choices = tree["$defs"]["KD"]["properties"]["losses"]
+    choices["items"] = {"oneOf": [{"$ref": f"#/$defs/{loss.__name__}"} for loss in losses()]}
+    choices["default"] = config.KD().model_dump()["losses"]
+    tree["properties"]["kd"]["default"] = config.KD().model_dump()
+    return tree
+
+
+def meaning(section: str, key: str, comments: dict[tuple[str, str], str]) -> str:
+    """Return the comment of a key in the class that declares it; empty if it has none."""
+    owners = [base.__name__ for base in models()[section].__mro__ if (base.__name__, key) in comments]
+    return comments[owners[0], key] if owners else ""
 
 
 def values(schema: dict[str, Any], heads: dict[str, str]) -> str:
-    """What a key takes, in words."""
+    """Describe the values that a key accepts."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{heads[name]}](#{slug(heads[name])})"
-    if "oneOf" in schema:  # one of several sections, by its name
+    if "oneOf" in schema:  # one of several sections, chosen by its name
         choices = [values(one, heads) for one in schema["oneOf"]]
         return " or ".join(choices) if len(choices) <= MOST_CHOICES else f"{choices[0]} and the others below"
     if "anyOf" in schema:
         kinds = [one.get("type") for one in schema["anyOf"]]
         if kinds[:3] == ["string", "integer", "number"]:
-            rest = kinds[3:]
-            return "duration" + " or `null`" * ("null" in rest)
+            return "duration or `null`" if "null" in kinds else "duration"
         return " or ".join(values(one, heads) for one in schema["anyOf"])
     if "const" in schema or "enum" in schema:
         return ", ".join(f"`{one}`" for one in schema.get("enum", [schema.get("const")]))
@@ -117,26 +141,26 @@ def values(schema: dict[str, Any], heads: dict[str, str]) -> str:
 
 
 def limits(kind: str, schema: dict[str, Any]) -> str:
-    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
-    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
-    if kind == "integer" and above is not None:
-        low, above = above + 1, None
-    words = [f"from {low}"] * (low is not None) + [f"above {above}"] * (above is not None)
-    words += [f"to {high}"] * (high is not None) + [f"below {below}"] * (below is not None)
-    return "".join(f" {word}" for word in words)
+    """Describe the range of a number, with a leading space; empty if it has none."""
+    schema = dict(schema)
+    if kind == "integer" and "exclusiveMinimum" in schema:
+        schema["minimum"] = schema.pop("exclusiveMinimum") + 1
+    words = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+    return "".join(f" {word} {schema[limit]}" for limit, word in words.items() if limit in schema)
 
 
 def default(schema: dict[str, Any], required: bool) -> str:
+    """Describe the default of a key."""
     value = schema.get("default")
     if required:
         return "**required**"
     if isinstance(value, dict) and value:
-        return ""  # a section, which tells its own
+        return ""  # a section, whose table has the defaults
     return f"`{plain(value)}`"
 
 
 def plain(value: Any) -> str:
-    """A value as YAML's flow style has it."""
+    """Format a value in YAML's flow style."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):
@@ -147,11 +171,12 @@ def plain(value: Any) -> str:
 
 
 def slug(heading: str) -> str:
-    """The anchor that a Git forge gives a heading."""
+    """Return the anchor that a Git forge gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def references(schema: Any) -> Iterator[str]:
+    """Yield the names of the models that a schema refers to."""
     if isinstance(schema, dict):
         if "$ref" in schema:
             yield schema["$ref"].rpartition("/")[2]
@@ -164,7 +189,7 @@ def references(schema: Any) -> Iterator[str]:
 
 
 def sections(tree: dict[str, Any]) -> dict[str, str]:
-    """Heading of each model, in reading order: a section is followed by those inside it."""
+    """Return the heading of each model, in reading order: a section is followed by those inside it."""
     top = tree["properties"]
     named = {name: key for key, schema in top.items() for name in references(schema)}
     heads: dict[str, str] = {}
@@ -189,31 +214,38 @@ def sections(tree: dict[str, Any]) -> dict[str, str]:
 
 
 def table(
-    name: str, schema: dict[str, Any], heads: dict[str, str], told: dict[tuple[str, str], str]
+    name: str, schema: dict[str, Any], heads: dict[str, str], comments: dict[tuple[str, str], str]
 ) -> Iterator[str]:
+    """Yield the lines of the table of a section's keys."""
     yield "| key | values | default | meaning |"
     yield "|---|---|---|---|"
     for key, one in schema["properties"].items():
-        said = re.sub(r"\bNone\b", "`null`", meaning(name, key, told)).replace("|", "\\|")
-        cells = [f"`{key}`", values(one, heads), default(one, key in schema.get("required", ())), said]
+        text = in_yaml(meaning(name, key, comments)).replace("|", "\\|")
+        cells = [f"`{key}`", values(one, heads), default(one, key in schema.get("required", ())), text]
         yield f"| {' | '.join(cells)} |"
 
 
+def in_yaml(text: str) -> str:
+    """Return a comment with `null`, as YAML has it, for Python's None."""
+    return re.sub(r"\bNone\b", "`null`", text)
+
+
 def page() -> str:
-    told, tree = meanings(sources()), config.Config.model_json_schema()
+    """Return the text of configuration.md."""
+    comments = meanings(sources())
+    tree = schema_of_the_config()
     heads = sections(tree)
-    operational, node = (
-        ", ".join(f"`{key}`" for key in keys) for keys in (config.OPERATIONAL_KEYS, config.NODE_KEYS)
-    )
-    starts = textwrap.fill(STARTS.format(operational=operational, node=node), 120, break_on_hyphens=False)
+    operational = ", ".join(f"`{key}`" for key in config.OPERATIONAL_KEYS)
+    node = ", ".join(f"`{key}`" for key in config.NODE_KEYS)
+    starts = textwrap.fill(STARTS.format(operational=operational, node=node), WIDTH, break_on_hyphens=False)
     lines = [INTRODUCTION.format(starts=starts), "## The whole file\n"]
-    lines += [*table("Config", tree, heads, told), ""]
+    lines += [*table("Config", tree, heads, comments), ""]
     for name, head in heads.items():
         depth = "##" if "." not in head.partition(":")[0] else "###"
         lines += [f"{depth} {head}\n"]
         if "description" in tree["$defs"][name]:
-            lines += [re.sub(r"\bNone\b", "`null`", tree["$defs"][name]["description"]) + "\n"]
-        lines += [*table(name, tree["$defs"][name], heads, told), ""]
+            lines += [in_yaml(tree["$defs"][name]["description"]) + "\n"]
+        lines += [*table(name, tree["$defs"][name], heads, comments), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -12,7 +12,7 @@ __all__ = ["Callback", "Trainer", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names at their first use, so that `indistill --help` need not wait for what they import."""
+    """Import a public name at its first use, so that `indistill --help` does not wait for what it imports."""
     if name == "Trainer":
         from indistill.commands.trainer import Trainer as value
     elif name == "Callback":

@@ -1,4 +1,4 @@
-"""`python -m indistill`, and therefore `torchrun -m indistill` and `accelerate launch -m indistill`."""
+"""Entry point of `python -m indistill`, `torchrun -m indistill` and `accelerate launch -m indistill`."""
 
 from indistill.commands.cli import main
 

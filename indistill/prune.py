@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indistill.config import UserError
+from indistill.models import graph
 from indistill.models.stages import check_stages, find_stages, stage_maps
 from indistill.models.timm_model import TimmModel, timm_model
 
@@ -300,20 +301,15 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
     recorded = _record(timm_model(model), stage, input_size)
     output, layer_of_node, norm_reading_node, maybe_gates = recorded
 
-    written: list[object] = []  # the nodes of the layers found
-    queue, seen = [output.grad_fn], set()
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    def mixes(node: object) -> bool:
         layer = layer_of_node.get(node)
-        if layer is not None:
-            if node not in maybe_gates or output.shape[2:].numel() == 1:
-                written.append(node)
-            if not (isinstance(layer, nn.Conv2d) and layer.groups == layer.out_channels > 1):
-                continue
-        queue.extend(parent for parent, _ in node.next_functions)
+        depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.out_channels > 1
+        return layer is not None and not depthwise
+
+    nodes = list(graph.walk(output.grad_fn, ends_at=mixes))
+    seen = set(nodes)
+    no_gates = output.shape[2:].numel() == 1  # too small to tell them apart
+    written = [node for node in nodes if node in layer_of_node and (node not in maybe_gates or no_gates)]
 
     found = []
     for written_node in written:

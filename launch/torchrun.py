@@ -1,9 +1,9 @@
-"""torchrun for launch/torchrun.sh, with an exit code that tells a scheduler whether to start it again.
+"""Runs torchrun for launch/torchrun.sh, with an exit code that tells a scheduler whether to start it again.
 
-torchrun's own is 1 whatever its processes say. Here:
+torchrun's own exit code is 1 for every failure. Here:
 
-    75      stopped in good order, or a process or the network was lost: start it again
-    1, 2    a process met an error, which another start would meet again: status says `failed`
+    75      stopped with a checkpoint, or a process or the network was lost: start it again
+    1, 2    a process failed with an error that would occur again: status says `failed`
     130     Ctrl-C
 """
 
@@ -28,7 +28,7 @@ def main() -> int:
         return min(codes & {1, 2}, default=75)
     except SignalException as stopped:
         return 130 if stopped.sigval == signal.SIGINT else 75
-    except Exception:  # of the rendezvous: another node is late, or gone
+    except Exception:  # from the rendezvous: another node is late or gone
         traceback.print_exc()
         return 75
     return 0

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# One node's part of a run. On a single node, with all its GPUs:
+# Run one node's part of a run. On a single node, with all its GPUs:
 #   launch/torchrun.sh configs/imagenet_r34_r18.yaml [key.sub=value ...]
-# On several, the same on each, with torchrun's options as it reads them from the environment:
+# On several nodes, run it on each, with torchrun's options in the environment:
 #   PET_NNODES=2 PET_NODE_RANK=0 PET_MASTER_ADDR=first-node launch/torchrun.sh CONFIG ...
-# The exit code (torchrun.py) tells afterwards whether to start it again, and so does run_dir/status.
+# Afterwards the exit code (see torchrun.py) and run_dir/status tell whether to start it again.
 set -euo pipefail
 
-# --- edit, or set in the environment ---------------------------------------------------------------------------------
-export PET_NPROC_PER_NODE=${PET_NPROC_PER_NODE:-gpu} # gpu: one process for each; on CPUs a number
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}         # of each process; its loader workers come on top
-export PET_MASTER_PORT=${PET_MASTER_PORT:-29500}     # free on the first node
-INDISTILL_COMMAND=${INDISTILL_COMMAND:-train}        # doctor: whether the run would work here
-# ---------------------------------------------------------------------------------------------------------------------
+# --- edit, or set in the environment ------------------------------------------------------------------------
+export PET_NPROC_PER_NODE=${PET_NPROC_PER_NODE:-gpu} # gpu: one process per GPU; on CPUs a number
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}         # per process; loader workers are additional
+export PET_MASTER_PORT=${PET_MASTER_PORT:-29500}     # a free port of the first node
+INDISTILL_COMMAND=${INDISTILL_COMMAND:-train}        # doctor: check whether the run would work here
+# ------------------------------------------------------------------------------------------------------------
 
 export PET_NNODES=${PET_NNODES:-1}
 export PET_NODE_RANK=${PET_NODE_RANK:-${SLURM_NODEID:-0}}
 export PET_MASTER_ADDR=${PET_MASTER_ADDR:-127.0.0.1}
-trap '' USR1 USR2 # torchrun would die of them; the ranks obey them
+trap '' USR1 USR2 # they would end torchrun; the ranks handle them
 if [ -n "${SLURM_JOB_ID:-}" ]; then
-    # SLURM signals every process of a step. torchrun would pass SIGTERM on, and kill the ranks 30 s later.
+    # SLURM sends signals to every process of a step. torchrun would pass SIGTERM on and kill the ranks 30 s later.
     trap '' TERM
     export PET_SIGNALS_TO_HANDLE=SIGINT
 fi

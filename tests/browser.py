@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to in its DevTools protocol through its own pipe: no driver, no port, no package."""
+"""A headless Chromium, controlled over a pipe with its DevTools protocol, without driver, port or package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TIMEOUT_SECONDS = 120.0
 
 
 class Browser:
-    """One page of it. `complaints` and `requests` collect what the pages opened so far logged and asked for."""
+    """One page. `complaints` and `requests` collect the log messages and requests of all pages so far."""
 
     def __init__(self, profile: Path) -> None:
         self.complaints: list[str] = []
@@ -35,7 +35,7 @@ class Browser:
         self.loaded, self.sent, self.buffer = False, 0, b""
         theirs, self.writer = os.pipe()
         self.reader, theirs_too = os.pipe()
-        # Chromium reads its commands from descriptor 3 and answers to 4. High numbers are not in the way of these.
+        # Chromium reads commands from descriptor 3 and answers on 4. Use high numbers, which do not collide.
         high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 20) for descriptor in (theirs, theirs_too)]
         os.close(theirs), os.close(theirs_too)
         command = [CHROMIUM, *(f"--{flag}" for flag in _FLAGS), f"--user-data-dir={profile}", "about:blank"]
@@ -83,7 +83,7 @@ class Browser:
             self._note(self._receive())
 
     def value(self, expression: str) -> Any:
-        """Of a JavaScript expression; an exception in it is raised here."""
+        """Evaluate a JavaScript expression and return its value; an exception in it is raised here."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"])
@@ -97,7 +97,7 @@ class Browser:
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def screenshot(self, file: Path) -> None:
-        """Of the whole page."""
+        """Take a screenshot of the whole page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         picture = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
@@ -116,15 +116,15 @@ class Browser:
         return json.loads(message)
 
     def _note(self, event: dict[str, Any]) -> None:
-        told = event.get("params", {})
+        details = event.get("params", {})
         match event.get("method"):
             case "Page.loadEventFired":
                 self.loaded = True
             case "Runtime.exceptionThrown":
-                self.complaints.append(str(told["exceptionDetails"]))
+                self.complaints.append(str(details["exceptionDetails"]))
             case "Runtime.consoleAPICalled":
-                self.complaints.append(str(told["args"]))
+                self.complaints.append(str(details["args"]))
             case "Log.entryAdded":
-                self.complaints.append(told["entry"]["text"])
+                self.complaints.append(details["entry"]["text"])
             case "Network.requestWillBeSent":
-                self.requests.append(told["request"]["url"])
+                self.requests.append(details["request"]["url"])

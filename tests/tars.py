@@ -1,4 +1,4 @@
-"""Shards and images made up for tests."""
+"""Shards and images for tests."""
 
 import io
 import tarfile
@@ -11,7 +11,7 @@ from indistill.data.shards import Sample
 
 
 def samples(count, seed=0, first=0):
-    """Samples of varied sizes; the content need not be an image, shards never decode."""
+    """Return samples of varied sizes. The content need not be an image, because shards never decode it."""
     random = np.random.RandomState(seed)
     return [
         (f"{first + i:05d}", random.bytes(random.randint(1, 3000)), IMAGE_EXTENSIONS[i % 4], int(i * 7 % 10))
@@ -33,7 +33,7 @@ def expected(packed):
 
 
 def webdataset_samples(paths):
-    """The same shards as the webdataset package reads them."""
+    """Read the same shards with the webdataset package."""
     import webdataset
 
     for sample in webdataset.WebDataset([str(path) for path in paths], shardshuffle=False, empty_check=False):
@@ -49,7 +49,7 @@ def picture(seed, extension="jpg", size=(24, 16)):
 
 
 def folder(path, classes=("cat", "ant", "bee"), each=7):
-    """An image folder. Returns {file content: label}."""
+    """Write an image folder; return {file content: label}."""
     content = {}
     for label, name in enumerate(sorted(classes)):
         (path / name / "more").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The timetable against ones made by hand, the vocabulary for durations, and the pace against a plain loop."""
+"""The timetable against hand-made ones, the notation for durations, and the pace against a plain loop."""
 
 import json
 import math
@@ -177,21 +177,21 @@ def test_percent_needs_the_length_of_the_run():
 
 
 def flattens_after(means, patience=3, tolerance=0.01):
-    """The number of windows after which the loss counts as flat, None if it never does."""
+    """Return the number of windows after which the loss counts as flat, or None."""
     return next((n for n in range(1, len(means) + 1) if flattened(means[:n], patience, tolerance)), None)
 
 
 @pytest.mark.parametrize("patience", [1, 3, 7])
 def test_a_steady_fall_is_judged_over_the_patience(patience):
-    slowest = -math.log(0.99) / patience  # falls by the tolerance in so many windows
+    slowest = -math.log(0.99) / patience  # falls by the tolerance in `patience` windows
     for rate, expected in ((1.01 * slowest, None), (0.99 * slowest, patience + 1)):
         assert flattens_after([5 * math.exp(-rate * n) for n in range(50)], patience) == expected
 
 
 def test_a_decay_to_a_floor_flattens_where_the_formula_says():
     floor, height, ratio, patience, tolerance = 0.3, 2.0, 0.8, 3, 0.01
-    # floor + height ratio^(m + patience) >= (1 - tolerance) (floor + height ratio^m), solved for m, the last
-    # but these
+    # floor + height ratio^(m + patience) >= (1 - tolerance) (floor + height ratio^m), solved for m, the
+    # window before the last `patience` ones
     m = math.log(floor * tolerance / (height * (1 - tolerance - ratio**patience))) / math.log(ratio)
     expected = math.ceil(m) + patience + 1
     assert 20 < expected < 40
@@ -211,8 +211,8 @@ def test_noise_below_the_tolerance_hides_neither_the_fall_nor_its_end(seed):
     [
         ([1.0] * 9, 4),  # flat from the start
         ([1, 2, 3, 4, 5], 4),  # rising
-        ([1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.5], 7),  # a plateau that the drop ends in time, and the next
-        ([1, 1, 1, 1, 0.5], 4),  # one that lasts too long
+        ([1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.5], 7),  # a plateau that ends in time, then a second one
+        ([1, 1, 1, 1, 0.5], 4),  # a plateau that lasts too long
         ([1, 5, 5, 0.98, 5, 5, 5], 7),  # a rise in between
         ([0.0] * 5, 4),
         ([], None),
@@ -253,9 +253,7 @@ def new_pace(mean_over_ranks=lambda total: float(np.mean(total)), order="auto", 
 
 
 def loss_curves(ranks=1):
-    """float32 [steps of the pair, ranks] for each pair: to a floor, none, a fall throughout, one that is over
-    soon.
-    """
+    """Loss curves, float32 [steps, ranks], by pair: to a floor, none, falling throughout, falling early."""
     t = np.arange(200.0)[:, None]
     noise = 1 + np.random.default_rng(0).uniform(-0.1, 0.1, size=(4, 200, ranks))
     shapes = (0.2 + np.exp(-t / 10), None, np.exp(-t / 30), 0.9 + np.exp(-t / 2))
@@ -265,9 +263,7 @@ def loss_curves(ranks=1):
 
 
 def run(pace, curves, steps=range(TOTAL), save_at=None):
-    """What is in force after each step; the state is asked for after `save_at` steps, and comes back from
-    JSON.
-    """
+    """Return the phase after each step. The state is saved to JSON after `save_at` steps and loaded again."""
     trace, saved = [], None
     for step in steps:
         phase = pace.curriculum.at(step)
@@ -280,9 +276,7 @@ def run(pace, curves, steps=range(TOTAL), save_at=None):
 
 
 def durations_by_hand(curves):
-    """A pair ends at the end of a window if none of the last PATIENCE means improved on all of those before
-    them.
-    """
+    """A pair ends after a window if none of the last PATIENCE means is lower than all means before them."""
     durations = []
     for curve, longest in zip(curves, LONGEST):
         duration = 0
@@ -303,12 +297,12 @@ def test_auto_moves_on_when_the_loss_has_flattened():
     curves = loss_curves()
     first, second, third, fourth = durations_by_hand(curves)
     assert second == 0
-    assert third == 60  # still falling at the most it gets
+    assert third == 60  # still falling at its maximum duration
     assert 2 * WINDOW < first < 120
     assert (PATIENCE + 1) * WINDOW <= fourth < 50
     trace, _ = run(new_pace(), curves)
     ends = np.cumsum([first, third, fourth])
-    spans = {phase.name: (phase.start, phase.end) for phase, _, _ in trace}  # as each was when it ended
+    spans = {phase.name: (phase.start, phase.end) for phase, _, _ in trace}  # each phase as it was at its end
     assert spans == {
         "warmup 1/4": (0, ends[0]),
         "warmup 3/4": (ends[0], ends[1]),
@@ -331,13 +325,13 @@ def test_a_window_starts_with_its_phase():
             continue
         curve = curves[phase.index][:into, 0].astype(np.float64)
         whole = into // WINDOW * WINDOW
-        # In float32: an addition a step, then a division.
+        # In float32: one addition per step, then a division.
         assert means == pytest.approx(list(curve[:whole].reshape(-1, WINDOW).mean(axis=1)), rel=WINDOW * EPS)
         assert total == pytest.approx(curve[whole:].sum(), rel=WINDOW * EPS)
 
 
 class OnDevice:
-    """A number that only `read` may look at."""
+    """A number that fails on any use except by `read`."""
 
     def __init__(self, value):
         self.value = value
@@ -399,9 +393,7 @@ def test_another_number_of_ranks_decides_alike():
 
 
 def test_a_skipped_step_is_in_no_window():
-    """Pair 0 at a constant loss, in windows of 7: one without two of its steps, and one of which nothing is
-    left.
-    """
+    """Pair 0 at a constant loss in windows of 7: one lacks two of its steps, and one lacks all of them."""
 
     def run(pace, steps):
         for step in steps:
@@ -423,7 +415,7 @@ def test_a_skipped_step_is_in_no_window():
 
 @pytest.mark.parametrize("order", ["sequential", "cumulative", "reversed", "all_at_once"])
 def test_other_orders_keep_to_their_timetable(order):
-    pace = new_pace(mean_over_ranks=None, order=order)  # which nobody may call
+    pace = new_pace(mean_over_ranks=None, order=order)  # must not be called
     before = pace.curriculum
     for step in range(TOTAL):
         phase = pace.curriculum.at(step)

@@ -21,7 +21,7 @@ def divisors(number):
 
 @st.composite
 def cases(draw):
-    """An order with a global batch that it can serve: shards of any size, any streams and window."""
+    """Draw an order with a valid global batch: shards of any size, any streams and window."""
     sizes = draw(st.lists(st.integers(0, 120), min_size=1, max_size=25).filter(sum))
     streams = draw(st.integers(1, min(12, sum(sizes))))
     global_batch = streams * draw(st.integers(1, sum(sizes) // streams))
@@ -56,7 +56,7 @@ def test_every_world_size_and_resume_point_sees_the_same(case, data):
         slices = [fresh(order).rank_batch(epoch, step, global_batch, rank, world) for rank in range(world)]
         assert {len(piece) for piece in slices} == {global_batch // world}
         assert np.array_equal(np.concatenate(slices), uninterrupted[step])
-    # Another world size from another step on, by an object that has served other epochs before.
+    # Another world size from another step on, with an object that was used for other epochs before.
     world = data.draw(st.sampled_from(divisors(order.streams)))
     order.batch(epoch + 1, 0, global_batch)
     for t in range(step, len(uninterrupted)):
@@ -67,7 +67,7 @@ def test_every_world_size_and_resume_point_sees_the_same(case, data):
 @settings(max_examples=50, deadline=None)
 @given(cases(), st.data())
 def test_the_order_of_a_stream_does_not_depend_on_the_global_batch(case, data):
-    """So a run resumed with another global batch at a common sample count goes on with the samples not seen yet."""
+    """A run resumed with another global batch, at a common sample count, reads the samples not yet seen."""
     order, global_batch, epoch = case
     whole = epoch_ids(order, epoch, global_batch).reshape(-1, order.streams, global_batch // order.streams)
     single = epoch_ids(order, epoch, order.streams).reshape(-1, order.streams, 1)
@@ -84,13 +84,13 @@ def test_epochs_and_seeds_differ_and_drop_others():
     ]
     assert len({ids.tobytes() for ids in orders}) == 6
     assert len({frozenset(range(1500)) - frozenset(ids) for ids in orders}) == 6
-    # One shard only: still no sample is left out for ever.
+    # With a single shard, too, no sample is left out forever.
     single = SampleOrder([1030], 0, 8, 32)
     assert set(np.concatenate([epoch_ids(single, epoch, 64) for epoch in range(3)])) == set(range(1030))
 
 
 def test_the_order_is_frozen():
-    """A checkpoint stores the step only: another order for the same seed would resume old runs on wrong samples."""
+    """A checkpoint stores only the step, so a changed order would resume old runs on wrong samples."""
     assert SampleOrder([5, 9, 4, 30], seed=3, streams=4, window=6).batch(2, 1, 8).tolist() == [
         3,
         0,
@@ -110,7 +110,7 @@ def test_a_shard_is_not_read_by_ranks_that_do_not_own_its_stream():
         {int(i) // 100 for t in range(order.steps_per_epoch(64)) for i in order.rank_batch(0, t, 64, rank, 4)}
         for rank in range(4)
     ]
-    assert all(len(mine) <= 64 // 4 + 1 for mine in shards)  # a quarter, and the shard that a cut divides
+    assert all(len(mine) <= 64 // 4 + 1 for mine in shards)  # a quarter of the shards, and one that is cut
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_suggestion_works():
 
 
 def test_any_of_fourteen_million_samples_is_little_work(monkeypatch):
-    """Nothing is held for each sample, and a batch anywhere shuffles the shards and a window or two of each stream."""
+    """Nothing is stored per sample; a batch shuffles only the shards and a window or two of each stream."""
     sizes = np.random.RandomState(0).randint(1400, 2018, 8192)
     tracemalloc.start()
     order = SampleOrder(sizes, 0)
@@ -151,17 +151,18 @@ def test_any_of_fourteen_million_samples_is_little_work(monkeypatch):
     random = SampleOrder._random
     monkeypatch.setattr(SampleOrder, "_random", lambda *counters: shuffles.append(1) or random(*counters))
     steps = np.random.RandomState(1).randint(order.steps_per_epoch(4096), size=30)
-    for epoch, step in enumerate(steps):  # every one in another epoch: no cache helps
+    for epoch, step in enumerate(steps):  # each in another epoch, so that no cache helps
         order.batch(epoch, int(step), 4096)
     assert len(shuffles) <= 30 * (1 + 2 * order.streams)
 
 
 def clumping(batches, shard_size):
-    """Shuffle quality: how many samples of a batch come from the shard of a sample drawn from it, itself counted.
+    """Shuffle quality: for a sample drawn from a batch, the number of its samples from the same shard.
 
-    batches: int64 [batches, B] of sample ids. With n_s samples of shard s in a batch it is the mean of
-    `sum(n_s^2) / B`, also B times the variance of a batch's mean if every shard had an independent value of unit
-    variance. A full shuffle has 1 + (B - 1) * (shard_size - 1) / (N - 1), a batch from one shard alone has B.
+    batches: int64 [batches, B] of sample ids. With n_s samples of shard s in a batch, the quality is the mean
+    of `sum(n_s^2) / B`. It is also B times the variance of a batch's mean if every shard has an independent
+    value of unit variance. A full shuffle has 1 + (B - 1) * (shard_size - 1) / (N - 1); a batch from one
+    shard has B.
     """
     return np.mean([(np.bincount(ids // shard_size) ** 2).sum() / len(ids) for ids in batches])
 
@@ -177,7 +178,7 @@ def test_shuffle_quality():
         order = SampleOrder([size] * shards, 0, window=window)
         return clumping([order.batch(0, t, batch) for t in range(0, 312, 3)], size)
 
-    # What a plain WebDataset pipeline does: shards in random order through a shuffle buffer of 1,000 samples.
+    # A plain WebDataset pipeline: shards in random order through a shuffle buffer of 1,000 samples.
     random = np.random.RandomState(0)
     stream = np.concatenate([np.arange(size) + s * size for s in random.permutation(shards)[:40]])
     buffer, plain = stream[:1000].copy(), []
@@ -188,7 +189,8 @@ def test_shuffle_quality():
 
     default, whole_span = ours(None), ours(total)
     print(
-        f"clumping: full {full:.1f}, window of a span {whole_span:.1f}, default {default:.1f}, buffer {buffered:.0f}"
+        f"clumping: full {full:.1f}, window of a span {whole_span:.1f}, default {default:.1f}, "
+        f"buffer {buffered:.0f}"
     )
     assert whole_span < 1.1 * full
     assert default < 5 * full

@@ -1,6 +1,4 @@
-"""Which channels stay: against float64 sums over filters named by hand and finite differences of the
-teacher's loss.
-"""
+"""The kept channels, against float64 sums over hand-named filters and finite differences of the loss."""
 
 import contextlib
 import hashlib
@@ -35,13 +33,13 @@ def small_resnet(name="resnet18"):
 
 
 def rounded(net, *names):
-    """Of a float32 sum of no negative terms: as many roundings as the named layers have weights in a filter."""
+    """Return the tolerance of a float32 sum of non-negative terms: one rounding per weight of a filter."""
     modules = dict(net.named_modules())
     return EPS * sum(modules[name].weight[0].numel() for name in names)
 
 
 def l1_norms(net, *names):
-    """Sum over the named layers of the L1 norms of their filters, float64 [C]."""
+    """Sum the L1 norms of the filters over the named layers, float64 [C]."""
     modules = dict(net.named_modules())
     weights = [modules[name].weight.detach().double().numpy() for name in names]
     return sum(np.abs(weight).reshape(len(weight), -1).sum(axis=1) for weight in weights)
@@ -179,7 +177,7 @@ def test_frozen_networks_and_no_grad():
 def test_looking_leaves_no_trace():
     net = small_resnet()
     net.train()
-    net.layer1.eval()  # as users freeze batch norms
+    net.layer1.eval()  # as users do to freeze batch norms
     net(torch.randn(2, 3, 32, 32)).sum().backward()
     modes = [module.training for module in net.modules()]
     state = {name: value.clone() for name, value in net.state_dict().items()}
@@ -209,9 +207,7 @@ def test_writers_know_their_batch_norm():
 
 
 class PreActivated(nn.Module):
-    """A residual stage whose batch norm reads the layer that writes into the output, but lies on the other
-    branch.
-    """
+    """A residual stage whose batch norm reads the layer that writes the output, but on the other branch."""
 
     def __init__(self):
         super().__init__()
@@ -242,7 +238,7 @@ def loops(net, names, score):
 
 
 def drawn_norms(net):
-    """Batch norms as after training; new ones all have a scale of one, or zero."""
+    """Randomise batch norms, as after training; new ones all have a scale of one, or zero."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
@@ -333,7 +329,7 @@ def calibration_batches(sizes=(3, 2), side=32):
 
 
 def loss_without(net, images, labels, module, axis, channel, change):
-    """Each sample's cross-entropy [B] with one channel of a module's output scaled by 1 + change."""
+    """Return each sample's cross-entropy [B] with one channel of a module's output scaled by 1 + change."""
 
     def scale(module, inputs, output):
         x = output[0] if isinstance(output, tuple) else output
@@ -373,7 +369,7 @@ def assert_taylor(net, stage, module, axis, positions, side=32):
 def test_taylor_of_the_papers_network():
     torch.manual_seed(0)
     net = drawn_norms(CNN32((4, 6, 8), 12, CLASSES))
-    # The published modules end before ReLU and pool, both of which a positive factor passes unchanged.
+    # The published modules end before ReLU and pooling, which commute with a positive factor.
     for stage, side in enumerate((15, 6, 2)):
         assert_taylor(net, stage, f"conv{stage + 1}_bn", 1, side**2)
 
@@ -397,7 +393,7 @@ def test_taylor_of_transformers(pool):
     }
     net = model("vit_tiny_patch16_224", global_pool=pool, class_token=pool == "token", **tiny)
     nn.init.normal_(net.head.weight)
-    # Of the last block a class token is all that reaches the loss.
+    # Only the class token of the last block reaches the loss.
     for stage in (0, 1):
         assert_taylor(net, stage, f"blocks.{stage}", -1, 17 if pool == "token" else 16)
 
@@ -412,7 +408,7 @@ def test_taylor_of_hierarchical_transformers():
     }
     net = model("swin_tiny_patch4_window7_224", num_classes=CLASSES, **tiny)
     nn.init.normal_(net.head.fc.weight)
-    assert_taylor(net, 0, "layers.0", -1, 64)  # 8 x 8 positions of 8 channels: no size tells the axes apart
+    assert_taylor(net, 0, "layers.0", -1, 64)  # 8 x 8 positions of 8 channels: the axes have equal sizes
     assert_taylor(net, 1, "layers.1", -1, 16)
     assert_taylor(net, 3, "layers.3", -1, 1)
 
@@ -429,11 +425,11 @@ def test_taylor_of_maps_put_back_in_order():
     torch.manual_seed(0)
     net = hiera.Hiera(img_size=(64, 64), embed_dim=8, stages=(1, 1, 1, 1), num_classes=CLASSES)
     nn.init.normal_(net.head.fc.weight)
-    assert_taylor(net, 1, "blocks.1", -1, 64, side=64)  # whose tokens are sorted by mask unit
+    assert_taylor(net, 1, "blocks.1", -1, 64, side=64)  # its tokens are sorted by mask unit
 
 
 class Copies(nn.Module):
-    """A map that the classifier does not read, nor anything of which it is a plain copy."""
+    """A map that the classifier does not read, directly or through plain copies."""
 
     def __init__(self):
         super().__init__()
@@ -466,7 +462,7 @@ def test_a_channel_that_nothing_reads_matters_nothing():
     found = prune.calibrate(net, normalise, [0], batches, "taylor")[0].tolist()
     assert found[3] == 0
     assert all(value > 0 for channel, value in enumerate(found) if channel != 3)
-    # Other criteria cannot know.
+    # Other criteria cannot detect it.
     assert prune.filter_importance(net.float(), 0, SIZE).argmax() == 3
 
 
@@ -487,7 +483,7 @@ def test_mean_absolute_activations():
     for stage in (0, 1):
         rows = [
             row for i, tokens in seen if i == stage for row in tokens[:, 1:].numpy()
-        ]  # [16, 12] without the class
+        ]  # [16, 12] without the class token
         expected = [sum(np.abs(row[:, c]).sum() / 16 for row in rows) / 5 for c in range(12)]
         assert found[stage].dtype == torch.float64
         assert np.allclose(found[stage].numpy(), expected, rtol=1e-10)
@@ -512,7 +508,7 @@ def test_calibration_does_not_depend_on_the_number_of_ranks(criterion, ranks):
 
     for mine in ranks:
         prune.calibrate(net, normalise, [0, 2], [batches[i] for i in mine], criterion, keep)
-    assert len(sent) == len(ranks)  # one reduction each
+    assert len(sent) == len(ranks)  # one reduction per rank
     assert all(sums.dtype == torch.float64 for sums in sent)
     for mine in ranks:
         found = prune.calibrate(
@@ -538,7 +534,9 @@ def test_a_teacher_whose_loss_is_constant_has_no_taylor_importance():
         prune.calibrate(net, normalise, [1], calibration_batches(), "taylor")
     assert prune.calibrate(net, normalise, [1], calibration_batches(), "activation")[1].max() > 0
     nn.init.constant_(net.conv2.weight, np.nan)
-    with pytest.raises(UserError, match="activation is zero or not a number for every channel of teacher stage 1"):
+    with pytest.raises(
+        UserError, match="activation is zero or not a number for every channel of teacher stage 1"
+    ):
         prune.calibrate(net, normalise, [1], calibration_batches(), "activation")
 
 

@@ -1,4 +1,4 @@
-"""The command line: parse, then call. Nothing heavy is imported before it is known what to do."""
+"""The command line. It imports nothing heavy before it has parsed its arguments."""
 
 from __future__ import annotations
 
@@ -14,146 +14,200 @@ from indistill import __version__
 
 if TYPE_CHECKING:
     from indistill.commands.trainer import Trainer
+    from indistill.config.ranks import Ranks
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv` (default: `sys.argv`) and exit with the codes of docs/cluster.md."""
     try:
         arguments = _parse(argv)
         from indistill.distributed import preemption
 
+        ranks = _ranks()
         with preemption.listening():
-            _run(arguments)
-    except KeyboardInterrupt:  # before anybody listened
+            _run(arguments, ranks)
+    except KeyboardInterrupt:  # before preemption.listening handles it
         print("indistill: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; `run` of the result is the function that executes the command."""
     parser = argparse.ArgumentParser(prog="indistill", description="Knowledge distillation at cluster scale.")
     parser.add_argument("--version", action="version", version=f"indistill {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    train = commands.add_parser("train", help="train a student, from the start or from where the run stopped")
-    train.add_argument("config", help="YAML file")
-    train.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="values that replace those of the file"
+    _add_train(commands.add_parser("train", help="train a student, or resume its run"))
+    _add_eval(commands.add_parser("eval", help="score a checkpoint, an exported student or a timm model"))
+    _add_export(commands.add_parser("export", help="export a run's student for timm, ONNX or torch.export"))
+    _add_plan(commands.add_parser("plan", help="estimate a run's time, memory and bytes, without a GPU"))
+    _add_doctor(
+        commands.add_parser("doctor", help="check whether a run will work on this machine or these nodes")
     )
-    train.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH", help="default: auto, the newest checkpoint"
+    _add_report(
+        commands.add_parser("report", help="write one HTML file about a run, or about several side by side")
     )
-    train.set_defaults(run=_train)
-
-    evaluate = commands.add_parser("eval", help="score a checkpoint, an exported student or any timm model")
-    evaluate.add_argument("config", help="YAML file: what to evaluate on")
-    evaluate.add_argument(
-        "checkpoint",
-        help="of the config's student a run, a step-XXXXXXXX directory, a .safetensors or a .pt file; a folder that "
-        "export wrote; or the name of a timm model (timm:NAME where there is a file of that name)",
+    _add_targets(
+        commands.add_parser("targets", help="compute and store the teacher's targets, for targets: cached")
     )
-    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    evaluate.add_argument("--json", action="store_true", help="all digits, for programs")
-    evaluate.set_defaults(run=_evaluate)
-
-    export = commands.add_parser("export", help="take a run's student home, for timm, ONNX or torch.export")
-    export.add_argument(
-        "source",
-        metavar="run",
-        help="a run directory; of a run that is not finished, its newest checkpoint counts",
-    )
-    export.add_argument("destination", metavar="dest", help="a folder, made if missing; else empty")
-    export.add_argument("--format", choices=("timm", "onnx", "torch"), default="timm", help="default: timm")
-    export.add_argument(
-        "--weights", choices=("ema", "raw"), help="default: the moving average, where the run kept one"
-    )
-    export.add_argument(
-        "--checkpoint", metavar="step-XXXXXXXX", help="default: the end of the run, or the newest"
-    )
-    export.set_defaults(run=_export)
-
-    plan = commands.add_parser("plan", help="what a run will take: time, memory, bytes; without a GPU")
-    plan.add_argument("config", help="YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    plan.add_argument(
-        "--world", type=_count, metavar="N", help="processes (default: machine.devices_per_node)"
-    )
-    plan.add_argument(
-        "--samples", type=_count, metavar="N", help="training images, where their shards are not"
-    )
-    plan.add_argument("--json", action="store_true", help="all numbers, for programs")
-    plan.set_defaults(run=_plan)
-
-    doctor = commands.add_parser(
-        "doctor", help="whether a run will work here: on this machine, or on these nodes"
-    )
-    doctor.add_argument("config", nargs="?", help="YAML file; without one only the machine is looked at")
-    doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    doctor.add_argument("--json", action="store_true", help="all lines, of all processes, for programs")
-    doctor.set_defaults(run=_doctor)
-
-    report = commands.add_parser("report", help="one HTML file of a run, or of several side by side")
-    report.add_argument(
-        "runs",
-        nargs="+",
-        metavar="run",
-        help="a run directory; a chain's or several students' stands for the runs in it",
-    )
-    report.add_argument(
-        "--output",
-        metavar="FILE",
-        help="default: RUN/report.html; of several, comparison.html beside the first",
-    )
-    report.add_argument(
-        "--baseline", metavar="RUN", help="a run to compare the results with: the student alone, say"
-    )
-    report.set_defaults(run=_report)
-
-    targets = commands.add_parser("targets", help="run the teacher once, for a config with targets: cached")
-    targets.add_argument("config", help="YAML file; what is there is kept, so a job that stopped goes on")
-    targets.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    targets.add_argument(
-        "--verify", type=int, metavar="N", help="recompute N random records; exit code 1 if any differs"
-    )
-    targets.set_defaults(run=_targets)
-
     _add_shards(commands.add_parser("shards", help="pack, index and verify WebDataset shards"))
 
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (
-        not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest)
-    ):
+    overridable = hasattr(arguments, "overrides")
+    if rest and not (overridable and all("=" in text and not text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest  # overrides that stand after an option
+    if overridable:
+        arguments.overrides += rest  # argparse leaves overrides that follow an option
     return arguments
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    """Do what is asked, with the exit codes of docs/cluster.md."""
-    from indistill.config import UserError, in_one_line
+def _add_config(
+    parser: argparse.ArgumentParser, *, config_help: str = "YAML file", optional: bool = False
+) -> None:
+    parser.add_argument("config", nargs="?" if optional else None, help=config_help)
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the file")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="run a Python file that defines losses of your own (docs/losses.md); may be repeated",
+    )
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): from the newest checkpoint, if any; never: from the start; or a checkpoint",
+    )
+    parser.set_defaults(run=_train)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file that says what to evaluate on")
+    parser.add_argument(
+        "checkpoint",
+        help="a run, a step-XXXXXXXX directory, or a .safetensors or .pt file, each of the config's student; "
+        "a folder written by export; or the name of a timm model (timm:NAME if a file has that name)",
+    )
+    _add_overrides(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON with all digits")
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="run", help="run directory; of an unfinished run, the newest checkpoint is exported"
+    )
+    parser.add_argument("destination", metavar="dest", help="folder to write: a new or an empty one")
+    parser.add_argument("--format", choices=("timm", "onnx", "torch"), default="timm", help="default: timm")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="default: ema, the moving average, if the run has one"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="step-XXXXXXXX",
+        help="default: the end of the run, or the newest checkpoint of an unfinished one",
+    )
+    parser.set_defaults(run=_export)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--world", type=_count, metavar="N", help="number of processes (default: machine.devices_per_node)"
+    )
+    parser.add_argument(
+        "--samples", type=_count, metavar="N", help="number of training images, if their shards are elsewhere"
+    )
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    parser.set_defaults(run=_plan)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser, config_help="YAML file; without one, check the machine alone", optional=True)
+    parser.add_argument("--json", action="store_true", help="print the lines of all processes as JSON")
+    parser.set_defaults(run=_doctor)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="run",
+        help="run directory; that of a chain or of several students stands for all runs in it",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="default: RUN/report.html; for several runs, comparison.html next to the first",
+    )
+    parser.add_argument(
+        "--baseline", metavar="RUN", help="run to compare the results with, such as the student alone"
+    )
+    parser.set_defaults(run=_report)
+
+
+def _add_targets(parser: argparse.ArgumentParser) -> None:
+    _add_config(
+        parser, config_help="YAML file; targets that are stored already are kept, so a stopped job resumes"
+    )
+    parser.add_argument(
+        "--verify",
+        type=int,
+        metavar="N",
+        help="recompute the targets of N random samples instead; exit code 1 if any differs",
+    )
+    parser.set_defaults(run=_targets)
+
+
+def _ranks() -> Ranks:
+    """Read rank and world size; exits with code 2 if they are malformed."""
+    from indistill.config import UserError
+    from indistill.config.ranks import Ranks
+
+    try:
+        return Ranks.from_environment()
+    except UserError as error:
+        print(f"indistill: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Execute the command; any exit has one of the codes of docs/cluster.md."""
+    from indistill.config import UserError, in_one_line, plugins
     from indistill.distributed import preemption
 
     try:
+        for file in getattr(arguments, "plugin", ()):
+            plugins.load_file(file)
         arguments.run(arguments)
     except preemption.Preempted as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"indistill: {stopped}: the same command goes on from there", file=sys.stderr)
+        if ranks.is_main_process:
+            print(f"indistill: {stopped}: run the same command again to continue from there", file=sys.stderr)
         _leave(preemption.exit_code())
     except UserError as error:
         message = in_one_line(error)
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or error.found_by_one_rank:
+        if ranks.is_main_process or error.found_by_one_rank:
             print(f"indistill: error: {message}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ:
+        if ranks.launched:
             _leave(2)
         sys.exit(2)
     except Exception:
-        if "RANK" not in os.environ:
+        if not ranks.launched:
             raise
         traceback.print_exc()
         _leave(1)
 
 
 def _leave(code: int) -> NoReturn:
+    """Exit without waiting for other ranks or threads."""
     from indistill.distributed import preemption
 
     sys.stdout.flush()
@@ -163,48 +217,55 @@ def _leave(code: int) -> NoReturn:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
-    pack = actions.add_parser(
-        "pack", help="write shards from an image folder, a CSV of path,label, or shards"
+    _add_pack(
+        actions.add_parser("pack", help="write shards from an image folder, a CSV of path,label, or shards")
     )
-    pack.add_argument("source", help="a folder of class folders, a CSV file, or shards (braces expand)")
-    pack.add_argument("destination", help="a folder, made if missing; a packing that stopped there goes on")
-    pack.add_argument("--prefix", default="shard", help="shards are called PREFIX-000000.tar and so on")
-    pack.add_argument("--shard-megabytes", type=float, default=100.0, help="size of a shard (default: 100)")
-    pack.add_argument("--resize", type=int, metavar="PIXELS", help="reduce the shorter side to this, as JPEG")
-    pack.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize (default: 90)")
-    pack.add_argument("--seed", type=int, default=0, help="of the shuffle of images from files")
-    pack.add_argument(
-        "--classes",
-        metavar="FILE|FOLDER",
-        help="number the classes as another split does: its folder of class folders or its packed folder, or a file "
-        "with one name per line, or JSON (a list, a mapping from name to label, a dataset.json)",
-    )
-    pack.set_defaults(run=_pack)
     for name, run, purpose in (
-        ("index", _index, "build the index of every shard anew"),
-        ("verify", _verify, "read and decode everything; exit code 1 if anything is bad"),
+        ("index", _index, "rebuild the index of every shard"),
+        ("verify", _verify, "read and decode every image; exit code 1 if any is bad"),
     ):
         action = actions.add_parser(name, help=purpose)
         action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
-        action.add_argument("--allow-pipe", action="store_true", help="let pipe: URLs run their commands")
+        action.add_argument("--allow-pipe", action="store_true", help="allow pipe: URLs, which run commands")
         action.set_defaults(run=run)
     actions.choices["verify"].add_argument(
         "--num-classes",
         type=_count,
         metavar="N",
-        help="data.num_classes: images without a label below it are bad, too",
+        help="number of classes (data.num_classes): an image whose label is missing or not below it is bad",
     )
     for action in actions.choices.values():
         action.add_argument(
-            "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
+            "--workers", type=int, default=os.cpu_count(), help="number of processes (default: one per core)"
         )
-        action.add_argument("--cache-dir", help="where indices and remote shards go (data.cache_dir)")
+        action.add_argument("--cache-dir", help="directory for indices and remote shards (data.cache_dir)")
+
+
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a folder of class folders, a CSV file, or shards (braces expand)")
+    parser.add_argument(
+        "destination", help="folder to write; if a packing was interrupted there, it continues"
+    )
+    parser.add_argument("--prefix", default="shard", help="shards are named PREFIX-000000.tar and so on")
+    parser.add_argument("--shard-megabytes", type=float, default=100.0, help="size of a shard (default: 100)")
+    parser.add_argument(
+        "--resize", type=int, metavar="PIXELS", help="reduce the shorter side to this length and write JPEG"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize (default: 90)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle of image files (default: 0)")
+    parser.add_argument(
+        "--classes",
+        metavar="FILE|FOLDER",
+        help="number the classes like another split: its folder of class folders, its packed folder, a text "
+        "file with one name per line, or a JSON file (a list, a mapping from name to label, a dataset.json)",
+    )
+    parser.set_defaults(run=_pack)
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -225,47 +286,54 @@ def _pack(arguments: argparse.Namespace) -> None:
     )
     if content["classes"] is not None:
         print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
-    told = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
-    print(json.dumps({key: content[key] for key in told}))
+    printed = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
+    print(json.dumps({key: content[key] for key in printed}))
 
 
 def _index(arguments: argparse.Namespace) -> None:
     from indistill.data import verify
 
-    counts = verify.index(arguments.urls, **_reading(arguments))
+    counts = verify.index(arguments.urls, **_read_options(arguments))
     print(f"{sum(counts.values())} samples in {len(counts)} shards")
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     from indistill.data import verify
 
-    content = verify.verify(arguments.urls, **_reading(arguments), num_classes=arguments.num_classes)
+    content = verify.verify(arguments.urls, **_read_options(arguments), num_classes=arguments.num_classes)
     for member in content.bad:
         print(f"{member.shard}: {member.key}: {member.problem}")
     print(f"{content.summary()}\n{len(content.bad)} bad members")
     sys.exit(1 if content.bad else 0)
 
 
-def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("cache_dir", "allow_pipe", "workers")
-    return {"progress": True, **{name: getattr(arguments, name) for name in names}}
+def _read_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "cache_dir": arguments.cache_dir,
+        "allow_pipe": arguments.allow_pipe,
+        "workers": arguments.workers,
+        "progress": True,
+    }
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from indistill.config.ranks import Ranks
+
     trainer = _trainer(arguments)
     summary = trainer.train(arguments.resume)
-    if os.environ.get("RANK", "0") == "0":
-        metrics = (
-            {name: of_run["metrics"] for name, of_run in summary.items()}
-            if trainer.several
-            else summary["metrics"]
-        )
-        print(json.dumps(metrics))
+    if not Ranks.from_environment().is_main_process:
+        return
+    if trainer.several:
+        print(json.dumps({name: of_run["metrics"] for name, of_run in summary.items()}))
+    else:
+        print(json.dumps(summary["metrics"]))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from indistill.config.ranks import Ranks
+
     metrics = _trainer(arguments).evaluate(arguments.checkpoint)
-    if os.environ.get("RANK", "0") != "0":
+    if not Ranks.from_environment().is_main_process:
         return
     if arguments.json:
         print(json.dumps(metrics))
@@ -278,33 +346,35 @@ def _export(arguments: argparse.Namespace) -> None:
     from indistill.commands.export import write
 
     write.export(
-        arguments.source, arguments.destination, arguments.format, arguments.weights, arguments.checkpoint
+        arguments.source,
+        arguments.destination,
+        form=arguments.format,
+        weights=arguments.weights,
+        step=arguments.checkpoint,
     )
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    trainer = _trainer(arguments)
-    plan = trainer.plan(arguments.world, arguments.samples)
-    from indistill.commands.plan.text import text
-
-    if not trainer.several:
-        print(json.dumps(dataclasses.asdict(plan)) if arguments.json else text(plan))
+    plan = _trainer(arguments).plan(arguments.world, arguments.samples)
+    if not isinstance(plan, dict):
+        print(json.dumps(dataclasses.asdict(plan)) if arguments.json else plan)
     elif arguments.json:
         print(json.dumps({name: dataclasses.asdict(of_run) for name, of_run in plan.items()}))
     else:
-        print("\n\n\n".join(f"stage {name}: {text(of_run)}" for name, of_run in plan.items()))
+        print("\n\n\n".join(f"stage {name}: {of_run}" for name, of_run in plan.items()))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
     from indistill.config import runs
+    from indistill.config.ranks import Ranks
 
     stages = runs.load(arguments.config, arguments.overrides) if arguments.config else []
     from indistill.commands.doctor.run import run
 
     code = run(stages, arguments.json)
     sys.stdout.flush()
-    if "RANK" in os.environ:
-        os._exit(code)  # at once: an orderly exit would wait for ranks that may be stuck
+    if Ranks.from_environment().launched:
+        os._exit(code)  # a normal exit would wait for ranks that may hang
     sys.exit(code)
 
 

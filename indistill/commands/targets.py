@@ -1,10 +1,12 @@
-"""`indistill targets`: the teacher run once over every view of the data set, and what it gave written (manifest.py).
+"""`indistill targets`: run the teacher once over every view of the data set and store its outputs.
 
-The work is a list of (view, shard), dealt to the ranks. What is there is kept, so a job that was stopped goes on, on
-any number of processes; a file has its name when it is whole, and the manifest is written when all files are there.
+The work is a list of (view, shard) pairs, divided among the ranks. Files that exist are kept, so a stopped
+job can continue on any number of processes: a file gets its name when it is complete, and the manifest is
+written when all files exist.
 
-The teacher sees as many images at once as in training on as many processes, and the last of a shard again to fill a
-batch: on CPUs, a convolution's last bits depend on how many images there are, and not on which.
+The teacher sees as many images at once as in training on as many processes; the last image of a shard is
+repeated to fill a batch. On CPUs the last bits of a convolution depend on the number of images, but not on
+the images.
 """
 
 from __future__ import annotations
@@ -16,21 +18,23 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from indistill import config
 from indistill.config import Config, UserError
 from indistill.config.files import replacing
+from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data import class_names, remote
@@ -41,7 +45,9 @@ from indistill.data.loader import IndexedTraining, loader
 from indistill.distributed import engine
 from indistill.distributed.agree import agree
 from indistill.losses.objective import Objective
+from indistill.models.network import Network
 from indistill.models.stages import find_stages
+from indistill.prune import Plan
 from indistill.targets import records
 from indistill.targets.live import LiveTargets
 from indistill.targets.manifest import (
@@ -64,97 +70,125 @@ from indistill.training import parts
 from indistill.training.choose import cheaper_stored
 from indistill.training.start import start_accelerator
 
-SAME = 0.01  # of a record's largest value: more than one step of its rounding, less than any other image's difference
-_TIMEOUT_MINUTES = 24 * 60.0  # the ranks wait for each other only at the end
+# Relative to a record's largest value: more than one step of its rounding, less than another image differs
+# by.
+TOLERANCE = 0.01
+_TIMEOUT_MINUTES = 24 * 60.0  # the ranks wait for each other only at the end, for hours
+
+
+class Comparison(NamedTuple):
+    """What one rank finds when it recomputes stored records."""
+
+    wrong: list[str]  # a line for each record that differs
+    records: int
+    exact: int  # records that are equal bit for bit
+    largest: float  # the largest relative difference of the others that are within the tolerance
 
 
 @dataclass
 class Job:
+    """The teacher, its data, and the targets to compute."""
+
     accelerator: Accelerator
     root: Path
     dataset: ImageDataset
     targets_of: LiveTargets
-    pairs: list[int]  # of the warm-up, that are trained
+    pairs: list[int]  # the pairs that the warm-up trains
     manifest: Manifest
 
     def tensors(self, images: Tensor) -> dict[str, Tensor]:
-        """Every field of uint8 images [B, 3, S, S]: [B, ...] each."""
-        count, batch = len(images), self.manifest.batch
-        full = torch.cat([images, images[-1:].expand(batch - count, -1, -1, -1)])
-        found = self.targets_of.everything(full.to(self.accelerator.device, non_blocking=True), self.pairs)
-        return {name: found[name][:count] for name in self.manifest.fields}
+        """Compute every field of uint8 images [B, 3, S, S]: [B, ...] each."""
+        count = len(images)
+        padding = images[-1:].expand(self.manifest.batch - count, -1, -1, -1)
+        full = torch.cat([images, padding]).to(self.accelerator.device, non_blocking=True)
+        outputs = self.targets_of.everything(full, self.pairs)
+        return {name: outputs[name][:count] for name in self.manifest.fields}
 
     def batches(self, requests: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
-        """The images of samples int64 [B] in a view, for each request; id -1 for what cannot be decoded."""
-        asked = (Request(view, 0, 0, ids, stand_ins=False) for view, ids in requests)
-        yield from loader(self.dataset, asked, self.accelerator.device)
+        """Load a batch per request, a view and ids int64 [B]; an image that cannot be decoded gets id -1."""
+        of_view = (Request(view, 0, 0, ids, stand_ins=False) for view, ids in requests)
+        yield from loader(self.dataset, of_view, self.accelerator.device)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 def write(settings: Config) -> Manifest:
-    """Compute what is not there yet. Raises UserError, before any work, for what cannot be stored, or not there."""
+    """Compute and store the targets that do not exist yet.
+
+    Raises UserError, before any work, if they cannot be stored or an input is missing.
+    """
     job = prepare(settings)
-    manifest, rank, world = job.manifest, job.accelerator.process_index, job.accelerator.num_processes
+    manifest = job.manifest
+    rank = job.accelerator.process_index
     views = [view for view in range(manifest.views) if manifest.fields_in(view)]
-    everything = [(view, shard) for view in views for shard in range(len(manifest.samples))]
-    todo = engine.on_main(job.accelerator, lambda: begin(job, everything))
-    mine, first_ids = todo[rank::world], np.cumsum([0, *manifest.samples])
-
-    def requests() -> Iterator[tuple[int, np.ndarray]]:
-        for place, (view, shard) in enumerate(mine):
-            for _, following in mine[place + 1 : place + 2]:
-                job.dataset.shards.prefetch(first_ids[following : following + 1])
-            ids = np.arange(first_ids[shard], first_ids[shard + 1])
-            yield from (
-                (view, ids[start : start + manifest.batch]) for start in range(0, len(ids), manifest.batch)
-            )
-
-    batches = job.batches(requests())
+    items = [(view, shard) for view in views for shard in range(len(manifest.samples))]
+    missing = engine.on_main(job.accelerator, lambda: begin(job, items))
+    mine = missing[rank :: job.accelerator.num_processes]
+    batches = job.batches(requests_of(job, mine))
     samples = sum(manifest.samples[shard] for _, shard in mine)
-    # Without a terminal a line every 10 s.
+    # Without a terminal, print a line every 10 s.
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    with one_rank_tells(), tqdm(total=samples, unit="image", disable=rank != 0, mininterval=interval) as bar:
+    bar = tqdm(total=samples, unit="image", disable=rank != 0, mininterval=interval)
+    with errors_of_this_rank(), bar:
         for view, shard in mine:
-            write_shard(job, view, shard, batches, bar)
+            write_shard(job, view, shard=shard, batches=batches, bar=bar)
     job.accelerator.wait_for_everyone()
-    engine.on_main(job.accelerator, lambda: end(job, everything))
+    engine.on_main(job.accelerator, lambda: end(job, items))
     job.accelerator.end_training()
     return manifest
 
 
-def begin(job: Job, everything: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Leave the manifest for those who go on, and return what is missing. Raises UserError where there is no room."""
-    todo = [item for item in everything if not is_there(job, *item)]
+def requests_of(job: Job, items: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
+    """The view and sample ids of each batch of the (view, shard) pairs; prefetches the next shard."""
+    first_ids = np.cumsum([0, *job.manifest.samples])
+    for i, (view, shard) in enumerate(items):
+        for _, following in items[i + 1 : i + 2]:
+            job.dataset.shards.prefetch(first_ids[following : following + 1])
+        ids = np.arange(first_ids[shard], first_ids[shard + 1])
+        for start in range(0, len(ids), job.manifest.batch):
+            yield view, ids[start : start + job.manifest.batch]
+
+
+def begin(job: Job, items: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the (view, shard) pairs whose files are missing; save the manifest for later jobs.
+
+    Raises UserError if the disk is too small.
+    """
+    missing = [item for item in items if not is_stored(job, *item)]
     print(job.manifest.table(), flush=True)
-    if len(todo) < len(everything):
-        print(f"indistill: {len(everything) - len(todo)} of {len(everything)} shards are there", flush=True)
-    space, free = 0, shutil.disk_usage(job.root).free
-    for view, shard in todo:
+    if len(missing) < len(items):
+        print(f"indistill: {len(items) - len(missing)} of {len(items)} shards are stored already", flush=True)
+    size = 0
+    for view, shard in missing:
         fields = job.manifest.fields_in(view).values()
-        space += job.manifest.samples[shard] * sum(field.record.itemsize for field in fields)
-    if space > free:
+        size += job.manifest.samples[shard] * sum(field.record.itemsize for field in fields)
+    free = shutil.disk_usage(job.root).free
+    if size > free:
         raise UserError(
-            f"targets.dir {job.root}: {space / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free: lower "
-            "data.augment.views or targets.pool, set targets.features: int8 or targets.top_k, or choose another"
+            f"targets.dir {job.root}: needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: lower "
+            "data.augment.views or targets.pool, set targets.features: int8 or targets.top_k, or choose "
+            "another targets.dir"
         )
-    if todo:
+    if missing:
         save_manifest(job.root / "manifest.partial.json", job.manifest)
         (job.root / "manifest.json").unlink(missing_ok=True)
-    return todo
+    return missing
 
 
-def end(job: Job, everything: list[tuple[int, int]]) -> None:
-    for view, shard in everything:
-        if not is_there(job, view, shard):
+def end(job: Job, items: list[tuple[int, int]]) -> None:
+    """Save the manifest. Raises UserError if a file of another rank is not visible here."""
+    for view, shard in items:
+        if not is_stored(job, view, shard):
             path = records_path(str(job.root), view, "*", shard)
             raise UserError(
-                f"{path}: written by another process, not seen by this: put targets.dir where all nodes see"
+                f"{path}: another process has written it, but it is not visible here: put targets.dir on a "
+                "file system that all nodes share"
             )
     save_manifest(job.root / "manifest.json", job.manifest)
     (job.root / "manifest.partial.json").unlink(missing_ok=True)
 
 
-def is_there(job: Job, view: int, shard: int) -> bool:
+def is_stored(job: Job, view: int, shard: int) -> bool:
+    """Whether the files of all fields exist with their full size."""
     with contextlib.suppress(FileNotFoundError):
         return all(
             os.stat(records_path(str(job.root), view, name, shard)).st_size
@@ -164,8 +198,8 @@ def is_there(job: Job, view: int, shard: int) -> bool:
     return False
 
 
-def write_shard(job: Job, view: int, shard: int, batches: Iterator[Batch], bar: tqdm) -> None:
-    """One file per field, all of which appear at the end."""
+def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], bar: tqdm) -> None:
+    """Write one file per field; all of them appear at the end."""
     fields = job.manifest.fields_in(view)
     paths = {name: Path(records_path(str(job.root), view, name, shard)) for name in fields}
     with contextlib.ExitStack() as stack:
@@ -179,7 +213,7 @@ def write_shard(job: Job, view: int, shard: int, batches: Iterator[Batch], bar: 
         while left:
             batch = next(batches)
             for name in batch.replaced:
-                print(f"indistill: no targets of {name}", file=sys.stderr, flush=True)
+                print(f"indistill: no targets for {name}: it cannot be decoded", file=sys.stderr, flush=True)
             undecoded = batch.ids.numpy() < 0
             tensors = job.tensors(batch.images)
             for name, field in fields.items():
@@ -191,168 +225,150 @@ def write_shard(job: Job, view: int, shard: int, batches: Iterator[Batch], bar: 
 
 
 @contextlib.contextmanager
-def one_rank_tells() -> Iterator[None]:
-    """What stops this rank is told by it, and not by the first."""
+def errors_of_this_rank() -> Iterator[None]:
+    """Report errors raised here from this rank instead of rank 0."""
     try:
         yield
     except UserError as error:
         error.found_by_one_rank = True
         raise
     except OSError as error:
-        told = UserError(
-            f"targets.dir: {error.filename or ''} cannot be written: {error.strerror}: make room, start again"
+        mistake = UserError(
+            f"targets.dir: {error.filename or ''} cannot be written ({error.strerror}): make room and start "
+            "again"
         )
-        told.found_by_one_rank = True
-        raise told from None
+        mistake.found_by_one_rank = True
+        raise mistake from None
 
 
-# --- verifying -------------------------------------------------------------------------------------------------------
+# --- verifying ----------------------------------------------------------------------------------------------
 def verify(settings: Config, count: int) -> bool:
-    """Recompute the records of `count` random samples and views; print what differs. Is all of it right?"""
+    """Recompute the records of `count` random samples and print those that differ; whether none does."""
     job = prepare(settings)
-    rank, world = job.accelerator.process_index, job.accelerator.num_processes
     stored = engine.on_main(job.accelerator, lambda: load_manifest(str(job.root)))
-    samples = sum(stored.samples)
-    chosen = random.Random(settings.seed).sample(
-        range(stored.views * samples), min(count, stored.views * samples)
-    )
-    requests = []
-    for view in range(stored.views):
-        ids = np.array(
-            sorted(place % samples for place in chosen if place // samples == view), dtype=np.int64
-        )
-        requests += [(view, ids[start : start + stored.batch]) for start in range(0, len(ids), stored.batch)]
-    reader = Reader(str(job.root), stored, None, 0)
-    mine, records, exact, largest = [], 0, 0, 0.0
-    with one_rank_tells():
-        for (view, ids), batch in zip(requests[rank::world], job.batches(requests[rank::world])):
-            undecoded = batch.ids.numpy() < 0
-            tensors = job.tensors(batch.images)
-            for name, field in stored.fields_in(view).items():
-                rows = reader.rows(view, ids, name)
-                problems, same, difference = compare(field, tensors[name], rows, undecoded)
-                records += len(rows)
-                exact, largest = exact + same, max(largest, difference)
-                mine += [
-                    f"view {view}, {job.dataset.shards.where(ids[row])}: {name}: {what}"
-                    for row, what in problems
-                ]
-    told = gather_object([(mine, records, exact, largest)])
-    wrong = [line for lines, *_ in told for line in lines]
-    if rank == 0:
+    requests = random_requests(stored, settings.seed, count)
+    mine = requests[job.accelerator.process_index :: job.accelerator.num_processes]
+    with errors_of_this_rank():
+        comparison = recompute(job, stored, mine)
+    parts_of_ranks: list[Comparison] = gather_object([comparison])
+    wrong = [line for part in parts_of_ranks for line in part.wrong]
+    if job.accelerator.is_main_process:
         for line in wrong:
             print(line)
+        recomputed = sum(part.records for part in parts_of_ranks)
+        exact = sum(part.exact for part in parts_of_ranks)
+        largest = max(part.largest for part in parts_of_ranks)
         print(
-            f"{sum(part[1] for part in told)} records recomputed: {sum(part[2] for part in told)} the same bit for "
-            f"bit, the others within {max(part[3] for part in told):.1e} of their largest value, but {len(wrong)} wrong"
+            f"{recomputed} records recomputed: {exact} are the same bit for bit, the others differ by at "
+            f"most {largest:.1e} of their largest value, {len(wrong)} are wrong"
         )
     job.accelerator.end_training()
     return not wrong
 
 
+def random_requests(stored: Manifest, seed: int, count: int) -> list[tuple[int, np.ndarray]]:
+    """Draw `count` different (view, sample) pairs; returns them as batches, each a view and ids int64 [B]."""
+    samples = sum(stored.samples)
+    total = stored.views * samples
+    drawn = random.Random(seed).sample(range(total), min(count, total))
+    requests = []
+    for view in range(stored.views):
+        ids = np.array(sorted(i % samples for i in drawn if i // samples == view), dtype=np.int64)
+        requests += [(view, ids[start : start + stored.batch]) for start in range(0, len(ids), stored.batch)]
+    return requests
+
+
+def recompute(job: Job, stored: Manifest, requests: Sequence[tuple[int, np.ndarray]]) -> Comparison:
+    """Compare the stored records of each request with what the teacher computes now."""
+    reader = Reader(str(job.root), stored, None, 0)
+    wrong = []
+    count = 0
+    exact = 0
+    largest = 0.0
+    for (view, ids), batch in zip(requests, job.batches(requests)):
+        undecoded = batch.ids.numpy() < 0
+        tensors = job.tensors(batch.images)
+        for name, field in stored.fields_in(view).items():
+            rows = reader.rows(view, ids, name)
+            problems, same, difference = compare(field, tensors[name], rows, undecoded)
+            count += len(rows)
+            exact += same
+            largest = max(largest, difference)
+            for row, problem in problems:
+                wrong.append(f"view {view}, {job.dataset.shards.where(ids[row])}: {name}: {problem}")
+    return Comparison(wrong, count, exact, largest)
+
+
 def compare(
     field: Field, tensor: Tensor, rows: np.ndarray, undecoded: np.ndarray
 ) -> tuple[list[tuple[int, str]], int, float]:
-    """What is wrong, by row; how many records are the same to the bit; how far off the others are, relatively.
+    """Compare stored records with recomputed targets.
 
-    tensor [B, ...] is the teacher's, rows uint8 [B, bytes of a record] what is stored, undecoded bool [B].
+    tensor [B, ...] is computed by the teacher, rows uint8 [B, bytes of a record] are stored, undecoded is
+    bool [B]. Returns the problems by row, the number of records that are equal bit for bit, and the largest
+    relative difference
+    of the other records without a problem.
     """
-    problems, again = [], torch.from_numpy(records.rows_of(field.encode(tensor)))
-    intact, exact = records.intact(rows), (again.numpy() == rows).all(axis=1)
-    ours, theirs = (field.decode(records).double().flatten(1) for records in (again, torch.from_numpy(rows)))
+    problems = []
+    again = torch.from_numpy(records.rows_of(field.encode(tensor)))
+    intact = records.intact(rows)
+    equal = (again.numpy() == rows).all(axis=1)
+    ours, theirs = (field.decode(encoded).double().flatten(1) for encoded in (again, torch.from_numpy(rows)))
     if field.format == "top_k":
-        ours, theirs = ours.softmax(1), theirs.softmax(1)
+        ours = ours.softmax(1)
+        theirs = theirs.softmax(1)
     off = ((ours - theirs).abs().amax(1) / ours.abs().amax(1).clamp_min(1e-30)).numpy()
     for row in range(len(rows)):
         if undecoded[row]:
             if rows[row].any():
-                problems.append((row, "stored, though its image cannot be decoded"))
+                problems.append((row, "stored, but its image cannot be decoded"))
+        elif not rows[row].any() and not intact[row]:
+            problems.append((row, "missing, but its image can be decoded"))
         elif not intact[row]:
-            what = "none, though its image can be decoded" if not rows[row].any() else "damaged"
-            problems.append((row, what))
-        elif not off[row] <= SAME:
-            problems.append((row, f"off by {off[row]:.1e} of its largest value"))
-    close = ~undecoded & intact & (off <= SAME)
-    return problems, int((exact & ~undecoded).sum()), float(off[close & ~exact].max(initial=0.0))
+            problems.append((row, "damaged"))
+        elif not off[row] <= TOLERANCE:
+            problems.append((row, f"differs by {off[row]:.1e} of its largest value"))
+    close = ~undecoded & intact & (off <= TOLERANCE)
+    return problems, int((equal & ~undecoded).sum()), float(off[close & ~equal].max(initial=0.0))
 
 
-# --- what both begin with --------------------------------------------------------------------------------------------
+# --- preparing --------------------------------------------------------------------------------------------
 def prepare(settings: Config) -> Job:
-    """Teacher, data and manifest. Raises UserError for what cannot be stored, and for a directory of other targets."""
-    if reason := config.why_not_stored(settings):
-        raise UserError(f"targets: {reason}")
-    root, world = targets_root(settings), int(os.environ.get("WORLD_SIZE", "1"))
-    if remote.is_remote(root):
-        raise UserError(
-            f"targets.dir {root}: is written to a file system: give a path, and copy what is there"
-        )
-    if settings.teacher.shard and world > 1:
-        raise UserError(
-            "targets: every process runs a whole teacher: set teacher.shard=false, or start one process"
-        )
+    """Create the teacher, the data and the manifest.
+
+    Raises UserError if the targets cannot be stored, or if the directory has targets of another config.
+    """
+    world = Ranks.from_environment().world_size
+    root = check_storable(settings, world)
     auto = settings.targets.source == "auto"
     live = {"targets": settings.targets.model_copy(update={"source": "live"})}
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
-    accelerator = start_accelerator(settings, training=False)
-    rank, accumulation = accelerator.process_index, settings.grad_accumulation
+    accelerator = start_accelerator(settings)
     names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
-    training = IndexedTraining(settings.data, settings.seed, rank, world, accumulation)
+    training = IndexedTraining(
+        settings.data,
+        settings.seed,
+        rank=accelerator.process_index,
+        world=world,
+        accumulation=settings.grad_accumulation,
+    )
     agree({"data": training.fingerprint})
-    calibration = partial(training.loader, 0, device=accelerator.device)
-    with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        student, targets_of, plan = parts.networks(
-            accelerator, settings, files=RunDir(Path(scratch)), calibration=calibration
-        )
-    targets_of.hold_weights()
-
+    student, targets_of, plan = create_networks(accelerator, settings, training)
     timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))
-    heads, losses = len(targets_of.heads.stages) if targets_of.heads else 0, settings.kd.losses
-    phases = {phase.name for phase in timetable.curriculum.phases()}
-    if auto:
-        objective = Objective(losses, timetable.steps_per_epoch, settings.kd.relational_scope)
-        phases = cheaper_stored(
-            settings, student, live=targets_of, objective=objective, timetable=timetable
-        )
-        if not phases:
-            raise UserError(
-                "targets: auto: in no phase would reading be cheaper, as `indistill plan` shows: all are live"
-            )
-
-    def of_phase(phase: Phase) -> tuple[str, ...]:
-        return fields_of(phase, losses, targets_of.kd_stages, heads) if phase.name in phases else ()
-
-    views = needed(timetable, of_phase, settings.data.augment.views)
-    if not views:
-        raise UserError(
-            "targets: neither warmup nor kd.losses reads anything of the teacher: nothing is to be stored"
-        )
+    views = views_of_fields(settings, student, targets_of=targets_of, timetable=timetable, auto=auto)
     pairs = sorted({pair for phase in timetable.curriculum.phases() for pair in phase.pairs})
-    batch = settings.data.global_batch // world // accumulation
+    batch = settings.data.global_batch // world // settings.grad_accumulation
     images = torch.zeros(batch, *config.input_size(settings), dtype=torch.uint8, device=accelerator.device)
-    found = targets_of.everything(images, pairs)
-    hashes = weights_hashes(settings)
+    outputs = targets_of.everything(images, pairs)
     manifest = Manifest(
         version=VERSION,
-        teacher=Teacher(
-            feature_info=stages(targets_of),
-            head_hidden_size=targets_of.teacher.net.head_hidden_size,
-            fingerprint=targets_of.fingerprint,
-            files={
-                key: Weights(path=getattr(settings.teacher, key.removeprefix("teacher.")), sha256=value)
-                for key, value in hashes.items()
-            },
-        ),
+        teacher=describe_teacher(settings, targets_of),
         config=decisive_config(settings),
         plan=json.loads(plan.to_json()),
         data=training.fingerprint,
-        classes=names and names.names,
+        classes=names.names if names else None,
         samples=training.dataset.shards.sizes,
-        fields={
-            name: records.describe(name, found[name], settings.targets).model_copy(
-                update={"views": sorted(seen)}
-            )
-            for name, seen in views.items()
-        },
+        fields=describe_fields(outputs, views, settings.targets),
         batch=batch,
     )
     agree({"teacher": targets_of.fingerprint, "plan": plan.hash})
@@ -360,10 +376,94 @@ def prepare(settings: Config) -> Job:
     return Job(accelerator, Path(root), training.dataset, targets_of, pairs, manifest)
 
 
-def stages(targets_of: LiveTargets) -> list[dict[str, object]]:
+def check_storable(settings: Config, world: int) -> str:
+    """Return the directory of the targets. Raises UserError if they cannot be stored."""
+    if reason := config.why_not_stored(settings):
+        raise UserError(f"targets: {reason}")
+    root = targets_root(settings)
+    if remote.is_remote(root):
+        raise UserError(f"targets.dir {root}: is not a local path: write to a local path, and copy the files")
+    if settings.teacher is not None and settings.teacher.shard and world > 1:
+        raise UserError(
+            "targets: every process runs a whole teacher: set teacher.shard=false, or start one process"
+        )
+    return root
+
+
+def create_networks(
+    accelerator: Accelerator, settings: Config, training: IndexedTraining
+) -> tuple[Network, LiveTargets, Plan]:
+    """The student, whose stages choose what is stored, the teacher in its precision, and the pruning plan."""
+    calibration = partial(training.loader, 0, device=accelerator.device)
+    with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
+        student, targets_of, plan = parts.networks(
+            accelerator, settings, files=RunDir(Path(scratch)), calibration=calibration
+        )
+    # check_storable refuses `stage: heads`, and the source is live.
+    assert isinstance(student, Network)
+    assert isinstance(targets_of, LiveTargets)
+    targets_of.hold_weights()
+    return student, targets_of, plan
+
+
+def views_of_fields(
+    settings: Config, student: Network, *, targets_of: LiveTargets, timetable: Timetable, auto: bool
+) -> dict[str, set[int]]:
+    """The views in which training reads each field; with `auto`, in the phases where reading is cheaper.
+
+    Raises UserError if training reads none.
+    """
+    heads, losses = len(targets_of.heads.stages) if targets_of.heads else 0, settings.kd.losses
+    phases: Collection[str] = {phase.name for phase in timetable.curriculum.phases()}
+    if auto:
+        objective = Objective(losses, timetable.steps_per_epoch, settings.kd.relational_scope)
+        phases = cheaper_stored(settings, student, live=targets_of, objective=objective, timetable=timetable)
+        if not phases:
+            raise UserError(
+                "targets: auto: live targets are cheaper in every phase (see `indistill plan`): set targets: "
+                "live"
+            )
+
+    def of_phase(phase: Phase) -> tuple[str, ...]:
+        return fields_of(phase, losses, targets_of.kd_stages, heads) if phase.name in phases else ()
+
+    assert settings.data.augment.views is not None  # check_storable refuses a config without it
+    views = needed(timetable, of_phase, settings.data.augment.views)
+    if not views:
+        raise UserError(
+            "targets: neither warmup nor kd.losses reads anything of the teacher: nothing is to be stored"
+        )
+    return views
+
+
+def describe_fields(
+    outputs: dict[str, Tensor], views: dict[str, set[int]], section: config.Targets
+) -> dict[str, Field]:
+    """The format of each field's records, from outputs [B, ...] of the teacher, and the stored views."""
+    fields = {name: records.describe(name, outputs[name], section) for name in views}
+    return {name: field.model_copy(update={"views": sorted(views[name])}) for name, field in fields.items()}
+
+
+def describe_teacher(settings: Config, targets_of: LiveTargets) -> Teacher:
+    assert targets_of.teacher is not None  # check_storable refuses a config without one
+    net: Any = targets_of.teacher.net  # nn.Module does not declare timm's attributes
+    return Teacher(
+        feature_info=stages(net),
+        head_hidden_size=net.head_hidden_size,
+        fingerprint=targets_of.fingerprint,
+        files={
+            key: Weights(path=getattr(settings.teacher, key.removeprefix("teacher.")), sha256=value)
+            for key, value in weights_hashes(settings).items()
+            if value is not None  # the teacher has just been loaded from these files
+        },
+    )
+
+
+def stages(net: nn.Module) -> list[dict[str, object]]:
+    """The stages of a teacher by the keys of timm's `feature_info`; [] if losses cannot read any."""
     try:
-        found = find_stages(targets_of.teacher.net)
-    except UserError:  # no loss has read any
+        found = find_stages(net)
+    except UserError:
         return []
     return [
         {"module": stage.name, "num_chs": stage.channels, "reduction": stage.reduction} for stage in found
@@ -371,14 +471,19 @@ def stages(targets_of: LiveTargets) -> list[dict[str, object]]:
 
 
 def claim(root: Path, manifest: Manifest) -> Manifest:
-    """That of the targets that are there, wholly or in part, or else this one. Raises UserError if they are others."""
+    """The stored manifest, complete or partial, else this one.
+
+    Raises UserError if the stored one describes other targets.
+    """
     for name in ("manifest.json", "manifest.partial.json"):
         if (root / name).exists():
             stored = parse_manifest((root / name).read_bytes(), str(root / name))
-            check_classes(str(root), stored, manifest.classes and Names("data.train", manifest.classes))
+            names = Names("data.train", manifest.classes) if manifest.classes else None
+            check_classes(str(root), stored, names)
             if difference := stored.difference(manifest):
                 raise UserError(
-                    f"{root} holds targets of another config ({difference}): choose another targets.dir, or delete it"
+                    f"{root} holds targets of another config ({difference}): choose another targets.dir, or "
+                    "delete it"
                 )
             return stored
     try:

@@ -1,4 +1,4 @@
-"""What the command line does, from Python; the command line is a thin layer over it."""
+"""The Python API; the command line is a thin layer over it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from indistill.config import Config, UserError, runs
 from indistill.training.callbacks import Callback
 
 if TYPE_CHECKING:
+    from indistill.commands.export.load import Program
     from indistill.commands.export.source import Source
-    from indistill.commands.plan.estimate import Estimate
+    from indistill.commands.plan.result import Estimate
     from indistill.models.network import Network
 
 
 class Trainer:
-    """A config, and what can be done with it: plan, train, score, look at, take home.
+    """Plan, train, evaluate, report and export the run, or the runs, of a config.
 
-    config: a YAML file. overrides: `"a.b=c"` texts that replace its values, as on the command line.
+    config: a YAML file. overrides: `"a.b=c"` strings that replace its values, as on the command line.
 
-    A file may hold several runs, a chain of `stages` or `students` of one teacher: then `train` and `plan` return a
-    mapping from their names, and the other methods, which are about one run, refuse.
+    A file may define several runs, a chain of `stages` or `students` of one teacher: then `train` and `plan`
+    return a mapping from their names, `report` covers all of them, and the other methods raise UserError.
 
-    Raises UserError, here and in every method, for a mistake in the config, the data or the weights: one line that
-    names what is wrong and what would work. Nothing heavy is imported before a method is called.
+    Raises UserError, here and in every method, for a mistake in the config, the data or the weights: one line
+    that names the mistake and the remedy. Nothing heavy is imported before a method is called.
     """
 
     def __init__(self, config: str | Path, *overrides: str) -> None:
@@ -33,6 +34,7 @@ class Trainer:
 
     @property
     def several(self) -> bool:
+        """Whether the file defines several runs."""
         return [name for name, _ in self.runs] != [""]
 
     @property
@@ -46,10 +48,10 @@ class Trainer:
         return self.runs[0][1]
 
     def plan(self, world: int | None = None, samples: int | None = None) -> Estimate | dict[str, Estimate]:
-        """What `train` will take in time, memory and bytes, without a GPU; `print(estimate.text(plan))` shows it.
+        """Estimate the time, memory and bytes of `train`, without a GPU; `print(plan)` shows the estimate.
 
-        world: processes; None: the config's `machine.devices_per_node`. samples: training images, where their shards
-        are not on this machine.
+        world: number of processes; None: the config's `machine.devices_per_node`. samples: number of training
+        images, needed only if their shards are not on this machine.
         """
         from indistill.commands.plan import estimate
 
@@ -57,10 +59,11 @@ class Trainer:
         return estimates if self.several else estimates[""]
 
     def train(self, resume: str = "auto", callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
-        """Train to the end, from the newest checkpoint in `run_dir` if there is one; returns `summary.json`'s content.
+        """Train to the end and return the content of `summary.json`.
 
-        resume: auto; never, from the start; or the path of a checkpoint. callbacks: objects whose methods are called
-        after each step, evaluation and checkpoint, and at the end; see `indistill.Callback`.
+        resume: auto, from the newest checkpoint in `run_dir` if there is one; never, from the start; or the
+        path of a checkpoint. callbacks: called after each step, evaluation and checkpoint, and at the end;
+        see `indistill.Callback`.
         """
         from indistill.commands.report.page import ReportAtEnd
         from indistill.training.runs import run
@@ -69,20 +72,22 @@ class Trainer:
         return summaries if self.several else summaries[""]
 
     def evaluate(self, what: str | Path | None = None) -> dict[str, float]:
-        """Scores on `data.eval`, as fractions of 1: top1, top5 and, with `evaluate.retrieval`, mAP.
+        """Score a network on `data.eval`; returns top1, top5 and, with `evaluate.retrieval`, mAP, in [0, 1].
 
-        what: a run, checkpoint or weights file of the config's student, an exported folder, or the name of a timm
-        model; None: this run's student.
+        what: a run, checkpoint or weights file of the config's student, an exported folder, or the name of a
+        timm model; None: this run's student.
         """
-        settings = self.settings  # a mistake here needs no import
+        settings = self.settings  # raises UserError before the imports, which take seconds
         from indistill.commands.evaluate import evaluate_checkpoint
 
         return evaluate_checkpoint(settings, str(what or settings.run_dir))
 
-    def student(self, what: str | Path | None = None) -> Network:
-        """This run's student, in eval mode on the CPU, as `evaluate` would find it.
+    def student(self, what: str | Path | None = None) -> Network | Program:
+        """Load the network that `evaluate(what)` scores, in eval mode on the CPU.
 
-        It normalises by itself: `student(images).logits` of uint8 images [B, 3, S, S] is [B, K].
+        It is a Program for an ONNX export.
+
+        It normalises its input: `student(images).logits` of uint8 images [B, 3, S, S] is [B, K].
         """
         from indistill.commands.export.load import load_for_eval
 
@@ -96,26 +101,29 @@ class Trainer:
         weights: str | None = None,
         checkpoint: str | None = None,
     ) -> Source:
-        """Write this run's student for others to load; see `indistill.commands.export.write.export`."""
+        """Export this run's student to a folder; see `indistill.commands.export.write.export`."""
         from indistill.commands.export.write import export
 
-        return export(self.settings.run_dir, destination, form, weights, checkpoint)
+        return export(self.settings.run_dir, destination, form=form, weights=weights, step=checkpoint)
 
     def report(self, output: str | Path | None = None, baseline: str | Path | None = None) -> Path:
-        """One HTML file of this run, or of all runs of the file; see `indistill.commands.report.page.write`."""
+        """Write one HTML file about the run or runs; see `indistill.commands.report.page.write`."""
         from indistill.commands.report import page
 
         run_dir = Path(self.runs[0][1].run_dir)
         return page.write([run_dir.parent if self.several else run_dir], output, baseline)
 
     def write_targets(self) -> None:
-        """Run the teacher once over the data set, for `targets.source: cached` or `auto`."""
+        """Compute and store the teacher's targets, for `targets.source: cached` or `auto`."""
         from indistill.commands import targets
 
         targets.write(self.settings)
 
     def verify_targets(self, records: int) -> bool:
-        """Whether so many random records of stored targets are what the teacher says now; prints those that are not."""
+        """Recompute the stored targets of `records` random samples; prints those that differ.
+
+        Returns whether all agree.
+        """
         from indistill.commands import targets
 
         return targets.verify(self.settings, records)

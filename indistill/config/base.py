@@ -1,4 +1,4 @@
-"""The base of all sections of a config, its error, and lengths of training as steps."""
+"""The base class of all config sections, `UserError`, and durations in steps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints it as one line and exits with code 2."""
 
-    found_by_one_rank = False  # else every rank raises it, and rank 0 speaks for all
+    found_by_one_rank = False  # False: every rank raises it, and rank 0 alone prints it
 
 
 def in_one_line(error: BaseException, limit: int | None = None, *, with_type: bool = False) -> str:
-    """Return an error's message in one line of at most `limit` characters; the error's type if it has no message.
+    """Return an error's message in one line of at most `limit` characters; the error's type if it has no
+    message.
 
-    with_type: begin with the type, as the last line of a traceback does. The message of an error in a loader's worker
-    arrives as a traceback, whose last line counts here.
+    with_type: begin with the type, as the last line of a traceback does. The message of an error in a
+    loader's worker arrives as a traceback, whose last line counts here.
     """
     lines = str(error).strip().splitlines() or [""]
     if lines[0].startswith("Caught "):
@@ -41,10 +42,11 @@ _DURATION = re.compile(
 def to_steps(
     duration: str | int | float, steps_per_epoch: int, global_batch: int, total_steps: int | None = None
 ) -> int:
-    """A duration in optimizer steps, rounded to the nearest, halves up.
+    """Return a duration in optimizer steps, rounded to the nearest, halves up.
 
-    Accepts "3 epochs", "1000 steps", "1e6 samples", "10 percent" or "10%" (of `total_steps`), each also with a fraction
-    or in the singular; a bare number means epochs. Raises ValueError, naming the text, for anything else.
+    Accepts "3 epochs", "1000 steps", "1e6 samples", "10 percent" or "10%" (of `total_steps`), each also with
+    a fraction or in the singular; a bare number counts epochs. Raises ValueError, naming the text, for
+    anything else.
     """
     match = _DURATION.fullmatch(str(duration).strip())
     if match is None:
@@ -57,31 +59,40 @@ def to_steps(
     if unit in ("percent", "%"):
         if total_steps is None:
             raise ValueError(
-                f"duration {duration!r} is a share of the run, whose length is not known here; use another unit"
+                f"duration {duration!r} is a share of the run, whose length is not known here: use epochs, "
+                "steps or samples"
             )
         steps = amount * total_steps / 100
     else:
-        steps = amount * {"epoch": steps_per_epoch, "step": 1, "sample": Fraction(1, global_batch)}[unit]
+        steps_of = {
+            "epoch": Fraction(steps_per_epoch),
+            "step": Fraction(1),
+            "sample": Fraction(1, global_batch),
+        }
+        steps = amount * steps_of[unit]
     return math.floor(steps + Fraction(1, 2))
 
 
 def _duration(value: Any) -> Any:
-    to_steps(
-        value, steps_per_epoch=1, global_batch=1, total_steps=1
-    )  # understood, or a ValueError that says why
+    to_steps(value, steps_per_epoch=1, global_batch=1, total_steps=1)  # raises ValueError
     return value
 
 
 def run_length(value: str | int | float) -> str | int | float:
-    to_steps(value, steps_per_epoch=1, global_batch=1)  # a share of the run is refused here
+    """Return the duration of a run unchanged. Raises ValueError for a share of the run, such as "10%"."""
+    to_steps(value, steps_per_epoch=1, global_batch=1)
     return value
 
 
 Duration = Annotated[str | int | float, BeforeValidator(_duration)]
 """`"3 epochs"`, `"500 steps"`, `"1e6 samples"`, `"10 percent"` of the run; a bare number counts epochs."""
 
+Probability = Annotated[float, Field(ge=0, le=1)]
+
 
 class Section(BaseModel):
+    """A section of a config: frozen; an unknown key is an error that names the nearest valid one."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -93,7 +104,3 @@ class Section(BaseModel):
                     nearest = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
                     raise ValueError(f"unknown key {key!r}; the nearest valid key is {nearest[0]!r}")
         return values
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-Probability = Annotated[float, Field(ge=0, le=1)]

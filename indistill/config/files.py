@@ -13,14 +13,14 @@ from typing import IO, Any
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a binary file that replaces `path` at the end of the `with` block, in one step.
 
-    A reader finds the old content or all of the new one, which is on the disk by then. Several processes may write the
-    same file: the last one wins. If the block raises, the old content stays. Only a killed process leaves its
-    unfinished `<path>.<random>.part` behind.
+    A reader finds the old content or all of the new one, which is on the disk by then. Several processes may
+    write the same file: the last one wins. If the block raises, the old content stays. Only a killed process
+    leaves its unfinished `<path>.<random>.part` behind.
     """
     part = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.part"
     try:
@@ -41,12 +41,13 @@ def replace_text(path: str | Path, text: str) -> None:
         stream.write(text.encode())
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 def sha256(path: Path, *, ignore_metadata_order: bool = False) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal.
 
-    ignore_metadata_order: sort the header of a safetensors file before it is hashed. The library writes metadata in
-        random order, so two files with the same weights may differ in bytes. Other files are not affected.
+    ignore_metadata_order: sort the header of a safetensors file before it is hashed. The library writes
+        metadata in random order, so two files with the same weights may differ in bytes. Other files are not
+        affected.
     """
     with path.open("rb") as file:
         if not (ignore_metadata_order and path.suffix == ".safetensors"):

@@ -1,146 +1,127 @@
-"""The sections of `kd.losses` and of the warm-up's loss: one class per loss."""
+"""The base class of losses, and how `kd.losses` finds them. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, ConfigDict, SerializeAsAny, ValidationInfo, model_validator
 
-from indistill.config.base import Probability, Section
+from indistill.config import plugins
+from indistill.config.base import Section
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-# Each loss says what it reads of the student. docs/losses.md has the published settings beside these defaults.
-class CrossEntropy(Section):
-    reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["ce"]  # which loss this is
-    weight: float = 1.0  # in the sum of losses
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the label spread over all classes
-
-
-class KDLoss(Section):
-    reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["kd"]  # which loss this is
-    weight: float = 1.0  # in the sum of losses
-    temperature: PositiveFloat = 4.0  # of both softmaxes
-    standardize: bool = False  # logit standardisation (arXiv 2403.01427)
+READS = frozenset({"logits", "embedding", "features", "token", "labels"})
+TEACHES = frozenset({"logits", "embedding", "features", "heads"})
 
 
-class DISTLoss(Section):
-    reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["dist"]  # which loss this is
-    weight: float = 1.0  # in the sum of losses
-    beta: float = 1.0  # of the relations within a sample
-    gamma: float = 1.0  # of those within a class
-    temperature: PositiveFloat = 1.0  # of both softmaxes
+class Inputs(SimpleNamespace):
+    """What a loss is given of the student or of the teacher for one batch: what it declares, nothing else.
+
+    For a loss that compares samples, B counts those of all ranks.
+    """
+
+    logits: Tensor  # [B, K]
+    embedding: Tensor  # [B, D], the classifier's input
+    features: tuple[Tensor, ...]  # [B, C, H, W] of each pair of `kd.pairs`
+    token: Tensor  # [B, K], of the student's distillation token
+    heads: tuple[Tensor, ...]  # [B, K] of each of the teacher's intermediate heads
+    projected: tuple[Tensor, ...]  # what the loss's own layers returned; of the student
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the loss is not given {name!r}: declare it in `reads`, or of the teacher in `teaches`"
+        )
 
 
-class DKDLoss(Section):
-    reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["dkd"]  # which loss this is
-    weight: float = 1.0  # in the sum of losses
-    alpha: float = 1.0  # of the target class
-    beta: float = 8.0  # of the others
-    temperature: PositiveFloat = 4.0  # of both softmaxes
+class Shape(NamedTuple):
+    """The widths of the networks, for a loss's own layers."""
+
+    student_widths: Sequence[int]  # channels of the map of each pair, shallow to deep
+    teacher_widths: Sequence[int]
+    student_dim: int  # width of the embedding
+    teacher_dim: int
 
 
-class CohortLoss(Section):
-    """Co-teaching by the teacher and its intermediate classifier heads: needs `teacher.heads`."""
+class Loss(Section):
+    """A loss: its keys in `kd.losses`, what it needs, and its formula. A subclass states its `name`.
 
-    reads: ClassVar[set[str]] = {"logits"}
-    name: Literal["dih"]  # which loss this is
-    weight: float = 1.0  # in the sum of losses
-    alpha: Probability = 0.1  # of the teaching, beside cross-entropy
-    temperature: PositiveFloat = 5.0  # of all softmaxes
-    weights: list[float] | None = None  # of the teacher, then of each head, shallow to deep; None: 1 each
+    reads: what it needs of the student ("logits", "embedding", "features", "token") and whether it needs
+    "labels". What no loss reads is not computed. teaches: what it needs of the teacher ("logits",
+    "embedding", "features", "heads"); by default what it reads. What no loss needs is not stored. compares:
+    how many samples it relates to each other: 1, or 2 for pairs, 3 for triplets. If more than 1, it is given
+    the samples of all ranks, gathered with gradients. whole_labels: whether labels have to be classes, int64
+    [B], and not the probabilities [B, K] of mixed images.
+    """
 
-
-class TokenLoss(Section):
-    """Distillation token of a student such as deit_tiny_distilled_patch16_224; `ce` then trains its class token."""
-
-    reads: ClassVar[set[str]] = {"logits", "token"}
-    name: Literal["token"]  # which loss this is
-    weight: float = 1.0  # in the sum of losses
-    mode: Literal["hard", "soft"] = "hard"  # the teacher's class as a label, or its softened probabilities
-    temperature: PositiveFloat = 1.0  # for soft
-
-
-Kernel = Literal["cosine", "student_t", "rbf", "combined"]
-Divergence = Literal["kl", "jeffreys"]
-
-
-class PKTLoss(Section):
-    reads: ClassVar[set[str]] = {"embedding"}
-    name: Literal["pkt"]  # which loss this is
-    weight: float = 1.0  # in the sum of losses
-    kernel: Kernel = "combined"  # how alike two samples are; combined: the sum of cosine and student_t
-    divergence: Divergence = "jeffreys"  # of the two networks' similarities; jeffreys: kl in both directions
-    # batch: times the number of samples that are compared; without it, gradients shrink as that number grows.
-    scale: Literal["none", "batch"] = "none"
-
-
-class InformationFlowLoss(Section):
-    """PKT on the embedding, and on every pair of `kd.pairs` with weight init * decay^epoch."""
-
-    reads: ClassVar[set[str]] = {"embedding", "features"}
-    name: Literal["information_flow"]  # which loss this is
-    weight: float = 1.0  # in the sum of losses
-    init: Annotated[float, Field(ge=0)] = 100.0  # weight of each pair at first, beside 1 for the embedding
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.7  # by which that weight is multiplied every epoch
-    kernel: Kernel = "combined"  # how alike two samples are; combined: the sum of cosine and student_t
-    divergence: Divergence = "jeffreys"  # of the two networks' similarities; jeffreys: kl in both directions
-    # batch: times the number of samples that are compared; without it, gradients shrink as that number grows.
-    scale: Literal["none", "batch"] = "none"
-
-
-class RKDLoss(Section):
-    reads: ClassVar[set[str]] = {"embedding"}
-    name: Literal["rkd"]  # which loss this is
-    weight: float = 1.0  # in the sum of losses
-    distance_weight: float = 25.0  # of the distances of two samples
-    angle_weight: float = 50.0  # of the angles of three
-
-
-class CRDLoss(Section):
-    reads: ClassVar[set[str]] = {"embedding"}
-    name: Literal["crd"]  # which loss this is
-    weight: float = 0.8  # in the sum of losses
-    dim: PositiveInt = 128  # of the space where student and teacher meet
-    temperature: PositiveFloat = 0.07  # that inner products are divided by
-
-
-class SPLoss(Section):
-    reads: ClassVar[set[str]] = {"features"}
-    name: Literal["sp"]  # which loss this is
-    weight: float = 3000.0  # in the sum of losses
-
-
-class ATLoss(Section):
-    reads: ClassVar[set[str]] = {"features"}
-    name: Literal["at"]  # which loss this is
-    weight: float = 1000.0  # in the sum of losses
-
-
-class MapLoss(Section):
-    """On every pair of `kd.pairs`, through trained layers (layers.py) from the student's maps to the teacher's."""
-
-    reads: ClassVar[set[str]] = {"features"}
-    name: Literal["hint", "vid", "reviewkd"]  # which loss this is
+    reads: ClassVar[AbstractSet[str]] = frozenset()
+    teaches: ClassVar[AbstractSet[str]] = frozenset()
+    compares: ClassVar[int] = 1
+    whole_labels: ClassVar[bool] = False
+    name: str  # which loss this is
     weight: float = 1.0  # in the sum of losses
 
+    def __init_subclass__(cls, *, name: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "reads" in cls.__dict__ and "teaches" not in cls.__dict__:
+            cls.teaches = cls.reads & TEACHES
+        for key, known in (("reads", READS), ("teaches", TEACHES)):
+            if unknown := sorted(getattr(cls, key) - known):
+                raise ValueError(
+                    f"{cls.__qualname__}.{key}: {unknown[0]!r} is none of {', '.join(sorted(known))}"
+                )
+        if name is not None:
+            cls.__annotations__["name"] = Literal[name]
 
-Loss = Annotated[
-    CrossEntropy
-    | KDLoss
-    | DISTLoss
-    | DKDLoss
-    | CohortLoss
-    | TokenLoss
-    | PKTLoss
-    | InformationFlowLoss
-    | RKDLoss
-    | CRDLoss
-    | SPLoss
-    | ATLoss
-    | MapLoss,
-    Field(discriminator="name"),
-]
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Register the class, once its fields are complete."""
+        if options.get("name") is not None:
+            plugins.register(options["name"], cls)
+
+    def layers(self, shape: Shape) -> nn.Module | None:
+        """Create the loss's trainable layers, if it has any; they are trained and saved with the student.
+
+        Called with the student's `Output` and the `Targets` (models/outputs.py), they return a tuple of
+        tensors, which the loss finds in `student.projected`. If it compares samples, these are all that it is
+        given, [B, ...] each.
+        """
+        return None
+
+    def check(self, heads: int) -> None:
+        """Raise UserError if the keys do not fit a teacher with `heads` intermediate heads."""
+
+    def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
+        """Return the loss, a scalar. `labels` are None unless it reads them; `epoch` counts from 0 in KD."""
+        raise NotImplementedError(f"{type(self).__qualname__} has no __call__")
+
+
+class RecordedLoss(Loss):
+    """A loss as a run recorded it, where its class is not loaded: the name, and any keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        return values
+
+
+def _by_name(value: Any, info: ValidationInfo) -> Any:
+    """Turn a mapping into the loss of its name; a recorded one whose class is not loaded keeps any keys."""
+    if not isinstance(value, dict):
+        return value
+    name = value.get("name")
+    if not isinstance(name, str):
+        raise ValueError("a loss needs a name, as in {name: kd}")
+    if info.context and info.context.get("recorded"):
+        return (plugins.registered(name) or RecordedLoss).model_validate(value)
+    return plugins.find(name).model_validate(value)
+
+
+AnyLoss = Annotated[SerializeAsAny[Loss], BeforeValidator(_by_name)]
+"""A loss of any name."""

@@ -1,4 +1,4 @@
-"""Read a config from a YAML file with `key.sub=value` overrides, and write it."""
+"""Read a config from a YAML file with `key.sub=value` overrides, and write it as YAML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from indistill.config.tree import Config
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file and apply `a.b=c` overrides (the value is YAML; a number indexes a list).
+    """Read the config of a single run, with `a.b=c` overrides (the value is YAML; a number indexes a list).
 
     Raises UserError, in one line, for a missing or malformed file and for any unknown or ill-typed key.
     """
@@ -27,7 +27,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 
 def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """The plain tree that `load` parses, of any keys."""
+    """Return the file's plain tree with overrides applied; its keys are not checked."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -41,17 +41,25 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
     return tree
 
 
-def parse(tree: dict[str, Any], source: str) -> Config:
-    """Validate a plain tree; `source` names it in error messages."""
+def load_recorded(path: str | Path) -> Config:
+    """Read the `config.yaml` of a run to show it, without torch and without the packages of its losses."""
+    return parse(read(path), source=str(path), recorded=True)
+
+
+def parse(tree: dict[str, Any], source: str, *, recorded: bool = False) -> Config:
+    """Validate a plain tree; `source` names it in error messages. Raises UserError for the first mistake.
+
+    recorded: allow losses whose class is not loaded, as `load_recorded` does.
+    """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={"recorded": recorded})
     except ValidationError as error:
         keys, message = _first_mistake(error, tree)
         raise UserError(f"{source}: {'.'.join(keys) + ': ' if keys else ''}{message}") from None
 
 
 def _first_mistake(error: ValidationError, tree: dict[str, Any]) -> tuple[list[str], str]:
-    """Where it is and what. Of a union's branches the one that read on the furthest says it."""
+    """Return keys and message of the first mistake; of a union, of the branch that parsed the furthest."""
     mistakes = [
         (_keys(e, tree), e["msg"].removeprefix("Value error, ")) for e in error.errors(include_url=False)
     ]
@@ -60,7 +68,7 @@ def _first_mistake(error: ValidationError, tree: dict[str, Any]) -> tuple[list[s
 
 
 def _keys(error: Any, tree: Any) -> list[str]:
-    """The keys in pydantic's location of an error, which also names the branches of unions."""
+    """Return the keys in pydantic's location of an error, without the names of union branches."""
     keys = []
     for part in error["loc"]:
         if (isinstance(tree, dict) and part in tree) or (isinstance(tree, list) and part in range(len(tree))):
@@ -70,6 +78,7 @@ def _keys(error: Any, tree: Any) -> list[str]:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set the value of `a.b=c` in a plain tree. Raises UserError if it is malformed or leads nowhere."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"override {override!r}: expected key.sub=value")
@@ -80,7 +89,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         for part, following in zip(parents, [*parents[1:], last]):
             if isinstance(node, dict) and node.get(part) is None:
                 if following.isdecimal():
-                    raise KeyError(part)  # of a list that is not there
+                    raise KeyError(part)  # there is no list to index
                 node[part] = {}
             node = node[int(part) if isinstance(node, list) else part]
         node[int(last) if isinstance(node, list) else last] = value
@@ -91,5 +100,5 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def dump(config: Config) -> str:
-    """The whole config as YAML, defaults included; `parse` reads it back to an equal config."""
+    """Return the config as YAML, defaults included; `parse` reads it back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

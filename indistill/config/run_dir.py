@@ -21,7 +21,8 @@ from typing import Any
 
 from indistill.config import tree
 from indistill.config.base import UserError, in_one_line
-from indistill.config.read import load
+from indistill.config.ranks import Ranks
+from indistill.config.read import load_recorded
 from indistill.config.tree import Config
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
@@ -48,9 +49,7 @@ class RunDir(_Folder):
     """The files of a run. No other module knows their names."""
 
     config = _Entry("config.yaml")  # all keys with their values
-    status = _Entry(
-        "status"
-    )  # running, done, requeue or failed; of a chain, in the directory above its stages
+    status = _Entry("status")  # running, done, requeue or failed; a chain's is above its stages
     metrics = _Entry("metrics.jsonl")  # a line for each logged step, evaluation and checkpoint
     history = _Entry("history.jsonl")  # a line for each start and end
     summary = _Entry("summary.json")  # of a finished run: final scores, seconds
@@ -140,7 +139,7 @@ def has_begun(settings: Config) -> bool:
         return False
     has_work = files.summary.exists() or bool(files.saved_checkpoints())
     has_lines = files.metrics.exists() and files.metrics.stat().st_size > 0
-    difference = tree.difference(load(files.config), settings)
+    difference = tree.difference(load_recorded(files.config), settings)
     if difference and (has_work or has_lines):
         raise UserError(f"{files.path} holds a run of another config ({difference}): choose another run_dir")
     return has_work
@@ -170,7 +169,7 @@ def describe_error(error: BaseException, folder: Path) -> str:
 
 def keep_traceback(error: BaseException, folder: Path) -> Path | str:
     """Write the traceback to errors/rank-N.txt in `folder`; return that path, or "in the log" on failure."""
-    file = RunDir(folder).traceback(os.environ.get("RANK", "0"))
+    file = RunDir(folder).traceback(str(Ranks.from_environment().rank))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(traceback.format_exception(error)))

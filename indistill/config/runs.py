@@ -1,7 +1,8 @@
-"""Read a config file that describes one run or several: a chain of `stages`, or `students` that train at once.
+"""Read a config file that describes one run or several: a chain of `stages`, or concurrent `students`.
 
-A stage or student is what the whole config shares, merged with its own keys. A stage's teacher may be the student of an
-earlier stage, `teacher: {stage: NAME}`, and its `teacher.heads` what an earlier stage of `stage: heads` trained.
+The config of a stage or student is what all of them share, merged with its own keys. The teacher of a stage
+may be the student of an earlier one, `teacher: {stage: NAME}`, and `teacher.heads` the output of an earlier
+stage with `stage: heads`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Any
 from indistill.config.base import UserError
 from indistill.config.read import parse, read
 from indistill.config.run_dir import weights_file
-from indistill.config.sections import ONE_RUN_TRACKERS
+from indistill.config.sections import ONE_RUN_TRACKERS, Warmup
 from indistill.config.tree import Config, flatten
 
 _NAME = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # a directory, and a part of an override's dotted key
-# What decides the images and what the teacher makes of them.
+# Keys and sections that determine the images and the teacher's outputs, which students share.
 _SHARED = (
     "seed",
     "duration",
@@ -28,24 +29,28 @@ _SHARED = (
     "grad_accumulation",
     "compile",
     "kd.mix",
+    "engine",
+    "collective_timeout_minutes",
+    "max_hours",
 )
-_SHARED += ("engine", "collective_timeout_minutes", "max_hours")
 
 
-class Students(list):
-    """Name and config of students that train at once, on the same images and one teacher.
+class Students(list[tuple[str, Config]]):
+    """Name and config of students that train concurrently, on the same images and with one teacher.
 
-    On `groups`: equal, all of them on all ranks (students.py), or disjoint, each on ranks of its own (groups.py).
+    `groups` is `equal`, all students on all ranks (training/students.py), or `disjoint`, each student on its
+    own ranks (training/groups.py).
     """
 
     groups: str = "equal"
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[tuple[str, Config]]:
-    """The name and config of every stage of a chain, or of `Students`; a plain config is one with an empty name.
+    """Return name and config of every stage of a chain, or `Students`; a plain config has the empty name.
 
-    Overrides reach what they share (`data.root=X`, unless one sets it itself) and single ones, by number or name
-    (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any of them.
+    Overrides change what the runs share (`data.root=X`, unless a run sets the key itself) or a single run, by
+    index or name (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any
+    run.
     """
     in_file = read(path)
     kind = "students" if "students" in in_file else "stages"
@@ -57,55 +62,66 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
         return [("", parse(tree, source))]
     if kind == "students" and "stages" in tree:
         raise UserError(f"{source}: students and stages exclude each other: keep one")
-
-    groups = tree.pop("student_groups", "equal") if kind == "students" else "equal"
-    if groups not in ("equal", "disjoint"):
-        raise UserError(f"{source}: student_groups: {groups!r} is neither equal nor disjoint")
-    shared, own = {key: value for key, value in tree.items() if key != kind}, tree[kind]
-    if not own or not isinstance(own, list) or not all(isinstance(stage, dict) for stage in own):
-        raise UserError(f"{source}: {kind}: expected a list of mappings, each with a name")
-    stages: dict[str, Config] = {}
-    for i, stage in enumerate(own):
-        name = _name(stage)
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UserError(
-                f"{source}: {kind}.{i}.name: {name!r} cannot name a directory: a letter, then letters, digits, - and _"
-            )
-        if name in stages:
-            raise UserError(f"{source}: {kind}.{i}.name: {name} names an earlier one too: choose another")
-        if "run_dir" in stage:
-            raise UserError(
-                f"{source}: {kind[:-1]} {name}: run_dir: it runs in run_dir/{name} of the file: remove it"
-            )
-        merged = merge(shared, {key: value for key, value in stage.items() if key != "name"})
-        if isinstance(shared.get("run_dir"), str):
-            merged["run_dir"] = str(Path(shared["run_dir"]) / name)
-        where = f"{source}: {kind[:-1]} {name}"
-        if kind == "stages" and isinstance(merged.get("teacher"), dict):
-            merged["teacher"] = _teacher(merged["teacher"], stages, where)
-        stages[name] = parse(merged, where)
-        if kind == "students":
-            _check_student(next(iter(stages.values())), stages[name], groups, where)
     if kind == "stages":
-        return list(stages.items())
-    students = Students(stages.items())
+        return list(_parse_all(tree, kind, source).items())
+
+    groups = tree.pop("student_groups", "equal")
+    if groups not in ("equal", "disjoint"):
+        raise UserError(f"{source}: student_groups is {groups!r}: set it to equal or disjoint")
+    students = Students(_parse_all(tree, kind, source).items())
     students.groups = groups
+    for name, settings in students:
+        _check_student(students[0][1], settings, groups, where=f"{source}: student {name}")
     return students
 
 
-def _check_student(first: Config, settings: Config, groups: str, where: str) -> None:
-    """Raise UserError for a student that cannot train beside the first one."""
-    theirs, mine = (flatten(one, without=()) for one in (first, settings))
-    for key in sorted(theirs.keys() | mine.keys()):
-        if f"{key}.".startswith(tuple(f"{part}." for part in _SHARED)) and theirs.get(key) != mine.get(key):
+def _parse_all(tree: dict[str, Any], kind: str, source: str) -> dict[str, Config]:
+    """Return the config of each run in the list `tree[kind]`, merged with the other keys, by name."""
+    shared = {key: value for key, value in tree.items() if key != kind}
+    listed = tree[kind]
+    if not listed or not isinstance(listed, list) or not all(isinstance(own, dict) for own in listed):
+        raise UserError(f"{source}: {kind}: expected a list of mappings, each with a name")
+    parsed: dict[str, Config] = {}
+    for i, own in enumerate(listed):
+        name = _name(own)
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError(
-                f"{where}: {key}: {mine.get(key)} here, {theirs.get(key)} for the first: set it once, for all students"
+                f"{source}: {kind}.{i}.name: {name!r} cannot name a directory: begin with a letter, and use "
+                "letters, digits, - and _"
+            )
+        if name in parsed:
+            raise UserError(f"{source}: {kind}.{i}.name: {name} is already in use: choose another name")
+        where = f"{source}: {kind.removesuffix('s')} {name}"
+        if "run_dir" in own:
+            raise UserError(f"{where}: run_dir is always the file's run_dir/{name}: remove the key")
+        merged = merge(shared, {key: value for key, value in own.items() if key != "name"})
+        if isinstance(shared.get("run_dir"), str):
+            merged["run_dir"] = str(Path(shared["run_dir"]) / name)
+        if kind == "stages" and isinstance(merged.get("teacher"), dict):
+            merged["teacher"] = _resolve_teacher(merged["teacher"], parsed, where)
+        parsed[name] = parse(merged, where)
+    return parsed
+
+
+def _check_student(first: Config, settings: Config, groups: str, where: str) -> None:
+    """Raise UserError for a student that cannot train concurrently with the first one."""
+    of_first = flatten(first, without=())
+    own = flatten(settings, without=())
+    for key in sorted(of_first.keys() | own.keys()):
+        shared = f"{key}.".startswith(tuple(f"{part}." for part in _SHARED))
+        if shared and of_first.get(key) != own.get(key):
+            raise UserError(
+                f"{where}: {key} is {own.get(key)}, and {of_first.get(key)} for the first student: set it "
+                "once, for all students"
             )
     if settings.teacher is None or settings.stage != "distill":
-        raise UserError(f"{where}: students share a teacher: add the section teacher, and no stage: heads")
+        raise UserError(
+            f"{where}: students share a teacher: add the section teacher, and remove stage: heads"
+        )
     if settings.engine is not None and settings.engine.name == "deepspeed":
         raise UserError(
-            f"{where}: engine: DeepSpeed takes one student a process: train them one by one, or use ddp"
+            f"{where}: engine: DeepSpeed trains one student per process: train the students one by one, or "
+            "use ddp"
         )
     if settings.teacher.shard:
         raise UserError(
@@ -113,20 +129,33 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
         )
     if settings.targets.source != "live":
         raise UserError(
-            f"{where}: targets: stored ones leave no teacher to share: train the students one by one"
+            f"{where}: targets: students share a live teacher: set targets: live, or train the "
+            "students one by one"
         )
-    alone = ONE_RUN_TRACKERS.intersection(settings.trackers)
-    if groups == "equal" and alone:
+    one_run = ONE_RUN_TRACKERS.intersection(settings.trackers)
+    if groups == "equal" and one_run:
         raise UserError(
-            f"{where}: trackers: {min(alone)} takes one run at a time in a process: remove it, train the students one "
-            "by one, or set student_groups: disjoint"
+            f"{where}: trackers: {min(one_run)} tracks one run at a time in a process: remove it, train the "
+            "students one by one, or set student_groups: disjoint"
         )
-    warmup = settings.warmup
-    if groups == "disjoint" and warmup and (warmup.curriculum == "auto" or warmup.prune.mode == "paper_bn"):
-        what = "warmup.curriculum: auto" if warmup.curriculum == "auto" else "warmup.prune.mode: paper_bn"
-        raise UserError(
-            f"{where}: student_groups: disjoint: every group has to know the others' targets: no {what}"
-        )
+    if groups == "disjoint":
+        _check_known_targets(settings.warmup, where)
+
+
+def _check_known_targets(warmup: Warmup | None, where: str) -> None:
+    """Raise UserError for a warm-up whose targets the other groups of ranks cannot compute."""
+    if warmup is None:
+        return
+    if warmup.curriculum == "auto":
+        key = "warmup.curriculum: auto"
+    elif warmup.prune.mode == "paper_bn":
+        key = "warmup.prune.mode: paper_bn"
+    else:
+        return
+    raise UserError(
+        f"{where}: {key}: under student_groups: disjoint every group must know the targets of the others: "
+        "choose another value, or student_groups: equal"
+    )
 
 
 def _name(stage: Any) -> Any:
@@ -134,7 +163,7 @@ def _name(stage: Any) -> Any:
 
 
 def _by_position(override: str, kind: str, positions: dict[str, int]) -> str:
-    """`stages.NAME.key=value` with the number of the stage in place of its name."""
+    """Return the override `stages.NAME.key=value` with the index of the stage instead of its name."""
     dotted, equals, value = override.partition("=")
     match dotted.split(".", 2):
         case [first, name, key] if first == kind and name in positions:
@@ -143,7 +172,10 @@ def _by_position(override: str, kind: str, positions: dict[str, int]) -> str:
 
 
 def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key, anything else replaces, null removes. An own `{stage: NAME}` replaces, too."""
+    """Return `shared` overridden by `own`: mappings are merged, other values replaced, null removes a key.
+
+    A mapping with the key `stage`, a reference, replaces the shared one instead of being merged.
+    """
     merged = {**shared}
     for key, value in own.items():
         if value is None:
@@ -155,18 +187,18 @@ def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _teacher(section: dict[str, Any], earlier: dict[str, Config], where: str) -> dict[str, Any]:
-    """The section with files and models in place of its references to stages; its other keys stand."""
+def _resolve_teacher(section: dict[str, Any], earlier: dict[str, Config], where: str) -> dict[str, Any]:
+    """Return the section teacher with its references to earlier stages replaced by their models and files."""
     section = {**section}
     if isinstance(section.get("heads"), dict):
-        name, settings = _referred(section["heads"], earlier, f"{where}: teacher.heads")
+        name, settings = _find_stage(section["heads"], earlier, f"{where}: teacher.heads")
         if settings.stage != "heads":
             raise UserError(
-                f"{where}: teacher.heads: stage {name} trains a student: name one with stage: heads"
+                f"{where}: teacher.heads: stage {name} trains a student: name a stage with stage: heads"
             )
         section["heads"] = weights_file(settings)
     if "stage" in section:
-        name, settings = _referred({"stage": section.pop("stage")}, earlier, f"{where}: teacher")
+        name, settings = _find_stage({"stage": section.pop("stage")}, earlier, f"{where}: teacher")
         if settings.student is None:
             raise UserError(f"{where}: teacher: stage {name} trains heads, not a student: name another stage")
         student = settings.student.model_dump(mode="json", exclude_unset=True) | {"pretrained": False}
@@ -174,9 +206,10 @@ def _teacher(section: dict[str, Any], earlier: dict[str, Config], where: str) ->
     return section
 
 
-def _referred(reference: dict[str, Any], earlier: dict[str, Config], where: str) -> tuple[str, Config]:
+def _find_stage(reference: dict[str, Any], earlier: dict[str, Config], where: str) -> tuple[str, Config]:
+    """Return name and config of the earlier stage in `{stage: NAME}`. Raises UserError if there is none."""
     name = reference.get("stage")
     if set(reference) != {"stage"} or not isinstance(name, str) or name not in earlier:
         known = f"earlier stages: {', '.join(earlier)}" if earlier else "this is the first stage"
-        raise UserError(f"{where}: {reference} is no earlier stage ({known})")
+        raise UserError(f"{where}: {reference} does not name an earlier stage ({known})")
     return name, earlier[name]

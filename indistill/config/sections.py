@@ -1,129 +1,166 @@
-"""The sections of a config: data, models, training, targets, engine and machine."""
+"""The sections of a config: data, models, training, targets, engine and machine.
+
+The comment of each key is its description in docs/configuration.md.
+"""
 
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from indistill.config import plugins
 from indistill.config.base import Duration, Probability, Section
-from indistill.config.loss import CrossEntropy, Loss
+from indistill.config.loss import AnyLoss, Loss
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 MAX_RAND_AUGMENT_OPS = 4
 
 
 class RandAugment(Section):
-    """timm's `rand-m{magnitude}-n{num_ops}-mstd{mstd}-p{probability}-inc1`, by data.interpolation."""
+    """timm's `rand-m{magnitude}-n{num_ops}-mstd{mstd}-p{probability}-inc1`.
 
-    magnitude: Annotated[float, Field(ge=0, le=10)] = 9  # how strong the operations are
-    num_ops: Annotated[int, Field(ge=1, le=MAX_RAND_AUGMENT_OPS)] = 2  # drawn for an image, with replacement
-    mstd: Annotated[float, Field(ge=0)] = 0.0  # standard deviation of the magnitude
-    probability: Probability = 0.5  # of each operation drawn
+    Rotations, shears and shifts resample by `data.interpolation`.
+    """
+
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9  # Strength of the operations.
+    # Number of operations drawn for each image, with replacement.
+    num_ops: Annotated[int, Field(ge=1, le=MAX_RAND_AUGMENT_OPS)] = 2
+    mstd: Annotated[float, Field(ge=0)] = 0.0  # Standard deviation of the magnitude; 0: always `magnitude`.
+    probability: Probability = 0.5  # Probability that a drawn operation is applied.
 
 
 class ColorJitter(Section):
-    """torchvision's ColorJitter: factors within 1 -+ these, the hue shifted by at most +-hue of a turn."""
+    """torchvision's ColorJitter."""
 
-    brightness: Annotated[float, Field(ge=0)] = 0.4  # factors of 1 -+ this
-    contrast: Annotated[float, Field(ge=0)] = 0.4  # factors of 1 -+ this
-    saturation: Annotated[float, Field(ge=0)] = 0.4  # factors of 1 -+ this
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # shift of at most +-this, in turns
+    # Brightness is multiplied by a random factor within 1 ± this.
+    brightness: Annotated[float, Field(ge=0)] = 0.4
+    # Contrast is multiplied by a random factor within 1 ± this.
+    contrast: Annotated[float, Field(ge=0)] = 0.4
+    # Saturation is multiplied by a random factor within 1 ± this.
+    saturation: Annotated[float, Field(ge=0)] = 0.4
+    # The hue is shifted by a random amount within ± this, as a fraction of the colour circle.
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
 
 class RandomErasing(Section):
     """timm's RandomErasing of one rectangle."""
 
-    probability: Probability = 0.25  # of an image
-    scale: tuple[PositiveFloat, PositiveFloat] = (0.02, 1 / 3)  # area fraction
-    ratio: tuple[PositiveFloat, PositiveFloat] = (0.3, 1 / 0.3)  # height / width
-    fill: Literal["random", "mean"] = (
-        "random"  # ImageNet's noise per pixel, or mean colour; timm's pixel and const
-    )
+    probability: Probability = 0.25  # Probability that an image loses a rectangle.
+    # Smallest and largest area of the rectangle, as fractions of the image.
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.02, 1 / 3)
+    # Smallest and largest aspect ratio of the rectangle, height / width.
+    ratio: tuple[PositiveFloat, PositiveFloat] = (0.3, 1 / 0.3)
+    # Content of the rectangle. `random`: normal noise in every pixel (timm's `pixel`); `mean`: ImageNet's
+    # mean colour (timm's `const`).
+    fill: Literal["random", "mean"] = "random"
 
     @model_validator(mode="after")
-    def _ranges(self) -> RandomErasing:
+    def _check_ranges(self) -> RandomErasing:
         return _with_ranges(self)
 
 
 class Augment(Section):
-    """Training augmentation; evaluation resizes and crops as data.eval_interpolation and data.eval_crop say.
+    """Augmentation of training images.
 
-    In this order: recipe, flip, rand_augment, color_jitter, random_erasing.
+    Applied in this order: recipe, flip, rand_augment, color_jitter, random_erasing. Evaluation does not
+    augment: it resizes and crops by `data.eval_interpolation` and `data.eval_crop`.
     """
 
-    # none: as in evaluation; pad_crop: a crop of the image with a border; random_resized_crop: as for ImageNet.
+    # How an image is cropped. `random_resized_crop`: a random part, resized, as usual for ImageNet;
+    # `pad_crop`: a random window of the image with a border, as usual for CIFAR; `none`: as in evaluation.
     recipe: Literal["none", "pad_crop", "random_resized_crop"] = "random_resized_crop"
-    flip: bool = True  # left to right, every second image
-    padding: PositiveInt = 4  # pixels, for pad_crop
-    scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)  # area fraction, for random_resized_crop
-    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)  # width / height, for random_resized_crop
+    flip: bool = True  # Flip every image horizontally with probability 0.5.
+    padding: PositiveInt = 4  # Width of the border of `pad_crop`, in pixels.
+    # Smallest and largest area of `random_resized_crop`, as fractions of the image.
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    # Smallest and largest aspect ratio of `random_resized_crop`, width / height.
+    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
 
-    rand_augment: RandAugment | None = None  # None: not at all; {}: with its defaults
-    color_jitter: ColorJitter | None = None  # None: not at all; {}: with its defaults
-    random_erasing: RandomErasing | None = None  # None: not at all; {}: with its defaults
+    rand_augment: RandAugment | None = None  # RandAugment, `{}` with its defaults; None: not used.
+    color_jitter: ColorJitter | None = None  # Colour jitter, `{}` with its defaults; None: not used.
+    # Random erasing, `{}` with its defaults; None: not used.
+    random_erasing: RandomErasing | None = None
 
-    # So many views of each sample, over and over: that of an epoch is epoch % views. None: a new one every epoch.
+    # Number of different augmented views of each image; epoch e shows view e modulo this. Set it to store the
+    # targets of these views (docs/targets.md). None: a new view in every epoch.
     views: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _ranges(self) -> Augment:
+    def _check_ranges(self) -> Augment:
         return _with_ranges(self)
 
 
-def _with_ranges(section: Any) -> Any:
+_Ranged = TypeVar("_Ranged", Augment, RandomErasing)
+
+
+def _with_ranges(section: _Ranged) -> _Ranged:
     if not (section.scale[0] <= section.scale[1] <= 1 and section.ratio[0] <= section.ratio[1]):
-        raise ValueError("scale and ratio are ranges [smallest, largest], scale within 0 and 1")
+        raise ValueError(
+            "scale and ratio are ranges: write [smallest, largest], and for scale fractions of at most 1"
+        )
     return section
 
 
 class Data(Section):
-    train: str | list[str]  # shards of the training set: paths or URLs; braces and * expand
-    eval: str | list[str] | None = None  # shards to evaluate on; None: no scores
-    root: str | None = None  # folder or URL that relative shard paths begin with
-    num_classes: PositiveInt  # labels are 0 to num_classes - 1; both networks' heads have to fit
-    image_size: PositiveInt = 224  # pixels, what both networks see
-    global_batch: PositiveInt  # samples per optimizer step, over all ranks and accumulation steps
-    streams: PositiveInt = 64  # parts of the order: the world size divides it, and it divides global_batch
-    window: PositiveInt | None = None  # samples shuffled together within a stream; None: order.py's default
-    access: Literal["index", "stream"] = (
-        "index"  # stream: plain WebDataset, for what cannot be sought (stream.py)
-    )
-    epoch_samples: PositiveInt | None = (
-        None  # samples of an epoch, for stream, which has no index to count by
-    )
-    shuffle_buffer: PositiveInt = 5000  # samples, for stream
-    in_memory: bool = False  # decode once and keep: for small images
-    cache_dir: str | None = (
-        None  # of indices and remote shards: a local disk; None: indices lie beside the shards
-    )
-    cache_bytes: PositiveFloat = 200e9  # of remote shards, per node
-    allow_pipe: bool = False  # let pipe: URLs run their commands
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = (
-        0.001  # of undecodable images that the run puts up with
-    )
-    workers: Annotated[int, Field(ge=0)] = 4  # loader processes per rank
-    augment: Augment = Augment()  # of training images
-    # How training images are resized, as timm does: random draws one of the two for each image (and for each turn,
-    # shear or shift of rand_augment).
+    """WebDataset shards, how they are read, and what the networks see of each image (docs/data.md)."""
+
+    # Shards of the training set: paths or URLs. Braces (`{000..127}`) expand, and `*` in local paths.
+    train: str | list[str]
+    eval: str | list[str] | None = None  # Shards of the evaluation set, like `train`; None: no evaluation.
+    root: str | None = None  # Folder or URL that is put before relative shard paths.
+    # Number of classes: labels are 0 to num_classes - 1. The heads of both networks must have as many
+    # outputs.
+    num_classes: PositiveInt
+    image_size: PositiveInt = 224  # Height and width of the input of both networks, in pixels.
+    # Samples per optimizer step, summed over all ranks and accumulation steps.
+    global_batch: PositiveInt
+    # Number of streams that each epoch's order is cut into. It must be divisible by the world size, and
+    # global_batch by it. Choose one that all world sizes you may resume on divide.
+    streams: PositiveInt = 64
+    # Number of samples of a stream that are shuffled together; more mix better, and need more shards at hand.
+    # None: 4,096.
+    window: PositiveInt | None = None
+    # `index`: read samples by position, which makes order and resume exact. `stream`: read shards from
+    # beginning to end (plain WebDataset), for sources that cannot be sought, such as pipes.
+    access: Literal["index", "stream"] = "index"
+    # Number of samples in an epoch; required by `access: stream`, which has no index to count them.
+    epoch_samples: PositiveInt | None = None
+    shuffle_buffer: PositiveInt = 5000  # Number of samples in the shuffle buffer of `access: stream`.
+    # Decode every image once and keep it in memory: for small images. Not with `access: stream`.
+    in_memory: bool = False
+    # Folder for indices and for copies of remote shards, on a local disk; required for remote shards. None:
+    # indices are written beside the shards.
+    cache_dir: str | None = None
+    # Largest size of the remote shards kept in `cache_dir`, in bytes per node.
+    cache_bytes: PositiveFloat = 200e9
+    allow_pipe: bool = False  # Allow `pipe:` URLs, which run shell commands.
+    # Largest fraction of the training samples that may fail to decode; the run stops when there are more.
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
+    workers: Annotated[int, Field(ge=0)] = 4  # Loader processes per rank; 0: the training process loads.
+    augment: Augment = Augment()  # Augmentation of training images.
+    # Resampling of training images, as in timm. `random` chooses bilinear or bicubic for each image, and for
+    # each rotation, shear and shift of `augment.rand_augment`.
     interpolation: Literal["bilinear", "bicubic", "random"] = "bilinear"
-    # In evaluation. auto: as timm's record says (pretrained_cfg) of the student if it begins with weights, else of the
-    # teacher, else of the student. `indistill eval CONFIG NAME` takes that of NAME.
+    # Resampling of evaluation images. `auto` takes the value in timm's `pretrained_cfg`: the student's if it
+    # starts from trained weights, else the teacher's, else the student's; in `indistill eval CONFIG NAME`,
+    # that of NAME.
     eval_interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
-    # Centre crop as a fraction of the resized shorter side. auto: likewise, with timm's crop_mode.
+    # Side of the centre crop of evaluation images, as a fraction of the resized shorter side. `auto` takes
+    # crop_pct and crop_mode from the same `pretrained_cfg` as `eval_interpolation`.
     eval_crop: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
-    def _stream_needs(self) -> Data:
-        if self.access == "stream" and (self.epoch_samples is None or self.in_memory):
-            raise ValueError(
-                "access: stream needs epoch_samples (how many samples make an epoch) and no in_memory"
-            )
+    def _check_stream(self) -> Data:
+        if self.access == "stream" and self.epoch_samples is None:
+            raise ValueError("access: stream has no index to count samples: set epoch_samples")
+        if self.access == "stream" and self.in_memory:
+            raise ValueError("in_memory does not work with access: stream: remove one of them")
         return self
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------------
 # YAML reads a bare no as false.
 Precision = Annotated[
     Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
@@ -131,29 +168,38 @@ Precision = Annotated[
 
 
 class Model(Section):
-    name: str  # any timm model
-    pretrained: bool = False  # begin with timm's weights, from the Hugging Face Hub or its cache
-    checkpoint: str | None = None  # local .safetensors, or .pt read with weights_only
-    kwargs: dict[str, Any] = {}  # passed on to timm.create_model
-    mean: tuple[float, float, float] | None = None  # input normalisation in [0, 1] units; None: timm's own
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # likewise; both or neither
+    name: str  # Name of a timm model.
+    # Start from timm's pretrained weights, from the Hugging Face Hub or its local cache.
+    pretrained: bool = False
+    # File with the model's weights: `.safetensors`, or `.pt`, read with `weights_only`. None: no file.
+    checkpoint: str | None = None
+    kwargs: dict[str, Any] = {}  # Further arguments of `timm.create_model`.
+    # Mean of the input per channel, with pixels in [0, 1]; None: as in timm's `pretrained_cfg`.
+    mean: tuple[float, float, float] | None = None
+    # Standard deviation of the input per channel; set it together with `mean`. None: as in timm's
+    # `pretrained_cfg`.
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
 
     @model_validator(mode="after")
-    def _one_source_of_weights(self) -> Model:
+    def _check_weights(self) -> Model:
         if self.pretrained and self.checkpoint:
             raise ValueError("pretrained and checkpoint exclude each other: keep one")
         if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std belong together: give both or neither")
+            raise ValueError("mean and std belong together: set both or neither")
         return self
 
 
 class Teacher(Model):
-    heads: str | None = None  # heads.safetensors of a run with stage: heads
-    precision: Precision | None = None  # its own; None: mixed_precision
-    # Its weights cut over all processes, and gathered block by block as it runs: for one too large for a GPU. The
-    # targets are the same, so that a run may go on without; one process holds it whole all the same.
+    # File `heads.safetensors` of a run with `stage: heads`, for the loss `dih`. None: no intermediate
+    # classifiers.
+    heads: str | None = None
+    precision: Precision | None = None  # Precision of the teacher's forward pass; None: `mixed_precision`.
+    # Shard the teacher's weights over all ranks (FSDP2) and gather them block by block, for a teacher that
+    # does not fit a GPU. Targets do not change, so a run may resume with another value. On one process it has
+    # no effect.
     shard: bool = False
-    random: bool = False  # with pretrained: false, a teacher of random weights: a control, never the default
+    # Allow a teacher with random weights, as a control experiment; requires `pretrained: false`.
+    random: bool = False
 
     @model_validator(mode="after")
     def _has_weights(self) -> Teacher:
@@ -161,170 +207,198 @@ class Teacher(Model):
             raise ValueError("random: true excludes pretrained: true and checkpoint: keep one")
         if not (self.random or self.pretrained or self.checkpoint):
             raise ValueError(
-                f"{self.name} has no weights: set pretrained: true or checkpoint: FILE; a random teacher, as a "
-                "control, needs random: true beside pretrained: false"
+                f"{self.name} has no weights: set pretrained: true or checkpoint: FILE; for a random "
+                "teacher, as a control, set random: true and pretrained: false"
             )
         return self
 
 
 class Heads(Section):
-    """What `stage: heads` trains on the frozen teacher: a linear classifier per stage (arXiv 2103.00497)."""
+    """Linear classifiers that `stage: heads` trains on stages of the frozen teacher (arXiv 2103.00497)."""
 
-    stages: Literal["auto"] | list[int] = (
-        "auto"  # indices into timm's feature_info; auto: those a warm-up would take
-    )
-    # Each head reads the whole map, as published for 32 px images. At 224 px that is 200,000 inputs after the first
-    # stage of a ResNet: pool averages maps that are larger than this many pixels a side.
+    # Stages that get a classifier, as indices into timm's `feature_info`; `auto`: those that a warm-up would
+    # choose.
+    stages: Literal["auto"] | list[int] = "auto"
+    # Average-pool maps that are larger to this many pixels a side before the classifier; 7 for instance at
+    # 224 px, where the first map of a ResNet is 200,000 inputs. None: classify the full map, as published for
+    # 32 px.
     pool: PositiveInt | None = None
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 class Optimizer(Section):
-    """Arguments of `timm.optim.create_optimizer_v2`; one that would have no effect is refused."""
+    """Arguments of `timm.optim.create_optimizer_v2`. An argument that would have no effect is an error."""
 
-    name: str = "sgd"  # any timm optimizer
-    lr: PositiveFloat  # learning rate, before the schedule
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # not of biases, norms, positions and class tokens
-    momentum: float = 0.9  # of optimizers that have one
-    # Passed on: betas, eps, nesterov, ..., and layer_decay, by which each layer's rate is that of the next, times this.
+    name: str = "sgd"  # Name of a timm optimizer.
+    lr: PositiveFloat  # Base learning rate, which `schedule` changes over a phase.
+    # Weight decay. Biases, normalisation layers, position embeddings and class tokens are exempt.
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: float = 0.9  # Momentum, of optimizers that have it.
+    # Further arguments of the optimizer: betas, eps, nesterov, and so on. `layer_decay` multiplies the
+    # learning rate of each layer by this factor once for every layer behind it.
     kwargs: dict[str, Any] = {}
 
 
 class Schedule(Section):
-    """Learning rate over one phase; every count is an optimizer step since the phase began."""
+    """Learning rate over one phase. Durations count from the start of the phase."""
 
-    name: Literal["constant", "cosine", "step", "multistep"] = (
-        "constant"  # how the rate changes after its warm-up
-    )
-    warmup: Duration = 0  # of the rate: linear, from warmup_lr
-    warmup_lr: Annotated[float, Field(ge=0)] = (
-        0.0  # rate of the first step, where there is a warm-up of the rate
-    )
-    min_lr: Annotated[float, Field(ge=0)] = 0.0  # where cosine ends
-    decay_every: Duration = "30 epochs"  # for step: the rate is multiplied by decay_rate each time
-    decay_at: list[Duration] = []  # for multistep: the rate is multiplied by decay_rate at each
-    decay_rate: PositiveFloat = 0.1  # for step and multistep
+    # Shape of the schedule: `cosine` falls to min_lr at the end of the phase, `step` and `multistep` decay by
+    # decay_rate.
+    name: Literal["constant", "cosine", "step", "multistep"] = "constant"
+    warmup: Duration = 0  # Length of the linear increase from warmup_lr; 0: none.
+    warmup_lr: Annotated[float, Field(ge=0)] = 0.0  # Learning rate of the first step, if `warmup` is set.
+    min_lr: Annotated[float, Field(ge=0)] = 0.0  # Learning rate at the end of `cosine`.
+    decay_every: Duration = "30 epochs"  # Time between two decays of `step`.
+    decay_at: list[Duration] = []  # Times of the decays of `multistep`.
+    decay_rate: PositiveFloat = 0.1  # Factor of the learning rate at each decay of `step` and `multistep`.
 
 
 class PhaseTraining(Section):
-    """What a phase may set for itself; None inherits `optimizer.lr` and `schedule`."""
+    """Training settings of a phase; None inherits `optimizer.lr` and `schedule`."""
 
-    lr: PositiveFloat | None = None  # of these phases; None: optimizer.lr
-    schedule: Schedule | None = None  # of these phases; None: the run's schedule
-    reset_optimizer: Literal["never", "start", "epoch"] = (
-        "never"  # when momentum and second moments are dropped
-    )
+    # Base learning rate of the warm-up, or a list with one per pair; None: `optimizer.lr`.
+    lr: PositiveFloat | list[PositiveFloat] | None = None
+    schedule: Schedule | None = None  # Learning rate schedule of these phases; None: `schedule` of the run.
+    # When momentum and second moments are reset: never, at the start of each phase, or also at every epoch.
+    reset_optimizer: Literal["never", "start", "epoch"] = "never"
 
 
 class Prune(Section):
-    # Importance of a channel: norm of its filters (l1, l2), scale of its batch norm, mean absolute activation and
-    # first-order Taylor term on calibration batches, or chance (a control).
+    """Which channels of the teacher's maps are taught: the most important, as many as the student has."""
+
+    # Importance of a channel. `l1`, `l2`: norm of its filters; `bn_scale`: scale in its batch norm;
+    # `activation`: mean absolute activation; `taylor`: first-order Taylor term of the loss; `random`: a
+    # control experiment.
     criterion: Literal["l1", "l2", "bn_scale", "activation", "taylor", "random"] = "l1"
-    batches: PositiveInt = 8  # calibration batches of data.train, for activation and taylor
-    # slice: the exact channels of the teacher's map. paper_bn: the published code's variant (prune.py).
+    # Number of batches of `data.train` on which `activation` and `taylor` are computed.
+    batches: PositiveInt = 8
+    # `slice`: the targets are the kept channels of the teacher's map. `paper_bn`: they are normalised with
+    # the batch's statistics, as in the code published with the paper (plain conv-bn stages only).
     mode: Literal["slice", "paper_bn"] = "slice"
 
 
 class Auto(Section):
-    """When `curriculum: auto` moves on to the next pair: see `curriculum.flattened`."""
+    """When `curriculum: auto` moves on to the next pair: once the loss of a pair has stopped falling."""
 
-    window: Duration = "0.25 epochs"  # over which losses are averaged
-    patience: PositiveInt = 3  # windows that have to bring less than the tolerance
-    tolerance: PositiveFloat = (
-        0.01  # the fraction of its lowest mean by which a loss has to fall, not to be flat
-    )
+    window: Duration = "0.25 epochs"  # Length of the windows over which the loss is averaged.
+    # Number of windows in a row without enough improvement after which the pair ends.
+    patience: PositiveInt = 3
+    # Smallest improvement that counts, as a fraction of the lowest mean so far.
+    tolerance: PositiveFloat = 0.01
 
 
 class Warmup(PhaseTraining):
-    # (teacher stage, student stage) by index into timm's feature_info; auto matches by reduction (stride).
+    """InDistill's warm-up: the student learns the teacher's pruned feature maps (arXiv 2205.10003)."""
+
+    # Pairs [teacher stage, student stage], as indices into timm's `feature_info`, shallow to deep. `auto`
+    # pairs stages of equal reduction (stride), at most four.
     pairs: Literal["auto"] | list[tuple[int, int]] = "auto"
-    # sequential: one pair at a time, shallow to deep, as in the paper; cumulative: all pairs up to that; reversed: deep
-    # to shallow; all_at_once: every pair, for as long; auto: sequential, each until its loss has flattened.
+    # `sequential`: one pair at a time, shallow to deep, as in the paper; `cumulative`: pair i together with
+    # all shallower ones; `reversed`: one at a time, deep to shallow; `all_at_once`: all pairs for the whole
+    # warm-up; `auto`: sequential, each pair until its loss stops falling.
     curriculum: Literal["sequential", "cumulative", "reversed", "all_at_once", "auto"] = "sequential"
-    alpha: Annotated[int, Field(ge=0)] = 2  # pair i lasts alpha + 1 + i epochs
-    durations: list[Duration] | None = None  # one per pair, instead of alpha; with curriculum: auto, at most
-    auto: Auto = Auto()  # for curriculum: auto
-    lr: PositiveFloat | list[PositiveFloat] | None = (
-        None  # of the warm-up, or a list: one per pair; None: optimizer.lr
-    )
-    adapter: Literal["none", "conv1x1"] = (
-        "none"  # conv1x1 lifts a student map that is wider than the teacher's
-    )
-    prune: Prune = Prune()  # which channels of the teacher's maps are taught
+    alpha: Annotated[int, Field(ge=0)] = 2  # Pair i, counted from 0, is trained for alpha + 1 + i epochs.
+    # Duration of each pair, instead of `alpha`; 0 skips a pair. With `curriculum: auto` the longest it may
+    # take. None: by `alpha`.
+    durations: list[Duration] | None = None
+    auto: Auto = Auto()  # When a pair ends under `curriculum: auto`.
+    # Layer on a student map that is wider than the teacher's; `none`: such a pair is an error, `conv1x1`: a
+    # trained 1x1 convolution to the teacher's width.
+    adapter: Literal["none", "conv1x1"] = "none"
+    prune: Prune = Prune()  # How the channels of the teacher's maps are selected.
 
 
 class Mix(Section):
-    """timm's Mixup; the teacher sees the same mixed images as the student."""
+    """timm's Mixup. The teacher sees the same mixed images as the student."""
 
-    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of mixup; 0: none
-    cutmix: Annotated[float, Field(ge=0)] = 0.0  # alpha of CutMix; 0: none
-    prob: Annotated[float, Field(ge=0, le=1)] = 1.0  # that a batch is mixed
-    switch_prob: Annotated[float, Field(ge=0, le=1)] = 0.5  # that it is by CutMix, where both are on
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # Alpha of mixup; 0: no mixup.
+    cutmix: Annotated[float, Field(ge=0)] = 0.0  # Alpha of CutMix; 0: no CutMix.
+    prob: Probability = 1.0  # Probability that a batch is mixed.
+    switch_prob: Probability = 0.5  # Probability of CutMix instead of mixup, where both are used.
+
+
+def _cross_entropy() -> list[Loss]:
+    return [plugins.find("ce")(name="ce")]
 
 
 class KD(PhaseTraining):
-    """The rest of the run after the warm-up; without a teacher it is plain supervised training."""
+    """The phase after the warm-up, to the end of the run; without a teacher, supervised training."""
 
-    losses: Annotated[list[Loss], Field(min_length=1)] = [
-        CrossEntropy(name="ce")
-    ]  # whose weighted sum is minimised
-    # For losses on feature maps: (teacher stage, student stage). None: those of the warm-up, or else auto.
+    lr: PositiveFloat | None = None  # Base learning rate of this phase; None: `optimizer.lr`.
+    # Losses of this phase; their weighted sum is minimised (docs/losses.md).
+    losses: list[AnyLoss] = Field(default_factory=_cross_entropy, min_length=1)
+    # Pairs [teacher stage, student stage] for losses on feature maps; `auto` as in warmup.pairs. None:
+    # `warmup.pairs` if there is a warm-up, else auto.
     pairs: Literal["auto"] | list[tuple[int, int]] | None = None
-    # Losses that compare the samples of a batch see those of all ranks (global) or of their own (local); auto: global
-    # unless the gathered matrix is large (losses/gather.py).
+    # Samples that losses which compare samples see: those of all ranks (`global`) or of each rank alone
+    # (`local`). `auto`: global, unless the comparison has more than 2^24 entries (4,096 samples in pairs, 256
+    # in triplets).
     relational_scope: Literal["auto", "global", "local"] = "auto"
-    mix: Mix | None = None  # mixup and CutMix; None: neither
+    mix: Mix | None = None  # Mixup and CutMix; None: neither.
 
 
 class Targets(Section):
-    """Where the teacher's outputs come from: from it, on every batch, or from what `indistill targets` stored.
+    """Where the teacher's outputs come from. Stored targets are exact unless `top_k` or `features` is set."""
 
-    What is stored is exact unless `top_k` or `features` say otherwise.
-    """
-
-    # live: the teacher; cached: what is stored; auto: in each phase what `indistill plan` finds cheaper.
+    # `live`: run the teacher on every batch; `cached`: read what `indistill targets` stored; `auto`: in each
+    # phase what `indistill plan` estimates to be cheaper.
     source: Literal["live", "cached", "auto"] = "live"
-    dir: str | None = None  # of the stored ones; for training also a URL. None: run_dir/targets
-    top_k: PositiveInt | None = None  # the largest probabilities of each sample; None: all logits, float32
-    features: Literal["float32", "bf16", "int8"] = (
-        "float32"  # how maps are stored; int8: a scale per sample, channel
-    )
-    # Maps of more than so many pixels a side are averaged to that, live as well as stored: it changes what they teach.
+    dir: str | None = None  # Folder of the stored targets; for training also a URL. None: `run_dir`/targets.
+    # Store only this many largest probabilities of each sample. None: all logits, in float32.
+    top_k: PositiveInt | None = None
+    # Format of stored feature maps; `int8` has a scale for each sample and channel.
+    features: Literal["float32", "bf16", "int8"] = "float32"
+    # Average-pool feature maps that are larger to this many pixels a side, live and stored alike, which
+    # changes what the student learns. None: full maps.
     pool: PositiveInt | None = None
 
     @property
     def lossy(self) -> bool:
+        """Whether stored targets differ from the teacher's outputs."""
         return self.top_k is not None or self.features != "float32"
 
 
 class Ema(Section):
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999  # of what was averaged before, at every step
-    warmup: bool = True  # ramp the decay up, so that short runs profit too
+    """timm's ModelEmaV3: a moving average of the student's weights."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999  # Weight of the previous average at each step.
+    warmup: bool = True  # Increase the decay gradually to its value, for short runs.
 
 
 class Evaluate(Section):
-    every: Duration | None = None  # how often; None: at the end only
-    batch: PositiveInt = 256  # per rank
-    retrieval: bool = False  # at the end: mAP of the embeddings, queries = data.eval, database = data.train
-    # Of data.eval, on which each teacher and student stage are compared (CKA, information flow); 0: not at all.
+    """Evaluation on `data.eval`: accuracy, and how similar the stages of student and teacher are."""
+
+    every: Duration | None = None  # Time between two evaluations; None: only at the end of the run.
+    batch: PositiveInt = 256  # Images per rank in a forward pass.
+    # At the end, also compute the mAP of the embeddings, with `data.eval` as queries and `data.train` as
+    # database.
+    retrieval: bool = False
+    # Number of images of `data.eval` on which teacher and student stages are compared (CKA, information
+    # flow); 0: no comparison.
     similarity_samples: Annotated[int, Field(ge=0)] = 512
 
 
 class Checkpoint(Section):
-    every_steps: PositiveInt | None = (
-        1000  # None: not by steps; the end, a best score and preemption have their own
-    )
-    every_minutes: PositiveFloat | None = None  # also so often, at the next logged line
-    keep_last: PositiveInt = 2  # how many of the newest stay
-    keep_best: Annotated[int, Field(ge=0)] = 1  # how many of the best by top-1 on data.eval stay too
+    """When checkpoints are saved and which are kept. Preemption and the end of the run always save one."""
+
+    # Optimizer steps between two checkpoints; None: no checkpoints by steps.
+    every_steps: PositiveInt | None = 1000
+    # Also save this many minutes after the last checkpoint, at the next logged step; None: not by time.
+    every_minutes: PositiveFloat | None = None
+    keep_last: PositiveInt = 2  # Number of the newest checkpoints that are kept.
+    # Number of the checkpoints with the highest top-1 on `data.eval` that are kept besides; 0: save none for
+    # its score.
+    keep_best: Annotated[int, Field(ge=0)] = 1
 
 
 class Log(Section):
-    every_steps: PositiveInt = 50  # a line of metrics.jsonl
+    """The log of a run, `metrics.jsonl`."""
+
+    every_steps: PositiveInt = 50  # Optimizer steps between two logged lines.
 
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-ONE_RUN_TRACKERS = {"clearml", "comet_ml", "mlflow", "swanlab", "trackio"}  # in a process, at a time
+ONE_RUN_TRACKERS = {"clearml", "comet_ml", "mlflow", "swanlab", "trackio"}  # one run at a time in a process
 
 
 def _tracker(name: Any) -> Any:
@@ -335,37 +409,43 @@ def _tracker(name: Any) -> Any:
 
 
 Tracker = Annotated[str, BeforeValidator(_tracker)]
-"""The name by which Accelerate knows it."""
+"""A tracker, by the name that Accelerate gives it."""
 
 
 class DDP(Section):
-    """Every process holds the whole student and its optimizer's state."""
+    """DistributedDataParallel: every process holds the whole student and its optimizer state."""
 
-    name: Literal["ddp"]  # which engine this is
+    name: Literal["ddp"]  # Selects this engine.
 
 
 class DeepSpeed(Section):
-    """ZeRO: the processes share out the optimizer's state (stage 1), the gradients too (2), the weights too (3).
+    """DeepSpeed ZeRO: partitions the optimizer state (stage 1), the gradients too (2), the weights too (3).
 
-    None leaves a key to `config_file` or `accelerate launch`, or else to the default named.
+    None takes the value of `config_file` or `accelerate launch`, or else the default that is named here.
     """
 
-    name: Literal["deepspeed"]  # which engine this is
-    stage: Literal[1, 2, 3] | None = None  # what is shared out; 2
-    offload_optimizer: Literal["none", "cpu"] | None = None  # cpu: state and update in host memory; none
-    offload_parameters: Literal["none", "cpu"] | None = None  # cpu: weights in host memory, of stage 3; none
-    reduce_bucket_size: PositiveInt | None = None  # elements reduced at once; 5e7, which is 200 MB
-    allgather_bucket_size: PositiveInt | None = None  # elements gathered at once, stages 1 and 2; 5e7
-    prefetch_bucket_size: PositiveInt | None = None  # elements fetched ahead, stage 3; 5e7
-    config_file: str | None = (
-        None  # a DeepSpeed JSON or a file of `accelerate config`; what both set must agree
-    )
+    name: Literal["deepspeed"]  # Selects this engine.
+    stage: Literal[1, 2, 3] | None = None  # ZeRO stage. Default: 2.
+    # `cpu`: keep the optimizer state in host memory, and update there. Default: none.
+    offload_optimizer: Literal["none", "cpu"] | None = None
+    # `cpu`: keep the weights in host memory; requires stage 3. Default: none.
+    offload_parameters: Literal["none", "cpu"] | None = None
+    # Number of elements that are reduced at once. Default: 5e7, which are 200 MB.
+    reduce_bucket_size: PositiveInt | None = None
+    # Number of elements that stages 1 and 2 gather at once. Default: 5e7.
+    allgather_bucket_size: PositiveInt | None = None
+    # Number of elements that stage 3 prefetches. Default: 5e7.
+    prefetch_bucket_size: PositiveInt | None = None
+    # DeepSpeed JSON, or file of `accelerate config`; where both it and this section set a value, they must
+    # agree.
+    config_file: str | None = None
 
     @model_validator(mode="after")
-    def _parameters_of_stage_3(self) -> DeepSpeed:
+    def _check_offload(self) -> DeepSpeed:
         if self.offload_parameters == "cpu" and self.stage in (1, 2):
             raise ValueError(
-                f"offload_parameters: cpu needs stage 3, this is {self.stage}: set stage: 3, or remove it"
+                f"offload_parameters: cpu needs stage 3, this is {self.stage}: set stage: 3, or remove "
+                "offload_parameters"
             )
         return self
 
@@ -374,21 +454,22 @@ Engine = Annotated[DDP | DeepSpeed, Field(discriminator="name")]
 
 
 class Machine(Section):
-    """What `indistill plan` and `targets.source: auto` reckon with; by default a node of 8 H100 (docs/scaling.md).
+    """The hardware that `indistill plan` and `targets.source: auto` assume; by default a node of 8 H100.
 
-    Bandwidths are what a stream of large messages gets, in one direction.
+    Bandwidths are those of large messages, in one direction; docs/scaling.md gives the sources of all values.
     """
 
-    # Sustained by a device in the run's precision. 100e12 is a tenth of an H100's peak in bf16, what convolutional
-    # networks get; transformers get three times as much.
+    # Sustained operations per second of a device, in the run's precision. The default is a tenth of an H100's
+    # peak in bf16, which convolutional networks reach; transformers reach three times as much.
     flops_per_second: PositiveFloat = 100e12
-    memory_bytes: PositiveFloat = 80e9  # of a device
-    devices_per_node: PositiveInt = 8  # also how many processes `plan` reckons with, without --world
-    intra_node_bytes_per_second: PositiveFloat = 300e9  # of a device: NVLink
-    inter_node_bytes_per_second: PositiveFloat = (
-        40e9  # a device's share of the node's network: one of 400 Gbit/s each
-    )
-    latency_seconds: Annotated[float, Field(ge=0)] = 5e-6  # of each hop around a ring
-    overlap: Probability = 0.8  # of a step's communication, what the backward pass can hide
-    decode_images_per_second: PositiveFloat = 470.0  # by one loader worker (benchmarks/results/loader.md)
-    read_bytes_per_second: PositiveFloat = 5e9  # by a node, of the storage of cached targets
+    memory_bytes: PositiveFloat = 80e9  # Memory of a device, in bytes.
+    # Devices in a node, and the number of processes that `indistill plan` assumes without `--world`.
+    devices_per_node: PositiveInt = 8
+    intra_node_bytes_per_second: PositiveFloat = 300e9  # Bandwidth of a device within a node (NVLink).
+    # Bandwidth of a device to other nodes; the default is one 400 Gbit/s adapter for each.
+    inter_node_bytes_per_second: PositiveFloat = 40e9
+    latency_seconds: Annotated[float, Field(ge=0)] = 5e-6  # Latency of each hop of a ring all-reduce.
+    overlap: Probability = 0.8  # Fraction of the communication that can overlap with the backward pass.
+    # Images that a loader worker decodes per second (benchmarks/results/loader.md).
+    decode_images_per_second: PositiveFloat = 470.0
+    read_bytes_per_second: PositiveFloat = 5e9  # Bandwidth of a node to the storage of cached targets.

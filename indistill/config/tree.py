@@ -1,13 +1,14 @@
-"""The configuration: one typed, frozen tree, read from YAML with `key.sub=value` overrides.
+"""The configuration: one typed, frozen tree of sections, and the identity of a run.
 
-A mistake is found here, before a model or a device is touched, and reported in one line with the file and the key.
+Mistakes are found when the tree is built, before a model or a device is touched, and reported in one line
+with the file and the key. The comment of each key is its description in docs/configuration.md.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -34,73 +35,89 @@ from indistill.config.sections import (
 )
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 class Config(Section):
-    run_dir: str  # where all that the run writes goes; on a file system that all its nodes see
-    stage: Literal["distill", "heads"] = "distill"  # heads: train classifiers on a frozen teacher's stages
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of first weights, order, augmentation and dropout
-    duration: Annotated[Duration, AfterValidator(run_length)]  # the whole run, warm-up included
-    data: Data  # what is trained and evaluated on
-    student: Model | None = None  # what is trained; needed unless stage: heads
-    teacher: Teacher | None = None  # what teaches it; None: supervised training
-    heads: Heads = Heads()  # for stage: heads
-    warmup: Warmup | None = None  # InDistill's; None: none, KD from the first step
-    kd: KD = KD()  # all that follows
-    # Where the teacher's outputs come from. A bare word is the source: `targets: cached`.
+    # Folder for everything the run writes; all its nodes must be able to access it.
+    run_dir: str
+    # `distill`: train a student; `heads`: train classifiers on stages of a frozen teacher, for the loss
+    # `dih`.
+    stage: Literal["distill", "heads"] = "distill"
+    # Seed of initial weights, sample order, augmentation and dropout.
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    # Length of the run, warm-up included; in any unit but percent.
+    duration: Annotated[Duration, AfterValidator(run_length)]
+    data: Data  # Training and evaluation data.
+    student: Model | None = None  # The network to train; required unless `stage: heads`.
+    teacher: Teacher | None = None  # The teacher; None: supervised training without one.
+    heads: Heads = Heads()  # The classifiers of `stage: heads`.
+    warmup: Warmup | None = None  # InDistill's warm-up; None: none, the KD phase begins at step 0.
+    kd: KD = Field(default_factory=KD)  # The phase after the warm-up: losses and training settings.
+    # Where the teacher's outputs come from. A single word sets the source: `targets: cached`.
     targets: Annotated[Targets, BeforeValidator(lambda x: {"source": x} if isinstance(x, str) else x)] = (
         Targets()
     )
-    optimizer: Optimizer  # of all phases
-    schedule: Schedule = (
-        Schedule()
-    )  # of the learning rate, over each phase: each pair's of the warm-up, and KD
-    max_hours: PositiveFloat | None = None  # of one start: then a checkpoint, and exit code 75
-    # How many steps in a row the run puts up with, each left out for a loss or gradient that is not finite.
+    optimizer: Optimizer  # The optimizer of all phases.
+    # Learning rate schedule, which starts anew in each phase: for each pair of the warm-up, and for KD.
+    schedule: Schedule = Schedule()
+    # Longest time of one start, in hours: then the run saves a checkpoint and exits with code 75, to be
+    # started again. None: no limit but SLURM's.
+    max_hours: PositiveFloat | None = None
+    # Steps with a loss or gradient that is not finite are skipped; more than this many in a row stop the run.
     max_bad_steps: Annotated[int, Field(ge=0)] = 20
-    # How long ranks wait for each other: then they leave, with exit code 75. After half of it the slow one is named.
+    # Longest time that ranks wait for each other, in minutes, before they exit with code 75. After half of it
+    # the log names the rank that all wait for.
     collective_timeout_minutes: PositiveFloat = 30.0
-    mixed_precision: Precision = "no"  # autocast of both networks; no: float32
-    compile: bool = False  # torch.compile for both networks: minutes at the start of each phase, faster steps
-    grad_accumulation: PositiveInt = 1  # micro-batches of a step: less memory, the same global_batch
-    clip_grad_norm: PositiveFloat | None = None  # gradients are scaled down to this norm; None: not at all
-    sync_batchnorm: bool = False  # the student's batch statistics over all ranks; GPUs only
-    engine: Engine | None = (
-        None  # how the processes share the training; None: as `accelerate launch` says, else ddp
-    )
-    ema: Ema | None = None  # a moving average of the student, which is then what is evaluated; None: none
-    evaluate: Evaluate = Evaluate()  # when, and by what
-    checkpoint: Checkpoint = Checkpoint()  # when, and how many stay
-    log: Log = Log()  # how often
-    # Those of Accelerate, by name, beside metrics.jsonl; each needs its package, named alike.
+    # Autocast precision of both networks; parameters stay in float32. `no`: float32.
+    mixed_precision: Precision = "no"
+    # Compile both networks with torch.compile: faster steps, and minutes of compilation at the start of each
+    # phase.
+    compile: bool = False
+    # Micro-batches per optimizer step: more need less memory, for the same `data.global_batch`.
+    grad_accumulation: PositiveInt = 1
+    clip_grad_norm: PositiveFloat | None = None  # Largest norm of the gradient; None: no clipping.
+    # Compute the student's batch norm statistics over all ranks; GPUs only.
+    sync_batchnorm: bool = False
+    # How processes share the training: DDP or DeepSpeed. None: what `accelerate launch` chose, else DDP.
+    engine: Engine | None = None
+    # Moving average of the student's weights, which is then evaluated and exported; None: no average.
+    ema: Ema | None = None
+    evaluate: Evaluate = Evaluate()  # When and how to evaluate.
+    checkpoint: Checkpoint = Checkpoint()  # When to save checkpoints, and how many to keep.
+    log: Log = Log()  # How often to log.
+    # Accelerate's trackers, by name, which get the values of metrics.jsonl. Each needs the package of that
+    # name.
     trackers: list[Tracker] = ["tensorboard"]
-    machine: Machine = Machine()  # for `indistill plan`; changes no run, but for targets: auto
+    # Hardware that `indistill plan` assumes. Only `targets: auto` makes a run depend on it.
+    machine: Machine = Machine()
 
     @model_validator(mode="after")
-    def _compiled_where_it_can_be(self) -> Config:
+    def _check_compile(self) -> Config:
         if self.compile and self.engine is not None and self.engine.name == "deepspeed":
-            raise ValueError("compile: true works with engine: ddp: remove one")
+            raise ValueError("compile: true does not work with engine: deepspeed: remove one of them")
         if self.compile and self.teacher is not None and self.teacher.shard:
             raise ValueError(
-                "compile: true needs the whole teacher on every process: remove it, or teacher.shard"
+                "compile: true needs the whole teacher on every process: remove compile or teacher.shard"
             )
         return self
 
     @model_validator(mode="after")
-    def _layers_that_train(self) -> Config:
+    def _check_frozen_layers(self) -> Config:
         if self.warmup is not None and "layer_decay_no_opt_scale" in self.optimizer.kwargs:
             raise ValueError(
-                "optimizer.kwargs.layer_decay_no_opt_scale freezes the first layers, which warmup trains: remove one"
+                "optimizer.kwargs.layer_decay_no_opt_scale freezes the first layers, which warmup trains: "
+                "remove one of them"
             )
         return self
 
     @model_validator(mode="after")
     def _networks_where_needed(self) -> Config:
-        names = [loss.name for loss in self.kd.losses]
+        losses = self.kd.losses
         if self.stage == "heads":
             if self.teacher is None:
                 raise ValueError("stage: heads needs a teacher: add the section teacher")
             unused = [key for key in ("student", "warmup") if getattr(self, key) is not None]
-            if unused or set(names) != {"ce"} or self.evaluate.retrieval or self.teacher.heads:
+            supervised = all(not loss.teaches and loss.reads <= {"logits", "labels"} for loss in losses)
+            if unused or not supervised or self.evaluate.retrieval or self.teacher.heads:
                 what = (
                     unused[0] if unused else "kd.losses other than ce, evaluate.retrieval and teacher.heads"
                 )
@@ -114,37 +131,42 @@ class Config(Section):
         elif self.teacher is None:
             if self.warmup is not None:
                 raise ValueError("warmup needs a teacher: add the section teacher, or remove warmup")
-            for name in names:
-                if name != "ce":
-                    raise ValueError(f"kd.losses: {name} needs a teacher: add the section teacher, or use ce")
-        elif "dih" in names and self.teacher.heads is None:
-            raise ValueError(
-                "kd.losses: dih needs teacher.heads, the heads.safetensors of a run with stage: heads"
-            )
+            for loss in losses:
+                if loss.teaches:
+                    raise ValueError(
+                        f"kd.losses: {loss.name} needs a teacher: add the section teacher, or use ce"
+                    )
+        elif self.teacher.heads is None:
+            for loss in losses:
+                if "heads" in loss.teaches:
+                    raise ValueError(
+                        f"kd.losses: {loss.name} needs teacher.heads, the heads.safetensors of a run with "
+                        "stage: heads"
+                    )
         return self
 
     @model_validator(mode="after")
     def _whole_labels(self) -> Config:
         mixed = self.kd.mix is not None and (self.kd.mix.mixup or self.kd.mix.cutmix)
         for loss in self.kd.losses:
-            if mixed and loss.name in ("dkd", "crd"):
+            if mixed and loss.whole_labels:
                 raise ValueError(
                     f"kd.losses: {loss.name} reads the class of each sample, kd.mix mixes them: remove one"
                 )
         return self
 
     @model_validator(mode="after")
-    def _targets_that_can_be_stored(self) -> Config:
+    def _check_targets(self) -> Config:
         if self.targets.top_k is not None and self.targets.top_k > self.data.num_classes:
             raise ValueError(
-                f"targets.top_k is larger than data.num_classes ({self.data.num_classes}): lower it"
+                f"targets.top_k is larger than data.num_classes ({self.data.num_classes}): lower top_k"
             )
         if self.targets.source == "cached" and (reason := why_not_stored(self)):
             raise ValueError(f"targets: cached: {reason}, or set targets: live")
         return self
 
     @model_validator(mode="after")
-    def _data_where_needed(self) -> Config:
+    def _check_evaluation(self) -> Config:
         if self.evaluate.every is not None and self.data.eval is None:
             raise ValueError("evaluate.every needs shards to evaluate on: set data.eval")
         if self.evaluate.retrieval and self.data.eval is None:
@@ -155,24 +177,25 @@ class Config(Section):
 
 
 def why_not_stored(config: Config) -> str | None:
-    """Why a run's targets cannot be stored, with the remedy; None if they can."""
-    mix, warmup = config.kd.mix, config.warmup
+    """Return why a run's targets cannot be stored, with the remedy; None if they can."""
+    mix = config.kd.mix
+    warmup = config.warmup
     if config.stage == "heads" or config.teacher is None:
-        return "there are none without teacher and student: add the sections"
+        return "there are no targets without a teacher and a student: add both sections"
     if config.data.augment.views is None:
-        return "data.augment.views, how many views of each sample there are, is missing: set it"
+        return "data.augment.views, the number of views of each sample, is missing: set it"
     if config.data.access == "stream":
-        return "data.access: stream has no sample ids to store them by: set it to index"
+        return "data.access: stream has no sample ids to store targets by: set data.access: index"
     if mix is not None and (mix.mixup or mix.cutmix):
         return "kd.mix makes new images at every step: remove it"
     if warmup is not None and warmup.prune.mode == "paper_bn":
         return "warmup.prune.mode: paper_bn depends on the batch: set it to slice"
     if warmup is not None and warmup.curriculum == "auto":
-        return "warmup.curriculum: auto does not say ahead which targets a step reads: choose another"
+        return "warmup.curriculum: auto decides during the run which targets a step reads: choose another"
     return None
 
 
-# Keys that may change between two starts of the same run: they alter how it runs, not what it computes.
+# Keys that may change between two starts of the same run: they change how it runs, not what it computes.
 OPERATIONAL_KEYS = (
     "run_dir",
     "max_hours",
@@ -195,12 +218,15 @@ NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")
 
 
 def flatten(config: Config, without: Collection[str] | None = None) -> dict[str, Any]:
-    """Dotted keys to plain values; without the operational keys (None): what defines the computation."""
+    """Return the values of a config by dotted key, except for the keys `without`.
+
+    With None, the operational keys are left out: what remains defines the computation.
+    """
     if without is None:
-        # A run may go on from stored targets that are exact, or without. From rounded ones it would be another run.
+        # Exact stored targets and a live teacher compute the same run; rounded targets compute another one.
         without = OPERATIONAL_KEYS if config.targets.lossy else (*OPERATIONAL_KEYS, "targets.source")
 
-    def walk(prefix: str, value: Any):
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         if prefix in without:
             return
         if isinstance(value, dict) and value:
@@ -213,13 +239,14 @@ def flatten(config: Config, without: Collection[str] | None = None) -> dict[str,
 
 
 def fingerprint(config: Config) -> str:
-    """SHA-256 of `flatten`: equal for configs that compute the same run."""
+    """Return the SHA-256 of `flatten(config)`, equal for configs that compute the same run."""
     return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
 
 
 def difference(old: Config, new: Config) -> str | None:
-    """The first key in which two configs compute different runs, as `key: old -> new`; None if they do not."""
-    before, after = flatten(old), flatten(new)
+    """Return the first key in which two runs differ, as `key: old -> new`; None if they compute the same."""
+    before = flatten(old)
+    after = flatten(new)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             return f"{key}: {before.get(key)} -> {after.get(key)}"
@@ -227,4 +254,5 @@ def difference(old: Config, new: Config) -> str | None:
 
 
 def input_size(settings: Config) -> tuple[int, int, int]:
+    """Return the shape [C, H, W] of the input of both networks."""
     return (3, settings.data.image_size, settings.data.image_size)

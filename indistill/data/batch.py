@@ -1,4 +1,4 @@
-"""A batch, and what one of its samples is asked for with."""
+"""A batch of images, the request that a loader worker makes it from, and the interface of stored targets."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 class Batch(NamedTuple):
     images: Tensor  # uint8 [B, 3, S, S]
     labels: Tensor  # int64 [B]
-    ids: Tensor  # int64 [B], place of each sample in the data set; -1 where it has none (data.access: stream)
-    replaced: list[str]  # the samples that could not be decoded, and why: others stand in for them
+    ids: Tensor  # int64 [B], index of each sample in the data set; -1 where it has none (data.access: stream)
+    replaced: list[str]  # the samples that could not be decoded and were replaced, and why
     records: Mapping[str, Tensor] = {}  # stored targets, uint8 [B, bytes of a record] per field (manifest.py)
 
 
 class Request(NamedTuple):
-    """What a loader worker is asked for: rows of a global batch."""
+    """Some rows of a global batch, for a loader worker to read."""
 
     epoch: int
     step: int  # within the epoch
-    first_row: int  # place of ids[0] in the global batch
+    first_row: int  # row of ids[0] in the global batch
     ids: np.ndarray  # int64 [B]
-    fields: tuple[str, ...] = ()  # of the stored targets, which are to come along
-    stand_ins: bool = True  # else a sample that cannot be decoded leaves a black image, with id -1
+    fields: tuple[str, ...] = ()  # stored targets to read with the images
+    stand_ins: bool = True  # False: a sample that cannot be decoded becomes a black image with id -1
 
 
 class StoredTargets(Protocol):
-    """What loaders ask of stored targets (targets/reader.py)."""
+    """The part of stored targets (targets/reader.py) that loaders use."""
 
     @property
     def remote(self) -> bool:

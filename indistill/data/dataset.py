@@ -1,11 +1,14 @@
-"""Shards, order and augmentation make batches. Nothing here has a position: a loader is opened at any step."""
+"""Make batches from shards, sample order and augmentation. Nothing here keeps a position in the epoch."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from indistill import config
@@ -19,52 +22,62 @@ from indistill.models.views import EvalView
 from indistill.order import SampleOrder
 
 
-class ImageDataset(Dataset):
-    """A shard set as images; indexed by Request, it returns a whole Batch.
+class _Decoded(NamedTuple):
+    """A whole data set in memory."""
 
-    With an `order` it is for training: images are augmented, and one that cannot be decoded is replaced by the next
-    sample of its stream, the same on any number of ranks. Without, it is for evaluation, by its `view`, where such an
-    image is an error: scores on other samples would not compare.
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    labels: np.ndarray  # int64 [N]
+    bad: dict[int, str]  # sample id -> why the image cannot be decoded
+
+
+class ImageDataset(Dataset):
+    """The images of a shard set; indexing it with a Request returns a whole Batch.
+
+    With an `order` it is for training: images are augmented, and an image that cannot be decoded is replaced
+    by the next sample of its stream, the same one on any number of ranks. With a `view` instead it is for
+    evaluation, where such an image is an error, because scores on different samples would not be comparable.
     """
 
     def __init__(
         self,
         shards: ShardSet,
         section: config.Data,
+        *,
         seed: int,
         order: SampleOrder | None = None,
         view: EvalView | None = None,
     ) -> None:
-        self.shards, self.section, self.seed, self.order, self.view = shards, section, seed, order, view
+        self.shards = shards
+        self.section = section
+        self.seed = seed
+        self.order = order
+        self.view = view
         self.memory = self._decode_all() if section.in_memory else None
-        self.stored: StoredTargets | None = None  # what a request's fields are read from
+        self.stored: StoredTargets | None = None  # a request's fields are read from it
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def for_evaluation(self, view: EvalView | None = None) -> ImageDataset:
-        """The same images without augmentation, as `view` (None: its own) shows them; nothing is decoded again."""
+        """The same images for evaluation, by `view` (None: this data set's own); nothing is decoded again."""
         other = copy.copy(self)
-        other.order, other.view = None, view or self.view
+        other.order = None
+        other.view = view or self.view
         return other
 
     def __getitem__(self, request: Request) -> Batch:
-        size, count = self.section.image_size, len(request.ids)
-        ids = np.array(request.ids)
-        replaced: list[str] = []
+        ids = np.array(request.ids)  # a copy: samples that cannot be decoded are replaced in it
         view = augment.view_of(self.section.augment, request.epoch)
         draws = augment.uniforms(self.seed, view, ids)  # [B, DRAWS]
         if self.order is not None and self.memory is not None:
-            pixels, all_labels, missing = self.memory
-            views = augment.train_views(
-                pixels[ids], draws, self.section.augment, size, self.section.interpolation
-            )
-            images, labels = views, all_labels[ids]
-            left = [row for row in range(count) if ids[row] in missing] if missing else []
+            images, labels, rows = self._views_from_memory(self.memory, ids, draws)
         else:
-            images, labels = np.empty((count, 3, size, size), dtype=np.uint8), np.empty(count, dtype=np.int64)
-            left = range(count)
-        for row in left:
+            size = self.section.image_size
+            images = np.empty((len(ids), 3, size, size), dtype=np.uint8)
+            labels = np.empty(len(ids), dtype=np.int64)
+            rows = list(range(len(ids)))
+        replaced: list[str] = []
+        for row in rows:
             try:
                 images[row], labels[row] = self._view(int(ids[row]), draws[row])
             except BadImage as bad:
@@ -72,55 +85,81 @@ class ImageDataset(Dataset):
                     raise
                 replaced.append(str(bad))
                 ids[row], images[row], labels[row] = (
-                    self._stand_in(request, row, replaced) if request.stand_ins else (-1, 0, -1)
+                    self._stand_in(self.order, request, row, replaced) if request.stand_ins else (-1, 0, -1)
                 )
-        records = self.stored.read(view, ids, request.fields) if request.fields else {}
+        records: Mapping[str, Tensor] = {}
+        if request.fields:
+            assert self.stored is not None  # fields are requested only after `bring_along`
+            records = self.stored.read(view, ids, request.fields)
         return Batch(
             torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids), replaced, records
         )
 
-    def _view(self, sample_id: int, draws: np.ndarray) -> tuple[np.ndarray, int]:
-        """The augmented or evaluation view [3, S, S] of a sample, and its label. Raises BadImage."""
-        image, label = self._image_and_label(sample_id)
-        size = self.section.image_size
-        where = (
-            self.shards.where(sample_id) if isinstance(image, bytes) else "image"
-        )  # only decoding can fail
-        if self.order is None:
-            view = augment.eval_view(image, size, self.view, where)
-        else:
-            view = augment.train_view(
-                image, draws, self.section.augment, size, where, self.section.interpolation
-            )
-        return view.transpose(2, 0, 1), label
+    def _views_from_memory(
+        self, memory: _Decoded, ids: np.ndarray, draws: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """The augmented views [B, 3, S, S] and labels [B], and the rows whose image could not be decoded."""
+        section = self.section
+        views = augment.train_views(
+            memory.images[ids],
+            draws,
+            recipe=section.augment,
+            size=section.image_size,
+            interpolation=section.interpolation,
+        )
+        bad_rows = [row for row, sample_id in enumerate(ids) if sample_id in memory.bad] if memory.bad else []
+        return views, memory.labels[ids], bad_rows
 
-    def _stand_in(self, request: Request, row: int, replaced: list[str]) -> tuple[int, np.ndarray, int]:
-        """Id, view and label of the first sample after this row's, in its stream, that can be decoded."""
-        per_stream = self.section.global_batch // self.order.streams
-        stream, place = divmod(request.first_row + row, per_stream)
-        place += request.step * per_stream
-        for later in range(place + 1, place + self.order.span):
-            sample_id = self.order.stream_sample(request.epoch, stream, later)
-            view = augment.view_of(self.section.augment, request.epoch)
+    def _view(self, sample_id: int, draws: np.ndarray) -> tuple[np.ndarray, int]:
+        """The training or evaluation view [3, S, S] of a sample, and its label. Raises BadImage."""
+        image, label = self._image_and_label(sample_id)
+        section = self.section
+        where = self.shards.where(sample_id) if isinstance(image, bytes) else "image"  # decoding can fail
+        if self.order is None:
+            assert self.view is not None  # a data set without an order has a view
+            pixels = augment.eval_view(image, section.image_size, self.view, where)
+        else:
+            pixels = augment.train_view(
+                image,
+                draws,
+                recipe=section.augment,
+                size=section.image_size,
+                where=where,
+                interpolation=section.interpolation,
+            )
+        return pixels.transpose(2, 0, 1), label
+
+    def _stand_in(
+        self, order: SampleOrder, request: Request, row: int, replaced: list[str]
+    ) -> tuple[int, np.ndarray, int]:
+        """Id, view and label of the next sample of this row's stream that can be decoded."""
+        per_stream = self.section.global_batch // order.streams
+        stream, row_of_stream = divmod(request.first_row + row, per_stream)
+        index = request.step * per_stream + row_of_stream
+        view = augment.view_of(self.section.augment, request.epoch)
+        for later in range(index + 1, index + order.span):
+            sample_id = order.stream_sample(request.epoch, stream, later)
             draws = augment.uniforms(self.seed, view, np.array([sample_id]))[0]
             try:
                 return sample_id, *self._view(sample_id, draws)
             except BadImage as bad:
                 replaced.append(str(bad))
-        raise UserError(f"none of the {self.order.span} images of stream {stream} can be decoded")
+        raise UserError(
+            f"none of the {order.span} images of stream {stream} can be decoded: "
+            "run `indistill shards verify` on data.train"
+        )
 
     def _image_and_label(self, sample_id: int) -> tuple[np.ndarray | bytes, int]:
-        """The image as pixels if it is in memory, else as a file. Raises BadImage."""
+        """The image, as pixels if it is in memory, else as a file, and its label. Raises BadImage."""
         if self.memory is None:
             sample = self.shards.read(sample_id)
             return sample.image, sample.label
-        images, labels, bad = self.memory
-        if sample_id in bad:
-            raise BadImage(bad[sample_id])
-        return images[sample_id], labels[sample_id]
+        if sample_id in self.memory.bad:
+            raise BadImage(self.memory.bad[sample_id])
+        return self.memory.images[sample_id], self.memory.labels[sample_id]
 
-    def _decode_all(self) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """The whole set: uint8 [N, H, W, 3], int64 [N], and what is wrong with the images that are not there."""
+    def _decode_all(self) -> _Decoded:
+        """Decode the whole set. Raises UserError if the images differ in size or none can be decoded."""
         images: np.ndarray | None = None
         labels = np.empty(len(self), dtype=np.int64)
         bad: dict[int, str] = {}
@@ -135,18 +174,30 @@ class ImageDataset(Dataset):
                 images = np.empty((len(self), *image.shape), dtype=np.uint8)
             if image.shape != images.shape[1:]:
                 raise UserError(
-                    f"data.in_memory needs images of one size: sample {sample.key} has {image.shape[:2]}, the first "
-                    f"has {images.shape[1:3]}: set data.in_memory: false, or resize when packing"
+                    f"data.in_memory needs images of one size: sample {sample.key} has {image.shape[:2]}, "
+                    f"the first has {images.shape[1:3]}: set data.in_memory: false, or resize when packing"
                 )
             images[i] = image
         if images is None:
-            raise UserError(f"{self.shards.paths[0]}: no image of these shards can be decoded")
-        return images, labels, bad
+            raise UserError(
+                f"{self.shards.paths[0]}: no image of these shards can be decoded: "
+                "run `indistill shards verify` on them"
+            )
+        return _Decoded(images, labels, bad)
 
 
 def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
-    """Raises UserError for missing, cut or malformed shards and for labels that are no class."""
-    shards = ShardSet(urls, section.root, section.cache_dir, int(section.cache_bytes), section.allow_pipe)
+    """Open shards.
+
+    Raises UserError for missing, cut or malformed ones and for labels that are not a class.
+    """
+    shards = ShardSet(
+        urls,
+        section.root,
+        cache_dir=section.cache_dir,
+        cache_bytes=int(section.cache_bytes),
+        allow_pipe=section.allow_pipe,
+    )
     labels = shards.labels
     for sample_id in np.flatnonzero((labels < 0) | (labels >= section.num_classes))[:1]:
         raise UserError(f"{shards.where(sample_id)}: {label_problem(labels[sample_id], section.num_classes)}")

@@ -2,13 +2,14 @@
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -19,32 +20,37 @@ from indistill.config.files import replace_text
 from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# WebDataset's rule: the key reaches to the first dot of the base name, what follows is the extension.
+# WebDataset's rule: the key ends at the first dot of the base name, and the rest is the extension.
 KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-BLOCK = tarfile.BLOCKSIZE  # bytes: what a tar is padded to, and the size of a member's header
+BLOCK = tarfile.BLOCKSIZE  # bytes: size of a member's header; contents are padded to a multiple of it
 INDEX_VERSION = 1
 
 
 class Index(NamedTuple):
-    """What one shard holds. Arrays have one entry per sample, in the order of the tar."""
+    """The samples of one shard. Arrays have one entry per sample, in the order of the tar."""
 
     bytes: int  # size of the shard
     keys: np.ndarray  # utf-8 bytes
-    offsets: np.ndarray  # int64, where the image begins; in a compressed shard within the uncompressed stream
+    offsets: np.ndarray  # int64, first byte of the image; in a compressed shard, of the uncompressed stream
     sizes: np.ndarray  # int64, bytes of the image
     labels: np.ndarray  # int64, -1 for none
 
 
 def compressed(path: str) -> bool:
+    """Whether a shard is compressed with gzip, by its name."""
     return base_name(path).endswith((".gz", ".tgz")) and not path.startswith("pipe:")
 
 
-# --- the index -------------------------------------------------------------------------------------------------------
+# --- the index ----------------------------------------------------------------------------------------------
 def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None = None) -> Index:
-    """The shard's index, built and saved first if there is none. Raises UserError if it does not fit the shard."""
+    """Load the shard's index; build and save it first if there is none.
+
+    Raises UserError if it does not fit.
+    """
     problem = None
+    remote_cache = cache if is_remote(path) else None
     for file in index_files(path, cache_dir):
-        if os.path.exists(file) or (is_remote(path) and cache.fetch_index(path, file)):
+        if os.path.exists(file) or (remote_cache is not None and remote_cache.fetch_index(path, file)):
             index = parse_index(file)
             if is_remote(path) or index.bytes == (size := os.stat(path).st_size):
                 return index
@@ -55,32 +61,45 @@ def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None
 
 
 def build_index(path: str, cache_dir: str | None = None, cache: ShardCache | None = None) -> Index:
-    """Read the headers of a shard, save its index. Raises UserError if the tar is damaged or a label is malformed."""
+    """Index a shard and save the index. Raises UserError if the tar is damaged or a label is malformed."""
     try:
         with open_shard(path, cache) as stream:
-            rows = [(key, *place, label) for key, place, _, label in read_samples(path, stream, load=False)]
-            index = make_index(os.fstat(stream.fileno()).st_size, *zip(*rows))
+            rows = [(key, *span, label) for key, span, _, label in read_samples(path, stream, load=False)]
+            index = index_of(os.fstat(stream.fileno()).st_size, rows)
     except UserError:
         if cache:
-            cache.discard(path)  # so that it is fetched again when it has been mended
+            cache.discard(path)  # so that it is fetched again once it has been repaired
         raise
     _save_index(index_files(path, cache_dir)[0], index)
     return index
 
 
+def index_of(size: int, rows: Sequence[tuple[str, int, int, int]]) -> Index:
+    """The index of a shard of `size` bytes with the samples (key, offset, size, label)."""
+    keys, offsets, sizes, labels = zip(*rows) if rows else ((), (), (), ())
+    return make_index(size, keys, offsets=offsets, sizes=sizes, labels=labels)
+
+
 def make_index(
-    bytes: int, keys: Sequence[str], offsets: Sequence[int], sizes: Sequence[int], labels: Sequence[int]
+    bytes: int,
+    keys: Sequence[str],
+    *,
+    offsets: Sequence[int] | np.ndarray,
+    sizes: Sequence[int] | np.ndarray,
+    labels: Sequence[int] | np.ndarray,
 ) -> Index:
+    """Convert lists, as they are stored in an index file, to an Index."""
     encoded = np.array([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_)
     return Index(bytes, encoded, *(np.array(numbers, dtype=np.int64) for numbers in (offsets, sizes, labels)))
 
 
 def decoded(key: bytes) -> str:
-    return key.decode("utf-8", "surrogateescape")  # as tarfile decodes names
+    """A key of an index as text, decoded like the names in tarfile."""
+    return key.decode("utf-8", "surrogateescape")
 
 
 def index_files(path: str, cache_dir: str | None) -> list[str]:
-    """Where the shard's index may be, the preferred place first."""
+    """The files that may hold the shard's index, the preferred one first."""
     if cache_dir is None:
         return [f"{path}.index.json"]
     cached = os.path.join(cache_dir, f"{cache_name(path)}.index.json")
@@ -88,6 +107,7 @@ def index_files(path: str, cache_dir: str | None) -> list[str]:
 
 
 def parse_index(file: str) -> Index:
+    """Read an index file. Raises UserError for anything else."""
     try:
         stored = json.loads(Path(file).read_bytes())
         if stored.pop("version") != INDEX_VERSION:
@@ -95,7 +115,7 @@ def parse_index(file: str) -> Index:
         return make_index(**stored)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{file}: not an index that this version reads: delete it and it is built anew"
+            f"{file}: not an index that this version reads: delete the file, and it is built again"
         ) from None
 
 
@@ -108,25 +128,26 @@ def _save_index(file: str, index: Index) -> None:
         replace_text(file, content)
     except OSError as error:
         raise UserError(
-            f"{file}: cannot save the index ({error.strerror}): set data.cache_dir to a writable place"
+            f"{file}: cannot save the index ({error.strerror}): set data.cache_dir to a writable directory"
         ) from None
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
-LABEL_REMEDY = "write it into KEY.cls, a whole number in ASCII, beside the image KEY.jpg"
+# --- labels -------------------------------------------------------------------------------------------------
+LABEL_REMEDY = "write it into KEY.cls, an integer in ASCII, beside the image KEY.jpg"
 
 
 def parse_label(content: bytes) -> int | None:
-    """The label in a .cls file; None if that is not a whole number from 0 on."""
+    """The label in a .cls file; None if it is not a non-negative integer."""
     return int(content) if re.fullmatch(rb"\s*\d{1,9}\s*", content) else None
 
 
 def malformed_label(key: str, content: bytes) -> str:
-    return f"{key}.cls holds {content[:20]!r}: a label is a whole number from 0 on"
+    """The error message for a .cls file that `parse_label` rejects."""
+    return f"{key}.cls holds {content[:20]!r}: a label is a non-negative integer"
 
 
 def label_problem(label: int, num_classes: int) -> str | None:
-    """Why training refuses a sample with this label, -1 being none; None if it does not."""
+    """Why training rejects a sample with this label (-1: no label); None if it accepts it."""
     if label < 0:
         return f"has no label: {LABEL_REMEDY}"
     if label >= num_classes:
@@ -134,18 +155,32 @@ def label_problem(label: int, num_classes: int) -> str | None:
     return None
 
 
-# --- reading tars ----------------------------------------------------------------------------------------------------
+# --- reading tars -------------------------------------------------------------------------------------------
+class _Member(NamedTuple):
+    """An image or a label in a tar."""
+
+    key: str
+    extension: str
+    offset: int  # of the content
+    size: int
+    content: bytes  # b"" for an image that is not loaded
+
+
 def read_samples(
     path: str,
     stream: IO[bytes],
+    *,
     load: bool = True,
     report: Callable[[str, str], None] | None = None,
     others: Counter[str] | None = None,
-):
-    """(key, (offset, size) of the image, image or None without `load`, label) of every sample, in one pass.
+) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
+    """Yield (key, (offset, size) of the image, image, label) of every sample of a shard, in one pass.
 
-    report(key, problem) is called for every malformed sample; by default it raises UserError. `others` counts the
-    members that belong to no sample, by extension.
+    load: whether to read images; without it they are b"". A sample without a label has -1.
+    report: called with the key and the problem of every malformed sample; by default UserError is raised.
+    others: counts the members that belong to no sample, by extension.
+
+    Raises UserError for a damaged tar and for one without samples.
     """
 
     def refuse(key: str, problem: str) -> None:
@@ -153,52 +188,58 @@ def read_samples(
 
     report = report or refuse
     seen = set()
-    key, image, label = None, None, None
-
-    def finished() -> Iterator[tuple]:
+    for key, members in itertools.groupby(_members(path, stream, load, others), lambda member: member.key):
+        repeated = key in seen
+        seen.add(key)
+        image, label = _image_and_label(key, members, report, repeated)
         if image is not None:
-            yield key, image[:2], image[2], -1 if label is None else label
+            yield key, (image.offset, image.size), image.content, -1 if label is None else label
         elif label is not None:
             report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
+    if not seen:
+        refuse("", "holds no sample: a sample is {key}.jpg (jpeg, png, webp) and {key}.cls")
 
-    for member_key, extension, offset, size, content in _members(path, stream, load, others):
-        if member_key != key:
-            yield from finished()
-            key, image, label = member_key, None, None
-            if key in seen:
-                report(key, f"the members of sample '{key}' are not next to each other: pack it anew")
-            seen.add(key)
-        if extension == "cls":
+
+def _image_and_label(
+    key: str, members: Iterable[_Member], report: Callable[[str, str], None], repeated: bool
+) -> tuple[_Member | None, int | None]:
+    """The image and the label among a sample's members. The label is None if missing, -1 if malformed.
+
+    repeated: other members with this key came earlier, before those of another sample.
+    """
+    if repeated:
+        report(key, f"the members of sample '{key}' are not next to each other: pack it again")
+    image, label = None, None
+    for member in members:
+        if member.extension == "cls":
             if label is not None:
                 report(key, f"sample '{key}' has two labels")
-            label = parse_label(content)
+            label = parse_label(member.content)
             if label is None:
                 label = -1
-                report(key, malformed_label(key, content))
+                report(key, malformed_label(key, member.content))
         elif image is not None:
             report(key, f"sample '{key}' has two images")
         else:
-            image = offset, size, content
-    yield from finished()
-    if not seen:
-        refuse("", "holds no sample, a sample being {key}.jpg (jpeg, png, webp) and {key}.cls")
+            image = member
+    return image, label
 
 
-def _members(
-    path: str, stream: IO[bytes], load: bool, others: Counter[str] | None = None
-) -> Iterator[tuple[str, str, int, int, bytes | None]]:
-    """(key, extension, offset, size, content) of every image and label; without `load` images come without content.
+def _members(path: str, stream: IO[bytes], load: bool, others: Counter[str] | None) -> Iterator[_Member]:
+    """Yield every image and label; without `load`, images have no content.
 
-    `others` counts all other files by extension.
-    tarfile takes a cut or a damaged header for the end of the archive: what lies behind the last member tells.
+    `others` counts all other files.
     """
+    damaged = f"{path}: the tar is cut or damaged"
     try:
         with contextlib.ExitStack() as stack:
+            uncompressed: IO[bytes] | gzip.GzipFile = stream
             if compressed(path):
-                stream = stack.enter_context(gzip.open(stream))
-            tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r:"))
+                uncompressed = stack.enter_context(gzip.open(stream))
+            tar = stack.enter_context(tarfile.open(fileobj=uncompressed, mode="r:"))
             while member := tar.next():
-                tar.members.clear()  # tarfile would keep every header
+                # Otherwise tarfile keeps every header. Its type stubs lack the attribute.
+                tar.members.clear()  # type: ignore[attr-defined]
                 match = KEY_AND_EXTENSION.match(member.name)
                 if not member.isreg():
                     continue
@@ -207,17 +248,24 @@ def _members(
                     if others is not None:
                         others[extension] += 1
                 else:
-                    content = tar.extractfile(member).read() if load or extension == "cls" else None
-                    yield key, extension, member.offset_data, member.size, content
-            stream.seek(tar.offset)
-            end = stream.read(BLOCK)
-            if (
-                len(end) < BLOCK
-                or any(end)
-                or any(any(rest) for rest in iter(lambda: stream.read(1 << 20), b""))
-            ):
-                raise UserError(
-                    f"{path}: the tar is cut or damaged at byte {tar.offset}: fetch or pack it anew"
-                )
+                    content = _content(tar, member) if load or extension == "cls" else b""
+                    yield _Member(key, extension, member.offset_data, member.size, content)
+            if not _ends_at(uncompressed, tar.offset):
+                raise UserError(f"{damaged} at byte {tar.offset}: fetch or pack it again")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: the tar is cut or damaged ({error}): fetch or pack it anew") from None
+        raise UserError(f"{damaged} ({error}): fetch or pack it again") from None
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # the member is a regular file
+    return file.read()
+
+
+def _ends_at(stream: IO[bytes] | gzip.GzipFile, offset: int) -> bool:
+    """Whether a tar ends at `offset`, where tarfile stopped: it takes a damaged header for the end."""
+    stream.seek(offset)
+    end = stream.read(BLOCK)
+    if len(end) < BLOCK or any(end):
+        return False
+    return not any(any(block) for block in iter(lambda: stream.read(1 << 20), b""))

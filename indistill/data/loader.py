@@ -1,4 +1,4 @@
-"""Loaders that start at any step, for training and for evaluation."""
+"""Loaders for training and evaluation, which can start at any step."""
 
 from __future__ import annotations
 
@@ -17,39 +17,46 @@ from indistill.data.dataset import ImageDataset, open_shards
 from indistill.distributed import preemption
 from indistill.order import SampleOrder
 
-PREFETCH_STEPS = 32  # how far ahead of the loader the next remote shards are fetched
+PREFETCH_STEPS = 32  # how many steps ahead of the loader remote shards are fetched
 
 
 class IndexedTraining:
-    """The training data of one rank, read through the shards' indices in the exact order.
+    """The training data of one rank, read through the shards' indices in the exact sample order.
 
-    Raises UserError for missing, cut or malformed shards and, with the values that work, for a batch that does not
-    divide.
+    Raises UserError for missing, cut or malformed shards and for a batch that does not divide, naming values
+    that work.
     """
 
-    def __init__(self, section: config.Data, seed: int, rank: int, world: int, accumulation: int) -> None:
-        self.section, self.rank, self.world, self.accumulation = section, rank, world, accumulation
+    def __init__(self, section: config.Data, seed: int, *, rank: int, world: int, accumulation: int) -> None:
+        self.section = section
+        self.rank = rank
+        self.world = world
+        self.accumulation = accumulation
         shards = open_shards(section, section.train)
         self.order = SampleOrder(shards.sizes, seed, section.streams, section.window)
         self.order.check(section.global_batch, world)
         check_accumulation(section, world, accumulation)
-        self.dataset = ImageDataset(shards, section, seed, self.order)
+        self.dataset = ImageDataset(shards, section, seed=seed, order=self.order)
         self.steps_per_epoch = self.order.steps_per_epoch(section.global_batch)
         self.fingerprint = shards.fingerprint
         self.fields_at: Callable[[int], tuple[str, ...]] = lambda step: ()
 
     def bring_along(self, stored: StoredTargets, fields_at: Callable[[int], tuple[str, ...]]) -> None:
-        """Have loaders read from the stored targets what each global step needs of them."""
-        self.dataset.stored, self.fields_at = stored, fields_at
+        """Make the loaders read stored targets with the images.
 
-    def loader(self, first_step: int, last_step: int, device: torch.device) -> DataLoader:
-        """The micro-batches of the global steps [first_step, last_step)."""
+        fields_at: the fields to read at a global step.
+        """
+        self.dataset.stored = stored
+        self.fields_at = fields_at
+
+    def loader(self, first_step: int, last_step: int, device: torch.device) -> Loader:
+        """Load the micro-batches of the global steps [first_step, last_step)."""
         return loader(self.dataset, self._requests(first_step, last_step), device)
 
     def _requests(self, first_step: int, last_step: int) -> Iterator[Request]:
         rank_batch = self.section.global_batch // self.world
         micro_batch = rank_batch // self.accumulation
-        ahead = copy.deepcopy(self.order)  # with caches of its own, at another place of the epoch
+        ahead = copy.deepcopy(self.order)  # its caches hold other windows than those of self.order
         for step in range(first_step, last_step):
             self._prefetch(ahead, min(step + PREFETCH_STEPS, last_step - 1))
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
@@ -60,7 +67,9 @@ class IndexedTraining:
                 yield Request(epoch, step_of_epoch, first_row, ids[begin : begin + micro_batch], fields)
 
     def _prefetch(self, order: SampleOrder, step: int) -> None:
-        shards, stored = self.dataset.shards, self.dataset.stored
+        """Fetch the remote shards and stored targets of one step in the background."""
+        shards = self.dataset.shards
+        stored = self.dataset.stored
         if shards.remote:
             shards.prefetch(self._ids(order, step))
         if stored is not None and stored.remote and (fields := self.fields_at(step)):
@@ -82,19 +91,19 @@ def check_accumulation(section: config.Data, world: int, accumulation: int) -> N
 
 
 def eval_shares(samples: int, world: int) -> list[range]:
-    """The consecutive samples that each rank evaluates: all of them once, the shares equal or one apart."""
+    """The consecutive samples that each rank evaluates, in shares that differ by at most one sample."""
     return [range(samples * rank // world, samples * (rank + 1) // world) for rank in range(world)]
 
 
-def eval_loader(dataset: ImageDataset, batch: int, rank: int, world: int, device: torch.device) -> DataLoader:
-    """One rank's share of the set, in order."""
+def eval_loader(dataset: ImageDataset, batch: int, *, rank: int, world: int, device: torch.device) -> Loader:
+    """Load one rank's share of the set, in order."""
     share = eval_shares(len(dataset), world)[rank]
     requests = (Request(0, 0, i, np.array(share[i : i + batch])) for i in range(0, len(share), batch))
     return loader(dataset, requests, device)
 
 
 class _Requests(Sampler):
-    """The requests of one rank: a generator, so that opening it costs nothing at any step."""
+    """The requests of one rank, from a generator, so that starting at any step costs nothing."""
 
     def __init__(self, requests: Iterator[Request]) -> None:
         self.requests = requests
@@ -106,16 +115,16 @@ class _Requests(Sampler):
 class Loader(DataLoader):
     """A DataLoader whose workers no signal can end before `preemption.in_worker` has run in them."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    # torch declares a private iterator class; callers only need batches.
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         with preemption.signals_blocked():
             return super().__iter__()
 
 
 def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.device) -> Loader:
-    """The batch of each request, in order."""
-    workers = (
-        0 if dataset.memory is not None else dataset.section.workers
-    )  # a crop from memory is no work to share
+    """Load the batch of each request, in order."""
+    # Cropping images that are in memory is too little work to share.
+    workers = 0 if dataset.memory is not None else dataset.section.workers
     return Loader(
         dataset,
         sampler=_Requests(requests),
@@ -123,5 +132,7 @@ def loader(dataset: ImageDataset, requests: Iterator[Request], device: torch.dev
         num_workers=workers,
         worker_init_fn=preemption.in_worker,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else opening it draws from the global one, and a resumed run from another state
+        # Without it, opening the loader draws from the global generator, which a resumed run has in another
+        # state.
+        generator=torch.Generator(),
     )

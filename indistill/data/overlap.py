@@ -1,4 +1,4 @@
-"""Evaluation images that are trained on: the same files, byte for byte, in two sets of shards."""
+"""Find evaluation images that are also training images: the same bytes in both sets of shards."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from indistill.data.shards import ShardSet
 
 MOST_IMAGES = 10_000  # of the evaluation set
 MOST_BYTES = 2 * 10**9  # of training images to read
-FEWEST_IMAGES = 100  # of the evaluation set, whatever they make to read
+FEWEST_IMAGES = 100  # of the evaluation set, however many bytes have to be read for them
 
 
 class Overlap(NamedTuple):
-    """How many of the evaluation images that were looked at are training images, too."""
+    """How many of the evaluation images that were looked at are also training images."""
 
     shared: int
     looked_at: int
-    compared: float  # part of the training images of their sizes that there was time to read
+    compared: float  # fraction of the training images of the same sizes that were read in time
 
 
 def find(training: ShardSet, evaluation: ShardSet, seconds: float) -> Overlap:
-    """Compare SHA-256 hashes of the image files; of large sets, those of a random sample of the evaluation images.
+    """Compare SHA-256 hashes of image files; in large sets, of a random sample of the evaluation images.
 
-    Equal files have equal sizes, which the indices tell: only training images of such a size are read. Reading takes
-    at most `seconds`, a third of them for the evaluation images.
+    Equal files have equal sizes, which are in the indices, so only training images of such sizes are read.
+    Reading takes at most `seconds`, a third of it for the evaluation images.
     """
     ids = np.random.RandomState(0).permutation(len(evaluation))[:MOST_IMAGES]
     sizes = training.image_sizes
@@ -38,14 +38,14 @@ def find(training: ShardSet, evaluation: ShardSet, seconds: float) -> Overlap:
             break
         ids = ids[: len(ids) // 2]
     digests = list(_digests(evaluation, ids, seconds / 3))
-    read = list(_digests(training, candidates, seconds * 2 / 3))
-    seen = set(read)
-    compared = len(read) / len(candidates) if len(candidates) else 1.0
-    return Overlap(sum(digest in seen for digest in digests), len(digests), compared)
+    training_digests = list(_digests(training, candidates, seconds * 2 / 3))
+    known = set(training_digests)
+    compared = len(training_digests) / len(candidates) if len(candidates) else 1.0
+    return Overlap(sum(digest in known for digest in digests), len(digests), compared)
 
 
 def _digests(shards: ShardSet, ids: np.ndarray, seconds: float) -> Iterator[bytes]:
-    """The hash of each image, until the time is up."""
+    """Yield the hash of each image until the time is up."""
     end = time.monotonic() + seconds
     for _, sample in shards.pick(ids):
         yield hashlib.sha256(sample.image).digest()

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: fetched whole, once per node, into a bounded cache."""
+"""Fetch remote shards, each as a whole and once per node, into a cache of bounded size."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -25,47 +25,48 @@ from indistill.distributed import preemption
 
 log = logging.getLogger(__name__)
 
-CACHED = re.compile(
-    r"[0-9a-f]{16}-(?!.*\.lock$)"
-)  # shards and parts of shards in the cache; nothing else is evicted
+CACHED = re.compile(r"[0-9a-f]{16}-(?!.*\.lock$)")  # shards and parts of shards; nothing else is evicted
 CACHE_BYTES = 200 * 10**9
-FETCH_ATTEMPTS = 8  # with the pauses below an outage of about two minutes is survived
-FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles, give or take a half
+FETCH_ATTEMPTS = 8  # with the pauses below, enough for an outage of about two minutes
+FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles each time, plus or minus 50 %
 FETCH_TIMEOUT_SECONDS = 60.0  # without a byte
-FETCH_THREADS = 4  # per process, for shards asked for ahead of use
-BUSY_SECONDS = 60.0  # evicting a shard used so shortly ago means that the cache is too small
+FETCH_THREADS = 4  # per process, for shards that are prefetched
+BUSY_SECONDS = 60.0  # to evict a shard that was used within this time means that the cache is too small
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path is a URL or a command."""
     return "://" in path or path.startswith("pipe:")
 
 
 def base_name(path: str) -> str:
-    """The last part of a path or URL, without a query; a command whole."""
+    """The last part of a path or URL without its query; a command is returned as it is."""
     if path.startswith("pipe:"):
         return path
     return os.path.basename(re.sub(r"[?#].*", "", path) if is_remote(path) else path)
 
 
 def cache_name(path: str) -> str:
-    """Shards of one name in two directories have two names in the cache."""
+    """The name of a shard in the cache, different for shards of one name in two directories."""
     identity = path if is_remote(path) else os.path.abspath(path)
     name = "pipe" if path.startswith("pipe:") else base_name(path)
     return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{name}"
 
 
 def changed(path: str, how: str) -> str:
+    """The error message for a shard that does not fit its index."""
     return (
         f"{path}: the shard is cut or changed: {how}; "
-        "restore it or, if it is meant to be so, run `indistill shards index` on it"
+        "restore it or, if the change is intended, run `indistill shards index` on it"
     )
 
 
 class ShardCache:
-    """Remote shards as whole files in a directory that the processes of a node share.
+    """Remote shards, stored as whole files in a directory that the processes of a node share.
 
-    At most `limit_bytes` of them, downloads under way included: those unused for longest go first. A lock per shard
-    makes sure that it is fetched once; a file takes its place when it is complete and its size is right.
+    They take at most `limit_bytes`, unfinished downloads included; the least recently used ones are evicted
+    first. A lock per shard makes sure that it is fetched once; it gets its name when it is complete and its
+    size is right.
     """
 
     def __init__(self, directory: str, limit_bytes: int):
@@ -74,21 +75,33 @@ class ShardCache:
         with contextlib.suppress(OSError):
             os.makedirs(self._shards, exist_ok=True)
         if not os.access(self._shards, os.W_OK):
-            raise UserError(f"data.cache_dir {directory} cannot be written: name another directory")
+            raise UserError(f"data.cache_dir {directory} cannot be written: choose another directory")
         self._warned = False
-        self._pid, self._queue, self._asked = None, None, set()
+        self._pid: int | None = None  # the process whose threads serve the queue
+        self._queue: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self._requested: set[tuple[str, int]] = set()  # shards in the queue or being fetched
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_pid": None, "_queue": None, "_asked": set()}
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_pid", "_queue", "_requested")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _pid=None, _queue=queue.SimpleQueue(), _requested=set())
 
     def open(self, url: str, size: int | None = None) -> IO[bytes]:
-        """The shard's local copy, opened; fetched first if it is not here. `size`: bytes it must have, if known."""
+        """Open the shard's local copy; fetch it first if it is missing.
+
+        `size`: bytes it must have, if known.
+        """
         while True:
             with contextlib.suppress(FileNotFoundError):  # evicted between the two calls
                 return open(self.get(url, size), "rb", buffering=0)
 
     def get(self, url: str, size: int | None = None) -> str:
-        """The path of the shard's local copy, fetched first if it is not here. UserError if that does not succeed."""
+        """Path of the shard's local copy; fetch it first if it is missing. Raises UserError if that fails."""
         file = os.path.join(self._shards, cache_name(url))
         if not self._use(file, size):
             with FileLock(f"{file}.lock"):
@@ -97,12 +110,12 @@ class ShardCache:
         return file
 
     def discard(self, url: str) -> None:
-        """Forget the shard's local copy."""
+        """Delete the shard's local copy."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self._shards, cache_name(url)))
 
     def fetch_index(self, url: str, file: str) -> bool:
-        """Fetch the index that lies beside a remote shard. False if there is none."""
+        """Fetch the index beside a remote shard to `file`; return False if there is none."""
         if url.startswith("pipe:"):
             return False
         address, *query = url.partition("?")
@@ -111,33 +124,35 @@ class ShardCache:
                 if not os.path.exists(file):
                     _fetch(f"{address}.index.json{''.join(query)}", file)
             except _Absent:
-                log.warning("%s has no index beside it and is fetched to be counted", url)
+                log.warning("%s has no index beside it: the shard is fetched to build one", url)
                 return False
         return True
 
     def prefetch(self, shards: Iterable[tuple[str, int]]) -> None:
-        """Fetch (url, bytes) in the background, in this order. What fails is told when the shard is opened."""
+        """Fetch (url, bytes) in the background, in this order. Errors are raised when the shard is opened."""
         if self._pid != os.getpid():  # threads do not survive a fork
-            self._pid, self._queue, self._asked = os.getpid(), queue.SimpleQueue(), set()
+            self._pid = os.getpid()
+            self._queue = queue.SimpleQueue()
+            self._requested = set()
             for _ in range(FETCH_THREADS):
-                # Daemons: a process that ends does not wait for downloads.
-                threading.Thread(target=self._work, args=(self._queue, self._asked), daemon=True).start()
+                # Daemon threads, so that a process can end without waiting for downloads.
+                threading.Thread(target=self._work, args=(self._queue, self._requested), daemon=True).start()
         for shard in shards:
-            if shard not in self._asked:
-                self._asked.add(shard)
+            if shard not in self._requested:
+                self._requested.add(shard)
                 self._queue.put(shard)
 
-    def _work(self, tasks: queue.SimpleQueue, asked: set) -> None:
+    def _work(self, tasks: queue.SimpleQueue[tuple[str, int]], requested: set[tuple[str, int]]) -> None:
         while True:
             shard = tasks.get()
             try:
                 self.get(*shard)
             except Exception as error:
                 log.warning("prefetch: %s", error)
-            asked.discard(shard)
+            requested.discard(shard)
 
     def _use(self, file: str, size: int | None) -> bool:
-        """Is the file here, and whole? Then it was used just now."""
+        """Whether the file is present and complete; if so, mark it as just used."""
         try:
             if size is not None and os.stat(file).st_size != size:
                 return False
@@ -147,13 +162,14 @@ class ShardCache:
         return True
 
     def room_lock(self) -> FileLock:
-        """Held where the directory changes, so that who adds up its files misses none that is being renamed."""
+        """Lock for changes in the directory, so that a sum of its files counts each exactly once."""
         return FileLock(os.path.join(self._shards, "room.lock"))
 
     def make_room(self, part: str, size: int, wait: bool = True) -> None:
-        """Reserve `size` bytes for a download by making its file that long, after evicting what has to go.
+        """Evict shards until there is room for a download of `size` bytes, then make its file that long.
 
-        Where only downloads under way could go, it waits for them, or with `wait=False` exceeds the limit.
+        If only unfinished downloads are left to evict, waits for them or, with `wait=False`, exceeds the
+        limit.
         """
         if size > self.limit_bytes:
             raise UserError(
@@ -168,13 +184,13 @@ class ShardCache:
             time.sleep(0.1)
 
     def _evict(self, part: str, size: int) -> bool:
-        """Delete the shards unused for longest until `size` bytes are free. Did that succeed?"""
+        """Delete the least recently used shards until `size` bytes are free; return whether they are."""
         entries = []
         for entry in os.scandir(self._shards):
             with contextlib.suppress(FileNotFoundError):
                 if CACHED.match(entry.name) and entry.path != part:
                     entries.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-        # The disk may hold less than the limit; a download that it cannot take then fails by itself.
+        # The disk may have less room than the limit; a download that does not fit fails by itself.
         crowded = size - shutil.disk_usage(self._shards).free
         excess = sum(entry[1] for entry in entries) + size - self.limit_bytes
         for used, freed, path in sorted(entries):
@@ -188,14 +204,15 @@ class ShardCache:
                 log.warning("evicting a shard used %.0f s ago: raise data.cache_bytes", age)
             with contextlib.suppress(
                 FileNotFoundError
-            ):  # a part that has just been completed has another name now
+            ):  # a part that was just completed has another name now
                 os.unlink(path)
-                excess, crowded = excess - freed, crowded - freed
+                excess -= freed
+                crowded -= freed
         return excess <= 0
 
 
 def _locked(file: str) -> bool:
-    """Does a process or thread hold this lock? One that was killed does not."""
+    """Whether a process or thread holds this lock; one that was killed does not."""
     try:
         with FileLock(file, timeout=0):
             return False
@@ -206,6 +223,10 @@ def _locked(file: str) -> bool:
 def cache_for(
     paths: Sequence[str], cache_dir: str | None, limit_bytes: int = CACHE_BYTES
 ) -> ShardCache | None:
+    """The cache for these shards, or None if all are local.
+
+    Raises UserError if some are remote and there is no `cache_dir`.
+    """
     if not any(map(is_remote, paths)):
         return None
     if cache_dir is None:
@@ -216,45 +237,39 @@ def cache_for(
 
 
 def open_shard(path: str, cache: ShardCache | None, size: int | None = None) -> IO[bytes]:
-    return cache.open(path, size) if is_remote(path) else open(path, "rb", buffering=0)
+    """Open a local shard, or the local copy of a remote one.
+
+    `size`: bytes a remote one must have, if known.
+    """
+    if cache is not None and is_remote(path):
+        return cache.open(path, size)
+    return open(path, "rb", buffering=0)
 
 
 class _Absent(UserError):
-    """The source answers that there is no such file, or not for us: another attempt is of no use."""
+    """The file does not exist or access is denied, so another attempt would not help."""
 
 
 def _fetch(url: str, file: str, size: int | None = None, cache: ShardCache | None = None) -> None:
-    """Copy a remote file to `file`, whole or not at all; call with the file's lock held.
+    """Copy a remote file to `file`, completely or not at all. Call it with the file's lock held.
 
-    size: bytes it must have, where known. cache: where room has to be made for it.
-    Raises UserError: at once where the source says no, otherwise after FETCH_ATTEMPTS.
+    size: bytes it must have, if known. cache: the cache that has to make room for it, if any.
+    Raises UserError: _Absent at once if the source refuses, other errors after FETCH_ATTEMPTS.
     """
-    # Not `files.replacing`: the part file is as long as the download from the start, so that it counts in the cache's
-    # limit, and one that a killed process left is known by its name and that of its lock.
+    # Not `files.replacing`: the part file has its full length from the start, so that it counts towards the
+    # limit of the cache, and `_evict` recognises by its name and the lock of that name a part that a killed
+    # process left.
     part = f"{file}.part"
     try:
         for attempt in range(1, FETCH_ATTEMPTS + 1):
             try:
-                with open_remote(url) as (source, length):
-                    if size is not None and length not in (None, size):
-                        raise UserError(changed(url, f"it has {length} bytes, its index says {size}"))
-                    promised = size or length or 0
-                    if cache:
-                        cache.make_room(part, promised)
-                    with open(part, "r+b" if cache else "wb") as target:  # r+: the room stays reserved
-                        shutil.copyfileobj(source, target, 1 << 20)
-                        received = target.tell()
-                        target.truncate()
-                if received != (promised or received):
-                    raise OSError(f"{received} bytes came instead of {promised}")
-                if cache and not promised:
-                    cache.make_room(part, received, wait=False)
+                _download(url, part, size, cache)
                 with cache.room_lock() if cache else contextlib.nullcontext():
                     os.replace(part, file)
                 return
             except UserError:
                 raise
-            except Exception as error:  # every fsspec backend has exceptions of its own
+            except Exception as error:  # every fsspec backend has its own exceptions
                 if _hopeless(error):
                     raise _Absent(f"{url}: cannot be fetched: {error}") from None
                 if attempt == FETCH_ATTEMPTS or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -267,8 +282,26 @@ def _fetch(url: str, file: str, size: int | None = None, cache: ShardCache | Non
             os.unlink(part)
 
 
+def _download(url: str, part: str, size: int | None, cache: ShardCache | None) -> None:
+    """Copy a remote file to the local file `part`. Raises UserError or OSError if its size is wrong."""
+    with open_remote(url) as (source, length):
+        if size is not None and length not in (None, size):
+            raise UserError(changed(url, f"it has {length} bytes, its index says {size}"))
+        promised = size or length or 0
+        if cache:
+            cache.make_room(part, promised)
+        with open(part, "r+b" if cache else "wb") as target:  # r+ keeps the reserved length
+            shutil.copyfileobj(source, target, 1 << 20)
+            received = target.tell()
+            target.truncate()
+    if received != (promised or received):
+        raise OSError(f"received {received} bytes instead of {promised}")
+    if cache and not promised:
+        cache.make_room(part, received, wait=False)
+
+
 def read_if_there(url: str) -> bytes | None:
-    """The content of a small remote file; None, with a warning unless it is simply not there, if it cannot be had."""
+    """Read a small remote file. Returns None if it is absent or, with a warning, if it cannot be fetched."""
     with tempfile.TemporaryDirectory() as directory:
         file = os.path.join(directory, "file")
         try:
@@ -282,22 +315,27 @@ def read_if_there(url: str) -> bytes | None:
 
 
 def _hopeless(error: Exception) -> bool:
+    """Whether another attempt would fail in the same way."""
     if isinstance(error, urllib.error.HTTPError):
         return 400 <= error.code < 500 and error.code not in (408, 429)  # timeout, too many requests
-    # ImportError and ValueError: fsspec names the package to install, or does not know the protocol.
+    # ImportError, ValueError: fsspec needs a package to be installed, or does not know the protocol.
     return isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError))
 
 
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[IO[bytes]]:
-    """A shard's bytes from front to end, where it is: nothing is cached or checked."""
-    with open(path, "rb") if not is_remote(path) else open_remote(path) as opened:
-        yield opened[0] if is_remote(path) else opened
+    """Open a local or remote shard to read it once from front to end; nothing is cached or checked."""
+    if is_remote(path):
+        with open_remote(path) as (stream, _):
+            yield stream
+    else:
+        with open(path, "rb") as file:
+            yield file
 
 
 @contextlib.contextmanager
 def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
-    """The stream of a remote file and, where the source tells, its size in bytes."""
+    """Open a remote file; yields its stream and its size in bytes, None if the source does not state it."""
     if url.startswith(("http://", "https://")):  # fsspec would need aiohttp for these
         with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_SECONDS) as response:
             length = response.headers.get("Content-Length")
@@ -306,6 +344,7 @@ def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
         with preemption.signals_blocked():
             command = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
         with command as process:
+            assert process.stdout is not None  # because of PIPE
             yield process.stdout, None
         if process.returncode:
             raise OSError(f"the command ended with status {process.returncode}")

@@ -16,10 +16,11 @@ from indistill.config import UserError
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import (
     LABEL_REMEDY,
+    Index,
     build_index,
     index_files,
+    index_of,
     label_problem,
-    make_index,
     parse_index,
     read_samples,
 )
@@ -29,8 +30,10 @@ from indistill.distributed import preemption
 
 
 class BadMember(NamedTuple):
+    """A problem that `verify` found."""
+
     shard: str
-    key: str  # "" if it is the shard itself
+    key: str  # "" if the problem is the shard itself
     problem: str
 
 
@@ -39,20 +42,19 @@ class Content(NamedTuple):
 
     bad: list[BadMember]
     images: int
-    labels: Counter[int]  # images by label; those without one are not in it
+    labels: Counter[int]  # images by label, without unlabelled ones
     others: Counter[str]  # members that are neither images nor labels, by extension
 
     def summary(self) -> str:
-        """One line of counts, and one more if there are images that training refuses whatever its classes."""
+        """One line of counts, and a second one if there are images without labels, which training rejects."""
         labelled = self.labels.total()
-        span = (
-            f" ({min(self.labels)} to {max(self.labels)}, {len(self.labels)} different)"
-            if self.labels
-            else ""
-        )
+        span = ""
+        if self.labels:
+            span = f" ({min(self.labels)} to {max(self.labels)}, {len(self.labels)} different)"
         line = f"{self.images} images, {labelled} labelled{span}, {self.images - labelled} unlabelled"
-        others = ", ".join(f"{n} {name or 'without extension'}" for name, n in sorted(self.others.items()))
-        line += f"; other members: {others}" if others else ""
+        if self.others:
+            counts = [f"{count} {name or 'without extension'}" for name, count in sorted(self.others.items())]
+            line += f"; other members: {', '.join(counts)}"
         if self.images > labelled:
             line += f"\ntraining refuses unlabelled images: {LABEL_REMEDY}"
         return line
@@ -61,15 +63,17 @@ class Content(NamedTuple):
 def verify(
     urls: str | Sequence[str],
     root: str | None = None,
+    *,
     cache_dir: str | None = None,
     allow_pipe: bool = False,
     workers: int = 1,
     progress: bool = False,
     num_classes: int | None = None,
 ) -> Content:
-    """Read every member, decode every image, compare with the index if there is one.
+    """Read every member, decode every image, and compare the index, if there is one, with the shard.
 
-    Returns all that is wrong, and what is there. With `num_classes`, labels that training would refuse are wrong.
+    urls, root, cache_dir, allow_pipe: as for `ShardSet`. With `num_classes`, labels that training rejects are
+        reported.
     """
     tasks = [(path, cache_dir, num_classes) for path in expand(urls, root, allow_pipe)]
     whole = Content([], 0, Counter(), Counter())
@@ -81,12 +85,13 @@ def verify(
 def index(
     urls: str | Sequence[str],
     root: str | None = None,
+    *,
     cache_dir: str | None = None,
     allow_pipe: bool = False,
     workers: int = 1,
     progress: bool = False,
 ) -> dict[str, int]:
-    """Build the index of every shard anew. Returns samples per shard."""
+    """Build the index of every shard again. Returns shard -> number of samples."""
     paths = expand(urls, root, allow_pipe)
     return dict(zip(paths, parallel(_index_shard, [(path, cache_dir) for path in paths], workers, progress)))
 
@@ -95,7 +100,7 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
     path, cache_dir, num_classes = task
     cache = cache_for([path], cache_dir)
     bad: list[BadMember] = []
-    rows: list[tuple] = []
+    rows: list[tuple[str, int, int, int]] = []
     labels, others = Counter[int](), Counter[str]()
 
     def report(key: str, problem: str) -> None:
@@ -103,10 +108,11 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
 
     try:
         with open_shard(path, cache) as stream:
-            for key, place, image, label in read_samples(path, stream, report=report, others=others):
-                rows.append((key, *place, label))
-                labels.update([label] if label >= 0 else [])
-                malformed = bool(bad) and bad[-1].key == key  # a label that is not a number is told
+            for key, span, image, label in read_samples(path, stream, report=report, others=others):
+                rows.append((key, *span, label))
+                if label >= 0:
+                    labels[label] += 1
+                malformed = bool(bad) and bad[-1].key == key  # it is reported already
                 problem = None if num_classes is None or malformed else label_problem(label, num_classes)
                 if problem:
                     report(key, problem)
@@ -116,7 +122,11 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                     report(key, str(error).removeprefix("image: "))
             size = os.fstat(stream.fileno()).st_size
         for file in filter(os.path.exists, index_files(path, cache_dir)):
-            if not all(map(np.array_equal, parse_index(file), make_index(size, *zip(*rows)))):
+            stored = parse_index(file)
+            actual = index_of(size, rows)
+            if not all(
+                np.array_equal(getattr(stored, name), getattr(actual, name)) for name in Index._fields
+            ):
                 report("", f"{file} does not fit the shard: run `indistill shards index` on it")
     except UserError as error:
         report("", str(error))
@@ -127,17 +137,19 @@ def _index_shard(task: tuple[str, str | None]) -> int:
     path, cache_dir = task
     cache = cache_for([path], cache_dir)
     if cache:
-        cache.discard(path)  # the index is to be that of the shard as it now is
+        cache.discard(path)  # so that the shard as it is now gets indexed
     return len(build_index(path, cache_dir, cache).keys)
 
 
 def parallel(function: Callable, tasks: Sequence, workers: int, progress: bool) -> Iterator:
-    """function(task) for each task, in order."""
+    """Yield function(task) for each task, in order, computed by `workers` processes."""
     with contextlib.ExitStack() as stack:
         if workers > 1:
-            spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks as they are
+            spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
             pool = stack.enter_context(ProcessPoolExecutor(workers, spawn))
-            with preemption.signals_blocked(signal.SIGINT):  # this process ends them (preemption.leave)
+            with preemption.signals_blocked(
+                signal.SIGINT
+            ):  # this process ends its workers (preemption.leave)
                 results = pool.map(function, tasks)
         else:
             results = map(function, tasks)

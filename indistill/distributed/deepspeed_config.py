@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, put together from all who may speak: the config, a file of the user's, the launcher."""
+"""DeepSpeed's configuration, from the config, the user's own DeepSpeed file, and `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import yaml
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.ranks import Ranks
 
-# ZeRO flattens the parameters and cuts them anywhere: right for optimizers that treat every number by itself, wrong for
-# those that take norms or factors of a tensor (lamb, lars, adafactor, muon, the cautious ones).
+# ZeRO flattens the parameters and splits them anywhere: right for optimizers that treat every element by
+# itself, wrong for those that use norms or factors of a whole tensor (lamb, lars, adafactor, muon, the
+# cautious ones).
 ELEMENTWISE = {
     "sgd",
     "momentum",
@@ -31,10 +33,9 @@ ELEMENTWISE = {
 }
 ELEMENTWISE |= {"rmsprop", "adadelta"}
 
-_BUCKET_ELEMENTS = (
-    50_000_000  # DeepSpeed's own default of 5e8 would take 2 GB for each buffer, also for small students
-)
-_SETTINGS = {  # keys of the config's section, and the DeepSpeed configuration's
+# DeepSpeed's own default of 5e8 would use 2 GB for each buffer, for small students too.
+_BUCKET_ELEMENTS = 50_000_000
+_SETTINGS = {  # keys of the config's section `engine`, and the dotted keys of DeepSpeed's configuration
     "stage": "zero_optimization.stage",
     "offload_optimizer": "zero_optimization.offload_optimizer.device",
     "offload_parameters": "zero_optimization.offload_param.device",
@@ -49,104 +50,95 @@ _ACCELERATE_SETTINGS = {  # keys under deepspeed_config in a file of `accelerate
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "gradient_clipping",
 }
-_LAUNCHER_VARIABLES = {  # how `accelerate launch` hands the same keys on
+_LAUNCHER_VARIABLES = {  # variables in which `accelerate launch` passes the same keys
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_optimization.stage",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "zero_optimization.offload_optimizer.device",
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "zero_optimization.offload_param.device",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
     "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
 }
+_SET_BY_CONFIG = {  # sections of DeepSpeed's configuration, and the key of the config that takes their place
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "torch_autocast": "mixed_precision",
+    "amp": "mixed_precision",
+}
 _STAGE = _SETTINGS["stage"]
-_OFFLOAD_OPTIMIZER, _OFFLOAD_PARAMETERS = _SETTINGS["offload_optimizer"], _SETTINGS["offload_parameters"]
+_OFFLOAD_OPTIMIZER = _SETTINGS["offload_optimizer"]
+_OFFLOAD_PARAMETERS = _SETTINGS["offload_parameters"]
 
 
-def zero_config(settings: Config, world: int) -> dict[str, Any] | None:
-    """DeepSpeed's configuration, of the config, its `engine.config_file` and `accelerate launch`; None under DDP.
+_Settings = dict[
+    str, tuple[Any, str]
+]  # dotted key of DeepSpeed's configuration: value, and the source that sets it
 
-    Raises UserError where two of them differ, where one sets what is not DeepSpeed's to set here, and for what cannot
-    work.
+
+def zero_config(settings: Config, ranks: Ranks) -> dict[str, Any] | None:
+    """Return DeepSpeed's configuration, or None under DDP.
+
+    It combines the config, the file in its `engine.config_file`, and the settings of `accelerate launch`.
+    Raises UserError if two of them differ, if one sets what another key of the config sets, and for what
+    cannot work.
     """
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    section = settings.engine
-    if isinstance(section, config.DDP) and launched:
-        raise UserError(
-            "engine.name is ddp, but accelerate launch was told to use DeepSpeed: set engine.name: deepspeed, or take "
-            "another accelerate config"
-        )
-    if not launched and not isinstance(section, config.DeepSpeed):
+    section = _section(settings)
+    if section is None:
         return None
-    section = section or config.DeepSpeed(name="deepspeed")
-    _check_usable(settings)
-
-    said = _said_by_config(settings, section, world)
-    sources = []
+    _check_usable(settings, ranks)
+    values = _from_config(settings, section, ranks.world_size)
     if section.config_file:
-        sources.append(("engine.config_file", _read(section.config_file)))
-    sources.append(("accelerate launch", dict(_said_by_launcher())))
-    for source, values in sources:
-        _check_precision(source, values, settings.mixed_precision)
-        for key, value in values.items():
-            root = key.partition(".")[0]
-            if root in ("bf16", "fp16"):
-                continue  # ours is autocast, with the parameters in float32
-            if root in ("optimizer", "scheduler", "torch_autocast", "amp"):
-                ours = {"optimizer": "optimizer", "scheduler": "schedule"}.get(root, "mixed_precision")
-                raise UserError(f"{source}: {root} is what {ours} of this config sets: remove it there")
-            if key == "zero_optimization.compute_grad_norm" and value is False:
-                raise UserError(
-                    f"{source}: {key}: the norm tells which steps to skip (max_bad_steps): remove it there"
-                )
-            if key in said and said[key][0] != value:
-                old, other = said[key]
-                raise UserError(f"{source}: {key} is {value}, but {other} makes it {old}: let them agree")
-            said.setdefault(key, (value, source))
-
-    stage, source = said.setdefault(_STAGE, (2, "engine"))
-    if stage not in (1, 2, 3):
-        raise UserError(f"{source}: {_STAGE} is {stage}: give 1, 2 or 3, or set engine.name: ddp")
-    if stage != 3 and said.get(_OFFLOAD_PARAMETERS, ("none",))[0] != "none":
-        raise UserError(
-            f"{said[_OFFLOAD_PARAMETERS][1]}: parameters are offloaded in stage 3, this is {stage}"
-        )
-    for key in (_OFFLOAD_OPTIMIZER, _OFFLOAD_PARAMETERS):
-        if said.get(key, ("none",))[0] not in ("none", "cpu"):
-            device, source = said[key]
-            raise UserError(
-                f"{source}: {key} is {device}: offload to cpu (checkpoints read the state from memory)"
-            )
+        _merge(values, "engine.config_file", _read(section.config_file), settings.mixed_precision)
+    _merge(values, "accelerate launch", dict(_from_launcher()), settings.mixed_precision)
+    values.setdefault(_STAGE, (2, "engine"))
+    _check_stage(values)
     for key in ("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size"):
-        said.setdefault(_SETTINGS[key], (_BUCKET_ELEMENTS, "engine"))
+        values.setdefault(_SETTINGS[key], (_BUCKET_ELEMENTS, "engine"))
     # Without these two Accelerate would have DeepSpeed cast the parameters, batch norm included.
-    return _nested({key: value for key, (value, _) in said.items()}) | {
+    return _nested({key: value for key, (value, _) in values.items()}) | {
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
     }
 
 
-def _check_usable(settings: Config) -> None:
+def _section(settings: Config) -> config.DeepSpeed | None:
+    """Return the section `engine`, or defaults if only `accelerate launch` sets DeepSpeed; None under DDP."""
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    section = settings.engine
+    if isinstance(section, config.DeepSpeed):
+        return section
+    if section is not None and launched:
+        raise UserError(
+            "engine.name is ddp, but accelerate launch was told to use DeepSpeed: set engine.name: "
+            "deepspeed, or use another accelerate config"
+        )
+    return config.DeepSpeed(name="deepspeed") if launched else None
+
+
+def _check_usable(settings: Config, ranks: Ranks) -> None:
     # Accelerate asks for the version of transformers whenever it runs DeepSpeed.
     missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"engine: DeepSpeed needs packages that are not installed: pip install {' '.join(missing)}"
         )
-    if "LOCAL_RANK" not in os.environ:
+    if not ranks.has_local_rank:
         raise UserError(
-            "engine: DeepSpeed needs a launcher, for one process too: torchrun --nproc-per-node 1 -m indistill ..."
+            "engine: DeepSpeed needs a launcher, for one process too: torchrun --nproc-per-node 1 -m "
+            "indistill ..."
         )
     if settings.optimizer.name.lower() not in ELEMENTWISE:
         raise UserError(
-            f"optimizer.name: {settings.optimizer.name} may look at whole tensors, which ZeRO cuts: choose one of "
-            f"{', '.join(sorted(ELEMENTWISE))}, or engine.name: ddp"
+            f"optimizer.name: {settings.optimizer.name} may use norms or factors of whole tensors, which "
+            f"ZeRO splits: choose one of {', '.join(sorted(ELEMENTWISE))}, or engine.name: ddp"
         )
 
 
-def _said_by_config(settings: Config, section: config.DeepSpeed, world: int) -> dict[str, tuple[Any, str]]:
-    """Key of DeepSpeed's configuration to its value and the key of ours that says so."""
-    batch, accumulation = settings.data.global_batch, settings.grad_accumulation
-    said = {
+def _from_config(settings: Config, section: config.DeepSpeed, world_size: int) -> _Settings:
+    """Return the settings that follow from the config, each with the config's key that sets it."""
+    batch = settings.data.global_batch
+    accumulation = settings.grad_accumulation
+    values: _Settings = {
         "train_batch_size": (batch, "data.global_batch"),
-        "train_micro_batch_size_per_gpu": (batch // (world * accumulation), "data.global_batch"),
+        "train_micro_batch_size_per_gpu": (batch // (world_size * accumulation), "data.global_batch"),
         "gradient_accumulation_steps": (accumulation, "grad_accumulation"),
         "gradient_clipping": (settings.clip_grad_norm or 0.0, "clip_grad_norm"),
         # Else Accelerate would replace the optimizer by DeepSpeed's Adam whenever its state is offloaded.
@@ -154,11 +146,12 @@ def _said_by_config(settings: Config, section: config.DeepSpeed, world: int) -> 
     }
     for name, key in _SETTINGS.items():
         if (value := getattr(section, name)) is not None:
-            said[key] = (value, f"engine.{name}")
-    return said
+            values[key] = (value, f"engine.{name}")
+    return values
 
 
-def _said_by_launcher() -> Iterator[tuple[str, Any]]:
+def _from_launcher() -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values that `accelerate launch` has set in the environment."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
         yield from _read(file).items()
@@ -167,8 +160,50 @@ def _said_by_launcher() -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
+def _merge(values: _Settings, source: str, added: dict[str, Any], precision: str) -> None:
+    """Add the settings of `source` to `values`. Raises UserError for one that is forbidden or differs."""
+    _check_precision(source, added, precision)
+    for key, value in added.items():
+        root = key.partition(".")[0]
+        if root in ("bf16", "fp16"):
+            continue  # mixed precision is autocast, with the parameters in float32
+        if root in _SET_BY_CONFIG:
+            raise UserError(
+                f"{source}: {root} is set by {_SET_BY_CONFIG[root]} of the config: remove it there"
+            )
+        if key == "zero_optimization.compute_grad_norm" and value is False:
+            raise UserError(
+                f"{source}: {key}: the norm decides which steps to skip (max_bad_steps): remove it there"
+            )
+        if key in values and values[key][0] != value:
+            other_value, other_source = values[key]
+            raise UserError(
+                f"{source}: {key} is {value}, but {other_source} makes it {other_value}: set both to the "
+                "same value"
+            )
+        values.setdefault(key, (value, source))
+
+
+def _check_stage(values: _Settings) -> None:
+    """Raise UserError for an invalid stage, and for offloading that it does not support."""
+    stage, source = values[_STAGE]
+    if stage not in (1, 2, 3):
+        raise UserError(f"{source}: {_STAGE} is {stage}: give 1, 2 or 3, or set engine.name: ddp")
+    parameters_device, source = values.get(_OFFLOAD_PARAMETERS, ("none", ""))
+    if stage != 3 and parameters_device != "none":
+        raise UserError(
+            f"{source}: parameters can be offloaded in stage 3 only, but the stage is {stage}: set stage: 3"
+        )
+    for key in (_OFFLOAD_OPTIMIZER, _OFFLOAD_PARAMETERS):
+        device, source = values.get(key, ("none", ""))
+        if device not in ("none", "cpu"):
+            raise UserError(
+                f"{source}: {key} is {device}: offload to cpu (checkpoints read the state from memory)"
+            )
+
+
 def _read(path: str) -> dict[str, Any]:
-    """The dotted keys of a DeepSpeed JSON or of a file of `accelerate config`, but those that say auto."""
+    """Read a DeepSpeed JSON, or a file of `accelerate config`, as dotted keys; skips values of `auto`."""
     try:
         text = Path(path).read_text()
         try:
@@ -185,8 +220,8 @@ def _read(path: str) -> dict[str, Any]:
         return dict(_flat(tree))
     if tree["distributed_type"] != "DEEPSPEED":
         raise UserError(
-            f"engine.config_file: {path}: distributed_type is {tree['distributed_type']}, not DEEPSPEED: give another "
-            "file, or set engine.name: ddp"
+            f"engine.config_file: {path}: distributed_type is {tree['distributed_type']}, not DEEPSPEED: "
+            "give another file, or set engine.name: ddp"
         )
     section = tree.get("deepspeed_config") or {}
     values = _read(section["deepspeed_config_file"]) if "deepspeed_config_file" in section else {}
@@ -224,6 +259,6 @@ def _check_precision(source: str, values: dict[str, Any], precision: str) -> Non
         enabled = values.get(f"{kind}.enabled")
         if enabled is not None and enabled != (precision == kind):
             raise UserError(
-                f"{source}: {kind}.enabled is {str(enabled).lower()}, but mixed_precision is {precision}: let them "
-                "agree, or remove one"
+                f"{source}: {kind}.enabled is {str(enabled).lower()}, but mixed_precision is {precision}: "
+                "set both to the same precision, or remove one"
             )

@@ -1,9 +1,9 @@
-"""Who holds a run up, and an end in one line to a run whose processes have lost each other.
+"""Names the rank that stalls a run, and ends a run whose processes lost each other with one line.
 
-Each rank notes what it is at, and a thread publishes that every few seconds, also while the main thread waits in a
-collective, in the store where the processes first met. When rank 0 has come no further for half of
-`collective_timeout_minutes`, it names the rank that all wait for. After the whole of it every rank leaves: gloo would
-raise an error then, and NCCL abort the process without a word from here.
+Each rank notes its current place in the program. A thread publishes it every few seconds, even while the main
+thread waits in a collective, in the store of the rendezvous. When rank 0 makes no progress for half of
+`collective_timeout_minutes`, it names the rank that the others wait for. After the whole timeout every rank
+exits: gloo would raise an error then, and NCCL would abort the process without a message.
 """
 
 from __future__ import annotations
@@ -16,40 +16,44 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, keep_traceback
 from indistill.distributed import preemption
 
-_MOST_NAMED = 8  # of the ranks that hold a run up; a node that is lost has as many
-# What gloo raises is a plain RuntimeError.
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+_MOST_NAMED = 8  # ranks in one message; a lost node often has this many
+# gloo raises a plain RuntimeError.
 _COLLECTIVE = re.compile(
     r"/gloo/|nccl|timed out waiting|pair closure|connection (closed|reset)|broken pipe", re.I
 )
 
 
 class Place(NamedTuple):
-    """What a rank is at. All run the same program: the one that has passed the fewest places is behind the others."""
+    """Where in the program a rank is. All run the same program: the lowest `passed` is behind."""
 
-    passed: int
+    passed: int  # the number of places that the rank has reached so far
     step: int
     phase: str
     doing: str
-    since: float  # by time.monotonic; a long evaluation moves it on with each batch
+    since: float  # time.monotonic of the last progress; a long evaluation updates it with each batch
 
     def __str__(self) -> str:
         return f"step {self.step}, phase {self.phase}, {self.doing}" if self.phase else self.doing
 
 
 class Report(NamedTuple):
-    """What a rank publishes."""
+    """The data that a rank publishes."""
 
     host: str
     place: Place
-    still_seconds: float  # at this place
+    still_seconds: float  # since the last progress
 
 
 _START = Place(0, 0, "", "starting", 0.0)
@@ -58,88 +62,126 @@ _run_dir: Path | None = None
 _closed = threading.Event()
 
 
-# --- what this rank is at: a new tuple is put in place at once, for the thread to read --------------------------------
+# --- the place of this rank: assigning a new tuple is atomic, so the thread can read it ---------------------
 def begin_step(step: int, phase: str) -> None:
-    """`step` counts from 1, as in metrics.jsonl."""
+    """Note that a step begins; `step` counts from 1, as in metrics.jsonl."""
     global _place
     _place = Place(_place.passed + 1, step, phase, "training", time.monotonic())
 
 
 def at(doing: str) -> None:
+    """Note what this rank does now, within the step and phase."""
     global _place
     _place = Place(_place.passed + 1, _place.step, _place.phase, doing, time.monotonic())
 
 
 def alive() -> None:
-    """Progress at the same place, of which ranks may make different amounts."""
+    """Signal progress within a place; ranks may call this different numbers of times."""
     global _place
     _place = _place._replace(since=time.monotonic())
 
 
-# --- the thread ------------------------------------------------------------------------------------------------------
+# --- the thread ---------------------------------------------------------------------------------------------
 def open(run_dir: Path, timeout_minutes: float) -> None:
-    """Watch this process until `close`, in a run of several."""
+    """Watch this process until `close`, if the run has several processes."""
     global _place, _run_dir, _closed
     close()
-    _place, _run_dir, _closed = _START._replace(since=time.monotonic()), run_dir, threading.Event()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        threading.Thread(target=_watch, args=(_closed, timeout_minutes), name="watchdog", daemon=True).start()
+    _place = _START._replace(since=time.monotonic())
+    _run_dir = run_dir
+    _closed = threading.Event()
+    ranks = Ranks.from_environment()
+    if ranks.world_size > 1:
+        watch = _Watch(ranks, timeout_minutes)
+        threading.Thread(target=watch.run, args=(_closed,), name="watchdog", daemon=True).start()
 
 
 def close() -> None:
+    """Stop watching this process."""
     global _place, _run_dir
     _closed.set()
-    _place, _run_dir = _START, None
+    _place = _START
+    _run_dir = None
 
 
-def _watch(closed: threading.Event, timeout_minutes: float) -> None:
-    import torch.distributed as dist
+class _Watch:
+    """The thread's work: publish this rank's place, and on rank 0 name the rank that the others wait for."""
 
-    rank, world, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 60 * timeout_minutes
-    name = f"indistill/{os.environ.get('INDISTILL_GROUP', '')}"  # the store is that of all groups (groups.py)
-    interval = min(10.0, timeout / 20)
-    told, heard = -1, {}  # the place that was told of; each rank's latest text, and when it was first seen
-    # A connection of its own: the process group's may be waiting.
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        store = dist.TCPStore(
-            *address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=interval)
+    def __init__(self, ranks: Ranks, timeout_minutes: float) -> None:
+        self.rank = ranks.rank
+        self.world_size = ranks.world_size
+        self.timeout_minutes = timeout_minutes
+        self.timeout = 60 * timeout_minutes  # seconds
+        self.interval = min(10.0, self.timeout / 20)  # seconds
+        self.prefix = (
+            f"indistill/{os.environ.get('INDISTILL_GROUP', '')}"  # all groups share a store (groups.py)
         )
-    except dist.DistError:
-        store = None  # then nobody is named; the end is told all the same
-    pause = 0.0
-    while not closed.wait(pause):
-        pause = interval
-        place, now = _place, time.monotonic()
-        still = now - place.since
-        if still > timeout:
-            preemption.leave(
-                f"{place}: not over within collective_timeout_minutes ({timeout_minutes:g}); {_next()}"
-            )
-        if store is None:
-            continue
+        self.named_at = -1  # `passed` of the place at which the late rank was last named
+        self.heard: dict[
+            int, tuple[bytes | None, float]
+        ] = {}  # by rank: latest text, and when it was first seen
+        self.store: TCPStore | None = None
+
+    def run(self, closed: threading.Event) -> None:
+        self.store = self._connect()
+        pause = 0.0
+        while not closed.wait(pause):
+            pause = self.interval
+            place = _place
+            now = time.monotonic()
+            still = now - place.since
+            if still > self.timeout:
+                limit = f"collective_timeout_minutes ({self.timeout_minutes:g})"
+                preemption.leave(f"{place}: not finished within {limit}; {_next()}")
+            if self._exchange(place, now) and still > self.timeout / 2 and place.passed != self.named_at:
+                self.named_at = place.passed
+                print(f"indistill: {self._verdict(now)}", file=sys.stderr, flush=True)
+
+    def _connect(self) -> TCPStore | None:
+        """Open a connection to the store: the one of the process group may be waiting.
+
+        Returns None if that fails: then no rank is named, but the run still ends with a message.
+        """
+        import torch.distributed as dist
+
+        timeout = timedelta(seconds=self.interval)
+        address = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
         try:
-            # The store is on rank 0's node. For the others this is a send without an answer: it cannot wait.
-            store.set(f"{name}{rank}", json.dumps(Report(socket.gethostname(), place, still)))
-            if rank != 0 or still < timeout / 4:
-                continue
-            for other in range(world):
-                key = f"{name}{other}"
-                text = store.get(key) if store.check([key]) else None
-                if other not in heard or heard[other][0] != text:
-                    heard[other] = text, now
+            return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
         except dist.DistError:
-            store = None
-            continue
-        if still > timeout / 2 and place.passed != told:
-            told = place.passed
-            reports = {other: _parse(text) for other, (text, _) in heard.items()}
-            silent = {
-                other: now - since
-                for other, (text, since) in heard.items()
-                if now - since > timeout / 5 or not text
-            }
-            print(f"indistill: {verdict(reports, silent)}", file=sys.stderr, flush=True)
+            return None
+
+    def _exchange(self, place: Place, now: float) -> bool:
+        """Publish this place; a rank 0 without progress also reads all places. Return whether it did so."""
+        import torch.distributed as dist
+
+        if self.store is None:
+            return False
+        still = now - place.since
+        report = Report(socket.gethostname(), place, still)
+        try:
+            # The store is on rank 0's node. For the other ranks this sends without an answer: it cannot wait.
+            self.store.set(f"{self.prefix}{self.rank}", json.dumps(report))
+            if self.rank != 0 or still < self.timeout / 4:
+                return False
+            for other in range(self.world_size):
+                key = f"{self.prefix}{other}"
+                text = self.store.get(key) if self.store.check([key]) else None
+                if other not in self.heard or self.heard[other][0] != text:
+                    self.heard[other] = text, now
+        except dist.DistError:
+            self.store = None
+            return False
+        return True
+
+    def _verdict(self, now: float) -> str:
+        reports = {rank: _parse(text) for rank, (text, _) in self.heard.items()}
+        silent = {
+            rank: now - since
+            for rank, (text, since) in self.heard.items()
+            if now - since > self.timeout / 5 or not text
+        }
+        return verdict(reports, silent)
 
 
 def _parse(text: bytes | None) -> Report | None:
@@ -149,34 +191,44 @@ def _parse(text: bytes | None) -> Report | None:
     return Report(host, Place(*place), still)
 
 
-def verdict(reports: dict[int, Report | None], silent: dict[int, float]) -> str:
-    """Who holds the run up, of the latest reports of all ranks and the seconds for which some were silent."""
+def verdict(reports: Mapping[int, Report | None], silent: Mapping[int, float]) -> str:
+    """Name the ranks that stall the run, from the latest report of every rank, None for a rank without one.
+
+    `silent` has, by rank, the seconds since a silent rank's last report; it includes every rank without a
+    report.
+    """
+    known = {rank: report for rank, report in reports.items() if report is not None}
     if silent:
         late = sorted(silent)
-        known = [reports[rank] for rank in late if reports[rank]]
-        last = f" (last: {min(known, key=lambda report: report.place.passed).place})" if known else ""
-        what = f"not been heard from for {max(silent.values()):.0f} s{last}"
+        last = min((known[rank].place for rank in late if rank in known), key=_passed, default=None)
+        problem = f"not been heard from for {max(silent.values()):.0f} s" + (
+            f" (last: {last})" if last else ""
+        )
     else:
-        least = min(report.place.passed for report in reports.values())
-        late = sorted(rank for rank, report in reports.items() if report.place.passed == least)
-        place, still = reports[late[0]].place, max(reports[rank].still_seconds for rank in late)
-        what = f"been in {place}, for {still:.0f} s"
+        place = min((report.place for report in known.values()), key=_passed)
+        late = sorted(rank for rank, report in known.items() if report.place.passed == place.passed)
+        still = max(known[rank].still_seconds for rank in late)
+        problem = f"been in {known[late[0]].place}, for {still:.0f} s"
         if len(late) == len(reports):
-            return f"all {len(late)} ranks have {what}: they wait for each other, or one for its device"
+            return f"all {len(late)} ranks have {problem}: they wait for each other, or one for its device"
     named = [
-        f"{rank} ({reports[rank].host if reports[rank] else 'host unknown'})" for rank in late[:_MOST_NAMED]
+        f"{rank} ({known[rank].host if rank in known else 'host unknown'})" for rank in late[:_MOST_NAMED]
     ]
     more = f" and {len(late) - _MOST_NAMED} more" if len(late) > _MOST_NAMED else ""
     subject = f"rank {named[0]} has" if len(late) == 1 else f"ranks {', '.join(named)}{more} have"
     others = [rank for rank in sorted(reports) if rank not in late]
     if not others:
-        return f"{subject} {what}"
+        return f"{subject} {problem}"
     waiting = f"rank {others[0]} waits" if len(others) == 1 else f"ranks {_ranges(others)} wait"
-    return f"{subject} {what}; {waiting} for {'it' if len(late) == 1 else 'them'}"
+    return f"{subject} {problem}; {waiting} for {'it' if len(late) == 1 else 'them'}"
+
+
+def _passed(place: Place) -> int:
+    return place.passed
 
 
 def _ranges(ranks: Sequence[int]) -> str:
-    """Of ascending numbers: 0-2, 4."""
+    """Format ascending numbers as in: 0-2, 4."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
@@ -186,12 +238,13 @@ def _ranges(ranks: Sequence[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
-# --- the end ---------------------------------------------------------------------------------------------------------
+# --- the end ------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def explaining(folder: Path) -> Iterator[None]:
-    """Where a collective fails in here, leave with one line that says where, and the traceback in `folder`/errors.
+    """End the process with one line if a collective fails within the context.
 
-    The other processes are out of reach or gone, and nothing but another start would mend that.
+    The traceback is in `folder`/errors. The other processes are unreachable or gone: only another start
+    helps.
     """
     try:
         yield
@@ -214,5 +267,6 @@ def _of_collective(error: RuntimeError) -> bool:
 
 
 def _next() -> str:
-    newest: Any = _run_dir and max(RunDir(_run_dir).saved_checkpoints(), default=None)
+    """How to continue: a message for the end of a run."""
+    newest = max(RunDir(_run_dir).saved_checkpoints(), default=None) if _run_dir else None
     return f"the same command goes on from {newest}" if newest else "the same command starts it again"

@@ -5,25 +5,25 @@ from itertools import zip_longest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from indistill.data.dataset import ImageDataset
 from indistill.evaluate.passes import each_batch
-from indistill.models.trainable import Trainable
 
 
 @torch.no_grad()
 def accuracy(
-    accelerator: Accelerator, network: Trainable, dataset: ImageDataset, batch: int
+    accelerator: Accelerator, network: nn.Module, dataset: ImageDataset, batch: int
 ) -> dict[str, float]:
-    """Top-1 and top-5 of the whole set, in [0, 1]; nothing for a network whose classifier no loss trains.
+    """Top-1 and top-5 accuracy over the whole set, in [0, 1]; {} for a network whose classifier no loss
+    trains.
 
-    With intermediate classifier heads (`Output.cohort`) also their `top1_head1`, `top1_head2`, ... Call on all ranks,
-    with the network outside its training wrapper.
+    With intermediate classifier heads (`Output.cohort`) also their `top1_head1`, `top1_head2`, ...
+    Collective; pass the network without its training wrapper.
     """
     if not network.with_logits:
         return {}
-    counts: Tensor | int = 0  # all samples, right in the best 5, right at once, right at once by each head
+    counts: Tensor | int = 0  # samples; right in the best 5; right; right by each head
     for images, labels in each_batch(accelerator, dataset, batch, network):
         output = network(images)
         best = output.logits.topk(min(5, output.logits.shape[1]), dim=1).indices  # [B, 5]
@@ -31,7 +31,7 @@ def accuracy(
         heads = [(logits.argmax(dim=1) == labels).sum() for logits in output.cohort]
         seen = labels.new_tensor(len(labels))
         counts = counts + torch.stack([seen, hits.sum(), hits[:, 0].sum(), *heads])
-    mine = counts.tolist() if isinstance(counts, Tensor) else []  # none of a small set may be this rank's
+    mine = counts.tolist() if isinstance(counts, Tensor) else []  # a rank may have no sample of a small set
     total, *correct = (sum(column) for column in zip_longest(*gather_object([mine]), fillvalue=0))
     if total != len(dataset):
         raise RuntimeError(f"evaluation counted {total} of {len(dataset)} samples")

@@ -28,21 +28,24 @@ def similarity(
     batch: int,
     samples: int = 512,
 ) -> dict[str, float]:
-    """How alike student and teacher are on `samples` images, evenly spaced over the set; the same on all ranks.
+    """Compare student and teacher on `samples` images, evenly spaced over the set. Collective; the same on
+    all ranks.
 
-    `pairs` are (teacher stage, student stage), each deeper than the last, as in `warmup.pairs`; the embeddings are one
-    more, the last. For each {layer} of pair1, pair2, ..., embedding:
+    `pairs` are (teacher stage, student stage), each deeper than the last, as in `warmup.pairs`; the
+    embeddings are one more, the last. For each {layer} of pair1, pair2, ..., embedding:
 
-    - cka_{layer}: linear centred kernel alignment of the student's and the teacher's flattened maps, in [0, 1];
+    - cka_{layer}: linear centred kernel alignment of the student's and the teacher's flattened maps, in [0,
+      1];
     - information_student_{layer}, information_teacher_{layer}: quadratic mutual information with the labels;
 
-    and information_flow_divergence between the two networks' information (representations.py has the definitions). A
-    layer that is not finite, as half precision may make it, is named on the console and left out, with the divergence.
+    and information_flow_divergence between the two networks' information (representations.py has the
+    definitions). A layer that is not finite, which half precision may cause, is named on the console and left
+    out, as is the divergence.
 
-    Maps are compared whole, without adapter or pruning, unless `samples` of one have more than 2^27 values, 512 MiB in
-    float32, which 512 maps of 64 x 56 x 56 have not: then they are average-pooled to half their size until they fit,
-    since neighbours tell the least. All ranks together hold the maps of every layer in host memory, and each rank those
-    of one layer on its device.
+    Maps are compared without adapter or pruning. If `samples` of one have more than 2^27 values (512 MiB in
+    float32; 512 maps of 64 x 56 x 56 have fewer), they are average-pooled to half their size until they fit,
+    since neighbouring pixels differ least. All ranks together hold the maps of every layer in host memory,
+    and each rank the maps of one layer on its device.
     """
     part = _Spaced(dataset, samples)
     layers = [f"pair{i}" for i in range(1, len(pairs) + 1)] + ["embedding"]
@@ -56,24 +59,32 @@ def similarity(
     labels = next(columns)
     scores: dict[str, float] = {}
     for layer, of_student, of_teacher in zip(layers, columns, columns):  # [N, C, H, W] or [N, D], each
-        if not (of_student.isfinite().all() and of_teacher.isfinite().all()):
-            if accelerator.is_main_process:
-                print(f"indistill: similarity: {layer} is not finite, and left out", flush=True)
-        elif accelerator.is_main_process:
-            scores[f"cka_{layer}"] = linear_cka(of_student, of_teacher).item()
-            scores[f"information_student_{layer}"] = information(of_student, labels).item()
-            scores[f"information_teacher_{layer}"] = information(of_teacher, labels).item()
+        if accelerator.is_main_process:
+            scores |= _layer_scores(layer, of_student, of_teacher, labels)
     if len(scores) == 3 * len(layers):
-        flows = (
+        student_flow, teacher_flow = (
             torch.tensor([scores[f"information_{role}_{layer}"] for layer in layers], dtype=torch.float64)
             for role in ("student", "teacher")
         )
-        scores["information_flow_divergence"] = information_flow_divergence(*flows).item()
+        divergence = information_flow_divergence(student_flow, teacher_flow)
+        scores["information_flow_divergence"] = divergence.item()
     return broadcast_object_list([scores])[0]
 
 
+def _layer_scores(layer: str, of_student: Tensor, of_teacher: Tensor, labels: Tensor) -> dict[str, float]:
+    """CKA and information of one layer; {} if it is not finite."""
+    if not (of_student.isfinite().all() and of_teacher.isfinite().all()):
+        print(f"indistill: similarity: {layer} is not finite, and left out", flush=True)
+        return {}
+    return {
+        f"cka_{layer}": linear_cka(of_student, of_teacher).item(),
+        f"information_student_{layer}": information(of_student, labels).item(),
+        f"information_teacher_{layer}": information(of_teacher, labels).item(),
+    }
+
+
 def _bounded_maps(network: Network, images: Tensor, stages: list[int], samples: int) -> list[Tensor]:
-    """Maps [B, C, H, W] of the stages and the embedding [B, D], float32 in host memory, within _MAP_ENTRIES."""
+    """Maps [B, C, H, W] of the stages and embeddings [B, D], float32 in host memory, within _MAP_ENTRIES."""
     bounded = []
     for x in network.maps(images, stages) if stages else []:
         x = x.float()
@@ -89,10 +100,10 @@ class _Spaced(ImageDataset):
     def __init__(self, whole: ImageDataset, samples: int) -> None:
         vars(self).update(vars(whole.for_evaluation()))
         samples = min(samples, len(whole))
-        self.places = np.arange(samples) * len(whole) // samples
+        self.positions = np.arange(samples) * len(whole) // samples
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
     def __getitem__(self, request: Request) -> Batch:
-        return super().__getitem__(request._replace(ids=self.places[request.ids]))
+        return super().__getitem__(request._replace(ids=self.positions[request.ids]))

@@ -1,7 +1,8 @@
-"""Exact evaluation over all ranks: accuracy, retrieval, and how alike two networks are; every sample counted once."""
+"""Evaluation passes over all ranks, in which every sample counts exactly once."""
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,9 @@ from indistill.models.trainable import Trainable
 def embeddings(
     accelerator: Accelerator, network: Trainable, dataset: ImageDataset, batch: int
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings float32 [N, D] and labels int64 [N] of the whole set, in its order, on every rank."""
+    """Embeddings float32 [N, D] and labels int64 [N] of the whole set, in its order, on every rank.
+    Collective.
+    """
     batches = each_batch(accelerator, dataset, batch, network)
     rows = [[network(images).embedding.float(), labels] for images, labels in batches]
     embedding, labels = join_columns(accelerator, rows, len(dataset))
@@ -28,14 +31,13 @@ def embeddings(
 
 
 def join_columns(accelerator: Accelerator, rows: list[list[Tensor]], samples: int) -> Iterator[Tensor]:
-    """Each column of all ranks' rows, joined in the set's order, on every rank's device: one by one, they may be large.
+    """Yield each column of all ranks' rows, joined in the set's order, on every rank's device.
 
-    A rank has one row for each of its batches, and every rank must take all columns.
+    A rank has one row for each of its batches. Columns may be large, so they are gathered one by one: every
+    rank must read all of them.
     """
     kinds = gather_object([[(x.shape[1:], x.dtype) for x in rows[0]] if rows else None])
-    kind = next(
-        kind for kind in kinds if kind
-    )  # a rank without samples learns from another what they look like
+    kind = next(kind for kind in kinds if kind)  # a rank without samples needs another's shapes and dtypes
     counts = [len(share) for share in eval_shares(samples, accelerator.num_processes)]
     for i, (shape, dtype) in enumerate(kind):
         column = torch.cat([row[i] for row in rows]) if rows else torch.empty(0, *shape, dtype=dtype)
@@ -49,51 +51,56 @@ def join_columns(accelerator: Accelerator, rows: list[list[Tensor]], samples: in
 def each_batch(
     accelerator: Accelerator, dataset: ImageDataset, batch: int, *networks: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's images and labels on its device, the networks in eval mode meanwhile, under the run's precision.
+    """Yield this rank's images and labels on its device, with the networks in eval mode, in the run's
+    precision.
 
-    A rank that is asked to stop does so early. At the end all ranks raise Preempted if any was asked.
+    A rank that is asked to stop stops early. At the end all ranks raise Preempted if any was asked.
 
-    A sharded network runs on all ranks together: beside one, no rank stops early, and those that have a batch less than
-    others end with a black image and no label.
+    A sharded network runs on all ranks together: with one, no rank stops early, and ranks that have one batch
+    fewer than others end with a black image and no label.
     """
     together = any(isinstance(network, FSDPModule) for network in networks)
     shares = eval_shares(len(dataset), accelerator.num_processes)
-    batches = [math.ceil(len(share) / batch) for share in shares]
+    counts = [math.ceil(len(share) / batch) for share in shares]  # batches of each rank
+    rank = accelerator.process_index
+    device = accelerator.device
+    loader = eval_loader(
+        dataset.for_evaluation(), batch, rank=rank, world=accelerator.num_processes, device=device
+    )
+    with _evaluating(accelerator, networks):
+        with accelerator.autocast():
+            for loaded in loader:
+                watchdog.alive()
+                if preemption.asked() and not together:
+                    break
+                yield loaded.images.to(device, non_blocking=True), loaded.labels.to(device)
+            if together and counts[rank] < max(counts):
+                size = dataset.section.image_size
+                black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+                yield black, torch.zeros(0, dtype=torch.int64, device=device)
+        mine = torch.tensor(float(preemption.asked()), device=device)
+        if preemption.settle(accelerator.reduce(mine, reduction="sum").item()):
+            raise Preempted("stopped in an evaluation")
+
+
+@contextlib.contextmanager
+def _evaluating(accelerator: Accelerator, networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the networks in eval mode, with rank 0's buffers, and back in their own modes afterwards."""
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
         _share_buffers(accelerator, network)
-    loader = eval_loader(
-        dataset.for_evaluation(),
-        batch,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
-    )
     try:
-        with accelerator.autocast():
-            for batch in loader:
-                watchdog.alive()
-                if preemption.asked() and not together:
-                    break
-                yield (
-                    batch.images.to(accelerator.device, non_blocking=True),
-                    batch.labels.to(accelerator.device),
-                )
-            if together and batches[accelerator.process_index] < max(batches):
-                size = dataset.section.image_size
-                black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=accelerator.device)
-                yield black, torch.zeros(0, dtype=torch.int64, device=accelerator.device)
-        mine = torch.tensor(float(preemption.asked()), device=accelerator.device)
-        if preemption.settle(accelerator.reduce(mine, reduction="sum").item()):
-            raise Preempted("stopped in an evaluation")
+        yield
     finally:
         for network, mode in zip(networks, modes):
             network.train(mode)
 
 
 def _share_buffers(accelerator: Accelerator, network: nn.Module) -> None:
-    """Take rank 0's batch-norm statistics: those that a checkpoint holds. Between steps the ranks' own differ."""
+    """Copy rank 0's batch-norm statistics, which checkpoints contain: between steps those of the ranks
+    differ.
+    """
     if accelerator.num_processes > 1:
         for buffer in network.buffers():
             buffer.copy_(broadcast(buffer))

@@ -1,7 +1,7 @@
-"""How alike two representations are, and what they tell of the labels: pure functions of tensors.
+"""Similarity of two representations, and their information on the labels: pure functions of tensors.
 
-A representation x is [N, ...], one row for each of N samples, flattened. Sums are float64; of a wide one, D > N, only
-2^24 values at a time are held in that precision. Gradients flow.
+A representation x is [N, ...], one row for each of N samples, flattened. Sums are float64; of a wide one, D >
+N, only 2^24 values at a time are held in that precision. Gradients flow.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ _SLICE_ENTRIES = 2**24  # 128 MiB in float64
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     """Linear centred kernel alignment of x [N, ...] and y [N, ...], a float64 scalar in [0, 1].
 
-    Kornblith et al. (1905.00414), section 3: ||Y'X||^2 / (||X'X|| ||Y'Y||) for centred columns, Frobenius norms, which
-    equals HSIC(XX', YY') normalised. Rotations and isotropic scaling of either change nothing. The N x N form is taken
-    where a width exceeds N. Features without any variance are like nothing: 0. Raises ValueError for other shapes.
+    Kornblith et al. (1905.00414), section 3: ||Y'X||^2 / (||X'X|| ||Y'Y||) for centred columns, Frobenius
+    norms, which equals HSIC(XX', YY') normalised. Rotations and isotropic scaling of either change nothing.
+    The N x N form is taken where a width exceeds N. Features without any variance are like nothing: 0. Raises
+    ValueError for other shapes.
 
-    This estimate is biased upwards where samples are few for the width: of white noise, 512 samples of 50,000 and of
-    200,000 unrelated features come to 0.99. Compare figures of equal N and widths, such as a stage before and after.
+    This estimate is biased upwards where samples are few for the width: of white noise, 512 samples of 50,000
+    and of 200,000 unrelated features come to 0.99. Compare figures of equal N and widths, such as a stage
+    before and after.
     """
     x, y = _rows("linear_cka", x), _rows("linear_cka", y)
     if len(x) != len(y):
@@ -37,16 +39,16 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 def information(x: Tensor, labels: Tensor) -> Tensor:
     """Quadratic mutual information of x [N, ...] and labels int [N], a float64 scalar, at least 0.
 
-    The entries of the information-flow vector of 2005.00727 are mutual information between a layer and the labels, for
-    which its authors take QMI, V_in + V_all - 2 V_btw, under the cosine kernel K = (cos + 1) / 2 of 1803.10837. With
-    J_p of the N samples in class p, u = x / |x| and m the mean of u, all and by class, those three sums over pairs of
-    samples come to
+    The entries of the information-flow vector of 2005.00727 are mutual information between a layer and the
+    labels, for which its authors take QMI, V_in + V_all - 2 V_btw, under the cosine kernel K = (cos + 1) / 2
+    of 1803.10837. With J_p of the N samples in class p, u = x / |x| and m the mean of u, all and by class,
+    those three sums over pairs of samples come to
 
         1/2 sum_p (J_p / N)^2 |m_p - m|^2,
 
-    which needs no N x N kernel. 0 for a layer that does not tell the classes apart; at most (1 - 1/P) / (2 P) for P
-    equal classes of which none is opposite to another, as after a ReLU. The kernel and its scale are those of the
-    authors' code (passalis/qsmi, passalis/pkth); the papers' own text and equation numbers were not at hand.
+    which needs no N x N kernel. 0 for a layer that does not tell the classes apart; at most (1 - 1/P) / (2 P)
+    for P equal classes of which none is opposite to another, as after a ReLU. The kernel and its scale are
+    those of the authors' code (passalis/qsmi, passalis/pkth).
     """
     x = _rows("information", x)
     if labels.shape != (len(x),):
@@ -66,11 +68,12 @@ def information(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def information_flow_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Divergence of two information-flow vectors, [L_s] and [L_t], shallow to deep; a scalar, at least 0 (2005.00727).
+    """Divergence of two information-flow vectors, [L_s] and [L_t], shallow to deep; a scalar, at least 0
+    (2005.00727).
 
-    D_F = sum_i (student_i - teacher_kappa(i))^2, where kappa takes the student's last layer to the teacher's last and
-    any other to the teacher's layer of nearest information, so that the networks may differ in depth. As remembered
-    from the paper's section 3; its text was not at hand.
+    D_F = sum_i (student_i - teacher_kappa(i))^2, where kappa takes the student's last layer to the teacher's
+    last and any other to the teacher's layer of nearest information, so that the networks may differ in
+    depth. As remembered from the paper's section 3; its text was not at hand.
     """
     if student.ndim != 1 or teacher.ndim != 1 or not len(student) or not len(teacher):
         shapes = tuple(student.shape), tuple(teacher.shape)

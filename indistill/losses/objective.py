@@ -4,130 +4,120 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from indistill import config
+from indistill.config import Inputs, Loss, Shape
 from indistill.curriculum import Phase
-from indistill.losses import common
-from indistill.losses.gather import gather
+from indistill.losses.common import same_size, sum_of
+from indistill.losses.gather import Rows, gather_inputs, groups
+from indistill.losses.hint_loss import hint
 from indistill.models.outputs import Output, Targets
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses of a run; `scope` says whose samples relational losses compare (losses/gather.py)."""
+    """The losses of a run; `scope` says whose samples losses compare (losses/gather.py)."""
 
-    losses: Sequence[config.Loss]
+    losses: Sequence[Loss]
     steps_per_epoch: int
     scope: str = "auto"
 
     def __call__(
-        self, output: Output, targets: Targets, labels: Tensor, phase: Phase, step: int
+        self, output: Output, targets: Targets, *, labels: Tensor, phase: Phase, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the phase's losses, and each term unweighted, detached.
 
-        Labels are int64 [B], or class probabilities [B, K] of mixed images. A sum that is not finite gives gradients
-        that are not: what sums these over the ranks tells all of them.
+        Labels are int64 [B], or class probabilities [B, K] of mixed images. A sum that is not finite gives
+        gradients that are not finite, which whatever sums these over the ranks shows to all of them.
         """
+        weights: Sequence[float]
         if phase.pairs:
             names = [f"mse_pair{pair + 1}" for pair in phase.pairs]
-            values = [common.hint(*same_size(s, t)) for s, t in zip(output.features, targets.features)]
+            values = [hint(*same_size(s, t)) for s, t in zip(output.features, targets.features)]
             weights = phase.weights
         else:
-            epoch = (step - phase.start) // self.steps_per_epoch
+            epoch = int(step - phase.start) // self.steps_per_epoch
             names = term_names(self.losses)
             values = [
-                self._term(loss, output, output.projected.get(str(i), ()), targets, labels, epoch)
-                for i, loss in enumerate(self.losses)
+                self._term(i, output, targets=targets, labels=labels, epoch=epoch)
+                for i in range(len(self.losses))
             ]
             weights = [loss.weight for loss in self.losses]
-        total = sum(weight * value for weight, value in zip(weights, values))
+        total = sum_of(weight * value for weight, value in zip(weights, values))
         total = total * (1 + 0 * total.detach())  # times 1, or times nan
         return total, {name: value.detach() for name, value in zip(names, values)}
 
-    def _term(
-        self,
-        loss: config.Loss,
-        output: Output,
-        projected: Sequence[Tensor],
-        targets: Targets,
-        labels: Tensor,
-        epoch: int,
-    ) -> Tensor:
-        together = partial(gather, scope=self.scope)  # what compares samples compares those of all ranks
-        match loss:
-            case config.CrossEntropy():
-                classifiers = output.cohort or (output.logits,)
-                return sum(
-                    common.cross_entropy(logits, labels, loss.label_smoothing) for logits in classifiers
-                )
-            case config.KDLoss():
-                return common.kd(output.logits, targets.logits, loss.temperature, loss.standardize)
-            case config.DISTLoss():
-                logits = together(output.logits, targets.logits)  # its intra-class term compares samples
-                return common.dist(*logits, loss.beta, loss.gamma, loss.temperature)
-            case config.DKDLoss():
-                return common.dkd(
-                    output.logits, targets.logits, labels, loss.alpha, loss.beta, loss.temperature
-                )
-            case config.CohortLoss():
-                cohort = (targets.logits, *targets.cohort)
-                return common.dih(output.logits, cohort, labels, loss.alpha, loss.temperature, loss.weights)
-            case config.TokenLoss():
-                return common.token(output.token_logits, targets.logits, loss.mode, loss.temperature)
-            case config.PKTLoss():
-                embeddings = together(output.embedding, targets.embedding)
-                return common.pkt(*embeddings, loss.kernel, loss.divergence, loss.scale)
-            case config.InformationFlowLoss():
-                layers = [(output.embedding, targets.embedding, 1.0)]
-                weight = loss.init * loss.decay**epoch
-                layers += [(s, t, weight) for s, t in zip(output.features, targets.features)]
-                return sum(
-                    weight
-                    * common.pkt(
-                        *together(s.flatten(1), t.flatten(1)), loss.kernel, loss.divergence, loss.scale
-                    )
-                    for s, t, weight in layers
-                )
-            case config.RKDLoss():
-                embeddings = together(
-                    output.embedding, targets.embedding, related=3 if loss.angle_weight else 2
-                )
-                return common.rkd(*embeddings, loss.distance_weight, loss.angle_weight)
-            case config.CRDLoss():
-                student, teacher, labels = together(*projected, labels)
-                return common.crd(student, teacher, loss.temperature, labels)
-            case config.SPLoss():
-                return sum(common.sp(*together(s, t)) for s, t in zip(output.features, targets.features))
-            case config.ATLoss():
-                return sum(common.at(*same_size(s, t)) for s, t in zip(output.features, targets.features))
-            case config.MapLoss(name="hint"):
-                return sum(common.hint(*same_size(s, t)) for s, t in zip(projected, targets.features))
-            case config.MapLoss(name="reviewkd"):
-                return sum(common.reviewkd(s, t) for s, t in zip(projected, targets.features))
-            case config.MapLoss(name="vid"):
-                means, variances = projected[::2], projected[1::2]
-                return sum(common.vid(*vmt) for vmt in zip(means, variances, targets.features))
+    def _term(self, index: int, output: Output, *, targets: Targets, labels: Tensor, epoch: int) -> Tensor:
+        if output.cohort:  # classifier heads that are trained, each by itself
+            heads = [output._replace(logits=logits, cohort=()) for logits in output.cohort]
+            return sum_of(
+                self._term(index, head, targets=targets, labels=labels, epoch=epoch) for head in heads
+            )
+        loss = self.losses[index]
+        student, teacher, own_labels = self._inputs(index, output, targets, labels)
+        if loss.compares > 1:
+            student, teacher, own_labels = gather_inputs(
+                student, teacher, labels=own_labels, scope=self.scope, related=loss.compares
+            )
+        return loss(student, teacher, own_labels, epoch)
+
+    def compared(self, output: Output, targets: Targets, labels: Tensor) -> list[Rows]:
+        """One sample's part of what the losses would gather from all ranks, for each group of tensors."""
+        rows = []
+        for i, loss in enumerate(self.losses):
+            if loss.compares > 1:
+                for group in groups(*self._inputs(i, output, targets, labels)):
+                    rows.append(Rows.of([*group.values()], loss.compares))
+        return rows
+
+    def _inputs(
+        self, index: int, output: Output, targets: Targets, labels: Tensor
+    ) -> tuple[Inputs, Inputs, Any]:
+        """Return what a loss is given of student and teacher, and the labels if it reads them, else None."""
+        loss = self.losses[index]
+        own_labels = labels if "labels" in loss.reads else None
+        projected = output.projected.get(str(index))
+        if projected is not None and loss.compares > 1:
+            return Inputs(projected=projected), Inputs(), own_labels
+        of_student = {
+            "logits": output.logits,
+            "embedding": output.embedding,
+            "features": output.features,
+            "token": output.token_logits,
+        }
+        of_teacher = {
+            "logits": targets.logits,
+            "embedding": targets.embedding,
+            "features": targets.features,
+            "heads": targets.cohort,
+        }
+        student = Inputs(**{name: value for name, value in of_student.items() if name in loss.reads})
+        teacher = Inputs(**{name: value for name, value in of_teacher.items() if name in loss.teaches})
+        if projected is not None:
+            student.projected = projected
+        return student, teacher, own_labels
 
 
-def term_names(kd: Sequence[config.Loss]) -> list[str]:
-    """The losses' names; where one stands several times, with its place among them: kd, kd_2."""
-    names = [loss.name for loss in kd]
+def create_layers(losses: Sequence[Loss], shape: Shape) -> dict[str, nn.Module]:
+    """Create the trainable layers of each loss that has any, keyed by the loss's index."""
+    layers = {str(i): loss.layers(shape) for i, loss in enumerate(losses)}
+    return {index: layer for index, layer in layers.items() if layer is not None}
+
+
+def term_names(losses: Sequence[Loss]) -> list[str]:
+    """The names of the losses, with a number from the second of the same name on: kd, kd_2."""
+    names = [loss.name for loss in losses]
     counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts)]
 
 
-def reads(kd: Sequence[config.Loss], what: str) -> bool:
-    """Whether any KD loss reads the student's "logits", "embedding", "features" or distillation "token"."""
-    return any(what in loss.reads for loss in kd)
+def reads(losses: Sequence[Loss], what: str) -> bool:
+    """Whether any loss reads the student's "logits", "embedding", "features" or distillation "token"."""
+    return any(what in loss.reads for loss in losses)
 
 
-def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pool the larger of two maps [B, C, H, W] to the smaller, per axis (arXiv 2205.10003, section 3)."""
-    size = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:])]
-    return tuple(
-        m if list(m.shape[2:]) == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher)
-    )
+def teaches(losses: Sequence[Loss], what: str) -> bool:
+    """Whether any loss needs the teacher's "logits", "embedding", "features" or intermediate "heads"."""
+    return any(what in loss.teaches for loss in losses)

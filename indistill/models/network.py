@@ -40,7 +40,7 @@ class Network(Trainable):
     shallow to deep, and `adapters` maps a pair to the module that lifts its map to the teacher's width.
     `kd_stages` are the stages whose maps KD reads, `reads` the student's other outputs that it reads
     ("logits", "embedding", "token"), and `projectors` maps a KD loss to its trainable layers
-    (losses/layers.py).
+    (`Loss.layers`).
     """
 
     mean: Tensor  # [1, 3, 1, 1], in 0..255

@@ -34,7 +34,7 @@ class TimmModel(nn.Module):
     feature_info: Any  # a dict per stage (module, num_chs, reduction), or an object with these as `info`
     forward_features: Callable[[Tensor], Tensor]
     forward_intermediates: Callable[..., Any]  # maps [B, C, H, W] per stage; or the final features, and these
-    forward_head: Callable[..., Any]  # logits [B, K] (a pair while DeiT trains), or embedding
+    forward_head: Callable[..., Any]  # logits [B, K], a pair while DeiT trains; or embedding
     get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]  # DeiT has two
     # Only some models have these.
     set_distilled_training: Callable[[bool], None]
@@ -43,7 +43,7 @@ class TimmModel(nn.Module):
 
 
 def timm_model(net: nn.Module) -> TimmModel:
-    """Return `net` itself, typed: the public functions take the nn.Module that timm's own functions return."""
+    """Return `net` itself, typed: public functions take the nn.Module that timm's own functions return."""
     return cast(TimmModel, net)  # timm's models share no base class that could be tested
 
 

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from indistill import config
 from indistill.config import Config
 from indistill.curriculum import Phase, Timetable
-from indistill.losses.objective import Objective, reads
+from indistill.losses.gather import Rows
+from indistill.losses.objective import Objective, teaches
 from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
 from indistill.models.trainable import Trainable
@@ -36,7 +37,7 @@ class Work:
     activation_bytes: int  # that the student keeps for the backward pass
     batch_bytes: int  # kept once per batch: mostly weights in half precision
     targets: dict[str, tuple[int, ...]]  # shape of each target that the phase reads
-    student_maps: list[tuple[int, ...]]  # shape of each of the student's maps that the phase reads
+    compared: list[Rows]  # what losses that compare samples gather from all ranks
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def measure(
         activation_bytes=activation_bytes,
         batch_bytes=fewer.kept_bytes - SEEN[0] * activation_bytes,
         targets={name: tuple(target.shape[1:]) for name, target in fields.items()},
-        student_maps=[tuple(feature.shape[1:]) for feature in more.student_maps],
+        compared=more.compared,
     )
 
 
@@ -86,7 +87,7 @@ class _Run:
     student_flops: int  # forward, losses and backward
     kept_bytes: int  # that the student keeps for the backward pass
     targets: Targets
-    student_maps: Sequence[Tensor]
+    compared: list[Rows]  # what losses that compare samples gather
 
 
 def _run(
@@ -119,11 +120,16 @@ def _run(
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 run = convert_outputs_to_fp32(autocast(student.forward))
                 output = run(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-                loss, _ = objective(output, targets, labels, phase, int(phase.start))
+                loss, _ = objective(output, targets, labels=labels, phase=phase, step=int(phase.start))
             trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
             torch.autograd.grad(loss, trained, allow_unused=True)
-    kept_bytes = sum(kept.values())
-    return _Run(teaching.get_total_flops(), learning.get_total_flops(), kept_bytes, targets, output.features)
+    return _Run(
+        teacher_flops=teaching.get_total_flops(),
+        student_flops=learning.get_total_flops(),
+        kept_bytes=sum(kept.values()),
+        targets=targets,
+        compared=[] if phase.pairs else objective.compared(output, targets, labels),
+    )
 
 
 def _batch(settings: Config, phase: Phase, batch: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -151,11 +157,11 @@ def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Ta
     """The targets that the phase's losses read, by name."""
     if phase.pairs:
         return {f"pair{pair + 1}": target for pair, target in zip(phase.pairs, targets.features)}
-    losses = [loss for loss in settings.kd.losses if loss.name != "ce"]  # which reads no teacher
+    losses = settings.kd.losses
     fields = {f"stage{stage}": target for stage, target in zip(targets_of.kd_stages, targets.features)}
-    if targets.embedding is not None and reads(losses, "embedding"):
+    if targets.embedding is not None and teaches(losses, "embedding"):
         fields["embedding"] = targets.embedding
-    if targets.logits is not None and reads(losses, "logits"):
+    if targets.logits is not None and teaches(losses, "logits"):
         fields["logits"] = targets.logits
     return fields | {f"head{i + 1}": logits for i, logits in enumerate(targets.cohort)}
 
@@ -181,7 +187,8 @@ def uncached(settings: Config, phase: Phase) -> str | None:
         return "prune.mode: paper_bn" if paper_bn else None
     if settings.kd.mix and (settings.kd.mix.mixup or settings.kd.mix.cutmix):
         return "kd.mix"
-    return "ce alone" if all(loss.name == "ce" for loss in settings.kd.losses) else None
+    names = " and ".join(loss.name for loss in settings.kd.losses)
+    return None if any(loss.teaches for loss in settings.kd.losses) else f"{names} alone"
 
 
 def decide(settings: Config, works: Mapping[Phase, Work], timetable: Timetable) -> dict[str, Choice]:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir
 from indistill.data import class_names, remote
 from indistill.data.class_names import Names
@@ -176,7 +177,7 @@ def load_manifest(root: str) -> Manifest:
     except Exception as error:  # every fsspec backend has exceptions of its own
         missing = "no stored targets there"
         if os.path.exists(f"{root}/manifest.partial.json"):
-            missing = "the stored targets are not complete yet"
+            missing += ", only a part of them"
         reason = in_one_line(error, 200)
         raise UserError(
             f"{path}: {missing} ({reason}): run `indistill targets CONFIG`, or set targets: live"
@@ -197,9 +198,7 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest atomically."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(manifest.model_dump_json(indent=1) + "\n")
-    partial.replace(path)
+    replace_text(path, manifest.model_dump_json(indent=1) + "\n")
 
 
 # --- whether they are a run's -------------------------------------------------------------------------------

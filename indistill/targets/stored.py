@@ -9,6 +9,7 @@ from torch import Tensor
 from indistill import config
 from indistill.curriculum import Phase, Timetable
 from indistill.data.training import TrainingData
+from indistill.losses.objective import teaches
 from indistill.models.outputs import Targets
 from indistill.targets.live import LiveTargets
 from indistill.targets.reader import Reader
@@ -82,11 +83,11 @@ def fields_of(
     if phase.pairs:
         return tuple(f"pair{pair + 1}" for pair in phase.pairs)
     fields = [f"stage{stage}" for stage in kd_stages]
-    if any("embedding" in loss.reads for loss in losses):
+    if teaches(losses, "embedding"):
         fields.append("embedding")
-    if any("logits" in loss.reads and loss.name != "ce" for loss in losses):
+    if teaches(losses, "logits"):
         fields.append("logits")
-    if any(loss.name == "dih" for loss in losses):
+    if teaches(losses, "heads"):
         fields += [f"head{i}" for i in range(1, heads + 1)]
     return tuple(fields)
 

@@ -19,7 +19,6 @@ from threading import Thread
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.operations import recursively_apply
 from safetensors.torch import load_file, save_file
@@ -30,7 +29,7 @@ from indistill import config
 from indistill.config import UserError, in_one_line
 from indistill.config.files import sha256
 from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
-from indistill.distributed import engine
+from indistill.distributed.engine import Engine, on_main
 
 FORMAT_VERSION = 4
 MOST_FAILURES = 3  # saves in a row that may fail before the run does
@@ -53,7 +52,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        engine: Engine,
         files: RunDir,
         *,
         section: config.Checkpoint,
@@ -61,7 +60,8 @@ class Checkpoints:
         parts: Mapping[str, Stateful],
         whole: Callable[[], nn.Module],
     ) -> None:
-        self.accelerator = accelerator
+        self.engine = engine
+        self.accelerator = engine.accelerator
         self.files = files
         self.folder = files.checkpoints
         self.section = section
@@ -76,7 +76,9 @@ class Checkpoints:
         self.failures_in_a_row = 0
         # A group for the writers alone, so that they can agree while the ranks train. (Any: torch's type hint
         # allows an int, for ranks that are not in the group.)
-        self.group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.group: Any = (
+            distributed.new_group(backend="gloo") if engine.accelerator.num_processes > 1 else None
+        )
 
     # --- resuming -------------------------------------------------------------------------------------------
 
@@ -87,7 +89,7 @@ class Checkpoints:
         The scores are {} if no evaluation was due at that step, and None if one was due and has not been
         made.
         """
-        path, state = engine.on_main(self.accelerator, lambda: self.find(choice))
+        path, state = on_main(self.accelerator, lambda: self.find(choice))
         if path is None:
             return 0, {}
         self.load(path, ema)
@@ -149,7 +151,7 @@ class Checkpoints:
         """Restore networks and optimizer in place, on all ranks."""
         files = CheckpointDir(path).optimizers()
         parts = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
-        engine.restore(self.accelerator, load_file(CheckpointDir(path).model), parts)
+        self.engine.restore(load_file(CheckpointDir(path).model), parts)
         if ema is not None:
             ema.module.load_state_dict(load_file(CheckpointDir(path).ema))
 
@@ -202,7 +204,7 @@ class Checkpoints:
         # Written under another name, so that a checkpoint which is there under its own is complete.
         partial = CheckpointDir(self.folder / f".partial-{final.name}")
         contents: dict[Path, Any] = {}  # of the files that this rank writes
-        if part := engine.optimizer_part(self.accelerator):
+        if part := self.engine.optimizer_part():
             contents[partial.optimizer(self.accelerator.process_index)] = part
         weights = self.whole().state_dict()
         if self.accelerator.is_main_process:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed
 
 from indistill.config import Config, UserError
+from indistill.config.ranks import Ranks, variables
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
@@ -45,11 +46,8 @@ def train_groups(
     like `loop.train`. When the groups are asked to stop, or one of them fails, all resume from the newest
     step of which every student has a checkpoint.
     """
-    count, rank, world = (
-        len(students),
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )
+    ranks = Ranks.from_environment()
+    count, rank, world = len(students), ranks.rank, ranks.world_size
     if world % count:
         raise UserError(
             f"student_groups: disjoint: {world} processes cannot be cut into {count} equal groups: start a "
@@ -57,12 +55,12 @@ def train_groups(
         )
     group, place = divmod(rank, world // count)
     name, settings = students[group]
-    engine.find_interface(world)
+    engine.find_interface(ranks)
     timeout = timedelta(minutes=settings.collective_timeout_minutes)
     store, *_ = next(distributed.rendezvous("env://", rank, world, timeout=timeout))
     groups = _Groups(store, students, group=group, rank=place, size=world // count)
     launched = dict(os.environ)
-    os.environ |= {"RANK": str(place), "WORLD_SIZE": str(world // count), "INDISTILL_GROUP": f"{name}/"}
+    os.environ |= variables(place, world // count) | {"INDISTILL_GROUP": f"{name}/"}
     try:
         exchange = groups.begin(timeout)
         resume = _common_checkpoint(groups, resume)
@@ -101,7 +99,7 @@ class _Groups:
         same_images = distributed.PrefixStore(f"images {self.rank}", self.store)
         on_gpus = torch.cuda.is_available()
         if on_gpus:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(Ranks.from_environment().local_rank)
         backend = "nccl" if on_gpus else "gloo"
         distributed.init_process_group(
             backend, store=own, rank=self.rank, world_size=self.size, timeout=timeout
@@ -159,7 +157,7 @@ class _GroupSources(Sources):
         assert isinstance(targets_of, LiveTargets)  # the config refuses students that read stored targets
         assert settings.teacher is not None  # and students without a teacher
         students = self.groups.students
-        world = int(os.environ["WORLD_SIZE"])
+        world = Ranks.from_environment().world_size
         micro_batch = settings.data.global_batch // world // settings.grad_accumulation
         if micro_batch % len(students):
             raise UserError(
@@ -239,9 +237,8 @@ class ExchangedTargets:
         step = self.sources.step
         requested = [(student, field) for student in self.students for field in student.fields(step)]
         tensors = self._compute(images.chunk(count)[group], requested)
-        sent = torch.cat(
-            [tensor.to(self.dtype).flatten(1) for tensor in tensors], dim=1
-        )  # [B / count, values]
+        rows = [tensor.to(self.dtype).flatten(1) for tensor in tensors]
+        sent = torch.cat(rows, dim=1)  # [B / count, values]
         parts = [torch.empty_like(sent) for _ in range(count)]
         as_bytes = [part.view(torch.uint8) for part in parts]
         self.sources.exchange.allgather([as_bytes], [sent.view(torch.uint8)]).wait()

@@ -38,7 +38,7 @@ from indistill.training.mix import make_mix
 from indistill.training.parts import Sources
 from indistill.training.progress import Progress
 from indistill.training.run_log import RunLog
-from indistill.training.start import open_run_dir, start_accelerator
+from indistill.training.start import open_run_dir, start_engine
 
 
 def train(
@@ -99,7 +99,8 @@ class Run:
     # --- what the run is made of ----------------------------------------------------------------------------
 
     def _open_data(self) -> None:
-        self.accelerator = start_accelerator(self.settings)
+        self.engine = start_engine(self.settings)
+        self.accelerator = self.engine.accelerator
         self.files: RunDir = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
         self.run_dir: Path = self.files.path
         self.training, self.eval_set = self.sources.data(self.accelerator, self.settings)
@@ -137,14 +138,12 @@ class Run:
         self.ema: guard.Ema | None = None
         if settings.ema is not None:
             self.ema = guard.Ema(student, settings.ema.decay, use_warmup=settings.ema.warmup)
-        self.whole = engine.whole(accelerator, student)
-        optimizer = optim.create(student, settings.optimizer, fused=not engine.stage(accelerator))
-        unused = engine.unused(accelerator, student, self.timetable.curriculum.phases(), self._blank_loss)
+        self.whole = self.engine.whole(student)
+        optimizer = optim.create(student, settings.optimizer, fused=self.engine.fused)
+        unused = self.engine.unused(student, self.timetable.curriculum.phases(), self._blank_loss)
         self.phase_optim = optim.PhaseOptim(optimizer, settings, self.timetable, unused)
-        self.wrapped, self.optimizer, self.was_skipped = engine.prepare(
-            accelerator, settings.mixed_precision, student, optimizer
-        )
-        self.phase_optim.stale_gradients = engine.stale_gradients(self.optimizer)
+        self.wrapped, self.optimizer, self.was_skipped = self.engine.prepare(student, optimizer)
+        self.phase_optim.stale_gradients = self.engine.stale_gradients()
         self.buffers = Buffers(self.wrapped)
         self.stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
 
@@ -155,7 +154,7 @@ class Run:
         labels = torch.zeros(2, dtype=torch.int64, device=device)
         targets = self.targets_of(images, phase)
         output = self.student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-        return self.objective(output, targets, labels, phase, int(phase.start))[0]
+        return self.objective(output, targets, labels=labels, phase=phase, step=int(phase.start))[0]
 
     def _resume(self) -> None:
         """Load the newest checkpoint, if there is one, once all ranks agree on what they run."""
@@ -174,11 +173,11 @@ class Run:
             "plan": self.plan.hash,
             "data": self.training.fingerprint,
             "teacher": self.targets_of.fingerprint,
-            "engine": engine.describe(accelerator),
+            "engine": self.engine.describe(),
         }
         agree(identity)
         self.checkpoints = Checkpoints(
-            accelerator,
+            self.engine,
             self.files,
             section=settings.checkpoint,
             identity=identity,
@@ -214,9 +213,8 @@ class Run:
                 self.loss += self._micro_batch(phase, step) / self.settings.grad_accumulation
         self.done = step + 1
 
-        skipped = (
-            self.was_skipped()
-        )  # bool [], the same on all ranks: on one, a loss or gradient was not finite
+        # A bool [] on the device, the same on all ranks: was a loss or gradient not finite on any of them?
+        skipped = self.was_skipped()
         self.buffers.put_back(skipped)
         if self.ema:
             self.ema.update(self.whole(), self.done, skipped)
@@ -231,7 +229,7 @@ class Run:
         images, labels = self.mix(batch, phase)  # [B, 3, S, S]; [B], or [B, K] where mixed
         targets = self.targets_of(images, phase, batch.records)
         output = self.wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-        loss, terms = self.objective(output, targets, labels, phase, step)
+        loss, terms = self.objective(output, targets, labels=labels, phase=phase, step=step)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients and self.settings.clip_grad_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip_grad_norm)

@@ -24,9 +24,8 @@ from indistill.data import class_names
 from indistill.data.batch import Batch
 from indistill.data.dataset import ImageDataset
 from indistill.data.training import TrainingData, open_data
-from indistill.losses import layers
-from indistill.losses.layers import Shape
-from indistill.losses.objective import reads
+from indistill.losses import Shape
+from indistill.losses.objective import create_layers, reads, teaches
 from indistill.models import timm_model
 from indistill.models.heads import Heads
 from indistill.models.network import Network, Normalisation, normalisation
@@ -95,7 +94,7 @@ class _Builder:
     accelerator: Accelerator
     settings: Config
     net: TimmModel
-    normalisation: Normalisation
+    normalisation: Normalisation  # of the student's input
 
     def with_stored_targets(self, files: RunDir) -> Parts:
         """Build the student and open its stored targets; no teacher is loaded."""
@@ -164,9 +163,9 @@ class _Builder:
             },
             reads=[what for what in ("logits", "embedding", "token") if reads(losses, what)],
             kd_stages=[student_stage for _, student_stage in kd_pairs],
-            projectors=layers.create(losses, projector_shape(teacher, self.net, kd_pairs)),
+            projectors=create_layers(losses, projector_shape(teacher, self.net, kd_pairs)),
         )
-        kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs]
+        kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs] if teaches(losses, "features") else []
         return student, kd_stages
 
     def finish(self, student: Network) -> Network:
@@ -199,9 +198,9 @@ def check_fit(settings: Config) -> None:
 
 
 def check_cohort(losses: Sequence[config.Loss], heads: int) -> None:
+    """Raise UserError for a loss that does not fit a teacher with `heads` intermediate heads."""
     for loss in losses:
-        if loss.name == "dih" and loss.weights is not None and len(loss.weights) != 1 + heads:
-            raise UserError(f"kd.losses: dih.weights: {len(loss.weights)} for the teacher and {heads} heads")
+        loss.check(heads)
 
 
 def trainable(settings: Config, student: Network) -> Network:
@@ -213,11 +212,12 @@ def create_student(settings: Config) -> TimmModel:
     """Create the bare timm model. Raises UserError if a loss needs a distillation token that it lacks."""
     assert settings.student is not None  # the config requires it unless stage is heads
     net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
-    if reads(settings.kd.losses, "token") and not hasattr(net, "set_distilled_training"):
-        raise UserError(
-            f"kd.losses: token needs a student with a distillation token, {settings.student.name} has none: "
-            "choose one such as deit_tiny_distilled_patch16_224"
-        )
+    for loss in settings.kd.losses:
+        if "token" in loss.reads and not hasattr(net, "set_distilled_training"):
+            raise UserError(
+                f"kd.losses: {loss.name} needs a student with a distillation token, {settings.student.name} "
+                "has none: choose one such as deit_tiny_distilled_patch16_224"
+            )
     return net
 
 
@@ -291,9 +291,8 @@ class Sources:
     """
 
     name = ""  # of a student among several, shown with its progress
-    position: int | None = (
-        None  # of the student's progress line, if other processes write to the terminal too
-    )
+    # Of the student's progress line, if other processes write to the terminal too.
+    position: int | None = None
 
     def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
         """Open the training and evaluation images. Raises UserError for unusable shards and batch sizes."""

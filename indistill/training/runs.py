@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from indistill.config import Config, UserError
 from indistill.config.files import sha256
+from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, has_begun
 from indistill.config.runs import Students
 from indistill.distributed import environment, preemption, watchdog
@@ -136,7 +136,7 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
                     f"stage {name} began with other weights than are now in {files[key]} ({key}): delete "
                     f"{run_dir.path} to train the stage again, or choose another run_dir"
                 )
-    elif hashes and os.environ.get("RANK", "0") == "0":
+    elif hashes and Ranks.from_environment().is_main_process:
         try:
             run_dir.path.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(hashes, indent=2) + "\n")
@@ -147,5 +147,5 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
 
 
 def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if Ranks.from_environment().is_main_process:
         print(line, flush=True)

@@ -1,4 +1,4 @@
-"""Two ranks that differ in one thing: both stop at the start, and one line says in what."""
+"""Two ranks that differ in one thing both stop at the start, and one line names the difference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def with_keys(tree: dict[str, Any], name: str, **keys: Any) -> dict[str, Any]:
 
 
 def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
-    """Each case alone: rank 1 differs in it, rank 0 in nothing."""
+    """Run each case separately: rank 1 differs in one thing, rank 0 in nothing."""
     differs = os.environ["RANK"] == "1"
     plan_of, teacher_of = pruning.agree_on_plan, parts.create_teacher
 
@@ -48,7 +48,7 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
             setattr(owner, name, before)
 
     both("optimizer.lr: rank 0 has 0.001, rank 1 has 0.5", mine=with_keys(tree, "optimizer", lr=0.5))
-    # Which another start may change, but not one rank alone: it would wait for the other, forever.
+    # A restart may change these keys, but not one rank alone: it would wait forever for the other.
     both("log.every_steps: rank 0 has 1, rank 1 has 2", mine=with_keys(tree, "log", every_steps=2))
     both(r"indistill: rank 0 has .*, rank 1 has .*", (agree, "__file__", other_code))
     both(r"torch: rank 0 has .*, rank 1 has 0\.1", (torch, "__version__", "0.1"))
@@ -64,7 +64,7 @@ def test_ranks_that_disagree_do_not_start(tree, tmp_path):
     code = tmp_path / "code"
     shutil.copytree(Path(agree.__file__).parents[1], code, ignore=shutil.ignore_patterns("__pycache__"))
     with (code / "losses" / "common.py").open("a") as file:
-        file.write("# one line more\n")
+        file.write("# one more line\n")
     pack_images(tmp_path / "data", "train", samples=192, per_shard=64, seed=3)
     pack_images(tmp_path / "data", "eval", samples=51, per_shard=51, seed=2)
     run_ranks(refused, 2, tree, str(code / "distributed" / "agree.py"), str(tmp_path / "data"))
@@ -73,7 +73,7 @@ def test_ranks_that_disagree_do_not_start(tree, tmp_path):
 
 def agreed(tree: dict[str, Any]) -> None:
     mine = copy.deepcopy(tree)
-    mine["data"] |= {"workers": int(os.environ["RANK"])}  # a node's own business
+    mine["data"] |= {"workers": int(os.environ["RANK"])}  # may differ between nodes
     loop.train(config.parse(mine, "test"))
 
 

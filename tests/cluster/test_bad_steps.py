@@ -1,4 +1,4 @@
-"""A step whose loss, gradient or images are not finite on one rank: as if no rank had ever taken it."""
+"""A step whose loss, gradient or images are not finite on one rank leaves no trace on any rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from indistill import losses as indistill_losses
 from indistill.commands.cli import main
 from indistill.config.files import read_lines
 from indistill.distributed import engine
-from indistill.losses import common, objective
+from indistill.losses import ce_loss, objective
 from indistill.training import guard, loop, optim
 from indistill.training import mix as training_mix
 from indistill.training.loop import Run
@@ -40,7 +40,7 @@ def digest(values: Any) -> str:
 
 
 def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
-    """In each of these steps' first micro-batch, on this rank alone, something is not finite."""
+    """Make something non-finite in the first micro-batch of each of these steps, only on this rank."""
     if int(os.environ["RANK"]) != rank:
         return
     call, mix, begin_step = objective.Objective.__call__, training_mix.make_mix, optim.PhaseOptim.begin_step
@@ -56,13 +56,13 @@ def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
 
     def broken(value: Tensor) -> Tensor:
         if now("loss"):
-            value = value + torch.inf  # whose gradient is finite
+            value = value + torch.inf  # the gradient stays finite
         elif now("gradient"):
             value.register_hook(lambda gradient: gradient * torch.nan)
         return value
 
-    def breaking_call(self, *arguments):
-        result = call(self, *arguments)
+    def breaking_call(self, *arguments, **keywords):
+        result = call(self, *arguments, **keywords)
         at["broken"] = at["step"]
         return result
 
@@ -77,15 +77,27 @@ def break_steps(kind: str, rank: int, bad: Any = BAD) -> None:
 
     optim.PhaseOptim.begin_step = telling_begin_step
     objective.Objective.__call__, loop.make_mix = breaking_call, breaking_mix
-    common.hint = lambda *arguments: broken(hint(*arguments))
-    common.cross_entropy = lambda *arguments: broken(entropy(*arguments))
+    objective.hint = lambda *arguments: broken(hint(*arguments))
+    ce_loss.cross_entropy = lambda *arguments: broken(entropy(*arguments))
 
 
 class State:
-    """Everything that a bad step must leave alone, taken from a run of `module.train` as it goes."""
+    """Collects the state that a bad step must not change, during a run of `module.train`."""
 
     def __init__(self) -> None:
-        prepare, whole, ema_class = engine.prepare, engine.whole, guard.Ema
+        for engine_class in (engine.DDP, engine.ZeRO):
+            self.record(engine_class)
+        ema_class = guard.Ema
+
+        def keep_ema(*arguments, **keywords):
+            self.ema = ema_class(*arguments, **keywords)
+            return self.ema
+
+        guard.Ema = keep_ema
+
+    def record(self, engine_class: type[engine.Engine]) -> None:
+        """Keep what `prepare` and `whole` of the engine return."""
+        prepare, whole = engine_class.prepare, engine_class.whole
 
         def keep_prepare(*arguments):
             self.wrapped, self.optimizer, was_skipped = prepare(*arguments)
@@ -95,11 +107,7 @@ class State:
             self.whole = whole(*arguments)
             return self.whole
 
-        def keep_ema(*arguments, **keywords):
-            self.ema = ema_class(*arguments, **keywords)
-            return self.ema
-
-        engine.prepare, engine.whole, guard.Ema = keep_prepare, keep_whole, keep_ema
+        engine_class.prepare, engine_class.whole = keep_prepare, keep_whole
 
     def digests(self) -> list[str]:
         inner = getattr(
@@ -113,7 +121,7 @@ class State:
         ]
 
     def at_bad_steps(self, begin: Any, end: Any) -> None:
-        """Call these as each bad step begins, and when it is over."""
+        """Call these functions before and after each bad step."""
         begin_step, end_step = optim.PhaseOptim.begin_step, curriculum.Pace.end_step
 
         def calling_begin(phase_optim, step, phase):
@@ -134,16 +142,18 @@ class State:
 
         def telling_end(run):
             accelerator = run.accelerator
-            told = {"world": accelerator.num_processes, "engine": engine.describe(accelerator)}
-            told["digests"] = self.digests()
-            (Path(tree["run_dir"]) / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
+            recorded = {"world": accelerator.num_processes, "engine": run.engine.describe()}
+            recorded["digests"] = self.digests()
+            (Path(tree["run_dir"]) / f"recorded-{accelerator.process_index}.json").write_text(
+                json.dumps(recorded)
+            )
             return end(run)
 
         Run.end = telling_end
 
 
 def run_broken(tree: dict[str, Any], kind: str, rank: int) -> None:
-    """Train, and see for oneself that the bad steps change no bit of what is kept."""
+    """Train, and check that the bad steps change no bit of the state."""
     state, before = State(), []
     break_steps(kind, rank)
 
@@ -159,7 +169,7 @@ def run_broken(tree: dict[str, Any], kind: str, rank: int) -> None:
 
 
 def run_without(tree: dict[str, Any]) -> None:
-    """Train on the same batches, all finite, and undo the steps that were bad: by hand, from copies of all states."""
+    """Train on the same batches, all finite, and undo the bad steps from copies of all states."""
     state, before = State(), []
 
     def begin() -> None:
@@ -171,8 +181,10 @@ def run_without(tree: dict[str, Any]) -> None:
     loop.train(config.parse(tree, "test"))
 
 
-def told(tree: dict[str, Any], world: int) -> list[dict[str, Any]]:
-    return [json.loads((Path(tree["run_dir"]) / f"told-{rank}.json").read_text()) for rank in range(world)]
+def recorded(tree: dict[str, Any], world: int) -> list[dict[str, Any]]:
+    return [
+        json.loads((Path(tree["run_dir"]) / f"recorded-{rank}.json").read_text()) for rank in range(world)
+    ]
 
 
 def run(tree: dict[str, Any]) -> None:
@@ -189,7 +201,7 @@ def lines(tree: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def short_tree(tree):
-    """Batch norm, an average of the weights, 6 steps of warm-up and 6 of kd; lines of two steps each."""
+    """A config with batch norm, averaged weights, 6 steps of warm-up, 6 of KD, and a line every two steps."""
     tree["warmup"] = {"durations": ["2 steps", "2 steps", "2 steps"]}
     tree |= {"duration": "12 steps", "ema": {"decay": 0.9}, "clip_grad_norm": 1.0}
     tree["log"]["every_steps"] = 2
@@ -211,7 +223,7 @@ def test_a_bad_step_leaves_no_trace(short_tree, tmp_path, kind, world, rank, pre
     without = {**copy.deepcopy(short_tree), "run_dir": str(tmp_path / "without"), "log": {"every_steps": 1}}
     run_ranks(run_broken, world, short_tree, kind, rank)
     run_ranks(run_without, world, without)
-    ranks, expected = told(short_tree, world), told(without, world)
+    ranks, expected = recorded(short_tree, world), recorded(without, world)
     assert [one["world"] for one in ranks] == [world] * world
     assert [one["digests"] for one in ranks] == [one["digests"] for one in expected]
     assert ranks[0]["digests"][:2] == ranks[-1]["digests"][:2]  # batch norm's statistics are each rank's own
@@ -221,7 +233,7 @@ def test_a_bad_step_leaves_no_trace(short_tree, tmp_path, kind, world, rank, pre
         [loss for step, loss in enumerate(per_step) if step // 2 == i and step not in BAD] for i in range(6)
     ]
     means = [sum(window) / len(window) if window else None for window in windows]
-    assert means[4] is None  # both steps of it were bad
+    assert means[4] is None  # both of its steps were bad
     assert [line["loss"] for line in lines(short_tree)] == [
         m if m is None else pytest.approx(m, rel=LOGGED) for m in means
     ]
@@ -234,7 +246,7 @@ def resume(tree: dict[str, Any]) -> None:
     again = Path(tree["run_dir"]) / "checkpoints" / "step-00000009"  # between two bad steps
     whole = lines(tree)
     assert whole[-1]["skipped_steps"] == len(BAD)
-    break_steps("loss", 0)  # counts its steps anew
+    break_steps("loss", 0)  # its step count starts at 0
     loop.train(config.parse(tree, "test"), str(again))
     kept = {"step", "loss", "skipped_steps"}
     assert [{k: line[k] for k in kept} for line in lines(tree)] == [
@@ -278,7 +290,7 @@ def test_too_many_in_a_row_stop_the_run(short_tree, tmp_path):
 )
 @pytest.mark.parametrize(("stage", "kind", "accumulation"), [(2, "loss", 2), (3, "loss", 2), (2, "image", 1)])
 def test_under_zero(short_tree, tmp_path, stage, kind, accumulation):
-    """What run_broken sees, of each rank's part; and the losses of DDP."""
+    """Check the states that run_broken records on each rank, and compare the losses with DDP."""
     short_tree["grad_accumulation"] = accumulation
     short_tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
     short_tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
@@ -286,7 +298,7 @@ def test_under_zero(short_tree, tmp_path, stage, kind, accumulation):
     section = {"name": "deepspeed", "stage": stage, "reduce_bucket_size": 4000}
     zero = {**copy.deepcopy(short_tree), "run_dir": str(tmp_path / "zero"), "engine": section}
     run_ranks(run_broken, 2, zero, kind, 1)
-    assert [one["engine"] for one in told(zero, 2)] == [f"ZeRO stage {stage}"] * 2
+    assert [one["engine"] for one in recorded(zero, 2)] == [f"ZeRO stage {stage}"] * 2
     run_ranks(run_broken, 2, short_tree, kind, 1)
     plain = {**copy.deepcopy(short_tree), "run_dir": str(tmp_path / "plain")}
     run_ranks(run, 1, plain)

@@ -1,4 +1,4 @@
-"""A chain on two processes: every stage in the process group of the first."""
+"""A chain on two processes: every stage uses the process group of the first."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def chain(tree: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-def run(path: Path, told: Path) -> None:
+def run(path: Path, folder: Path) -> None:
     summaries = training_runs.run(runs.load(path))
     assert not torch.distributed.is_initialized()
-    (told / os.environ["RANK"]).write_text(json.dumps(summaries))
+    (folder / os.environ["RANK"]).write_text(json.dumps(summaries))
 
 
 def check(run_dir: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def test_two_ranks_train_a_chain_and_go_on_with_it(chain, tmp_path):
     assert json.loads((tmp_path / "0").read_text()) == summaries
     weights = load_file(run_dir / "student" / "student.safetensors")
 
-    # Once more, the first stage finished and the second at its last checkpoint.
+    # Run it again, with the first stage finished and the second at its last checkpoint.
     (run_dir / "student" / "summary.json").unlink()
     (run_dir / "student" / "student.safetensors").unlink()
     kept = (run_dir / "teacher" / "summary.json").stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""`indistill doctor` on two ranks: what they compare, and whom rank 0 names when one is off, silent or gone."""
+"""`indistill doctor` on two ranks: what they compare, and how rank 0 names a rank that differs or is gone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOST = socket.gethostname()
 
 
 def examine(path: str, how: str, start_seconds: float, check_seconds: float) -> None:
-    """`indistill doctor CONFIG --json` with what it prints in files; `how` says what is wrong with rank 1."""
+    """Run `indistill doctor CONFIG --json` with its output in files; `how` is the fault of rank 1."""
     rank = os.environ["RANK"]
     inputs.LOOK_SECONDS, findings.START_SECONDS, findings.CHECK_SECONDS = 0.1, start_seconds, check_seconds
     if rank == "1" and how == "differs":
@@ -56,7 +56,7 @@ def dies(here: Here) -> Said:
 def run(
     tree, tmp_path: Path, how: str = "", ranks=(0, 1), agent=False, seconds=(60.0, 60.0)
 ) -> tuple[list[int], Any]:
-    """Exit codes, and what rank 0 printed."""
+    """Return the exit codes and the output of rank 0."""
     path, port = tmp_path / "config.yaml", unused_port()
     path.write_text(json.dumps(tree))
     variables, served = {}, None
@@ -82,28 +82,28 @@ def examine_with(variables: dict[str, str], *arguments: Any) -> None:
     examine(*arguments)
 
 
-def lines(told: dict[str, Any], check: str) -> list[dict[str, Any]]:
-    return [line for line in told["lines"] if line["check"] == check]
+def lines(output: dict[str, Any], check: str) -> list[dict[str, Any]]:
+    return [line for line in output["lines"] if line["check"] == check]
 
 
 def test_two_ranks(tree, tmp_path):
-    codes, told = run(tree, tmp_path, agent=True)
+    codes, output = run(tree, tmp_path, agent=True)
     assert codes == [0, 0]
-    assert (told["ok"], told["processes"]) == (True, 2)
-    assert {line["level"] for line in told["lines"]} <= {"ok", "warn"}
-    (line,) = lines(told, "start")
+    assert (output["ok"], output["processes"]) == (True, 2)
+    assert {line["level"] for line in output["lines"]} <= {"ok", "warn"}
+    (line,) = lines(output, "start")
     assert (line["what"], line["ranks"], line["hosts"]) == ("2 processes on cpu, gloo, ddp", [0, 1], [HOST])
-    (line,) = lines(told, "agreement")
+    (line,) = lines(output, "agreement")
     assert line["what"] == f"2 ranks on 1 node ({HOST}): the same software and config"
-    (line,) = lines(told, "all reduce")
+    (line,) = lines(output, "all reduce")
     assert line["what"].startswith("gloo: sums are right, 17 MB take ")
-    (line,) = lines(told, "clocks")
+    (line,) = lines(output, "clocks")
     within, bound = (float(part.split()[0]) for part in line["what"].removeprefix("within ").split("± "))
     assert (line["level"], within <= bound < 1000) == (
         "ok",
         True,
-    )  # both are one clock, so the difference is 0
-    (line,) = lines(told, "one file system")
+    )  # both ranks have the same clock, so the difference is 0
+    (line,) = lines(output, "one file system")
     assert (line["level"], line["ranks"]) == ("ok", [0])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.yaml", "config.yaml.err-0", "config.yaml.err-1", "config.yaml.out-0", "config.yaml.out-1",
@@ -111,40 +111,42 @@ def test_two_ranks(tree, tmp_path):
 
 
 def test_a_rank_that_differs_is_named(tree, tmp_path):
-    codes, told = run(tree, tmp_path, "differs")
+    codes, output = run(tree, tmp_path, "differs")
     assert codes == [1, 0]
-    (line,) = lines(told, "agreement")
+    (line,) = lines(output, "agreement")
     assert (line["level"], line["ranks"]) == ("FAIL", [0, 1])
     assert f"torch: rank 0 has {torch.__version__}, rank 1 has 0.1: start all of them" in line["what"]
-    (line,) = lines(told, "clocks")
+    (line,) = lines(output, "clocks")
     assert line["level"] == "warn"
     assert line["what"].startswith(f"rank 1 ({HOST}) is ")
     seconds, bound = float(line["what"].split()[4]), float(line["what"].split("± ")[1].split()[0]) / 1e3
     assert abs(seconds - 5.0) <= bound + 0.001
     assert "s ahead of rank 0" in line["what"]
-    (line,) = [line for line in lines(told, "one file system") if line["level"] == "FAIL"]
+    (line,) = [line for line in lines(output, "one file system") if line["level"] == "FAIL"]
     assert line["ranks"] == [1]
-    (line,) = [line for line in lines(told, "cores") if line["level"] == "warn" and "0.5 of" in line["what"]]
+    (line,) = [
+        line for line in lines(output, "cores") if line["level"] == "warn" and "0.5 of" in line["what"]
+    ]
     assert line["ranks"] == [1]
 
 
 def test_a_missing_rank_is_named_in_time(tree, tmp_path):
     began = time.monotonic()
-    codes, told = run(tree, tmp_path, ranks=[0], seconds=(3.0, 60.0))
+    codes, output = run(tree, tmp_path, ranks=[0], seconds=(3.0, 60.0))
     assert codes == [1]
     assert time.monotonic() - began < 60
-    (line,) = lines(told, "start")
+    (line,) = lines(output, "start")
     assert line["what"].startswith(
-        "not over within 3 s: of 2 processes rank 1 (host unknown) did not come to 127.0.0.1:"
+        "not finished within 3 s: of 2 processes rank 1 (host unknown) did not connect to 127.0.0.1:"
     )
 
 
 def test_a_rank_that_hangs_or_dies_is_named(tree, tmp_path):
-    codes, told = run(tree, tmp_path, "hangs", seconds=(60.0, 3.0))
+    codes, output = run(tree, tmp_path, "hangs", seconds=(60.0, 3.0))
     assert codes == [1, 0]
-    (line,) = lines(told, "hangs")
-    assert (line["level"], line["what"], line["ranks"]) == ("FAIL", "not over within 3 s", [1])
-    codes, told = run(tree, tmp_path, "dies", seconds=(60.0, 3.0))
+    (line,) = lines(output, "hangs")
+    assert (line["level"], line["what"], line["ranks"]) == ("FAIL", "not finished within 3 s", [1])
+    codes, output = run(tree, tmp_path, "dies", seconds=(60.0, 3.0))
     assert codes == [1, 3]
-    (line,) = lines(told, "ranks")
+    (line,) = lines(output, "ranks")
     assert line["what"] == f"rank 1 ({HOST}) does not answer"

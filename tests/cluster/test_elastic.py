@@ -1,4 +1,4 @@
-"""Elastic runs: any number of ranks, changed at any resume, sees the same samples in every global batch."""
+"""Elastic runs: the world size may change at any resume, and every global batch has the same samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from indistill.training import checkpoint, loop, mix
 
 
 def run_and_tell(tree: dict[str, Any], folder: str, stop: int | None) -> None:
-    """Train, up to the checkpoint at step `stop` if any, and note the sample ids of each step."""
+    """Train, up to the checkpoint at step `stop` if given, and record the sample ids of each step."""
     make_mix, save = mix.make_mix, checkpoint.Checkpoints.save
     ids: list[list[int]] = []
 
@@ -26,15 +26,15 @@ def run_and_tell(tree: dict[str, Any], folder: str, stop: int | None) -> None:
     def telling_save(checkpoints, step, *arguments):
         save(checkpoints, step, *arguments)
         accelerator = checkpoints.accelerator
-        told = {"world": accelerator.num_processes, "last": step, "ids": ids}
-        (Path(folder) / f"{step:02d}-{accelerator.process_index}.json").write_text(json.dumps(told))
+        record = {"world": accelerator.num_processes, "last": step, "ids": ids}
+        (Path(folder) / f"{step:02d}-{accelerator.process_index}.json").write_text(json.dumps(record))
 
     loop.make_mix, checkpoint.Checkpoints.save = telling_mix, telling_save
     train_until(tree, stop)
 
 
-def told_ids(folder: Path, last: int, world: int) -> list[list[int]]:
-    """The ids of each global batch that one start of the run consumed up to step `last`."""
+def recorded_ids(folder: Path, last: int, world: int) -> list[list[int]]:
+    """Return the ids of each global batch that one start of the run read up to step `last`."""
     ranks = [json.loads((folder / f"{last:02d}-{rank}.json").read_text()) for rank in range(world)]
     assert all(rank["world"] == world for rank in ranks)
     return [list(itertools.chain(*parts)) for parts in zip(*(rank["ids"] for rank in ranks))]
@@ -42,7 +42,7 @@ def told_ids(folder: Path, last: int, world: int) -> list[list[int]]:
 
 @pytest.fixture
 def elastic_tree(tree):
-    """No batch norm, no dropout: the loss of a global batch does not depend on how it is divided."""
+    """A config without batch norm and dropout, so that a loss does not depend on how the batch is divided."""
     tree["student"] = {
         "name": "test_vit",
         "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
@@ -53,7 +53,7 @@ def elastic_tree(tree):
     }
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree["duration"] = "15 steps"
-    tree["log"]["every_steps"] = 2  # windows that straddle the changes of world size
+    tree["log"]["every_steps"] = 2  # logging windows that span the changes of world size
     tree["checkpoint"] = {"every_steps": 5, "keep_last": 9}
     return tree
 
@@ -62,24 +62,24 @@ def elastic_tree(tree):
 def test_one_two_and_four_ranks_and_a_run_that_shrinks(elastic_tree, tmp_path):
     def start(name: str, world: int, stop: int | None = None) -> tuple[str, Path]:
         tree = {**copy.deepcopy(elastic_tree), "run_dir": str(tmp_path / name)}
-        folder = tmp_path / f"told-{name}"
+        folder = tmp_path / f"record-{name}"
         folder.mkdir(exist_ok=True)
         run_ranks(in_float64, world, run_and_tell, tree, str(folder), stop)
         return tree["run_dir"], folder
 
     run_dir, folder = start("one", 1)
-    expected_ids, expected = told_ids(folder, 15, 1), losses(run_dir)
+    expected_ids, expected = recorded_ids(folder, 15, 1), losses(run_dir)
     assert len(expected_ids) == 15
     assert len({tuple(ids) for ids in expected_ids}) == 15
 
     for world in (2, 4):
         run_dir, folder = start(f"world{world}", world)
-        assert told_ids(folder, 15, world) == expected_ids
+        assert recorded_ids(folder, 15, world) == expected_ids
         assert losses(run_dir) == pytest.approx(expected, rel=LOGGED)
 
     start("shrinking", 4, stop=5)
     start("shrinking", 2, stop=10)
     run_dir, folder = start("shrinking", 1)
-    pieces = told_ids(folder, 5, 4) + told_ids(folder, 10, 2) + told_ids(folder, 15, 1)
+    pieces = recorded_ids(folder, 5, 4) + recorded_ids(folder, 10, 2) + recorded_ids(folder, 15, 1)
     assert pieces == expected_ids
     assert losses(run_dir) == pytest.approx(expected, rel=LOGGED)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: half precision with loss scaling, who waits for the device, nccl. Skipped without one."""
+"""Tests that need a GPU, else skipped: half precision with loss scaling, waiting for the device, nccl."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_float64_follows_the_run_on_a_cpu(tree, tmp_path):
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_each_precision_follows_the_run_on_a_cpu(tree, tmp_path, precision):
-    """As close as runs from weights that are off by as much as bf16 rounds; cuDNN rounds float32 to TF32."""
+    """As close as runs whose weights differ by bf16 rounding, because cuDNN rounds float32 to TF32."""
     on_cpu = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "cpu")}
     run_ranks(run, 1, on_cpu)  # with ACCELERATE_USE_CPU
     run_ranks(run_moved, 1, run, on_cpu, BF16 / 2)
@@ -77,7 +77,7 @@ def test_the_loss_scale_is_in_the_checkpoint(tree):
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_no_step_between_lines_waits_for_the_gpu(tree, monkeypatch, precision):
-    """CUDA itself raises at whatever would wait, in all steps that write no line."""
+    """In all steps that log no line, CUDA itself raises if anything waits for the device."""
     tree |= {
         "mixed_precision": precision,
         "grad_accumulation": 2,
@@ -85,7 +85,7 @@ def test_no_step_between_lines_waits_for_the_gpu(tree, monkeypatch, precision):
         "ema": {"decay": 0.9},
     }
     tree["log"]["every_steps"] = 6
-    tree["data"] |= {"in_memory": False, "workers": 1}  # else batches are not pinned by a thread of their own
+    tree["data"] |= {"in_memory": False, "workers": 1}  # otherwise no separate thread pins the batches
     begin_step, end_step = PhaseOptim.begin_step, RunLog.end_step
     quiet = []
 
@@ -129,7 +129,9 @@ def test_a_compiled_run_follows_the_plain_one(tree, tmp_path, precision):
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_convnext"])
 def test_a_teacher_held_in_half_precision_gives_what_autocast_gives(name):
     kwargs = {"img_size": 64} if name == "test_vit" else {}
-    network = Network(timm.create_model(name, num_classes=10, **kwargs), ((0.5,) * 3, (0.2,) * 3)).cuda().eval()
+    network = (
+        Network(timm.create_model(name, num_classes=10, **kwargs), ((0.5,) * 3, (0.2,) * 3)).cuda().eval()
+    )
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         expected = network(images).logits
@@ -157,7 +159,7 @@ def test_stored_targets_follow_the_live_ones(tree, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("fp16", 2), ("fp16", 3)])
 def test_zero_follows_ddp(tree, tmp_path, precision, stage):
-    """With the dynamic loss scale of engine.py, and an optimizer's state in host memory."""
+    """Uses the dynamic loss scale of engine.py, and optimizer state in host memory."""
     tree |= {"mixed_precision": precision, "clip_grad_norm": 1.0}
     zero = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "zero")}
     zero["engine"] = {"name": "deepspeed", "stage": stage, "offload_optimizer": "cpu"}

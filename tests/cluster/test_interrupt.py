@@ -1,4 +1,4 @@
-"""Ctrl-C as people press it: real processes, started by hand, by torchrun and by accelerate launch."""
+"""Ctrl-C on real processes, started by hand, by torchrun and by accelerate launch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from indistill.config import runs
 from indistill.config.files import read_lines
 from indistill.training import runs as training_runs
 
-# The command line, but the third step waits for the signal: the machine may be slow, and so may the launcher.
+# The command line with a third step that waits for the signal, because machine and launcher may be slow.
 WAITING = """
 import os, sys, time
 from pathlib import Path
 from indistill.commands import cli
 from indistill.distributed import preemption
 from indistill.training import loop
-rank = os.environ.get("RANK", "0")  # groups of ranks count their own
+rank = os.environ.get("RANK", "0")  # each group of ranks has its own numbering
 make_mix = loop.make_mix
 calls = []
 
@@ -56,7 +56,7 @@ RATES = (("slow", 1e-4), ("fast", 1e-3))
 
 
 def in_a_terminal(arguments: list[str]) -> subprocess.Popen:
-    """A process group of its own, which a terminal would send SIGINT to; a test's own shell may ignore that signal."""
+    """Start a process group of its own, as a terminal does; the test's own shell may ignore SIGINT."""
     return subprocess.Popen(
         [sys.executable, *(part.format(port=unused_port()) for part in arguments)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
@@ -77,7 +77,7 @@ def wait_for(*paths: Path, process: subprocess.Popen) -> None:
 
 
 def losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Of each run at or below a folder."""
+    """Return the status of each run at or below a folder."""
     return {
         str(file.parent.relative_to(run_dir)): [
             (x["step"], x["loss"]) for x in read_lines(file) if "loss" in x
@@ -87,7 +87,9 @@ def losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def train(path: Path, run_dir: Path) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # as usual: the loader's workers start at once
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as on a command line, so that the loader's workers start at once
     training_runs.run(runs.load(path, [f"run_dir={run_dir}"]))
 
 
@@ -97,10 +99,10 @@ def train(path: Path, run_dir: Path) -> None:
     ids=["alone", "torchrun", "accelerate"],
 )
 def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, students):
-    """A run with loader workers, which are in the group too; students on groups of ranks; students on all ranks.
+    """Cases: a run with loader workers, which are in the group too; students on groups of ranks or all ranks.
 
-    The signal goes to the whole group, as a terminal sends it, or to the launcher alone, as `kill` would. Started
-    again, each has the losses of a run that never stopped, bit for bit.
+    The signal goes to the whole group, as from a terminal, or only to the launcher, as from `kill`. Started
+    again, each run has the losses of a run that never stopped, bit for bit.
     """
     tree["data"] |= {"in_memory": bool(students), "workers": 2}
     tree["checkpoint"], run_dir = {"every_steps": None}, Path(tree["run_dir"])
@@ -118,18 +120,20 @@ def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, s
     try:
         wait_for(*(tmp_path / f"reached-{rank}" for rank in range(world)), process=process)
         (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
-        _, told = process.communicate(timeout=120)
+        _, output = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (run_dir / "status").read_text() == "requeue\n"
-    assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in told
+    assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in output
     assert re.search(
-        r"^indistill: stopped at step \d of 24: the same command goes on from there$", told, re.M
+        r"^indistill: stopped at step \d of 24: run the same command again to continue from there$",
+        output,
+        re.M,
     )
-    assert "leaves at once" not in told
+    assert "leaves at once" not in output
     if not launcher:
         assert process.returncode == 130
-        assert len(told.splitlines()) == 2  # torchrun adds a traceback of its own
+        assert len(output.splitlines()) == 2  # torchrun adds a traceback of its own
 
     run_ranks(train, world if launcher else None, path, run_dir)
     run_ranks(train, world if launcher else None, path, tmp_path / "whole")
@@ -142,4 +146,7 @@ def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, s
         for line in read_lines(file)
         if line["event"] == "start"
     ]
-    assert {line["step"] > 0 for line in starts} == {False, True}  # it went on from what Ctrl-C had left
+    assert {line["step"] > 0 for line in starts} == {
+        False,
+        True,
+    }  # it resumed from the checkpoint that Ctrl-C left

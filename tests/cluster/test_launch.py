@@ -1,4 +1,4 @@
-"""The same command line under torchrun and accelerate launch, as users type it."""
+"""The same command line under torchrun and under accelerate launch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAUNCHERS = {
 
 
 def launch(launcher: str, *arguments: str) -> None:
-    """Run `indistill ARGUMENTS` as two processes, and require that it is two and that they end well."""
+    """Run `indistill ARGUMENTS` as two processes; check their number and that they succeed."""
     command = [part.format(port=unused_port()) for part in LAUNCHERS[launcher]]
     result = subprocess.run(
         [sys.executable, "-m", *command, "indistill", *arguments],
@@ -63,7 +63,7 @@ def test_targets_by_accelerate_launch(tree, tmp_path: Path):
 
 
 def test_torchrun_tells_of_a_mistake_by_its_exit_code(tree, tmp_path: Path):
-    """A scheduler that starts it again at every other code does not at this one."""
+    """The exit code tells a scheduler not to start the run again."""
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(tree))
     variables = {"PYTHON": sys.executable, "PET_NPROC_PER_NODE": "2", "PET_MASTER_PORT": str(unused_port())}
@@ -83,7 +83,7 @@ def test_torchrun_tells_of_a_mistake_by_its_exit_code(tree, tmp_path: Path):
 
 
 def test_torchrun_passes_sigterm_on(tree, tmp_path: Path):
-    """To launch/torchrun.sh alone, as Kubernetes does; SIGUSR1 to it is harmless."""
+    """The signal goes only to launch/torchrun.sh, as from Kubernetes; SIGUSR1 to it is harmless."""
     path, run_dir = tmp_path / "config.yaml", Path(tree["run_dir"])
     path.write_text(json.dumps(tree | {"checkpoint": {"every_steps": None}}))
     variables = {"PYTHON": sys.executable, "PET_NPROC_PER_NODE": "2", "PET_MASTER_PORT": str(unused_port())}

@@ -1,6 +1,7 @@
-"""Two hosts as two network namespaces of this machine, with a cable between them: run by `make test-netns`.
+"""Two hosts, simulated by two network namespaces with a cable between them (`make test-netns`).
 
-Needs root and iproute2. Both hosts share this machine's file system, as those of a cluster share the run directory.
+Needs root and iproute2. Both hosts share this machine's file system, as the nodes of a cluster share the run
+directory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """The names of two namespaces, which are those of their network interfaces, too."""
+    """Create two namespaces; return their names, which are also the names of their network interfaces."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("needs root and iproute2 (the command ip)")
     names = [f"indt{os.getpid()}{side}" for side in "ab"]
@@ -70,7 +71,7 @@ def hosts() -> Iterator[list[str]]:
 
 
 def launch(config: Path, variables: dict[str, str], *before: str) -> subprocess.Popen:
-    """launch/torchrun.sh as a user calls it; stdout and stderr are in one pipe."""
+    """Start launch/torchrun.sh as a user does, with stdout and stderr in one pipe."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("GLOO_", "NCCL_"))
     }
@@ -83,7 +84,7 @@ def launch(config: Path, variables: dict[str, str], *before: str) -> subprocess.
 
 
 def on_both(hosts: list[str], config: Path) -> list[subprocess.Popen]:
-    """One rank on each host, which has a name of its own that no one resolves."""
+    """Start one rank on each host. Each host has a name of its own that cannot be resolved."""
     port = str(unused_port())
     nodes = []
     for i, host in enumerate(hosts):
@@ -122,7 +123,7 @@ def wait_for(happened: Callable[[], Any], processes: list[subprocess.Popen], tim
 
 
 def record(run_dir: Path) -> list[dict[str, Any]]:
-    """What the run computed: the lines without clocks, and without those of checkpoints, which tell a clock alone."""
+    """Return the logged lines without times, and without those of checkpoints, which contain only times."""
     clocks = ("images_per_second", "data_wait_fraction")
     lines = [line for line in read_lines(run_dir / "metrics.jsonl") if "checkpoint_stall_seconds" not in line]
     return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
@@ -140,18 +141,18 @@ def test_a_run_on_two_hosts_outlives_a_cut_cable(tree, tmp_path, hosts):
     wait_for(lambda: len(read_lines(run_dir / "metrics.jsonl")) >= 25, processes)
     ip("-n", hosts[1], "link", "set", hosts[1], "down")
     cut = time.time()
-    told = outputs(processes)
+    texts = outputs(processes)
     ranks_seconds, seconds = (run_dir / "status").stat().st_mtime - cut, time.time() - cut
-    print(*told, f"the ranks ended {ranks_seconds:.0f} s after the cut, torchrun {seconds:.0f} s", sep="\n")
+    print(*texts, f"the ranks ended {ranks_seconds:.0f} s after the cut, torchrun {seconds:.0f} s", sep="\n")
     assert ranks_seconds < 60 * TIMEOUT_MINUTES + 10
     assert all(process.returncode not in (0, None) for process in processes)
-    assert "indistill: 2 processes on cpu" in told[0]
-    for rank, text in enumerate(told):
+    assert "indistill: 2 processes on cpu" in texts[0]
+    for rank, text in enumerate(texts):
         assert re.search(rf"indistill: rank {rank} leaves at once: step \d+, phase \S+, [a-z ]+: ", text)
         assert "step-0000" in text
     assert re.search(
         r"indistill: rank 1 \(node1\) has not been heard from for \d+ s \(last: .+\); rank 0 waits for it",
-        told[0],
+        texts[0],
     )
     assert (run_dir / "status").read_text() == "requeue\n"
     assert not (run_dir / "summary.json").exists()
@@ -160,9 +161,9 @@ def test_a_run_on_two_hosts_outlives_a_cut_cable(tree, tmp_path, hosts):
 
     ip("-n", hosts[1], "link", "set", hosts[1], "up")
     processes = on_both(hosts, paths["two_hosts"])
-    told = outputs(processes)
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert f"resumed from {newest}" in told[0]
+    texts = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert f"resumed from {newest}" in texts[0]
     assert (run_dir / "status").read_text() == "done\n"
     assert json.loads((run_dir / "summary.json").read_text())["world_size"] == 2
 

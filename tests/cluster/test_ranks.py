@@ -1,4 +1,4 @@
-"""Two processes (gloo) against one: the same run, whoever computes it."""
+"""A run on two processes (gloo) is the same as on one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from indistill.training.loop import Run
 
 @pytest.fixture
 def vit_tree(tree):
-    """Networks without batch norm or dropout: a loss is then the same however the batch is divided."""
+    """A config without batch norm and dropout, so that a loss does not depend on how the batch is divided."""
     tree["student"] = {
         "name": "test_vit",
         "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
@@ -42,16 +42,16 @@ def run(tree: dict[str, Any]) -> None:
 
 
 def run_and_hash(tree: dict[str, Any], folder: str) -> None:
-    """Train, and leave the hash of this rank's final weights, its world size and its sample ids behind."""
+    """Train, and write the hash of this rank's final weights, its world size and its sample ids."""
     end, mix = Run.end, training_mix.make_mix
     ids: list[list[int]] = []
 
     def telling_end(run: Run) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for value in run._scored().state_dict().values():  # what is evaluated and saved
+        for value in run._scored_network().state_dict().values():  # the weights that are evaluated and saved
             digest.update(value.numpy().tobytes())
-        told = {"hash": digest.hexdigest(), "world": run.accelerator.num_processes, "ids": ids}
-        (Path(folder) / f"{run.accelerator.process_index}.json").write_text(json.dumps(told))
+        records = {"hash": digest.hexdigest(), "world": run.accelerator.num_processes, "ids": ids}
+        (Path(folder) / f"{run.accelerator.process_index}.json").write_text(json.dumps(records))
         return end(run)
 
     def make_mix(*arguments):
@@ -67,19 +67,19 @@ def run_and_hash(tree: dict[str, Any], folder: str) -> None:
 
 @pytest.mark.portable
 def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
-    told: dict[int, list[dict[str, Any]]] = {}
+    records: dict[int, list[dict[str, Any]]] = {}
     trees = {}
     for world in (1, 2):
         trees[world] = {**copy.deepcopy(vit_tree), "run_dir": str(tmp_path / f"run{world}")}
-        folder = tmp_path / f"told{world}"
+        folder = tmp_path / f"records{world}"
         folder.mkdir()
         run_ranks(in_float64, world, run_and_hash, trees[world], str(folder))
-        told[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+        records[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
-    assert [t["world"] for t in told[2]] == [2, 2]
-    assert told[2][0]["hash"] == told[2][1]["hash"]
-    joined = [a + b for a, b in zip(told[2][0]["ids"], told[2][1]["ids"])]
-    assert joined == told[1][0]["ids"]  # every global batch has the same samples, in the same order
+    assert [t["world"] for t in records[2]] == [2, 2]
+    assert records[2][0]["hash"] == records[2][1]["hash"]
+    joined = [a + b for a, b in zip(records[2][0]["ids"], records[2][1]["ids"])]
+    assert joined == records[1][0]["ids"]  # every global batch has the same samples, in the same order
     assert losses(trees[2]["run_dir"]) == pytest.approx(losses(trees[1]["run_dir"]), rel=LOGGED)
     one, two = (json.loads((tmp_path / f"run{w}" / "summary.json").read_text()) for w in (1, 2))
     assert (one["world_size"], two["world_size"]) == (1, 2)
@@ -105,13 +105,13 @@ def test_accumulation_changes_nothing(vit_tree, tmp_path):
 
 
 def test_batch_norm_ranks_stay_equal_and_resume_exactly(tree, tmp_path):
-    """Residual networks with batch norm, killed in the second warm-up phase, resumed on two ranks."""
+    """Networks with residual connections and batch norm, killed in the second warm-up phase and resumed."""
     tree["checkpoint"] = {"every_steps": 3}
     tree["ema"] = {"decay": 0.9}
     whole = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "whole")}
-    (tmp_path / "told").mkdir()
-    run_ranks(run_and_hash, 2, whole, str(tmp_path / "told"))
-    hashes = [json.loads((tmp_path / "told" / f"{rank}.json").read_text())["hash"] for rank in range(2)]
+    (tmp_path / "records").mkdir()
+    run_ranks(run_and_hash, 2, whole, str(tmp_path / "records"))
+    hashes = [json.loads((tmp_path / "records" / f"{rank}.json").read_text())["hash"] for rank in range(2)]
     assert len(losses(whole["run_dir"])) == 24
 
     kill_at_checkpoint(run, tree, step=6, world=2)
@@ -133,15 +133,15 @@ def test_evaluation_counts_every_sample_once(tree, tmp_path):
     """51 images on 1, 2 and 3 ranks: the same scores, top-1 and retrieval, from the same weights."""
     tree["evaluate"] = {"retrieval": True, "batch": 7}
     run(tree)
-    weights, told = f"{tree['run_dir']}/student.safetensors", {}
+    weights, records = f"{tree['run_dir']}/student.safetensors", {}
     for world in (1, 2, 3):
         destination = tmp_path / f"scores{world}"
         run_ranks(in_float64, world, score, tree, weights, str(destination))
-        told[world] = [json.loads(line) for line in destination.read_text().splitlines()]
-        assert len(told[world]) == world
-    (expected,) = told[1]
+        records[world] = [json.loads(line) for line in destination.read_text().splitlines()]
+        assert len(records[world]) == world
+    (expected,) = records[1]
     assert (expected["top1"] * 51) == pytest.approx(round(expected["top1"] * 51), abs=1e-9)
-    for scores in told[2] + told[3]:
+    for scores in records[2] + records[3]:
         assert scores == pytest.approx(expected, rel=1e-10)
 
 
@@ -156,11 +156,11 @@ def refused(arguments: list[str], destination: str) -> None:
 @pytest.mark.parametrize(
     ("key", "section", "message"),
     [
-        ("streams", {"streams": 1}, "must be divisible by the world size (2)"),  # found by both ranks
-        ("run_dir", "/dev/null/run", "cannot be written"),  # found by rank 0 alone
+        ("streams", {"streams": 1}, "must be divisible by the world size (2)"),  # noticed by both ranks
+        ("run_dir", "/dev/null/run", "cannot be written"),  # noticed only by rank 0
     ],
 )
-def test_a_mistake_is_told_once_and_ends_all_ranks(tree, tmp_path, key, section, message):
+def test_a_mistake_is_printed_once_and_ends_all_ranks(tree, tmp_path, key, section, message):
     tree[key if key in tree else "data"] = section if key in tree else tree["data"] | section
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(tree))

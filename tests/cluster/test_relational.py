@@ -1,4 +1,4 @@
-"""Losses that compare the samples of a batch: one loss and one gradient, however many ranks divide it."""
+"""Losses that compare the samples of a batch do not depend on the number of ranks that share it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def gradients(folder: str, scope: str) -> None:
-    """Each loss of this rank's share of a batch through a network in DDP: the loss, and the averaged gradients."""
+    """Compute each loss on this rank's part of a batch under DDP; save the loss and averaged gradients."""
     import accelerate
 
     accelerator = accelerate.Accelerator()
@@ -54,13 +54,13 @@ def gradients(folder: str, scope: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     wrapped = accelerator.prepare_model(net)
-    told = {}
+    results = {}
     for name, loss_of in LOSSES.items():
         net.zero_grad()
         loss = loss_of(*gather(wrapped(images), teacher, LABELS[mine], scope=scope))
         accelerator.backward(loss)
-        told[name] = [loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())]
-    torch.save(told, Path(folder) / f"{world}-{rank}.pt")
+        results[name] = [loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())]
+    torch.save(results, Path(folder) / f"{world}-{rank}.pt")
 
 
 @pytest.mark.portable
@@ -71,12 +71,12 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(tmp_path, scope)
     expected = torch.load(tmp_path / "1-0.pt")
     for world in (2, 4):
         for rank in range(world):
-            told = torch.load(tmp_path / f"{world}-{rank}.pt")
+            results = torch.load(tmp_path / f"{world}-{rank}.pt")
             for name in LOSSES:
-                assert told[name][0].item() == pytest.approx(expected[name][0].item(), rel=1e-10)
+                assert results[name][0].item() == pytest.approx(expected[name][0].item(), rel=1e-10)
                 largest = max(gradient.abs().max().item() for gradient in expected[name][1:])
                 assert largest > 1e-4
-                for ours, one in zip(told[name][1:], expected[name][1:]):
+                for ours, one in zip(results[name][1:], expected[name][1:]):
                     assert torch.allclose(ours, one, rtol=0, atol=1e-10 * largest), (name, world)
 
 
@@ -88,7 +88,7 @@ def test_local_scope_compares_each_ranks_own(tmp_path):
 
 
 def scaled_terms(folder: str) -> None:
-    """The terms of pkt and information_flow of this rank's share of a batch, with and without scale."""
+    """Compute pkt and information_flow on this rank's part of a batch, with and without scale."""
     import accelerate
 
     accelerator = accelerate.Accelerator()
@@ -97,26 +97,26 @@ def scaled_terms(folder: str) -> None:
     output = Output((random(BATCH, 3, 2, 2, seed=1)[mine],), random(BATCH, 6, seed=2)[mine])
     targets = Targets((random(BATCH, 4, 2, 2, seed=3)[mine],), random(BATCH, 7, seed=4)[mine])
     phase = Phase("kd", 1, (), (), 0, None)
-    told = {}
+    results = {}
     for scope in ("global", "auto", "local"):
         for name in ("pkt", "information_flow"):
             for scale in ("none", "batch"):
                 section = config.KD(losses=[{"name": name, "scale": scale}])
                 objective = Objective(section.losses, steps_per_epoch=1, scope=scope)
-                total, _ = objective(output, targets, LABELS[mine], phase, 0)
-                told[scope, name, scale] = total.item()
-    torch.save(told, Path(folder) / f"{rank}.pt")
+                total, _ = objective(output, targets, labels=LABELS[mine], phase=phase, step=0)
+                results[scope, name, scale] = total.item()
+    torch.save(results, Path(folder) / f"{rank}.pt")
 
 
 @pytest.mark.portable
 def test_scale_batch_counts_the_samples_of_all_ranks_that_were_gathered(tmp_path):
     run_ranks(in_float64, 2, scaled_terms, str(tmp_path))
     for rank in (0, 1):
-        told = torch.load(tmp_path / f"{rank}.pt")
+        results = torch.load(tmp_path / f"{rank}.pt")
         for name in ("pkt", "information_flow"):
             for scope, batch in (("global", BATCH), ("auto", BATCH), ("local", BATCH // 2)):
-                expected = batch * told[scope, name, "none"]
-                assert told[scope, name, "batch"] == pytest.approx(expected, rel=1e-10)
+                expected = batch * results[scope, name, "none"]
+                assert results[scope, name, "batch"] == pytest.approx(expected, rel=1e-10)
 
 
 def gathered_rows(folder: str) -> None:
@@ -146,7 +146,7 @@ def run(tree: dict[str, Any]) -> None:
 
 @pytest.mark.portable
 def test_a_run_with_every_loss_is_the_same_on_two_ranks(tree, tmp_path):
-    """Trained layers, all relational losses and information flow; no batch norm, so that ranks can agree."""
+    """A config with trained layers and all relational losses, without batch norm, so that ranks can agree."""
     tree["student"] = {
         "name": "test_vit",
         "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},

@@ -1,4 +1,4 @@
-"""`teacher.shard`: a teacher in pieces on two processes (gloo) is the whole one, bit for bit."""
+"""`teacher.shard`: a teacher that is sharded over two processes (gloo) gives the same bits as a whole one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from indistill.training import loop
 
 SIZE = (3, 64, 64)
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "num_heads": 2, "depth": 4}
-NETS = {  # with the stages of the warm-up's pairs
+NETS = {  # kwargs, and the stages of the warm-up's pairs
     "resnet26": ({}, [1, 2, 3, 4]),
     "test_vit": (VIT, [0, 1, 3]),
     "regnety_002": ({}, [1, 4]),  # squeeze-excite: maps of one pixel; blocks that are in no list
@@ -39,7 +39,7 @@ NETS = {  # with the stages of the warm-up's pairs
 
 
 def trained(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """As after training: no zero or one left that would hide a parameter."""
+    """Randomise all parameters, as after training: a zero or a one could hide an unused parameter."""
     torch.manual_seed(7)
     net = timm.create_model(name, **{"num_classes": 7, **kwargs})
     with torch.no_grad():
@@ -52,7 +52,7 @@ def trained(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def alive_bytes() -> int:
-    """Of all tensors that Python knows."""
+    """Return the total bytes of all tensors that Python holds."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -62,7 +62,7 @@ def alive_bytes() -> int:
 
 
 def compare(folder: str, name: str) -> None:
-    """All targets of the whole and of the sharded teacher on this rank's own images; then what this rank holds."""
+    """Compare all targets of the whole and the sharded teacher on this rank's images; record its memory."""
     import accelerate
 
     accelerator = accelerate.Accelerator()
@@ -80,7 +80,9 @@ def compare(folder: str, name: str) -> None:
         with torch.no_grad():
             for parameter in heads.parameters():
                 parameter.fill_(0.1).cumsum_(0)
-        return LiveTargets(teacher, plan, input_size=SIZE, kd_stages=stages[1:], heads=heads, shard_on=shard_on)
+        return LiveTargets(
+            teacher, plan, input_size=SIZE, kd_stages=stages[1:], heads=heads, shard_on=shard_on
+        )
 
     whole, before = targets(None), alive_bytes()
     sharded = targets(accelerator.device)
@@ -118,31 +120,31 @@ def compare(folder: str, name: str) -> None:
     total = sum(parameter.numel() for parameter in whole.teacher.parameters())
     held = sum(p.to_local().numel() if p.dim() else 1 for p in sharded.teacher.parameters())
     del ours, theirs, tensors, mine, expected, maps
-    # All that came with the sharded teacher and is still there: its share, its heads, buffers and nothing gathered.
+    # Tensors of the sharded teacher that are still alive: its shards, heads and buffers; nothing gathered.
     extra = sum(value.numel() for value in [*sharded.heads.parameters(), *sharded.teacher.buffers()])
     alive = (alive_bytes() - before) / 4 - extra
     for part in sharded.teacher.modules():
         if isinstance(part, FSDPModule):
             part.unshard()
     gathered = (alive_bytes() - before) / 4 - extra
-    told = {"compared": compared, "total": total, "held": held, "alive": alive, "gathered": gathered}
-    (Path(folder) / f"{accelerator.process_index}.json").write_text(json.dumps(told))
+    outcome = {"compared": compared, "total": total, "held": held, "alive": alive, "gathered": gathered}
+    (Path(folder) / f"{accelerator.process_index}.json").write_text(json.dumps(outcome))
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_features_are_bit_equal_and_each_rank_holds_its_share(tmp_path, name):
     run_ranks(compare, 2, str(tmp_path), name)
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    outcome = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     pairs = len(NETS[name][1])
-    for rank in told:
-        # Each pair alone, all at once, in KD the maps but the first, two heads, embedding, logits; in two precisions.
+    for rank in outcome:
+        # Each pair, all pairs, and for KD all maps but the first, two heads, embedding, logits; 2 precisions.
         assert rank["compared"] == 2 * (pairs + pairs + (pairs - 1) + 2 + 2)
         assert rank["held"] == pytest.approx(rank["total"] / 2, rel=0.03)
         assert rank["alive"] == pytest.approx(
             rank["total"] / 2, abs=15_000
-        )  # less than a block: images and the like
-        assert rank["gathered"] > 1.4 * rank["total"]  # and would have been seen
-    assert sum(rank["held"] for rank in told) == pytest.approx(told[0]["total"], rel=0.01)
+        )  # less than a block: images and so on
+        assert rank["gathered"] > 1.4 * rank["total"]  # gathering the whole teacher would show
+    assert sum(rank["held"] for rank in outcome) == pytest.approx(outcome[0]["total"], rel=0.01)
 
 
 def refuse(name: str) -> None:
@@ -160,12 +162,12 @@ def test_a_network_that_runs_parts_of_blocks_is_refused():
     run_ranks(refuse, 2, "xception41")
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
+# --- a run --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def uneven_tree(tree):
-    """Ten steps, and evaluations on 51 images, of which one rank has a batch and the other two."""
+    """A config of ten steps, with evaluations on 51 images: one batch on one rank, two on the other."""
     tree |= {
         "duration": "10 steps",
         "checkpoint": {"every_steps": 5},
@@ -194,7 +196,7 @@ def variant(tree: dict[str, Any], folder: Path, shard: bool) -> dict[str, Any]:
 
 
 def run(*trees: dict[str, Any]) -> None:
-    """Train; each teacher has to be whole or sharded on both ranks as asked."""
+    """Train, and check that each teacher is whole or sharded on both ranks as configured."""
     evaluation = loop.evaluation
     for tree in trees:
 
@@ -207,8 +209,8 @@ def run(*trees: dict[str, Any]) -> None:
         loop.train(config.parse(tree, "test"))
 
 
-def told(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
-    """Loss and terms of every step, the plan, and the final scores."""
+def outcome(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
+    """Return loss and terms of every step, the plan, and the final scores."""
     run_dir = Path(tree["run_dir"])
     lines = [line for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line]
     steps = [
@@ -221,21 +223,21 @@ def told(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], str, dict[str, flo
 def test_a_run_is_the_same_and_goes_on_with_or_without(vit_tree, tmp_path):
     whole, sharded = (variant(vit_tree, tmp_path, shard) for shard in (False, True))
     run_ranks(run, 2, whole, sharded)
-    steps, _, scores = told(whole)
+    steps, _, scores = outcome(whole)
     assert len(steps) == 10
     assert {"top1", "cka_pair3", "information_teacher_embedding"} <= scores.keys()
-    assert told(sharded) == told(whole)
+    assert outcome(sharded) == outcome(whole)
 
     changing = {**copy.deepcopy(sharded), "run_dir": str(tmp_path / "changing")}
     run_ranks(train_until, 2, {**copy.deepcopy(whole), "run_dir": changing["run_dir"]}, 5)
     run_ranks(run, 2, changing)
-    assert told(changing) == told(whole)
+    assert outcome(changing) == outcome(whole)
 
 
 def test_one_process_holds_it_whole(vit_tree, tmp_path):
     whole, sharded = (variant(vit_tree, tmp_path, shard) for shard in (False, True))
     run_ranks(run, 1, whole, sharded)
-    assert told(sharded) == told(whole)
+    assert outcome(sharded) == outcome(whole)
 
 
 @pytest.mark.skipif(
@@ -249,8 +251,8 @@ def test_beside_zero_and_in_half_precision(uneven_tree, tmp_path):
     uneven_tree |= {"engine": {"name": "deepspeed", "stage": 2}, "mixed_precision": "bf16"}
     whole, sharded = (variant(uneven_tree, tmp_path, shard) for shard in (False, True))
     run_ranks(run, 2, whole, sharded)
-    assert len(told(whole)[0]) == 10
-    assert told(sharded) == told(whole)
+    assert len(outcome(whole)[0]) == 10
+    assert outcome(sharded) == outcome(whole)
 
 
 def stop_one(tree: dict[str, Any]) -> None:
@@ -260,7 +262,9 @@ def stop_one(tree: dict[str, Any]) -> None:
     accelerator = accelerate.Accelerator()
     settings = config.parse(tree, "test")
     student, teacher = (
-        Network(trained("test_vit", {**section["kwargs"], "num_classes": 10}), ((0.5,) * 3, (0.5,) * 3)).eval()
+        Network(
+            trained("test_vit", {**section["kwargs"], "num_classes": 10}), ((0.5,) * 3, (0.5,) * 3)
+        ).eval()
         for section in (tree["student"], tree["teacher"])
     )
     frozen.shard(teacher.requires_grad_(False), accelerator.device, (3, 32, 32))

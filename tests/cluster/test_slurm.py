@@ -1,6 +1,7 @@
-"""launch/slurm/train.sbatch on a real SLURM of two nodes, on this machine: run by `make test-slurm`.
+"""launch/slurm/train.sbatch on a real SLURM with two nodes, on this machine (`make test-slurm`).
 
-Needs root, Debian's slurmctld slurmd slurm-client munge, and the folder beside the repository that starts them.
+Needs root, Debian's slurmctld, slurmd, slurm-client and munge, and the folder beside the repository that
+starts them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="starts SLURM's daemons: needs root"),
 ]
 
-# What torchrun starts as `python -u -m indistill train ...`: while the file `hold` exists, steps take their time.
+# torchrun starts this in place of `python -u -m indistill train ...`. Steps are slow while `hold` exists.
 RANK = """#!{python}
 import sys, time
 from pathlib import Path
@@ -88,7 +89,7 @@ def wait_for(what: str, happened: Callable[[], Any], timeout: float = 900.0) -> 
 
 
 class Job:
-    """One submission of train.sbatch on both nodes."""
+    """Submit train.sbatch on both nodes."""
 
     def __init__(self, folder: Path, tree: dict[str, Any], *options: str) -> None:
         self.run_dir, self.hold, self.output = folder / "run", folder / "hold", folder / "out"
@@ -149,7 +150,7 @@ def expected() -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture
 def uninterrupted(slurm, expected, slurm_tree, tmp_path) -> list[dict[str, Any]]:
-    """The lines of a run that nothing stops, on both nodes."""
+    """Return the lines of an uninterrupted run on both nodes."""
     if not expected:
         folder = tmp_path / "whole"
         folder.mkdir()
@@ -164,7 +165,7 @@ def uninterrupted(slurm, expected, slurm_tree, tmp_path) -> list[dict[str, Any]]
 
 
 def test_at_its_time_limit_a_job_is_requeued_and_goes_on(uninterrupted, slurm_tree, tmp_path):
-    (tmp_path / "hold").touch()  # 400 steps would take it to the limit
+    (tmp_path / "hold").touch()  # 400 steps would reach the time limit
     job = Job(tmp_path, slurm_tree, "--time=2", "--signal=USR1@30")
     job.wait_for_restart(1)
     assert (job.run_dir / "status").read_text() == "requeue\n"
@@ -198,13 +199,13 @@ def test_a_cancelled_job_stays_dead(slurm, slurm_tree, tmp_path):
     job.wait_for_steps(5)
     shell("scancel", job.id)
     assert job.wait() == "CANCELLED"
-    time.sleep(12)  # a requeued job would start after 6
+    time.sleep(12)  # a requeued job would start after 6 s
     assert (job.shown("JobState"), job.shown("Restarts")) == ("CANCELLED", "0")
     assert not job.ranks()
 
 
 def test_a_killed_rank_ends_the_step_and_the_job_resumes(uninterrupted, slurm_tree, tmp_path):
-    """And so does a job that is requeued by hand."""
+    """A job that is requeued by hand resumes too."""
     (tmp_path / "hold").touch()
     job = Job(tmp_path, slurm_tree)
     job.wait_for_steps(12)

@@ -1,4 +1,4 @@
-"""Two ranks of which one stalls or dies: it is named, and the other ends in one line."""
+"""If one of two ranks stalls or dies, it is named, and the other exits with one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT_MINUTES = 0.4
 
 
 def train_and_fail(path: str, how: str) -> None:
-    """`indistill train` with stderr in a file; in step 20, in KD, the data of rank 1 does not come, or it dies."""
+    """Run `indistill train` with stderr in a file; at step 20, in KD, rank 1 gets no data, or dies."""
     rank = int(os.environ["RANK"])
     loader = IndexedTraining.loader
 
@@ -70,7 +70,10 @@ def test_a_rank_that_waits_for_data_is_named_before_the_timeout(tree, tmp_path):
     codes, (stderr, other) = run(tree, tmp_path, "waits")
     assert codes == [preemption.EXIT_CODE] * 2
     named, left = [line for line in stderr.splitlines() if line.startswith("indistill:")]
-    pattern = r"indistill: rank 1 \((.+)\) has been in step 20, phase kd, waiting for data, for (\d+) s; rank 0 waits for it"
+    pattern = (
+        r"indistill: rank 1 \((.+)\) has been in step 20, phase kd, waiting for data, "
+        r"for (\d+) s; rank 0 waits for it"
+    )
     host, seconds = re.fullmatch(pattern, named).groups()
     assert host == socket.gethostname()
     assert 30 * TIMEOUT_MINUTES - 3 <= int(seconds) < 60 * TIMEOUT_MINUTES

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on two processes (gloo) against DDP: the same losses, exact resume, a whole student at the end."""
+"""DeepSpeed's ZeRO on two processes (gloo): losses as under DDP, exact resume, a whole student at the end."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-if not torch.cuda.is_available():  # else DeepSpeed would be set to the GPU before `run` hides it
-    # The first engine imports Muon, and with it torch's compiler: ten seconds, in each process otherwise.
+if not torch.cuda.is_available():  # otherwise DeepSpeed would select the GPU before `run` hides it
+    # The first engine imports Muon, and with it torch's compiler. This avoids ten seconds in each process.
     preload("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers.integrations.deepspeed")
 
 
 @pytest.fixture
 def zero_tree(tree, tmp_path):
-    """All that ZeRO must not change: unused parameters that would decay, resets, rates, clipping, accumulation."""
-    # Wider than the teacher, so that each pair has an adapter, which later phases do not use.
+    """A config with what ZeRO must not change: unused parameters, resets, rates, clipping, accumulation."""
+    # The student is wider than the teacher, so each pair has an adapter, which later phases do not use.
     tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
     tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
     tree["warmup"]["pairs"] = [[1, 1], [2, 2], [3, 3]]
     tree["warmup"] |= {"adapter": "conv1x1", "reset_optimizer": "start", "lr": [1e-3, 2e-3, 3e-3]}
-    # With Adam's own eps of 1e-8 the rounding of gradients near zero would move a parameter as far as any gradient.
+    # With Adam's default eps of 1e-8, rounding near zero would move a parameter as far as any gradient.
     tree["optimizer"] = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "kwargs": {"eps": 1e-4}}
     tree["grad_accumulation"] = 2
     tree["clip_grad_norm"] = 0.05
@@ -77,17 +77,17 @@ def with_stage(tree: dict[str, Any], stage: int, folder: Path, name: str) -> dic
 
 
 def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> None:
-    """Train, up to the checkpoint at step `stop` if any; leave world size, engine and final weights' hash behind."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with one GPU two ranks could not share it
+    """Train, up to the checkpoint at step `stop` if given; write world size, engine and the weights' hash."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a single GPU
     end = Run.end
 
     def telling_end(run: Run) -> dict[str, Any]:
         accelerator, digest = run.accelerator, hashlib.sha256()
-        for value in run._scored().state_dict().values():  # what is evaluated and saved
+        for value in run._scored_network().state_dict().values():  # the weights that are evaluated and saved
             digest.update(value.numpy().tobytes())
-        told = {"world": accelerator.num_processes, "engine": engine.describe(accelerator)}
-        told |= {"hash": digest.hexdigest()}
-        (run.run_dir / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
+        saved = {"world": accelerator.num_processes, "engine": run.engine.describe()}
+        saved |= {"hash": digest.hexdigest()}
+        (run.run_dir / f"saved-{accelerator.process_index}.json").write_text(json.dumps(saved))
         return end(run)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -96,31 +96,31 @@ def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> 
 
 
 def run_contiguous(tree: dict[str, Any]) -> None:
-    """Train under DDP with the memory format that ZeRO has: that of DDP sums in another order."""
-    prepare = engine.prepare
+    """Train under DDP with the memory format of ZeRO, because another format sums in another order."""
+    prepare = engine.DDP.prepare
 
-    def contiguous_prepare(accelerator, precision, student, *arguments):
+    def contiguous_prepare(ddp, student, optimizer):
         student.to(memory_format=torch.contiguous_format)
-        return prepare(accelerator, precision, student, *arguments)
+        return prepare(ddp, student, optimizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "prepare", contiguous_prepare)
+        patch.setattr(engine.DDP, "prepare", contiguous_prepare)
         run(tree)
 
 
 def run_all(trees: list[dict[str, Any]]) -> None:
-    """One after the other in the same processes, as a chain does."""
+    """Train several runs one after the other in the same processes, as a chain does."""
     for tree in trees:
         run(tree)
 
 
-def told(run_dir: str) -> list[dict[str, Any]]:
-    return [json.loads((Path(run_dir) / f"told-{rank}.json").read_text()) for rank in range(2)]
+def saved(run_dir: str) -> list[dict[str, Any]]:
+    return [json.loads((Path(run_dir) / f"saved-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def of_ddp() -> dict[str, Any]:
-    """What the first test that needs it recorded of runs under DDP."""
+    """Runs under DDP, recorded by the first test that needs them."""
     return {}
 
 
@@ -129,7 +129,7 @@ def of_ddp() -> dict[str, Any]:
 def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp, stage):
     if "losses" not in of_ddp:
         run_ranks(run_contiguous, 2, zero_tree)
-        assert [t["engine"] for t in told(zero_tree["run_dir"])] == ["ddp"] * 2
+        assert [t["engine"] for t in saved(zero_tree["run_dir"])] == ["ddp"] * 2
         run_ranks(run_moved, 2, run_contiguous, zero_tree, EPS)
         of_ddp["losses"], of_ddp["strayed"] = (
             losses(zero_tree["run_dir"]),
@@ -143,7 +143,7 @@ def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp
 
     whole = with_stage(zero_tree, stage, tmp_path, "whole")
     run_ranks(run, 2, whole)
-    ranks = told(whole["run_dir"])
+    ranks = saved(whole["run_dir"])
     assert [(t["world"], t["engine"]) for t in ranks] == [(2, f"ZeRO stage {stage}")] * 2
     assert ranks[0]["hash"] == ranks[1]["hash"]
     assert_rounding_explains(losses(whole["run_dir"]), of_ddp["losses"], of_ddp["strayed"])
@@ -161,11 +161,11 @@ def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp
     else:
         run_ranks(run, 2, resumed, None, f"{whole['run_dir']}/checkpoints/step-00000006")
         assert losses(resumed["run_dir"]) == losses(whole["run_dir"])[6:]
-    assert told(resumed["run_dir"]) == ranks
+    assert saved(resumed["run_dir"]) == ranks
 
 
 def score(tree: dict[str, Any], *weights: str) -> None:
-    """What is left behind scores what the run says; on as many ranks, so that their batches are the same."""
+    """The saved student has the scores of the run; on as many ranks, so that their batches are the same."""
     summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     for name in weights:
         scores = evaluate_checkpoint(config.parse(tree, "test"), f"{tree['run_dir']}/{name}")
@@ -175,7 +175,7 @@ def score(tree: dict[str, Any], *weights: str) -> None:
 
 @pytest.mark.portable
 def test_engines_share_a_process_and_bf16(tree, tmp_path):
-    """A transformer, whose positions no module's own forward pass reads, in bf16; what is left behind is evaluated."""
+    """A transformer in bf16, whose position embedding no submodule reads; the saved student is evaluated."""
     tree["student"] = {
         "name": "test_vit",
         "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
@@ -193,14 +193,14 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
         assert_rounding_explains(
             losses(other["run_dir"]), losses(tree["run_dir"]), strayed(losses, tree["run_dir"])
         )
-        assert told(other["run_dir"])[0]["world"] == 2
+        assert saved(other["run_dir"])[0]["world"] == 2
         run_ranks(score, 2, other, "student.safetensors", "checkpoints/step-00000012")
 
 
 @pytest.mark.portable
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_elastic(tree, tmp_path, of_ddp, stage):
-    """From two processes to one to two, in the warm-up and after: the losses of a run on two."""
+    """A run that goes from two processes to one to two has the losses of a run on two."""
     tree["student"] = {
         "name": "test_vit",
         "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
@@ -230,7 +230,7 @@ def refused(tree: dict[str, Any]) -> None:
 
 def test_zero_resumes_in_the_same_stage(tree, tmp_path):
     tree |= {"duration": "2 steps", "warmup": None}
-    path = tmp_path / "stage.json"  # as if the accelerate config had changed: the training config has not
+    path = tmp_path / "stage.json"  # as if the accelerate config had changed, but not the training config
     tree["engine"] = {"name": "deepspeed", "config_file": str(path)}
     for stage, function in ((2, run), (3, refused)):
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
@@ -238,27 +238,27 @@ def test_zero_resumes_in_the_same_stage(tree, tmp_path):
 
 
 def run_scaled(trees: list[dict[str, Any]], scales: list[float]) -> None:
-    """Train with the loss scaled as for fp16, from each scale on, and leave the last scale behind."""
-    prepare = engine.prepare
+    """Train with the loss scaled as for fp16, from each initial scale, and write the last scale."""
+    prepare = engine.ZeRO.prepare
     for tree, scale in zip(trees, scales):
 
         def scaling_prepare(*arguments, scale=scale):
             wrapped, optimizer, was_skipped = prepare(*arguments)
-            engine._scale_losses(optimizer.optimizer)
+            engine.use_dynamic_loss_scale(optimizer.optimizer)
             optimizer.optimizer.loss_scaler.cur_scale = scale
             scaling_prepare.optimizer = optimizer.optimizer
             return wrapped, optimizer, was_skipped
 
-        engine.prepare = scaling_prepare
+        engine.ZeRO.prepare = scaling_prepare
         run(tree)
         (Path(tree["run_dir"]) / "scale").write_text(str(scaling_prepare.optimizer.loss_scale))
-    engine.prepare = prepare
+    engine.ZeRO.prepare = prepare
 
 
-# The exponents: squares of gradients then overflow where ZeRO takes their norm in float32, or else the gradients.
+# Exponents: squares of gradients overflow in ZeRO's float32 norm with the one, gradients with the other.
 @pytest.mark.parametrize(("stage", "exponent"), [(2, 70), (3, 128)])
 def test_a_dynamic_loss_scale(tree, tmp_path, stage, exponent):
-    """Powers of two change no bit; a scale that overflows costs its steps, halves, and training goes on."""
+    """Powers of two change no bit. A scale that overflows skips its steps and is halved."""
     tree |= {"duration": "16 steps", "clip_grad_norm": 0.05}
     plain, scaled, over = (with_stage(tree, stage, tmp_path, name) for name in ("plain", "scaled", "over"))
     run_ranks(run_scaled, 2, [plain, scaled, over], [1.0, 2.0**16, 2.0**exponent])
@@ -274,7 +274,7 @@ def test_a_dynamic_loss_scale(tree, tmp_path, stage, exponent):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_accelerate_launch(tree, tmp_path, stage):
-    """With the file that users get, and a word on the command line: the accelerate config alone says ZeRO."""
+    """Only the accelerate config selects ZeRO; uses the file in launch/ and a command-line override."""
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(tree | {"duration": "15 steps"}))
     launch = ["--config_file", str(ROOT / f"launch/accelerate/zero{stage}.yaml"), "--num_processes", "2"]

@@ -14,6 +14,7 @@ import pytest
 from conftest import refused
 from PIL import Image
 
+from indistill import config
 from indistill.commands.cli import main
 from indistill.data import shards
 from indistill.models.cnn32 import CNN32
@@ -182,3 +183,41 @@ def test_help_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_commands_on_files_import_no_torch(data_dir, tree, tmp_path):
+    """`indistill shards` and `indistill report` start in moments; a report measures networks only if it has to."""
+    run = Path(tree["run_dir"])
+    run.mkdir()
+    (run / "config.yaml").write_text(
+        config.dump(
+            config.parse(tree | {"teacher": None, "warmup": None, "kd": {"losses": [{"name": "ce"}]}}, "test")
+        )
+    )
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "phase": "supervised", "loss": 2.0}) + "\n")
+    networks = {"student": {"name": "cnn32_student", "parameters": 80_000}, "speed": {"seconds": {}}}
+    (run / "networks.json").write_text(json.dumps(networks))
+    shard = str(min(data_dir.glob("train-*.tar")))
+    commands = [
+        ["shards", "verify", shard, "--workers", "1"],
+        ["shards", "index", shard, "--workers", "1", "--cache-dir", f"{tmp_path}/cache"],
+        ["shards", "pack", shard, f"{tmp_path}/packed", "--workers", "1"],
+        ["report", str(run)],
+    ]
+    code = (
+        "import sys, contextlib, json\n"
+        "from indistill.commands.cli import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    code = 0\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit as exit_:\n"
+        "        code = exit_.code\n"
+        "    heavy = sorted({'torch', 'torchvision', 'timm', 'accelerate'} & set(sys.modules))\n"
+        "    assert (code, heavy) == (0, []), (arguments, code, heavy)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert (run / "report.html").exists()

@@ -54,7 +54,7 @@ def space(monkeypatch, free: float, total: float = 1e15) -> None:
     )
 
 
-# --- the software ----------------------------------------------------------------------------------------------------
+# --- the software -------------------------------------------------------------------------------------------
 
 
 def test_versions_are_those_of_the_metadata(tree, monkeypatch):
@@ -93,8 +93,8 @@ def test_versions_are_those_of_the_metadata(tree, monkeypatch):
         ),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", FAIL, "contradicts the config: compile is false"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", FAIL, "contradicts the config: mixed_precision is no"),
-        ("CUDA_LAUNCH_BLOCKING", "1", WARN, "has the CPU wait"),
-        ("NCCL_P2P_DISABLE", "1", WARN, "takes NCCL's fast way between GPUs"),
+        ("CUDA_LAUNCH_BLOCKING", "1", WARN, "makes the CPU wait"),
+        ("NCCL_P2P_DISABLE", "1", WARN, "disables NCCL's fast transport between GPUs"),
         ("GLOO_SOCKET_IFNAME", "eth77", FAIL, "names no network interface of this node"),
     ],
 )
@@ -115,7 +115,7 @@ def test_variables_that_do_not_hurt(tree, monkeypatch):
     assert look(software.environment, tree) == before
 
 
-# --- the node --------------------------------------------------------------------------------------------------------
+# --- the node -----------------------------------------------------------------------------------------------
 
 
 def test_gpus_that_cannot_be_used(monkeypatch):
@@ -130,12 +130,12 @@ def test_gpus_that_cannot_be_used(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", None)
     (line,) = look(node.gpu)
-    assert (line.level, line.what) == (FAIL, "driver 550.54, but this torch is one for CPUs")
+    assert (line.level, line.what) == (FAIL, "driver 550.54, but this torch is built for CPUs")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     (line,) = look(node.gpu)
-    assert (line.level, line.what) == (FAIL, "2 processes on this node, which shows them 1 GPU")
+    assert (line.level, line.what) == (FAIL, "2 processes on this node, which has 1 visible GPU")
 
 
 def test_too_few_cores(tree, monkeypatch):
@@ -178,7 +178,7 @@ def test_open_files(tree, monkeypatch):
     assert (line.level, line.what.startswith("4,096 allowed")) == (OK, True)
 
 
-# --- disks -----------------------------------------------------------------------------------------------------------
+# --- disks --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_dir(tree, tmp_path):
@@ -227,11 +227,11 @@ def test_a_cache_dir(tree, tmp_path, monkeypatch):
     assert look(disks.cache_dir, far)[0].level == OK
     space(monkeypatch, 2.4e6)
     (line,) = look(disks.cache_dir, far)
-    assert (line.level, line.remedy) == (WARN, "a larger disk, or data.cache_bytes=2.6e+06")
+    assert (line.level, line.remedy) == (WARN, "use a larger disk, or data.cache_bytes=2.6e+06")
     assert look(disks.cache_dir, with_data(tree, cache_dir=f"{tmp_path}/cache"))[0].level == OK  # not remote
 
 
-# --- what a run reads ------------------------------------------------------------------------------------------------
+# --- what a run reads ---------------------------------------------------------------------------------------
 
 
 def test_weights(tree, tmp_path):
@@ -403,7 +403,7 @@ def test_evaluation_images_that_are_trained_on(tree, tmp_path, monkeypatch):
 def test_class_lists(tree, tmp_path):
     tree = with_data(tree, root=str(tmp_path), train="train/*.tar", eval="eval/*.tar")
     (line,) = look(inputs.class_lists, tree)
-    assert (line.level, line.what.startswith("no class names beside data.train")) == (OK, True)
+    assert (line.level, line.what.startswith("no class names next to data.train")) == (OK, True)
 
     def named(name: str, names: list[str]) -> None:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -412,12 +412,12 @@ def test_class_lists(tree, tmp_path):
     ten = [f"class {i}" for i in range(10)]
     named("train", ten)
     (line,) = look(inputs.class_lists, tree)
-    assert line.what.startswith("data.train has 10 class names, data.eval none")
+    assert line.what.startswith("data.train has 10 class names, data.eval has none")
     named("eval", ten)
     (line,) = look(inputs.class_lists, tree)
     assert (line.level, line.what) == (
         OK,
-        "data.train has 10 class names, data.eval numbers its classes alike",
+        "data.train has 10 class names, data.eval has the same",
     )
     (line,) = look(inputs.class_lists, with_data(tree, num_classes=12))
     assert (line.level, line.remedy) == (WARN, "set data.num_classes, which is 12, to their number")
@@ -432,7 +432,7 @@ def test_class_lists(tree, tmp_path):
     assert line.what.startswith(f"data.train: its classes are not those of {tmp_path}/classes.json: label 0")
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------------------
 
 
 def test_a_check_that_crashes_is_a_line(capsys, monkeypatch):
@@ -494,7 +494,8 @@ def test_the_command(tree, tmp_path, capsys):
     assert exit_code(str(path), "teacher={name: resnet18, checkpoint: gone.pt}", "data.train=gone.tar") == 1
     printed = capsys.readouterr().out
     assert (
-        "\nFAIL  weights: teacher.checkpoint: no file gone.pt: correct it; every node needs it\n" in printed
+        "\nFAIL  weights: teacher.checkpoint: no file gone.pt: correct the path; every node needs the file\n"
+        in printed
     )
     assert printed.count("gone.tar: no such shard") == 1
     assert exit_code() == 0

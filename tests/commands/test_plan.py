@@ -22,7 +22,6 @@ from indistill.commands.plan.network import (
     communication_seconds,
     step_seconds,
 )
-from indistill.commands.plan.text import text
 from indistill.config import UserError, runs
 from indistill.targets.cost import Work
 from indistill.training import optim, parts
@@ -87,14 +86,19 @@ def test_a_step():
     machine = config.Machine(flops_per_second=100, overlap=0.5, decode_images_per_second=10)
     settings = small(machine=machine, workers=2)
     work = Work(
-        teacher_flops=100, student_flops=300, activation_bytes=0, batch_bytes=0, targets={}, student_maps=[]
+        teacher_flops=100, student_flops=300, activation_bytes=0, batch_bytes=0, targets={}, compared=[]
     )
-    # Two images: 8 s on the device, 4 s of them backward, 0.1 s decoding. Half of what is sent can be hidden, ...
-    assert step_seconds(settings, work, "live", 2, 6.0) == (8 + 3, "device")
-    assert step_seconds(settings, work, "live", 2, 20.0) == (8 + 16, "device")  # ... in 4 s at most
-    assert step_seconds(settings, work, "cached", 2, 0.0) == (6, "device")
+
+    def step(settings, source, communication):
+        return step_seconds(settings, work, source=source, batch=2, communication=communication)
+
+    # Two images: 8 s on the device, 4 s of them backward, 0.1 s decoding. Half of the communication can be
+    # hidden, ...
+    assert step(settings, "live", 6.0) == (8 + 3, "device")
+    assert step(settings, "live", 20.0) == (8 + 16, "device")  # ... in 4 s at most
+    assert step(settings, "cached", 0.0) == (6, "device")
     slow = small(machine=machine.model_copy(update={"decode_images_per_second": 0.1}), workers=2)
-    assert step_seconds(slow, work, "live", 2, 0.0) == (10, "decoding")
+    assert step(slow, "live", 0.0) == (10, "decoding")
 
 
 def test_the_imagenet_config_has_the_cost_that_it_states():
@@ -112,7 +116,7 @@ def test_the_imagenet_config_has_the_cost_that_it_states():
     assert f"{mean / 1e9:.1f} on average in the warm-up" in stated
     total = sum(flops * phase.steps * 512 for flops, phase in zip(per_image, found.phases))
     assert f"{total:.2e}".replace("+", "") in stated
-    page = text(found)
+    page = str(found)
     assert all(phase.name in page for phase in found.phases)
     assert re.search(r"kd +82 +205,164 +7.33 +10.6", page)
     assert all(
@@ -133,12 +137,14 @@ def config_file(tree, tmp_path):
 def test_the_command_prints_a_page_or_json_and_leaves_nothing(config_file, tree, capsys):
     main(["plan", config_file, "--world", "4"])
     page = capsys.readouterr().out
-    assert page.startswith("4 processes, 6 steps an epoch of 192 images")
+    assert page.startswith("4 processes, 6 steps per epoch of 192 images")
     assert "4 of" not in page.splitlines()[0]
     assert "--world" not in page
     main(["plan", config_file, "--json", "duration=2 epochs", "warmup=null"])
     numbers = json.loads(capsys.readouterr().out)
-    assert numbers["notes"] == ["for a node of machine.devices_per_node (8): --world 1 for one process"]
+    assert numbers["notes"] == [
+        "estimated for machine.devices_per_node (8) processes; --world N sets another number"
+    ]
     assert [phase["name"] for phase in numbers["phases"]] == ["kd"]
     assert numbers["machine"]["devices_per_node"] == numbers["world"] == 8
     assert not Path(tree["run_dir"]).exists()
@@ -178,14 +184,16 @@ def test_without_the_hub_it_says_what_is_missing(tree, monkeypatch):
     assert [pair.kept for pair in found.pairs] == [None] * 3
     assert [pair.channels for pair in found.pairs] == [8, 16, 32]
     assert "no network" in found.notes[0]
-    assert "not known yet" in text(found)
-    with pytest.raises(UserError, match="no network"):  # which training does not go on without
+    assert "not known yet" in str(found)
+    with pytest.raises(UserError, match="no network"):  # training needs the weights
         parts.create_teacher(config.parse(tree, "test"))
+    tree["warmup"] = None
+    assert estimate.of_run(config.parse(tree, "test"), world=1).pairs == []
 
 
 def test_a_run_without_a_teacher_says_so(tree):
     alone = tree | {"teacher": None, "warmup": None, "kd": {"losses": [{"name": "ce"}]}}
-    assert "\nno teacher, student 0.0" in text(estimate.of_run(config.parse(alone, "test"), world=1))
+    assert "\nno teacher, student 0.0" in str(estimate.of_run(config.parse(alone, "test"), world=1))
 
 
 def test_channels_that_data_decide_on_are_left_to_training(tree):

@@ -110,7 +110,7 @@ def rows(file: Path) -> list[tuple[str, list[str]]]:
     return [(heading, re.findall(r"<td>(.*?)</td>", rest)) for heading, rest in found]
 
 
-# --- what a run records ----------------------------------------------------------------------------------------------
+# --- what a run records -------------------------------------------------------------------------------------
 
 
 def test_starts_and_ends_are_recorded(chain):
@@ -159,18 +159,18 @@ def test_a_report_that_fails_fails_no_run(chain, tmp_path, monkeypatch, capfd):
     settings = config.load(chain / "teacher" / "config.yaml", [f"run_dir={tmp_path}/run", "duration=1 step"])
     monkeypatch.setattr(report_page, "html", lambda *_: 1 / 0)
     assert training_runs.run([("", settings)], callbacks=[ReportAtEnd()])[""]["step"] == 1
-    told = capfd.readouterr().err
-    assert [line for line in told.splitlines() if "report" in line] == [
+    printed = capfd.readouterr().err
+    assert [line for line in printed.splitlines() if "report" in line] == [
         "indistill: no report written: ZeroDivisionError: division by zero"
     ]
     assert read_lines(tmp_path / "run" / "history.jsonl")[-1]["how"] == "done"
 
 
-# --- in a browser ----------------------------------------------------------------------------------------------------
+# --- in a browser -------------------------------------------------------------------------------------------
 
 
 def test_the_page_in_a_browser(chain, run, browser, tmp_path):
-    """Names and texts that would run as a script are shown, the numbers are those of the run, and all fits a phone."""
+    """Texts that could run as a script are shown, numbers are those of the run, and the page fits a phone."""
     (run / "checkpoints" / "step-00000024" / "state.json").write_text(
         json.dumps({"step": 24, "scores": {}, "parts": {"log": {"bad": [EVIL]}}})
     )
@@ -241,22 +241,22 @@ def test_the_page_in_a_browser(chain, run, browser, tmp_path):
     def at(step: int, key: str) -> float:
         return next(line[key] for line in lines if line["step"] == step and key in line)
 
-    told = shown("Loss", "tap")  # of steps 1 to 24 on an axis from 0
-    assert told.pop("step, warmup 3/3") == "12"
-    assert float(told["loss"]) == pytest.approx(at(12, "loss"), rel=1e-5)
-    told = shown("Loss", "key")
-    assert told.pop("step, kd") == "24"
-    assert {name: float(value) for name, value in told.items()} == {
+    values = shown("Loss", "tap")  # of steps 1 to 24 on an axis from 0
+    assert values.pop("step, warmup 3/3") == "12"
+    assert float(values["loss"]) == pytest.approx(at(12, "loss"), rel=1e-5)
+    values = shown("Loss", "key")
+    assert values.pop("step, kd") == "24"
+    assert {name: float(value) for name, value in values.items()} == {
         name: pytest.approx(at(24, name), rel=1e-5) for name in ("loss", "ce", "kd")
     }
     browser.open(page, 1200)
-    told = shown("Accuracy", "point", 0.99)
-    assert told == {
+    values = shown("Accuracy", "point", 0.99)
+    assert values == {
         "step, kd": "24",
         **{key: f"{float(f'{100 * at(24, key):.6g}'):.15g} %" for key in ("top1", "top5")},
     }
-    told = shown("Alignment of the maps (linear CKA)", "point", 0.01)
-    assert float(told["pair1"]) == pytest.approx(at(6, "cka_pair1"), rel=1e-5)
+    values = shown("Alignment of the maps (linear CKA)", "point", 0.01)
+    assert float(values["pair1"]) == pytest.approx(at(6, "cka_pair1"), rel=1e-5)
     channel = shown("Pair 1: 8 of 16", "key")
     plan = json.loads((run / "prune_plan.json").read_text())
     kept = 15 in plan["pairs"][0]["kept"]
@@ -283,7 +283,7 @@ def test_a_comparison_in_a_browser(chain, run, browser, tmp_path):
     assert set(browser.requests) <= {page.as_uri(), "data:,"}
 
 
-# --- what is in it ---------------------------------------------------------------------------------------------------
+# --- what is in it ------------------------------------------------------------------------------------------
 
 
 def test_every_number_of_the_run_is_in_its_curves(chain):
@@ -315,8 +315,8 @@ def test_every_number_of_the_run_is_in_its_curves(chain):
         assert min(y for _, y in found[title, "kept"]) >= max(y for _, y in found[title, "left out"])
     ends = [rest for _, rest in rows(page) if rest[-1].startswith(("requeue", "done"))]
     assert [row[0] for row in ends] == ["0", "10"]
-    assert "Started 2 times: 1 restart." in page.read_text()
-    assert "Speed not measured yet" in page.read_text()
+    assert "Started 2 times." in page.read_text()
+    assert "Speed is not measured yet" in page.read_text()
 
 
 def test_networks_are_counted(chain):
@@ -342,8 +342,8 @@ def test_speed_is_measured_once(run, monkeypatch):
     report_page.write([run])
     assert json.loads((run / "networks.json").read_text()) == known
     (run / "networks.json").unlink()
-    page = report_page.write([run])  # what cannot be measured is told
-    assert "Speed not measured: ZeroDivisionError: division by zero." in page.read_text()
+    page = report_page.write([run])  # the page says what could not be measured
+    assert "Speed could not be measured: ZeroDivisionError: division by zero." in page.read_text()
 
 
 def test_several_runs_and_those_of_a_chain(chain, run, tmp_path):
@@ -417,10 +417,10 @@ def test_every_kind_of_run_has_a_report(run, kind):
     data_of(page)
     assert "NaN" not in text
     if kind == "running":
-        assert "running, or killed" in text
+        assert "running or killed" in text
         assert curves(page)["Loss", "loss"][3] == (4, None)
     if kind == "killed":
-        assert "killed or crashed, without a word" in text
+        assert "killed or crashed; no end was recorded" in text
     if kind == "heads":
         assert dict(rows(page))["head1"][0] == "25.00"
     if kind == "supervised":
@@ -433,7 +433,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, run, capsys):
         ([tmp_path / "none"], "none: no such directory"),
         (
             [tmp_path / "run" / "checkpoints"],
-            "holds no config.yaml, and no folder in it does: give the run_dir",
+            "there is no config.yaml in it or in its folders: give the run_dir",
         ),
         ([run, "--baseline", tmp_path / "none"], "none: no such directory"),
         ([run, "--output", tmp_path / "file" / "x.html"], "cannot be written .*: choose another --output"),
@@ -450,13 +450,16 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, run, capsys):
 
 def test_a_report_of_what_is_known_needs_no_torch(run):
     report_page.write([run])
-    code = "import sys; from indistill.commands.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from indistill.commands.cli import main; main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run(
         [sys.executable, "-c", code, "report", str(run)], check=True, capture_output=True, timeout=120
     )
 
 
-# --- charts ----------------------------------------------------------------------------------------------------------
+# --- charts -------------------------------------------------------------------------------------------------
 
 
 def test_thinned_curves_keep_their_extremes_and_their_values():

@@ -1,4 +1,4 @@
-"""Configs: every mistake is one line with the file, the key and what would do; equal runs have equal fingerprints."""
+"""Configs: a mistake is one line with file, key and remedy; equal runs have equal fingerprints."""
 
 import copy
 import re
@@ -73,7 +73,7 @@ def test_an_unknown_key_of_the_file_itself(tree, file):
         ("warmup.lr=[1, -2]", "warmup.lr.1: Input should be greater than 0"),
         ("kd.losses=[]", "kd.losses: List should have at least 1 item"),
         ("kd.losses.1.temperature=hot", "kd.losses.1.temperature: Input should be a valid number"),
-        ("kd.losses.1.name=dk", "kd.losses.1: Input tag 'dk' found using 'name'"),
+        ("kd.losses.1.name=dk", "kd.losses.1: unknown loss 'dk'; the nearest are dkd, kd"),
         ("mixed_precision=fp8", "mixed_precision: Input should be 'no', 'bf16' or 'fp16'"),
     ],
 )
@@ -112,7 +112,7 @@ def test_the_run_cannot_last_a_share_of_itself(file):
     assert config.load(file, ["warmup.durations=[10%, 10%, 10%]"]).warmup.durations == ["10%"] * 3
 
 
-# --- overrides -------------------------------------------------------------------------------------------------------
+# --- overrides ----------------------------------------------------------------------------------------------
 
 
 def test_overrides_reach_everywhere(file):
@@ -161,7 +161,7 @@ def test_bad_overrides(file, override, message):
     assert refusal(file, [override]) == f"override {override!r}: {message}"
 
 
-# --- what the file may hold ------------------------------------------------------------------------------------------
+# --- what the file may hold ---------------------------------------------------------------------------------
 
 
 def test_yaml_reads_no_as_false_and_it_works_all_the_same(file):
@@ -231,7 +231,7 @@ def test_a_config_cannot_be_changed_after_loading(settings):
         settings.seed = 3
 
 
-# --- round trip and identity -----------------------------------------------------------------------------------------
+# --- round trip and identity --------------------------------------------------------------------------------
 
 
 def test_dump_is_read_back_equal(tree, file):
@@ -311,7 +311,7 @@ def test_values_that_mean_the_same_are_the_same_run(tree, settings):
     assert config.fingerprint(config.parse(same, "test")) == config.fingerprint(settings)
 
 
-# --- a teacher that knows nothing ------------------------------------------------------------------------------------
+# --- a teacher that knows nothing ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("teacher", ["{name: resnet18}", "{name: resnet18, pretrained: false}"])
@@ -321,8 +321,8 @@ def test_values_that_mean_the_same_are_the_same_run(tree, settings):
 def test_a_teacher_without_weights_is_refused(file, teacher, stage):
     message = refusal(file, [*stage, f"teacher={teacher}"])
     assert message.endswith(
-        "teacher: resnet18 has no weights: set pretrained: true or checkpoint: FILE; a random teacher, as a control, "
-        "needs random: true beside pretrained: false"
+        "teacher: resnet18 has no weights: set pretrained: true or checkpoint: FILE; for a random "
+        "teacher, as a control, set random: true and pretrained: false"
     )
 
 

@@ -33,10 +33,15 @@ def test_a_file_is_replaced_at_the_end(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
 def test_a_writer_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, error):
     (tmp_path / "file").write_text("old")
-    for name in ("file", "new"):
-        with pytest.raises(error, match="why"), replacing(tmp_path / name) as stream:
+
+    def fail(file: Path) -> None:
+        with replacing(file) as stream:
             stream.write(b"x" * SIZE)
             raise error("why")
+
+    for name in ("file", "new"):
+        with pytest.raises(error, match="why"):
+            fail(tmp_path / name)
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "old"
 

@@ -84,7 +84,7 @@ def test_heads_of_an_earlier_stage(chain):
         ),
         (
             {"stage": "teacher", "heads": {"stage": "student"}},
-            r"teacher.heads: .*student.* is no earlier stage",
+            r"teacher.heads: .*student.* does not name an earlier stage",
         ),
     ):
         chain["stages"][3]["teacher"] = section
@@ -114,7 +114,7 @@ def test_overrides_reach_what_is_shared_and_single_stages(chain):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stages.1.name=teacher"], "stages.1.name: teacher names an earlier one too"),
+        (["stages.1.name=teacher"], "stages.1.name: teacher is already in use"),
         (["stages.1.name=a/b"], "stages.1.name: 'a/b' cannot name a directory"),
         (["stages.1.name=.."], "stages.1.name: '..' cannot name a directory"),
         (["stages.1.name=12"], "stages.1.name: 12 cannot name a directory"),
@@ -122,12 +122,12 @@ def test_overrides_reach_what_is_shared_and_single_stages(chain):
         (["stages=[]"], "stages: expected a list of mappings"),
         (["stages={teacher: 3}"], "stages: expected a list of mappings"),
         (["stages=[teacher]"], "stages: expected a list of mappings"),
-        (["stages.2.run_dir=x"], "stage student: run_dir: it runs in run_dir/student"),
+        (["stages.2.run_dir=x"], "stage student: run_dir is always the file.s run_dir/student"),
         (["stages.0.teacher.stage=teacher"], r"stage teacher: teacher: .* \(this is the first stage\)"),
-        (["stages.1.teacher.stage=student"], r"stage auxiliary: teacher: .*student.* \(earlier stages: t"),
-        (["stages.auxiliary.teacher.stage=auxiliary"], r"stage auxiliary: teacher: .*auxiliary.* is no earl"),
-        (["stages.2.teacher.stage=[1]"], "stage student: teacher: .* is no earlier stage"),
-        (["stages.2.teacher.heads={stage: teacher, x: 1}"], "teacher.heads: .* is no earlier stage"),
+        (["stages.1.teacher.stage=student"], r"auxiliary: teacher: .*\(earlier stages: teacher\)"),
+        (["stages.auxiliary.teacher.stage=auxiliary"], "teacher: .*auxiliary.* does not name an earlier"),
+        (["stages.2.teacher.stage=[1]"], "stage student: teacher: .* does not name an earlier stage"),
+        (["stages.2.teacher.heads={stage: teacher, x: 1}"], "heads: .* does not name an earlier stage"),
         (["stages.2.optimizer.lr=fast"], "stage student: optimizer.lr: "),
         (["stages.nowhere.seed=1"], "stages.nowhere.seed does not lead to a key"),
         (["optimiser.lr=1"], "stage teacher: unknown key 'optimiser'; the nearest valid key is 'optimizer'"),
@@ -147,6 +147,6 @@ def test_other_commands_want_a_stage(chain, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["eval", str(Path(chain["run_dir"]).with_suffix(".yaml")), "student.safetensors"])
     assert exit_.value.code == 2
-    told = capsys.readouterr().err
-    assert "run.yaml has several stages: give the config.yaml in the run directory of one" in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "run.yaml has several stages: give the config.yaml in the run directory of one" in printed
+    assert printed.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Augmentation: the same view of a sample whoever computes it, and the distributions that the recipes promise."""
+"""Augmentation: views depend only on seed, view and sample, and have the distributions of the recipes."""
 
 import io
 
@@ -27,7 +27,7 @@ def draws(u=0.5, v=0.5, flip=0.9):
     return np.array([u, v, flip] + [0.5] * (DRAWS - 3))
 
 
-# --- the random numbers ----------------------------------------------------------------------------------------------
+# --- the random numbers -------------------------------------------------------------------------------------
 
 
 def split_mix(x):
@@ -90,7 +90,7 @@ def test_uniforms_are_uncorrelated():
         assert np.abs(correlations).max() < limit, name
 
 
-# --- training views --------------------------------------------------------------------------------------------------
+# --- training views -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -98,10 +98,10 @@ def test_uniforms_are_uncorrelated():
 def test_a_view_depends_on_image_and_draws_alone(recipe, shape):
     section, image = Augment(recipe=recipe), noise(*shape)
     for row in uniforms(0, 0, np.arange(20)):
-        view = train_view(image, row, section, 24)
+        view = train_view(image, row, recipe=section, size=24)
         assert view.shape == (24, 24, 3)
         assert view.dtype == np.uint8
-        assert np.array_equal(view, train_view(image.copy(), row.copy(), section, 24))
+        assert np.array_equal(view, train_view(image.copy(), row.copy(), recipe=section, size=24))
     assert np.array_equal(image, noise(*shape))
 
 
@@ -110,7 +110,10 @@ def test_flip_mirrors_every_second_view(recipe):
     image, with_flip, without = noise(40, 40), Augment(recipe=recipe), Augment(recipe=recipe, flip=False)
     flipped = 0
     for row in uniforms(0, 0, np.arange(400)):
-        plain, view = train_view(image, row, without, 32), train_view(image, row, with_flip, 32)
+        plain, view = (
+            train_view(image, row, recipe=without, size=32),
+            train_view(image, row, recipe=with_flip, size=32),
+        )
         flipped += np.array_equal(view, np.flip(plain, axis=1))
         assert np.array_equal(view, plain) or np.array_equal(view, np.flip(plain, axis=1))
     assert 160 < flipped < 240
@@ -125,14 +128,16 @@ def test_pad_crop_cuts_windows_of_the_padded_image(side, padding, size):
     for top in range(places):
         for left in (0, places // 2, places - 1):
             for part in (0.0, 0.999):  # every place has an equal share of [0, 1)
-                view = train_view(image, draws((top + part) / places, (left + part) / places), section, size)
+                view = train_view(
+                    image, draws((top + part) / places, (left + part) / places), recipe=section, size=size
+                )
                 assert np.array_equal(view, padded[top : top + size, left : left + size])
 
 
 def test_an_image_smaller_than_the_window_is_kept_whole():
     image = noise(10, 10)
     for row in uniforms(0, 0, np.arange(50)):
-        view = train_view(image, row, Augment(recipe="pad_crop", padding=2, flip=False), 32)
+        view = train_view(image, row, recipe=Augment(recipe="pad_crop", padding=2, flip=False), size=32)
         rows, columns = np.nonzero(view.any(axis=(1, 2)))[0], np.nonzero(view.any(axis=(0, 2)))[0]
         assert np.array_equal(view[rows[0] : rows[0] + 10, columns[0] : columns[0] + 10], image)
         assert view.astype(int).sum() == image.astype(int).sum()
@@ -183,7 +188,7 @@ def test_where_no_crop_fits_the_centre_is_taken():
     strip[:, 143:156] = 255  # what a 4:3 crop of full height sees
     section = Augment(scale=(1, 1), flip=False)
     for row in uniforms(0, 0, np.arange(20)):
-        assert train_view(strip, row, section, 8).min() == 255
+        assert train_view(strip, row, recipe=section, size=8).min() == 255
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -193,13 +198,13 @@ def test_where_no_crop_fits_the_centre_is_taken():
 def test_views_of_a_batch_are_those_of_its_images(recipe, size, options, flip):
     section = Augment(recipe=recipe, flip=flip, **options)
     images, rows = np.stack([noise(32, 28, seed) for seed in range(30)]), uniforms(0, 0, np.arange(30))
-    views = train_views(images, rows, section, size)
+    views = train_views(images, rows, recipe=section, size=size)
     assert views.flags.c_contiguous
     for image, row, view in zip(images, rows, views):
-        assert np.array_equal(view, train_view(image, row, section, size).transpose(2, 0, 1))
+        assert np.array_equal(view, train_view(image, row, recipe=section, size=size).transpose(2, 0, 1))
 
 
-# --- evaluation views ------------------------------------------------------------------------------------------------
+# --- evaluation views ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("crop", [1.0, 0.875, 0.9, 0.95])
@@ -220,7 +225,7 @@ def test_eval_view_leaves_images_of_the_right_size_alone():
     assert np.array_equal(eval_view(noise(32, 32), 32, EvalView("bicubic", 1.0)), noise(32, 32))
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+# --- decoding -----------------------------------------------------------------------------------------------
 
 
 def encoded(image, kind="PNG", **options):

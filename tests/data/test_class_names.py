@@ -1,4 +1,4 @@
-"""Class lists: what labels mean in training data, evaluation data, stored targets, runs and exports has to agree."""
+"""Class lists of training data, evaluation data, stored targets, runs and exports, which must agree."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def with_names(folder: Path, names: list[str]) -> Path:
 
 @pytest.fixture
 def named(tree, tmp_path):
-    """A config whose training and evaluation shards lie in folders of their own, both with names of the classes."""
+    """A config whose training and evaluation shards are in two folders, both with class names."""
     for name, samples in (("train", 64), ("eval", 20)):
         pack_images(with_names(tmp_path / name, TEN), name, samples=samples, per_shard=64, seed=len(name))
     tree["data"] |= {"root": str(tmp_path), "train": "train/*.tar", "eval": "eval/*.tar"}
@@ -56,7 +56,7 @@ def parsed(tree: dict, **keys: str) -> config.Config:
     return config.parse(tree | {"data": tree["data"] | keys}, "test")
 
 
-# --- one list against another ----------------------------------------------------------------------------------------
+# --- one list against another -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_lists_are_found_wherever_shards_are(tmp_path, monkeypatch):
         found("*.tar", None)
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_data_with_another_numbering_is_refused(tree, tmp_path):
@@ -139,7 +139,7 @@ def test_parts_of_the_training_data_agree(tmp_path):
     assert class_names.check(config.Data(train="gone/*.tar", eval="other/*.tar", **section)) is None
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------------------------
 
 
 def test_a_run_keeps_its_classes(named, tmp_path):
@@ -183,7 +183,7 @@ def test_exports_are_used_with_their_classes(named, tmp_path, form):
     save_network(network, settings.student, run / "student.safetensors")
     (run / "config.yaml").write_text(config.dump(settings))
     (run / "summary.json").write_text(json.dumps({"step": 1, "metrics": {}}))
-    export(run, tmp_path / "export", form)
+    export(run, tmp_path / "export", form=form)
     load_for_eval(settings, str(tmp_path / "export"))
     with_names(tmp_path / "eval", SWAPPED)
     with pytest.raises(

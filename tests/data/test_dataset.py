@@ -40,7 +40,7 @@ def open_eval(section):
 
 
 def training(section, rank=0, world=1, accumulation=1, seed=0):
-    return IndexedTraining(section, seed, rank, world, accumulation)
+    return IndexedTraining(section, seed, rank=rank, world=world, accumulation=accumulation)
 
 
 def loaded(section, first=0, last=STEPS_PER_EPOCH, **keywords):
@@ -66,7 +66,7 @@ def as_webdataset_reads_it(section, pattern):
     return np.stack([image for image, _ in found]), np.array([label for _, label in found])
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
@@ -95,7 +95,7 @@ def test_views_depend_on_seed_epoch_and_sample(section, recipe):
     for step, batch in zip(range(4, 8), batches):
         for image, sample in zip(batch.images, batch.ids.tolist()):
             draws = augment.uniforms(9, step // STEPS_PER_EPOCH, np.array([sample]))[0]
-            view = augment.train_view(pixels[sample], draws, section.augment, 24)
+            view = augment.train_view(pixels[sample], draws, recipe=section.augment, size=24)
             assert np.array_equal(image.permute(1, 2, 0).numpy(), view)
     assert not torch.equal(joined(batches).images, joined(loaded(section, first=4, last=8, seed=10)).images)
 
@@ -151,11 +151,11 @@ def test_a_worker_passes_the_error_on(section, tmp_path):
     packing.pack([("bad", b"no image", "png", 0)], tmp_path, "eval", samples_per_shard=1)
     dataset = open_eval(with_(section, root=str(tmp_path), workers=1))
     with pytest.raises(UserError, match=r"eval-0+.tar: sample bad: not a readable image") as caught:
-        list(loader.eval_loader(dataset, 1, 0, 1, CPU))
+        list(loader.eval_loader(dataset, 1, rank=0, world=1, device=CPU))
     assert caught.value.found_by_one_rank
 
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -163,7 +163,9 @@ def test_a_worker_passes_the_error_on(section, tmp_path):
 def test_evaluation_covers_each_sample_once(section, world, batch):
     pixels, labels = as_webdataset_reads_it(section, "eval-*.tar")
     dataset = open_eval(section)
-    ranks = [list(loader.eval_loader(dataset, batch, rank, world, CPU)) for rank in range(world)]
+    ranks = [
+        list(loader.eval_loader(dataset, batch, rank=rank, world=world, device=CPU)) for rank in range(world)
+    ]
     assert max(len(one.ids) for batches in ranks for one in batches) <= batch
     counts = [sum(len(one.ids) for one in batches) for batches in ranks]
     assert max(counts) - min(counts) <= 1
@@ -181,7 +183,7 @@ def test_more_ranks_than_samples(section):
     dataset = open_eval(section)
     empty = [rank for rank, share in enumerate(eval_shares(51, 64)) if not share]
     assert len(empty) == 13
-    assert list(loader.eval_loader(dataset, 8, empty[0], 64, CPU)) == []
+    assert list(loader.eval_loader(dataset, 8, rank=empty[0], world=64, device=CPU)) == []
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
@@ -192,13 +194,13 @@ def test_the_training_set_seen_for_evaluation(section, in_memory, monkeypatch):
         monkeypatch.setattr(augment, "decode", None)
     pixels, _ = as_webdataset_reads_it(section, "train-*.tar")
     seen = dataset.for_evaluation(EvalView("bicubic", 0.875))
-    plain = joined(loader.eval_loader(seen, 50, 0, 1, CPU))
+    plain = joined(loader.eval_loader(seen, 50, rank=0, world=1, device=CPU))
     centre = pixels[:, 2:30, 2:30]  # 28 / 0.875 = 32: nothing to resize
     assert np.array_equal(plain.images.permute(0, 2, 3, 1).numpy(), centre)
     assert dataset.order is not None
 
 
-# --- what cannot be used ---------------------------------------------------------------------------------------------
+# --- what cannot be used ------------------------------------------------------------------------------------
 
 
 def pack_sizes(folder, sizes):
@@ -231,12 +233,12 @@ def test_a_label_beyond_the_classes_is_refused(section, tmp_path, in_memory):
         loaded(with_(section, num_classes=2), last=3)
 
 
-# --- images that cannot be decoded -----------------------------------------------------------------------------------
+# --- images that cannot be decoded --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def damaged(section, tmp_path):
-    """The training set with three images that are none, two of which follow each other in a stream of epoch 0."""
+    """The training set with three undecodable images, two of them consecutive in a stream of epoch 0."""
     row = training(section).order.batch(0, 0, BATCH)  # 8 streams of 4 samples
     bad = {int(row[5]), int(row[6]), int(row[20])}
     packed = []
@@ -283,8 +285,8 @@ def test_the_stand_ins_label_and_view_are_its_own(section, damaged):
         view = augment.train_view(
             decode(whole[sample].image, ""),
             augment.uniforms(0, 0, np.array([sample]))[0],
-            section.augment,
-            32,
+            recipe=section.augment,
+            size=32,
         )
         assert label == whole[sample].label
         assert np.array_equal(image.permute(1, 2, 0).numpy(), view)
@@ -302,6 +304,6 @@ def test_a_stream_without_a_readable_image_is_an_error(section, tmp_path, in_mem
 
 def test_in_evaluation_it_is_named(section, damaged):
     section, _ = damaged
-    dataset = training(section).dataset.for_evaluation()
+    dataset = training(section).dataset.for_evaluation(EvalView("bilinear", 1.0))
     with pytest.raises(UserError, match=r"sample train0\d+: not a readable image"):
-        list(loader.eval_loader(dataset, 64, 0, 1, CPU))
+        list(loader.eval_loader(dataset, 64, rank=0, world=1, device=CPU))

@@ -62,7 +62,7 @@ def without_simplejpeg(monkeypatch):
     monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", None)
 
 
-# --- ordinary JPEGs: the fast path -----------------------------------------------------------------------------------
+# --- ordinary JPEGs: the fast path --------------------------------------------------------------------------
 
 ORDINARY = {
     **{f"4:{s[0]}:{s[1]}": {"subsampling": f"4:{s[0]}:{s[1]}"} for s in ("44", "22", "20")},
@@ -94,7 +94,8 @@ def test_crops_of_ordinary_jpegs_are_pillows_pixels(without_pillow, options, mod
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.integers(1, 70), st.integers(1, 70), st.sampled_from(["444", "422", "420", "440", "411"]), st.integers(20, 100),
+    st.integers(1, 70), st.integers(1, 70), st.sampled_from(["444", "422", "420", "440", "411"]),
+    st.integers(20, 100),
     st.data(),
 )  # fmt: skip
 def test_any_crop_of_any_subsampling_is_pillows(height, width, subsampling, quality, data):
@@ -164,7 +165,7 @@ def test_a_jpeg_that_claims_to_be_huge_is_refused(without_simplejpeg):
         crop(huge, 0, 0, 10, 10)
 
 
-# --- all other images: Pillow ----------------------------------------------------------------------------------------
+# --- all other images: Pillow -------------------------------------------------------------------------------
 
 
 def grey16():
@@ -211,7 +212,7 @@ def test_16_bit_grey_keeps_its_range(without_simplejpeg):
         assert np.array_equal(decode.decode(encoded(grey16(), kind), "here"), expected)
 
 
-# --- orientation -----------------------------------------------------------------------------------------------------
+# --- orientation --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(9))
@@ -240,15 +241,15 @@ def test_a_damaged_exif_block_costs_no_image(block):
     assert np.array_equal(decode.decode(content, "here"), by_pillow(encoded(picture(40, 60))))
 
 
-# --- in use ----------------------------------------------------------------------------------------------------------
+# --- in use -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", ["none", "pad_crop", "random_resized_crop"])
 def test_a_view_of_a_file_is_the_view_of_its_pixels(recipe):
     section, content = Augment(recipe=recipe), encoded(picture(90, 120))
     for row in augment.uniforms(0, 0, np.arange(30)):
-        expected = augment.train_view(by_pillow(content), row, section, 32)
-        assert np.array_equal(augment.train_view(content, row, section, 32), expected)
+        expected = augment.train_view(by_pillow(content), row, recipe=section, size=32)
+        assert np.array_equal(augment.train_view(content, row, recipe=section, size=32), expected)
     view = EvalView("bilinear", 0.875)
     assert np.array_equal(
         augment.eval_view(content, 32, view), augment.eval_view(by_pillow(content), 32, view)
@@ -259,7 +260,7 @@ def test_a_view_of_a_file_is_the_view_of_its_pixels(recipe):
 def test_a_view_of_a_damaged_file_names_it(recipe):
     content, draws = encoded(picture(90, 120))[:-40], augment.uniforms(0, 0, np.array([0]))[0]
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
-        augment.train_view(content, draws, Augment(recipe=recipe), 32, "a.tar: sample k7")
+        augment.train_view(content, draws, recipe=Augment(recipe=recipe), size=32, where="a.tar: sample k7")
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
         augment.eval_view(content, 32, EvalView("bilinear", 0.875), "a.tar: sample k7")
 

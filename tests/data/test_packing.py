@@ -79,7 +79,7 @@ def test_resize_reduces_only_what_is_larger(tmp_path):
     with Image.open(io.BytesIO(images["00000001_1"])) as reduced:
         assert (reduced.format, reduced.size) == ("JPEG", (30, 15))
     (tmp_path / "images" / "a" / "2.png").write_bytes(wide[:100])
-    with pytest.raises(UserError, match=r"image '00000002_2': not a readable image.*mend or remove it"):
+    with pytest.raises(UserError, match=r"image '00000002_2': not a readable image.*repair or remove it"):
         packing.pack_source(str(tmp_path / "images"), tmp_path / "bad", resize=15)
 
 
@@ -214,7 +214,7 @@ def test_lists_take_a_csv_and_shards_by_name_or_number(tmp_path):
     (tmp_path / "packed" / "dataset.json").unlink()
     packing.pack_source(str(tmp_path / "packed"), tmp_path / "named", classes=["x", "y"])
     assert labels_by_class(content, tmp_path / "named") == {"a": 0, "c": 1}
-    with pytest.raises(UserError, match=r"shard-000000\.tar: sample \w+: label 1 is beyond the 1 names"):
+    with pytest.raises(UserError, match=r"shard-000000\.tar: sample \w+: label 1 has no name among the 1"):
         packing.pack_source(str(tmp_path / "packed"), tmp_path / "none", classes=["x"])
 
 
@@ -252,8 +252,9 @@ def csv_of(tmp_path, labels):
 @pytest.mark.parametrize(
     ("labels", "line"),
     [
-        (["0", "0;1"], 2), (["0", "1|0", "1"], 2), (["1", "0", "0, 1"], 3), (["0 1", "1 0"], 1), (["[0, 1]"], 1),
-        (["cat", "cat;dog"], 2), (["cat|dog", "bird"], 1), (["cat", "dog", "dog,cat"], 3), (["['cat', 'dog']"], 1),
+        (["0", "0;1"], 2), (["0", "1|0", "1"], 2), (["1", "0", "0, 1"], 3), (["0 1", "1 0"], 1),
+        (["[0, 1]"], 1), (["cat", "cat;dog"], 2), (["cat|dog", "bird"], 1), (["cat", "dog", "dog,cat"], 3),
+        (["['cat', 'dog']"], 1),
         (["cat,dog", "dog,bird", "bird,cat"], 1),
     ],
 )  # fmt: skip
@@ -283,8 +284,8 @@ def test_names_with_separators_are_no_lists(tmp_path):
     [
         ("0.png,0\n0.png,1\n", r"line 2: .*0\.png has the label '1' here and '0' above \(.*line 1\)"),
         ("0.png,0\n1.png,\n", "line 2: has no label"),
-        ("0.png,0\n1.png,-1\n", "line 2: label '-1' is not a whole number"),
-        ("0.png,0.0\n1.png,10.0\n", "line 1: label '0.0' is not a whole number"),
+        ("0.png,0\n1.png,-1\n", "line 2: label '-1' is not a non-negative integer"),
+        ("0.png,0.0\n1.png,10.0\n", "line 1: label '0.0' is not a non-negative integer"),
     ],
 )
 def test_labels_that_are_none_are_refused(tmp_path, rows, message):
@@ -318,7 +319,7 @@ def test_shards_are_resharded_in_order(tmp_path, suffix):
 
 def test_pack_refuses_what_it_would_mix_up(tmp_path):
     pack(samples(9), tmp_path, "x", 3)
-    with pytest.raises(UserError, match=r"x-000002\.tar: left from an earlier packing"):
+    with pytest.raises(UserError, match=r"x-000002\.tar: left by an earlier packing"):
         pack(samples(6), tmp_path, "x", 3)
     with pytest.raises(UserError, match=r"cannot pack 'a\.b\.jpg'"):
         pack([("a.b", b"", "jpg", 0)], tmp_path / "y", "x", 3)

@@ -1,4 +1,4 @@
-"""timm's recipes with our draws: the same operations on the same pixels, and parameters of the same distributions."""
+"""timm's recipes with our draws: the same operations, and parameters of the same distributions."""
 
 import random
 
@@ -46,7 +46,7 @@ def distance(ours, theirs):
     return np.abs(ranks[0] - ranks[1]).max()
 
 
-# --- RandAugment: operations -----------------------------------------------------------------------------------------
+# --- RandAugment: operations --------------------------------------------------------------------------------
 
 
 def test_the_operations_are_timms_increasing_ones():
@@ -71,14 +71,14 @@ def test_operations_do_what_timms_do(monkeypatch, name, magnitude, sign):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
 def test_operations_read_between_pixels_as_timms_do(monkeypatch, interpolation):
-    """Of a whole view with two operations: timm's take the interpolation of its `create_transform`, or draw one."""
+    """timm's operations take the interpolation of its `create_transform`, or draw one."""
     modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     hparams = {"img_mean": (124, 116, 104)} | (
         {"interpolation": modes.get(interpolation)} if interpolation in modes else {}
     )
     recipe, drawn = Augment(recipe="pad_crop", flip=False, rand_augment={"probability": 1.0}), set()
     for row in uniforms(0, 0, np.arange(60)):
-        plain = train_view(picture(), row, Augment(recipe="pad_crop", flip=False), 48)
+        plain = train_view(picture(), row, recipe=Augment(recipe="pad_crop", flip=False), size=48)
         expected = Image.fromarray(plain)
         chosen = zip(
             augment._operations(row[augment._RAND_AUGMENT], recipe.rand_augment), row[augment._RESAMPLE][1:]
@@ -90,7 +90,8 @@ def test_operations_read_between_pixels_as_timms_do(monkeypatch, interpolation):
             expected = theirs(expected)
             drawn.add((name, which < 0.5))
         assert np.array_equal(
-            train_view(picture(), row, recipe, 48, interpolation=interpolation), np.asarray(expected)
+            train_view(picture(), row, recipe=recipe, size=48, interpolation=interpolation),
+            np.asarray(expected),
         )
     assert {("Rotate", True), ("Rotate", False)} < drawn
 
@@ -133,7 +134,7 @@ def test_operations_on_places():
     assert 20 - sheared[35].argmax() == pytest.approx(0.3 * 35, abs=1)
 
 
-# --- RandAugment: what is drawn --------------------------------------------------------------------------------------
+# --- RandAugment: what is drawn -----------------------------------------------------------------------------
 
 
 def drawn(**options):
@@ -190,7 +191,7 @@ def test_the_magnitude_varies_as_asked_and_stays_in_range():
     assert operations == [("AutoContrast", ())]
 
 
-# --- colour jitter ---------------------------------------------------------------------------------------------------
+# --- colour jitter ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_no_jitter_is_no_change():
     assert augment._color_jitter(image, np.full(8, 0.9), still) is image
 
 
-# --- random erasing --------------------------------------------------------------------------------------------------
+# --- random erasing -----------------------------------------------------------------------------------------
 
 
 def erase(image, draws, **options):
@@ -304,7 +305,7 @@ def test_noise_depends_on_its_key_alone():
     assert (augment._noise(0.3, 50, 60) == augment._noise(0.3 + 2.0**-53, 50, 60)).mean() < 0.02
 
 
-# --- together --------------------------------------------------------------------------------------------------------
+# --- together -----------------------------------------------------------------------------------------------
 
 ALL = {
     "rand_augment": {"mstd": 0.5, "probability": 1.0},
@@ -317,26 +318,26 @@ ALL = {
 def test_a_view_depends_on_image_and_draws_alone(recipe):
     section, image = Augment(recipe=recipe, **ALL), picture(60, 50)
     rows = uniforms(1, 2, np.arange(40))
-    views = [train_view(image, row, section, 48) for row in rows]
+    views = [train_view(image, row, recipe=section, size=48) for row in rows]
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     for row, view in reversed(list(zip(rows, views))):
         assert view.shape == (48, 48, 3)
         assert view.dtype == np.uint8
-        assert np.array_equal(train_view(image.copy(), row.copy(), section, 48), view)
+        assert np.array_equal(train_view(image.copy(), row.copy(), recipe=section, size=48), view)
     assert len({view.tobytes() for view in views}) == 40
     assert np.array_equal(image, picture(60, 50))
 
 
 def test_the_global_generators_are_left_alone():
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    train_view(picture(), uniforms(1, 2, np.arange(1))[0], Augment(**ALL), 32)
+    train_view(picture(), uniforms(1, 2, np.arange(1))[0], recipe=Augment(**ALL), size=32)
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 def test_switching_a_part_on_leaves_the_others_as_they_are():
     row, image = uniforms(1, 2, np.arange(1))[0], picture(60, 50)
-    plain = train_view(image, row, Augment(), 48)
-    erased = train_view(image, row, Augment(random_erasing={"probability": 1.0}), 48)
+    plain = train_view(image, row, recipe=Augment(), size=48)
+    erased = train_view(image, row, recipe=Augment(random_erasing={"probability": 1.0}), size=48)
     top, left, height, width = augment._erased_box((48, 48), row[augment._ERASING][2:], RandomErasing())
     outside = np.ones((48, 48), bool)
     outside[top : top + height, left : left + width] = False
@@ -345,12 +346,14 @@ def test_switching_a_part_on_leaves_the_others_as_they_are():
     augmented = augment._rand_augment(
         Image.fromarray(plain), row[augment._RAND_AUGMENT], RandAugment(), [Image.Resampling.BILINEAR] * 4
     )
-    assert np.array_equal(train_view(image, row, Augment(rand_augment={}), 48), np.asarray(augmented))
+    assert np.array_equal(
+        train_view(image, row, recipe=Augment(rand_augment={}), size=48), np.asarray(augmented)
+    )
 
 
 def test_no_two_parts_share_a_draw():
     parts = [
-        augment._PLACE,
+        augment._PAD_CROP,
         slice(2, 3),
         augment._CROP,
         augment._JITTER,

@@ -44,7 +44,7 @@ def with_(section, **changes):
 
 
 def images(section, first=0, last=5, rank=0, world=1, accumulation=1, seed=0):
-    training = stream.StreamedTraining(section, seed, rank, world, accumulation)
+    training = stream.StreamedTraining(section, seed, rank=rank, world=world, accumulation=accumulation)
     return [batch.images for batch in training.loader(first, last, CPU)]
 
 
@@ -100,7 +100,7 @@ def test_resume_begins_at_the_shard_of_the_step(section):
 
 def test_fewer_shards_than_readers_are_refused(section):
     with pytest.raises(UserError, match="16 readers of 8 shards"):
-        stream.StreamedTraining(with_(section, workers=4), 0, 0, 4, 1)
+        stream.StreamedTraining(with_(section, workers=4), 0, rank=0, world=4, accumulation=1)
 
 
 def test_what_stream_needs_is_asked_for_at_load(tree):
@@ -119,7 +119,7 @@ def test_a_bad_image_is_left_out_and_named(section, tmp_path):
     )]  # fmt: skip
     packing.pack(packed, tmp_path / "bad", "s", samples_per_shard=25)
     section = with_(section, root=str(tmp_path / "bad"))
-    batches = list(stream.StreamedTraining(section, 0, 0, 1, 1).loader(0, 6, CPU))
+    batches = list(stream.StreamedTraining(section, 0, rank=0, world=1, accumulation=1).loader(0, 6, CPU))
     assert [len(batch.labels) for batch in batches] == [40] * 6
     assert any("sample k3" in name for batch in batches for name in batch.replaced)
 
@@ -134,7 +134,7 @@ def test_a_shard_cut_inside_a_member_is_named(section, tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("k.cls", b"0;1")], r"sample k: k\.cls holds b'0;1': a label is a whole number"),
+        ([("k.cls", b"0;1")], r"sample k: k\.cls holds b'0;1': a label is a non-negative integer"),
         ([("k.txt", b"1")], r"sample k: has no label: write it into KEY\.cls"),
         ([("k.cls", b"10")], r"sample k: label 10 is none of the data\.num_classes, 0 to 9"),
     ],

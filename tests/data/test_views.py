@@ -34,7 +34,8 @@ needs_images = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def section(tmp_path_factory):
     return config.Data(
-        train="*-0001.tar", eval="*-0000.tar", root=str(IMAGENET), cache_dir=str(tmp_path_factory.mktemp("cache")),
+        train="*-0001.tar", eval="*-0000.tar", root=str(IMAGENET),
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
         num_classes=1000, image_size=SIZE, global_batch=8, streams=8, workers=0,
     )  # fmt: skip
 
@@ -44,7 +45,7 @@ def pictures(shards):
     return [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in shards.iterate()]
 
 
-# --- the pixels ------------------------------------------------------------------------------------------------------
+# --- the pixels ---------------------------------------------------------------------------------------------
 
 
 @needs_images
@@ -62,7 +63,7 @@ def pictures(shards):
 def test_evaluation_shows_what_timms_transform_shows(section, view, size):
     section = section.model_copy(update={"image_size": size})
     dataset = ImageDataset(open_shards(section, section.eval), section, seed=0, view=view)
-    (batch,) = loader.eval_loader(dataset, len(dataset), 0, 1, torch.device("cpu"))
+    (batch,) = loader.eval_loader(dataset, len(dataset), rank=0, world=1, device=torch.device("cpu"))
     transform = timm.data.create_transform(
         (3, size, size), interpolation=view.interpolation, crop_pct=view.crop_pct, crop_mode=view.crop_mode,
         mean=view.mean, normalize=False,
@@ -73,7 +74,7 @@ def test_evaluation_shows_what_timms_transform_shows(section, view, size):
 
 
 class Draws:
-    """In place of `random` in timm's transforms: a view's own draws, in the order in which timm asks for them."""
+    """Replaces `random` in timm's transforms by a view's own draws, in the order in which timm uses them."""
 
     def __init__(self, draws):
         self.places, self.shape = iter(draws[augment._CROP][:2]), iter(draws[augment._CROP][2:])
@@ -132,7 +133,7 @@ def test_random_draws_either_as_often():
     assert np.abs(np.corrcoef(drawn.T) - np.eye(drawn.shape[1])).max() < 0.08
 
 
-# --- whose record ----------------------------------------------------------------------------------------------------
+# --- whose record -------------------------------------------------------------------------------------------
 
 LITE = EvalView("bicubic", 0.875, "center", (0.5, 0.5, 0.5))  # tf_efficientnet_lite0
 TORCHVISION = EvalView("bilinear", 0.875, "center", (0.485, 0.456, 0.406))  # resnet34.tv_in1k
@@ -231,7 +232,7 @@ def test_eval_shows_a_named_network_its_own_view(parsed, monkeypatch):
 
 def test_students_at_once_are_each_evaluated_by_their_own(parsed):
     settings = parsed()
-    whole = ImageDataset(open_shards(settings.data, settings.data.eval), settings.data, 0, view=LITE)
+    whole = ImageDataset(open_shards(settings.data, settings.data.eval), settings.data, seed=0, view=LITE)
     shared = Shared(settings, 2)
     shared.opened = ("training", whole)
     views = []

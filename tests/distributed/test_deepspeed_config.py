@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration from all who may speak, without DeepSpeed: who wins, and what is told when they differ."""
+"""DeepSpeed's configuration from its three sources, without DeepSpeed; conflicts are named."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import yaml
 
 from indistill import config
 from indistill.config import UserError
+from indistill.config.ranks import Ranks
 from indistill.distributed import deepspeed_config
-
-WORLD = 2
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """As a launcher leaves it, with DeepSpeed installed."""
+    """The environment of a launcher, with DeepSpeed installed."""
     for name in (
         *deepspeed_config._LAUNCHER_VARIABLES,
         "ACCELERATE_USE_DEEPSPEED",
@@ -24,16 +23,19 @@ def environment(monkeypatch):
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
 
 
 @pytest.fixture
 def zero(tree):
-    """DeepSpeed's configuration for the tree with some keys replaced; `engine` is that section without its name."""
+    """Return DeepSpeed's configuration for the tree with keys replaced; `engine_keys` in its section."""
 
     def zero(engine_keys=(), **keys):
         section = {"name": "deepspeed", **dict(engine_keys)}
-        return deepspeed_config.zero_config(config.parse(tree | {"engine": section} | keys, "test"), WORLD)
+        return deepspeed_config.zero_config(
+            config.parse(tree | {"engine": section} | keys, "test"), Ranks.from_environment()
+        )
 
     return zero
 
@@ -48,20 +50,32 @@ def test_what_tells_bad_steps_stays_on(zero, tmp_path):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {"compute_grad_norm": False}}))
     with pytest.raises(
-        UserError, match=r"zero_optimization.compute_grad_norm: the norm tells which steps to skip"
+        UserError, match=r"zero_optimization.compute_grad_norm: the norm decides which steps to skip"
     ):
         zero({"config_file": str(path)})
 
 
 def test_ddp_unless_someone_asks(tree, monkeypatch):
     for section in (None, {"name": "ddp"}):
-        assert deepspeed_config.zero_config(config.parse(tree | {"engine": section}, "test"), WORLD) is None
+        assert (
+            deepspeed_config.zero_config(
+                config.parse(tree | {"engine": section}, "test"), Ranks.from_environment()
+            )
+            is None
+        )
     launch(monkeypatch)
-    assert deepspeed_config.zero_config(config.parse(tree, "test"), WORLD)["zero_optimization"]["stage"] == 2
+    assert (
+        deepspeed_config.zero_config(config.parse(tree, "test"), Ranks.from_environment())[
+            "zero_optimization"
+        ]["stage"]
+        == 2
+    )
     with pytest.raises(
         UserError, match=r"engine.name is ddp, but accelerate launch was told to use DeepSpeed"
     ):
-        deepspeed_config.zero_config(config.parse(tree | {"engine": {"name": "ddp"}}, "test"), WORLD)
+        deepspeed_config.zero_config(
+            config.parse(tree | {"engine": {"name": "ddp"}}, "test"), Ranks.from_environment()
+        )
 
 
 def test_the_config_says_it_all(zero):
@@ -145,10 +159,10 @@ def test_the_launchers_variables_without_the_launcher(zero, monkeypatch):
         ({"bf16": {"enabled": True}}, "bf16.enabled is true, but mixed_precision is no"),
         (
             {"optimizer": {"type": "AdamW"}},
-            "optimizer is what optimizer of this config sets: remove it there",
+            "optimizer is set by optimizer of the config: remove it there",
         ),
-        ({"scheduler": {"type": "WarmupLR"}}, "scheduler is what schedule of this config sets"),
-        ({"torch_autocast": {"enabled": True}}, "torch_autocast is what mixed_precision of this config sets"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler is set by schedule of the config"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast is set by mixed_precision of the config"),
         ({"distributed_type": "FSDP"}, "distributed_type is FSDP, not DEEPSPEED"),
         (["stage"], "expected a mapping"),
     ],
@@ -169,7 +183,8 @@ def test_what_cannot_work_is_told_at_once(zero, tree, monkeypatch, tmp_path):
     ):
         zero({"stage": 2, "offload_parameters": "cpu"})
     with pytest.raises(
-        UserError, match=r"engine.offload_parameters: parameters are offloaded in stage 3, this is 2"
+        UserError,
+        match=r"engine.offload_parameters: parameters can be offloaded in stage 3 only, but the stage is 2",
     ):
         zero({"offload_parameters": "cpu"})
     with pytest.raises(UserError, match=r"engine.stage: Input should be 1, 2 or 3"):
@@ -178,7 +193,8 @@ def test_what_cannot_work_is_told_at_once(zero, tree, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"stage is 0: give 1, 2 or 3, or set engine.name: ddp"):
         zero({"config_file": str(tmp_path / "zero.json")})
     with pytest.raises(
-        UserError, match=r"optimizer.name: lamb may look at whole tensors, which ZeRO cuts: choose"
+        UserError,
+        match=r"optimizer.name: lamb may use norms or factors of whole tensors, which ZeRO splits: choose",
     ):
         zero(optimizer={"name": "lamb", "lr": 0.1})
     monkeypatch.delenv("LOCAL_RANK")

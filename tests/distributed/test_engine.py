@@ -13,7 +13,7 @@ from indistill.training import optim
 
 
 def test_unused_parameters_get_no_step(tree):
-    """The groups are split, and a gradient of zero, as ZeRO gives it, then moves nothing and counts no step."""
+    """The groups are split; then a gradient of zero, as under ZeRO, moves nothing and counts no step."""
     settings = config.parse(tree | {"optimizer": {"name": "adamw", "lr": 0.1, "weight_decay": 0.5}}, "test")
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     timetable = Timetable.of(settings, steps_per_epoch=5, pairs=3)
@@ -55,5 +55,7 @@ def test_repartition(each):
     for old in (1, 2, 3, 8):
         for new in (1, 2, 4, 5):
             sizes = [len(x) for x in wholes]
-            found = [engine.repartition(parts(old), sizes, each, rank, new) for rank in range(new)]
+            found = [
+                engine.repartition(parts(old), sizes, each=each, rank=rank, world=new) for rank in range(new)
+            ]
             assert all(torch.equal(a, b) for a, b in zip(found, parts(new)))

@@ -53,7 +53,7 @@ def test_a_contradiction_is_one_line_that_names_both(tree, monkeypatch, engine, 
         environment.check(settings)
     message = str(caught.value)
     assert message.startswith(f"{variable}={value} in the environment, but {says}")
-    assert message.endswith(f": unset {variable}, or let them agree")
+    assert message.endswith(f": unset {variable}, or set both to the same value")
     assert "\n" not in message
 
 

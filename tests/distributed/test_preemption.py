@@ -40,7 +40,7 @@ CLOCKS = ("images_per_second", "data_wait_fraction")
 
 
 def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: int | None = None) -> None:
-    """`indistill train`, in which rank `whom`, or each, gets a signal at "step N", at "evaluation", or "never"."""
+    """Train; rank `whom`, or each rank, gets a signal at "step N", at "evaluation", or "never"."""
     make_mix, eval_loader = training_mix.make_mix, loader.eval_loader
     mine = whom is None or int(os.environ.get("RANK", "0")) == whom
     micro_batches = 0
@@ -62,8 +62,8 @@ def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: 
 
         return mix
 
-    def signalling_loader(*arguments):
-        for i, batch in enumerate(eval_loader(*arguments)):
+    def signalling_loader(*arguments, **keywords):
+        for i, batch in enumerate(eval_loader(*arguments, **keywords)):
             if event == "evaluation" and i == 1:
                 get_signal()
             yield batch
@@ -108,7 +108,7 @@ def evaluated_tree(tree):
 
 @pytest.mark.parametrize("world", [None, 2])
 def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, tmp_path, world):
-    """In the warm-up, at the end of a phase, in an evaluation during the warm-up, in KD, in the last evaluation.
+    """In the warm-up, at the end of a phase, in an evaluation of the warm-up, in KD, in the last evaluation.
 
     Ctrl-C is one of the signals, in a step and in an evaluation.
     """
@@ -253,7 +253,9 @@ def test_loader_workers_outlive_ctrl_c_from_their_first_moment(tree, tmp_path, m
     assert process.exitcode == 130, told
     assert [path.name for path in RunDir(tmp_path / "run").saved_checkpoints()] == ["step-00000001"]
     assert "indistill: SIGINT: stopping with a checkpoint when this step ends" in told
-    assert told.endswith("indistill: stopped at step 1 of 24: the same command goes on from there\n")
+    assert told.endswith(
+        "indistill: stopped at step 1 of 24: run the same command again to continue from there\n"
+    )
     assert "Traceback" not in told
 
 
@@ -367,7 +369,8 @@ def test_no_stage_begins_after_one_that_was_stopped(tree, tmp_path):
     )  # the fourth of the first stage is the first of the second
     run_until(path, "never", None, exit_code=0)
     assert status(run_dir) == "done"
-    assert [json.loads((run_dir / name / "summary.json").read_text())["step"] for name in ("teacher", "student")] == [
+    summaries = [json.loads((run_dir / name / "summary.json").read_text()) for name in ("teacher", "student")]
+    assert [summary["step"] for summary in summaries] == [
         4, 15,
     ]  # fmt: skip
 
@@ -402,7 +405,7 @@ def test_the_earliest_limit_counts(monkeypatch, job_end, max_hours, deadline):
 
 
 def test_ranks_ask_each_other_every_two_seconds():
-    """One collective a step until the pace is known, then one in `every_steps`; a logged line carries the question."""
+    """One collective a step until the pace is known, then one in `every_steps`; logged lines need none."""
     asked: list[int] = []
     stop = preemption.Agreement(world=2, mean_over_ranks=lambda value: asked.append(step) or value)
     for step in range(1, 41):
@@ -460,7 +463,7 @@ def test_the_status_tells_a_launcher_what_to_do(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"status", "errors"}
 
 
-def broken(*_: Any) -> None:
+def broken(*_: Any, **__: Any) -> None:
     raise ZeroDivisionError("on purpose")
 
 
@@ -504,10 +507,10 @@ def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, 
 def fail_on_one(path: str, rank: int) -> None:
     inner = objective.Objective.__call__
 
-    def fail_at_third(objective, output, targets, labels, phase, step):
+    def fail_at_third(objective, output, targets, *, labels, phase, step):
         if step == 2 and os.environ["RANK"] == str(rank):
             broken()
-        return inner(objective, output, targets, labels, phase, step)
+        return inner(objective, output, targets, labels=labels, phase=phase, step=step)
 
     objective.Objective.__call__ = fail_at_third
     cli.main(["train", path])

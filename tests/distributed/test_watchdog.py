@@ -27,19 +27,20 @@ def test_silent_ranks_are_named_first():
         2: report("c", 91, "training"),
     }
     assert verdict(reports, {2: 15.2}) == (
-        "rank 2 (c) has not been heard from for 15 s (last: step 1204, phase kd, training); ranks 0-1 wait for it"
+        "rank 2 (c) has not been heard from for 15 s (last: step 1204, phase kd, training); ranks 0-1 wait "
+        "for it"
     )
     assert verdict(reports | {1: None}, {1: 20.0, 2: 15.0}) == (
-        "ranks 1 (host unknown), 2 (c) have not been heard from for 20 s (last: step 1204, phase kd, training); "
-        "rank 0 waits for them"
+        "ranks 1 (host unknown), 2 (c) have not been heard from for 20 s (last: step 1204, phase kd, "
+        "training); rank 0 waits for them"
     )
 
 
 def test_many_late_ranks_and_all_alike():
     reports = {rank: report("a", passed=7, doing="training", still=rank) for rank in range(20)}
     assert verdict(reports, {}) == (
-        "all 20 ranks have been in step 1204, phase kd, training, for 19 s: they wait for each other, or one for its "
-        "device"
+        "all 20 ranks have been in step 1204, phase kd, training, for 19 s: they wait for each other, or one "
+        "for its device"
     )
     reports[0] = report("a", passed=8, doing="training")
     assert "7 (a), 8 (a) and 11 more have been in" in verdict(reports, {})

@@ -36,7 +36,7 @@ class WithHeads(Network):
 def network(name: str, kind: type[Network] = Network) -> Network:
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=10)
-    return kind(net, net.default_cfg["mean"], net.default_cfg["std"]).eval()
+    return kind(net, (net.default_cfg["mean"], net.default_cfg["std"])).eval()
 
 
 def all_scores(tree: dict, small: str) -> dict:

@@ -69,7 +69,7 @@ def test_losses_on_maps_of_a_later_pair_leave_the_rest(tree):
         run(tree)
 
 
-# --- the distillation token ------------------------------------------------------------------------------------------
+# --- the distillation token ---------------------------------------------------------------------------------
 
 
 DEIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -106,7 +106,7 @@ def test_a_student_without_the_token_is_refused(tree):
         run(tree)
 
 
-# --- intermediate classifier heads -----------------------------------------------------------------------------------
+# --- intermediate classifier heads --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_a_head_too_large_to_be_meant_is_refused(monkeypatch):
         Heads(Network(net, ((0.5,) * 3, (0.25,) * 3)), [0], None, 32)
 
 
-# --- what a run is made of -------------------------------------------------------------------------------------------
+# --- what a run is made of ----------------------------------------------------------------------------------
 
 
 def test_a_changed_teacher_is_refused_by_name(tree, tmp_path):
@@ -253,7 +253,7 @@ def test_a_curriculum_trains_its_pairs(tree, curriculum, phases):
 
 
 def test_a_pace_of_its_own_is_kept_by_a_resumed_run(tree):
-    """Each pair gets at most 8 steps; a tolerance that nothing meets ends it after two windows of two steps."""
+    """Each pair gets at most 8 steps; a tolerance that nothing meets ends it after two windows of 2 steps."""
     tree["warmup"] = {"curriculum": "auto", "durations": ["8 steps"] * 3}
     tree["warmup"]["auto"] = {"window": "2 steps", "patience": 1, "tolerance": 0.5}
     tree["duration"] = "30 steps"

@@ -1,7 +1,6 @@
 """The trainable parts of losses, and those losses, against loops in float64 written from the papers."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +8,12 @@ import torch
 from conftest import EPS
 from torch.nn import functional as F
 
-from indistill import losses
-from indistill.losses import layers
-from indistill.losses.layers import Contrast, Review, Shape
-from indistill.losses.objective import same_size
+from indistill import config, losses
+from indistill.losses import Shape
+from indistill.losses.common import same_size
+from indistill.losses.crd_loss import Contrast
+from indistill.losses.objective import create_layers
+from indistill.losses.reviewkd_loss import Review
 from indistill.models.outputs import Output, Targets
 
 pytestmark = pytest.mark.portable
@@ -58,17 +59,18 @@ def loss_of(name, projected, targets):
 
 def make(name, seed=0):
     torch.manual_seed(seed)
-    return layers.create([SimpleNamespace(name=name, dim=11)], SHAPE)["0"]
+    keys = {"dim": 11} if name == "crd" else {}
+    return config.KD(losses=[{"name": name, **keys}]).losses[0].layers(SHAPE)
 
 
 NAMES = ["hint", "vid", "reviewkd", "crd"]
 
 
-# --- the losses ------------------------------------------------------------------------------------------------------
+# --- the losses ---------------------------------------------------------------------------------------------
 
 
 def pooled(x, height, width):
-    """Adaptive average pooling of [B, C, H, W]: output i covers the inputs from floor(iH/h) to ceil((i+1)H/h)."""
+    """Adaptive average pooling of [B, C, H, W]: output i covers inputs floor(iH/h) to ceil((i+1)H/h)."""
     rows, columns = x.shape[2:]
     out = np.zeros((*x.shape[:2], height, width))
     for i in range(height):
@@ -152,7 +154,8 @@ def test_crd_matches_the_formula(labels, temperature):
         expected, rel=1e-9, abs=1e-12
     )
     single = losses.crd(student.float(), teacher.float(), temperature, labels)
-    # A mean over 6 samples of 2 * 6 terms; each changes no faster than its score, of 4 products over the temperature.
+    # A mean over 6 samples of 2 * 6 terms; each changes no faster than its score, of 4 products over the
+    # temperature.
     assert single.item() == pytest.approx(expected, rel=12 * EPS, abs=12 * 4 * EPS / temperature)
     if temperature == 0.07:
         assert torch.equal(single, losses.crd(student.float(), teacher.float(), labels=labels))
@@ -180,7 +183,8 @@ def test_crd_is_finite_where_exponentials_are_not():
 
 
 def test_crd_makes_pairs_recognisable():
-    # Equation 19 without the normalisation of the authors' code falls too, but to where all samples look the same.
+    # Equation 19 without the normalisation of the authors' code falls too, but to where all samples look the
+    # same.
     torch.manual_seed(0)
     teacher = random(32, SHAPE.teacher_dim, dtype=torch.float32)
     student = torch.randn(32, SHAPE.student_dim, requires_grad=True)
@@ -241,12 +245,13 @@ def test_crd_wants_one_class_per_sample(shape):
         losses.crd(torch.zeros(4, 3), torch.zeros(4, 3), labels=torch.zeros(shape, dtype=torch.int64))
 
 
-# --- the projectors --------------------------------------------------------------------------------------------------
+# --- the projectors -----------------------------------------------------------------------------------------
 
 
 def test_create_makes_one_for_each_loss_that_has_one():
     names = ["ce", "crd", "hint", "kd", "vid", "reviewkd", "hint"]
-    parts = layers.create([SimpleNamespace(name=name, dim=11) for name in names], SHAPE)
+    sections = [{"name": name, "dim": 11} if name == "crd" else {"name": name} for name in names]
+    parts = create_layers(config.KD(losses=sections).losses, SHAPE)
     assert {key: type(part).__name__ for key, part in parts.items()} == {
         "1": "Contrast",
         "2": "Hint",

@@ -2,7 +2,6 @@
 
 import math
 import re
-import typing
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,9 @@ import yaml
 from conftest import EPS, move
 
 from indistill import config, losses
-from indistill.losses.layers import Contrast, Shape
+from indistill.config import plugins
+from indistill.losses import Shape
+from indistill.losses.crd_loss import Contrast
 from indistill.models.outputs import Output, Targets
 
 pytestmark = pytest.mark.portable
@@ -221,7 +222,7 @@ def test_standardized_kd_sees_neither_shift_nor_scale():
 
 
 def last_bits(formula, student, teacher):
-    """How far a formula in float64 moves with the last bits of its inputs in float32: the farthest of eight moves."""
+    """How far a float64 formula moves with the last bits of its inputs in float32: the farthest of eight."""
     expected, found = formula(student.numpy(), teacher.numpy()), []
     for seed in range(8):
         moved = student.clone(), teacher.clone()
@@ -268,7 +269,7 @@ def test_pkt_rbf_beside_an_outlier():
 
 @pytest.mark.parametrize("kernel", ["student_t", "rbf", "combined"])
 def test_pkt_in_single_precision_is_close_at_a_large_scale(kernel):
-    """Rounding in the squared distances, relative to them, is some eps off the diagonal; on it there must be none."""
+    """Squared distances are rounded by some eps, relatively, off the diagonal; they are exact on it."""
     student, teacher = 1e3 * random(32, 64), 1e3 * random(32, 64, seed=1)
     found = []
     for dtype in (torch.float64, torch.float32):
@@ -322,7 +323,7 @@ def test_pkt_scaled_by_the_batch_is_its_size_times_pkt(kernel, divergence):
 
 @pytest.mark.parametrize(("kernel", "divergence"), PKT_KINDS)
 def test_pkt_scaled_by_the_batch_is_the_same_on_a_batch_given_several_times(kernel, divergence):
-    """Each sample k times: as many times the neighbours, each with a share of 1 / k; so no row's divergence changes."""
+    """Each sample k times: k times the neighbours, each with a share of 1 / k; no divergence changes."""
     student, teacher = random(12, 6), random(12, 5, seed=1)
     once = weight_gradient(student, teacher, kernel, divergence, "batch")
     for k in (2, 8):
@@ -335,8 +336,8 @@ def test_pkt_scaled_by_the_batch_is_the_same_on_a_batch_given_several_times(kern
 def test_gradients_of_pkt_scaled_by_the_batch_do_not_shrink_with_it(kernel, divergence):
     """Their mean along a fixed direction, over random batches of 64 samples and of 256: equal but for chance.
 
-    Five standard errors, estimated from the batches, are that chance. Without the scale the second mean would be a
-    quarter of the first, which is further off than that.
+    Five standard errors, estimated from the batches, are that chance. Without the scale the second mean would
+    be a quarter of the first, which is further off than that.
     """
     mixing = random(6, 5, seed=3)
 
@@ -453,7 +454,7 @@ def test_token_matches_the_formula():
 
 
 def masked_logits():
-    """Student and teacher [4, 5]: the teacher masks a class that is never a label, and the label of sample 2."""
+    """Student and teacher [4, 5]; the teacher masks a class that is never a label, and sample 2's label."""
     student, teacher = random(4, 5), random(4, 5, seed=1) * 2
     teacher[:, 4] = -math.inf
     teacher[2, LABELS[2]] = -math.inf
@@ -719,7 +720,7 @@ def test_autocast_changes_nothing(name):
 
 
 def degenerate(case, shape):
-    """float32 of the shape's width: the inputs at which a norm, a deviation, a distance or a logarithm vanishes."""
+    """float32 inputs at which a norm, a deviation, a distance or a logarithm vanishes."""
     x = random(*shape, dtype=torch.float32)
     match case:
         case "zero row":
@@ -874,9 +875,7 @@ def test_the_documented_defaults_are_those_of_the_config():
     table = page.partition("## Published settings")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| .+ \| `([^`]+)`[^`|]* \|$", table, re.MULTILINE)
     documented = {name: yaml.safe_load("{" + defaults + "}") for name, defaults in rows}
-    union = typing.get_args(typing.get_args(config.Loss)[0])
-    names = [name for section in union for name in typing.get_args(section.model_fields["name"].annotation)]
-    sections = config.KD(losses=[{"name": name} for name in names]).losses
+    sections = config.KD(losses=[{"name": name} for name in plugins.built_in()]).losses
     assert documented == {section.name: section.model_dump(exclude={"name"}) for section in sections}
 
 

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from indistill import config, losses
 from indistill.curriculum import Phase
-from indistill.losses.objective import Objective, reads, same_size, term_names
+from indistill.losses.common import same_size
+from indistill.losses.objective import Objective, reads, term_names
 from indistill.models.outputs import Output, Targets
 
 pytestmark = [pytest.mark.portable, pytest.mark.usefixtures("float64")]
@@ -18,7 +19,7 @@ FEW = 8 * EPS  # cross-entropy is always float32: a logarithm of a sum of five e
 
 
 def objective(output, targets, labels, phase, losses, step=10):
-    return Objective(losses, steps_per_epoch=4)(output, targets, labels, phase, step)
+    return Objective(losses, steps_per_epoch=4)(output, targets, labels=labels, phase=phase, step=step)
 
 
 def random(*shape, seed):

@@ -94,7 +94,7 @@ def test_a_warmup_step_teaches_the_active_stage_alone(teacher, student):
         assert output.features[0].shape[1] == plan.pairs[pair].student_width
         assert (output.embedding, output.logits) == (None, None)
         return Objective(config.KD().losses, 4)(
-            output, targets_of(images, warmup(pair)), None, warmup(pair), 0
+            output, targets_of(images, warmup(pair)), labels=None, phase=warmup(pair), step=0
         )[0]
 
     before: set[str] = set()

@@ -1,4 +1,4 @@
-"""benchmarks/step.py compares like with like: the same loss however it is computed, each process's own memory."""
+"""benchmarks/step.py: all contestants have the same loss, and memory is that of each process itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every config in configs/ is built with random weights and computes the loss of a batch: nothing in there may rot."""
+"""Every config in configs/ can be built with random weights and computes the loss of a batch."""
 
 import math
 import re
@@ -70,7 +70,7 @@ def test_recipes_are_compared_with_and_without_warmup_at_an_equal_budget(path):
 
 @pytest.fixture(scope="module")
 def create_once():
-    """`timm_model.create` with one network per role and architecture, without weights: many configs share them."""
+    """A `timm_model.create` without weights that creates each network once; many configs share them."""
     networks = {}
 
     def create(section, num_classes, image_size, role):
@@ -143,7 +143,7 @@ def check_stage(path, settings, accelerator, run_dir):
     for phase in (*before[-1:], last):  # the deepest maps, and all of the networks
         targets = targets_of(images, phase)
         output = student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-        loss, terms = objective(output, targets, mixed, phase, phase.start)
+        loss, terms = objective(output, targets, labels=mixed, phase=phase, step=phase.start)
         assert 0 < loss.item() < math.inf
         assert len(terms) == len(phase.pairs or settings.kd.losses)
     assert student.eval()(images).logits.shape == (SEEN, classes)

@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, blocks are run or say why not, and what it quotes is what the code says."""
+"""The documentation: links are valid, blocks run or say why not, and quoted messages are in the code."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from indistill.commands.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs"))
 import run_commands
+import test_imports
 import write_configuration
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ every_page = pytest.mark.parametrize("page", PAGES)
 
 
 def prose(page: str) -> str:
-    """A page without its blocks."""
+    """Return a page without its code blocks."""
     return run_commands.BLOCK.sub("", (REPOSITORY / page).read_text())
 
 
@@ -94,14 +95,14 @@ def test_the_reference_is_what_the_models_say():
 
 
 def test_every_key_has_a_meaning():
-    told = write_configuration.meanings(write_configuration.sources())
+    comments = write_configuration.meanings(write_configuration.sources())
     for name, model in write_configuration.models().items():
         for key in model.model_fields if issubclass(model, BaseModel) else ():
-            assert write_configuration.meaning(name, key, told), f"{name}.{key} has no comment"
+            assert write_configuration.meaning(name, key, comments), f"{name}.{key} has no comment"
 
 
-def told_by_the_code() -> list[str]:
-    """Every text in the package, its variable parts as an ellipsis."""
+def texts_in_the_code() -> list[str]:
+    """Return every string in the package, with its variable parts as an ellipsis."""
 
     def text(node: ast.AST) -> str:
         match node:
@@ -125,12 +126,23 @@ def told_by_the_code() -> list[str]:
 def test_the_program_still_says_what_troubleshooting_quotes():
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text().partition("## No message at all")[0]
     rows = re.findall(r"^\| `([^|]*)` \|", page, re.MULTILINE)
-    messages, told = [row.replace("\\`", "`") for row in rows], told_by_the_code()
+    messages = [row.replace("\\`", "`") for row in rows]
+    texts = texts_in_the_code()
     assert len(messages) > 50
     for message in messages:
         parts = [part.strip(": ") for part in message.split("…") if part.strip(": ")]
         pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
-        assert any(pattern.search(text) for text in told), message
+        assert any(pattern.search(text) for text in texts), message
+
+
+def test_the_picture_of_the_folders_follows_the_layers():
+    """README's "Where things are" has each entry of the package once, and higher layers come first."""
+    picture = (REPOSITORY / "README.md").read_text().partition("## Where things are")[2]
+    entries = re.findall(r"^  (\w+)(?:/|\.py) {2,}\S", picture, re.MULTILINE)
+    hidden = {"__init__", "__main__"}
+    assert sorted(entries) == sorted(set(test_imports.LEVEL) - hidden)
+    levels = [test_imports.LEVEL[name] for name in entries]
+    assert levels == sorted(levels, reverse=True)
 
 
 def test_the_python_page_names_all_of_the_trainer():

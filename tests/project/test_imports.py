@@ -21,7 +21,7 @@ LAYERS = [
     ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# `--help`, `indistill shards` and its worker processes, the watchdog and the checks of a config start in moments.
+# `--help`, `indistill shards`, its worker processes, the watchdog and the checks of a config start fast.
 WITHOUT_TORCH = [
     "__init__",
     "config",
@@ -37,7 +37,7 @@ OPTIONAL = {"deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime"}  #
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Dotted name without `indistill.` to file; a package is its `__init__.py`, and the whole is "__init__"."""
+    """Return each module's file, by dotted name without `indistill.`; the package itself is "__init__"."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = list(path.relative_to(package).with_suffix("").parts)
@@ -48,9 +48,9 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path], at_start: bool = False) -> dict[str, int]:
-    """Modules of this package that a file imports, or others' names, and the line; nested and TYPE_CHECKING ones too.
+    """Return the line of each import of a file, by module; nested and TYPE_CHECKING imports are included.
 
-    `at_start`: only what runs when the module is imported.
+    `at_start`: only imports that run when the module is imported.
     """
     tree = ast.parse(path.read_text())
     found: dict[str, int] = {}
@@ -68,7 +68,7 @@ def imports(path: Path, known: dict[str, Path], at_start: bool = False) -> dict[
 
 
 def statements_at_start(tree: ast.AST) -> list[ast.AST]:
-    """Every node but the bodies of functions and of `if TYPE_CHECKING`."""
+    """Return every node except the bodies of functions and of `if TYPE_CHECKING`."""
     found: list[ast.AST] = []
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
@@ -80,7 +80,7 @@ def statements_at_start(tree: ast.AST) -> list[ast.AST]:
 
 
 def module_of(name: str, known: dict[str, Path]) -> str:
-    """`indistill.data.shards.expand` -> `data.shards`; a name of the package itself -> `__init__`; others unchanged."""
+    """`indistill.data.shards.expand` -> `indistill:data.shards`; other packages' names are unchanged."""
     if name.split(".")[0] != "indistill":
         return name
     parts = name.split(".")[1:]
@@ -96,7 +96,7 @@ def ours(found: dict[str, int]) -> dict[str, int]:
 
 
 def upward(package: Path) -> list[str]:
-    """Every import of a module outside its own folder that is not on a lower layer."""
+    """Return every import of a module that is neither in the same folder nor on a lower layer."""
     known, wrong = modules(package), []
     for module, path in known.items():
         own = module.split(".")[0]
@@ -114,7 +114,7 @@ def allowed_upward(module: str, other: str) -> bool:
 
 
 def cycles(package: Path) -> list[list[str]]:
-    """Groups of modules that import each other, directly or through others; `__init__.py` files count as modules."""
+    """Return groups of modules that import each other, directly or not; `__init__.py` files are modules."""
     known = modules(package)
     graph = {
         module: [o for o in ours(imports(path, known)) if o != "__init__"] for module, path in known.items()
@@ -125,7 +125,7 @@ def cycles(package: Path) -> list[list[str]]:
 
 
 def reach(graph: dict[str, list[str]], start: str) -> set[str]:
-    """What can be reached from `start` in one step or more."""
+    """Return the modules that can be reached from `start` in one step or more."""
     found: set[str] = set()
     waiting = [start]
     while waiting:
@@ -151,9 +151,16 @@ def test_there_are_no_cycles():
     assert cycles(PACKAGE) == []
 
 
-@pytest.mark.parametrize("body", ["from indistill.training import loop", "from indistill.training.loop import train",
-                                  "import indistill.training.loop", "def f():\n    from indistill.training import loop",
-                                  "if TYPE_CHECKING:\n    from indistill.training.loop import train"])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        "from indistill.training import loop",
+        "from indistill.training.loop import train",
+        "import indistill.training.loop",
+        "def f():\n    from indistill.training import loop",
+        "if TYPE_CHECKING:\n    from indistill.training.loop import train",
+    ],
+)
 def test_a_planted_upward_import_is_named(body, tmp_path):
     package = tmp_path / "indistill"
     for name, text in {
@@ -181,7 +188,7 @@ def test_a_planted_cycle_is_found(tmp_path):
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_what_must_not_import_torch_at_its_start(module):
-    """Through all that it imports in turn, and the `__init__.py` of every package on the way."""
+    """Follows all imports in turn, including the `__init__.py` of every package on the way."""
     known = modules(PACKAGE)
     waiting, seen, why = [m for m in known if m == module or m.startswith(module + ".")], set(), {}
     while waiting:

@@ -1,4 +1,4 @@
-"""The launch files: what the SLURM script decides after a run, and that the others can be read by what reads them."""
+"""The launch files: the decisions of the SLURM script after a run, and the validity of the other files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stub(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """SLURM's commands as the batch script sees them: a job of two nodes, whose step leaves a status behind."""
+    """Stubs of SLURM's commands for the batch script: a job of two nodes whose step writes a status."""
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     run_dir = tmp_path / "run"
@@ -87,13 +87,13 @@ def slurm(tmp_path, monkeypatch):
     ],
 )
 def test_what_the_batch_script_requeues(slurm, status, keywords, requeued):
-    told = slurm(status, **keywords)
-    assert told["requeued"] == requeued, told["out"]
-    assert told["srun"] == (
-        f"10.0.0.3 2 --kill-on-bad-exit=1 launch/torchrun.sh a.yaml run_dir={told['out'].args[3]} seed=1\n"
+    result = slurm(status, **keywords)
+    assert result["requeued"] == requeued, result["out"]
+    assert result["srun"] == (
+        f"10.0.0.3 2 --kill-on-bad-exit=1 launch/torchrun.sh a.yaml run_dir={result['out'].args[3]} seed=1\n"
     )
     if not requeued:
-        assert (told["code"] == 0) == (status == "done")
+        assert (result["code"] == 0) == (status == "done")
 
 
 def test_a_new_job_forgets_what_an_earlier_one_left(slurm):

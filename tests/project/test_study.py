@@ -1,4 +1,4 @@
-"""The studies in benchmarks/: what their methods train, which runs are due, and the tables of their scores."""
+"""The studies in benchmarks/: what the methods train, which runs are due, and the tables of scores."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def settings(run: study.Run) -> Any:
     return Trainer(run.base, *run.overrides()).settings
 
 
-# --- the studies that are there --------------------------------------------------------------------------------------
+# --- the studies that are there -----------------------------------------------------------------------------
 
 
 def timetable(run: study.Run) -> Timetable:
@@ -137,7 +137,7 @@ def test_a_method_with_and_without_warmup_differs_in_nothing_else():
             assert with_warmup == {**found[method], "run_dir": None}
 
 
-# --- a small study ---------------------------------------------------------------------------------------------------
+# --- a small study ------------------------------------------------------------------------------------------
 
 SMALL = {
     "title": "Small",
@@ -290,7 +290,7 @@ def test_a_damaged_line_is_named(small, tmp_path, capsys):
     assert "small.jsonl: line 1 is not a result of a run" in capsys.readouterr().err
 
 
-# --- tables and plots ------------------------------------------------------------------------------------------------
+# --- tables and plots ---------------------------------------------------------------------------------------
 
 
 def test_a_paired_difference_and_its_interval():
@@ -310,7 +310,7 @@ def test_mean_and_deviation():
 
 
 def made_up(small, tmp_path: Path, scores: dict[tuple[str, int], list[float]]) -> list[str]:
-    """A study whose lines have these scores: by method and budget, those of the seeds. Returns its options."""
+    """Write a study whose lines have these scores per seed, by method and budget; return its options."""
     methods, epochs = ({key[i] for key in scores} for i in (0, 1))
     cells = [{"methods": sorted(methods), "epochs": sorted(epochs), "rates": [0.001]}]
     options = small(cells=cells)
@@ -355,7 +355,7 @@ def test_the_plot(small, tmp_path, monkeypatch):
     assert (kd[0] - kd[1]) * 3 == pytest.approx(warm[0] - warm[1], abs=1)
 
 
-# --- Imagenette's teacher --------------------------------------------------------------------------------------------
+# --- Imagenette's teacher -----------------------------------------------------------------------------------
 
 
 @pytest.mark.portable
@@ -373,7 +373,7 @@ def test_the_teachers_ten_logits_are_those_of_its_thousand():
         imagenette_teacher.convert(dict(reversed(package.items())))
 
 
-# --- all studies, on a few random images -----------------------------------------------------------------------------
+# --- all studies, on a few random images --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

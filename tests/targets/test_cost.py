@@ -20,6 +20,7 @@ from indistill.training import parts
 STUDENT = [8 * 27 * 30**2, 16 * 72 * 13**2, 32 * 144 * 4**2, 128 * 64 + 64 * 10]
 TEACHER = [16 * 27 * 30**2, 32 * 144 * 13**2, 64 * 288 * 4**2, 256 * 128 + 128 * 10]
 
+
 def test_operations_are_those_counted_by_hand(found):
     phases = {phase.name: phase.work for phase in found.phases}
     assert list(phases) == ["warmup 1/3", "warmup 2/3", "warmup 3/3", "kd"]
@@ -132,7 +133,7 @@ def test_a_slow_disk_or_a_small_teacher_is_better_recomputed():
 
 
 def test_what_cannot_be_cached_is_not():
-    mixed = config.KD(losses=[config.KDLoss(name="kd")], mix=config.Mix(mixup=0.2))
+    mixed = config.KD(losses=[{"name": "kd"}], mix=config.Mix(mixup=0.2))
     found = choices(small(views=4, machine=MACHINE, kd=mixed))
     assert (found["warmup 1/1"].source, found["kd"].source, found["kd"].uncached) == (
         "cached",

@@ -443,7 +443,7 @@ def test_a_run_does_not_go_on_with_rounded_targets(stored, tmp_path):
     [
         (
             "data.augment.views=null",
-            "data.augment.views, how many views of each sample there are, is missing: set it",
+            "data.augment.views, the number of views of each sample, is missing: set it",
         ),
         (
             "data.access=stream data.in_memory=false data.epoch_samples=192",
@@ -451,9 +451,12 @@ def test_a_run_does_not_go_on_with_rounded_targets(stored, tmp_path):
         ),
         ("kd.mix.cutmix=1.0", "kd.mix makes new images at every step: remove it"),
         ("warmup.prune.mode=paper_bn", "warmup.prune.mode: paper_bn depends on the batch: set it to slice"),
-        ("warmup.curriculum=auto", "warmup.curriculum: auto does not say ahead"),
-        ("teacher=null warmup=null kd.losses=[{name: ce}]", "there are none without teacher and student"),
-        ("targets.top_k=11", "targets.top_k is larger than data.num_classes (10): lower it"),
+        ("warmup.curriculum=auto", "warmup.curriculum: auto decides during the run"),
+        (
+            "teacher=null warmup=null kd.losses=[{name: ce}]",
+            "there are no targets without a teacher and a student",
+        ),
+        ("targets.top_k=11", "targets.top_k is larger than data.num_classes (10): lower top_k"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_with_the_config(stored, override, message):
@@ -485,11 +488,11 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     part = with_(stored, f"targets.dir={tmp_path}/part")
     write_shard, written = targets.write_shard, []
 
-    def stopping(job, view, shard, batches, bar):
+    def stopping(job, view, *, shard, batches, bar):
         if len(written) == 4:
             next(batches)
             raise Stopped
-        write_shard(job, view, shard, batches, bar)
+        write_shard(job, view, shard=shard, batches=batches, bar=bar)
         written.append((view, shard))
 
     monkeypatch.setattr(targets, "write_shard", stopping)
@@ -497,13 +500,15 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
         compute(part)
     root = Path(part["targets"]["dir"])
     assert not (root / "manifest.json").exists()
-    assert "it has begun" in refusal(part)
+    assert "no stored targets there, only a part of them" in refusal(part)
     with pytest.raises(
         UserError, match=r"holds targets of another config \(seed: 0 -> 1\): choose another targets.dir"
     ):
         compute(with_(part, "seed=1"))
     kept = {path: path.stat().st_mtime_ns for path in root.rglob("*.bin")}
-    for folder in (root / "view-001").iterdir():  # as killed jobs of this version and of the one before leave it
+    for folder in (
+        root / "view-001"
+    ).iterdir():  # as killed jobs of this version and of the one before leave it
         (folder / "shard-00001.bin.part").write_bytes(b"half")
         (folder / "shard-00002.bin.123.0a1b2c3d.part").write_bytes(b"half")
     written.clear()
@@ -554,7 +559,9 @@ def test_the_command(stored, tmp_path, capsys):
     assert "192 samples: 0.010 GB" in told
     cli.main(["targets", str(path), "targets.top_k=4", "--verify", "30"])
     assert re.search(
-        r"^2\d\d records recomputed: \d+ the same bit for bit, .* but 0 wrong$", capsys.readouterr().out, re.M
+        r"^2\d\d records recomputed: \d+ are the same bit for bit, .* 0 are wrong$",
+        capsys.readouterr().out,
+        re.M,
     )
 
     file = tmp_path / "targets" / "view-001" / "pair2" / "shard-00002.bin"
@@ -566,11 +573,11 @@ def test_the_command(stored, tmp_path, capsys):
     assert exit_.value.code == 1
     lines = capsys.readouterr().out.strip().splitlines()[-2:]
     assert lines[0] == "view 1, train-000002.tar: sample train0131: pair2: damaged"
-    assert lines[1].endswith("but 1 wrong")
+    assert lines[1].endswith(", 1 are wrong")
 
     for overrides, message in {
-        ("data.augment.views=null",): "targets: data.augment.views, how many views",
-        ("targets.dir=s3://bucket/x",): "targets.dir s3://bucket/x: is written to a file system",
+        ("data.augment.views=null",): "targets: data.augment.views, the number of views",
+        ("targets.dir=s3://bucket/x",): "targets.dir s3://bucket/x: is not a local path",
         ("targets.top_k=3",): "holds targets of another config (field logits: ",
         (
             "kd.losses=[{name: ce}]",
@@ -598,9 +605,7 @@ def test_a_record_of_another_image_is_wrong(stored):
 
 def test_no_room_is_told_before_the_work(stored, monkeypatch):
     monkeypatch.setattr(targets.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
-    with pytest.raises(
-        UserError, match=r"0.0 GB are to be written, 0.0 GB are free: lower data.augment.views"
-    ):
+    with pytest.raises(UserError, match=r"needs 0.0 GB, but 0.0 GB are free: lower data.augment.views"):
         compute(stored)
 
 

@@ -241,7 +241,7 @@ def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"engine": {"name": "deepspeed"}}, "compile: true works with engine: ddp"),
+        ({"engine": {"name": "deepspeed"}}, "compile: true does not work with engine: deepspeed"),
         (
             {"teacher": {"name": "resnet18", "random": True, "shard": True}},
             "compile: true needs the whole teacher",

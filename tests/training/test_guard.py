@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from indistill.config.ranks import Ranks
 from indistill.distributed import engine
 from indistill.training.guard import Buffers
 
@@ -15,12 +16,13 @@ from indistill.training.guard import Buffers
 @pytest.mark.parametrize("keys", [{"foreach": True}, {"fused": True}])
 def test_the_scaler_skips_and_scales_by_one(keys):
     """Scaler or optimizer may skip the step: both are noticed, and the factors change no scale."""
-    accelerator = engine.start(None, "no", 1, 30.0, [])
+    ddp = engine.start(None, "no", ranks=Ranks(), timeout_minutes=30.0)
+    accelerator = ddp.accelerator
     assert accelerator.scaler.get_growth_factor() > 1 > accelerator.scaler.get_backoff_factor()
     accelerator.scaler.set_growth_interval(1)  # it grows at each good step
     network = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, **keys)
-    network, optimizer, was_skipped = engine.prepare(accelerator, "no", network, optimizer)
+    network, optimizer, was_skipped = ddp.prepare(network, optimizer)
     for factor in (1.0, torch.nan, torch.inf, 1.0):
         before = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
         accelerator.backward(factor * network(torch.ones(1, 2, device=accelerator.device)).sum())

@@ -111,9 +111,8 @@ def test_the_teacher_runs_once_on_a_batch_which_is_loaded_once(students_tree, tm
     # begins.
     assert len(passes) == forwards.count(False)
     assert 24 <= len(passes) <= 24 + 1 + 3 + 2
-    assert (
-        passes[0] == ([0], False) or passes[0][1]
-    )  # as deep as the third student, in KD from the start, has it
+    # As deep as the third student needs it, which is in KD from the start.
+    assert passes[0] == ([0], False) or passes[0][1]
 
 
 def stop_at(path: Path, student: str, step: int) -> None:
@@ -150,21 +149,27 @@ def test_students_that_stopped_go_on_together(students_tree, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["students.resnet.seed=3"], "student resnet: seed: 3 here, 0 for the first: set it once"),
-        (["students.1.data.image_size=64"], "student resnet: data.image_size: 64 here, 32 for the first"),
+        (["students.resnet.seed=3"], "student resnet: seed is 3, and 0 for the first student: set it once"),
+        (
+            ["students.1.data.image_size=64"],
+            "student resnet: data.image_size is 64, and 32 for the first student",
+        ),
         (["students.1.kd.mix=null"], "student resnet: kd.mix"),
         (["teacher={name: cnn32_auxiliary}"], "student small: teacher: cnn32_auxiliary has no weights"),
         (["students.1.teacher.name=cnn32_student"], "student resnet: teacher.name"),
         (["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"], "students share a teacher"),
-        (["engine.name=deepspeed"], "engine: DeepSpeed takes one student"),
+        (["engine.name=deepspeed"], "engine: DeepSpeed trains one student"),
         (["teacher.shard=true"], "teacher.shard: students need the whole teacher"),
         (
             ["trackers=[tensorboard, mlflow]"],
-            "student small: trackers: mlflow takes one run at a time in a process",
+            "student small: trackers: mlflow tracks one run at a time in a process",
         ),
         (["stages=[{name: a}]"], "students and stages exclude each other"),
-        (["students.1.name=small"], "students.1.name: small names an earlier one too"),
-        (["students.1.run_dir=here"], "student small_2|student resnet: run_dir: it runs in run_dir/resnet"),
+        (["students.1.name=small"], "students.1.name: small is already in use"),
+        (
+            ["students.1.run_dir=here"],
+            "student small_2|student resnet: run_dir is always the file.s run_dir/resnet",
+        ),
     ],
 )
 def test_students_that_cannot_train_together_are_refused(students_tree, tmp_path, overrides, message):

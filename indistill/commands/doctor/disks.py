@@ -16,73 +16,72 @@ from indistill.training import optim
 
 
 def run_dir(here: Here) -> Said:
-    """Writable, and of this config if there is a run in it."""
+    """Check that the run directory can be written, and has no run of another config."""
     for settings in here.settings:
-        begun = has_begun(settings)  # UserError if it is another config's
+        begun = has_begun(settings)  # raises UserError if the run is of another config
         if problem := _unwritable(settings.run_dir):
             yield FAIL, f"{settings.run_dir}: cannot be written ({problem})", "choose another run_dir"
         else:
-            yield (
-                OK,
-                f"{settings.run_dir}: can be written" + ", and holds this run, which would go on" * begun,
-            )
+            resumed = ", and has this run, which would resume" if begun else ""
+            yield OK, f"{settings.run_dir}: can be written{resumed}"
 
 
 def checkpoints(here: Here) -> Said:
-    """The disk's space against what `checkpoint` keeps of the student, built as training builds it."""
+    """Compare the free disk space with the checkpoints that the run keeps."""
     for settings in here.settings:
         if here.rank or settings.student is None:
             continue
         section = settings.student.model_copy(update={"pretrained": False, "checkpoint": None})
         student = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "student")
         weights = sum(value.nbytes for value in student.state_dict().values())
-        one = weights * (1 + (settings.ema is not None))
+        one = weights * (1 if settings.ema is None else 2)
         one += state_bytes(optim.create(student, settings.optimizer))
-        kept = one * (
-            settings.checkpoint.keep_last + settings.checkpoint.keep_best + 1
-        )  # and one being written
+        # One more exists while it is written.
+        kept = one * (settings.checkpoint.keep_last + settings.checkpoint.keep_best + 1)
         free = shutil.disk_usage(existing_parent(settings.run_dir)).free
-        what = f"{size_text(one)} each, up to {size_text(kept)} at a time; {settings.run_dir} has {size_text(free)} free"
-        if kept > free:
-            yield (
-                FAIL if 2 * one > free else WARN,
-                what,
-                "make room, or lower checkpoint.keep_last and keep_best",
-            )
-        else:
+        what = f"{size_text(one)} each, up to {size_text(kept)} at a time; "
+        what += f"{settings.run_dir} has {size_text(free)} free"
+        if kept <= free:
             yield OK, what
+            continue
+        level = FAIL if 2 * one > free else WARN
+        yield level, what, "make room, or lower checkpoint.keep_last and keep_best"
 
 
 def cache_dir(here: Here) -> Said:
-    for section in [settings.data for settings in here.by_data if settings.data.cache_dir]:
-        if problem := _unwritable(section.cache_dir):
-            yield FAIL, f"{section.cache_dir}: cannot be written ({problem})", "choose another data.cache_dir"
+    """Check that the cache can be written, and has space for data.cache_bytes."""
+    for settings in here.by_data:
+        section = settings.data
+        folder = section.cache_dir
+        if not folder:
             continue
-        cached = Path(section.cache_dir, "remote-shards")
-        free = shutil.disk_usage(existing_parent(section.cache_dir)).free
-        have = (
-            sum(file.stat().st_size for file in cached.iterdir() if file.is_file()) if cached.is_dir() else 0
-        )
-        what = f"{section.cache_dir}: can be written, {size_text(free)} free"
+        if problem := _unwritable(folder):
+            yield FAIL, f"{folder}: cannot be written ({problem})", "choose another data.cache_dir"
+            continue
+        cached = Path(folder, "remote-shards")
+        free = shutil.disk_usage(existing_parent(folder)).free
+        files = [file for file in cached.iterdir() if file.is_file()] if cached.is_dir() else []
+        have = sum(file.stat().st_size for file in files)
+        what = f"{folder}: can be written, {size_text(free)} free"
         urls = [section.train] if isinstance(section.train, str) else section.train
         if not any(remote.is_remote(os.path.join(section.root or "", url)) for url in urls):
             yield OK, what
             continue
         what += f" and {size_text(have)} of shards, of {size_text(section.cache_bytes)} (data.cache_bytes)"
         if free + have < section.cache_bytes:
-            yield WARN, what, f"a larger disk, or data.cache_bytes={0.9 * (free + have):.1e}"
+            yield WARN, what, f"use a larger disk, or data.cache_bytes={0.9 * (free + have):.1e}"
         else:
             yield OK, what
 
 
 def existing_parent(path: str) -> Path:
-    """The path, or what there is of it: a run makes the rest."""
-    whole = Path(path).absolute()
-    return next(place for place in [whole, *whole.parents] if place.exists())
+    """The path itself or its nearest existing parent; a run creates the rest."""
+    absolute = Path(path).absolute()
+    return next(folder for folder in [absolute, *absolute.parents] if folder.exists())
 
 
 def _unwritable(path: str) -> str | None:
-    """Why nothing can be written there."""
+    """The reason why a directory cannot be written; None if it can."""
     try:
         with tempfile.TemporaryFile(dir=existing_parent(path)) as file:
             file.write(bytes(2**16))

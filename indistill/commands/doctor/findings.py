@@ -1,4 +1,4 @@
-"""What a check of `indistill doctor` is given, and what it finds."""
+"""The input and the result of a check of `indistill doctor`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import torch.distributed as dist
 
 from indistill import config
 from indistill.config import Config
+from indistill.config.ranks import Ranks
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
-Item = (
-    tuple[str, str] | tuple[str, str, str]
-)  # level, what, and what to do about it where that does not say so
+Item = tuple[str, str] | tuple[str, str, str]  # level, finding and, unless the finding has it, the remedy
 Said = Iterator[Item]
 
-START_SECONDS = 120.0  # for all ranks to import torch, from a file system that may be cold, and to meet
-CHECK_SECONDS = 60.0  # for any other check, with its wait for other ranks
-MOST_SHOWN = 8  # ranks in a line, and lines of a check
+START_SECONDS = 120.0  # for all ranks to import torch, perhaps from a slow disk, and to connect
+CHECK_SECONDS = 60.0  # for any other check, including its wait for other ranks
+MOST_SHOWN = 8  # at most so many ranks in a line, and lines of a check
 
 
 class Line(NamedTuple):
+    """A finding of this process."""
+
     check: str
     level: str
     what: str
@@ -36,7 +37,7 @@ class Line(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A line and the ranks that have it."""
+    """A line, and the ranks that reported it."""
 
     check: str
     level: str
@@ -47,20 +48,21 @@ class Finding(NamedTuple):
 
 
 class Here:
-    """What the checks look at: configs (none: the machine alone), and this process among the others."""
+    """The input of the checks: the configs (none: the machine alone), and this process among the others."""
 
     def __init__(self, stages: Sequence[tuple[str, Config]] = ()) -> None:
-        self.stages, self.settings = stages, [settings for _, settings in stages]
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.stages = stages
+        self.settings = [settings for _, settings in stages]
+        self.ranks = Ranks.from_environment()
+        self.rank, self.world = self.ranks.rank, self.ranks.world_size
+        self.local_rank, self.local_world = self.ranks.local_rank, self.ranks.local_world_size
         self.host = socket.gethostname()
         self.hosts = {self.rank: self.host}
-        self.store: dist.TCPStore | None = None
-        self.met = False  # the ranks, in a process group
+        self._store: dist.TCPStore | None = None
+        self.met = False  # whether the ranks have formed a process group
         self.device = torch.device("cpu")
         self.found: list[Line] = []
-        self.at = "", 0.0  # the check under way, and since when by time.monotonic
+        self.at = "", 0.0  # the running check, and when it started by time.monotonic
 
     @cached_property
     def machine(self) -> config.Machine:
@@ -68,30 +70,36 @@ class Here:
 
     @cached_property
     def uses_deepspeed(self) -> bool:
-        asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-        return asked or any(isinstance(settings.engine, config.DeepSpeed) for settings in self.settings)
+        in_environment = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+        return in_environment or any(
+            isinstance(settings.engine, config.DeepSpeed) for settings in self.settings
+        )
 
     @cached_property
     def by_data(self) -> list[Config]:
-        """The first config of each section `data`: most stages and all students share one."""
+        """One config for each different section `data`; most stages and all students share one."""
         return list({settings.data.model_dump_json(): settings for settings in self.settings[::-1]}.values())
 
-    # --- what ranks tell each other ----------------------------------------------------------------------------------
+    # --- messages between ranks -----------------------------------------------------------------------------
 
     def connect(self, seconds: float) -> None:
-        """To the store where the process group meets, on the first node. Raises dist.DistError."""
-        address, port, timeout = (
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            timedelta(seconds=seconds),
-        )
-        self.store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        """Connect to the process group's store, on the first node. Raises dist.DistError."""
+        address = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+        timeout = timedelta(seconds=seconds)
+        self._store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
-    def tell(self, topic: str, value: Any) -> None:
+    @property
+    def store(self) -> dist.TCPStore:
+        assert self._store is not None  # ranks send and receive only after `connect`
+        return self._store
+
+    def send(self, topic: str, value: Any) -> None:
+        """Store a value as JSON for other ranks to receive."""
         self.store.set(f"doctor/{topic}/{self.rank}", json.dumps(value))
 
-    def hear(self, topic: str, rank: int, seconds: float) -> Any:
-        """None if that rank has not told it by then."""
+    def receive(self, topic: str, rank: int, seconds: float) -> Any:
+        """Wait for the value that `rank` sends; None if it does not arrive in time."""
         key = f"doctor/{topic}/{rank}"
         try:
             self.store.wait([key], timedelta(seconds=max(seconds, 0.01)))
@@ -100,29 +108,43 @@ class Here:
             return None
 
     def all_ready(self) -> bool:
-        """Whether every rank has come this far. Rank 0 decides; all know each other's hosts then."""
+        """Whether every rank has called this. Rank 0 decides; it also sends all ranks the hosts."""
         if self.rank:
-            self.tell("ready", self.host)
-            hosts = self.hear("go", 0, 2 * CHECK_SECONDS)
+            self.send("ready", self.host)
+            hosts = self.receive("go", 0, 2 * CHECK_SECONDS)
         else:
             end = time.monotonic() + CHECK_SECONDS
-            hosts = [self.host] + [
-                self.hear("ready", rank, end - time.monotonic()) for rank in range(1, self.world)
-            ]
+            hosts = [self.host]
+            hosts += [self.receive("ready", rank, end - time.monotonic()) for rank in range(1, self.world)]
             hosts = None if None in hosts else hosts
-            self.tell("go", hosts)
+            self.send("go", hosts)
         self.hosts |= dict(enumerate(hosts or ()))
         return hosts is not None
 
     def named(self, ranks: Sequence[int]) -> str:
-        """As in: rank 3 (node1)."""
-        names = [f"{rank} ({self.hosts.get(rank, 'host unknown')})" for rank in ranks[:MOST_SHOWN]]
-        return f"rank{'s' * (len(ranks) > 1)} {', '.join(names)}" + ", ..." * (len(ranks) > MOST_SHOWN)
+        """Name ranks with their hosts, for example `rank 3 (node1)`."""
+        names = [f"{rank} ({self.hosts.get(rank, 'host unknown')})" for rank in ranks]
+        return f"{counted_word('rank', ranks)} {listed(names)}"
 
 
-# --- the node --------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------------
 def size_text(number: float) -> str:
-    unit, least = next(
-        ((u, n) for u, n in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if number >= n), ("kB", 1e3)
-    )
-    return f"{number / least:.3g} {unit}"
+    """Bytes in kB, MB, GB or TB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"
+
+
+def counted_word(word: str, counted: int | Sequence[object]) -> str:
+    """The word in the plural, unless it counts one thing."""
+    count = counted if isinstance(counted, int) else len(counted)
+    if count == 1:
+        return word
+    return f"{word}es" if word.endswith("s") else f"{word}s"
+
+
+def listed(names: Sequence[object]) -> str:
+    """The first MOST_SHOWN names, separated by commas."""
+    text = ", ".join(map(str, names[:MOST_SHOWN]))
+    return f"{text}, ..." if len(names) > MOST_SHOWN else text

@@ -19,7 +19,17 @@ from safetensors import safe_open
 
 from indistill import config
 from indistill.commands.doctor.disks import existing_parent
-from indistill.commands.doctor.findings import FAIL, MOST_SHOWN, OK, WARN, Here, Item, Said, size_text
+from indistill.commands.doctor.findings import (
+    FAIL,
+    MOST_SHOWN,
+    OK,
+    WARN,
+    Here,
+    Item,
+    Said,
+    counted_word,
+    size_text,
+)
 from indistill.config import Config, UserError, in_one_line
 from indistill.config.run_dir import weights_file
 from indistill.data import class_names, overlap, remote, shards
@@ -31,16 +41,16 @@ from indistill.data.training import TrainingData
 from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
-LOOK_SECONDS = 2.0  # that something is measured
-MOST_INDEX_BYTES = 5 * 10**8  # to load for it: ten million images, ten seconds
-OVERLAP_SECONDS = 20.0  # to look for evaluation images among the training images
+LOOK_SECONDS = 2.0  # for a measurement
+MOST_INDEX_BYTES = 5 * 10**8  # of the indices that are loaded: ten million images, ten seconds
+OVERLAP_SECONDS = 20.0  # to search the training images for evaluation images
 FETCH_SECONDS = 20.0  # for a remote shard, which a run fetches whole
 LOADER_BATCH = 32  # images
 
 
-# --- what a run reads ------------------------------------------------------------------------------------------------
+# --- inputs of a run ---------------------------------------------------------------------------------------
 def weights(here: Here) -> Said:
-    """What networks begin with, and stored targets; but not what an earlier stage is yet to make."""
+    """Check the initial weights and stored targets, except the files that an earlier stage will write."""
     made = {weights_file(settings) for settings in here.settings}
     for settings in here.settings:
         cached = settings.targets.source == "cached"  # without the teacher
@@ -66,7 +76,7 @@ def _stored_targets(root: str) -> Item:
 
 
 def _weights_file(key: str, path: str) -> Item:
-    """Whether it can be read, without reading it all."""
+    """Check that a file of weights can be read, without reading all of it."""
     try:
         if path.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
@@ -74,87 +84,86 @@ def _weights_file(key: str, path: str) -> Item:
         else:
             torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
-        return FAIL, f"{key}: no file {path}", "correct it; every node needs it"
+        return FAIL, f"{key}: no file {path}", "correct the path; every node needs the file"
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
         reason = in_one_line(error, 200)
-        return FAIL, f"{key}: {path} is not a readable checkpoint: {reason}", "copy or save it anew"
+        return FAIL, f"{key}: {path} is not a readable checkpoint: {reason}", "copy or save it again"
     return OK, f"{key}: {path}, {size_text(os.path.getsize(path))}"
 
 
 def _pretrained(role: str, name: str) -> Item:
-    kind, _, place = name.rpartition(":")
+    """Check that a timm model's weights are available without the internet."""
+    kind, _, location = name.rpartition(":")
     if kind == "local-dir":
-        there = os.path.isdir(place)
-        return (
-            (OK, f"{role}.name: {place}")
-            if there
-            else (FAIL, f"{role}.name: no folder {place}", "correct it")
-        )
-    found = timm.get_pretrained_cfg(name) if not kind and timm.is_model(name) else None
-    hub = place if kind == "hf-hub" else found and found.hf_hub_id
-    files = [
-        file for file in (found and found.hf_hub_filename, "model.safetensors", "pytorch_model.bin") if file
-    ]
+        if os.path.isdir(location):
+            return OK, f"{role}.name: {location}"
+        return FAIL, f"{role}.name: no folder {location}", "correct it"
+    record = timm.get_pretrained_cfg(name) if not kind and timm.is_model(name) else None
+    hub = location if kind == "hf-hub" else record and record.hf_hub_id
+    names = (record and record.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
+    files = [file for file in names if file]
     if hub and any(isinstance(huggingface_hub.try_to_load_from_cache(hub, file), str) for file in files):
         return OK, f"{role}: the weights of {name} are in this node's cache ({hub})"
-    remedy = f"without internet {role}.pretrained=false {role}.checkpoint=FILE, or a filled HF_HOME"
-    return (
-        WARN,
-        f"{role}: the weights of {name} are not in this node's cache, a run has to fetch them",
-        remedy,
-    )
+    what = f"{role}: the weights of {name} are not in this node's cache, so a run has to download them"
+    remedy = f"without internet, set {role}.pretrained=false {role}.checkpoint=FILE, or fill HF_HOME"
+    return WARN, what, remedy
 
 
 def data_shards(here: Here) -> Said:
-    """All there, with indices that fit; and a batch that divides."""
-    if here.local_rank:  # the first process of a node looks for all
+    """Check that all shards exist and match their indices, and that the batch can be divided."""
+    if here.local_rank:  # the first process of a node checks for all
         return
     for settings in here.by_data:
-        section, accumulation = settings.data, settings.grad_accumulation
+        section = settings.data
         if section.access == "stream":
-            streamed = StreamedTraining(section, settings.seed, here.rank, here.world, accumulation)
-            yield (
-                OK,
-                f"data.train: {len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch",
+            streamed = StreamedTraining(
+                section,
+                settings.seed,
+                rank=here.rank,
+                world=here.world,
+                accumulation=settings.grad_accumulation,
             )
-        for key in ("eval",) if section.access == "stream" else ("train", "eval"):
-            urls = getattr(section, key)
-            if urls is None:
-                continue
-            paths = shards.expand(urls, section.root, section.allow_pipe)
-            sizes, missing, damaged = _indices(paths, section.cache_dir)
-            for problem in damaged[:MOST_SHOWN]:
-                yield FAIL, f"data.{key}: {problem}"
-            if missing:
-                words = [
-                    os.path.join(section.root or "", url)
-                    for url in ([urls] if isinstance(urls, str) else urls)
-                ]
-                words += ["--cache-dir", section.cache_dir] if section.cache_dir else []
-                told = f"data.{key}: {len(missing)} of {len(paths)} shards have no index ({missing[0]})"
-                remedy = f"indistill shards index {shlex.join(words)}"
-                yield WARN, f"{told}: the first start makes them", remedy
-            whole = len(sizes) == len(paths)
-            if key == "train":
-                check_accumulation(section, here.world, accumulation)
-                known = sizes if whole else [2**40]  # as many as any batch may want
-                order = SampleOrder(known, settings.seed, section.streams, section.window)
-                order.check(section.global_batch, here.world)
-            if not damaged:
-                told = f"{len(paths)} shard{'s' * (len(paths) > 1)}"
-                told += (
-                    f", {sum(sizes):,} samples"
-                    if whole
-                    else f", {len(sizes)} of them looked at" * bool(sizes)
-                )
-                yield OK, f"data.{key}: {told}"
+            counts = f"{len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch"
+            yield OK, f"data.train: {counts}"
+        else:
+            yield from _indexed_shards(here, settings, "data.train", section.train)
+        if section.eval is not None:
+            yield from _indexed_shards(here, settings, "data.eval", section.eval)
+
+
+def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str]) -> Said:
+    section = settings.data
+    paths = shards.expand(urls, section.root, section.allow_pipe)
+    sizes, missing, damaged = _indices(paths, section.cache_dir)
+    for problem in damaged[:MOST_SHOWN]:
+        yield FAIL, f"{key}: {problem}"
+    if missing:
+        listed_urls = [urls] if isinstance(urls, str) else urls
+        words = [os.path.join(section.root or "", url) for url in listed_urls]
+        if section.cache_dir:
+            words += ["--cache-dir", section.cache_dir]
+        what = f"{key}: {len(missing)} of {len(paths)} shards have no index ({missing[0]})"
+        yield WARN, f"{what}: the first start builds them", f"indistill shards index {shlex.join(words)}"
+    complete = len(sizes) == len(paths)
+    if key == "data.train":
+        check_accumulation(section, here.world, settings.grad_accumulation)
+        known_sizes = sizes if complete else [2**40]  # more than any batch needs
+        order = SampleOrder(known_sizes, settings.seed, section.streams, section.window)
+        order.check(section.global_batch, here.world)
+    if not damaged:
+        what = f"{len(paths)} {counted_word('shard', paths)}"
+        if complete:
+            what += f", {sum(sizes):,} samples"
+        elif sizes:
+            what += f", {len(sizes)} of them checked"
+        yield OK, f"{key}: {what}"
 
 
 def _indices(paths: Sequence[str], directory: str | None) -> tuple[list[int], list[str], list[str]]:
-    """Samples of the local shards that there is time to look at, shards without index, and what is wrong with any."""
+    """Check as many local shards as time allows: their sizes, the shards without index, and the problems."""
     sizes, missing, damaged = [], [], []
     end = time.monotonic() + 2 * LOOK_SECONDS
-    for path in np.random.permutation(paths).tolist():  # some of them should be any of them
+    for path in np.random.permutation(paths).tolist():  # the checked ones are a random sample
         if remote.is_remote(path) or time.monotonic() > end:
             continue
         if not any(map(os.path.exists, index_files(path, directory))):
@@ -168,7 +177,7 @@ def _indices(paths: Sequence[str], directory: str | None) -> tuple[list[int], li
 
 
 def class_lists(here: Here) -> Said:
-    """Whether labels are of the same classes in data.train, data.eval, stored targets and the teacher's weights."""
+    """Compare the class names of data.train with those of data.eval, stored targets and the teacher."""
     if here.rank:
         return
     for settings in here.settings:
@@ -182,26 +191,24 @@ def class_lists(here: Here) -> Said:
         if names is None:
             yield (
                 OK,
-                f"no class names beside data.train ({class_names.RECORD}), so labels are compared as numbers only",
+                f"no class names next to data.train ({class_names.RECORD}): labels are compared as numbers",
             )
             continue
-        told = f"data.train has {len(names.names)} class names"
-        if section.eval is not None:
-            same = class_names.beside(section.eval, section.root)
-            told += (
-                ", data.eval numbers its classes alike"
-                if same
-                else f", data.eval none ({class_names.RECORD}) to compare them with"
-            )
+        what = f"data.train has {len(names.names)} class names"
+        if section.eval is not None and class_names.beside(section.eval, section.root):
+            what += ", data.eval has the same"
+        elif section.eval is not None:
+            what += f", data.eval has none ({class_names.RECORD}) to compare them with"
         if len(names.names) != section.num_classes:
-            yield WARN, told, f"set data.num_classes, which is {section.num_classes}, to their number"
+            yield WARN, what, f"set data.num_classes, which is {section.num_classes}, to their number"
         else:
-            yield OK, told
+            yield OK, what
 
 
 def _check_other_lists(settings: Config, names: class_names.Names | None) -> None:
-    """Raise UserError for stored targets or a teacher of other classes than data.train."""
-    root, teacher = targets_root(settings), settings.teacher
+    """Raise UserError if stored targets or the teacher have other classes than data.train."""
+    root = targets_root(settings)
+    teacher = settings.teacher
     if settings.targets.source == "cached" and os.path.exists(f"{root}/manifest.json"):
         check_classes(root, load_manifest(root), names)
     elif teacher is not None and teacher.checkpoint:
@@ -209,41 +216,41 @@ def _check_other_lists(settings: Config, names: class_names.Names | None) -> Non
 
 
 def evaluation_images(here: Here) -> Said:
-    """Whether some of them are trained on, too."""
+    """Search the training images for evaluation images."""
     if here.rank:
         return
     for settings in here.by_data:
         section = settings.data
         if section.eval is None:
             continue
-        training, evaluation = (_with_index(section, urls) for urls in (section.train, section.eval))
+        training = _with_index(section, section.train)
+        evaluation = _with_index(section, section.eval)
         if training is None or evaluation is None:
             limit = f"less than {MOST_INDEX_BYTES / 1e9:g} GB of indices"
-            yield OK, f"not compared with the training images: only local shards are that have {limit}"
+            yield OK, f"not compared with the training images, which needs local shards with {limit}"
             continue
         found = overlap.find(training, evaluation, OVERLAP_SECONDS)
-        of = f"{found.looked_at:,} images"
-        of += f", a random sample of {len(evaluation):,}" if found.looked_at < len(evaluation) else ""
-        of += f", compared with {found.compared:.0%} of the training images" if found.compared < 1 else ""
+        compared = f"{found.looked_at:,} images"
+        if found.looked_at < len(evaluation):
+            compared += f", a random sample of {len(evaluation):,}"
+        if found.compared < 1:
+            compared += f", compared with {found.compared:.0%} of the training images"
         if found.shared:
-            told = f"data.eval: {found.shared:,} of {of}, are in data.train too, byte for byte"
-            yield (
-                WARN,
-                told,
-                "their scores say nothing about new images: remove them from one, and pack it again",
-            )
+            what = f"data.eval: {found.shared:,} of {compared}, are in data.train too, byte for byte"
+            remedy = "their scores say nothing about new images: remove them from one set, and pack it again"
+            yield WARN, what, remedy
         else:
-            yield OK, f"data.eval: of {of}, none is in data.train"
+            yield OK, f"data.eval: of {compared}, none is in data.train"
 
 
 def _with_index(section: config.Data, urls: str | list[str]) -> shards.ShardSet | None:
-    """Local shards that have an index; None for others, and for what data_shards tells of."""
+    """Open local shards that have an index; None for others, and for mistakes that data_shards reports."""
     try:
         paths = shards.expand(urls, section.root, section.allow_pipe)
         if any(map(remote.is_remote, paths)):
             return None
-        files = [next(filter(os.path.exists, index_files(path, section.cache_dir)), None) for path in paths]
-        if None in files or sum(map(os.path.getsize, files)) > MOST_INDEX_BYTES:
+        existing = [list(filter(os.path.exists, index_files(path, section.cache_dir))) for path in paths]
+        if not all(existing) or sum(os.path.getsize(files[0]) for files in existing) > MOST_INDEX_BYTES:
             return None
         return shards.ShardSet(paths, cache_dir=section.cache_dir)
     except UserError:
@@ -251,94 +258,103 @@ def _with_index(section: config.Data, urls: str | list[str]) -> shards.ShardSet 
 
 
 def reading(here: Here) -> Said:
-    """Speed from this node, by what a run reads with: a stream of bytes, and one loader worker."""
+    """Measure how fast this node reads: a stream of bytes, and images by one loader worker."""
     for settings in here.by_data:
         section = settings.data
         try:
             paths = shards.expand(section.train, section.root, section.allow_pipe)
         except UserError:
-            continue  # told by data_shards
-        first = here.rank % len(paths)  # ranks read different ones
+            continue  # reported by data_shards
+        first = here.rank % len(paths)  # ranks read different shards
         paths = paths[first:] + paths[:first]
-        what, fetching = remote.base_name(paths[0]), 0.0
-        if not what.startswith("pipe:"):  # a command that is not heard out ends with an error
-            rate, fetching = _stream(paths)
+        what = remote.base_name(paths[0])
+        fetch_seconds = 0.0
+        if not what.startswith("pipe:"):  # a command whose output is not read to the end fails
+            rate, fetch_seconds = _stream(paths)
             what += f": {size_text(rate)}/s"
         fetched = section.access == "index" and remote.is_remote(paths[0])
-        if fetched and fetching > FETCH_SECONDS:
-            yield (
-                WARN,
-                f"{what}, a shard takes {fetching:.0f} s to fetch",
-                "a nearer store, or smaller shards",
-            )
+        if fetched and fetch_seconds > FETCH_SECONDS:
+            what += f", it takes {fetch_seconds:.0f} s to fetch a shard"
+            yield WARN, what, "use a nearer store, or smaller shards"
             continue
-        place = existing_parent(section.cache_dir) if fetched and section.cache_dir else None
-        with tempfile.TemporaryDirectory(prefix=".indistill-doctor-", dir=place) as directory:
+        parent = existing_parent(section.cache_dir) if fetched and section.cache_dir else None
+        with tempfile.TemporaryDirectory(prefix=".indistill-doctor-", dir=parent) as directory:
             speed, replaced = _load(settings, paths, directory)
-        what += f", {speed:,.0f} images/s {'from memory' if section.in_memory else 'by one loader worker'}"
-        planned = settings.machine.decode_images_per_second
-        if replaced:
-            told = f"{what}; {len(replaced)} cannot be decoded ({replaced[0]})"
-            yield WARN, told, "`indistill shards verify` names all of them"
-        elif not section.in_memory and speed < planned / 2:
-            told = f"{what}, less than half of the {planned:g} of machine.decode_images_per_second"
-            told += f" (load average here: {os.getloadavg()[0]:.1f})"
-            yield WARN, told, "smaller images (`shards pack --resize`), more data.workers, a nearer disk"
-        else:
-            yield OK, what
+        yield _speed_item(settings, what, speed, replaced)
+
+
+def _speed_item(settings: Config, what: str, speed: float, replaced: list[str]) -> Item:
+    """Judge the loader's images per second, and the images that cannot be decoded."""
+    in_memory = settings.data.in_memory
+    what += f", {speed:,.0f} images/s {'from memory' if in_memory else 'by one loader worker'}"
+    planned = settings.machine.decode_images_per_second
+    if replaced:
+        what += f"; {len(replaced)} cannot be decoded ({replaced[0]})"
+        return WARN, what, "`indistill shards verify` lists all of them"
+    if not in_memory and speed < planned / 2:
+        what += f", less than half of the {planned:g} of machine.decode_images_per_second"
+        what += f" (load average here: {os.getloadavg()[0]:.1f})"
+        remedy = "use smaller images (`shards pack --resize`), more data.workers, or a nearer disk"
+        return WARN, what, remedy
+    return OK, what
 
 
 def _stream(paths: Sequence[str]) -> tuple[float, float]:
-    """Bytes a second of reading shards one after the other for a while, and the seconds that the first one takes."""
-    done, first, began = 0, None, time.monotonic()
+    """Read shards for a while; returns bytes per second, and the seconds that the first shard takes."""
+    done = 0
+    first_seconds: float | None = None
+    began = time.monotonic()
     for path in paths:
         with _opened(path) as (stream, length):
             while block := stream.read(1 << 20):
                 done += len(block)
                 seconds = time.monotonic() - began
                 if seconds > LOOK_SECONDS:
-                    return done / seconds, first or (length or float("inf")) * seconds / done
-        first = first or time.monotonic() - began
-    return done / (time.monotonic() - began), first
+                    return done / seconds, first_seconds or (length or float("inf")) * seconds / done
+        first_seconds = first_seconds or time.monotonic() - began
+    return done / (time.monotonic() - began), first_seconds or 0.0
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[IO[bytes], int | None]]:
-    """A shard's stream and, of a remote one, its size, where the source tells."""
+    """Open a shard; yields its stream and, for a remote shard, its size if the source reports it."""
     if remote.is_remote(path):
         with remote.open_remote(path) as opened:
             yield opened
         return
     with open(path, "rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the disk is meant, not the memory
+        os.posix_fadvise(
+            stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+        )  # measure the disk, not the page cache
         yield stream, None
 
 
 def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float, list[str]]:
-    """Images a second from a loader on the first shard, and what cannot be decoded.
+    """Measure a loader's images per second on the first shard, and list images that cannot be decoded.
 
     Indices and remote shards go to `directory`.
     """
-    section, kind = settings.data, StreamedTraining
     changes = {
         "train": list(paths[:1]),
         "root": None,
         "cache_dir": directory,
-        "workers": min(section.workers, 1),
+        "workers": min(settings.data.workers, 1),
+        "streams": 1,
+        "window": None,
+        "global_batch": LOADER_BATCH,
     }
-    section = section.model_copy(
-        update=changes | {"streams": 1, "window": None, "global_batch": LOADER_BATCH}
-    )
+    section = settings.data.model_copy(update=changes)
+    training: TrainingData
     if section.access == "index":
         samples = len(open_shards(section, section.train))
-        section, kind = (
-            section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)}),
-            IndexedTraining,
-        )
-    training: TrainingData = kind(section, settings.seed, 0, 1, 1)
+        section = section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)})
+        training = IndexedTraining(section, settings.seed, rank=0, world=1, accumulation=1)
+    else:
+        training = StreamedTraining(section, settings.seed, rank=0, world=1, accumulation=1)
     batches = iter(training.loader(0, 10**9, torch.device("cpu")))
-    replaced = list(next(batches).replaced)  # by then the worker has begun
-    images, began = 0, time.monotonic()
+    replaced = list(next(batches).replaced)  # the worker has started by then
+    images = 0
+    began = time.monotonic()
     while time.monotonic() - began < LOOK_SECONDS:
         batch = next(batches)
         images += len(batch.ids)

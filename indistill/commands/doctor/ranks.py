@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from indistill.commands.doctor import findings, node, software
 from indistill.commands.doctor.disks import existing_parent
-from indistill.commands.doctor.findings import FAIL, MOST_SHOWN, OK, WARN, Here, Said
+from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Said, counted_word, listed
 from indistill.commands.doctor.software import torch_build
 from indistill.commands.plan.network import all_reduce_bytes
 from indistill.config import UserError
@@ -22,87 +22,78 @@ from indistill.distributed.agree import agree, setup, software_versions
 from indistill.distributed.deepspeed_config import zero_config
 from indistill.training.start import check_devices
 
-SKEW_SECONDS = 1.0  # between clocks: time limits and the times in logs go by them
+SKEW_SECONDS = 1.0  # between clocks, on which time limits and the times in logs depend
 CLOCK_ROUNDS = 20
-REDUCED_ELEMENTS = {"cuda": 2**24, "cpu": 2**22}  # float32, to measure the network with
+REDUCED_ELEMENTS = {"cuda": 2**24, "cpu": 2**22}  # float32 numbers in an all-reduce that measures the network
 
 
-# --- the processes ---------------------------------------------------------------------------------------------------
+# --- the processes ------------------------------------------------------------------------------------------
 def start(here: Here) -> Said:
-    """The process group that training would use, made in the same way."""
-    zero, precision, several = None, "no", here.world > 1
-    absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    """Start the process group as training does."""
+    zero = None
+    precision = "no"
+    several = here.world > 1
+    absent = [*here.ranks.missing, *(n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ)]
     if several and absent:
-        told = f"WORLD_SIZE={here.world}, but no {', '.join(absent)}"
-        yield FAIL, told, "unset it, or start with torchrun or accelerate launch"
+        what = f"WORLD_SIZE={here.world}, but no {', '.join(absent)}"
+        yield FAIL, what, "unset it, or start with torchrun or accelerate launch"
         return
     try:
-        for settings in here.settings[::-1]:  # the first one's is the one that counts
+        for settings in here.settings[::-1]:  # the first config decides
             check_devices(settings, here.world)
-            zero, precision = zero_config(settings, here.world), settings.mixed_precision
-    except UserError as error:  # the ranks can meet all the same
+            zero, precision = zero_config(settings, here.ranks), settings.mixed_precision
+    except UserError as error:  # the ranks can connect all the same
         yield FAIL, str(error)
     if several and here.rank:
         here.connect(findings.START_SECONDS)
-        here.tell("came", here.host)
-    # Collectives have longer than any check may take: at their end NCCL would abort the process without a word.
-    accelerator = engine.start(
-        zero, precision, here.world, 4 * max(findings.START_SECONDS, findings.CHECK_SECONDS) / 60, []
-    )
+        here.send("came", here.host)
+    # Collectives get a longer limit than any check: at theirs NCCL would abort the process without a message.
+    limit_minutes = 4 * max(findings.START_SECONDS, findings.CHECK_SECONDS) / 60
+    started = engine.start(zero, precision, ranks=here.ranks, timeout_minutes=limit_minutes)
+    accelerator = started.accelerator
     here.device = accelerator.device
     if accelerator.num_processes != here.world:
-        told = f"the launcher started {here.world} processes, Accelerate sees {accelerator.num_processes}"
-        yield FAIL, told, "unset ACCELERATE_* variables of another job, or check the accelerate config"
+        what = f"the launcher started {here.world} processes, Accelerate sees {accelerator.num_processes}"
+        yield FAIL, what, "unset ACCELERATE_* variables of another job, or check the accelerate config"
         return
     if several and not here.rank:
         here.connect(findings.CHECK_SECONDS)
     here.met = several
     backend = f", {dist.get_backend()}" if dist.is_initialized() else ""
-    told = f"{here.world} process{'es' * several} on {here.device.type}{backend}"
-    yield OK, f"{told}, {engine.describe(accelerator)}"
+    what = f"{here.world} {counted_word('process', here.world)} on {here.device.type}{backend}"
+    yield OK, f"{what}, {started.describe()}"
 
 
 def agreement(here: Here) -> Said:
-    """Of the ranks, on config and software, as a run wants it; and on the rest."""
+    """Whether all ranks have the same config and software, as a run requires, and the same environment."""
     fields: dict[str, Any] = software_versions()
     for name, settings in here.stages:
         fields |= {f"{name} {key}".strip(): value for key, value in setup(settings).items()}
     agree(fields)
-    others = {
-        name: software.installed_version(name)
-        for name in ("torchvision", "accelerate", "webdataset", "deepspeed")
-    }
+    packages = ("torchvision", "accelerate", "webdataset", "deepspeed")
+    others: dict[str, Any] = {name: software.installed_version(name) for name in packages}
+    others |= {"python": platform.python_version(), "build": torch_build(), "driver": node.driver_version()}
     try:
-        agree(
-            others
-            | {"python": platform.python_version(), "build": torch_build(), "driver": node.driver_version()}
-        )
+        agree(others)
     except UserError as error:
         yield WARN, str(error)
         return
     nodes = list(dict.fromkeys(here.hosts.values()))
-    told = ", ".join(nodes[:MOST_SHOWN]) + ", ..." * (len(nodes) > MOST_SHOWN)
-    yield (
-        OK,
-        f"{here.world} ranks on {len(nodes)} node{'s' * (len(nodes) > 1)} ({told}): the same software and config",
-    )
+    where = f"{len(nodes)} {counted_word('node', nodes)} ({listed(nodes)})"
+    yield OK, f"{here.world} ranks on {where}: the same software and config"
 
 
 def all_reduce(here: Here) -> Said:
-    """Sums over all ranks: whether they are right, and how fast."""
-    numbers, wanted = (
-        torch.full((1024,), here.rank + 1.0, device=here.device),
-        here.world * (here.world + 1) / 2,
-    )
+    """Sum numbers over all ranks: whether the sums are right, and how long they take."""
+    numbers = torch.full((1024,), here.rank + 1.0, device=here.device)
+    expected = here.world * (here.world + 1) / 2
     dist.all_reduce(numbers)
-    if not (numbers == wanted).all():
-        yield (
-            FAIL,
-            f"the sum over the ranks is {numbers[0].item():g} in place of {wanted:g}",
-            "look at the hardware",
-        )
+    if not (numbers == expected).all():
+        what = f"the sum over the ranks is {numbers[0].item():g} instead of {expected:g}"
+        yield FAIL, what, "check the hardware"
         return
-    numbers, rounds = torch.ones(REDUCED_ELEMENTS[here.device.type], device=here.device), 3
+    numbers = torch.ones(REDUCED_ELEMENTS[here.device.type], device=here.device)
+    rounds = 3
     dist.all_reduce(numbers)
     numbers[0].item()  # waits for the device
     began = time.monotonic()
@@ -120,34 +111,39 @@ def all_reduce(here: Here) -> Said:
     key = f"{'inter' if here.world > here.local_world else 'intra'}_node_bytes_per_second"
     planned = getattr(here.machine, key)
     if here.device.type == "cuda" and rate < planned / 4:
-        remedy = f"NCCL_DEBUG=INFO tells which way NCCL takes; else give machine.{key} to `indistill plan`"
-        yield WARN, f"{what}, far from the {planned / 1e9:.3g} of machine.{key}", remedy
+        remedy = f"NCCL_DEBUG=INFO shows which transport NCCL uses; if it is right, set machine.{key}"
+        yield WARN, f"{what}, far below the {planned / 1e9:.3g} of machine.{key}", remedy
     else:
         yield OK, what
 
 
 def clocks(here: Here) -> Said:
-    """Against rank 0's.
+    """Compare the clocks with rank 0's.
 
-    A collective ends nowhere before it has begun everywhere. So in every round its end on one rank is later than its
-    beginning on another, which bounds the difference of their clocks from both sides, whatever the network does.
+    A collective ends on no rank before it has begun on every rank. So in each round, its end on one rank is
+    later than its beginning on another, which bounds the difference of their clocks from both sides, however
+    slow the network is.
     """
-    marks, one = torch.empty(CLOCK_ROUNDS, 2, dtype=torch.float64), torch.ones((), device=here.device)
+    marks = torch.empty(CLOCK_ROUNDS, 2, dtype=torch.float64)
+    one = torch.ones((), device=here.device)
     for i in range(CLOCK_ROUNDS):
         marks[i, 0] = time.time()
         dist.all_reduce(one, op=dist.ReduceOp.MAX)
         one.item()  # waits for the device
         marks[i, 1] = time.time()
-    told = [torch.empty_like(marks, device=here.device) for _ in range(here.world)]
-    dist.all_gather(told, marks.to(here.device))
-    began, ended = torch.stack(told).cpu().unbind(dim=2)  # [ranks, rounds]
-    least, most = (began - ended[0]).amax(dim=1), (ended - began[0]).amin(dim=1)  # [ranks]
-    ahead, bound = ((least + most) / 2).tolist(), ((most - least) / 2).tolist()
+    gathered = [torch.empty_like(marks, device=here.device) for _ in range(here.world)]
+    dist.all_gather(gathered, marks.to(here.device))
+    began, ended = torch.stack(gathered).cpu().unbind(dim=2)  # [ranks, rounds]
+    least = (began - ended[0]).amax(dim=1)  # [ranks]
+    most = (ended - began[0]).amin(dim=1)  # [ranks]
+    ahead = ((least + most) / 2).tolist()
+    bound = ((most - least) / 2).tolist()
     off = [rank for rank in range(here.world) if abs(ahead[rank]) - bound[rank] > SKEW_SECONDS]
     for rank in off:
-        told = f"{here.named([rank])} is {abs(ahead[rank]):.3f} s {'ahead of' if ahead[rank] > 0 else 'behind'} rank 0"
-        told += f" ({here.hosts[0]}), ± {1e3 * bound[rank]:.2g} ms"
-        yield WARN, told, "have the nodes keep one time (chrony, NTP)"
+        direction = "ahead of" if ahead[rank] > 0 else "behind"
+        what = f"{here.named([rank])} is {abs(ahead[rank]):.3f} s {direction} rank 0 ({here.hosts[0]}), "
+        what += f"± {1e3 * bound[rank]:.2g} ms"
+        yield WARN, what, "synchronise the clocks of the nodes (chrony, NTP)"
     if not off:
         yield OK, f"within {1e3 * max(map(abs, ahead)):.2g} ms of rank 0's, ± {1e3 * max(bound):.2g} ms"
 
@@ -158,18 +154,21 @@ def one_file_system(here: Here) -> Said:
         return
     run_dir = here.settings[0].run_dir
     if here.rank:
-        name = here.hear("file", 0, findings.CHECK_SECONDS / 2)
-        seen = name is None or os.path.exists(name)
-        here.tell("seen", seen)
-        if not seen:
-            yield FAIL, f"{run_dir}: what rank 0 writes there is not seen", "take one that all nodes see"
+        name = here.receive("file", 0, findings.CHECK_SECONDS / 2)
+        visible = name is None or os.path.exists(name)
+        here.send("seen", visible)
+        if not visible:
+            what = f"{run_dir}: a file that rank 0 wrote there is not visible here"
+            yield FAIL, what, "choose a run_dir on a file system that all nodes share"
         return
     try:
         with tempfile.NamedTemporaryFile(prefix=".indistill-doctor-", dir=existing_parent(run_dir)) as file:
-            here.tell("file", file.name)
-            seen = [here.hear("seen", rank, findings.CHECK_SECONDS / 2) for rank in range(1, here.world)]
-    except OSError:  # told by run_dir
-        here.tell("file", None)
+            here.send("file", file.name)
+            seen_by = [
+                here.receive("seen", rank, findings.CHECK_SECONDS / 2) for rank in range(1, here.world)
+            ]
+    except OSError:  # reported by run_dir
+        here.send("file", None)
         return
-    if all(seen):
+    if all(seen_by):
         yield OK, f"all ranks see what rank 0 writes to {run_dir}"

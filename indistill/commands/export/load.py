@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,9 +25,12 @@ FILES = {"timm": "model.safetensors", "onnx": "model.onnx", "torch": "model.pt2"
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 class Program(nn.Module):
-    """An exported program as evaluation takes it. It runs on the CPU and in float32, whatever the run's precision."""
+    """An exported program with the interface that evaluation needs.
+
+    It runs on the CPU and in float32, whatever the run's precision.
+    """
 
     with_logits = True
 
@@ -35,17 +39,18 @@ class Program(nn.Module):
         self.run, self.classes = run, classes
 
     def forward(self, images: Tensor) -> Output:
-        """Images uint8 [B, 3, S, S]."""
+        """Compute the logits [B, K] of uint8 images [B, 3, S, S]."""
         with torch.autocast(images.device.type, enabled=False):
             return Output((), None, self.run(images.cpu()).to(images.device))
 
 
 def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalView]:
-    """What `indistill eval` scores, and how images are shown to it.
+    """Load the network that `indistill eval` scores, and the preprocessing of its images.
 
-    A weights file, checkpoint or run of the config's student, an exported folder, or a model: a timm name (timm:NAME
-    for one that is also a path), with its own pretrained weights, normalisation and, where the config says auto,
-    interpolation and crop. Raises UserError for what is none of these or does not fit the config.
+    `what` is a weights file, checkpoint or run of the config's student, an exported folder, or a timm name
+    (timm:NAME if a file has the same name). A timm model has its own pretrained weights, normalisation and,
+    where the config says auto, interpolation and crop. Raises UserError if it is none of these, or does not
+    fit the config.
     """
     path = Path(what)
     if path.is_dir() and any(
@@ -53,51 +58,57 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
     ):
         if not any((path / file).is_file() for file in ("config.json", FILES["onnx"])):
             raise UserError(
-                f"{path / FILES['torch']}: is a program, and to load one may run anything: evaluate the run, or an "
-                "export of another --format"
+                f"{path / FILES['torch']}: is a program, and loading one can run arbitrary code: evaluate "
+                "the run, or an export in another --format"
             )
-        network = load_folder(path, settings)
-        _check_classes(network, what, settings)
-        return network, _view_of_folder(path, settings)
+        exported = load_folder(path, settings)
+        _check_classes(exported, what, settings)
+        return exported, _view_of_folder(path, settings)
     name = what.removeprefix("timm:")
-    if name != what or (
-        not path.exists() and (timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:")))
-    ):
+    known = timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:"))
+    if name != what or (known and not path.exists()):
         network = _pretrained(name, settings)
         _check_classes(network, name, settings)
         return network, own_view(_named(name), settings.data, "eval")
     if settings.stage == "heads":
-        raise UserError("eval scores a student, and stage: heads trains none: its scores are in summary.json")
+        raise UserError("eval scores a student, and stage: heads trains none: see its scores in summary.json")
     if path.is_dir():
         candidates = (RunDir(path).student, CheckpointDir(path).ema, CheckpointDir(path).model)
         path = next((file for file in candidates if file.is_file()), path)
     names = class_names.of_weights(path)
     class_names.check_weights(names, settings.data, "eval")
-    if names is None or settings.evaluate.retrieval:  # the weights are of data.train, retrieval is from it
+    # Without names of their own the weights have those of data.train, which retrieval searches.
+    if names is None or settings.evaluate.retrieval:
         class_names.check(settings.data)
     return load_file(settings, path), evaluation_view(settings)
 
 
 def _check_classes(network: Network | Program, what: str, settings: Config) -> None:
-    """Raise UserError if an export, or a timm model that names its classes, was made for others than the data has."""
+    """Raise UserError if an export, or a timm model with class names, has other classes than the data."""
     if settings.evaluate.retrieval:
         class_names.check(settings.data)
     if isinstance(network, Program):
-        names = network.classes and class_names.Names(what, network.classes)
+        names = class_names.Names(what, network.classes) if network.classes else None
     else:
-        names = class_names.of_pretrained(network.net.pretrained_cfg, what)
+        net: Any = network.net  # nn.Module does not declare timm's attributes
+        names = class_names.of_pretrained(net.pretrained_cfg, what)
     class_names.check_weights(names, settings.data, "eval")
 
 
 def load_file(settings: Config, path: Path) -> Network:
-    """The config's student with the weights of a file."""
+    """Load the config's student with the weights of a file."""
+    assert settings.student is not None  # the callers refuse runs that train none
     section = settings.student.model_copy(update={"checkpoint": str(path), "pretrained": False})
     net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "student")
     return Network(net, normalisation(net, section, "student"))
 
 
 def load_folder(folder: Path, settings: Config) -> Network | Program:
-    """What `export` wrote; a torch.export file only just now, since that may run anything as it is loaded."""
+    """Load what `export` wrote.
+
+    Loading a torch.export file can run arbitrary code: call this only on a file that this process has just
+    written.
+    """
     if (folder / "config.json").is_file():
         return _pretrained(f"local-dir:{folder}", settings)
     onnx = (folder / FILES["onnx"]).is_file()
@@ -105,25 +116,29 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
         need_onnx()
     try:
         run, classes = (_run_onnx if onnx else _run_torch)(folder)
-    except Exception as error:  # each library raises its own
+    except Exception as error:  # each library raises its own types
         reason = in_one_line(error, 200)
         raise UserError(
-            f"{folder}: holds no readable {'onnx' if onnx else 'torch'} export: {reason}"
+            f"{folder}: has no readable {'onnx' if onnx else 'torch'} export ({reason}): export the run again"
         ) from None
     size = settings.data.image_size
     try:
-        found = run(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
+        classes_found = run(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
     except Exception:
         raise UserError(
-            f"{folder}: was exported for images of another size than data.image_size, {size}"
+            f"{folder}: was exported for images of another size than data.image_size ({size}): set it to "
+            "that size"
         ) from None
-    if found != settings.data.num_classes:
-        raise UserError(f"{folder}: has {found} classes, data.num_classes is {settings.data.num_classes}")
+    if classes_found != settings.data.num_classes:
+        raise UserError(
+            f"{folder}: has {classes_found} classes, data.num_classes is {settings.data.num_classes}: "
+            "evaluate it on data with its classes"
+        )
     return Program(run, classes)
 
 
 def _run_onnx(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | None]:
-    """The program and its class names."""
+    """Load an ONNX export; returns a function from images to logits, and the class names."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -136,12 +151,12 @@ def _run_onnx(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | Non
 
 
 def _run_torch(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | None]:
+    """Load a torch.export file; returns a function from images to logits, and the class names."""
     metadata = {"metadata.json": ""}
     program = torch.export.load(folder / FILES["torch"], extra_files=metadata).module()
     classes = json.loads(metadata["metadata.json"])["classes"]
-    return lambda images: program(
-        images
-    ), classes  # of a module Program would make a part, which refuses eval()
+    # A function: Program would register a module as its child, and this one refuses eval().
+    return lambda images: program(images), classes
 
 
 def _named(name: str) -> config.Model:
@@ -149,23 +164,25 @@ def _named(name: str) -> config.Model:
 
 
 def _view_of_folder(folder: Path, settings: Config) -> EvalView:
-    """How images are shown to what was exported there: as it says, where the config says auto."""
+    """The preprocessing of an exported folder: its own, where the config says auto."""
     if (folder / "config.json").is_file():
         return own_view(_named(f"local-dir:{folder}"), settings.data, "eval")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / FILES["onnx"], providers=["CPUExecutionProvider"])
-    told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    return view_by_record(told, settings.data)
+    record = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    return view_by_record(record, settings.data)
 
 
 def _pretrained(name: str, settings: Config) -> Network:
+    """Load a timm model with its own weights."""
     section = _named(name)
     net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "eval")
     return Network(net, normalisation(net, section, "eval"))
 
 
 def need_onnx() -> None:
+    """Raise UserError if a package for ONNX is missing."""
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(

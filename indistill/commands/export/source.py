@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indistill import config
-from indistill.config import Config, UserError, in_one_line
+from indistill.config import Config, Model, UserError, in_one_line
 from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.data import class_names
 from indistill.models.network import Network, normalisation
@@ -16,31 +16,40 @@ from indistill.training import checkpoint
 
 
 class Source(NamedTuple):
-    """What of a run is exported."""
+    """The weights of a run that are exported."""
 
     run: Path
     settings: Config
     file: Path
     step: int
     weights: str  # ema or raw
-    scores: dict[str, float]  # of these very weights; empty if they were not evaluated
+    scores: dict[str, float]  # of exactly these weights; empty if they were not evaluated
     finished: bool
 
+    @property
+    def student(self) -> Model:
+        """The config section of the student."""
+        assert self.settings.student is not None  # `find` refuses a run that trains none
+        return self.settings.student
 
-# --- export ----------------------------------------------------------------------------------------------------------
+
+# --- export -------------------------------------------------------------------------------------------------
 def find(run: Path, weights: str | None = None, step: str | None = None) -> Source:
-    """Raises UserError, with the remedy, if the run has not what is asked for."""
+    """Find the weights to export; `weights` and `step` as in `indistill.commands.export.write.export`.
+
+    Raises UserError if the run does not have them.
+    """
     files = RunDir(run)
     if not files.config.is_file():
         raise UserError(
-            f"{run}: holds no config.yaml: give the run_dir of a run, or, of a chain or several students, one's folder "
-            "in it"
+            f"{run}: has no config.yaml: give the run_dir of a run; for a chain or several students, the "
+            "folder of one of them in it"
         )
-    settings = config.load(files.config)
+    settings = config.load_recorded(files.config)
     if settings.stage == "heads":
-        raise UserError(f"{run}: stage: heads trains no student: export the run of one that learns from them")
+        raise UserError(f"{run}: stage: heads trains no student: export the run of a student instead")
     if weights == "ema" and settings.ema is None:
-        raise UserError(f"{run}: kept no moving average (ema): export --weights raw")
+        raise UserError(f"{run}: has no moving average (ema): use --weights raw")
     evaluated = "raw" if settings.ema is None else "ema"
     weights = weights or evaluated
     summary, student = files.summary, files.student
@@ -53,11 +62,15 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
     names = ", ".join(path.name for path in saved)
     if step is None and not saved:
         raise UserError(
-            f"{run}: holds no {'raw weights: no' if finished else 'student.safetensors and no'} checkpoint"
+            f"{run}: has no checkpoint, which --weights raw needs: leave it out"
+            if finished
+            else f"{run}: has no student.safetensors and no checkpoint: train it first"
         )
     path = saved[-1] if step is None else files.checkpoints / step
     if path not in saved:
-        raise UserError(f"--checkpoint {step}: no checkpoint of {run}, which has {names or 'none'}")
+        raise UserError(
+            f"--checkpoint {step}: {run} has no such checkpoint: choose one of: {names or 'none'}"
+        )
     if damage := checkpoint.damaged(path):
         raise UserError(f"{path}: damaged ({damage}): choose another with --checkpoint: {names}")
     state = _read_json(CheckpointDir(path).state)
@@ -73,22 +86,25 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {in_one_line(error)}") from None
 
 
-# --- the formats -----------------------------------------------------------------------------------------------------
-def find_preprocessing(network: Network, settings: Config) -> dict[str, Any]:
-    """What evaluation did with an image (augment.eval_view), in timm's words."""
-    view = evaluation_view(settings)
+# --- the formats --------------------------------------------------------------------------------------------
+def find_preprocessing(network: Network, source: Source) -> dict[str, Any]:
+    """Describe the preprocessing of evaluation by the keys of timm's `pretrained_cfg`."""
+    view = evaluation_view(source.settings)
+    mean, std = normalisation(
+        network.net, source.student, "student"
+    )  # not the network's, which are rounded to float32
     return {
-        "image_size": settings.data.image_size,
+        "image_size": source.settings.data.image_size,
         "crop_pct": view.crop_pct,
         "crop_mode": view.crop_mode,
         "interpolation": view.interpolation,
-        # As they were given: float32 of them would be other numbers.
-        **dict(zip(("mean", "std"), normalisation(network.net, settings.student, "student"))),
+        "mean": mean,
+        "std": std,
     }
 
 
 def find_class_names(source: Source) -> list[str] | None:
-    """The class of each output, from the run or else from beside its training shards; None if that is not known."""
+    """The class name of each output, from the run or else from its training shards; None if unknown."""
     section = source.settings.data
     found = class_names.of_weights(source.file) or class_names.of_training(section)
     return found.names if found and len(found.names) == section.num_classes else None

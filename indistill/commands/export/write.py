@@ -1,13 +1,13 @@
-"""The student of a run, taken home: a timm folder, an ONNX or a torch.export file, each with a model card.
+"""Export the student of a run as a timm folder, an ONNX file or a torch.export file, each with a model card.
 
-What was exported is loaded again and compared with the run's own weights on real images before it gets its name.
+The export is loaded again and compared with the run's own weights on real images before it gets its final
+name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 from pathlib import Path
@@ -22,44 +22,44 @@ from indistill.commands.export.card import card
 from indistill.commands.export.load import FILES, load_file, load_folder, need_onnx
 from indistill.commands.export.source import Source, find, find_class_names, find_preprocessing
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.ranks import Ranks
 from indistill.data.batch import Request
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.models.network import Network
 from indistill.models.views import evaluation_view
 
-TOLERANCE = 1e-4  # of the largest logit: float32 in another order of additions
+TOLERANCE = 1e-4  # relative to the largest logit: float32 sums in another order
 _CHECKED_IMAGES = 16
-_MAX_PROTOBUF_BYTES = 1_900_000_000  # one ONNX file holds no more than 2 GB
+_MAX_PROTOBUF_BYTES = 1_900_000_000  # an ONNX file can have at most 2 GB
 
 
-# --- export ----------------------------------------------------------------------------------------------------------
+# --- export -------------------------------------------------------------------------------------------------
 def export(
     run: str | Path,
     destination: str | Path,
+    *,
     form: str = "timm",
     weights: str | None = None,
     step: str | None = None,
 ) -> Source:
-    """Write a run's student into the folder `destination`, which is made; returns what was exported.
+    """Write a run's student to the folder `destination`, which is created; returns what was exported.
 
-    form: timm (`model.safetensors` and `config.json`), onnx or torch, each a program from uint8 images [B, 3, S, S] to
-        logits [B, K] that normalises itself, for any B.
-    weights: ema, the moving average, or raw; None: the average, if the run kept one.
+    form: timm (`model.safetensors` and `config.json`), onnx or torch; the last two are programs from uint8
+    images
+        [B, 3, S, S] to logits [B, K] that normalise their input, for any B.
+    weights: ema, the moving average, or raw; None: the average if the run has one.
     step: the name of a checkpoint; None: the end of the run, or the newest checkpoint of an unfinished one.
 
-    Raises UserError for a run without a student to export and for a destination that cannot be written or is not empty.
+    Raises UserError if the run has no student to export, or the destination cannot be written or has files.
     """
     if form == "onnx":
         need_onnx()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if Ranks.from_environment().world_size != 1:
         raise UserError("export runs in one process: start it without a launcher")
     destination = Path(destination)
-    if destination.resolve() == Path.cwd():
-        raise UserError(f"{destination}: is the folder that the command runs in: name another, which is made")
     partial = destination.absolute().with_name(f".partial-{destination.absolute().name}")
     try:
-        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-            raise UserError(f"{destination}: is there and no empty folder: choose another destination")
+        _check_destination(destination)
         source = find(Path(run), weights, step)
         command = [
             "indistill",
@@ -71,17 +71,9 @@ def export(
             "--weights",
             source.weights,
         ]
-        command += ["--checkpoint", step] if step else []
-        network = load_file(source.settings, source.file).eval()
-        images, origin = _images(source.settings)
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-        partial.mkdir(parents=True)
-        _write(form, network, source, partial)
-        difference = _check(
-            network, load_folder(partial, source.settings).eval(), images, exact=form == "timm"
-        )
-        checked = f"On {len(images)} {origin} its logits are within {difference:.1e} of the run's."
-        (partial / "README.md").write_text(card(source, network, form, shlex.join(command), checked))
+        if step:
+            command += ["--checkpoint", step]
+        checked = _write_checked(partial, source, form, shlex.join(command))
         partial.rename(destination)
     except OSError as error:
         raise UserError(
@@ -95,18 +87,39 @@ def export(
     return source
 
 
+def _check_destination(destination: Path) -> None:
+    if destination.resolve() == Path.cwd():
+        raise UserError(f"{destination}: is the current directory: choose another destination")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination}: exists and is not an empty folder: choose another destination")
+
+
+def _write_checked(folder: Path, source: Source, form: str, command: str) -> str:
+    """Write an export to `folder` and compare it with the run; returns a sentence on the difference."""
+    network = load_file(source.settings, source.file).eval()
+    images, origin = _images(source.settings)
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+    folder.mkdir(parents=True)
+    _write(form, network, source, folder)
+    exported = load_folder(folder, source.settings).eval()
+    difference = _check(network, exported, images, exact=form == "timm")
+    checked = f"On {len(images)} {origin} its logits are within {difference:.1e} of the run's."
+    (folder / "README.md").write_text(card(source, network, form=form, command=command, checked=checked))
+    return checked
+
+
 def _images(settings: Config) -> tuple[Tensor, str]:
-    """Images uint8 [B, 3, S, S] to compare on, evenly spaced over data.eval, and what they are."""
+    """Images uint8 [B, 3, S, S] for the comparison, evenly spaced over data.eval, and their description."""
     section = settings.data.model_copy(update={"in_memory": False})
     try:
         if section.eval is None:
             raise UserError("data.eval is not set")
-        shards, view = open_shards(section, section.eval), evaluation_view(settings)
-        dataset = ImageDataset(shards, section, settings.seed, view=view)
+        shards = open_shards(section, section.eval)
+        dataset = ImageDataset(shards, section, seed=settings.seed, view=evaluation_view(settings))
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:
-        print(f"indistill: compared on random images, since there are no others: {error}", flush=True)
+        print(f"indistill: compared on random images, because data.eval cannot be read: {error}", flush=True)
         random = torch.Generator().manual_seed(0)
         shape = (_CHECKED_IMAGES, 3, section.image_size, section.image_size)
         return torch.randint(256, shape, dtype=torch.uint8, generator=random), "random images"
@@ -117,19 +130,19 @@ def _check(network: Network, exported: nn.Module, images: Tensor, exact: bool) -
     """The largest difference of a logit, on batches of two sizes. Raises UserError if it is too large."""
     largest = 0.0
     for batch in (images[:1], images[1:]):
-        ours, theirs = network(batch).logits, exported(batch).logits  # [B, K]
+        ours = network(batch).logits  # [B, K]
+        theirs = exported(batch).logits  # [B, K]
         difference = (ours - theirs).abs().max().item()
-        if ours.shape != theirs.shape or not difference <= (
-            0 if exact else TOLERANCE * ours.abs().max().item()
-        ):
+        limit = 0.0 if exact else TOLERANCE * ours.abs().max().item()
+        if ours.shape != theirs.shape or not difference <= limit:
             raise UserError(f"nothing exported: a logit would differ from the run's by {difference:.1e}")
         largest = max(largest, difference)
     return largest
 
 
-# --- the formats -----------------------------------------------------------------------------------------------------
+# --- the formats --------------------------------------------------------------------------------------------
 class _Deployed(nn.Module):
-    """From images uint8 [B, 3, S, S] to logits [B, K]: what onnx and torch files hold."""
+    """The program in onnx and torch files, from uint8 images [B, 3, S, S] to logits [B, K]."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -139,32 +152,33 @@ class _Deployed(nn.Module):
         return self.network.net(self.network.normalise(images))
 
     def arguments(self, size: int) -> tuple[tuple[Tensor], dict[str, Any]]:
-        """Example images, and which of their dimensions may change."""
+        """Return example images, and the dimensions of them that may vary."""
         images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
         return (images,), {"images": {0: torch.export.Dim("batch")}}
 
 
 def _write(form: str, network: Network, source: Source, folder: Path) -> None:
-    network.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    write = {"timm": _write_timm, "onnx": _write_onnx, "torch": _write_torch}[form]
+    network.to(memory_format=torch.contiguous_format)  # the only one that safetensors accepts
     try:
-        {"timm": _write_timm, "onnx": _write_onnx, "torch": _write_torch}[form](network, source, folder)
+        write(network, source, folder)
     except OSError:
         raise
     except (
         Exception
-    ) as error:  # of an operator that a format lacks, or a full disk, by each library in its own words
+    ) as error:  # each library raises its own types, for an operator that a format lacks or a full disk
         reason = in_one_line(error, 300)
-        raise UserError(f"{source.settings.student.name} could not be exported as {form}: {reason}") from None
+        raise UserError(f"{source.student.name} could not be exported as {form}: {reason}") from None
     finally:
         network.to(memory_format=torch.channels_last)
 
 
 def _write_timm(network: Network, source: Source, folder: Path) -> None:
-    net, settings = network.net, source.settings
-    # What timm knows of the architecture stays. The rest of its record is about weights of its own: their origin,
-    # licence, classes and sizes.
+    net: Any = network.net  # nn.Module does not declare timm's attributes
+    # Keep timm's facts about the architecture. The rest of its record describes timm's own weights: their
+    # origin, licence, classes and sizes.
     kept = ("architecture", "first_conv", "classifier", "fixed_input_size", "pool_size", "min_input_size")
-    preprocessing = find_preprocessing(network, settings)
+    preprocessing = find_preprocessing(network, source)
     record = {key: net.pretrained_cfg[key] for key in kept if key in net.pretrained_cfg} | {
         "input_size": (3, preprocessing["image_size"], preprocessing["image_size"]),
         **{key: preprocessing[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
@@ -176,17 +190,17 @@ def _write_timm(network: Network, source: Source, folder: Path) -> None:
         net,
         str(folder),
         model_config={"label_names": names} if names else {},
-        model_args=dict(settings.student.kwargs),
+        model_args=dict(source.student.kwargs),
         safe_serialization=True,
     )
-    # safetensors lets nobody but its owner read a file; who may read the other one may read this.
+    # safetensors makes its file readable by the owner alone: give it the mode of the other file.
     (folder / FILES["timm"]).chmod((folder / "config.json").stat().st_mode)
 
 
 def _write_onnx(network: Network, source: Source, folder: Path) -> None:
     deployed = _Deployed(network).eval()
     arguments, dynamic = deployed.arguments(source.settings.data.image_size)
-    with contextlib.redirect_stdout(None):  # it tells its progress
+    with contextlib.redirect_stdout(None):  # torch prints its progress
         program = torch.onnx.export(
             deployed,
             arguments,
@@ -196,8 +210,10 @@ def _write_onnx(network: Network, source: Source, folder: Path) -> None:
             output_names=["logits"],
             verbose=False,
         )
-    program.model.metadata_props.update({k: json.dumps(v) for k, v in _metadata(network, source).items()})
-    weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    assert program is not None  # as documented for dynamo=True
+    metadata = {key: json.dumps(value) for key, value in _metadata(network, source).items()}
+    program.model.metadata_props.update(metadata)
+    weights = sum(value.nbytes for value in network.state_dict().values())
     program.save(str(folder / FILES["onnx"]), external_data=weights > _MAX_PROTOBUF_BYTES)
 
 
@@ -210,13 +226,16 @@ def _write_torch(network: Network, source: Source, folder: Path) -> None:
 
 
 def _metadata(network: Network, source: Source) -> dict[str, Any]:
+    """Facts about an onnx or torch program, written into its file."""
+    net: Any = network.net  # nn.Module does not declare timm's attributes
     return {
-        "input": "images: uint8 RGB [batch, 3, image_size, image_size], resized and cropped; normalised inside",
+        "input": "images: uint8 RGB [batch, 3, image_size, image_size], resized and cropped; "
+        "normalised inside",
         "output": "logits: float32 [batch, num_classes]",
-        "num_classes": network.net.num_classes,
+        "num_classes": net.num_classes,
         "classes": find_class_names(source),
-        **find_preprocessing(network, source.settings),
-        "student": source.settings.student.name,
+        **find_preprocessing(network, source),
+        "student": source.student.name,
         "weights": source.weights,
         "step": source.step,
     }

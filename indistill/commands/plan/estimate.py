@@ -1,7 +1,8 @@
-"""What a run will take, reckoned before it starts: operations, time, memory, bytes of targets and on the network.
+"""Estimate a run before it starts: operations, time, memory, bytes stored and sent.
 
-`of_run` builds the networks as training does, on the CPU, and puts each phase's loss and gradient through PyTorch's
-fake tensors, which have shapes and no content: seconds. What follows is arithmetic on the numbers of `config.Machine`.
+`of_run` builds the networks as training does, on the CPU, and puts each phase's loss and gradient through
+PyTorch's fake tensors, which have shapes and no content: this takes seconds. The rest is arithmetic on these
+counts and `config.Machine`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from indistill import config, prune
 from indistill.commands.plan.memory import ENGINES, FLOAT, memory, state_bytes
 from indistill.commands.plan.network import BUCKET, communication_seconds, step_seconds, traffic
+from indistill.commands.plan.result import Estimate, Pair, PhaseCost, Scale
 from indistill.config import Config
 from indistill.config.run_dir import RunDir, weights_file
 from indistill.curriculum import Phase, Timetable
@@ -32,6 +34,7 @@ from indistill.models.heads import Heads
 from indistill.models.network import Network
 from indistill.models.stages import find_stages
 from indistill.models.timm_model import NoWeights
+from indistill.models.trainable import Trainable
 from indistill.order import SampleOrder
 from indistill.targets.cost import SEEN, Choice, Work, decide, measure, phase_steps, record_bytes
 from indistill.targets.live import LiveTargets
@@ -40,82 +43,21 @@ from indistill.training import optim, parts
 NODES = (1, 2, 8, 64)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A stage pair of the warm-up: the target is `channels` of the teacher's map; `kept` says which, if it is known."""
-
-    teacher_stage: str
-    student_stage: str
-    teacher_map: tuple[int, ...]  # C, H, W
-    student_map: tuple[int, ...]
-    channels: int
-    kept: list[int] | None
-
-
-@dataclass(frozen=True)
-class PhaseCost:
-    name: str
-    start: int  # step
-    steps: int
-    epochs: float
-    work: Work
-    record_bytes: dict[str, int]  # of one view of an image, by target
-    choice: Choice
-    network_bytes: dict[str, float]  # that a rank sends in a step under DDP, by purpose
-    step_seconds: float
-    bound: str  # what sets the pace: device, decoding or reading
-    hours: float
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A number of nodes, every device with as many images a step as now (weak scaling); values by phase."""
-
-    nodes: int
-    devices: int
-    communication_seconds: dict[str, float]
-    images_per_second: dict[str, float]
-    efficiency: dict[str, float]  # of the rate of as many devices that do not communicate
-    batch: (
-        int | None
-    )  # images a device with the config's global batch instead (strong scaling); None: does not divide
-    batch_efficiency: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """All of it: the content of `indistill plan --json`."""
-
-    machine: dict[str, float]
-    world: int
-    samples: int
-    steps_per_epoch: int
-    global_batch: int
-    micro_batch: int  # per rank and accumulation step
-    precision: str
-    teacher_parameters: int
-    student_parameters: int
-    targets: dict[str, Any]  # the config's section
-    views: int | None
-    notes: list[str]
-    pairs: list[Pair]
-    phases: list[PhaseCost]
-    memory: dict[str, dict[str, int]]  # bytes of a rank, by engine and purpose
-    network_bytes: dict[str, float]  # that a rank sends in a step of the last phase, by engine
-    scaling: list[Scale]
-
-
-# --- a run -----------------------------------------------------------------------------------------------------------
 def of_chain(
     stages: Sequence[tuple[str, Config]], world: int | None = None, samples: int | None = None
 ) -> dict[str, Estimate]:
-    """Every stage of what `runs.load` returned. `samples` stands in for training shards that are not here."""
-    estimates, earlier = {}, {}
+    """Estimate every stage that `runs.load` returned, by name.
+
+    `world` is the number of processes, by default `machine.devices_per_node`; `samples` replaces the size of
+    the training set where its shards are not available.
+    """
+    estimates: dict[str, Estimate] = {}
+    earlier: dict[str, Config] = {}
     for name, settings in stages:
         node = settings.machine.devices_per_node
         estimates[name] = of_run(settings, world or node, samples, earlier)
         if world is None and node > 1:
-            note = f"for a node of machine.devices_per_node ({node}): --world 1 for one process"
+            note = f"estimated for machine.devices_per_node ({node}) processes; --world N sets another number"
             estimates[name].notes.insert(0, note)
         earlier[weights_file(settings)] = settings
     return estimates
@@ -124,186 +66,275 @@ def of_chain(
 def of_run(
     settings: Config, world: int, samples: int | None = None, earlier: Mapping[str, Config] | None = None
 ) -> Estimate:
-    """A run on `world` processes. `earlier` maps files that earlier stages of a chain leave to the stages' configs.
+    """Estimate a run on `world` processes.
 
-    Raises UserError for whatever in the config training would refuse.
+    `earlier` maps files that earlier stages of a chain write to the configs of these stages. Raises UserError
+    for everything in the config that training would refuse.
     """
     steps_per_epoch = _steps_per_epoch(settings, world, samples)
-    student, targets_of, plan, kept_unknown, notes = _networks(settings, earlier or {})
-    teacher = student._frozen[0] if settings.stage == "heads" else targets_of.teacher
-    timetable = Timetable.of(settings, steps_per_epoch, pairs=len(plan.pairs))
-    if timetable.curriculum.order == "auto":
-        notes.append("warmup.curriculum: auto: the durations of the warm-up are the longest it can take")
-    objective = Objective(settings.kd.losses, steps_per_epoch, settings.kd.relational_scope)
-    phases = [phase for phase in timetable.curriculum.phases() if phase_steps(phase, timetable)]
-    works = {
-        phase: measure(settings, student, targets_of=targets_of, objective=objective, phase=phase)
-        for phase in phases
-    }
-    choices = decide(settings, works, timetable)
-    pairs = _pairs(settings, student, teacher, plan, kept_unknown)
-    optimizer = optim.create(student, settings.optimizer)
-    optim.PhaseOptim(optimizer, settings, timetable)  # refuses what it would in training
+    built = _build(settings, earlier or {})
+    timetable = Timetable.of(settings, steps_per_epoch, pairs=len(built.plan.pairs))
+    costs = _Costs.measured(settings, built, timetable, world)
+    pairs = _pairs(settings, built)
+    optimizer = optim.create(built.student, settings.optimizer)
+    optim.PhaseOptim(optimizer, settings, timetable)  # raises UserError as in training
     state = state_bytes(optimizer)
 
-    machine, chosen = settings.machine, settings.targets.source
-    sources = {phase: choices[phase.name].source if chosen == "auto" else chosen for phase in phases}
-    batch = settings.data.global_batch // world
-    micro_batch = batch // settings.grad_accumulation
-    trained = FLOAT * sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    buckets = 1 + math.ceil(trained / BUCKET)  # the first is small
-
-    def sent(phase: Phase, engine: str, devices: int) -> dict[str, float]:
-        return traffic(settings, student, teacher, phase, works[phase], engine, devices, micro_batch)
-
-    def communication(phase: Phase, devices: int) -> float:
-        return communication_seconds(machine, sum(sent(phase, "ddp", devices).values()), buckets, devices)
-
-    def pace(phase: Phase, batch: int, seconds: float) -> tuple[float, str]:
-        return step_seconds(settings, works[phase], sources[phase], batch, seconds)
-
-    def cost(phase: Phase) -> PhaseCost:
-        steps, (seconds, bound) = (
-            phase_steps(phase, timetable),
-            pace(phase, batch, communication(phase, world)),
-        )
-        records = {n: record_bytes(n, shape, settings.targets) for n, shape in works[phase].targets.items()}
-        length = steps, steps / steps_per_epoch
-        spent = seconds, bound, steps * seconds / 3600
-        choice = choices[phase.name]
-        return PhaseCost(
-            phase.name, phase.start, *length, works[phase], records, choice, sent(phase, "ddp", world), *spent
-        )
-
-    def scale(nodes: int) -> Scale:
-        devices = nodes * machine.devices_per_node
-        own, rest = divmod(settings.data.global_batch, devices)
-        own = None if rest or not own else own
-        slow = {phase: communication(phase, devices) for phase in phases}
-        steps = {phase: pace(phase, batch, slow[phase])[0] for phase in phases}
-
-        def efficiency(batch: int | None) -> dict[str, float]:
-            return {p.name: pace(p, batch, 0.0)[0] / pace(p, batch, slow[p])[0] for p in phases if batch}
-
-        rates = {phase.name: devices * batch / steps[phase] for phase in phases}
-        seconds = {phase.name: slow[phase] for phase in phases}
-        return Scale(nodes, devices, seconds, rates, efficiency(batch), own, efficiency(own))
-
-    held = [settings, student, teacher, state, [*works.values()]]
+    notes = built.notes
+    if timetable.curriculum.order == "auto":
+        notes = [*notes, "warmup.curriculum: auto: the durations of the warm-up are the longest it can take"]
+    *_, last = costs.works
     return Estimate(
-        machine=machine.model_dump(),
+        machine=settings.machine.model_dump(),
         world=world,
         samples=steps_per_epoch * settings.data.global_batch,
         steps_per_epoch=steps_per_epoch,
         global_batch=settings.data.global_batch,
-        micro_batch=micro_batch,
+        micro_batch=costs.micro_batch,
         precision=settings.mixed_precision,
-        teacher_parameters=sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0,
-        student_parameters=sum(p.numel() for p in student.parameters()),
+        teacher_parameters=sum(p.numel() for p in built.teacher.parameters()) if built.teacher else 0,
+        student_parameters=sum(p.numel() for p in built.student.parameters()),
         targets=settings.targets.model_dump(),
         views=settings.data.augment.views,
         notes=notes,
         pairs=pairs,
-        phases=[cost(phase) for phase in phases],
-        memory={engine: memory(*held, engine, world, micro_batch) for engine in ENGINES},
-        network_bytes={engine: sum(sent(phases[-1], engine, world).values()) for engine in ENGINES},
-        scaling=[scale(nodes) for nodes in NODES],
+        phases=[costs.of_phase(phase) for phase in costs.works],
+        memory={engine: costs.memory(engine, state) for engine in ENGINES},
+        network_bytes={engine: sum(costs.sent(last, engine, world).values()) for engine in ENGINES},
+        scaling=[costs.on_nodes(nodes) for nodes in NODES],
     )
 
 
+# --- costs --------------------------------------------------------------------------------------------------
+class _Built(NamedTuple):
+    """What training would build of a run, with random weights where the real ones are not available."""
+
+    student: Trainable
+    teacher: Network | None
+    targets_of: LiveTargets
+    plan: prune.Plan
+    knows_kept: bool  # whether the plan keeps the channels that training will keep
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """The work of a run's phases, and what it costs on any number of devices."""
+
+    settings: Config
+    built: _Built
+    timetable: Timetable
+    world: int
+    works: dict[Phase, Work]  # in order
+    choices: dict[str, Choice]
+
+    @classmethod
+    def measured(cls, settings: Config, built: _Built, timetable: Timetable, world: int) -> _Costs:
+        """Measure the work of all phases that have steps."""
+        objective = Objective(settings.kd.losses, timetable.steps_per_epoch, settings.kd.relational_scope)
+        works = {
+            phase: measure(
+                settings, built.student, targets_of=built.targets_of, objective=objective, phase=phase
+            )
+            for phase in timetable.curriculum.phases()
+            if phase_steps(phase, timetable)
+        }
+        return cls(settings, built, timetable, world, works, decide(settings, works, timetable))
+
+    @property
+    def batch(self) -> int:
+        """Images per rank and step."""
+        return self.settings.data.global_batch // self.world
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch // self.settings.grad_accumulation
+
+    def memory(self, engine: str, state: int) -> dict[str, int]:
+        """Bytes per rank, by purpose, with an optimizer state of `state` bytes."""
+        return memory(
+            self.settings,
+            self.built.student,
+            teacher=self.built.teacher,
+            state=state,
+            works=list(self.works.values()),
+            engine=engine,
+            world=self.world,
+            micro_batch=self.micro_batch,
+        )
+
+    def sent(self, phase: Phase, engine: str, devices: int) -> dict[str, float]:
+        """Bytes that a rank sends per step, by purpose."""
+        return traffic(
+            self.settings,
+            self.built.student,
+            teacher=self.built.teacher,
+            phase=phase,
+            work=self.works[phase],
+            engine=engine,
+            world=devices,
+            micro_batch=self.micro_batch,
+        )
+
+    def communication(self, phase: Phase, devices: int) -> float:
+        """Seconds of communication per step under DDP."""
+        parameters = self.built.student.parameters()
+        trained = FLOAT * sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        buckets = 1 + math.ceil(trained / BUCKET)  # DDP's first bucket is small
+        sent = sum(self.sent(phase, "ddp", devices).values())
+        return communication_seconds(self.settings.machine, sent, buckets, devices)
+
+    def step(self, phase: Phase, batch: int, communication: float) -> tuple[float, str]:
+        """Seconds of a step with `batch` images per rank, and what bounds it."""
+        source = self.settings.targets.source
+        if source == "auto":
+            source = "cached" if self.choices[phase.name].source == "cached" else "live"
+        return step_seconds(
+            self.settings, self.works[phase], source=source, batch=batch, communication=communication
+        )
+
+    def of_phase(self, phase: Phase) -> PhaseCost:
+        work = self.works[phase]
+        targets = self.settings.targets
+        steps = phase_steps(phase, self.timetable)
+        seconds, bound = self.step(phase, self.batch, self.communication(phase, self.world))
+        return PhaseCost(
+            name=phase.name,
+            start=int(phase.start),
+            steps=steps,
+            epochs=steps / self.timetable.steps_per_epoch,
+            work=work,
+            record_bytes={name: record_bytes(name, shape, targets) for name, shape in work.targets.items()},
+            choice=self.choices[phase.name],
+            network_bytes=self.sent(phase, "ddp", self.world),
+            step_seconds=seconds,
+            bound=bound,
+            hours=steps * seconds / 3600,
+        )
+
+    def on_nodes(self, nodes: int) -> Scale:
+        devices = nodes * self.settings.machine.devices_per_node
+        batch, rest = divmod(self.settings.data.global_batch, devices)
+        divides = batch > 0 and not rest
+        communication = {phase: self.communication(phase, devices) for phase in self.works}
+        seconds = {phase: self.step(phase, self.batch, communication[phase])[0] for phase in self.works}
+        return Scale(
+            nodes=nodes,
+            devices=devices,
+            communication_seconds={phase.name: communication[phase] for phase in self.works},
+            images_per_second={phase.name: devices * self.batch / seconds[phase] for phase in self.works},
+            efficiency=self._efficiency(self.batch, communication),
+            batch=batch if divides else None,
+            batch_efficiency=self._efficiency(batch, communication) if divides else {},
+        )
+
+    def _efficiency(self, batch: int, communication: dict[Phase, float]) -> dict[str, float]:
+        """Seconds of a step without communication relative to those with it, by phase."""
+        return {
+            phase.name: self.step(phase, batch, 0.0)[0] / self.step(phase, batch, seconds)[0]
+            for phase, seconds in communication.items()
+        }
+
+
 def _steps_per_epoch(settings: Config, world: int, samples: int | None) -> int:
-    section, accumulation = settings.data, settings.grad_accumulation
+    section = settings.data
+    accumulation = settings.grad_accumulation
     if samples is None:
-        kind = IndexedTraining if section.access == "index" else StreamedTraining
-        section = section.model_copy(update={"in_memory": False})  # nothing is read but the indices
-        return kind(section, settings.seed, 0, world, accumulation).steps_per_epoch
+        section = section.model_copy(update={"in_memory": False})  # only the indices are needed
+        if section.access == "index":
+            return IndexedTraining(
+                section, settings.seed, rank=0, world=world, accumulation=accumulation
+            ).steps_per_epoch
+        return StreamedTraining(
+            section, settings.seed, rank=0, world=world, accumulation=accumulation
+        ).steps_per_epoch
     check_accumulation(section, world, accumulation)
     if section.access == "stream":
+        assert section.epoch_samples is not None  # access: stream requires it
         return section.epoch_samples // section.global_batch
     order = SampleOrder([samples], settings.seed, section.streams, section.window)
     order.check(section.global_batch, world)
     return order.steps_per_epoch(section.global_batch)
 
 
-def _networks(
-    settings: Config, earlier: Mapping[str, Config]
-) -> tuple[Network | Heads, LiveTargets, prune.Plan, str | None, list[str]]:
-    """Return what `parts.networks` does, why the kept channels are unknown (if they are), and further notes.
+# --- networks -----------------------------------------------------------------------------------------------
+def _build(settings: Config, earlier: Mapping[str, Config]) -> _Built:
+    """Build the networks of a run.
 
-    Weights that cannot be had here are random ones: they decide on the kept channels, and on nothing else.
+    Weights that are not available are random: of an estimate only the kept channels depend on them.
     """
     environment.check(settings)
-    unknown, notes = None, []
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a run of this process
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by an earlier run of this process
     with environment.without_accumulation():
         accelerator = Accelerator(cpu=True)
-    live = settings.targets.model_copy(update={"source": "live"})  # a store need not be there yet
+    live = settings.targets.model_copy(update={"source": "live"})  # stored targets need not exist yet
     settings = settings.model_copy(update={"targets": live})
+    knows_kept = True
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        if (
-            settings.teacher
-            and settings.teacher.checkpoint in earlier
-            and not Path(settings.teacher.checkpoint).exists()
-        ):
+        if settings.teacher and _writer(settings.teacher.checkpoint, earlier):
             settings = _with_teacher(settings, checkpoint=None)
-            unknown = "an earlier stage trains the teacher"
-        if (
-            settings.teacher
-            and settings.teacher.heads in earlier
-            and not Path(settings.teacher.heads).exists()
-        ):
-            of_heads = _with_teacher(earlier[settings.teacher.heads], checkpoint=None, pretrained=False)
-            heads = str(RunDir(Path(folder)).heads)
-            parts.heads(accelerator, of_heads).save(Path(heads))
-            settings = _with_teacher(settings, heads=heads)
+            knows_kept = False
+        if settings.teacher and (stage := _writer(settings.teacher.heads, earlier)):
+            heads = RunDir(Path(folder)).heads
+            parts.heads(accelerator, _with_teacher(stage, checkpoint=None, pretrained=False)).save(heads)
+            settings = _with_teacher(settings, heads=str(heads))
         if settings.warmup and settings.warmup.prune.criterion in prune.NEEDS_DATA:
-            section = settings.warmup.prune.model_copy(update={"criterion": "random"})
-            settings = settings.model_copy(
-                update={"warmup": settings.warmup.model_copy(update={"prune": section})}
-            )
-            unknown = "decided on calibration batches"
+            settings = _with_random_criterion(settings, settings.warmup)
+            knows_kept = False
         while True:
             try:
-                return *parts.networks(accelerator, settings, files=RunDir(Path(folder))), unknown, notes
+                student, targets_of, plan = parts.networks(accelerator, settings, files=RunDir(Path(folder)))
+                break
             except NoWeights as error:
                 section = getattr(settings, error.role).model_copy(update={"pretrained": False})
                 settings = settings.model_copy(update={error.role: section})
-                notes.append(f"architecture alone: {error}")
-                if (
-                    error.role == "teacher"
-                    and unknown is None
-                    and settings.warmup.prune.criterion != "random"
-                ):
-                    unknown = "need the weights"
+                notes.append(f"without pretrained weights, by architecture alone: {error}")
+                if error.role == "teacher" and settings.warmup:
+                    knows_kept = knows_kept and settings.warmup.prune.criterion == "random"
+    assert isinstance(targets_of, LiveTargets)  # as set above
+    teacher = student._frozen[0] if isinstance(student, Heads) else targets_of.teacher
+    return _Built(student, teacher, targets_of, plan, knows_kept, notes)
+
+
+def _writer(file: str | None, earlier: Mapping[str, Config]) -> Config | None:
+    """Return the config of the earlier stage that is still to write a file; None if none is."""
+    return earlier.get(file) if file is not None and not Path(file).exists() else None
 
 
 def _with_teacher(settings: Config, **changes: Any) -> Config:
+    assert settings.teacher is not None  # the callers have checked it, and `stage: heads` requires one
     return settings.model_copy(update={"teacher": settings.teacher.model_copy(update=changes)})
 
 
-def _pairs(
-    settings: Config,
-    student: Network | Heads,
-    teacher: Network | None,
-    plan: prune.Plan,
-    kept_unknown: str | None,
-) -> list[Pair]:
-    if not plan.pairs:
+def _with_random_criterion(settings: Config, warmup: config.Warmup) -> Config:
+    section = warmup.prune.model_copy(update={"criterion": "random"})
+    return settings.model_copy(update={"warmup": warmup.model_copy(update={"prune": section})})
+
+
+def _pairs(settings: Config, built: _Built) -> list[Pair]:
+    """Describe the stage pairs of the warm-up."""
+    plan = built.plan.pairs
+    if not plan:
         return []
+    teacher = built.teacher
+    student = built.student
+    assert teacher is not None  # a warm-up has one, and trains a Network
+    assert isinstance(student, Network)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         images = torch.zeros(SEEN[0], *config.input_size(settings), dtype=torch.uint8)
-        sides = (
-            (teacher, [p.teacher_stage for p in plan.pairs]),
-            (student, [p.student_stage for p in plan.pairs]),
-        )
-        maps = [[tuple(m.shape[1:]) for m in network.maps(images, stages)] for network, stages in sides]
+        teacher_maps = teacher.maps(images, [pair.teacher_stage for pair in plan])
+        student_maps = student.maps(images, [pair.student_stage for pair in plan])
     pairs = []
-    for pair, teacher_map, student_map in zip(plan.pairs, *maps):
-        names = (
-            find_stages(teacher.net)[pair.teacher_stage].name,
-            find_stages(student.net)[pair.student_stage].name,
+    for pair, teacher_map, student_map in zip(plan, teacher_maps, student_maps):
+        kept = list(range(pair.teacher_width)) if pair.kept is None else pair.kept
+        described = Pair(
+            teacher_stage=find_stages(teacher.net)[pair.teacher_stage].name,
+            student_stage=find_stages(student.net)[pair.student_stage].name,
+            teacher_map=tuple(teacher_map.shape[1:]),
+            student_map=tuple(student_map.shape[1:]),
+            channels=len(kept),
+            kept=kept if pair.kept is None or built.knows_kept else None,
         )
-        channels = pair.teacher_width if pair.kept is None else len(pair.kept)
-        kept = [*range(channels)] if pair.kept is None else None if kept_unknown else pair.kept
-        pairs.append(Pair(*names, teacher_map, student_map, channels, kept))
+        pairs.append(described)
     return pairs

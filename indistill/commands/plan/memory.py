@@ -1,4 +1,4 @@
-"""Estimate the bytes of parameters, gradients and optimizer states per GPU."""
+"""Estimate the memory of a rank: parameters, gradients, optimizer state and activations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from indistill.config import Config
 from indistill.targets.cost import Work
 
 ENGINES = ("ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3")
-FLOAT = 4  # bytes: parameters, gradients and the optimizer's state are float32 in any precision
+FLOAT = 4  # bytes: parameters, gradients and optimizer state are float32 in any precision
+_BUCKET_ELEMENTS = 50_000_000  # default of engine.reduce_bucket_size and the other bucket sizes
 
 
-# --- what is counted -------------------------------------------------------------------------------------------------
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What the optimizer keeps once every parameter has been stepped, found by such a step: weights may change."""
+    """Return the bytes of optimizer state after every parameter has been stepped.
+
+    Takes such a step, with gradients of zero: the weights may change.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -30,10 +33,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for value in values if value.dim())
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
 def memory(
     settings: Config,
     student: nn.Module,
+    *,
     teacher: nn.Module | None,
     state: int,
     works: Sequence[Work],
@@ -41,7 +44,11 @@ def memory(
     world: int,
     micro_batch: int,
 ) -> dict[str, int]:
-    """Bytes on a rank's device at the end of a forward pass, by purpose, in the phase that keeps most."""
+    """Return the bytes on a rank's device at the end of a forward pass, by purpose.
+
+    `works` are those of all phases, of which the one that keeps the most counts; `state` is the size of the
+    whole optimizer state.
+    """
     stage = ENGINES.index(engine)
     parameters = FLOAT * sum(parameter.numel() for parameter in student.parameters())
     trained = FLOAT * sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
@@ -49,32 +56,36 @@ def memory(
     def share(size: int, from_stage: int) -> int:
         return math.ceil(size / world) if stage >= from_stage else size
 
-    held = {
+    inputs = 1 if teacher is None else 2  # one normalised copy for each network
+    sizes = {
         "weights": share(parameters, 3),
         "gradients": share(trained, 2),
         "optimizer state": share(state, 1),
         "activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works),
-        # uint8, and normalised for each network
-        "images": micro_batch
-        * math.prod(config.input_size(settings))
-        * (1 + FLOAT * (1 + (teacher is not None))),
+        "images": micro_batch * math.prod(config.input_size(settings)) * (1 + FLOAT * inputs),  # 1: uint8
     }
     if teacher is not None:
-        whole = sum(value.nbytes for value in [*teacher.parameters(), *teacher.buffers()])
-        held["teacher"] = math.ceil(whole / world) if settings.teacher and settings.teacher.shard else whole
+        sizes["teacher"] = _teacher_bytes(settings, teacher, world)
     if settings.ema:
-        held["moving average"] = parameters
+        sizes["moving average"] = parameters
     if stage:
-        section = (
-            settings.engine
-            if isinstance(settings.engine, config.DeepSpeed)
-            else config.DeepSpeed(name="deepspeed")
-        )
-        fetched = section.prefetch_bucket_size if stage == 3 else section.allgather_bucket_size
-        buckets = [
-            min(FLOAT * (size or 50_000_000), trained) for size in (section.reduce_bucket_size, fetched)
-        ]
-        held["ZeRO's own part of the weights"] = share(trained, 1)
-        held["ZeRO's buckets"] = sum(buckets)
-        held["whole copy for checkpoints"] = parameters
-    return held
+        sizes["ZeRO's own part of the weights"] = share(trained, 1)
+        sizes["ZeRO's buckets"] = _zero_buckets(settings, stage, trained)
+        sizes["whole copy for checkpoints"] = parameters
+    return sizes
+
+
+def _teacher_bytes(settings: Config, teacher: nn.Module, world: int) -> int:
+    size = sum(value.nbytes for value in [*teacher.parameters(), *teacher.buffers()])
+    sharded = settings.teacher is not None and settings.teacher.shard
+    return math.ceil(size / world) if sharded else size
+
+
+def _zero_buckets(settings: Config, stage: int, trained: int) -> int:
+    """Return the bytes of DeepSpeed's buffers for reducing gradients and fetching weights."""
+    section = settings.engine
+    if not isinstance(section, config.DeepSpeed):
+        section = config.DeepSpeed(name="deepspeed")
+    fetched = section.prefetch_bucket_size if stage == 3 else section.allgather_bucket_size
+    elements = [section.reduce_bucket_size or _BUCKET_ELEMENTS, fetched or _BUCKET_ELEMENTS]
+    return sum(min(FLOAT * count, trained) for count in elements)

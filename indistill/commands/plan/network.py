@@ -1,8 +1,6 @@
-"""Estimate the bytes and seconds of a step's communication."""
+"""Estimate the bytes and seconds of a step: communication, computation and decoding."""
 
 from __future__ import annotations
-
-import math
 
 from torch import nn
 
@@ -12,28 +10,29 @@ from indistill.config import Config
 from indistill.curriculum import Phase
 from indistill.losses.gather import gathers
 from indistill.losses.objective import reads
-from indistill.models.heads import Heads
 from indistill.models.network import Network
+from indistill.models.trainable import Trainable
 from indistill.targets.cost import Work, decode_seconds, record_bytes
 
 BUCKET = 25 * 2**20  # bytes of gradients that DDP reduces at once
-_BACKWARD = 2 / 3  # of the student's operations
+_BACKWARD = 2 / 3  # share of the student's operations
 
 
-# --- the network -----------------------------------------------------------------------------------------------------
+# --- bytes --------------------------------------------------------------------------------------------------
 def all_reduce_bytes(size: float, world: int) -> float:
-    """That each rank of a ring sends to have `size` bytes summed everywhere: a scatter of sums, then a gather."""
+    """Return the bytes each rank sends in a ring all-reduce of `size` bytes (reduce-scatter, all-gather)."""
     return 2 * (world - 1) / world * size
 
 
 def all_gather_bytes(size: float, world: int) -> float:
-    """That each rank of a ring sends until all have the `size` bytes that they hold parts of; or scatter sums of."""
+    """Return the bytes each rank sends in a ring all-gather, or reduce-scatter, of `size` bytes in total."""
     return (world - 1) / world * size
 
 
 def traffic(
     settings: Config,
-    student: Network | Heads,
+    student: Trainable,
+    *,
     teacher: Network | None,
     phase: Phase,
     work: Work,
@@ -41,99 +40,101 @@ def traffic(
     world: int,
     micro_batch: int,
 ) -> dict[str, float]:
-    """Bytes that a rank sends in a step, by purpose; a broadcast counts as each rank passing it on to the next."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    weights = FLOAT * sum(parameter.numel() for parameter in parameters)
-    micro_batches, sent = settings.grad_accumulation, {}
-    if engine == "ddp":
-        # All of them in every phase: those that have none count as zero.
-        sent["gradients"] = all_reduce_bytes(weights, world)
-        sent["batch norm statistics"] = all_gather_bytes(
-            sum(buffer.nbytes for buffer in student.buffers()), world
-        )
-        if settings.warmup or not reads(settings.kd.losses, "logits"):
-            sent["which parameters are used"] = all_reduce_bytes(4 * len(parameters), world)
-    elif engine == "ZeRO 3":  # gathered for forward and backward, gradients scattered
-        sent["weights and gradients"] = 3 * micro_batches * all_gather_bytes(weights, world)
-    else:  # DeepSpeed sums whole buckets and keeps its part; stage 2 after every micro-batch
-        sums = micro_batches if engine == "ZeRO 2" else 1
-        sent["gradients"] = sums * all_reduce_bytes(weights, world)
-        sent["weights"] = all_gather_bytes(weights, world)
+    """Return the bytes a rank sends per step, by purpose; in a broadcast each rank sends the data once."""
+    micro_batches = settings.grad_accumulation
+    sent = _engine_bytes(settings, student, engine, world)
     if not phase.pairs:
         sent["samples of all ranks"] = micro_batches * _gathered(
-            settings, student, teacher, work, world, world * micro_batch
+            settings.kd.relational_scope, work, world, world * micro_batch
         )
     if settings.sync_batchnorm:
-        channels = sum(
-            m.num_features for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        )
-        each = all_gather_bytes(world * (2 * channels + 1) * FLOAT, world) + all_reduce_bytes(
-            2 * channels * 4, world
-        )
-        sent["batch norm over all ranks"] = micro_batches * each
-    if teacher is not None and settings.teacher.shard:
-        sent["teacher"] = micro_batches * all_gather_bytes(sum(p.nbytes for p in teacher.parameters()), world)
+        sent["batch norm over all ranks"] = micro_batches * _sync_batchnorm_bytes(student, world)
+    if teacher is not None and settings.teacher is not None and settings.teacher.shard:
+        weights = sum(parameter.nbytes for parameter in teacher.parameters())
+        sent["teacher"] = micro_batches * all_gather_bytes(weights, world)
     return {purpose: size for purpose, size in sent.items() if size}
 
 
-def _gathered(
-    settings: Config, student: Network | Heads, teacher: Network | None, work: Work, world: int, batch: int
-) -> float:
-    """Bytes that losses which compare samples have a rank send (gather.py), for a micro-batch of all ranks.
+def _engine_bytes(settings: Config, student: Trainable, engine: str, world: int) -> dict[str, float]:
+    """Return the bytes a rank sends for weights and gradients, by purpose."""
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    weights = FLOAT * sum(parameter.numel() for parameter in parameters)
+    if engine == "ddp":
+        buffers = sum(buffer.nbytes for buffer in student.buffers())
+        sent = {
+            # All gradients in every phase: DDP sends zeros for parameters without one.
+            "gradients": all_reduce_bytes(weights, world),
+            "batch norm statistics": all_gather_bytes(buffers, world),
+        }
+        if settings.warmup or not reads(settings.kd.losses, "logits"):
+            sent["which parameters are used"] = all_reduce_bytes(4 * len(parameters), world)
+        return sent
+    if engine == "ZeRO 3":  # weights are gathered for forward and backward, gradients scattered
+        return {"weights and gradients": 3 * settings.grad_accumulation * all_gather_bytes(weights, world)}
+    # DeepSpeed all-reduces whole buckets and keeps its part; stage 2 after every micro-batch.
+    reductions = settings.grad_accumulation if engine == "ZeRO 2" else 1
+    return {
+        "gradients": reductions * all_reduce_bytes(weights, world),
+        "weights": all_gather_bytes(weights, world),
+    }
 
-    The rows of student and teacher are gathered, and the gradients of the student's summed.
-    """
+
+def _sync_batchnorm_bytes(student: nn.Module, world: int) -> float:
+    """Return the bytes a rank sends for synchronised batch norm, forward and backward of a micro-batch."""
+    channels = sum(
+        module.num_features
+        for module in student.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    )
+    forward = all_gather_bytes(world * (2 * channels + 1) * FLOAT, world)
+    return forward + all_reduce_bytes(2 * channels * FLOAT, world)
+
+
+def _gathered(scope: str, work: Work, world: int, batch: int) -> float:
+    """Bytes a rank sends for losses that compare samples (losses/gather.py), per micro-batch of all ranks."""
     sent = 0.0
-    maps = [math.prod(shape) for shape in work.student_maps]
-    targets = [math.prod(shape) for shape in work.targets.values() if len(shape) == 3]
-    for loss in settings.kd.losses:
-        match loss.name:
-            case "pkt" | "rkd" | "information_flow":
-                rows = [(student.net.head_hidden_size, teacher.net.head_hidden_size)]
-                rows += zip(maps, targets) if loss.name == "information_flow" else ()
-            case "sp":
-                rows = [*zip(maps, targets)]
-            case "dist":
-                rows = [(settings.data.num_classes, settings.data.num_classes)]
-            case "crd":
-                rows = [(loss.dim, loss.dim + 2)]  # and the labels, of 8 bytes
-            case _:
-                continue
-        related = 3 if loss.name == "rkd" and loss.angle_weight else 2
-        for of_student, of_teacher in rows:
-            if gathers(settings.kd.relational_scope, batch, max(of_student, of_teacher), related):
-                gathered = all_gather_bytes(FLOAT * batch * (of_student + of_teacher), world)
-                sent += gathered + all_reduce_bytes(FLOAT * batch * of_student, world)
+    for rows in work.compared:
+        if gathers(scope, batch, rows.widest, rows.related):
+            sent += all_gather_bytes(batch * rows.row_bytes, world)
+            sent += all_reduce_bytes(batch * rows.gradient_bytes, world)
     return sent
 
 
+# --- seconds ------------------------------------------------------------------------------------------------
 def communication_seconds(machine: config.Machine, sent: float, buckets: int, devices: int) -> float:
-    """A ring over all devices: its slowest link, and the latency of every hop of each bucket's all-reduce."""
+    """Return the seconds of ring all-reduces over all devices, in which each device sends `sent` bytes.
+
+    The slowest link sets the bandwidth, and every hop of each of the `buckets` adds the latency.
+    """
     if devices == 1:
         return 0.0
-    within = machine.intra_node_bytes_per_second
-    across = min(within, machine.inter_node_bytes_per_second)
+    bandwidth = machine.intra_node_bytes_per_second
+    if devices > machine.devices_per_node:
+        bandwidth = min(bandwidth, machine.inter_node_bytes_per_second)
     hops = 2 * (devices - 1) * buckets
-    return sent / (within if devices <= machine.devices_per_node else across) + hops * machine.latency_seconds
+    return sent / bandwidth + hops * machine.latency_seconds
 
 
 def step_seconds(
-    settings: Config, work: Work, source: str, batch: float, communication: float
+    settings: Config, work: Work, *, source: str, batch: float, communication: float
 ) -> tuple[float, str]:
-    """Of a rank's step on `batch` images, and what sets its pace."""
-    machine, of_image = settings.machine, work.student_flops
-    student = of_image / machine.flops_per_second
+    """Return the seconds of one step on `batch` images per rank, and what bounds it.
+
+    `source` of the targets is live or cached; `communication` is given in seconds, part of which the backward
+    pass hides.
+    """
+    machine = settings.machine
+    student = work.student_flops / machine.flops_per_second
     teacher = 0.0 if source == "cached" else work.teacher_flops / machine.flops_per_second
-    backward = (
-        _BACKWARD * student * batch / settings.grad_accumulation
-    )  # of the last micro-batch, where sums begin
+    # Communication begins in the backward pass of the last micro-batch.
+    backward = _BACKWARD * student * batch / settings.grad_accumulation
     exposed = communication - min(machine.overlap * communication, backward)
-    size = sum(record_bytes(*target, settings.targets) for target in work.targets.items())
+    size = sum(record_bytes(name, shape, settings.targets) for name, shape in work.targets.items())
     reading = size * machine.devices_per_node / machine.read_bytes_per_second if source == "cached" else 0.0
-    paces = {
+    seconds = {
         "device": batch * (student + teacher) + exposed,
         "decoding": batch * decode_seconds(settings),
         "reading targets": batch * reading,
     }
-    bound = max(paces, key=paces.get)
-    return paces[bound], bound
+    bound = max(seconds, key=lambda name: seconds[name])
+    return seconds[bound], bound

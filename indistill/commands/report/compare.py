@@ -1,9 +1,10 @@
-"""Compare runs: their curves and the differences of their configs."""
+"""Compare runs: a table of their results, their curves, and the differences between their configs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from indistill import config
@@ -15,6 +16,7 @@ from indistill.commands.report.results import Row, result_rows, teacher_over_stu
 
 
 def add_comparison(page: Page, runs: Sequence[Run]) -> None:
+    """Add the comparison of several runs to a page."""
     page.add(
         "<h2>Side by side</h2>",
         charts.table(["", *(run.name for run in runs)], _side_by_side(runs), "Comparison"),
@@ -24,15 +26,16 @@ def add_comparison(page: Page, runs: Sequence[Run]) -> None:
         return Chart(title, unit, [Series(run.name, run.points(key), i) for i, run in enumerate(runs)], **how)
 
     page.draw([
-        overlaid("Loss", "of each run's own losses", "loss", may_be_log=True),
+        overlaid("Loss", "sum of each run's losses", "loss", may_be_log=True),
         overlaid("Top-1", "% of data.eval", "top1", percent=True),
         overlaid("Divergence of the information flow", "", "information_flow_divergence", may_be_log=True),
-        overlaid("Throughput", "images a second, all processes", "images_per_second", from_zero=True),
+        overlaid("Throughput", "images/s, all processes", "images_per_second", from_zero=True),
     ])  # fmt: skip
-    page.add("<h2>What their configs differ in</h2>", *_differences(runs))
+    page.add("<h2>Differences between the configs</h2>", *_differences(runs))
 
 
 def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
+    """Return the rows of the table that has a column for each run."""
     results = [{row.role: row for row in result_rows(run, None)} for run in runs]
     rows = [
         ["state", *(STATES.get(run.status, ("not finished", ""))[0] for run in runs)],
@@ -52,24 +55,32 @@ def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
         )
 
     row("parameters", of_student("parameters", lambda value: f"{value:,}" if value else "–"))
-    row("GFLOP an image", of_student("flops", lambda value: number(value and value / 1e9)))
+    row("GFLOP per image", of_student("flops", lambda value: number(value and value / 1e9)))
     row("compression", times("parameters"))
-    row("speed-up, measured", times("seconds"))
+    row("measured speed-up", times("seconds"))
     row("steps", lambda run, _: number(max((line["step"] for line in run.lines), default=0)))
-    row("training", lambda run, _: duration(run.summary["seconds"]) if run.summary.get("seconds") else "–")
+    row(
+        "training time",
+        lambda run, _: duration(run.summary["seconds"]) if run.summary.get("seconds") else "–",
+    )
     row("images/s", lambda run, _: number(run.summary.get("images_per_second")))
     row("last loss", lambda run, _: number(next((line["loss"] for line in run.steps[::-1]), None)))
     scores = dict.fromkeys(
         key for run in runs for key in run.scores if key.startswith(("top", "map_", "precision_"))
     )
     for key in scores:
-        row(f"{key} %", lambda run, _, key=key: percent(run.scores.get(key), ""))
+        row(f"{key} %", partial(_score, key))
     row("bad samples", lambda run, _: number(run.steps[-1].get("bad_samples", 0) if run.steps else 0))
     row("starts", lambda run, _: number(sum(line["event"] == "start" for line in run.history) or None))
     return rows
 
 
+def _score(key: str, run: Run, _: dict[str, Row]) -> str:
+    return percent(run.scores.get(key), "")
+
+
 def _differences(runs: Sequence[Run]) -> list[str]:
+    """Return the table of the keys in which the configs differ."""
     flat = [config.flatten(run.settings, without=("run_dir",)) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     rows = [
@@ -78,7 +89,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         if any(one.get(key, "–") != flat[0].get(key, "–") for one in flat)
     ]
     if not rows:
-        return ['<p class="none">Nothing but the run directory.</p>']
+        return ['<p class="none">The configs differ in run_dir alone.</p>']
     return [
         f'<div class="texts">{charts.table(["key", *(run.name for run in runs)], rows, "Differences")}</div>'
     ]

@@ -1,4 +1,4 @@
-"""HTML elements of the report, and numbers as text."""
+"""The page of the report as it is built, and values formatted for people."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from indistill.commands.report import charts
 from indistill.commands.report.charts import Chart
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
 class Page:
-    """Markup in order, and the numbers of its charts."""
+    """The parts of a page in order, and the numbers of its charts."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -23,12 +22,13 @@ class Page:
         self.parts += parts
 
     def draw(self, drawings: Iterable[Chart]) -> None:
-        """Side by side; charts without any point are left out."""
+        """Add charts side by side; charts without points are left out."""
         drawn = []
         for chart in drawings:
-            if found := charts.draw(chart, len(self.charts)):
-                drawn.append(found[0])
-                self.charts.append(found[1])
+            if parts := charts.draw(chart, len(self.charts)):
+                markup, numbers = parts
+                drawn.append(markup)
+                self.charts.append(numbers)
         self.add(
             f'<div class="charts">{"".join(drawn)}</div>'
             if drawn
@@ -37,24 +37,25 @@ class Page:
 
 
 def finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, in nested mappings."""
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- results ---------------------------------------------------------------------------------------------------------
 def percent(value: float | None, unit: str = " %") -> str:
+    """Format a fraction as a percentage: 71.23 %, and a dash for None."""
     return "–" if value is None else f"{100 * value:.2f}{unit}"
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3:20 min, 5:07 h."""
+    """Format a duration: 12 s, 3:20 min, 5:07 h."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02} min" if minutes < 120 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
-# --- tables of a run -------------------------------------------------------------------------------------------------
 def moment(seconds: float) -> str:
+    """Format seconds since the epoch as a date and time in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,4 +1,4 @@
-"""Measure size and speed of a run's networks."""
+"""Count the parameters and operations of a run's networks, and measure their speed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from indistill import config
@@ -15,36 +16,36 @@ from indistill.config import Config, in_one_line
 from indistill.config.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-_SPEED_SECONDS = 5.0  # for the rounds of measuring, the first of which is not counted
+_SPEED_SECONDS = 5.0  # of measuring rounds; the first round is not counted
 _MOST_ROUNDS = 50
 _LEAST_ROUNDS = 3
 _BATCH = {"cpu": 8, "cuda": 64}  # images of a forward pass
 
 
-# --- the networks: size, and speed -----------------------------------------------------------------------------------
 def networks(run: Run, measure: bool) -> dict[str, Any]:
-    """What `networks.json` says, with what it lacked: parameters, operations and, to `measure`, seconds."""
+    """Return the content of `networks.json`, after adding what it lacks.
+
+    These are parameters and operations, and with `measure` also the seconds of a forward pass.
+    """
     known = dict(run.networks)
-    sections = {"teacher": run.settings.teacher, "student": run.settings.student}
-    sections = {role: section for role, section in sections.items() if section is not None}
+    pairs = (("teacher", run.settings.teacher), ("student", run.settings.student))
+    sections = {role: section for role, section in pairs if section is not None}
     for role, section in sections.items():
         if "parameters" not in known.get(role, {}):
-            known[role] = {
-                "name": section.name,
-                **_told(lambda section=section: size(section, run.settings.data)),
-            }
+            sizes = _or_reason(partial(size, section, run.settings.data))
+            known[role] = {"name": section.name, **sizes}
     if measure and "seconds" not in known.get("speed", {}):
-        known["speed"] = _told(lambda: speed(list(sections.items()), run.settings))
+        known["speed"] = _or_reason(lambda: speed(sections, run.settings))
     if known != run.networks:
         with contextlib.suppress(OSError):
             RunDir(run.path).networks.write_text(json.dumps(known, indent=2) + "\n")
     return known
 
 
-def _told(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is found, or why it could not be: each library fails in its own way."""
+def _or_reason(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of `find`, or {"unknown": reason} if it raises: each library fails in its own way."""
     try:
         return find()
     except Exception as error:
@@ -52,7 +53,7 @@ def _told(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _create(section: config.Model, data: config.Data) -> nn.Module:
-    """The timm model of a section, without its weights."""
+    """Create the timm model of a section, without its weights."""
     import timm
 
     from indistill import models  # noqa: F401  registers the small networks
@@ -61,7 +62,7 @@ def _create(section: config.Model, data: config.Data) -> nn.Module:
 
 
 def size(section: config.Model, data: config.Data) -> dict[str, int]:
-    """Parameters, and operations of an image's forward pass (a multiply-add counts as two), found without computing."""
+    """Count parameters, and operations of a forward pass per image (a multiply-add counts as two)."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,51 +73,60 @@ def size(section: config.Model, data: config.Data) -> dict[str, int]:
     return {"parameters": sum(p.numel() for p in net.parameters()), "flops": counter.get_total_flops()}
 
 
-def speed(sections: Sequence[tuple[str, config.Model]], settings: Config) -> dict[str, Any]:
-    """Median seconds of each network's forward pass on the same images, in turns: what disturbs one disturbs the other.
+def speed(sections: Mapping[str, config.Model], settings: Config) -> dict[str, Any]:
+    """Measure the median seconds of each network's forward pass on a batch.
 
-    In the run's precision on a GPU, in float32 on CPUs, as evaluation runs them: normalised and channels_last.
+    The networks take turns, so disturbances affect them alike. They compute as in evaluation, normalised and
+    in channels_last, in the run's precision on a GPU and in float32 on CPUs.
     """
     import torch
 
     from indistill.distributed import engine
     from indistill.models.network import DTYPES, Network
+    from indistill.models.timm_model import timm_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = settings.mixed_precision if device.type == "cuda" else "no"
     half = (0.5, 0.5, 0.5)
     with torch.random.fork_rng():
-        nets = {role: Network(_create(section, settings.data), (half, half)) for role, section in sections}
+        nets = {
+            role: Network(timm_model(_create(section, settings.data)), (half, half))
+            for role, section in sections.items()
+        }
     nets = {role: net.to(device).eval() for role, net in nets.items()}
     batch = _BATCH[device.type]
-    images = torch.zeros(
-        batch, 3, settings.data.image_size, settings.data.image_size, dtype=torch.uint8, device=device
-    )
-
-    def seconds(net: nn.Module) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        net(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "no")
-    rounds: list[dict[str, float]] = []
-    with torch.inference_mode(), autocast:
-        begin = time.perf_counter()
-        while len(rounds) <= _LEAST_ROUNDS or (
-            time.perf_counter() - begin < _SPEED_SECONDS and len(rounds) <= _MOST_ROUNDS
-        ):
-            rounds.append({role: seconds(net) for role, net in nets.items()})
-    counted = rounds[1:]
+    side = settings.data.image_size
+    images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
+    with torch.inference_mode(), torch.autocast(device.type, DTYPES[precision], enabled=precision != "no"):
+        rounds = _rounds(nets, images)
     return {
-        "seconds": {role: statistics.median(one[role] for one in counted) for role in nets},
-        "rounds": len(counted),
+        "seconds": {role: statistics.median(seconds[role] for seconds in rounds) for role in nets},
+        "rounds": len(rounds),
         "batch": batch,
         "precision": precision,
         "device": engine.device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__,
     }
+
+
+def _rounds(nets: Mapping[str, nn.Module], images: Tensor) -> list[dict[str, float]]:
+    """Time each network once per round until the time is up; the first round warms up and is not returned."""
+    import torch
+
+    def seconds(net: nn.Module) -> float:
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        begin = time.perf_counter()
+        net(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        return time.perf_counter() - begin
+
+    rounds: list[dict[str, float]] = []
+    begin = time.perf_counter()
+    while len(rounds) <= _LEAST_ROUNDS or (
+        time.perf_counter() - begin < _SPEED_SECONDS and len(rounds) <= _MOST_ROUNDS
+    ):
+        rounds.append({role: seconds(net) for role, net in nets.items()})
+    return rounds[1:]

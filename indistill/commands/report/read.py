@@ -1,4 +1,4 @@
-"""Read what runs have left in their directories."""
+"""Read the records of runs from their directories."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from indistill.config.run_dir import CheckpointDir, RunDir
 
 STATES = {
     "done": ("finished", "good"),
-    "running": ("running, or killed", "open"),
-    "requeue": ("stopped, to be started again", "open"),
+    "running": ("running or killed", "open"),
+    "requeue": ("stopped, to be resumed", "open"),
     "failed": ("failed", "bad"),
 }
 
 
 class Run(NamedTuple):
-    """What a run directory holds. What is missing, or damaged, is empty."""
+    """The records of a run. A missing or damaged record is empty."""
 
     path: Path
     name: str
@@ -36,14 +36,15 @@ class Run(NamedTuple):
     plan: dict[str, Any]
     networks: dict[str, Any]
     checkpoints: list[dict[str, Any]]  # step, bytes and scores, oldest first
-    bad: list[str]  # samples that could not be decoded, by the newest checkpoint
+    bad: list[str]  # samples that could not be decoded, from the newest checkpoint
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """The lines of steps; the others hold scores, or what a checkpoint cost."""
+        """The lines of training steps; other lines have scores or the time of a checkpoint."""
         return [line for line in self.lines if "loss" in line]
 
     def points(self, key: str) -> list[charts.Point]:
+        """The values of a metric by step."""
         return [
             (line["step"], line[key])
             for line in self.lines
@@ -52,22 +53,21 @@ class Run(NamedTuple):
 
     @property
     def scores(self) -> dict[str, float]:
-        """The latest, of the end of the run where it has one."""
+        """The latest scores, as fractions of 1; those of the end of the run if it has ended."""
         latest: dict[str, float] = {}
         for line in self.lines:
             latest |= {key: value for key, value in line.items() if key.startswith("top")}
         return latest | self.summary.get("metrics", {})
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
 def run_dirs(path: Path) -> list[Path]:
-    """The run directories that `path` stands for, by their first start. Raises UserError if there are none."""
+    """Return the run directories at or in `path`, by first start. Raises UserError if there are none."""
     if RunDir(path).config.is_file():
         return [path]
     inside = [child for child in path.glob("*") if RunDir(child).config.exists()]
     if not inside:
-        what = "holds no config.yaml, and no folder in it does" if path.is_dir() else "no such directory"
-        raise UserError(f"{path}: {what}: give the run_dir of a run, of a chain or of several students")
+        reason = "there is no config.yaml in it or in its folders" if path.is_dir() else "no such directory"
+        raise UserError(f"{path}: {reason}: give the run_dir of a run, of a chain or of several students")
 
     def began(folder: Path) -> tuple[float, str]:
         starts = [line["time"] for line in _history(folder) if line["event"] == "start"]
@@ -77,7 +77,7 @@ def run_dirs(path: Path) -> list[Path]:
 
 
 def read(folder: Path, name: str) -> Run:
-    """Raises UserError if the config is not one of this version's."""
+    """Read the records of a run. Raises UserError if its config is not valid in this version."""
     files = RunDir(folder)
     kept = []
     bad: list[str] = []
@@ -101,7 +101,7 @@ def read(folder: Path, name: str) -> Run:
     return Run(
         path=folder,
         name=name,
-        settings=config.load(files.config),
+        settings=config.load_recorded(files.config),
         lines=lines,
         summary=summary,
         status="done" if summary else words[0] if words and words[0] != "done" else "",
@@ -114,12 +114,12 @@ def read(folder: Path, name: str) -> Run:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """As short as they can be and still differ."""
+    """Return the folders' paths below their common parent."""
     if len(folders) == 1:
         return [folders[0].absolute().name]
-    wholes = [str(folder.absolute()) for folder in folders]
-    common = os.path.commonpath(wholes) if len(set(wholes)) > 1 else os.path.dirname(wholes[0])
-    return [os.path.relpath(whole, common) for whole in wholes]
+    paths = [str(folder.absolute()) for folder in folders]
+    parent = os.path.commonpath(paths) if len(set(paths)) > 1 else os.path.dirname(paths[0])
+    return [os.path.relpath(path, parent) for path in paths]
 
 
 def _text(path: Path) -> str:
@@ -130,6 +130,7 @@ def _text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file; empty if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The table of results over all runs."""
+"""The table of results of a run: its teacher, its student and a baseline."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from indistill.config.run_dir import RunDir
 
 
 class Row(NamedTuple):
-    """A network in the table of results; None for what is not known."""
+    """A network in the table of results; None where a value is not known."""
 
     role: str
     name: str
     parameters: int | None
-    flops: int | None
-    seconds: float | None
+    flops: int | None  # per image, forward
+    seconds: float | None  # per batch
     top1: float | None
     map: float | None
 
 
+_SAME = ("device", "batch", "precision", "threads", "torch")  # of two speeds that can be compared
+
+
 def result_rows(run: Run, baseline: Run | None) -> list[Row]:
+    """Return the rows of teacher, student and baseline, as far as the run has them."""
     rows = []
     if run.settings.teacher is not None:
         rows.append(_row(run, "teacher", run.settings.teacher, _teacher_scores(run)))
@@ -35,88 +39,96 @@ def result_rows(run: Run, baseline: Run | None) -> list[Row]:
         rows.append(_row(run, "student", run.settings.student, run.scores))
     if baseline is not None and baseline.settings.student is not None:
         row = _row(baseline, "student", baseline.settings.student, baseline.scores)
-        same = all(
-            run.networks.get("speed", {}).get(key) == baseline.networks.get("speed", {}).get(key)
-            for key in _SAME
-        )
-        rows.append(
-            row._replace(
-                role="baseline", name=f"{row.name} in {baseline.name}", seconds=row.seconds if same else None
-            )
-        )
+        own = run.networks.get("speed", {})
+        other = baseline.networks.get("speed", {})
+        comparable = all(own.get(key) == other.get(key) for key in _SAME)
+        name = f"{row.name} in {baseline.name}"
+        rows.append(row._replace(role="baseline", name=name, seconds=row.seconds if comparable else None))
     return rows
 
 
-_SAME = ("device", "batch", "precision", "threads", "torch")  # of two measurements that can be compared
-
-
 def _row(run: Run, role: str, section: config.Model, scores: dict[str, float]) -> Row:
-    found, seconds = run.networks.get(role, {}), run.networks.get("speed", {}).get("seconds", {})
-    measured = found.get("parameters"), found.get("flops"), seconds.get(role)
-    return Row(role, section.name, *measured, scores.get("top1"), scores.get("map_cosine"))
+    counted = run.networks.get(role, {})
+    return Row(
+        role=role,
+        name=section.name,
+        parameters=counted.get("parameters"),
+        flops=counted.get("flops"),
+        seconds=run.networks.get("speed", {}).get("seconds", {}).get(role),
+        top1=scores.get("top1"),
+        map=scores.get("map_cosine"),
+    )
 
 
 def _teacher_scores(run: Run) -> dict[str, float]:
-    """Those of the run that its weights come from, if it is there."""
-    file = run.settings.teacher.checkpoint
+    """Return the scores of the run that produced the teacher's weights, if its directory is available."""
+    file = run.settings.teacher.checkpoint if run.settings.teacher else None
     if not file or Path(file) != RunDir(Path(file).parent).student:
         return {}
     return read_json(RunDir(Path(file).parent).summary).get("metrics", {})
 
 
 def teacher_over_student(rows: Sequence[Row], key: str) -> float | None:
-    """The teacher's over the student's."""
+    """Return the teacher's value of a column divided by the student's; None if either is not known."""
     both = [getattr(row, key) for row in rows if row.role in ("teacher", "student")]
     return both[0] / both[1] if len(both) == 2 and all(both) else None
 
 
-def results_table(run: Run, rows: Sequence[Row], baseline: Run | None) -> list[str]:
-    speed = run.networks.get("speed", {})
-    columns = ["", "top-1 %", "mAP %", "parameters", "GFLOP an image", "ms an image", "network"]
-
-    def cells(row: Row) -> list[str]:
-        milliseconds = row.seconds and 1000 * row.seconds / speed["batch"]
-        giga = row.flops and row.flops / 1e9
-        size = f"{row.parameters:,}" if row.parameters else "–"
-        scores = percent(row.top1, ""), percent(row.map, "")
-        return [row.role, *scores, size, number(giga), number(milliseconds), row.name]
-
-    table = [cells(row) for row in rows]
+def results_table(run: Run, rows: Sequence[Row]) -> list[str]:
+    """Return the section of results: heading, table and notes."""
+    columns = ["", "top-1 %", "mAP %", "parameters", "GFLOP per image", "ms per image", "network"]
+    batch = run.networks.get("speed", {}).get("batch")
+    table = [_cells(row, batch) for row in rows]
     ratios = [teacher_over_student(rows, key) for key in ("parameters", "flops", "seconds")]
     if any(ratios):
-        table.append(
-            ["teacher / student", "", "", *(f"{ratio:.2f}×" if ratio else "–" for ratio in ratios), ""]
-        )
+        shown = [f"{ratio:.2f}×" if ratio else "–" for ratio in ratios]
+        table.append(["teacher / student", "", "", *shown, ""])
     if run.settings.stage == "heads":
         heads = {key: value for key, value in run.scores.items() if key.startswith("top1_head")}
         table += [[key.removeprefix("top1_"), percent(value, ""), *"–––––"] for key, value in heads.items()]
-    notes = ["GFLOP: of a forward pass, a multiply-add counts as two operations."]
-    if "seconds" in speed:
-        threads = (
-            f", {speed['threads']} thread{'s' * (speed['threads'] != 1)}" if speed.get("threads") else ""
-        )
-        precision = {"no": "float32"}.get(speed["precision"], speed["precision"])
-        notes.append(
-            f"ms: median of {speed['rounds']} forward passes, the networks in turns, on batches of {speed['batch']} in "
-            f"{precision}, {speed['device']}{threads}, torch {speed['torch']}."
-        )
-    elif "unknown" in speed:
-        notes.append(f"Speed not measured: {speed['unknown']}.")
-    else:
-        notes.append("Speed not measured yet: `indistill report` does.")
-    notes += [
-        f"{role}: {run.networks[role]['unknown']}."
-        for role in ("teacher", "student")
-        if "unknown" in run.networks.get(role, {})
-    ]
-    if run.settings.teacher is not None and run.settings.stage != "heads":
-        known = bool(_teacher_scores(run))
-        notes.append(f"The teacher's scores are those of {Path(run.settings.teacher.checkpoint).parent}." if known else
-                     "The teacher's scores are not recorded: `indistill eval` finds them.")  # fmt: skip
-    if any(row.map is not None for row in rows):
-        notes.append("mAP: of the embeddings, cosine, interpolated.")
     return [
         "<h2>Results</h2>",
         charts.table(columns, table, "Results"),
-        f'<p class="note">{escape(" ".join(notes))}</p>',
+        f'<p class="note">{escape(" ".join(_notes(run, rows)))}</p>',
     ]
+
+
+def _cells(row: Row, batch: int | None) -> list[str]:
+    milliseconds = 1000 * row.seconds / batch if row.seconds and batch else None
+    giga = row.flops / 1e9 if row.flops else None
+    parameters = f"{row.parameters:,}" if row.parameters else "–"
+    scores = [percent(row.top1, ""), percent(row.map, "")]
+    return [row.role, *scores, parameters, number(giga), number(milliseconds), row.name]
+
+
+def _notes(run: Run, rows: Sequence[Row]) -> list[str]:
+    """Return the sentences below the table."""
+    notes = ["GFLOP: of a forward pass; a multiply-add counts as two operations.", _speed_note(run)]
+    for role in ("teacher", "student"):
+        if "unknown" in run.networks.get(role, {}):
+            notes.append(f"The size of the {role} is not known: {run.networks[role]['unknown']}.")
+    teacher = run.settings.teacher
+    if teacher is not None and run.settings.stage != "heads":
+        if teacher.checkpoint and _teacher_scores(run):
+            notes.append(f"The teacher's scores are those of the run in {Path(teacher.checkpoint).parent}.")
+        else:
+            notes.append("The teacher's scores were not recorded; `indistill eval` computes them.")
+    if any(row.map is not None for row in rows):
+        notes.append("mAP: of the embeddings, by cosine similarity, interpolated.")
+    return notes
+
+
+def _speed_note(run: Run) -> str:
+    speed = run.networks.get("speed", {})
+    if "unknown" in speed:
+        return f"Speed could not be measured: {speed['unknown']}."
+    if "seconds" not in speed:
+        return "Speed is not measured yet; `indistill report` measures it."
+    threads = ""
+    if speed.get("threads"):
+        threads = ", 1 thread" if speed["threads"] == 1 else f", {speed['threads']} threads"
+    precision = {"no": "float32"}.get(speed["precision"], speed["precision"])
+    return (
+        f"ms: median of {speed['rounds']} forward passes, the networks in turns, on batches of "
+        f"{speed['batch']} images in {precision}, on {speed['device']}{threads}, torch {speed['torch']}."
+    )

@@ -1,4 +1,4 @@
-"""Students on disjoint groups of ranks: each computes what it would alone, and the teacher sees each image once."""
+"""Students on disjoint groups of ranks train as they would alone, and the teacher sees each image once."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def path(tree, tmp_path):
 
 
 def run(path: Path, folder: Path) -> None:
-    """Train, and note how many images the teacher saw, and how many bytes each all-gather sent."""
-    told: dict[str, Any] = {"images": 0, "sent": []}
+    """Train, and record how many images the teacher saw and how many bytes each all-gather sent."""
+    recorded: dict[str, Any] = {"images": 0, "sent": []}
     rank, normalise, begin_groups = os.environ["RANK"], Network.normalise, groups._Groups.begin
 
     def noting_normalise(network, images):
-        if not network.training and torch.is_inference_mode_enabled():  # and not in an evaluation
-            told["images"] += len(images)
+        if not network.training and torch.is_inference_mode_enabled():  # but not in an evaluation
+            recorded["images"] += len(images)
         return normalise(network, images)
 
     class Noting:
@@ -71,18 +71,18 @@ def run(path: Path, folder: Path) -> None:
             self.group = group
 
         def allgather(self, parts, sent):
-            told["sent"].append(sent[0].numel())
+            recorded["sent"].append(sent[0].numel())
             return self.group.allgather(parts, sent)
 
     Network.normalise = noting_normalise
     groups._Groups.begin = lambda *arguments: Noting(begin_groups(*arguments))
     training_runs.run(runs.load(path))
     assert os.environ["RANK"] == rank
-    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+    (folder / f"recorded-{rank}.json").write_text(json.dumps(recorded))
 
 
 def alone_moved(path: Path, folder: Path) -> None:
-    """As `run_each_alone`, from weights that are moved."""
+    """Like `run_each_alone`, from slightly changed weights."""
     for name, settings in runs.load(path):
         tree = {**settings.model_dump(mode="json"), "run_dir": str(folder / name)}
         run_moved(lambda tree: train(config.parse(tree, "test")), tree, EPS)
@@ -95,7 +95,7 @@ def plainly(function: Callable, *arguments: Any) -> None:
 @pytest.mark.portable
 @pytest.mark.parametrize(("size", "precision"), [(1, "no"), (2, "no"), (1, "bf16")])
 def test_each_student_is_what_it_would_be_alone(path, tmp_path, size, precision):
-    """On 2 groups of `size` ranks. Convolutions on parts of a batch differ from those on the whole in the last bits."""
+    """On 2 groups of `size` ranks. The last bits of a convolution depend on the size of its batch."""
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"mixed_precision": precision}))
     in_precision = in_float64 if precision == "no" else plainly
     run_ranks(in_precision, 2 * size, run, path, tmp_path)
@@ -113,14 +113,14 @@ def test_each_student_is_what_it_would_be_alone(path, tmp_path, size, precision)
             assert_rounding_explains(ours, expected, strayed(losses, str(tmp_path / "alone" / name)))
     assert (tmp_path / "run" / "status").read_text() == "done\n"
     for rank in range(2 * size):
-        told = json.loads((tmp_path / f"told-{rank}.json").read_text())
-        assert told["images"] == 18 * 32 // (2 * size)  # of the training images each once, over all ranks
-        assert len(told["sent"]) == 18
-        # First the maps of both students' first pair, 8 and 16 channels of 15 x 15; last what the losses of
-        # KD read: logits for the first student; for the other the maps of two stages and the embedding.
+        recorded = json.loads((tmp_path / f"recorded-{rank}.json").read_text())
+        assert recorded["images"] == 18 * 32 // (2 * size)  # each training image once, over all ranks
+        assert len(recorded["sent"]) == 18
+        # First the maps of both students' first pair, 8 and 16 channels of 15 x 15. Last the inputs of the
+        # losses of KD: logits for the first student; the maps of two stages and the embedding for the other.
         part, width = 32 // (2 * size), 8 if precision == "no" else 2
-        assert told["sent"][0] == width * part * (8 + 16) * 15 * 15
-        assert told["sent"][-1] == width * part * (10 + 16 * 15 * 15 + 32 * 6 * 6 + 128)
+        assert recorded["sent"][0] == width * part * (8 + 16) * 15 * 15
+        assert recorded["sent"][-1] == width * part * (10 + 16 * 15 * 15 + 32 * 6 * 6 + 128)
 
 
 def test_groups_go_on_from_a_step_that_both_have(path, tmp_path):
