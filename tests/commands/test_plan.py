@@ -107,13 +107,11 @@ def test_the_imagenet_config_has_the_cost_that_it_states():
     stated = re.search(r"Cost: .*\n.*\n", IMAGENET.read_text())[0]
     *warmup, kd = found.phases
     per_image = [phase.work.teacher_flops + phase.work.student_flops for phase in found.phases]
-    assert f"{per_image[-1] / 1e9:.1f} GFLOP an image in KD" in stated
-    assert (
-        f"({kd.work.teacher_flops / 1e9:.1f} the teacher, {kd.work.student_flops / 1e9:.1f} the student)"
-        in stated
-    )
+    assert f"{per_image[-1] / 1e9:.1f} GFLOP per image in KD" in stated
+    teacher, student = kd.work.teacher_flops / 1e9, kd.work.student_flops / 1e9
+    assert f"(teacher {teacher:.1f}, student {student:.1f})" in stated
     mean = sum(f * p.steps for f, p in zip(per_image, warmup)) / sum(p.steps for p in warmup)
-    assert f"{mean / 1e9:.1f} on average in the warm-up" in stated
+    assert f"on average {mean / 1e9:.1f} in the warm-up" in stated
     total = sum(flops * phase.steps * 512 for flops, phase in zip(per_image, found.phases))
     assert f"{total:.2e}".replace("+", "") in stated
     page = str(found)
