@@ -17,9 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from chains import chain_of
 from PIL import Image
 
 from indistill import config
+from indistill.config import runs
+from indistill.config.files import read_lines
 from indistill.data import packing
 
 if (
@@ -32,7 +36,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLASSES = 10
 EPS = torch.finfo(torch.float32).eps  # one operation in float32 is off by at most half of this, relatively
 BF16 = torch.finfo(torch.bfloat16).eps
-# Losses are logged in float32: rounded on each rank at each micro-batch, summed over these, then their mean is taken.
+# Losses are logged in float32: rounded on each rank at each micro-batch, summed over these, then their mean
+# is taken.
 LOGGED = 8 * EPS
 # Of timm's resnet10t: ReLU and max-pooling may turn the last bit of a number into another gradient.
 SMOOTH = {"act_layer": "silu", "replace_stem_pool": True, "stem_width": 8}
@@ -100,11 +105,58 @@ def settings(tree: dict[str, Any]) -> config.Config:
     return config.parse(tree, "test")
 
 
+@pytest.fixture
+def chain(tree: dict[str, Any]) -> dict[str, Any]:
+    """A chain of three stages as a plain tree."""
+    return chain_of(tree)
+
+
+@pytest.fixture
+def found(settings: config.Config) -> Any:
+    """The estimate of `settings` on two ranks."""
+    from indistill.commands.plan import estimate
+
+    return estimate.of_run(settings, world=2)
+
+
+@pytest.fixture
+def config_file(tree: dict[str, Any], tmp_path: Path) -> Path:
+    """The tree as a YAML file."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run a command that has to fail with one line on stderr; return that line."""
+    from indistill.commands.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, arguments)])
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def losses(run_dir: str | Path) -> list[float]:
+    """The loss of each logged step of a run."""
+    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
+
+
+def run_each_alone(path: Path, folder: Path) -> None:
+    """Train each run of a config file by itself, in `folder`/NAME."""
+    from indistill.training.loop import train
+
+    for name, settings in runs.load(path):
+        train(config.parse({**settings.model_dump(mode="json"), "run_dir": str(folder / name)}, "test"))
+
+
 _context = multiprocessing.get_context("forkserver")
 
 
 def preload(*modules: str) -> None:
-    """Have fresh processes begin with `modules` imported. For a test module's top level: before the first starts."""
+    """Have fresh processes start with `modules` imported. Call it at a test module's top level."""
     # torch, timm and accelerate are imported once
     _context.set_forkserver_preload(["indistill.training.loop", *modules])
 
@@ -113,7 +165,7 @@ preload()
 
 
 def start(function: Callable, *arguments: Any, rank: int | None = None, world: int = 1, port: int = 0):
-    """Run `function(*arguments)` in a fresh process, with the variables that a launcher sets if `rank` is given."""
+    """Run `function(*arguments)` in a fresh process; with `rank`, it has a launcher's variables."""
     process = _context.Process(target=_main, args=(function, arguments, rank, world, port))
     process.start()
     return process
@@ -167,12 +219,12 @@ def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "au
             loop.train(config.parse(tree, "test"), resume)
 
 
-# --- two ways that must agree, on any processor ----------------------------------------------------------------------
+# --- two ways that must agree, on any processor -------------------------------------------------------------
 
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Networks, targets and losses in float64: what rounding does to two correct ways is then far below any limit."""
+    """Networks, targets and losses in float64, where rounding is far below any limit of a test."""
     from indistill.models.network import DTYPES
 
     monkeypatch.setitem(DTYPES, "no", torch.float64)
@@ -182,10 +234,11 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def in_float64(function: Callable, *arguments: Any) -> None:
-    """`function(*arguments)` as the fixture has it, in a process of its own: `run_ranks(in_float64, 2, function, ...)`.
+    """`function(*arguments)` as the fixture has it, in a process of its own: `run_ranks(in_float64, 2,
+    function, ...)`.
 
-    For runs, whose steps enlarge rounding by factors that differ between processors. DeepSpeed and autocast know no
-    float64: see `run_moved`.
+    For runs, whose steps enlarge rounding by factors that differ between processors. DeepSpeed and autocast
+    know no float64: see `run_moved`.
     """
     from indistill.models.network import DTYPES
 
@@ -196,7 +249,7 @@ def in_float64(function: Callable, *arguments: Any) -> None:
 
 @torch.no_grad()
 def move(tensors: Iterable[torch.Tensor], unit: float, seed: int) -> None:
-    """Make each number larger or smaller, by a relative `unit` and by chance. Of EPS, that is its last bit."""
+    """Make each number larger or smaller by a relative `unit`, at random. EPS changes its last bit."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors:
         signs = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
@@ -206,8 +259,8 @@ def move(tensors: Iterable[torch.Tensor], unit: float, seed: int) -> None:
 def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: float) -> None:
     """Two runs like `run(tree)`, in folders of their own, from weights that are moved.
 
-    How far they stray tells how much this training enlarges rounding by `unit` on this processor: evenly, if the
-    networks are SMOOTH.
+    How far they stray tells how much this training enlarges rounding by `unit` on this processor: evenly, if
+    the networks are SMOOTH.
     """
     from indistill.training import parts
 
@@ -225,7 +278,7 @@ def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: 
 
 
 def strayed(losses: Callable[[str], Sequence[float]], run_dir: str) -> np.ndarray:
-    """The farthest that `run_moved` strayed from the run in `run_dir` up to each step, as fractions of its losses."""
+    """The farthest that `run_moved` strayed from the run in `run_dir` up to each step, relatively."""
     expected, *moved = (np.array(losses(run_dir + suffix)) for suffix in ("", "-moved0", "-moved1"))
     return np.maximum.accumulate(np.max([abs(run / expected - 1) for run in moved], axis=0))
 
@@ -243,7 +296,8 @@ def assert_rounding_explains(ours: Sequence[float], expected: Sequence[float], s
 def kill_at_checkpoint(function: Callable, tree: dict[str, Any], step: int, world: int | None = None) -> None:
     """Start `function(tree)` on `world` ranks and SIGKILL them as soon as the checkpoint of `step` is there.
 
-    On a machine that looks away for longer than the rest of the run takes, the run may end first: then once more.
+    On a machine that looks away for longer than the rest of the run takes, the run may end first: then once
+    more.
     """
     run_dir = Path(tree["run_dir"])
     for _ in range(5):

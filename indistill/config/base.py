@@ -18,10 +18,11 @@ class UserError(Exception):
 
 
 def in_one_line(error: BaseException, limit: int | None = None, *, with_type: bool = False) -> str:
-    """Return an error's message in one line of at most `limit` characters; the error's type if it has no message.
+    """Return an error's message in one line of at most `limit` characters; the error's type if it has no
+    message.
 
-    with_type: begin with the type, as the last line of a traceback does. The message of an error in a loader's worker
-    arrives as a traceback, whose last line counts here.
+    with_type: begin with the type, as the last line of a traceback does. The message of an error in a
+    loader's worker arrives as a traceback, whose last line counts here.
     """
     lines = str(error).strip().splitlines() or [""]
     if lines[0].startswith("Caught "):

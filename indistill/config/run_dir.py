@@ -49,9 +49,7 @@ class RunDir(_Folder):
     """The files of a run. No other module knows their names."""
 
     config = _Entry("config.yaml")  # all keys with their values
-    status = _Entry(
-        "status"
-    )  # running, done, requeue or failed; of a chain, in the directory above its stages
+    status = _Entry("status")  # running, done, requeue or failed; a chain's is above its stages
     metrics = _Entry("metrics.jsonl")  # a line for each logged step, evaluation and checkpoint
     history = _Entry("history.jsonl")  # a line for each start and end
     summary = _Entry("summary.json")  # of a finished run: final scores, seconds

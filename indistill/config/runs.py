@@ -49,7 +49,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
     """Return name and config of every stage of a chain, or `Students`; a plain config has the empty name.
 
     Overrides change what the runs share (`data.root=X`, unless a run sets the key itself) or a single run, by
-    index or name (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any run.
+    index or name (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any
+    run.
     """
     in_file = read(path)
     kind = "students" if "students" in in_file else "stages"

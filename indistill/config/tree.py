@@ -140,7 +140,8 @@ class Config(Section):
             for loss in losses:
                 if "heads" in loss.teaches:
                     raise ValueError(
-                        f"kd.losses: {loss.name} needs teacher.heads, the heads.safetensors of a run with stage: heads"
+                        f"kd.losses: {loss.name} needs teacher.heads, the heads.safetensors of a run with "
+                        "stage: heads"
                     )
         return self
 

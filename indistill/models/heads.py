@@ -23,7 +23,7 @@ _MAX_HEAD_WEIGHTS = 10**8
 
 
 class Heads(Trainable):
-    """A linear classifier on the flattened map of each of a frozen teacher's stages (arXiv 2103.00497, section 3).
+    """A linear classifier on the flattened map of each of a frozen teacher's stages (2103.00497, section 3).
 
     The teacher runs no deeper than the deepest of these stages; it is not a submodule, so no optimizer or
     checkpoint contains it. `pool` averages maps of more than that many pixels a side. Raises UserError for
@@ -88,6 +88,7 @@ class Heads(Trainable):
         return feature.flatten(1)  # [B, C * H * W]
 
     def save(self, path: Path, section: config.Model | None = None) -> None:
+        """Write `heads.safetensors`, with stages and pool as metadata."""
         metadata = {"stages": json.dumps(self.stages), "pool": json.dumps(self.pool)}
         save_model(self, str(path), metadata)
 

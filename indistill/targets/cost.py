@@ -159,10 +159,10 @@ def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Ta
         return {f"pair{pair + 1}": target for pair, target in zip(phase.pairs, targets.features)}
     losses = settings.kd.losses
     fields = {f"stage{stage}": target for stage, target in zip(targets_of.kd_stages, targets.features)}
-    for name, target in (("embedding", targets.embedding), ("logits", targets.logits)):
-        if teaches(losses, name):
-            assert target is not None  # the teacher computes what a loss needs
-            fields[name] = target
+    if targets.embedding is not None and teaches(losses, "embedding"):
+        fields["embedding"] = targets.embedding
+    if targets.logits is not None and teaches(losses, "logits"):
+        fields["logits"] = targets.logits
     return fields | {f"head{i + 1}": logits for i, logits in enumerate(targets.cohort)}
 
 

@@ -23,12 +23,16 @@ class Callback:
 
     def on_step(self, run: TrainingRun, phase: Phase, line: dict[str, Any] | None) -> None:
         """Called after each optimizer step of `phase`; `line` is its line in `metrics.jsonl`, or None."""
+        return None
 
     def on_evaluation(self, run: TrainingRun, scores: dict[str, float]) -> None:
         """Called after each evaluation during training, with its scores as fractions of 1."""
+        return None
 
     def on_checkpoint(self, run: TrainingRun) -> None:
         """Called once a checkpoint is in host memory, while a thread writes it."""
+        return None
 
     def on_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
         """Called after the last step, when the student's weights and `summary.json` are written."""
+        return None

@@ -237,9 +237,8 @@ class ExchangedTargets:
         step = self.sources.step
         requested = [(student, field) for student in self.students for field in student.fields(step)]
         tensors = self._compute(images.chunk(count)[group], requested)
-        sent = torch.cat(
-            [tensor.to(self.dtype).flatten(1) for tensor in tensors], dim=1
-        )  # [B / count, values]
+        rows = [tensor.to(self.dtype).flatten(1) for tensor in tensors]
+        sent = torch.cat(rows, dim=1)  # [B / count, values]
         parts = [torch.empty_like(sent) for _ in range(count)]
         as_bytes = [part.view(torch.uint8) for part in parts]
         self.sources.exchange.allgather([as_bytes], [sent.view(torch.uint8)]).wait()

@@ -213,9 +213,8 @@ class Run:
                 self.loss += self._micro_batch(phase, step) / self.settings.grad_accumulation
         self.done = step + 1
 
-        skipped = (
-            self.was_skipped()
-        )  # bool [], the same on all ranks: on one, a loss or gradient was not finite
+        # A bool [] on the device, the same on all ranks: was a loss or gradient not finite on any of them?
+        skipped = self.was_skipped()
         self.buffers.put_back(skipped)
         if self.ema:
             self.ema.update(self.whole(), self.done, skipped)

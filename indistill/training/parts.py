@@ -66,7 +66,7 @@ def networks(
     if settings.stage == "heads":
         return heads(accelerator, settings), no_targets, NO_PLAN
     net = create_student(settings)
-    assert settings.student is not None  # the config requires it unless stage is heads
+    assert settings.student is not None  # or `create_student` would have failed
     builder = _Builder(accelerator, settings, net, normalisation(net, settings.student, "student"))
     if settings.teacher is None:
         return builder.finish(Network(net, builder.normalisation)), no_targets, NO_PLAN
@@ -148,7 +148,7 @@ class _Builder:
         )
         return self.finish(student), targets, plan
 
-    def student(self, teacher: Architecture, plan: Plan) -> tuple[Network, list[int]]:
+    def student(self, teacher: TimmModel | Architecture, plan: Plan) -> tuple[Network, list[int]]:
         """Create the student; return it and the teacher's stages whose whole maps KD reads."""
         settings, losses = self.settings, self.settings.kd.losses
         kd_pairs = choose_pairs(settings, teacher, self.net) if reads(losses, "features") else []
@@ -215,8 +215,8 @@ def create_student(settings: Config) -> TimmModel:
     for loss in settings.kd.losses:
         if "token" in loss.reads and not hasattr(net, "set_distilled_training"):
             raise UserError(
-                f"kd.losses: {loss.name} needs a student with a distillation token, {settings.student.name} has "
-                "none: choose one such as deit_tiny_distilled_patch16_224"
+                f"kd.losses: {loss.name} needs a student with a distillation token, {settings.student.name} "
+                "has none: choose one such as deit_tiny_distilled_patch16_224"
             )
     return net
 
@@ -248,7 +248,9 @@ def heads(accelerator: Accelerator, settings: Config) -> Heads:
     return Heads(teacher, stages, settings.heads.pool, settings.data.image_size).to(accelerator.device)
 
 
-def choose_pairs(settings: Config, teacher: Architecture, student: Architecture) -> list[tuple[int, int]]:
+def choose_pairs(
+    settings: Config, teacher: nn.Module | Architecture, student: nn.Module
+) -> list[tuple[int, int]]:
     """Return the pairs (teacher stage, student stage) of kd.pairs, else of the warm-up, else matched ones."""
     pairs, key = settings.kd.pairs, "kd.pairs"
     if pairs is None and settings.warmup:
@@ -259,7 +261,9 @@ def choose_pairs(settings: Config, teacher: Architecture, student: Architecture)
     return pairs
 
 
-def comparable_pairs(settings: Config, teacher: Architecture, student: Architecture) -> list[tuple[int, int]]:
+def comparable_pairs(
+    settings: Config, teacher: nn.Module | Architecture, student: nn.Module
+) -> list[tuple[int, int]]:
     """Like `choose_pairs`, but [] if nothing matches: pairs that are only reported must not stop a run."""
     try:
         return choose_pairs(settings, teacher, student)
@@ -267,7 +271,9 @@ def comparable_pairs(settings: Config, teacher: Architecture, student: Architect
         return []
 
 
-def projector_shape(teacher: Architecture, student: Architecture, pairs: Sequence[tuple[int, int]]) -> Shape:
+def projector_shape(
+    teacher: TimmModel | Architecture, student: TimmModel, pairs: Sequence[tuple[int, int]]
+) -> Shape:
     """Return the widths that the trainable layers of losses translate between."""
     teacher_stages, student_stages = find_stages(teacher), find_stages(student)
     return Shape(
@@ -285,9 +291,8 @@ class Sources:
     """
 
     name = ""  # of a student among several, shown with its progress
-    position: int | None = (
-        None  # of the student's progress line, if other processes write to the terminal too
-    )
+    # Of the student's progress line, if other processes write to the terminal too.
+    position: int | None = None
 
     def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
         """Open the training and evaluation images. Raises UserError for unusable shards and batch sizes."""

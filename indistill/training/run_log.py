@@ -57,7 +57,6 @@ class RunLog:
     ) -> None:
         self.accelerator = accelerator
         self.files = files
-        self.path = files.metrics
         self.timetable = timetable
         self.every_steps = every_steps
         self.max_bad_fraction = max_bad_fraction
@@ -94,8 +93,8 @@ class RunLog:
         self.clock = self.phase_clock = time.perf_counter()
         if not self.accelerator.is_main_process:
             return
-        kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
-        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in read_lines(self.files.metrics) if line["step"] <= step] if step else []
+        replace_text(self.files.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         if settings is not None:
             self.trackers.start(settings, self.run_id, step)
         self.progress.open(step)
@@ -230,12 +229,12 @@ class RunLog:
         }
         self.trackers.log(numbers, line["step"])
         self.unwritten.append(json.dumps(line) + "\n")
-        size = self.path.stat().st_size
+        size = self.files.metrics.stat().st_size
         try:
-            with self.path.open("a") as file:
+            with self.files.metrics.open("a") as file:
                 file.writelines(self.unwritten)
         except OSError as error:
-            os.truncate(self.path, size)  # without a half line, to which the next would be appended
+            os.truncate(self.files.metrics, size)  # without a half line, to which the next would be appended
             if len(self.unwritten) == 1:
                 self.progress.say(f"METRICS NOT WRITTEN, kept for later: {error}")
             return

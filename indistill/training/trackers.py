@@ -34,9 +34,8 @@ class Trackers:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.running: dict[str, GeneralTracker] = {}
-        self.failed: set[str] = (
-            set()
-        )  # have missed a line, which was reported; they get the next ones all the same
+        # Trackers that have missed a line, which was reported; they get the next ones all the same.
+        self.failed: set[str] = set()
 
     def start(self, settings: Config, run_id: str, step: int) -> None:
         """Start the trackers after `step` completed steps; `run_id` is the same at every start of a run."""

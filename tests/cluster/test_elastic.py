@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LOGGED, in_float64, run_ranks, train_until
+from conftest import LOGGED, in_float64, losses, run_ranks, train_until
 
-from indistill.config.files import read_lines
 from indistill.training import checkpoint, loop, mix
 
 
@@ -39,10 +38,6 @@ def recorded_ids(folder: Path, last: int, world: int) -> list[list[int]]:
     ranks = [json.loads((folder / f"{last:02d}-{rank}.json").read_text()) for rank in range(world)]
     assert all(rank["world"] == world for rank in ranks)
     return [list(itertools.chain(*parts)) for parts in zip(*(rank["ids"] for rank in ranks))]
-
-
-def losses(run_dir: str) -> list[float]:
-    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture

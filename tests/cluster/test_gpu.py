@@ -20,6 +20,7 @@ from conftest import (
     SMOOTH,
     assert_rounding_explains,
     in_float64,
+    losses,
     run_moved,
     run_ranks,
     strayed,
@@ -31,7 +32,6 @@ from indistill.commands import targets
 from indistill.commands.doctor import node
 from indistill.commands.doctor.findings import FAIL, Here
 from indistill.commands.doctor.run import _look
-from indistill.config.files import read_lines
 from indistill.models import frozen
 from indistill.models.network import Network
 from indistill.training.loop import train
@@ -43,10 +43,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 def run(tree):
     train(config.parse(tree, "test"))
-
-
-def losses(run_dir):
-    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
 
 
 def test_float64_follows_the_run_on_a_cpu(tree, tmp_path):

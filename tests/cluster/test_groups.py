@@ -13,12 +13,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import EPS, LOGGED, SMOOTH, assert_rounding_explains, in_float64, run_moved, run_ranks, strayed
+from conftest import (
+    EPS,
+    LOGGED,
+    SMOOTH,
+    assert_rounding_explains,
+    in_float64,
+    losses,
+    run_each_alone,
+    run_moved,
+    run_ranks,
+    strayed,
+)
 
 from indistill import config
 from indistill.commands.cli import main
 from indistill.config import runs
-from indistill.config.files import read_lines
 from indistill.models.network import Network
 from indistill.training import groups
 from indistill.training import runs as training_runs
@@ -71,17 +81,8 @@ def run(path: Path, folder: Path) -> None:
     (folder / f"recorded-{rank}.json").write_text(json.dumps(recorded))
 
 
-def alone(path: Path, folder: Path) -> None:
-    for name, settings in runs.load(path):
-        train(config.parse({**settings.model_dump(mode="json"), "run_dir": str(folder / name)}, "test"))
-
-
-def losses(run_dir: str | Path) -> list[float]:
-    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
-
-
 def alone_moved(path: Path, folder: Path) -> None:
-    """Like `alone`, from slightly changed weights."""
+    """Like `run_each_alone`, from slightly changed weights."""
     for name, settings in runs.load(path):
         tree = {**settings.model_dump(mode="json"), "run_dir": str(folder / name)}
         run_moved(lambda tree: train(config.parse(tree, "test")), tree, EPS)
@@ -98,7 +99,7 @@ def test_each_student_is_what_it_would_be_alone(path, tmp_path, size, precision)
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"mixed_precision": precision}))
     in_precision = in_float64 if precision == "no" else plainly
     run_ranks(in_precision, 2 * size, run, path, tmp_path)
-    run_ranks(in_precision, size, alone, path, tmp_path / "alone")
+    run_ranks(in_precision, size, run_each_alone, path, tmp_path / "alone")
     if precision == "bf16":
         run_ranks(alone_moved, size, path, tmp_path / "alone")
     for name in ("small", "resnet"):

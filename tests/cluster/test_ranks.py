@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LOGGED, in_float64, kill_at_checkpoint, run_ranks
+from conftest import LOGGED, in_float64, kill_at_checkpoint, losses, run_ranks
 
 from indistill import config
 from indistill.commands.cli import main
 from indistill.commands.evaluate import evaluate_checkpoint
-from indistill.config.files import read_lines
 from indistill.training import loop
 from indistill.training import mix as training_mix
 from indistill.training.loop import Run
@@ -64,10 +63,6 @@ def run_and_hash(tree: dict[str, Any], folder: str) -> None:
         run(tree)
     finally:
         Run.end, loop.make_mix = end, mix
-
-
-def losses(run_dir: str) -> list[float]:
-    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.mark.portable

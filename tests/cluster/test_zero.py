@@ -20,6 +20,7 @@ from conftest import (
     SMOOTH,
     assert_rounding_explains,
     kill_at_checkpoint,
+    losses,
     preload,
     run_moved,
     run_ranks,
@@ -31,7 +32,6 @@ from safetensors.torch import load_file
 
 from indistill import config
 from indistill.commands.evaluate import evaluate_checkpoint
-from indistill.config.files import read_lines
 from indistill.distributed import engine
 from indistill.training.loop import Run
 
@@ -116,10 +116,6 @@ def run_all(trees: list[dict[str, Any]]) -> None:
 
 def saved(run_dir: str) -> list[dict[str, Any]]:
     return [json.loads((Path(run_dir) / f"saved-{rank}.json").read_text()) for rank in range(2)]
-
-
-def losses(run_dir: str) -> list[float]:
-    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")

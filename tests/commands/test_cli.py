@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import yaml
+from conftest import refused
 from PIL import Image
 
 from indistill import config
@@ -19,22 +19,6 @@ from indistill.commands.cli import main
 from indistill.data import shards
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network, save_network
-
-
-@pytest.fixture
-def config_file(tree, tmp_path: Path) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def refused(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main([*map(str, arguments)])
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import EPS, move
+from conftest import EPS, move, refused
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -327,15 +327,6 @@ def test_interpolation_and_crop_go_along(trained, tmp_path, form):
     assert view == EvalView("bicubic", 0.9, "center", tuple(MEAN))
     _, view = load_for_eval(anyone, str(run))  # a run's weights are the config's student's
     assert view[:3] == ("bilinear", 1.0, "center")
-
-
-def refused(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main([*map(str, arguments)])
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_mistakes_are_one_line(run_copy, tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from costs import WEIGHTS, small
 
 from indistill import config
 from indistill.commands.cli import main
@@ -25,15 +26,7 @@ from indistill.config import UserError, runs
 from indistill.targets.cost import Work
 from indistill.training import optim, parts
 
-WEIGHTS = (
-    8 * 27 + 16 * 72 + 32 * 144 + 128 * 64 + 64 * 10 + 3 * (8 + 16 + 32) + 64 + 10
-)  # with biases and norms
 IMAGENET = Path(__file__).parents[2] / "configs" / "imagenet_r34_r18.yaml"
-
-
-@pytest.fixture
-def found(settings):
-    return estimate.of_run(settings, world=2)
 
 
 @pytest.mark.parametrize(("name", "copies"), [("adamw", 2), ("momentum", 1), ("sgd", 1)])
@@ -108,40 +101,17 @@ def test_a_step():
     assert step(slow, "live", 0.0) == (10, "decoding")
 
 
-def small(views=None, workers=0, in_memory=False, **sections):
-    tree = {
-        "run_dir": "run",
-        "duration": "100 epochs",
-        "data": {
-            "train": "x.tar",
-            "num_classes": 10,
-            "global_batch": 8,
-            "workers": workers,
-            "in_memory": in_memory,
-        },
-        "student": {"name": "cnn32_student"},
-        "teacher": {"name": "cnn32_auxiliary", "random": True},
-        "warmup": {"durations": ["20 epochs"]},
-        "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
-        "optimizer": {"lr": 0.1},
-    }
-    tree["data"]["augment"] = {"views": views}
-    return config.parse(tree, "test").model_copy(update=sections)
-
-
 def test_the_imagenet_config_has_the_cost_that_it_states():
     settings = config.load(IMAGENET, ["teacher.pretrained=false", "teacher.random=true"])
     found = estimate.of_run(settings, world=8, samples=1_281_167)
     stated = re.search(r"Cost: .*\n.*\n", IMAGENET.read_text())[0]
     *warmup, kd = found.phases
     per_image = [phase.work.teacher_flops + phase.work.student_flops for phase in found.phases]
-    assert f"{per_image[-1] / 1e9:.1f} GFLOP an image in KD" in stated
-    assert (
-        f"({kd.work.teacher_flops / 1e9:.1f} the teacher, {kd.work.student_flops / 1e9:.1f} the student)"
-        in stated
-    )
+    assert f"{per_image[-1] / 1e9:.1f} GFLOP per image in KD" in stated
+    teacher, student = kd.work.teacher_flops / 1e9, kd.work.student_flops / 1e9
+    assert f"(teacher {teacher:.1f}, student {student:.1f})" in stated
     mean = sum(f * p.steps for f, p in zip(per_image, warmup)) / sum(p.steps for p in warmup)
-    assert f"{mean / 1e9:.1f} on average in the warm-up" in stated
+    assert f"on average {mean / 1e9:.1f} in the warm-up" in stated
     total = sum(flops * phase.steps * 512 for flops, phase in zip(per_image, found.phases))
     assert f"{total:.2e}".replace("+", "") in stated
     page = str(found)

@@ -20,13 +20,6 @@ from indistill import Trainer, UserError
 from indistill.data import shards
 
 
-@pytest.fixture
-def config_file(tree, tmp_path: Path) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
 def test_plan_train_score_and_take_home(config_file, tree, tmp_path):
     trainer = Trainer(config_file, "evaluate.similarity_samples=0")
     assert [phase.steps for phase in trainer.plan(world=1).phases] == [4, 4, 5, 11]

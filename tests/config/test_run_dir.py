@@ -19,7 +19,8 @@ NAMES = {
     for entry in vars(folder).values()
     if isinstance(entry, run_dir._Entry)
 }
-# Other folders have files of the same name: stored targets a manifest, the Hugging Face hub's and exports a model.
+# Other folders have files of the same name: stored targets a manifest, the Hugging Face hub's and exports a
+# model.
 ELSEWHERE = {("manifest.json", f"{module}.py") for module in ("targets/manifest", "commands/targets")}
 ELSEWHERE |= {(name, "commands/doctor/inputs.py") for name in ("manifest.json", "model.safetensors")}
 ELSEWHERE |= {("model.safetensors", "commands/export/load.py")}
@@ -28,8 +29,8 @@ ELSEWHERE |= {("model.safetensors", "commands/export/load.py")}
 def names_in(source: str) -> set[str]:
     """The names of NAMES that the code builds paths from; docstrings and sentences may mention them.
 
-    A name with a suffix, such as config.yaml, is a path wherever a string consists of it; a word, such as status, only
-    behind a slash, as in `folder / "status"`, or in a string, `f"{folder}/status"`.
+    A name with a suffix, such as config.yaml, is a path wherever a string consists of it; a word, such as
+    status, only behind a slash, as in `folder / "status"`, or in a string, `f"{folder}/status"`.
     """
     found = set()
     for node in ast.walk(ast.parse(source)):

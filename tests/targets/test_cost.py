@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from costs import WEIGHTS, small
 from torch.utils.flop_counter import FlopCounterMode
 
 from indistill import config
@@ -18,14 +19,6 @@ from indistill.training import parts
 # Multiply-adds of an image in the small networks: 3x3 convolutions without padding, a 2x2 pool after each.
 STUDENT = [8 * 27 * 30**2, 16 * 72 * 13**2, 32 * 144 * 4**2, 128 * 64 + 64 * 10]
 TEACHER = [16 * 27 * 30**2, 32 * 144 * 13**2, 64 * 288 * 4**2, 256 * 128 + 128 * 10]
-WEIGHTS = (
-    8 * 27 + 16 * 72 + 32 * 144 + 128 * 64 + 64 * 10 + 3 * (8 + 16 + 32) + 64 + 10
-)  # with biases and norms
-
-
-@pytest.fixture
-def found(settings):
-    return estimate.of_run(settings, world=2)
 
 
 def test_operations_are_those_counted_by_hand(found):
@@ -97,27 +90,6 @@ def test_a_grouped_convolution_backward_is_twice_forward(groups):
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == 3 * forward
-
-
-def small(views=None, workers=0, in_memory=False, **sections):
-    tree = {
-        "run_dir": "run",
-        "duration": "100 epochs",
-        "data": {
-            "train": "x.tar",
-            "num_classes": 10,
-            "global_batch": 8,
-            "workers": workers,
-            "in_memory": in_memory,
-        },
-        "student": {"name": "cnn32_student"},
-        "teacher": {"name": "cnn32_auxiliary", "random": True},
-        "warmup": {"durations": ["20 epochs"]},
-        "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
-        "optimizer": {"lr": 0.1},
-    }
-    tree["data"]["augment"] = {"views": views}
-    return config.parse(tree, "test").model_copy(update=sections)
 
 
 def choices(settings, teacher_flops=300, student_flops=100):

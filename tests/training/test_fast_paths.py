@@ -18,6 +18,7 @@ from conftest import (
     SMOOTH,
     assert_rounding_explains,
     in_float64,
+    losses,
     run_moved,
     run_ranks,
     strayed,
@@ -26,7 +27,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from indistill import config, prune
-from indistill.config.files import read_lines
 from indistill.curriculum import Phase
 from indistill.models import frozen
 from indistill.models.network import Network
@@ -50,11 +50,7 @@ def run(tree: dict[str, Any]) -> dict[str, Any]:
     return loop.train(config.parse(tree, "test"))
 
 
-def losses(run_dir: str) -> list[float]:
-    return [line["loss"] for line in read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
-
-
-# --- the teacher -----------------------------------------------------------------------------------------------------
+# --- the teacher --------------------------------------------------------------------------------------------
 
 TEACHERS = {
     "resnet18": {},
@@ -123,7 +119,7 @@ def test_the_fingerprint_is_that_of_the_weights_as_they_were_loaded():
     assert live_targets("resnet18", "bf16").fingerprint == live_targets("resnet18", "no").fingerprint
 
 
-# --- the step --------------------------------------------------------------------------------------------------------
+# --- the step -----------------------------------------------------------------------------------------------
 
 
 class Reads(TorchDispatchMode):
@@ -142,7 +138,8 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "reads"), [("momentum", False), ("adamw", False), ("lamb", True)])
 def test_a_step_without_a_line_reads_nothing_from_the_device(tree, monkeypatch, name, reads):
-    """With all that could: accumulation, clipping, a moving average, an automatic curriculum, relational losses.
+    """With all that could: accumulation, clipping, a moving average, an automatic curriculum, relational
+    losses.
 
     An optimizer that torch has no fused version of is asked each time whether it took its step.
     """
@@ -191,7 +188,7 @@ def test_a_fused_optimizer_follows_the_plain_one(tree, tmp_path, float64, name):
     assert losses(tree["run_dir"]) == pytest.approx(losses(plain["run_dir"]), rel=LOGGED)
 
 
-# --- torch.compile ---------------------------------------------------------------------------------------------------
+# --- torch.compile ------------------------------------------------------------------------------------------
 
 
 def compiled(tree: dict[str, Any], backend: str) -> None:
@@ -211,7 +208,7 @@ def compiled(tree: dict[str, Any], backend: str) -> None:
 
 @pytest.mark.parametrize("world", [None, 2])
 def test_each_network_is_compiled_once_for_each_phase(tree, tmp_path, world):
-    """Through evaluations, which are not compiled, and phase changes: a graph is kept for all steps of its phase."""
+    """A graph serves all steps of its phase, also after evaluations, which are not compiled."""
     tree |= {"evaluate": {"every": "3 steps"}, "ema": {"decay": 0.9}}
     plain = {**tree, "run_dir": str(tmp_path / "plain")}
     run_ranks(in_float64, world, run, plain)
@@ -224,7 +221,7 @@ def test_each_network_is_compiled_once_for_each_phase(tree, tmp_path, world):
 
 @pytest.mark.portable
 def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
-    """As close as runs from weights that are off by as much as bf16 rounds: a fused kernel rounds less often."""
+    """As close as runs whose weights are off by one rounding to bf16: a fused kernel rounds less often."""
     tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
     tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
     tree |= {

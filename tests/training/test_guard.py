@@ -15,7 +15,7 @@ from indistill.training.guard import Buffers
 
 @pytest.mark.parametrize("keys", [{"foreach": True}, {"fused": True}])
 def test_the_scaler_skips_and_scales_by_one(keys):
-    """Whoever leaves the step out, scaler or optimizer, it is known; and the factors, which act, change no scale."""
+    """Scaler or optimizer may skip the step: both are noticed, and the factors change no scale."""
     ddp = engine.start(None, "no", ranks=Ranks(), timeout_minutes=30.0)
     accelerator = ddp.accelerator
     assert accelerator.scaler.get_growth_factor() > 1 > accelerator.scaler.get_backoff_factor()

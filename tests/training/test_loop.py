@@ -1,4 +1,4 @@
-"""Whole runs in one process: the record they leave, and that a killed one goes on as if nothing had happened."""
+"""Whole runs in one process: the files they leave, and a killed run that resumes without a trace."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_the_run_directory_tells_the_run(tree):
     assert config.load(run_dir / "config.yaml") == config.parse(tree, "test")
     assert list(run_dir.glob("tensorboard/events.out.tfevents.*"))
     assert {path.name for path in run_dir.iterdir()} == {
-        "config.yaml", "prune_plan.json", "metrics.jsonl", "checkpoints", "summary.json", "student.safetensors",
+        "config.yaml", "prune_plan.json", "metrics.jsonl", "checkpoints", "summary.json",
+        "student.safetensors",
         "tensorboard", "history.jsonl",
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Learning rates against hand formulas, and the optimizer's state against a loop that creates optimizers anew."""
+"""Learning rates against formulas, and the optimizer's state against a loop with new optimizers."""
 
 import math
 
@@ -19,7 +19,7 @@ STEPS_PER_EPOCH = 5
 
 @pytest.fixture
 def build(tree):
-    """A config, its timetable and a PhaseOptim on a small network; warm-up pairs last 10, 0 and 15 steps of 60."""
+    """An optimizer, a timetable and a PhaseOptim; warm-up pairs last 10, 0 and 15 steps of 60."""
 
     def build(network=None, **changes):
         warmup = {"durations": ["2 epochs", "0 epochs", "3 epochs"], **changes.pop("warmup", {})}
@@ -44,7 +44,7 @@ def rates(built, steps=range(60)):
     return found
 
 
-# --- learning rate ---------------------------------------------------------------------------------------------------
+# --- learning rate ------------------------------------------------------------------------------------------
 
 
 def adam(lr=0.4):
@@ -136,7 +136,7 @@ def test_a_schedule_that_decays_at_every_instant_is_refused(build):
         build(schedule={"name": "step", "decay_every": "3 samples"})
 
 
-# --- optimizer -------------------------------------------------------------------------------------------------------
+# --- optimizer ----------------------------------------------------------------------------------------------
 
 
 def test_what_timm_refuses_is_told_in_one_line():
@@ -178,7 +178,7 @@ def test_biases_norms_positions_and_tokens_do_not_decay():
     assert "adapters.0.weight" in decayed
 
 
-# --- groups of parameters, as timm makes them ------------------------------------------------------------------------
+# --- groups of parameters, as timm makes them ---------------------------------------------------------------
 
 
 def bare_and_wrapped(name):
@@ -193,7 +193,7 @@ def bare_and_wrapped(name):
 
 
 def of_each_parameter(model, optimizer):
-    """Name to what its group says of it: rate, weight decay, and whether it goes to the fallback optimizer."""
+    """Each parameter's learning rate, weight decay, and whether it goes to the fallback optimizer."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     told = {}
     for group in optimizer.param_groups:
@@ -234,7 +234,8 @@ def test_every_parameter_is_treated_as_timm_treats_it_in_the_bare_model(model, n
         n for n, p in student.named_parameters() if not p.requires_grad
     }
 
-    # What stands beside the model is as new as its classifier: the full rate, and weight decay by the same rule.
+    # What stands beside the model is as new as its classifier: the full rate, and weight decay by the same
+    # rule.
     one_dimensional = 0.05 if kwargs.get("filter_bias_and_bn") is False else 0.0
     beside = {name: one[:2] for name, one in told.items() if not name.startswith("net.")}
     assert beside == {
@@ -313,7 +314,7 @@ def test_layers_that_the_warmup_trains_are_not_frozen(tree):
     config.parse(tree | {"warmup": None}, "test")
 
 
-# --- resets ----------------------------------------------------------------------------------------------------------
+# --- resets -------------------------------------------------------------------------------------------------
 
 
 def train(network, step_of, steps=60):

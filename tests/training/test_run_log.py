@@ -59,7 +59,7 @@ def steps(log, clock, first, last, loss=lambda step: float(step)):
 
 
 def lines(log):
-    return read_lines(log.path)
+    return read_lines(log.files.metrics)
 
 
 def test_a_line_is_the_mean_of_its_window_which_ends_with_the_phase(log, clock):
@@ -131,7 +131,7 @@ def test_a_window_survives_a_checkpoint(log, clock, tmp_path):
 
 def test_lines_behind_the_checkpoint_are_dropped(log, clock, tmp_path):
     steps(log, clock, 1, 9)
-    with log.path.open("a") as file:
+    with log.files.metrics.open("a") as file:
         file.write('{"step": 10, "lo')  # a kill in the middle of a line
     again = RunLog(log.accelerator, RunDir(tmp_path), every_steps=3, timetable=log.timetable)
     again.open(5)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import run_ranks
+from conftest import run_each_alone, run_ranks
 from safetensors.torch import load_file
 
 from indistill import config
@@ -21,7 +21,6 @@ from indistill.data.dataset import ImageDataset
 from indistill.distributed import preemption
 from indistill.models.network import Network
 from indistill.training import runs as training_runs
-from indistill.training.loop import train
 from indistill.training.students import TeacherPass
 
 STUDENTS = [
@@ -61,11 +60,6 @@ def write(folder: Path, tree: dict[str, Any]) -> Path:
 
 def run(path: Path) -> None:
     training_runs.run(runs.load(path))
-
-
-def run_each_alone(path: Path, folder: Path) -> None:
-    for name, settings in runs.load(path):
-        train(config.parse({**settings.model_dump(mode="json"), "run_dir": str(folder / name)}, "test"))
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -113,16 +107,16 @@ def test_the_teacher_runs_once_on_a_batch_which_is_loaded_once(students_tree, tm
     run(write(tmp_path, students_tree))
     assert len(loads) == 24
     assert forwards.count(True) == 3 * 24
-    # Once a batch, and once more where a student asks for more than before: at its first step, and as a phase begins.
+    # Once a batch, and once more where a student asks for more than before: at its first step, and as a phase
+    # begins.
     assert len(passes) == forwards.count(False)
     assert 24 <= len(passes) <= 24 + 1 + 3 + 2
-    assert (
-        passes[0] == ([0], False) or passes[0][1]
-    )  # as deep as the third student, in KD from the start, has it
+    # As deep as the third student needs it, which is in KD from the start.
+    assert passes[0] == ([0], False) or passes[0][1]
 
 
 def stop_at(path: Path, student: str, step: int) -> None:
-    """Be asked to stop when one of the students has taken so many steps; the one before it is a step ahead."""
+    """Be asked to stop when a student has taken so many steps; the one before it is a step ahead."""
     with pytest.MonkeyPatch.context() as patch:
         reached = preemption.Agreement.reached
 

@@ -79,7 +79,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def test_a_run_with_trackers_that_fail(tree, capsys, monkeypatch):
-    """Each is told once; the run goes on, and TensorBoard has what metrics.jsonl has, also of a run that went back."""
+    """Each is reported once; the run goes on, and TensorBoard has the lines of metrics.jsonl."""
     fails_in = {"wandb": "start", "aim": "log", "comet_ml": "finish", "clearml": "input", "swanlab": "slow"}
     monkeypatch.setattr(trackers, "_PATIENCE_SECONDS", 0.1)
     logged = {name: [] for name in fails_in}
@@ -152,7 +152,7 @@ def test_tensorboard_on_a_disk_that_is_lost(tree, monkeypatch):
     )
 
 
-# --- the real wandb, where it is installed ---------------------------------------------------------------------------
+# --- the real wandb, where it is installed ------------------------------------------------------------------
 
 
 def use_wandb(trees: list[dict[str, Any]], folder: Path, offline: bool) -> None:

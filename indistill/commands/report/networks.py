@@ -86,13 +86,15 @@ def speed(sections: Mapping[str, config.Model], settings: Config) -> dict[str, A
 
     from indistill.distributed import engine
     from indistill.models.network import DTYPES, Network
+    from indistill.models.timm_model import timm_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = settings.mixed_precision if device.type == "cuda" else "no"
     half = (0.5, 0.5, 0.5)
     with torch.random.fork_rng():
         nets = {
-            role: Network(_create(section, settings.data), (half, half)) for role, section in sections.items()
+            role: Network(timm_model(_create(section, settings.data)), (half, half))
+            for role, section in sections.items()
         }
     nets = {role: net.to(device).eval() for role, net in nets.items()}
     batch = _BATCH[device.type]
