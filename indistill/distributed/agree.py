@@ -17,7 +17,7 @@ _RANKS_SHOWN = 8
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of indistill, torch and timm. indistill's includes a hash of its source files; plugins have one too."""
+    """Versions of indistill, torch and timm, and hashes of the sources of indistill and of the plugins."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
