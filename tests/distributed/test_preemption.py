@@ -468,7 +468,7 @@ def broken(*_: Any, **__: Any) -> None:
     raise ZeroDivisionError("on purpose")
 
 
-def out_of_memory(*_: Any) -> None:
+def out_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of the allocator")
 
 
