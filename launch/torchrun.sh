@@ -18,7 +18,7 @@ export PET_NODE_RANK=${PET_NODE_RANK:-${SLURM_NODEID:-0}}
 export PET_MASTER_ADDR=${PET_MASTER_ADDR:-127.0.0.1}
 trap '' USR1 USR2 # they would end torchrun; the ranks handle them
 if [ -n "${SLURM_JOB_ID:-}" ]; then
-    # SLURM sends signals to every process of a step. torchrun would pass SIGTERM on and kill the ranks 30 s later.
+    # SLURM signals every process of a step. torchrun would pass SIGTERM on and kill the ranks 30 s later.
     trap '' TERM
     export PET_SIGNALS_TO_HANDLE=SIGINT
 fi

@@ -17,7 +17,7 @@ _RANKS_SHOWN = 8
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of indistill, torch, timm and plugins; with a hash of the source of indistill and plugins."""
+    """Versions of indistill, torch and timm, and hashes of the sources of indistill and of the plugins."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):

@@ -360,9 +360,8 @@ def start(
     find_interface(ranks)
     if zero is None:
         if not torch.cuda.is_available() and ranks.world_size > 1:
-            os.environ["ACCELERATE_USE_CPU"] = (
-                "true"  # else Accelerate takes torchrun on CPUs for single processes
-            )
+            # Else Accelerate takes torchrun on CPUs for single processes.
+            os.environ["ACCELERATE_USE_CPU"] = "true"
         groups = InitProcessGroupKwargs(timeout=timeout)
         accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[*handlers, groups], **arguments)
         if accelerator.scaler is None:

@@ -112,13 +112,11 @@ class _Watch:
         self.timeout_minutes = timeout_minutes
         self.timeout = 60 * timeout_minutes  # seconds
         self.interval = min(10.0, self.timeout / 20)  # seconds
-        self.prefix = (
-            f"indistill/{os.environ.get('INDISTILL_GROUP', '')}"  # all groups share a store (groups.py)
-        )
+        # All groups of ranks share a store (groups.py).
+        self.prefix = f"indistill/{os.environ.get('INDISTILL_GROUP', '')}"
         self.named_at = -1  # `passed` of the place at which the late rank was last named
-        self.heard: dict[
-            int, tuple[bytes | None, float]
-        ] = {}  # by rank: latest text, and when it was first seen
+        # By rank: the latest text, and when it was first seen.
+        self.heard: dict[int, tuple[bytes | None, float]] = {}
         self.store: TCPStore | None = None
 
     def run(self, closed: threading.Event) -> None:

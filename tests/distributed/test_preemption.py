@@ -23,11 +23,12 @@ from indistill import config
 from indistill.commands import cli
 from indistill.config.files import read_lines
 from indistill.config.run_dir import RunDir
-from indistill.data import loader, remote, verify
+from indistill.data import remote, verify
 from indistill.data.dataset import ImageDataset
 from indistill.data.loader import Loader
 from indistill.distributed import preemption
 from indistill.distributed.preemption import Preempted
+from indistill.evaluate import passes
 from indistill.losses import objective
 from indistill.training import checkpoint, loop, runs
 from indistill.training import mix as training_mix
@@ -41,7 +42,7 @@ CLOCKS = ("images_per_second", "data_wait_fraction")
 
 def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: int | None = None) -> None:
     """Train; rank `whom`, or each rank, gets a signal at "step N", at "evaluation", or "never"."""
-    make_mix, eval_loader = training_mix.make_mix, loader.eval_loader
+    make_mix, eval_loader = training_mix.make_mix, passes.eval_loader
     mine = whom is None or int(os.environ.get("RANK", "0")) == whom
     micro_batches = 0
 
@@ -68,7 +69,7 @@ def train_and_signal(path: str, event: str, number: int = signal.SIGTERM, whom: 
                 get_signal()
             yield batch
 
-    loop.make_mix, loader.eval_loader = signalling_mix, signalling_loader
+    loop.make_mix, passes.eval_loader = signalling_mix, signalling_loader
     cli.main(["train", path])
 
 
@@ -263,7 +264,7 @@ def interrupt_in(place: str, number: int, errors: Path, arguments: list[str]) ->
     """`indistill ARGUMENTS`, in which a method or function gets a signal and would then take ten minutes."""
     keep_errors(errors)
 
-    def slow(*_):
+    def slow(*_, **__):
         os.kill(os.getpid(), number)
         time.sleep(600)
 
@@ -467,7 +468,7 @@ def broken(*_: Any, **__: Any) -> None:
     raise ZeroDivisionError("on purpose")
 
 
-def out_of_memory(*_: Any) -> None:
+def out_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of the allocator")
 
 
@@ -478,7 +479,7 @@ def out_of_memory(*_: Any) -> None:
         (objective.Objective, "__call__", broken, 0),  # in the loop
         (objective.Objective, "__call__", out_of_memory, 0),
         (ImageDataset, "__getitem__", broken, 1),  # in a loader's worker
-        (loader, "eval_loader", broken, 0),  # in an evaluation
+        (passes, "eval_loader", broken, 0),  # in an evaluation
         (checkpoint.Checkpoints, "_publish", broken, 0),  # in the thread that writes
         (Run, "end", broken, 0),
     ],
