@@ -202,7 +202,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_commands_on_files_import_no_torch(data_dir, tree, tmp_path):
-    """They start in moments. A report imports torch only to measure networks that no report has measured before."""
+    """They start in moments. A report imports torch only to measure networks for the first time."""
     run = Path(tree["run_dir"])
     run.mkdir()
     supervised = tree | {"teacher": None, "warmup": None, "kd": {"losses": [{"name": "ce"}]}}

@@ -1,4 +1,4 @@
-"""benchmarks/step.py compares like with like: the same loss however it is computed, each process's own memory."""
+"""benchmarks/step.py compares equal things: the same loss by every tool, and each process's own memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every config in configs/ is built with random weights and computes the loss of a batch: nothing in there may rot."""
+"""Every config in configs/ is built with random weights and computes the loss of a batch."""
 
 import math
 import re
@@ -69,7 +69,7 @@ def test_recipes_are_compared_with_and_without_warmup_at_an_equal_budget(path):
 
 @pytest.fixture(scope="module")
 def create_once():
-    """`timm_model.create` with one network per role and architecture, without weights: many configs share them."""
+    """Replace `timm_model.create`: configs share one network, without weights, per role and architecture."""
     networks = {}
 
     def create(section, num_classes, image_size, role):

@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, blocks are run or say why not, and what it quotes is what the code says."""
+"""The documentation: links work, code blocks are run or say why not, and quoted messages are in the code."""
 
 from __future__ import annotations
 

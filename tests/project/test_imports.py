@@ -38,7 +38,7 @@ OPTIONAL = {"deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime"}  #
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Dotted name without `indistill.` to file; a package is its `__init__.py`, and the whole is "__init__"."""
+    """Files by dotted name without `indistill.`; a package is its `__init__.py`, the top one "__init__"."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = list(path.relative_to(package).with_suffix("").parts)
@@ -49,7 +49,7 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path], at_start: bool = False) -> dict[str, int]:
-    """Modules of this package that a file imports, or others' names, and the line; nested and TYPE_CHECKING ones too.
+    """The modules that a file imports, with the line; includes nested and TYPE_CHECKING imports.
 
     `at_start`: only what runs when the module is imported.
     """
@@ -81,7 +81,7 @@ def statements_at_start(tree: ast.AST) -> list[ast.AST]:
 
 
 def module_of(name: str, known: dict[str, Path]) -> str:
-    """`indistill.data.shards.expand` -> `data.shards`; a name of the package itself -> `__init__`; others unchanged."""
+    """The module of a name: `data.shards` of `indistill.data.shards.expand`; others stay as they are."""
     if name.split(".")[0] != "indistill":
         return name
     parts = name.split(".")[1:]
@@ -115,7 +115,7 @@ def allowed_upward(module: str, other: str) -> bool:
 
 
 def cycles(package: Path) -> list[list[str]]:
-    """Groups of modules that import each other, directly or through others; `__init__.py` files count as modules."""
+    """Groups of modules that import each other, directly or not; `__init__.py` files count as modules."""
     known = modules(package)
     graph = {
         module: [o for o in ours(imports(path, known)) if o != "__init__"] for module, path in known.items()
@@ -152,9 +152,16 @@ def test_there_are_no_cycles():
     assert cycles(PACKAGE) == []
 
 
-@pytest.mark.parametrize("body", ["from indistill.training import loop", "from indistill.training.loop import train",
-                                  "import indistill.training.loop", "def f():\n    from indistill.training import loop",
-                                  "if TYPE_CHECKING:\n    from indistill.training.loop import train"])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        "from indistill.training import loop",
+        "from indistill.training.loop import train",
+        "import indistill.training.loop",
+        "def f():\n    from indistill.training import loop",
+        "if TYPE_CHECKING:\n    from indistill.training.loop import train",
+    ],
+)
 def test_a_planted_upward_import_is_named(body, tmp_path):
     package = tmp_path / "indistill"
     for name, text in {

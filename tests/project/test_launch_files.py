@@ -1,4 +1,4 @@
-"""The launch files: what the SLURM script decides after a run, and that the others can be read by what reads them."""
+"""The launch files: what the SLURM script decides after a run, and whether the others can be read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stub(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """SLURM's commands as the batch script sees them: a job of two nodes, whose step leaves a status behind."""
+    """Stubs of SLURM's commands: a job of two nodes, whose step leaves a status behind."""
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     run_dir = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The studies in benchmarks/: what their methods train, which runs are due, and the tables of their scores."""
+"""The studies in benchmarks/: what their methods train, which are missing, and their tables of scores."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def test_mean_and_deviation():
 
 
 def made_up(small, tmp_path: Path, scores: dict[tuple[str, int], list[float]]) -> list[str]:
-    """A study whose lines have these scores: by method and budget, those of the seeds. Returns its options."""
+    """Write a study with scores of the seeds by method and budget; returns its options."""
     methods, epochs = ({key[i] for key in scores} for i in (0, 1))
     cells = [{"methods": sorted(methods), "epochs": sorted(epochs), "rates": [0.001]}]
     options = small(cells=cells)

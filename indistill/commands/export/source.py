@@ -40,14 +40,7 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
     Raises UserError if the run does not have them.
     """
     files = RunDir(run)
-    if not files.config.is_file():
-        raise UserError(
-            f"{run}: has no config.yaml: give the run_dir of a run; for a chain or several students, the "
-            "folder of one of them in it"
-        )
-    settings = config.load(files.config)
-    if settings.stage == "heads":
-        raise UserError(f"{run}: stage: heads trains no student: export the run of a student instead")
+    settings = _load_config(files)
     if weights == "ema" and settings.ema is None:
         raise UserError(f"{run}: has no moving average (ema): use --weights raw")
     evaluated = "raw" if settings.ema is None else "ema"
@@ -77,6 +70,19 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
     scores = (state["scores"] or {}) if weights == evaluated else {}
     file = CheckpointDir(path).ema if weights == "ema" else CheckpointDir(path).model
     return Source(run, settings, file, state["step"], weights, scores, finished)
+
+
+def _load_config(files: RunDir) -> Config:
+    """Load a run's config. Raises UserError if there is none, or if the run trains no student."""
+    if not files.config.is_file():
+        raise UserError(
+            f"{files.path}: has no config.yaml: give the run_dir of a run; for a chain or several students, "
+            "the folder of one of them in it"
+        )
+    settings = config.load(files.config)
+    if settings.stage == "heads":
+        raise UserError(f"{files.path}: stage: heads trains no student: export the run of a student instead")
+    return settings
 
 
 def _read_json(path: Path) -> dict[str, Any]:
