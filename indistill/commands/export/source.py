@@ -112,5 +112,5 @@ def find_preprocessing(network: Network, source: Source) -> dict[str, Any]:
 def find_class_names(source: Source) -> list[str] | None:
     """The class name of each output, from the run or else from its training shards; None if unknown."""
     section = source.settings.data
-    found = class_names.of_weights(source.file) or class_names.of_training(section)
-    return found.names if found and len(found.names) == section.num_classes else None
+    names = class_names.of_weights(source.file) or class_names.of_training(section)
+    return names.names if names and len(names.names) == section.num_classes else None
