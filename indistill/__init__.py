@@ -14,12 +14,15 @@ __all__ = ["Callback", "Trainer", "UserError", "__version__"]
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use, so that `indistill --help` does not wait for what it imports."""
     if name == "Trainer":
-        from indistill.commands.trainer import Trainer as value
-    elif name == "Callback":
-        from indistill.training.callbacks import Callback as value
-    elif name == "UserError":
-        from indistill.config import UserError as value
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        from indistill.commands.trainer import Trainer
+
+        return Trainer
+    if name == "Callback":
+        from indistill.training.callbacks import Callback
+
+        return Callback
+    if name == "UserError":
+        from indistill.config import UserError
+
+        return UserError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

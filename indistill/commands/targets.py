@@ -77,7 +77,7 @@ _TIMEOUT_MINUTES = 24 * 60.0  # the ranks wait for each other only at the end, f
 
 
 class Comparison(NamedTuple):
-    """What one rank finds when it recomputes stored records."""
+    """The result of recomputing one rank's share of the records."""
 
     wrong: list[str]  # a line for each record that differs
     records: int
@@ -462,11 +462,12 @@ def describe_teacher(settings: Config, targets_of: LiveTargets) -> Teacher:
 def stages(net: nn.Module) -> list[dict[str, object]]:
     """The stages of a teacher by the keys of timm's `feature_info`; [] if losses cannot read any."""
     try:
-        found = find_stages(net)
+        network_stages = find_stages(net)
     except UserError:
         return []
     return [
-        {"module": stage.name, "num_chs": stage.channels, "reduction": stage.reduction} for stage in found
+        {"module": stage.name, "num_chs": stage.channels, "reduction": stage.reduction}
+        for stage in network_stages
     ]
 
 

@@ -186,16 +186,17 @@ def test_help_imports_nothing_heavy():
 
 
 def test_commands_on_files_import_no_torch(data_dir, tree, tmp_path):
-    """`indistill shards` and `indistill report` start in moments; a report measures networks only if it has to."""
+    """They start in moments. A report imports torch only to measure networks for the first time."""
     run = Path(tree["run_dir"])
     run.mkdir()
-    (run / "config.yaml").write_text(
-        config.dump(
-            config.parse(tree | {"teacher": None, "warmup": None, "kd": {"losses": [{"name": "ce"}]}}, "test")
-        )
-    )
+    supervised = tree | {"teacher": None, "warmup": None, "kd": {"losses": [{"name": "ce"}]}}
+    (run / "config.yaml").write_text(config.dump(config.parse(supervised, "test")))
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "phase": "supervised", "loss": 2.0}) + "\n")
-    networks = {"student": {"name": "cnn32_student", "parameters": 80_000}, "speed": {"seconds": {}}}
+    measured = {"seconds": {"student": 0.01}, "rounds": 3, "batch": 8, "precision": "no", "threads": 1}
+    networks = {
+        "student": {"name": "cnn32_student", "parameters": 80_000, "flops": 1_000_000},
+        "speed": measured | {"device": "CPU", "torch": "2.6"},
+    }
     (run / "networks.json").write_text(json.dumps(networks))
     shard = str(min(data_dir.glob("train-*.tar")))
     commands = [

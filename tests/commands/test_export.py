@@ -1,4 +1,4 @@
-"""Exports: what another program loads is the run's student, bit for bit or to the last digits, and says what it is."""
+"""Exports: others load the run's student, bit for bit or to the last digits, and its description."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ MEAN, STD = (0.5, 0.25, 0.125), (0.25, 0.5, 1.0)  # of no timm model
 
 @pytest.fixture(scope="module")
 def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a moving average that is far from the weights, and a student whose normalisation is its own."""
+    """A run with a moving average far from the weights, and a student with its own normalisation."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     tree = {
         "run_dir": str(run_dir),
         "duration": "96 steps",
         "data": {
-            "root": str(data_dir), "train": "train-*.tar", "eval": "eval-*.tar", "num_classes": 10, "image_size": 32,
-            "global_batch": 32, "streams": 8, "in_memory": True, "eval_crop": 1.0,
+            "root": str(data_dir), "train": "train-*.tar", "eval": "eval-*.tar", "num_classes": 10,
+            "image_size": 32, "global_batch": 32, "streams": 8, "in_memory": True, "eval_crop": 1.0,
             "augment": {"recipe": "none", "flip": False},
         },
         "student": {"name": "cnn32_student", "mean": MEAN, "std": STD},
@@ -88,7 +88,7 @@ def told(capsys) -> dict[str, Any]:
 
 
 def test_timm_loads_it(trained, tmp_path, capsys):
-    """By timm alone: classes, normalisation and preprocessing are those of the evaluation, and so is the top-1."""
+    """By timm alone: classes, normalisation, preprocessing and top-1 are those of the evaluation."""
     folder = tmp_path / "deep" / "student"
     main(["export", str(trained), str(folder)])
     assert (
@@ -105,8 +105,8 @@ def test_timm_loads_it(trained, tmp_path, capsys):
     assert (net.num_classes, net.pretrained_cfg["num_classes"], net.fc2.out_features) == (10, 10, 10)
     preprocessing = timm.data.resolve_model_data_config(net)
     assert json.loads(json.dumps(preprocessing)) == {  # timm gives tuples or lists
-        "input_size": [3, 32, 32], "interpolation": "bilinear", "mean": [*MEAN], "std": [*STD], "crop_pct": 1.0,
-        "crop_mode": "center",
+        "input_size": [3, 32, 32], "interpolation": "bilinear", "mean": [*MEAN], "std": [*STD],
+        "crop_pct": 1.0, "crop_mode": "center",
     }  # fmt: skip
     expected = load_file(trained / "student.safetensors")
     assert net.state_dict().keys() == expected.keys()
@@ -150,8 +150,8 @@ def test_programs_give_the_checkpoints_scores(trained, tmp_path, form, capsys):
         metadata = json.loads(extra["metadata.json"])
         run = lambda batch: program(torch.from_numpy(batch)).detach().numpy()  # noqa: E731
     assert metadata.items() >= {
-        "num_classes": 10, "image_size": 32, "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear",
-        "mean": list(MEAN), "std": list(STD), "weights": "ema", "step": 96,
+        "num_classes": 10, "image_size": 32, "crop_pct": 1.0, "crop_mode": "center",
+        "interpolation": "bilinear", "mean": list(MEAN), "std": list(STD), "weights": "ema", "step": 96,
     }.items()  # fmt: skip
 
     # The checkpoint by hand: timm's network under its own names, the normalisation in float64.

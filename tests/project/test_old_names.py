@@ -25,8 +25,8 @@ OLD = re.findall(
 def old_names(text: str, package: Path = PACKAGE) -> list[str]:
     """Return `line: match` for every old module in `text`: path, dotted name, import or bare file name.
 
-    Dotted names that are now folders (`indistill.targets`) are allowed, and so are bare file names that a
-    file of the package still has (`runs.py`).
+    Dotted names that are now folders (`indistill.targets`) are allowed, and so are bare file names that a file
+    of the package still has (`runs.py`).
     """
     folders = {path.name for path in package.iterdir() if path.is_dir()}
     gone = "|".join(name for name in OLD if name not in folders)

@@ -40,14 +40,7 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
     Raises UserError if the run does not have them.
     """
     files = RunDir(run)
-    if not files.config.is_file():
-        raise UserError(
-            f"{run}: has no config.yaml: give the run_dir of a run; for a chain or several students, the "
-            "folder of one of them in it"
-        )
-    settings = config.load_recorded(files.config)
-    if settings.stage == "heads":
-        raise UserError(f"{run}: stage: heads trains no student: export the run of a student instead")
+    settings = _load_config(files)
     if weights == "ema" and settings.ema is None:
         raise UserError(f"{run}: has no moving average (ema): use --weights raw")
     evaluated = "raw" if settings.ema is None else "ema"
@@ -79,6 +72,19 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
     return Source(run, settings, file, state["step"], weights, scores, finished)
 
 
+def _load_config(files: RunDir) -> Config:
+    """Load a run's config. Raises UserError if there is none, or if the run trains no student."""
+    if not files.config.is_file():
+        raise UserError(
+            f"{files.path}: has no config.yaml: give the run_dir of a run; for a chain or several students, "
+            "the folder of one of them in it"
+        )
+    settings = config.load_recorded(files.config)
+    if settings.stage == "heads":
+        raise UserError(f"{files.path}: stage: heads trains no student: export the run of a student instead")
+    return settings
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -106,5 +112,5 @@ def find_preprocessing(network: Network, source: Source) -> dict[str, Any]:
 def find_class_names(source: Source) -> list[str] | None:
     """The class name of each output, from the run or else from its training shards; None if unknown."""
     section = source.settings.data
-    found = class_names.of_weights(source.file) or class_names.of_training(section)
-    return found.names if found and len(found.names) == section.num_classes else None
+    names = class_names.of_weights(source.file) or class_names.of_training(section)
+    return names.names if names and len(names.names) == section.num_classes else None

@@ -45,8 +45,7 @@ def export(
     """Write a run's student to the folder `destination`, which is created; returns what was exported.
 
     form: timm (`model.safetensors` and `config.json`), onnx or torch; the last two are programs from uint8
-    images
-        [B, 3, S, S] to logits [B, K] that normalise their input, for any B.
+        images [B, 3, S, S] to logits [B, K] that normalise their input, for any B.
     weights: ema, the moving average, or raw; None: the average if the run has one.
     step: the name of a checkpoint; None: the end of the run, or the newest checkpoint of an unfinished one.
 
@@ -61,29 +60,18 @@ def export(
     try:
         _check_destination(destination)
         source = find(Path(run), weights, step)
-        command = [
-            "indistill",
-            "export",
-            str(run),
-            str(destination),
-            "--format",
-            form,
-            "--weights",
-            source.weights,
-        ]
-        if step:
-            command += ["--checkpoint", step]
-        checked = _write_checked(partial, source, form, shlex.join(command))
+        options = ["--format", form, "--weights", source.weights, *(["--checkpoint", step] if step else [])]
+        command = shlex.join(["indistill", "export", str(run), str(destination), *options])
+        checked = _write_checked(partial, source, form, command)
         partial.rename(destination)
     except OSError as error:
-        raise UserError(
-            f"{destination}: cannot be written ({error.strerror or error}): choose another"
-        ) from None
+        reason = error.strerror or error
+        raise UserError(f"{destination}: cannot be written ({reason}): choose another") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     unfinished = "" if source.finished else f"{run} is not finished; "
-    average = "moving average" if source.weights == "ema" else "raw weights"
-    print(f"{unfinished}exported the {average} of step {source.step} to {destination}. {checked}", flush=True)
+    kind = "moving average" if source.weights == "ema" else "raw weights"
+    print(f"{unfinished}exported the {kind} of step {source.step} to {destination}. {checked}", flush=True)
     return source
 
 
