@@ -1,4 +1,4 @@
-"""The timetable against ones made by hand, the vocabulary for durations, and the pace against a plain loop."""
+"""The timetable against handmade ones, the vocabulary for durations, and the pace against a plain loop."""
 
 import json
 import math
