@@ -34,8 +34,7 @@ def similarity(
     `pairs` are (teacher stage, student stage), each deeper than the last, as in `warmup.pairs`; the
     embeddings are one more, the last. For each {layer} of pair1, pair2, ..., embedding:
 
-    - cka_{layer}: linear centred kernel alignment of the student's and the teacher's flattened maps, in [0,
-      1];
+    - cka_{layer}: linear centred kernel alignment of both networks' flattened maps, in [0, 1];
     - information_student_{layer}, information_teacher_{layer}: quadratic mutual information with the labels;
 
     and information_flow_divergence between the two networks' information (representations.py has the
