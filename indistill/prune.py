@@ -298,8 +298,7 @@ def writers(model: nn.Module, stage: int, input_size: tuple[int, int, int] | Non
     output, scales channels rather than writing them and is left out. Raises UserError for a stage that such
     layers do not write as a whole.
     """
-    recorded = _record(timm_model(model), stage, input_size)
-    output, layer_of_node, norm_reading_node, maybe_gates = recorded
+    output, layer_of_node, norm_reading_node, maybe_gates = _record(timm_model(model), stage, input_size)
 
     def mixes(node: object) -> bool:
         layer = layer_of_node.get(node)
@@ -377,22 +376,18 @@ def plan(
     """
     check_stages(pairs, teacher, student, "warmup.pairs")
 
-    def scores(stage: int, width: int) -> Tensor:
-        if criterion in NEEDS_DATA:
-            if importance is None or stage not in importance:
-                raise ValueError(f"prune.plan: {criterion} needs the importance of teacher stage {stage}")
-            return importance[stage]
-        if criterion == "random":
-            return random_importance(seed, stage, width)
-        return filter_importance(teacher, stage, input_size, criterion)
-
     plans: list[PairPlan] = []
     importance_of_pairs: list[list[float] | None] = []
     for teacher_stage, student_stage in pairs:
-        pair = _unpruned(teacher, student, teacher_stage, student_stage=student_stage, adapter=adapter)
+        pair = _unpruned(teacher, student, stages=(teacher_stage, student_stage), adapter=adapter)
         rounded = None
         if pair.student_width < pair.teacher_width:
-            of_channels = scores(teacher_stage, pair.teacher_width)
+            if criterion in NEEDS_DATA:
+                of_channels = _calibrated(importance, teacher_stage, criterion)
+            elif criterion == "random":
+                of_channels = random_importance(seed, teacher_stage, pair.teacher_width)
+            else:
+                of_channels = filter_importance(teacher, teacher_stage, input_size, criterion)
             pair = pair._replace(kept=top_channels(of_channels, pair.student_width).tolist())
             rounded = [float(f"{score:.6g}") for score in of_channels.tolist()]
         if mode == "paper_bn":
@@ -402,10 +397,15 @@ def plan(
     return Plan(criterion, mode, plans, tuple(importance_of_pairs))
 
 
-def _unpruned(
-    teacher: nn.Module, student: nn.Module, teacher_stage: int, *, student_stage: int, adapter: str
-) -> PairPlan:
+def _calibrated(importance: dict[int, Tensor] | None, stage: int, criterion: str) -> Tensor:
+    if importance is None or stage not in importance:
+        raise ValueError(f"prune.plan: {criterion} needs the importance of teacher stage {stage}")
+    return importance[stage]
+
+
+def _unpruned(teacher: nn.Module, student: nn.Module, stages: tuple[int, int], adapter: str) -> PairPlan:
     """A pair that keeps all channels. Raises UserError for a wider student without an adapter."""
+    teacher_stage, student_stage = stages
     teacher_width = find_stages(teacher)[teacher_stage].channels
     student_width = find_stages(student)[student_stage].channels
     if student_width > teacher_width and adapter == "none":

@@ -34,41 +34,46 @@ def similarity(
     `pairs` are (teacher stage, student stage), each deeper than the last, as in `warmup.pairs`; the
     embeddings are one more, the last. For each {layer} of pair1, pair2, ..., embedding:
 
-    - cka_{layer}: linear centred kernel alignment of the student's and the teacher's flattened maps, in [0,
-      1];
+    - cka_{layer}: linear centred kernel alignment of both networks' flattened maps, in [0, 1];
     - information_student_{layer}, information_teacher_{layer}: quadratic mutual information with the labels;
 
     and information_flow_divergence between the two networks' information (representations.py has the
-    definitions). A layer that is not finite, which half precision may cause, is named on the console and left
-    out, as is the divergence.
+    definitions). A layer that is not finite, as in half precision, is left out with a message, like the
+    divergence.
 
     Maps are compared without adapter or pruning. If `samples` of one have more than 2^27 values (512 MiB in
-    float32; 512 maps of 64 x 56 x 56 have fewer), they are average-pooled to half their size until they fit,
-    since neighbouring pixels differ least. All ranks together hold the maps of every layer in host memory,
-    and each rank the maps of one layer on its device.
+    float32; 512 maps of 64 x 56 x 56 have fewer), they are average-pooled to half their size until they fit.
+    All ranks together hold the maps of every layer in host memory, each rank those of one on its device.
     """
     part = _Spaced(dataset, samples)
     layers = [f"pair{i}" for i in range(1, len(pairs) + 1)] + ["embedding"]
-    sides = [(student, [stage for _, stage in pairs]), (teacher, [stage for stage, _ in pairs])]
-    rows = []
-    for images, labels in each_batch(accelerator, part, batch, student, teacher):
-        maps = [_bounded_maps(network, images, stages, len(part)) for network, stages in sides]
-        rows.append([labels, *(x[: len(labels)] for pair in zip(*maps) for x in pair)])
-
+    rows = [
+        _row(images, labels, student=student, teacher=teacher, pairs=pairs, samples=len(part))
+        for images, labels in each_batch(accelerator, part, batch, student, teacher)
+    ]
     columns = join_columns(accelerator, rows, len(part))
     labels = next(columns)
     scores: dict[str, float] = {}
     for layer, of_student, of_teacher in zip(layers, columns, columns):  # [N, C, H, W] or [N, D], each
         if accelerator.is_main_process:
             scores |= _layer_scores(layer, of_student, of_teacher, labels)
-    if len(scores) == 3 * len(layers):
-        student_flow, teacher_flow = (
-            torch.tensor([scores[f"information_{role}_{layer}"] for layer in layers], dtype=torch.float64)
-            for role in ("student", "teacher")
-        )
-        divergence = information_flow_divergence(student_flow, teacher_flow)
-        scores["information_flow_divergence"] = divergence.item()
+    scores |= _flow_divergence(scores, layers)
     return broadcast_object_list([scores])[0]
+
+
+def _row(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    student: Network,
+    teacher: Network,
+    pairs: Sequence[tuple[int, int]],
+    samples: int,
+) -> list[Tensor]:
+    """Labels [B] of a batch, then the student's and the teacher's map of each pair, and both embeddings."""
+    students = _bounded_maps(student, images, [stage for _, stage in pairs], samples)
+    teachers = _bounded_maps(teacher, images, [stage for stage, _ in pairs], samples)
+    return [labels, *(x[: len(labels)] for pair in zip(students, teachers) for x in pair)]
 
 
 def _layer_scores(layer: str, of_student: Tensor, of_teacher: Tensor, labels: Tensor) -> dict[str, float]:
@@ -81,6 +86,17 @@ def _layer_scores(layer: str, of_student: Tensor, of_teacher: Tensor, labels: Te
         f"information_student_{layer}": information(of_student, labels).item(),
         f"information_teacher_{layer}": information(of_teacher, labels).item(),
     }
+
+
+def _flow_divergence(scores: dict[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """The divergence of the two networks' information; {} unless all layers have scores."""
+    if len(scores) < 3 * len(layers):
+        return {}
+    student, teacher = (
+        torch.tensor([scores[f"information_{role}_{layer}"] for layer in layers], dtype=torch.float64)
+        for role in ("student", "teacher")
+    )
+    return {"information_flow_divergence": information_flow_divergence(student, teacher).item()}
 
 
 def _bounded_maps(network: Network, images: Tensor, stages: list[int], samples: int) -> list[Tensor]:

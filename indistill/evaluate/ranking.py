@@ -51,7 +51,7 @@ def _retrieval_scores(
     maps: dict[str, float] = {}
     precisions: dict[str, float] = {}
     for metric in ("cosine", "l2"):
-        task = _task(db, db_labels, queries, query_labels=query_labels, metric=metric)
+        task = _task(db, db_labels, queries=queries, query_labels=query_labels, metric=metric)
         both, precision = _scores(task, protocols=("interpolated", "authors"), ks=PRECISION_AT)
         maps |= {f"map_{metric}": both["interpolated"], f"map_{metric}_authors": both["authors"]}
         precisions |= {f"precision_at_{k}_{metric}": value for k, value in precision.items()}
@@ -86,7 +86,7 @@ def retrieval_map(
     """
     if protocol not in ("interpolated", "authors"):
         raise ValueError(f"protocol {protocol!r} is not 'interpolated' or 'authors'")
-    task = _task(db, db_labels, queries, query_labels=query_labels, metric=metric)
+    task = _task(db, db_labels, queries=queries, query_labels=query_labels, metric=metric)
     maps, _ = _scores(task, protocols=(protocol,))
     return maps[protocol]
 
@@ -107,7 +107,7 @@ def precision_at(
     """
     if any(k < 1 for k in ks):
         raise ValueError(f"precision at {min(ks)}: a number of entries is at least 1")
-    task = _task(db, db_labels, queries, query_labels=query_labels, metric=metric)
+    task = _task(db, db_labels, queries=queries, query_labels=query_labels, metric=metric)
     _, precisions = _scores(task, ks=ks)
     return precisions
 
@@ -125,7 +125,7 @@ class _Task:
     query_class: Tensor  # int64 [Q], positions in class_sizes
 
 
-def _task(db: Tensor, db_labels: Tensor, queries: Tensor, *, query_labels: Tensor, metric: str) -> _Task:
+def _task(db: Tensor, db_labels: Tensor, *, queries: Tensor, query_labels: Tensor, metric: str) -> _Task:
     if metric not in ("cosine", "l2"):
         raise ValueError(f"metric {metric!r} is not 'cosine' or 'l2'")
     shapes = [tuple(x.shape) for x in (db, db_labels, queries, query_labels)]

@@ -60,9 +60,8 @@ class LiveTargets:
         teacher.eval().requires_grad_(False)
         teacher.kd_stages = sorted({*kd_stages, *(heads.stages if heads else ())})
         if plan.mode == "paper_bn":
-            self.norms = [
-                prune.published_norm(teacher.net, pair.teacher_stage, input_size) for pair in plan.pairs
-            ]
+            stages = [pair.teacher_stage for pair in plan.pairs]
+            self.norms = [prune.published_norm(teacher.net, stage, input_size) for stage in stages]
         frozen.run_in(teacher, precision)
         self.held_in = precision if shard_on is None else "no"  # FSDP takes one precision
         # FSDP gathers weights into tensors that it reuses, which inference mode does not allow.

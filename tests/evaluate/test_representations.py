@@ -11,7 +11,7 @@ pytestmark = pytest.mark.portable
 
 
 def plain_cka(x, y):
-    """1905.00414: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) of XX' and YY', the centring matrix written out."""
+    """1905.00414: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) of XX' and YY', centring matrix written out."""
     n = len(x)
     centring = np.eye(n) - np.ones((n, n)) / n
     k, gram = (centring @ z.reshape(n, -1) @ z.reshape(n, -1).T @ centring for z in (x, y))
@@ -19,7 +19,7 @@ def plain_cka(x, y):
 
 
 def plain_information(x, labels):
-    """QMI of Torkkola (2003), V_in + V_all - 2 V_btw, each a sum over pairs of samples, kernel (cos + 1) / 2."""
+    """QMI of Torkkola (2003), V_in + V_all - 2 V_btw, sums over pairs of samples, kernel (cos + 1) / 2."""
     n = len(x)
     x = x.reshape(n, -1)
     kernel = [[((a @ b) / (np.linalg.norm(a) * np.linalg.norm(b)) + 1) / 2 for b in x] for a in x]

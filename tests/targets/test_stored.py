@@ -366,18 +366,18 @@ def test_a_mismatch_is_refused_by_name(stored, tmp_path):
         "data.augment.padding=2": "made with data.augment.padding: 4, this run has 2",
         "data.augment.views=3": "made with data.augment.views: 2, this run has 3",
         "data.augment.recipe=random_resized_crop": "made with data.augment.recipe: pad_crop",
-        "data.augment.random_erasing={}": "made with data.augment.random_erasing.probability: None, this run has 0.25",
+        "data.augment.random_erasing={}": "made with data.augment.random_erasing.probability: None",
         "seed=1": "made with seed: 0, this run has 1",
-        "teacher.mean=[0, 0, 0] teacher.std=[1, 1, 1]": "made with teacher.mean: None, this run has [0.0, 0.0, 0.0]",
+        "teacher.mean=[0, 0, 0] teacher.std=[1, 1, 1]": "made with teacher.mean: None, this run has [0.0,",
         "mixed_precision=bf16": "made with teacher.precision: no, this run has bf16",
         "warmup.prune.criterion=l2": "made with warmup.prune.criterion: l1, this run has l2",
-        "warmup.pairs=[[0, 0], [1, 1], [2, 2]]": "made with warmup.pairs: auto, this run has [[0, 0], [1, 1], [2, 2]]",
+        "warmup.pairs=[[0, 0], [1, 1], [2, 2]]": "made with warmup.pairs: auto, this run has [[0, 0],",
         "targets.features=int8": "made with targets.features: float32, this run has int8",
         "targets.top_k=3": "made with targets.top_k: None, this run has 3",
         "targets.pool=2": "made with targets.pool: None, this run has 2",
         "data.train=eval-*.tar": "made from other shards",
         "warmup.durations=[8 steps, 1 steps, 1 steps]": "lacks pair1 in view 1, made for other durations",
-        "kd.losses=[{name: pkt}]": "contains pair1, pair2, pair3, logits, but not embedding, which this run reads",
+        "kd.losses=[{name: pkt}]": "contains pair1, pair2, pair3, logits, but not embedding",
     }.items():  # fmt: skip
         message = refusal(stored, *re.split(r" (?=teacher)", override))
         assert message.startswith(root), message
@@ -410,10 +410,8 @@ def test_another_plan_is_refused(stored, tmp_path):
         stored, "duration=13 steps", f"run_dir={tmp_path}/run"
     )
     message = refusal(stored, "student.name=cnn32_auxiliary")
-    assert (
-        "(teacher stage, student stage, width) [(0, 0, 8), (1, 1, 16), (2, 2, 32)], this student has [(0, 0, 16)"
-        in message
-    )
+    assert "(teacher stage, student stage, width) [(0, 0, 8), (1, 1, 16), (2, 2, 32)]" in message
+    assert "this student has [(0, 0, 16)" in message
 
 
 def test_interpolation_identifies_the_targets_where_it_decides_them(stored):
