@@ -459,11 +459,11 @@ def test_the_status_tells_a_launcher_what_to_do(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"status", "errors"}
 
 
-def broken(*_: Any) -> None:
+def broken(*_: Any, **__: Any) -> None:
     raise ZeroDivisionError("on purpose")
 
 
-def out_of_memory(*_: Any) -> None:
+def out_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of the allocator")
 
 
