@@ -47,7 +47,7 @@ A file may also list `stages` ([chains](method.md#chains)), or `students` with `
 the file.
 
 {starts}
-"""  # noqa: E501  # an error is quoted as it is printed
+"""  # an error is quoted as it is printed
 STARTS = """\
 A run resumes with the same config only, except for {operational}, which may change. {node} may also differ
 between the nodes of a run."""
