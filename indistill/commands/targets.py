@@ -344,13 +344,10 @@ def prepare(settings: Config) -> Job:
     live = {"targets": settings.targets.model_copy(update={"source": "live"})}
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
     accelerator = start_accelerator(settings)
+    rank = accelerator.process_index
     names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
     training = IndexedTraining(
-        settings.data,
-        settings.seed,
-        rank=accelerator.process_index,
-        world=world,
-        accumulation=settings.grad_accumulation,
+        settings.data, settings.seed, rank=rank, world=world, accumulation=settings.grad_accumulation
     )
     agree({"data": training.fingerprint})
     student, targets_of, plan = create_networks(accelerator, settings, training)
@@ -372,8 +369,8 @@ def prepare(settings: Config) -> Job:
         batch=batch,
     )
     agree({"teacher": targets_of.fingerprint, "plan": plan.hash})
-    manifest = engine.on_main(accelerator, lambda: claim(Path(root), manifest))
-    return Job(accelerator, Path(root), training.dataset, targets_of, pairs, manifest)
+    stored = engine.on_main(accelerator, lambda: claim(Path(root), manifest))
+    return Job(accelerator, Path(root), training.dataset, targets_of, pairs, stored)
 
 
 def check_storable(settings: Config, world: int) -> str:

@@ -128,8 +128,10 @@ class _Watch:
             now = time.monotonic()
             still = now - place.since
             if still > self.timeout:
-                limit = f"collective_timeout_minutes ({self.timeout_minutes:g})"
-                preemption.leave(f"{place}: not finished within {limit}; {_next()}")
+                preemption.leave(
+                    f"{place}: not finished within collective_timeout_minutes ({self.timeout_minutes:g}); "
+                    f"{_next()}"
+                )
             if self._exchange(place, now) and still > self.timeout / 2 and place.passed != self.named_at:
                 self.named_at = place.passed
                 print(f"indistill: {self._verdict(now)}", file=sys.stderr, flush=True)

@@ -175,12 +175,11 @@ def load_manifest(root: str) -> Manifest:
         with remote.open_stream(path) as stream:
             text = stream.read()
     except Exception as error:  # every fsspec backend has exceptions of its own
-        missing = "no stored targets there"
-        if os.path.exists(f"{root}/manifest.partial.json"):
-            missing += ", only a part of them"
+        partly = ", only a part of them" if os.path.exists(f"{root}/manifest.partial.json") else ""
         reason = in_one_line(error, 200)
         raise UserError(
-            f"{path}: {missing} ({reason}): run `indistill targets CONFIG`, or set targets: live"
+            f"{path}: no stored targets there{partly} ({reason}): run `indistill targets CONFIG`, or "
+            "set targets: live"
         ) from None
     return parse_manifest(text, path)
 

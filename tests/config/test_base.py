@@ -25,7 +25,7 @@ class Failing(Dataset):
         (ValueError("  two\n\tlines "), "two lines", "ValueError: two lines"),
         (KeyError("key"), "'key'", "KeyError: 'key'"),
         (AssertionError(), "AssertionError", "AssertionError"),
-        (UserError("data.root: no such folder"), "data.root: no such folder", "UserError: data.root: no such folder"),
+        (UserError("data.root: missing"), "data.root: missing", "UserError: data.root: missing"),
     ],
     ids=lambda value: "",
 )  # fmt: skip

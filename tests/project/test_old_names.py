@@ -23,9 +23,9 @@ OLD = re.findall(
 
 
 def old_names(text: str, package: Path = PACKAGE) -> list[str]:
-    """Return `line: match` for every old module in `text`: path, dotted name, import or bare file name.
+    """Return `line: match` for each old module in `text`: a path, dotted name, import or file name.
 
-    Dotted names that are now folders (`indistill.targets`) are allowed, and so are bare file names that a file
+    Dotted names that are now folders (`indistill.targets`) are allowed, and so are file names that a file
     of the package still has (`runs.py`).
     """
     folders = {path.name for path in package.iterdir() if path.is_dir()}
