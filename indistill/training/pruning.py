@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from indistill import config, prune
 from indistill.config import Config, UserError
+from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir
 from indistill.config.tree import input_size
 from indistill.distributed import engine
@@ -50,7 +51,7 @@ def agree_on_plan(
             return Plan.read(path)
         how = (section.criterion, section.mode, warmup.adapter, importance, settings.seed)
         plan = prune.plan(teacher.net, student, pairs, input_size(settings), *how)
-        path.write_text(plan.to_json())
+        replace_text(path, plan.to_json())
         return plan
 
     return engine.on_main(accelerator, read_or_make)
@@ -102,7 +103,7 @@ def stored_plan(
             raise UserError(
                 f"{reader.root}: made with another plan than {path}, with which this run began: {REMEDY}"
             )
-        path.write_text(plan.to_json())
+        replace_text(path, plan.to_json())
 
     engine.on_main(accelerator, keep)
     return plan

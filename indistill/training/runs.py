@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from indistill.config import Config, UserError
-from indistill.config.files import sha256
+from indistill.config.files import replace_text, sha256
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, has_begun
 from indistill.config.runs import Students
@@ -139,7 +139,7 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
     elif hashes and Ranks.from_environment().is_main_process:
         try:
             run_dir.path.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(hashes, indent=2) + "\n")
+            replace_text(record, json.dumps(hashes, indent=2) + "\n")
         except OSError as error:
             raise UserError(
                 f"run_dir {run_dir.path}: cannot be written ({error.strerror}): choose another"

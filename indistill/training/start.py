@@ -10,6 +10,7 @@ from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 
 from indistill import config
 from indistill.config import Config, UserError
+from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, has_begun
 from indistill.data import class_names
@@ -107,7 +108,8 @@ def open_run_dir(settings: Config) -> RunDir:
                 files.classes.unlink(missing_ok=True)
         names = class_names.check(settings.data)
         files.checkpoints.mkdir(parents=True, exist_ok=True)
-        files.config.write_text(config.dump(settings))
+        if not files.config.exists() or files.config.read_text() != config.dump(settings):
+            replace_text(files.config, config.dump(settings))
         class_names.keep(names, files.path)
     except OSError as error:
         raise UserError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from indistill import config
 from indistill.commands.report.read import Run
 from indistill.config import Config, in_one_line
+from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def networks(run: Run, measure: bool) -> dict[str, Any]:
         known["speed"] = _or_reason(lambda: speed(sections, run.settings))
     if known != run.networks:
         with contextlib.suppress(OSError):
-            RunDir(run.path).networks.write_text(json.dumps(known, indent=2) + "\n")
+            replace_text(RunDir(run.path).networks, json.dumps(known, indent=2) + "\n")
     return known
 
 
