@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +40,18 @@ def replace_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, as `replacing` does."""
     with replacing(path) as stream:
         stream.write(text.encode())
+
+
+def give_usual_mode(path: str | Path) -> None:
+    """Give a file the permissions that `open` gives to new files there; safetensors makes its own 0600.
+
+    The umask alone would not tell: it cannot be read without setting it, and a folder may have default ACLs.
+    """
+    probe = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.part"
+    with open(probe, "xb") as stream:
+        mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+        os.unlink(probe)
+    os.chmod(path, mode)
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from indistill.config.read import load_recorded
 from indistill.config.tree import Config
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
+_LEFT_OVER = re.compile(r"\.(partial|deleted)-step-\d{8,}(-\d+)?")  # of a checkpoint, by a kill
 _open: set[Path] = set()  # run directories in which this process wrote a start, and no end yet
 
 
@@ -75,9 +76,24 @@ class RunDir(_Folder):
         return self.checkpoints / f"step-{step:08d}"
 
     def saved_checkpoints(self) -> list[Path]:
-        """The checkpoints that all ranks have written, oldest first. A disk may have damaged them since."""
-        found = [path for path in self.checkpoints.glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
-        return sorted(found, key=checkpoint_step)
+        """The checkpoints that all ranks have written, oldest first. A disk may have damaged them since.
+
+        Raises UserError if the folder cannot be read, which is not the same as a folder that is not there.
+        """
+        return sorted(self._checkpoints_called(_CHECKPOINT), key=checkpoint_step)
+
+    def left_over_checkpoints(self) -> list[Path]:
+        """What a killed process left half-written or half-deleted; raises as `saved_checkpoints`."""
+        return sorted(self._checkpoints_called(_LEFT_OVER))
+
+    def _checkpoints_called(self, pattern: re.Pattern[str]) -> list[Path]:
+        try:
+            names = os.listdir(self.checkpoints)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"{self.checkpoints}: cannot be read ({error.strerror}): mend that") from None
+        return [self.checkpoints / name for name in names if pattern.fullmatch(name)]
 
     def traceback(self, rank: str) -> Path:
         """The file for the traceback of a rank's unexpected error."""

@@ -36,9 +36,16 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line
 from indistill.config.ranks import Ranks
 from indistill.curriculum import Phase
+from indistill.distributed.saved_state import (
+    check_optimizer,
+    check_scaler,
+    check_state,
+    check_tensors,
+    state_kinds,
+)
 from indistill.models.graph import walk
 
 Student = TypeVar("Student", bound=nn.Module)
@@ -154,10 +161,17 @@ class DDP(Engine):
         return {"optimizer": self.optimizer.state_dict(), "scaler": scaler}
 
     def restore(self, weights: Mapping[str, Tensor], parts: Sequence[dict[str, Any]]) -> None:
+        if not parts:
+            raise UserError("has no state of the optimizer")
+        saved, scaler = parts[0].get("optimizer"), self.accelerator.scaler
+        check_tensors("the student", weights, self.student.state_dict())
+        check_optimizer(saved, self.optimizer.optimizer)
+        if scaler:
+            check_scaler(parts[0].get("scaler"), scaler.state_dict())
         self.student.load_state_dict(weights)
-        self.optimizer.load_state_dict(parts[0]["optimizer"])
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(parts[0]["scaler"])
+        self.optimizer.load_state_dict(saved)
+        if scaler:
+            scaler.load_state_dict(parts[0]["scaler"])
 
 
 class ZeRO(Engine):
@@ -251,25 +265,45 @@ class ZeRO(Engine):
     def optimizer_part(self) -> dict[str, Any]:
         """As `Engine.optimizer_part`; `repartition` describes how the parts of all ranks join."""
         zero, partitions = self._zero, self._partitions()
-        scaler = {
-            name: value for name, value in vars(zero.loss_scaler).items() if isinstance(value, int | float)
-        }
         states = [dict(zero.optimizer.state.get(flat, {})) for _, flat in partitions]
-        return {"optimizer": states, "scaler": scaler, "sizes": [sizes for sizes, _ in partitions]}
+        return {"optimizer": states, "scaler": self._scaler(), "sizes": [sizes for sizes, _ in partitions]}
 
     def restore(self, weights: Mapping[str, Tensor], parts: Sequence[dict[str, Any]]) -> None:
         from deepspeed.runtime.zero import GatheredParameters
 
-        if parts[0]["sizes"] != [sizes for sizes, _ in self._partitions()]:
+        self._check(parts)
+        with GatheredParameters(list(self.student.parameters()), modifier_rank=0):
+            check_tensors("the student", weights, self.student.state_dict())
+            self.student.load_state_dict(weights)
+        self._zero.refresh_fp32_params()  # in stages with copies of the parameters
+        scaler = {name: parts[0]["scaler"][name] for name in self._scaler()}
+        vars(self._zero.loss_scaler).update(scaler)
+        self._restore_optimizer([part["optimizer"] for part in parts])
+
+    def _check(self, parts: Sequence[dict[str, Any]]) -> None:
+        """Raise UserError unless the parts of all ranks that saved them fit this run."""
+        groups = [sizes for sizes, _ in self._partitions()]
+        if not parts or any(part.get("sizes") != groups for part in parts):
             raise UserError(
                 "DeepSpeed partitions the parameters differently from the checkpoint: use the same "
                 "sub_group_size"
             )
-        with GatheredParameters(list(self.student.parameters()), modifier_rank=0):
-            self.student.load_state_dict(weights)
-        self._zero.refresh_fp32_params()  # in stages with copies of the parameters
-        vars(self._zero.loss_scaler).update(parts[0]["scaler"])
-        self._restore_optimizer([part["optimizer"] for part in parts])
+        example = torch.zeros(1, device=self._partitions()[0][1].device)
+        (kinds,) = state_kinds(self._zero.optimizer, [[example]]).values()
+        for rank, part in enumerate(parts):
+            check_scaler(part.get("scaler"), self._scaler())
+            what, states = f"rank {rank}'s state of the optimizer", part.get("optimizer")
+            if not isinstance(states, list) or len(states) != len(groups):
+                raise UserError(f"{what} has not the {len(groups)} groups of this run")
+            for i, sizes in enumerate(groups):
+                length = (partition_length(sizes, each=self.stage == 3, world=len(parts)),)
+                wanted = {
+                    name: (length, kind[1]) if isinstance(kind, tuple) else kind
+                    for name, kind in kinds.items()
+                }
+                check_state(f"{what}, group {i}", states[i], wanted, length)
+                if states[i].keys() != parts[0]["optimizer"][i].keys():
+                    raise UserError(f"{what}, group {i}, has other names than that of rank 0")
 
     def _restore_optimizer(self, states: Sequence[list[dict[str, Any]]]) -> None:
         """Load this rank's part; `states` has, by saved rank and group of parameters, name to value."""
@@ -281,6 +315,11 @@ class ZeRO(Engine):
                     value = repartition(saved, sizes, each=self.stage == 3, rank=rank, world=world)
                     value = value.to(flat.device)
                 self._zero.optimizer.state[flat][name] = value
+
+    def _scaler(self) -> dict[str, int | float]:
+        """The numbers of DeepSpeed's loss scaler."""
+        values = vars(self._zero.loss_scaler).items()
+        return {name: value for name, value in values if isinstance(value, int | float)}
 
     @property
     def _zero(self) -> Any:
@@ -314,6 +353,13 @@ def use_dynamic_loss_scale(zero_optimizer: Any) -> None:
         raise_error_at_min_scale=False,  # max_bad_steps decides when to stop
     )
     zero_optimizer.dynamic_loss_scale = True
+
+
+def partition_length(sizes: Sequence[int], *, each: bool, world: int) -> int:
+    """Return the length of every rank's part, by the rules of `repartition`."""
+    if each:
+        return sum(math.ceil(size / world) for size in sizes)
+    return math.ceil(sum(sizes) / (2 * world)) * 2
 
 
 def repartition(
@@ -450,15 +496,25 @@ def device_name(device: torch.device) -> str:
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """Call `function` on rank 0; return its result, or raise its UserError, on every rank (collective)."""
+    """Call `function` on rank 0; return its result, or raise its UserError, on every rank (collective).
+
+    No rank waits for a rank 0 that has failed: its unexpected error is a UserError on the others, who are
+    silent about it.
+    """
     result: Any = None
     message: str | None = None
+    unexpected: Exception | None = None
     if accelerator.is_main_process:
         try:
             result = function()
         except UserError as error:
             message = str(error)
+        except Exception as error:
+            message = f"rank 0: {in_one_line(error, with_type=True)}"
+            unexpected = error
     result, message = broadcast_object_list([result, message])
+    if unexpected is not None:
+        raise unexpected
     if message is not None:
         raise UserError(message)
     return result

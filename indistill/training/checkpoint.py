@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,15 +22,17 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.operations import recursively_apply
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
 from indistill import config
 from indistill.config import UserError, in_one_line
-from indistill.config.files import sha256
+from indistill.config.files import give_usual_mode, sha256
 from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
 from indistill.distributed.engine import Engine, on_main
+from indistill.distributed.saved_state import check_tensors
 
 FORMAT_VERSION = 4
 MOST_FAILURES = 3  # saves in a row that may fail before the run does
@@ -41,6 +44,17 @@ class Stateful(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class SavedState(BaseModel):
+    """What `state.json` must contain in this format."""
+
+    format_version: int
+    step: int
+    identity: dict[str, str]
+    scores: dict[str, float] | None
+    best_top1: float
+    parts: dict[str, dict[str, Any]]
 
 
 class Checkpoints:
@@ -74,6 +88,7 @@ class Checkpoints:
         self.crash: Exception | None = None  # of the writer's thread, and not the disk's fault
         self.failure: str | None = None  # of the last save, known to all ranks once it has ended
         self.failures_in_a_row = 0
+        self.warned: set[Path] = set()  # what could not be deleted, said once
         # A group for the writers alone, so that they can agree while the ranks train. (Any: torch's type hint
         # allows an int, for ranks that are not in the group.)
         self.group: Any = (
@@ -92,10 +107,18 @@ class Checkpoints:
         path, state = on_main(self.accelerator, lambda: self.find(choice))
         if path is None:
             return 0, {}
-        self.load(path, ema)
+        try:
+            self.load(path, ema)
+            for name, part in self.parts.items():
+                part.restore(state["parts"][name])
+        except UserError as error:
+            raise UserError(f"{path}: {error}: resume from another checkpoint, with --resume PATH") from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}: {CheckpointDir(path).state.name} does not fit this run ({in_one_line(error, 200)}): resume "
+                "from another checkpoint, with --resume PATH"
+            ) from None
         self.best_top1 = state["best_top1"]
-        for name, part in self.parts.items():
-            part.restore(state["parts"][name])
         if self.accelerator.is_main_process:  # accelerator.print would print it on every node
             print(f"resumed from {path} at step {state['step']}", flush=True)
         return state["step"], state["scores"]
@@ -107,8 +130,8 @@ class Checkpoints:
         If a checkpoint is damaged, the one before it is taken, unless it was named. Later ones then no longer
         count.
         """
-        for path in self.folder.glob(".*"):  # left half-written or half-deleted by a kill
-            shutil.rmtree(path)
+        self._finish_killed_save()
+        self._sweep()
         candidates = self._candidates(choice)
         for path in candidates:
             damage = damaged(path)
@@ -124,10 +147,14 @@ class Checkpoints:
     def _candidates(self, choice: str) -> list[Path]:
         """The checkpoints that `--resume choice` allows, the preferred one first."""
         if choice not in ("auto", "never"):
-            if not Path(choice).is_dir():
+            try:
+                os.listdir(choice)
+            except (FileNotFoundError, NotADirectoryError):
                 raise UserError(
                     f"--resume {choice}: no checkpoint there: give a directory called step-XXXXXXXX"
-                )
+                ) from None
+            except OSError as error:
+                raise UserError(f"--resume {choice}: cannot be read ({error.strerror}): mend that") from None
             return [Path(choice)]
         saved = self.files.saved_checkpoints()
         if choice == "never" and saved:
@@ -142,25 +169,56 @@ class Checkpoints:
         if state["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
         for name, value in self.identity.items():
-            if (saved := state["identity"][name]) != value:
+            if (saved := state["identity"].get(name)) != value:
                 values = f" ({saved}, not {value})" if name == "engine" else ""
                 raise UserError(f"{path}: saved with another {name}{values}: resume with the one of that run")
         return state
 
     def load(self, path: Path, ema: ModelEmaV3 | None) -> None:
         """Restore networks and optimizer in place, on all ranks."""
-        files = CheckpointDir(path).optimizers()
-        parts = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
-        self.engine.restore(load_file(CheckpointDir(path).model), parts)
+        files = CheckpointDir(path)
+        parts = [_read(file) for file in files.optimizers()]
+        self.engine.restore(_read(files.model), parts)
         if ema is not None:
-            ema.module.load_state_dict(load_file(CheckpointDir(path).ema))
+            average = _read(files.ema)
+            check_tensors(files.ema.name, average, ema.module.state_dict())
+            ema.module.load_state_dict(average)
 
     def set_aside_later(self, step: int) -> None:
         """Set aside the later checkpoints of a run that goes back to `step`, and delete its summary."""
         for path in self.files.saved_checkpoints():
             if checkpoint_step(path) > step:
                 self.files.summary.unlink(missing_ok=True)
-                path.rename(path.with_name(f"superseded-{path.name}-{time.time_ns()}"))
+                try:
+                    path.rename(path.with_name(f"superseded-{path.name}-{time.time_ns()}"))
+                except OSError as error:
+                    raise UserError(
+                        f"{path}: is later than step {step}, and cannot be renamed ({error.strerror}): move it "
+                        "away"
+                    ) from None
+
+    def _finish_killed_save(self) -> None:
+        """Give a checkpoint its name that was complete when its run was killed just before."""
+        for path in self.files.left_over_checkpoints():
+            final = self.folder / path.name.removeprefix(".partial-")
+            if CheckpointDir(path).manifest.is_file() and not os.path.lexists(final) and not damaged(path):
+                with contextlib.suppress(OSError):
+                    path.rename(final)
+
+    def _sweep(self) -> None:
+        """Delete what a kill left half-written or half-deleted, under names that only this class gives."""
+        for path in self.files.left_over_checkpoints():
+            try:
+                _delete(path)
+            except OSError as error:
+                self._warn(path, error)
+
+    def _warn(self, path: Path, error: Exception) -> None:
+        """Say once that a path cannot be deleted."""
+        if path not in self.warned:
+            self.warned.add(path)
+            reason = in_one_line(error, 200)
+            _say(f"{path} cannot be deleted ({reason}): this is tried again after the next checkpoint")
 
     # --- saving ---------------------------------------------------------------------------------------------
 
@@ -247,15 +305,19 @@ class Checkpoints:
         except Exception as error:  # a thread cannot end the run: `wait` raises it
             self.crash = error
             return
-        if self.accelerator.is_main_process and self.failure:
+        if not self.accelerator.is_main_process:
+            return
+        if self.failure:
             shutil.rmtree(partial.path, ignore_errors=True)  # it may be what fills the disk
-            with contextlib.suppress(OSError):  # the log may be on the disk that is full
-                print(
-                    f"indistill: CHECKPOINT NOT WRITTEN at step {step}: {self.failure}. The run goes on; the "
-                    "checkpoint before is the last.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            _say(
+                f"CHECKPOINT NOT WRITTEN at step {step}: {self.failure}. The run goes on; the checkpoint "
+                "before is the last."
+            )
+            return
+        try:
+            self._delete_older()
+        except Exception as error:  # the new checkpoint is there, whatever is wrong with the others
+            self._warn(self.folder, error)
 
     def _write_and_publish(
         self, partial: CheckpointDir, final: Path, contents: dict[Path, Any]
@@ -277,9 +339,9 @@ class Checkpoints:
         if self.accelerator.is_main_process and failure is None:
             try:
                 _write_file(partial.manifest, manifest)
-                self._publish(partial.path, final)
-            except OSError as error:
-                failure = str(error)
+                _publish(partial, final, manifest)
+            except Exception as error:  # all ranks must hear of it
+                failure = in_one_line(error, 300)
         return self._from_all(failure)[0]
 
     def _from_all(self, mine: Any) -> list[Any]:
@@ -290,41 +352,113 @@ class Checkpoints:
         distributed.all_gather_object(gathered, mine, group=self.group)
         return gathered
 
-    def _publish(self, partial: Path, final: Path) -> None:
-        """Rename a complete checkpoint, and delete those that are no longer to be kept."""
-        if final.exists():  # saved before its evaluation, which a preemption had stopped
-            final.rename(final.with_name(f".deleted-{final.name}"))
-        partial.rename(final)
-        # Keep the newest `keep_last` and the `keep_best` of highest top-1 (the newer of equals).
-        paths = self.files.saved_checkpoints()
+    def _delete_older(self) -> None:
+        """Delete the checkpoints that are no longer to be kept; one that is cut neither counts nor goes.
+
+        The newest `keep_last` and the `keep_best` of highest top-1 (the newer of equals) are kept.
+        """
+        paths = [path for path in self.files.saved_checkpoints() if damaged(path, hashes=False) is None]
         scored = [(top1, path) for path in paths if (top1 := _top1(path)) is not None]
         kept = set(paths[-self.section.keep_last :])
         kept.update(path for _, path in sorted(scored)[len(scored) - self.section.keep_best :])
         for path in paths:
             if path not in kept:
-                path.rename(path.with_name(f".deleted-{path.name}"))  # an incomplete one never has its name
-        for path in self.folder.glob(".deleted-*"):
-            shutil.rmtree(path)
+                try:
+                    _retire(path)
+                except OSError as error:
+                    self._warn(path, error)
+        self._sweep()
 
 
-def damaged(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, by sizes and hashes of its files; None if nothing is."""
+def _publish(partial: CheckpointDir, final: Path, manifest: Mapping[str, Any]) -> None:
+    """Give a complete checkpoint its name."""
+    for path in partial.optimizers():
+        if path.name not in manifest:  # of an earlier save of this step, on more ranks, that was killed
+            path.unlink()
+    if os.path.lexists(final):  # saved before its evaluation, which a preemption had stopped
+        _retire(final)
+    partial.path.rename(final)
+
+
+def _retire(path: Path) -> None:
+    """Rename a checkpoint before it is deleted, so that an incomplete one never has its name."""
+    path.rename(path.with_name(f".deleted-{path.name}-{time.time_ns()}"))
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder with all that can be deleted in it, or a file or link. Raises OSError if it stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(path)  # for the reason
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the log may be on the disk that is full
+        print(f"indistill: {line}", file=sys.stderr, flush=True)
+
+
+def damaged(path: Path, *, hashes: bool = True) -> str | None:
+    """Return what is wrong with a checkpoint, by sizes and hashes of its files; None if nothing is.
+
+    hashes: compare the files' SHA-256, too.
+    """
+    files = CheckpointDir(path)
     try:
-        manifest = json.loads(CheckpointDir(path).manifest.read_text())
+        manifest = _json_of(files.manifest)
+        for required in (files.model.name, files.state.name):
+            if required not in manifest:
+                return f"{required} is not in {files.manifest.name}"
         for name, entry in manifest.items():
-            if (size := (path / name).stat().st_size) != entry["bytes"]:
-                return f"{name} has {size} bytes, not {entry['bytes']}"
-            if sha256(path / name) != entry["sha256"]:
+            file = path / name
+            if Path(name).name != name or not stat.S_ISREG((status := file.stat()).st_mode):
+                return f"{name!r} is not a file of it"
+            if status.st_size != entry["bytes"]:
+                return f"{name} has {status.st_size} bytes, not {entry['bytes']}"
+            if hashes and sha256(file) != entry["sha256"]:
                 return f"{name} has another SHA-256 than when it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json or a file that it names cannot be read: {in_one_line(error, 200)}"
+        state = _json_of(files.state)
+        if state["format_version"] == FORMAT_VERSION:
+            SavedState.model_validate(state)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return f"{files.state.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = in_one_line(error, 200)
+        return f"{files.manifest.name} or a file that it names cannot be read: {reason}"
     return None
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """Read the mapping in a JSON file; a pipe or device in its place would never end."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path.name}")
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is not a mapping")
+    return content
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read the tensors of a checkpoint's file. Raises UserError if it is not what this program writes."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the libraries raise many kinds for a damaged file
+        raise UserError(f"{path.name} cannot be read ({in_one_line(error, 200)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name} is not a mapping")
+    return content
 
 
 def _write_file(path: Path, content: Any) -> dict[str, Any]:
     """Write a file through to the disk; return its entry in the manifest."""
     if path.suffix == ".safetensors":
         save_file({name: value.contiguous() for name, value in content.items()}, path)
+        give_usual_mode(path)
     elif path.suffix == ".pt":
         torch.save(content, path)
     else:
@@ -335,4 +469,4 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
 
 
 def _top1(path: Path) -> float | None:
-    return (json.loads(CheckpointDir(path).state.read_text())["scores"] or {}).get("top1")
+    return (_json_of(CheckpointDir(path).state).get("scores") or {}).get("top1")
