@@ -15,6 +15,7 @@ import re
 import socket
 import time
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from indistill.config.tree import Config
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _LEFT_OVER = re.compile(r"\.(partial|deleted)-step-\d{8,}(-\d+)?")  # of a checkpoint, by a kill
+_LOGS = (".log", ".out", ".err")
 _open: set[Path] = set()  # run directories in which this process wrote a start, and no end yet
 
 
@@ -51,6 +53,8 @@ class RunDir(_Folder):
 
     config = _Entry("config.yaml")  # all keys with their values
     status = _Entry("status")  # running, done, requeue or failed; a chain's is above its stages
+    lock = _Entry("run.lock")  # of the start that is at work (run_lock.py)
+    starts = _Entry("starts_without_step")  # how many starts in a row have not made a step; absent after one
     metrics = _Entry("metrics.jsonl")  # a line for each logged step, evaluation and checkpoint
     history = _Entry("history.jsonl")  # a line for each start and end
     summary = _Entry("summary.json")  # of a finished run: final scores, seconds
@@ -142,6 +146,32 @@ def append_end(under: Path, how: str, reason: str = "") -> None:
     for run_dir in [path for path in tuple(_open) if path.is_relative_to(under)]:
         _open.discard(run_dir)
         _append(run_dir, {"event": "end", "how": how, "reason": reason})
+
+
+def refuse_foreign(path: Path, runs: Collection[str] = ()) -> None:
+    """Raise UserError for a folder that is not empty and not of a run, whose files would be mixed up.
+
+    Hidden files and a scheduler's logs may be there before the run. `runs` are the names of runs in it.
+    """
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"run_dir {path}: cannot be written ({error.strerror}): choose another") from None
+    known = {entry.name for entry in vars(RunDir).values() if isinstance(entry, _Entry)}
+    files = RunDir(path)
+    signs = {file.name for file in (files.config, files.status, files.history, files.metrics)}
+    foreign = [
+        name
+        for name in sorted({*names} - known - {*runs} - {"lost+found"})
+        if not name.startswith(".") and not name.endswith(_LOGS)
+    ]
+    if foreign and not signs & {*names}:
+        raise UserError(
+            f"run_dir {path}: is not empty, and no run of indistill (it contains {foreign[0]!r}): choose "
+            "another run_dir"
+        )
 
 
 def has_begun(settings: Config) -> bool:

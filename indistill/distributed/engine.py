@@ -40,6 +40,7 @@ from indistill.config import UserError, in_one_line
 from indistill.config.ranks import Ranks
 from indistill.curriculum import Phase
 from indistill.distributed.saved_state import (
+    Kinds,
     check_optimizer,
     check_scaler,
     check_state,
@@ -297,7 +298,7 @@ class ZeRO(Engine):
                 raise UserError(f"{what} has not the {len(groups)} groups of this run")
             for i, sizes in enumerate(groups):
                 length = (partition_length(sizes, each=self.stage == 3, world=len(parts)),)
-                wanted = {
+                wanted: Kinds = {
                     name: (length, kind[1]) if isinstance(kind, tuple) else kind
                     for name, kind in kinds.items()
                 }

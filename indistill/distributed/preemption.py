@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from indistill.config import UserError, in_one_line
+from indistill.config import UserError, in_one_line, run_lock
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, append_end, describe_error
@@ -61,6 +61,8 @@ class _Process:
     deadline: float = math.inf  # time.time of the time limit
     began: float | None = None  # time.time of this start of a run or chain
     status: Path | None = None
+    refusal: str | None = None  # why this start may not use the run directory: another one is at work there
+    stepped: bool = False  # this start of a run or chain has made a step
     in_steps: bool = False  # a signal is acted on at the end of a step
     agreed: bool = False  # the ranks stop; a checkpoint is being written, with no time limit
 
@@ -144,9 +146,18 @@ def exit_at_once(code: int) -> NoReturn:
     streams are not flushed: the main thread may hold them.
     """
     with contextlib.suppress(Exception):
+        run_lock.release_all()
+    with contextlib.suppress(Exception):
         for child in multiprocessing.active_children():
             child.kill()
     os._exit(code)
+
+
+def _lost(reason: str) -> NoReturn:
+    """End this process, whose run directory another start has taken over: what it wrote would be mixed up."""
+    _leaving.acquire()
+    _print(f"rank {Ranks.from_environment().rank} leaves at once: {reason}")
+    exit_at_once(2)
 
 
 def exit_code() -> int:
@@ -232,6 +243,7 @@ class Agreement:
         `told` holds the means over the ranks of `asked` and of seconds per step if the step was logged, else
         None.
         """
+        _note_step()
         if self.world == 1:
             return settle(asked())
         if told is not None:
@@ -264,13 +276,46 @@ def _deadline(max_hours: float | None, now: float) -> float:
 @contextlib.contextmanager
 def status_in(run_dir: Path) -> Iterator[None]:
     """Keep `run_dir/status` up to date while a run or a chain runs within the context."""
-    status = RunDir(run_dir).status
+    with run_lock.released_after():
+        _process.refusal = _lock_refused(run_dir)
+        with _status_in(run_dir):
+            yield
+
+
+def _lock_refused(run_dir: Path) -> str | None:
+    """Lock the run directory for this start, by rank 0; return why another start keeps it."""
+    with contextlib.suppress(OSError):  # reported by `lock`
+        if Ranks.from_environment().is_main_process:
+            try:
+                run_lock.take(run_dir, _lost)
+            except UserError as error:
+                return str(error)
+    return None
+
+
+def lock(run_dir: Path) -> None:
+    """Lock a run directory for this start; call on the run's rank 0, where the other ranks hear of errors.
+
+    Raises UserError if another start is at work there or in that of the whole chain, and OSError.
+    """
+    if _process.refusal is not None:
+        raise UserError(_process.refusal)
+    run_lock.take(run_dir, _lost)
+
+
+@contextlib.contextmanager
+def _status_in(run_dir: Path) -> Iterator[None]:
+    # Without the lock the status is that of another start.
+    status = None if _process.refusal else RunDir(run_dir).status
     _process.status = status
     _process.began = time.time()
+    _process.stepped = False
     _mark(status, "running")
+    _count_start(status)
     try:
         yield
         _mark(status, "done")
+        _note_step()
     except Preempted as stopped:
         _end(status, "requeue", f"{stopped}, asked by {_process.asked_by}")
         raise
@@ -284,11 +329,29 @@ def status_in(run_dir: Path) -> Iterator[None]:
         _end(status, "failed", describe_error(error, run_dir), on_any_rank=True)
         raise
     finally:
-        _process.status = _process.began = None
+        _process.status = _process.began = _process.refusal = None
 
 
-def _end(status: Path, word: str, reason: str, on_any_rank: bool = False) -> None:
+def _count_start(status: Path | None) -> None:
+    """Note that no step has been made since this start, for launch/slurm/train.sbatch, which counts on."""
+    counted = "SLURM_JOB_ID" in os.environ
+    if counted and status is not None and Ranks.from_environment().is_main_process:
+        with contextlib.suppress(OSError), RunDir(status.parent).starts.open("x") as file:
+            file.write("1\n")
+
+
+def _note_step() -> None:
+    """Note that this start has made a step, or had none to make."""
+    if not _process.stepped and _process.status is not None and Ranks.from_environment().is_main_process:
+        with contextlib.suppress(OSError):
+            RunDir(_process.status.parent).starts.unlink(missing_ok=True)
+    _process.stepped = True
+
+
+def _end(status: Path | None, word: str, reason: str, on_any_rank: bool = False) -> None:
     """Write the end into `status` and the history; failed if another rank has written that before."""
+    if status is None:
+        return
     failure = _mark(status, word, reason, on_any_rank)
     if failure:
         append_end(status.parent, "failed", failure)
@@ -296,12 +359,14 @@ def _end(status: Path, word: str, reason: str, on_any_rank: bool = False) -> Non
         append_end(status.parent, word, reason)
 
 
-def _mark(status: Path, word: str, reason: str = "", on_any_rank: bool = False) -> str:
+def _mark(status: Path | None, word: str, reason: str = "", on_any_rank: bool = False) -> str:
     """Write `status`, by rank 0 or `on_any_rank`; returns "".
 
     If another rank has failed and this one would write requeue, returns the reason of the other and writes
     nothing. A status that cannot be written does not fail the run: the exit code says the same.
     """
+    if status is None:
+        return ""
     with contextlib.suppress(OSError):
         if word == "requeue" and status.exists():
             written, _, why = status.read_text().partition("\n")
@@ -310,5 +375,9 @@ def _mark(status: Path, word: str, reason: str = "", on_any_rank: bool = False) 
         if not Ranks.from_environment().is_main_process and not on_any_rank:
             return ""
         status.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(status, f"{word}\n{reason}\n" if word == "failed" else f"{word}\n")
+        text = f"{word}\n{reason}\n" if word == "failed" else f"{word}\n"
+        try:
+            replace_text(status, text)
+        except OSError:  # a full disk has room in the block of the old text
+            status.write_text(text)
     return ""

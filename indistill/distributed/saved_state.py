@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from indistill.config import UserError
 
-# Shape and dtype of a tensor with dimensions; None for a number or a tensor without; a list of them for a list.
+# Shape and dtype of a tensor with dimensions; None for a number or a tensor without; a list for a list.
 Kind = tuple[tuple[int, ...], torch.dtype] | list[Any] | None
 Kinds = dict[str, Kind]  # by the names of a parameter's state
 
@@ -32,7 +32,7 @@ def check_tensors(what: str, saved: Mapping[str, Any], live: Mapping[str, Tensor
 
 
 def check_optimizer(saved: Any, live: Optimizer) -> None:
-    """Raise UserError unless `saved` is a state_dict that fits the optimizer, whose own state may be empty."""
+    """Raise UserError unless the state_dict `saved` fits the optimizer, whose own state may be empty."""
     if not isinstance(saved, dict) or not isinstance(state := saved.get("state"), dict):
         raise UserError("the optimizer's state is not a state dict")
     groups = saved.get("param_groups")
@@ -50,7 +50,7 @@ def check_optimizer(saved: Any, live: Optimizer) -> None:
 
 
 def check_group(what: str, saved: Any, live: Mapping[str, Any]) -> None:
-    """Raise UserError unless the settings of a group of parameters are of the kinds that the live ones are."""
+    """Raise UserError unless the settings of a group of parameters are of the same kinds as the live ones."""
     if not isinstance(saved, dict) or not isinstance(saved.get("params"), list):
         raise UserError(f"{what} is not a group of parameters")
     if len(saved["params"]) != len(live["params"]):

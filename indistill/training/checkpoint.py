@@ -115,8 +115,8 @@ class Checkpoints:
             raise UserError(f"{path}: {error}: resume from another checkpoint, with --resume PATH") from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{path}: {CheckpointDir(path).state.name} does not fit this run ({in_one_line(error, 200)}): resume "
-                "from another checkpoint, with --resume PATH"
+                f"{path}: what it says of the run does not fit ({in_one_line(error, 200)}): "
+                "resume from another checkpoint, with --resume PATH"
             ) from None
         self.best_top1 = state["best_top1"]
         if self.accelerator.is_main_process:  # accelerator.print would print it on every node
@@ -193,8 +193,8 @@ class Checkpoints:
                     path.rename(path.with_name(f"superseded-{path.name}-{time.time_ns()}"))
                 except OSError as error:
                     raise UserError(
-                        f"{path}: is later than step {step}, and cannot be renamed ({error.strerror}): move it "
-                        "away"
+                        f"{path}: is later than step {step}, and cannot be renamed ({error.strerror}): "
+                        "move it away"
                     ) from None
 
     def _finish_killed_save(self) -> None:
@@ -328,6 +328,7 @@ class Checkpoints:
         """
         manifest: dict[str, Any] = {}
         failure = None
+        unexpected: Exception | None = None  # of rank 0, and not the disk's fault; all ranks hear of it
         try:
             partial.path.mkdir(exist_ok=True)
             manifest = {path.name: _write_file(path, content) for path, content in contents.items()}
@@ -340,9 +341,14 @@ class Checkpoints:
             try:
                 _write_file(partial.manifest, manifest)
                 _publish(partial, final, manifest)
-            except Exception as error:  # all ranks must hear of it
-                failure = in_one_line(error, 300)
-        return self._from_all(failure)[0]
+            except OSError as error:
+                failure = str(error)
+            except Exception as error:
+                unexpected = error
+        failure, crash = self._from_all((failure, unexpected and in_one_line(unexpected, with_type=True)))[0]
+        if crash is not None:
+            raise unexpected or UserError(f"rank 0: {crash}")
+        return failure
 
     def _from_all(self, mine: Any) -> list[Any]:
         """Gather one value from each rank's writer."""

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed as seed_everything
 from torch import Tensor
 
 from indistill import config, evaluate
-from indistill.config import Config
+from indistill.config import Config, run_lock
 from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir, append_end, append_start, weights_file
 from indistill.curriculum import Pace, Phase, Timetable
@@ -52,10 +52,11 @@ def train(
     if the run was asked to stop, after a checkpoint of that step.
     """
     run = Run(settings, resume, sources, callbacks)
-    run.begin()
-    while not run.finished:
-        run.step()
-    return run.end()
+    with run_lock.released_after():
+        run.begin()
+        while not run.finished:
+            run.step()
+        return run.end()
 
 
 class Run:

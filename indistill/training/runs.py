@@ -12,7 +12,7 @@ import torch
 from indistill.config import Config, UserError
 from indistill.config.files import replace_text, sha256
 from indistill.config.ranks import Ranks
-from indistill.config.run_dir import RunDir, has_begun
+from indistill.config.run_dir import RunDir, has_begun, refuse_foreign
 from indistill.config.runs import Students
 from indistill.distributed import environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
@@ -35,6 +35,9 @@ def run(
     """
     run_dir = RunDir.of(stages[0][1]).path
     run_dir = run_dir.parent if _is_chain(stages) else run_dir
+    refuse_foreign(run_dir, runs=[name for name, _ in stages])
+    for _, settings in stages:
+        refuse_foreign(RunDir.of(settings).path)
     with preemption.status_in(run_dir), watchdog.explaining(run_dir):
         if isinstance(stages, Students):
             return _run_students(stages, resume, callbacks)

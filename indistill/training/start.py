@@ -12,9 +12,9 @@ from indistill import config
 from indistill.config import Config, UserError
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
-from indistill.config.run_dir import RunDir, has_begun
+from indistill.config.run_dir import RunDir, has_begun, refuse_foreign
 from indistill.data import class_names
-from indistill.distributed import deepspeed_config, engine, environment
+from indistill.distributed import deepspeed_config, engine, environment, preemption
 from indistill.distributed.agree import agree, setup
 from indistill.distributed.engine import Engine, ZeRO
 from indistill.losses.objective import reads
@@ -101,7 +101,9 @@ def check_devices(settings: Config, world: int) -> None:
 def open_run_dir(settings: Config) -> RunDir:
     """Create the run directory, or reuse it if it holds this run. Raises UserError if it cannot be used."""
     files = RunDir.of(settings)
+    refuse_foreign(files.path)
     try:
+        preemption.lock(files.path)
         if not has_begun(settings):  # files that are there are from a config that was corrected since
             files.pruning_plan.unlink(missing_ok=True)
             if files.config.exists():  # else the class names belong to something else: keep them

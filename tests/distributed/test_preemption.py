@@ -480,7 +480,7 @@ def out_of_memory(*_: Any, **__: Any) -> None:
         (objective.Objective, "__call__", out_of_memory, 0),
         (ImageDataset, "__getitem__", broken, 1),  # in a loader's worker
         (passes, "eval_loader", broken, 0),  # in an evaluation
-        (checkpoint.Checkpoints, "_publish", broken, 0),  # in the thread that writes
+        (checkpoint, "_publish", broken, 0),  # in the thread that writes
         (Run, "end", broken, 0),
     ],
 )
