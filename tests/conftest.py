@@ -307,8 +307,9 @@ def kill_at_checkpoint(function: Callable, tree: dict[str, Any], step: int, worl
             if (run_dir / "checkpoints" / f"step-{step:08d}").exists():
                 break
             time.sleep(0.001)
-        for process in processes:
+        for process in processes:  # all, before one of them notices that another is gone
             process.kill()
+        for process in processes:
             process.join()
         if not (run_dir / "summary.json").exists():
             assert {process.exitcode for process in processes} == {-signal.SIGKILL}

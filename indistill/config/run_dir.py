@@ -23,7 +23,7 @@ from typing import Any
 from indistill.config import tree
 from indistill.config.base import UserError, in_one_line
 from indistill.config.ranks import Ranks
-from indistill.config.read import load_recorded
+from indistill.config.read import load_recorded, read
 from indistill.config.tree import Config
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
@@ -178,17 +178,49 @@ def has_begun(settings: Config) -> bool:
     """Whether the run directory has a checkpoint or result of this run.
 
     Raises UserError if it has a run of another config. A run that was refused before its first logged line
-    does not count: the corrected config may replace it.
+    does not count: the corrected config may replace it. A damaged config.yaml does not count if a checkpoint
+    says that the run is of this config.
     """
     files = RunDir.of(settings)
-    if not files.config.exists():
+    if not os.path.lexists(files.config):
         return False
-    has_work = files.summary.exists() or bool(files.saved_checkpoints())
+    saved = files.saved_checkpoints()
+    if any(_is_of(path, settings) for path in saved):
+        return True
+    has_work = files.summary.exists() or bool(saved)
     has_lines = files.metrics.exists() and files.metrics.stat().st_size > 0
+    begun = has_work or has_lines
+    damage = damaged_config(files)
+    if damage is not None:
+        if begun or files.config.stat().st_size:
+            raise UserError(
+                f"{damage}, and no checkpoint says of which config the run is: put the file back, or choose "
+                "another run_dir"
+            )
+        return False
     difference = tree.difference(load_recorded(files.config), settings)
-    if difference and (has_work or has_lines):
+    if difference and begun:
         raise UserError(f"{files.path} holds a run of another config ({difference}): choose another run_dir")
     return has_work
+
+
+def damaged_config(files: RunDir) -> str | None:
+    """Return why a run's config.yaml cannot be read; None if it can, or is not there."""
+    try:
+        if os.path.lexists(files.config):
+            read(files.config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _is_of(checkpoint: Path, settings: Config) -> bool:
+    """Whether a checkpoint says that it is of this config; it does not if it is damaged."""
+    try:
+        state = json.loads(CheckpointDir(checkpoint).state.read_bytes())
+        return state["identity"]["config"] == tree.fingerprint(settings)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _append(run_dir: Path, line: dict[str, Any]) -> None:

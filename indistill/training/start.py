@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from indistill import config
 from indistill.config import Config, UserError
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
-from indistill.config.run_dir import RunDir, has_begun, refuse_foreign
+from indistill.config.run_dir import RunDir, damaged_config, has_begun, refuse_foreign
 from indistill.data import class_names
 from indistill.distributed import deepspeed_config, engine, environment, preemption
 from indistill.distributed.agree import agree, setup
@@ -110,8 +111,11 @@ def open_run_dir(settings: Config) -> RunDir:
                 files.classes.unlink(missing_ok=True)
         names = class_names.check(settings.data)
         files.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not files.config.exists() or files.config.read_text() != config.dump(settings):
-            replace_text(files.config, config.dump(settings))
+        text = config.dump(settings)
+        if not files.config.exists() or files.config.read_bytes() != text.encode():
+            if damage := damaged_config(files):
+                print(f"indistill: {damage}: it is written again", file=sys.stderr, flush=True)
+            replace_text(files.config, text)
         class_names.keep(names, files.path)
     except OSError as error:
         raise UserError(
