@@ -199,6 +199,14 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         if ranks.launched:
             _leave(2)
         sys.exit(2)
+    except PermissionError as error:  # wherever a file is opened; there is nothing wrong with the program
+        print(
+            f"indistill: error: {error.filename or error}: permission denied: change its permissions, or name "
+            "another",
+            file=sys.stderr,
+            flush=True,
+        )
+        _leave(2)
     except Exception:
         if not ranks.launched:
             raise

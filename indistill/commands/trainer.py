@@ -65,8 +65,12 @@ class Trainer:
         path of a checkpoint. callbacks: called after each step, evaluation and checkpoint, and at the end;
         see `indistill.Callback`.
         """
-        from indistill.commands.report.page import ReportAtEnd
-        from indistill.training.runs import run
+        from indistill.distributed import preemption
+
+        run_dir = Path(self.runs[0][1].run_dir)
+        with preemption.failure_in(run_dir.parent if self.several else run_dir):
+            from indistill.commands.report.page import ReportAtEnd
+            from indistill.training.runs import run
 
         summaries = run(self.runs, resume, [ReportAtEnd(), *callbacks])
         return summaries if self.several else summaries[""]

@@ -74,6 +74,15 @@ def sha256(path: Path, *, ignore_metadata_order: bool = False) -> str:
     return digest.hexdigest()
 
 
+def denied(path: str | Path) -> bool:
+    """Whether permissions keep a file from being found or read; False if it is simply not there."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return not os.access(path, os.R_OK)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file with one JSON object per line. Skips lines that were cut off; a missing file has none."""
     lines = []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from indistill.config.base import UserError
+from indistill.config.files import denied
 
 GROUP = "indistill.losses"  # of the entry points of installed packages
 _BUILT_IN = Path(__file__).parents[1] / "losses"  # NAME_loss.py defines the loss NAME
@@ -93,6 +94,8 @@ def load_file(path: str) -> None:
     file = Path(path).resolve()
     if file in _files:
         return
+    if denied(file):
+        raise UserError(f"--plugin {path}: permission denied")
     if not file.is_file():
         raise UserError(f"--plugin {path}: no such file")
     before = dict(_classes)

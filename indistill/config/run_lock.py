@@ -99,6 +99,12 @@ def _gives_sign(path: Path, first: _Seen, run_dir: Path) -> bool:
     return False
 
 
+def is_free(run_dir: Path) -> bool:
+    """Whether no start is known to be at work in a run directory."""
+    seen = _read(RunDir(run_dir).lock)
+    return seen is None or _is_alive(seen.record) is False
+
+
 def release_all() -> None:
     """Release all locks that this process holds."""
     _release(tuple(_held))

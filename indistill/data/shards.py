@@ -23,6 +23,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from indistill.config import UserError
+from indistill.config.files import denied
 from indistill.data.index import BLOCK, compressed, decoded, load_index, read_samples
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
 
@@ -236,6 +237,8 @@ def _matches(pattern: str, root: str | None) -> list[str]:
     not_shards = (".json", ".lock", ".part")  # indices and other files beside shards
     matches = sorted(glob.glob(os.path.join(glob.escape(root or ""), pattern)))
     shards = [match for match in matches if not match.endswith(not_shards) and os.path.isfile(match)]
+    if not shards and (denied(path) or denied(os.path.dirname(path) or ".")):
+        raise UserError(f"{path}: permission denied: change the permissions of the file or its folder")
     if not shards:
         raise UserError(f"{path}: no such shard: correct the path or data.root")
     return shards

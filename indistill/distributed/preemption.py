@@ -282,6 +282,18 @@ def status_in(run_dir: Path) -> Iterator[None]:
             yield
 
 
+@contextlib.contextmanager
+def failure_in(run_dir: Path) -> Iterator[None]:
+    """Record an unexpected error before `status_in`, as of an import, in the status of an earlier start."""
+    try:
+        yield
+    except Exception as error:
+        status = RunDir(run_dir).status
+        if status.exists() and run_lock.is_free(run_dir):
+            _end(status, "failed", describe_error(error, run_dir), on_any_rank=True)
+        raise
+
+
 def _lock_refused(run_dir: Path) -> str | None:
     """Lock the run directory for this start, by rank 0; return why another start keeps it."""
     with contextlib.suppress(OSError):  # reported by `lock`

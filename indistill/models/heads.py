@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from indistill import config
 from indistill.config import UserError, in_one_line
+from indistill.config.files import denied, give_usual_mode
 from indistill.models.network import Network, fingerprint
 from indistill.models.outputs import Output, Targets
 from indistill.models.stages import find_stages
@@ -91,6 +92,7 @@ class Heads(Trainable):
         """Write `heads.safetensors`, with stages and pool as metadata."""
         metadata = {"stages": json.dumps(self.stages), "pool": json.dumps(self.pool)}
         save_model(self, str(path), metadata)
+        give_usual_mode(path)
 
     @classmethod
     def load(cls, path: str, teacher: Network, image_size: int) -> Heads:
@@ -101,7 +103,8 @@ class Heads(Trainable):
             heads = cls(teacher, json.loads(metadata["stages"]), json.loads(metadata["pool"]), image_size)
             load_model(heads, path)
         except FileNotFoundError:
-            raise UserError(f"teacher.heads: no file {path}") from None
+            reason = "permission denied for" if denied(path) else "no file"
+            raise UserError(f"teacher.heads: {reason} {path}") from None
         except UserError:
             raise
         except Exception as error:  # not safetensors, without our metadata, other shapes

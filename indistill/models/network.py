@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from indistill import config
 from indistill.config import UserError
+from indistill.config.files import give_usual_mode
 from indistill.models.outputs import Output, Targets
 from indistill.models.stages import stage_maps, stage_maps_and_final
 from indistill.models.timm_model import TimmModel
@@ -179,6 +180,7 @@ def save_network(network: Network, section: config.Model, path: Path) -> None:
         "std": json.dumps([round(v, 6) for v in (network.std.flatten() / 255).tolist()]),
     }
     save_model(network.net, str(path), metadata)
+    give_usual_mode(path)
 
 
 def normalisation(net: TimmModel, section: config.Model, role: str) -> Normalisation:

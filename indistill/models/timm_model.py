@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from indistill import config
 from indistill.config import UserError, in_one_line
+from indistill.config.files import denied
 
 # Arguments of timm.create_model that load other weights, or only some of them.
 _OTHER_WEIGHTS = {"checkpoint_path", "pretrained_strict"}
@@ -131,8 +132,9 @@ def _load_weights(net: TimmModel, path: str, role: str) -> None:
 def _read_state_dict(path: str, role: str) -> dict[str, Tensor]:
     try:
         state = load_state_dict(path, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{role}.checkpoint: no file {path}") from None
+    except FileNotFoundError:  # timm's, for whatever it cannot see
+        reason = "permission denied for" if denied(path) else "no file"
+        raise UserError(f"{role}.checkpoint: {reason} {path}") from None
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
         reason = in_one_line(error, 200)
         if isinstance(error.__cause__, pickle.UnpicklingError):

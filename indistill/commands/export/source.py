@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from indistill import config
 from indistill.config import Config, Model, UserError, in_one_line
+from indistill.config.files import denied
 from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.data import class_names
 from indistill.models.network import Network, normalisation
@@ -74,6 +75,8 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
 
 def _load_config(files: RunDir) -> Config:
     """Load a run's config. Raises UserError if there is none, or if the run trains no student."""
+    if denied(files.config):
+        raise UserError(f"{files.config}: permission denied: change its permissions or those of its folder")
     if not files.config.is_file():
         raise UserError(
             f"{files.path}: has no config.yaml: give the run_dir of a run; for a chain or several students, "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from indistill import config
 from indistill.commands.report import charts
 from indistill.config import Config, UserError
-from indistill.config.files import read_lines
+from indistill.config.files import denied, read_lines
 from indistill.config.run_dir import CheckpointDir, RunDir
 
 STATES = {
@@ -62,6 +62,8 @@ class Run(NamedTuple):
 
 def run_dirs(path: Path) -> list[Path]:
     """Return the run directories at or in `path`, by first start. Raises UserError if there are none."""
+    if denied(RunDir(path).config) or denied(path):
+        raise UserError(f"{path}: permission denied: change the permissions of the folder and its files")
     if RunDir(path).config.is_file():
         return [path]
     inside = [child for child in path.glob("*") if RunDir(child).config.exists()]
