@@ -193,25 +193,25 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
             print(f"indistill: {stopped}: run the same command again to continue from there", file=sys.stderr)
         _leave(preemption.exit_code())
     except UserError as error:
-        message = in_one_line(error)
-        if ranks.is_main_process or error.found_by_one_rank:
-            print(f"indistill: error: {message}", file=sys.stderr, flush=True)
-        if ranks.launched:
-            _leave(2)
-        sys.exit(2)
-    except PermissionError as error:  # wherever a file is opened; there is nothing wrong with the program
-        print(
-            f"indistill: error: {error.filename or error}: permission denied: change its permissions, or name "
-            "another",
-            file=sys.stderr,
-            flush=True,
-        )
-        _leave(2)
+        _refuse(ranks, in_one_line(error), everywhere=error.found_by_one_rank)
+    except PermissionError as error:  # wherever a file is opened: the program is not at fault
+        what = error.filename or in_one_line(error)
+        message = f"{what}: permission denied: change its permissions, or name another"
+        _refuse(ranks, message, everywhere=True)
     except Exception:
         if not ranks.launched:
             raise
         traceback.print_exc()
         _leave(1)
+
+
+def _refuse(ranks: Ranks, message: str, *, everywhere: bool) -> NoReturn:
+    """Exit for a user's mistake; `everywhere`: print the message on this rank, whichever it is."""
+    if ranks.is_main_process or everywhere:
+        print(f"indistill: error: {message}", file=sys.stderr, flush=True)
+    if ranks.launched:
+        _leave(2)
+    sys.exit(2)
 
 
 def _leave(code: int) -> NoReturn:

@@ -157,7 +157,7 @@ def test_a_holder_that_was_suspended_and_replaced_ends(tmp_path, hold):
     rewrite(tmp_path, machine="another")  # as another machine sees it
     run_lock.take(tmp_path, ignore)
     first.send_signal(signal.SIGCONT)
-    assert f"taken over by host" in (line := first.stdout.readline())
+    assert "taken over by host" in (line := first.stdout.readline())
     assert f"process {os.getpid()}" in line
     first.communicate("")
     assert RunDir(tmp_path).lock.exists()  # that of this process
