@@ -80,7 +80,7 @@ def denied(path: str | Path) -> bool:
         os.stat(path)
     except OSError as error:
         return isinstance(error, PermissionError)
-    return not os.access(path, os.R_OK)
+    return not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

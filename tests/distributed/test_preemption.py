@@ -32,6 +32,7 @@ from indistill.evaluate import passes
 from indistill.losses import objective
 from indistill.training import checkpoint, loop, runs
 from indistill.training import mix as training_mix
+from indistill.training.callbacks import Callback
 from indistill.training.loop import Run
 from indistill.training.parts import Sources
 from indistill.training.run_log import RunLog
@@ -531,3 +532,50 @@ def test_an_error_on_one_rank_is_what_the_status_tells(tree, tmp_path, rank):
     assert reason.endswith(f"traceback: {run_dir}/errors/rank-{rank}.txt)")
     end = read_lines(run_dir / "history.jsonl")[-1]
     assert (end["how"], end["reason"]) == ("failed", reason)
+
+
+def test_the_first_step_ends_the_count_of_starts_without_one(tree, tmp_path, monkeypatch):
+    """launch/slurm/train.sbatch counts them, in a file that the run makes and removes."""
+    tree |= {"duration": "2 steps", "warmup": None}
+    file = Path(tree["run_dir"]) / "starts_without_step"
+    counts = []
+
+    def count(*_: Any) -> None:
+        counts.append(file.read_text() if file.exists() else None)
+
+    class Counting(Callback):
+        def on_step(self, *_: Any) -> None:
+            count()
+
+        def on_end(self, *_: Any) -> None:
+            count()
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    runs.run([("", config.parse(tree, "test"))], callbacks=[Counting()])
+    assert counts == ["1\n", None, None]  # after the first step, callbacks are called before it is counted
+    monkeypatch.delenv("SLURM_JOB_ID")
+    tree["run_dir"] = str(tmp_path / "another")
+    counts.clear()
+    runs.run([("", config.parse(tree, "test"))], callbacks=[Counting()])
+    assert counts == [None] * 3
+
+
+def test_a_status_on_a_full_disk_is_written_over_the_old_one(tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preemption, "replace_text", full)
+    (tmp_path / "status").write_text("running\n")
+    with pytest.raises(ZeroDivisionError), preemption.status_in(tmp_path):
+        broken()
+    assert status(tmp_path).startswith("failed\nZeroDivisionError")
+
+
+def test_an_error_while_the_run_is_imported_is_in_the_status_too(tmp_path):
+    (tmp_path / "status").write_text("requeue\n")
+    with pytest.raises(ZeroDivisionError), preemption.failure_in(tmp_path):
+        broken()
+    assert status(tmp_path).startswith("failed\nZeroDivisionError")
+    with pytest.raises(ZeroDivisionError), preemption.failure_in(tmp_path / "new"):
+        broken()
+    assert not (tmp_path / "new").exists()

@@ -33,9 +33,22 @@ def slurm(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
 
     def submit(
-        status: str | None, *, state: str = "RUNNING", restarts: int = 0, **variables: str
+        status: str | None,
+        *,
+        state: str = "RUNNING",
+        restarts: int = 0,
+        step: bool = False,  # the run makes a step
+        idle: bool = False,  # it begins, and makes none
+        **variables: str,
     ) -> dict[str, Any]:
         leave = "" if status is None else f"mkdir -p {run_dir}; printf '{status}\n' > {run_dir}/status"
+        leave += f"; rm -f {run_dir}/starts_without_step" if step else ""
+        # The run counts its first start (preemption.py).
+        leave += (
+            f"; [ -e {run_dir}/starts_without_step ] || echo 1 > {run_dir}/starts_without_step"
+            if idle
+            else ""
+        )
         code = 0 if status == "done" else 1
         stub(
             bin_dir, "srun", f'echo "$PET_MASTER_ADDR $PET_NNODES $@" > {tmp_path}/srun\n{leave}\nexit {code}'
@@ -101,6 +114,47 @@ def test_a_new_job_forgets_what_an_earlier_one_left(slurm):
     assert not slurm(None)["requeued"]  # a mistake in the config, before anything is written
     assert slurm("running")["requeued"]
     assert slurm(None, restarts=1)["requeued"]  # the rendezvous failed: this job had begun before
+
+
+def test_a_new_job_takes_no_notice_of_a_run_that_another_job_has_under_way(slurm, tmp_path):
+    assert slurm("running")["requeued"]
+    before = (tmp_path / "run" / "status").stat()
+    assert not slurm(None)["requeued"]  # refused: the other one has the lock
+    assert (tmp_path / "run" / "status").stat() == before
+
+
+def test_three_starts_in_a_row_without_a_step_are_the_last(slurm):
+    assert slurm("requeue", step=True)["requeued"]
+    assert slurm("running", restarts=1)["requeued"]  # the rendezvous failed
+    assert slurm("running", restarts=2)["requeued"]
+    result = slurm("running", restarts=3)
+    assert not result["requeued"]
+    assert "3 starts in a row without a step, the limit (MAX_IDLE_STARTS)" in result["out"].stdout
+    assert result["code"] == 1
+
+
+def test_a_step_starts_the_count_anew(slurm):
+    assert slurm("running", idle=True)["requeued"]
+    assert slurm("running", idle=True, restarts=1)["requeued"]
+    assert slurm("running", step=True, restarts=2)["requeued"]
+    assert slurm("running", idle=True, restarts=3)["requeued"]
+    assert slurm("running", idle=True, restarts=4)["requeued"]
+    assert not slurm("running", idle=True, restarts=5)["requeued"]
+    assert slurm("running", idle=True)["requeued"]  # a new job
+
+
+def test_the_first_start_counts_too(slurm):
+    assert slurm("running", idle=True)["requeued"]
+    assert slurm("running", idle=True, restarts=1)["requeued"]
+    assert not slurm("running", idle=True, restarts=2)["requeued"]
+
+
+@pytest.mark.parametrize("content", ["", "many", "9" * 40, "a[$(touch injected)]"])
+def test_a_damaged_count_begins_anew(slurm, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "starts_without_step").write_text(content)
+    assert slurm("running", restarts=1)["requeued"]
+    assert (tmp_path / "run" / "starts_without_step").read_text() == "1\n"
 
 
 def test_torchrun_is_told_by_its_environment(tmp_path):

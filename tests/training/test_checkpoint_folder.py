@@ -1,4 +1,4 @@
-"""Whatever else is in `checkpoints/` and the run directory, no work is lost, and nothing foreign is touched."""
+"""Whatever is in `checkpoints/` and the run directory, no work is lost, and nothing foreign is touched."""
 
 from __future__ import annotations
 
