@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from indistill.config.base import UserError
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, keep_traceback
 from indistill.distributed import preemption
@@ -268,5 +269,7 @@ def _of_collective(error: RuntimeError) -> bool:
 
 def _next() -> str:
     """How to continue: a message for the end of a run."""
-    newest = max(RunDir(_run_dir).saved_checkpoints(), default=None) if _run_dir else None
+    newest = None
+    with contextlib.suppress(UserError):  # a folder that cannot be read now
+        newest = max(RunDir(_run_dir).saved_checkpoints(), default=None) if _run_dir else None
     return f"the same command goes on from {newest}" if newest else "the same command starts it again"

@@ -208,7 +208,10 @@ class RunLog:
         """Go on from what `state` returned, on any number of ranks."""
         # Every rank takes the mean over the ranks, whose mean over any number of ranks is itself.
         for name in _ON_DEVICE:
-            setattr(self, name, torch.tensor(state[name], device=self.accelerator.device))
+            value = torch.tensor(state[name], device=self.accelerator.device)
+            if value.dim() and value.shape != (len(state["names"]) + 1,):
+                raise ValueError(f"{name} has not one number for each of {state['names']}")
+            setattr(self, name, value)
         self.names = state["names"]
         self.phase_seconds = dict(state["phase_seconds"])
         self.bad = set(state["bad"])

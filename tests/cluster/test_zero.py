@@ -237,6 +237,37 @@ def test_zero_resumes_in_the_same_stage(tree, tmp_path):
         run_ranks(function, 1, tree)
 
 
+def refused_forgeries(tree: dict[str, Any]) -> None:
+    """Each rank refuses parts of the optimizer's state that do not fit, whichever rank they are of."""
+    (path,) = Path(tree["run_dir"]).glob("checkpoints/step-*")
+    load = torch.load
+    changes = {
+        "lacks 'exp_avg_sq'": lambda state: state.pop("exp_avg_sq"),
+        r"exp_avg is \[1\] float32, this run needs": lambda state: state.update(exp_avg=torch.zeros(1)),
+        "float64, this run needs": lambda state: state.update(exp_avg=state["exp_avg"].double()),
+        "has other names than that of rank 0": lambda state: state.clear(),
+    }
+    for message, change in changes.items():
+
+        def forged(file: Path, change: Any = change, **arguments: Any) -> Any:
+            part = load(file, **arguments)
+            if file.name == "optimizer-00001.pt":
+                change(part["optimizer"][0])
+            return part
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "load", forged)
+            with pytest.raises(config.UserError, match=f"{path.name}: rank 1's state of the.*{message}"):
+                run(tree)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_state_that_does_not_fit_is_refused(tree, tmp_path, stage):
+    tree = with_stage(tree, stage, tmp_path, "forged")
+    run_ranks(run, 2, tree, 3)
+    run_ranks(refused_forgeries, 2, tree)
+
+
 def run_scaled(trees: list[dict[str, Any]], scales: list[float]) -> None:
     """Train with the loss scaled as for fp16, from each initial scale, and write the last scale."""
     prepare = engine.ZeRO.prepare

@@ -76,7 +76,7 @@ def test_whatever_opens_a_file_says_so(folder: Path, use: Callable[[Path], objec
     for name in ("file", "file.tar", "config.yaml"):
         (inner / name).touch()
     inner.chmod(0)
-    with as_a_user(), pytest.raises(UserError, match="(?i)permission denied") as error:
+    with as_a_user(), pytest.raises(UserError, match=r"(?i)permission denied") as error:
         use(inner)
     assert "\n" not in str(error.value)
 
