@@ -28,7 +28,7 @@ from indistill.config.tree import Config
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _LEFT_OVER = re.compile(r"\.(partial|deleted)-step-\d{8,}(-\d+)?")  # of a checkpoint, by a kill
-_LOGS = (".log", ".out", ".err")
+_LOGS = (".log", ".out", ".err", ".txt")
 _open: set[Path] = set()  # run directories in which this process wrote a start, and no end yet
 
 
@@ -151,7 +151,7 @@ def append_end(under: Path, how: str, reason: str = "") -> None:
 def refuse_foreign(path: Path, runs: Collection[str] = ()) -> None:
     """Raise UserError for a folder that is not empty and not of a run, whose files would be mixed up.
 
-    Hidden files and a scheduler's logs may be there before the run. `runs` are the names of runs in it.
+    Hidden files, notes and logs may be there before the run. `runs` are the names of runs in it.
     """
     try:
         names = os.listdir(path)

@@ -57,9 +57,8 @@ def take(run_dir: Path, lost: Callable[[str], None]) -> None:
     start holds it, and OSError if the file cannot be written.
     """
     path = RunDir(run_dir).lock.absolute()
-    if (
-        path in _held and _held[path].own == _own()
-    ):  # or else it is of the process that this one was forked from
+    holder = _held.get(path)
+    if holder is not None and holder.own == _own():  # not that of a process that this one was forked from
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     while not _created(path):
