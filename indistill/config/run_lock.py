@@ -191,9 +191,10 @@ def _created(path: Path) -> bool:
 
 
 def _read(path: Path) -> _Seen | None:
-    """Read the file; opening it makes NFS ask the server. None if it is not there."""
+    """Read the file; opening it makes NFS ask the server. None if it is not there; a link is an OSError."""
+    flags = os.O_NONBLOCK | os.O_NOFOLLOW
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
             return _Seen(file.read(2 * _RECORD_BYTES), os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return None

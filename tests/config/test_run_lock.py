@@ -204,3 +204,9 @@ def test_a_full_disk_does_not_take_the_lock_away(tmp_path, monkeypatch):
     after = run_lock._read(holder.path)
     assert after.record == before.record
     assert after != before
+
+
+def test_a_link_in_its_place_is_an_error_and_not_followed(tmp_path):
+    RunDir(tmp_path).lock.symlink_to("nowhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        run_lock.take(tmp_path, ignore)
