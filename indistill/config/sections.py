@@ -175,7 +175,8 @@ class Model(Section):
     pretrained: bool = False
     # File with the model's weights: `.safetensors`, or `.pt`, read with `weights_only`. None: no file.
     checkpoint: str | None = None
-    kwargs: dict[str, Any] = {}  # Further arguments of `timm.create_model`.
+    # Further arguments of `timm.create_model`, except those that name files or choose other weights.
+    kwargs: dict[str, Any] = {}
     # Mean of the input per channel, with pixels in [0, 1]; None: as in timm's `pretrained_cfg`.
     mean: tuple[float, float, float] | None = None
     # Standard deviation of the input per channel; set it together with `mean`. None: as in timm's

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import timm
+import torch
 from hostile import Case, Inputs
+from PIL import Image
+from safetensors.torch import save_model
 
 REFUSED = "--allow-pipe"
 ALLOWED = {"INDISTILL_ALLOW_PIPE": "1"}
@@ -24,6 +29,58 @@ def changed(command: list[str], **sections: dict[str, Any]) -> Callable[[Inputs]
         return [*command[:1], inputs.write(tree), *command[1:]]
 
     return arguments
+
+
+class Pickled:
+    """An object that runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("true",)
+
+
+def weights(inputs: Inputs, file: str = "student.safetensors") -> str:
+    """Write the ordinary student's weights."""
+    net = timm.create_model("cnn32_student", num_classes=inputs.tree()["data"]["num_classes"])
+    save_model(net, str(inputs.folder / file))
+    return str(inputs.folder / file)
+
+
+def pickled(inputs: Inputs, file: str = "weights.pt") -> str:
+    """Write weights that run a command when they are unpickled."""
+    torch.save({"fc.weight": Pickled()}, inputs.folder / file)
+    return str(inputs.folder / file)
+
+
+def local_dir(inputs: Inputs) -> str:
+    """Write a folder that timm loads, with pickled weights."""
+    record = {"architecture": "resnet10t", "num_classes": 4, "pretrained_cfg": {"mean": [0.5] * 3}}
+    (inputs.folder / "config.json").write_text(json.dumps(record))
+    pickled(inputs, "pytorch_model.bin")
+    return str(inputs.folder)
+
+
+def foreign_run(inputs: Inputs, **student: Any) -> str:
+    """Write the finished run of somebody whose config reads commands."""
+    tree = inputs.tree()
+    tree["data"] |= {"root": None, "train": "pipe:echo", "eval": "file://pipe:echo", "allow_pipe": True}
+    tree["student"] |= student
+    run = Path(tree["run_dir"])
+    run.mkdir()
+    (run / "config.yaml").write_text(Path(inputs.write(tree)).read_text())
+    (run / "summary.json").write_text(json.dumps({"step": 2, "metrics": {}, "seconds": 1.0}))
+    (run / "metrics.jsonl").write_text("")
+    weights(inputs, "run/student.safetensors")
+    return str(run)
+
+
+def postscript(inputs: Inputs) -> list[str]:
+    """Pack a CSV of files that are called like photographs and are PostScript."""
+    image = Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8))
+    for name in ("x.jpg", "y.png"):
+        image.save(inputs.folder / name, "EPS")
+    (inputs.folder / "list.csv").write_text("path,label\nx.jpg,0\ny.png,1\n")
+    shards = str(inputs.folder / "shards")
+    return ["shards", "pack", str(inputs.folder / "list.csv"), shards, "--resize", "4", "--workers", "1"]
 
 
 CASES = [
@@ -54,7 +111,7 @@ CASES = [
     ),
     Case(
         "pipe: to eval",
-        changed(["eval", "cnn32_student"], data={"eval": "pipe:echo"}),
+        lambda inputs: changed(["eval", weights(inputs)], data={"eval": "pipe:echo"})(inputs),
         error=REFUSED,
     ),
     Case("pipe: to shards", lambda inputs: ["shards", "verify", "pipe:echo"], error=REFUSED),
@@ -69,4 +126,51 @@ CASES = [
         lambda inputs: ["shards", "verify", "reference://x::file:///refs.json"],
         error="is not a URL that is read",
     ),
+    Case(
+        "report of a run that reads commands",
+        lambda inputs: ["report", foreign_run(inputs)],
+        environment=ALLOWED,
+    ),
+    Case(
+        "export of a run that reads commands",
+        lambda inputs: ["export", foreign_run(inputs), str(inputs.folder / "export")],
+        environment=ALLOWED,
+    ),
+    Case(
+        "eval of a run that reads commands",
+        lambda inputs: ["eval", foreign_run(inputs) + "/config.yaml", str(inputs.folder / "run")],
+        error="run a command",
+    ),
+    Case(
+        "a report of a run whose network names a file",
+        lambda inputs: ["report", foreign_run(inputs, kwargs={"checkpoint_path": pickled(inputs)})],
+    ),
+    Case(
+        "a network that names a file, to plan",
+        lambda inputs: changed(["plan"], student={"kwargs": {"checkpoint_path": pickled(inputs)}})(inputs),
+        error="student.kwargs.checkpoint_path",
+    ),
+    Case(
+        "a network whose record names a file",
+        lambda inputs: changed(
+            ["train"], student={"kwargs": {"pretrained_cfg_overlay": {"file": pickled(inputs)}}}
+        )(inputs),
+        error="student.kwargs.pretrained_cfg_overlay",
+    ),
+    Case(
+        "pickled code as a checkpoint",
+        lambda inputs: changed(["eval", pickled(inputs)])(inputs),
+        error="holds objects other than tensors",
+    ),
+    Case(
+        "pickled code in a folder for timm",
+        lambda inputs: changed(["eval", f"local-dir:{local_dir(inputs)}"])(inputs),
+        error="blocked loading this checkpoint",
+    ),
+    Case(
+        "pickled code in an exported folder",
+        lambda inputs: changed(["eval", local_dir(inputs)])(inputs),
+        error="blocked loading this checkpoint",
+    ),
+    Case("PostScript called jpg and png", postscript, error="not a readable image: none of JPEG"),
 ]
