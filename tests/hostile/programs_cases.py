@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from hostile import Case, Inputs
 from PIL import Image
 from safetensors.torch import save_model
+
+from indistill.config import Model
+from indistill.models import timm_model
 
 REFUSED = "--allow-pipe"
 ALLOWED = {"INDISTILL_ALLOW_PIPE": "1"}
@@ -40,7 +42,8 @@ class Pickled:
 
 def weights(inputs: Inputs, file: str = "student.safetensors") -> str:
     """Write the ordinary student's weights."""
-    net = timm.create_model("cnn32_student", num_classes=inputs.tree()["data"]["num_classes"])
+    data = inputs.tree()["data"]
+    net = timm_model.create(Model(name="cnn32_student"), data["num_classes"], data["image_size"], "student")
     save_model(net, str(inputs.folder / file))
     return str(inputs.folder / file)
 
