@@ -32,8 +32,10 @@ test: $(READY) lint
 	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Run the core of the tests with the lowest versions that pyproject.toml allows, in an environment of its own (6 GB).
+# Compiled runs are left out: they take minutes.
 FLOORS := .venv-floors
-CORE := tests/config tests/models tests/data tests/training tests/commands tests/hostile
+CORE := tests/config tests/models tests/data tests/training tests/commands tests/hostile \
+	--ignore tests/training/test_fast_paths.py
 $(FLOORS)/.ready: pyproject.toml tests/project/floors.py
 	@if command -v uv >/dev/null 2>&1; then \
 		echo "test-floors: creating $(FLOORS) with uv" && \

@@ -69,10 +69,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# VGG and DenseNet have stages from timm 1.0.31 on.
-vgg_has_stages = pytest.mark.skipif(
+newer_timm = pytest.mark.skipif(
     Version(timm.__version__) < Version("1.0.31"),
-    reason="needs timm 1.0.31, in which VGG and DenseNet have stages",
+    reason="needs timm 1.0.31, which describes stages of VGG and DenseNet, and refuses useless layer decay",
 )
 
 

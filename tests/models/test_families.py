@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import timm
 import torch
-from conftest import vgg_has_stages
+from conftest import newer_timm
 from timm.models.vgg import VGG
 
 from indistill import config, prune
@@ -76,7 +76,7 @@ NETWORKS = {
         ("efficientnet", "small efficientnet"),
         ("convnext", "small convnext"),
         ("regnet", "small regnet"),
-        pytest.param("vgg", "small vgg", marks=vgg_has_stages),
+        pytest.param("vgg", "small vgg", marks=newer_timm),
         ("vit", "small vit"),
         ("swin", "small swin"),
         ("resnet", "small vit"),
