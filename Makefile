@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # If this is set, each of the tests' many processes compiles torch and timm again, for most of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-portable docs-test test-slurm test-netns lint reproduce clean
+.PHONY: setup demo test test-floors test-portable docs-test test-slurm test-netns lint reproduce clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -30,6 +30,27 @@ demo: $(READY)
 # One process per core, at most 4: each imports torch and takes more than 1 GB, and some tests start further processes.
 test: $(READY) lint
 	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# Run the core of the tests with the lowest versions that pyproject.toml allows, in an environment of its own (6 GB).
+# Compiled runs are left out: they take minutes.
+FLOORS := .venv-floors
+CORE := tests/config tests/models tests/data tests/training tests/commands tests/hostile \
+	--ignore tests/training/test_fast_paths.py
+$(FLOORS)/.ready: pyproject.toml tests/project/floors.py
+	@if command -v uv >/dev/null 2>&1; then \
+		echo "test-floors: creating $(FLOORS) with uv" && \
+		uv venv --quiet --clear --python $(PYTHON) $(FLOORS) && \
+		uv pip install --quiet --python $(FLOORS)/bin/python --resolution lowest-direct --editable '.[dev]'; \
+	else \
+		echo "test-floors: creating $(FLOORS) with pip (several minutes)" && \
+		$(PYTHON) -m venv --clear $(FLOORS) && \
+		$(PYTHON) tests/project/floors.py > $(FLOORS)/constraints.txt && \
+		$(FLOORS)/bin/python -m pip install --quiet --constraint $(FLOORS)/constraints.txt --editable '.[dev]'; \
+	fi
+	@touch $@
+
+test-floors: $(FLOORS)/.ready
+	@$(FLOORS)/bin/python -m pytest $(CORE) --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Run the tests marked `portable` with the arithmetic of other processors. Each value of each variable occurs at least
 # once; a variable that is not named has the processor's own value. Torch's cache of compiled code is disabled, because
@@ -69,4 +90,4 @@ reproduce: $(READY)
 	@for study in benchmarks/studies/*.yaml; do $(RUN) benchmarks/study.py $$study --quick --jobs 2 $(ARGS) || exit; done
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(FLOORS) runs

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from chains import chain_of
+from packaging.version import Version
 from PIL import Image
 
 from indistill import config
@@ -65,6 +67,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pack_images(folder, "train", samples=192, per_shard=64, seed=1)
     pack_images(folder, "eval", samples=51, per_shard=51, seed=2)
     return folder
+
+
+newer_timm = pytest.mark.skipif(
+    Version(timm.__version__) < Version("1.0.31"),
+    reason="needs timm 1.0.31, which describes stages of VGG and DenseNet, and refuses useless layer decay",
+)
 
 
 def data_section(folder: Path) -> dict[str, Any]:

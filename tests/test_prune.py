@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import EPS
+from conftest import EPS, newer_timm
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models import hiera, mvitv2
@@ -160,6 +160,7 @@ def test_a_depthwise_convolution_counts_with_what_it_reads():
     assert_importance(GroupedLast(groups=2), 0, "depthwise")
 
 
+@newer_timm
 def test_concatenated_channels_are_refused():
     net = model("densenet121", growth_rate=4, block_config=(2, 2, 2, 2))
     with pytest.raises(
@@ -633,6 +634,7 @@ def test_a_plan_by_calibrated_importance(criterion):
             prune.plan(teacher, student, [(0, 0), (2, 2)], SIZE, criterion, importance=lacking)
 
 
+@newer_timm
 def test_concatenated_channels_have_activations():
     net = model("densenet121", growth_rate=4, block_config=(2, 2, 2, 2), num_classes=CLASSES).double()
     student = model("densenet121", growth_rate=2, block_config=(2, 2, 2, 2), num_classes=CLASSES)

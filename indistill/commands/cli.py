@@ -76,6 +76,13 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="run a Python file that defines losses of your own (docs/losses.md); may be repeated",
     )
+    _add_allow_pipe(parser)
+
+
+def _add_allow_pipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-pipe", action="store_true", help="let pipe: URLs of shards run their commands"
+    )
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -182,8 +189,11 @@ def _ranks() -> Ranks:
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Execute the command; any exit has one of the codes of docs/cluster.md."""
     from indistill.config import UserError, in_one_line, plugins
+    from indistill.data.urls import ALLOW_PIPE
     from indistill.distributed import preemption
 
+    if getattr(arguments, "allow_pipe", False):
+        os.environ[ALLOW_PIPE] = "1"  # for this process, and those that it starts
     try:
         for file in getattr(arguments, "plugin", ()):
             plugins.load_file(file)
@@ -240,7 +250,6 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=purpose)
         action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
-        action.add_argument("--allow-pipe", action="store_true", help="allow pipe: URLs, which run commands")
         action.set_defaults(run=run)
     actions.choices["verify"].add_argument(
         "--num-classes",
@@ -249,6 +258,7 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         help="number of classes (data.num_classes): an image whose label is missing or not below it is bad",
     )
     for action in actions.choices.values():
+        _add_allow_pipe(action)
         action.add_argument(
             "--workers", type=int, default=os.cpu_count(), help="number of processes (default: one per core)"
         )
@@ -318,7 +328,6 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _read_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "cache_dir": arguments.cache_dir,
-        "allow_pipe": arguments.allow_pipe,
         "workers": arguments.workers,
         "progress": True,
     }

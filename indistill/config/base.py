@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class UserError(Exception):
@@ -88,6 +88,16 @@ Duration = Annotated[str | int | float, BeforeValidator(_duration)]
 """`"3 epochs"`, `"500 steps"`, `"1e6 samples"`, `"10 percent"` of the run; a bare number counts epochs."""
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _no_command(folder: str) -> str:
+    if folder.startswith("pipe:"):
+        raise ValueError(f"{folder}: a folder cannot be a command: give a path or a URL")
+    return folder
+
+
+Folder = Annotated[str, AfterValidator(_no_command)]
+"""A path or URL to which file names are appended; never a command."""
 
 
 class Section(BaseModel):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from indistill.config import plugins
-from indistill.config.base import Duration, Probability, Section
+from indistill.config.base import Duration, Folder, Probability, Section
 from indistill.config.loss import AnyLoss, Loss
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class Data(Section):
     # Shards of the training set: paths or URLs. Braces (`{000..127}`) expand, and `*` in local paths.
     train: str | list[str]
     eval: str | list[str] | None = None  # Shards of the evaluation set, like `train`; None: no evaluation.
-    root: str | None = None  # Folder or URL that is put before relative shard paths.
+    root: Folder | None = None  # Folder or URL that is put before relative shard paths.
     # Number of classes: labels are 0 to num_classes - 1. The heads of both networks must have as many
     # outputs.
     num_classes: PositiveInt
@@ -135,7 +135,9 @@ class Data(Section):
     cache_dir: str | None = None
     # Largest size of the remote shards kept in `cache_dir`, in bytes per node.
     cache_bytes: PositiveFloat = 200e9
-    allow_pipe: bool = False  # Allow `pipe:` URLs, which run shell commands.
+    # Has no effect, and is kept for the configs of older runs: the option `--allow-pipe` or the environment
+    # variable INDISTILL_ALLOW_PIPE=1 lets `pipe:` URLs run their commands.
+    allow_pipe: bool = False
     # Largest fraction of the training samples that may fail to decode; the run stops when there are more.
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     workers: Annotated[int, Field(ge=0)] = 4  # Loader processes per rank; 0: the training process loads.
@@ -173,7 +175,8 @@ class Model(Section):
     pretrained: bool = False
     # File with the model's weights: `.safetensors`, or `.pt`, read with `weights_only`. None: no file.
     checkpoint: str | None = None
-    kwargs: dict[str, Any] = {}  # Further arguments of `timm.create_model`.
+    # Further arguments of `timm.create_model`, except those that name files or choose other weights.
+    kwargs: dict[str, Any] = {}
     # Mean of the input per channel, with pixels in [0, 1]; None: as in timm's `pretrained_cfg`.
     mean: tuple[float, float, float] | None = None
     # Standard deviation of the input per channel; set it together with `mean`. None: as in timm's
@@ -343,7 +346,8 @@ class Targets(Section):
     # `live`: run the teacher on every batch; `cached`: read what `indistill targets` stored; `auto`: in each
     # phase what `indistill plan` estimates to be cheaper.
     source: Literal["live", "cached", "auto"] = "live"
-    dir: str | None = None  # Folder of the stored targets; for training also a URL. None: `run_dir`/targets.
+    # Folder of the stored targets; for training also a URL. None: `run_dir`/targets.
+    dir: Folder | None = None
     # Store only this many largest probabilities of each sample. None: all logits, in float32.
     top_k: PositiveInt | None = None
     # Format of stored feature maps; `int8` has a scale for each sample and channel.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from indistill.config.base import Duration, Section, run_length
+from indistill.config.base import Duration, Folder, Section, run_length
 from indistill.config.sections import (
     KD,
     Checkpoint,
@@ -38,7 +38,7 @@ from indistill.config.sections import (
 # --- training -----------------------------------------------------------------------------------------------
 class Config(Section):
     # Folder for everything the run writes; all its nodes must be able to access it.
-    run_dir: str
+    run_dir: Folder
     # `distill`: train a student; `heads`: train classifiers on stages of a frozen teacher, for the loss
     # `dih`.
     stage: Literal["distill", "heads"] = "distill"

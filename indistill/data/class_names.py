@@ -130,10 +130,10 @@ def _folders(url: str, root: str | None) -> Iterator[str]:
         return
     for path in expanded:
         path = path.removeprefix("file://")
-        if path.startswith("pipe:"):
-            continue
         if not remote.is_remote(path):
             path = os.path.join(root or "", path)
+        if path.startswith("pipe:"):
+            continue
         if remote.is_remote(path):
             address, _, query = path.partition("?")
             yield address.rpartition("/")[0] + "/?" + query

@@ -196,7 +196,6 @@ def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
         section.root,
         cache_dir=section.cache_dir,
         cache_bytes=int(section.cache_bytes),
-        allow_pipe=section.allow_pipe,
     )
     labels = shards.labels
     for sample_id in np.flatnonzero((labels < 0) | (labels >= section.num_classes))[:1]:

@@ -35,6 +35,8 @@ _OTHER_FRAMES = {
 _SCAN = 0xDA
 _APP1 = 0xE1
 _END = b"\xff\xd9"
+# The formats that are decoded, whatever a file is called. Pillow knows more; for EPS it starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 2**26  # a larger size may be due to a damaged header: Pillow decides
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,7 +96,7 @@ def cut(image: np.ndarray, box: Box) -> np.ndarray:
 
 def _decode_with_pillow(image: bytes, where: str) -> np.ndarray:
     try:
-        opened: Image.Image = Image.open(io.BytesIO(image))
+        opened: Image.Image = Image.open(io.BytesIO(image), formats=FORMATS)
         orientation = _orientation(opened)
         if opened.mode.startswith("I"):  # 16-bit grey: Pillow would clip values above 255, not scale them
             opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
@@ -103,7 +105,7 @@ def _decode_with_pillow(image: bytes, where: str) -> np.ndarray:
             opened = opened.transpose(_TRANSPOSITIONS[orientation])
         return np.array(opened)
     except UnidentifiedImageError:
-        raise BadImage(f"{where}: not a readable image: unknown format") from None
+        raise BadImage(f"{where}: not a readable image: none of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's readers raise all kinds of errors for damaged files
         raise BadImage(f"{where}: not a readable image: {in_one_line(error)}") from None
 
@@ -144,7 +146,9 @@ def _ordinary_jpeg(image: bytes) -> _Jpeg | None:
                 if precision != 8 or components not in (1, 3) or not 0 < height * width <= _MOST_PIXELS:
                     return None
             elif marker == _SCAN:
-                if frame is None or (oriented and _orientation(Image.open(io.BytesIO(image))) != 1):
+                if frame is None or (
+                    oriented and _orientation(Image.open(io.BytesIO(image), formats=FORMATS)) != 1
+                ):
                     return None
                 # The top of the image comes first in the file only if one scan contains all components.
                 ends_early = frame[0] != _PROGRESSIVE and image[at + 4] == components

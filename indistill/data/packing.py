@@ -247,7 +247,8 @@ def _find_source(
         tars = [path for pattern in ("*.tar", "*.tar.gz", "*.tgz") for path in folder.glob(pattern)]
         if not tars:
             return _list_files(*_read_folder(folder, given), seed)
-        source = sorted(map(str, tars))
+        # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
+        source = sorted(os.path.join(source, path.name) for path in tars)
     shards = ShardSet(source, cache_dir=cache_dir)
     keys = np.concatenate([index.keys for index in shards._indices])
     classes, relabel = _names_of_shards(shards, given)

@@ -21,6 +21,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from indistill.config import UserError
+from indistill.data.urls import check_url, is_remote
 from indistill.distributed import preemption
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,6 @@ FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles each time, plus 
 FETCH_TIMEOUT_SECONDS = 60.0  # without a byte
 FETCH_THREADS = 4  # per process, for shards that are prefetched
 BUSY_SECONDS = 60.0  # to evict a shard that was used within this time means that the cache is too small
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL or a command."""
-    return "://" in path or path.startswith("pipe:")
 
 
 def base_name(path: str) -> str:
@@ -336,6 +332,7 @@ def open_stream(path: str) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
     """Open a remote file; yields its stream and its size in bytes, None if the source does not state it."""
+    check_url(url)
     if url.startswith(("http://", "https://")):  # fsspec would need aiohttp for these
         with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_SECONDS) as response:
             length = response.headers.get("Content-Length")

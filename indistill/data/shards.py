@@ -26,6 +26,7 @@ from indistill.config import UserError
 from indistill.config.files import denied
 from indistill.data.index import BLOCK, compressed, decoded, load_index, read_samples
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
+from indistill.data.urls import check_url
 
 OPEN_SHARDS = 256  # local shards kept open per process, well below the usual limit of 1,024 descriptors
 
@@ -45,7 +46,6 @@ class ShardSet:
         shards need the directory.
     cache_bytes: limit for remote shards in the cache. It should fit the shards of one window of the sample
         order.
-    allow_pipe: whether `pipe:`, which runs any command, is allowed.
 
     Safe after fork, in threads and with pickle: reads state their offset, and open files are not pickled.
     Raises UserError for a missing, cut, damaged or changed shard and for malformed labels, naming the shard.
@@ -58,9 +58,8 @@ class ShardSet:
         *,
         cache_dir: str | None = None,
         cache_bytes: int = CACHE_BYTES,
-        allow_pipe: bool = False,
     ):
-        self.paths = expand(urls, root, allow_pipe)
+        self.paths = expand(urls, root)
         self._cache = cache_for(self.paths, cache_dir, cache_bytes)
         # Each process builds missing indices in another order, so processes that start together share the
         # work.
@@ -200,10 +199,10 @@ class ShardSet:
         return file
 
 
-def expand(urls: str | Sequence[str], root: str | None = None, allow_pipe: bool = False) -> list[str]:
+def expand(urls: str | Sequence[str], root: str | None = None) -> list[str]:
     """Expand patterns to shard paths: braces in their order, `*` sorted, relative ones below `root`.
 
-    Raises UserError for a pattern without shards, a shard listed twice and a `pipe:` that is not allowed.
+    Raises UserError for a pattern without shards, a shard listed twice and a URL that may not be opened.
     """
     paths: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
@@ -212,15 +211,15 @@ def expand(urls: str | Sequence[str], root: str | None = None, allow_pipe: bool 
         except ValueError as error:
             raise UserError(f"{url}: {error}: correct the braces") from None
         for path in expanded:
-            if path.startswith("pipe:") and not allow_pipe:
-                raise UserError(
-                    f"{path}: runs a command, which is not allowed: set data.allow_pipe or --allow-pipe"
-                )
             if "://" in path and "*" in path:
                 raise UserError(
                     f"{path}: * is for local files; list remote shards with braces, as {{000000..000127}}"
                 )
-            paths += _matches(path.removeprefix("file://"), root)
+            for shard in _matches(path.removeprefix("file://"), root):
+                if shard.startswith("pipe:") and shard != path:
+                    raise UserError(f"{path}: leads to {shard}, which would run a command: correct the path")
+                check_url(shard)
+                paths.append(shard)
     if not paths:
         raise UserError("the list of shards is empty: name at least one")
     if len(set(paths)) < len(paths):

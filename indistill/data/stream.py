@@ -46,7 +46,7 @@ class StreamedTraining:
         self.rank = rank
         self.world = world
         self.accumulation = accumulation
-        self.urls = shards.expand(section.train, section.root, section.allow_pipe)
+        self.urls = shards.expand(section.train, section.root)
         check_accumulation(section, world, accumulation)
         readers = world * max(section.workers, 1)
         if len(self.urls) < readers:

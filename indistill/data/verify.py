@@ -65,17 +65,16 @@ def verify(
     root: str | None = None,
     *,
     cache_dir: str | None = None,
-    allow_pipe: bool = False,
     workers: int = 1,
     progress: bool = False,
     num_classes: int | None = None,
 ) -> Content:
     """Read every member, decode every image, and compare the index, if there is one, with the shard.
 
-    urls, root, cache_dir, allow_pipe: as for `ShardSet`. With `num_classes`, labels that training rejects are
+    urls, root, cache_dir: as for `ShardSet`. With `num_classes`, labels that training rejects are
         reported.
     """
-    tasks = [(path, cache_dir, num_classes) for path in expand(urls, root, allow_pipe)]
+    tasks = [(path, cache_dir, num_classes) for path in expand(urls, root)]
     whole = Content([], 0, Counter(), Counter())
     for part in parallel(_verify_shard, tasks, workers, progress):
         whole = Content(*(total + more for total, more in zip(whole, part)))
@@ -87,12 +86,11 @@ def index(
     root: str | None = None,
     *,
     cache_dir: str | None = None,
-    allow_pipe: bool = False,
     workers: int = 1,
     progress: bool = False,
 ) -> dict[str, int]:
     """Build the index of every shard again. Returns shard -> number of samples."""
-    paths = expand(urls, root, allow_pipe)
+    paths = expand(urls, root)
     return dict(zip(paths, parallel(_index_shard, [(path, cache_dir) for path in paths], workers, progress)))
 
 

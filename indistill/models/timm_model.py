@@ -17,8 +17,11 @@ from indistill import config
 from indistill.config import UserError, in_one_line
 from indistill.config.files import denied
 
-# Arguments of timm.create_model that load other weights, or only some of them.
-_OTHER_WEIGHTS = {"checkpoint_path", "pretrained_strict"}
+# Arguments of timm.create_model that name files or say which weights are loaded, and how many of them.
+_OTHER_WEIGHTS = {
+    *("checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+    *("pretrained_strict", "pretrained_filter_fn", "pretrained_model_args"),
+}
 _TRAINING_PARTS = ("adapters.", "projectors.")  # of Network: in checkpoints, but not the student's own
 
 
@@ -90,15 +93,22 @@ def _check_section(section: config.Model, role: str) -> None:
         if close:
             message += f"; near: {', '.join(close)}"
         raise UserError(message)
-    for key in _OTHER_WEIGHTS & section.kwargs.keys():
+
+
+def build(section: config.Model, kwargs: dict[str, Any], role: str, *, pretrained: bool = False) -> nn.Module:
+    """Call timm.create_model. Raises UserError for arguments that would name files or other weights."""
+    for key in sorted(_OTHER_WEIGHTS & kwargs.keys()):
         raise UserError(
             f"{role}.kwargs.{key}: would load other weights, or only some: give {role}.checkpoint instead"
         )
+    return timm.create_model(section.name, pretrained=pretrained, **kwargs)
 
 
 def _create(section: config.Model, kwargs: dict[str, Any], role: str) -> TimmModel:
     try:
-        net = timm.create_model(section.name, pretrained=section.pretrained, **kwargs)
+        net = build(section, kwargs, role, pretrained=section.pretrained)
+    except UserError:
+        raise
     except Exception as error:  # timm, the hub client and the network each raise their own
         reason = in_one_line(error, 300)
         message = f"{role}: timm could not create {section.name}: {reason}"

@@ -52,15 +52,13 @@ def view_by_record(record: Mapping[str, Any], data: config.Data) -> EvalView:
 def own_record(section: config.Model, role: str) -> dict[str, Any]:
     """timm's record of a model, `pretrained_cfg`, without building it; UserError if it cannot be loaded."""
     kind, _, source = section.name.partition(":")
-    given = section.kwargs.get("pretrained_cfg")
-    overlay = section.kwargs.get("pretrained_cfg_overlay")
     try:
         if kind == "local-dir":
             return json.loads((Path(source) / "config.json").read_text())["pretrained_cfg"]
         if kind == "hf-hub":
             return load_model_config_from_hf(source)[0]
         name, _, tag = section.name.partition(".")
-        return resolve_pretrained_cfg(name, given or tag or None, overlay).to_dict()
+        return resolve_pretrained_cfg(name, tag or None).to_dict()
     except Exception as error:  # timm, the hub's client and the network each raise their own
         raise UserError(
             f"{role}: timm's pretrained_cfg of {section.name} cannot be loaded "

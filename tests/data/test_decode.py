@@ -1,6 +1,8 @@
 """Decoding: Pillow's pixels of the upright image, whichever path takes them and however few are asked for."""
 
+import contextlib
 import io
+import os
 import re
 
 import numpy as np
@@ -9,7 +11,7 @@ import simplejpeg
 from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 
 from indistill.config import Augment
 from indistill.data import augment, decode
@@ -276,3 +278,35 @@ def test_crops_of_imagenet_are_pillows_pixels(tmp_path):
         assert np.array_equal(
             crop(content, top, left, height, width), whole[top : top + height, left : left + width]
         )
+
+
+def postscript():
+    """An image whose decoding starts Ghostscript in Pillow."""
+    return encoded(picture(8, 8), "EPS")
+
+
+def test_postscript_starts_no_program(tmp_path, monkeypatch):
+    """Pillow looks for `gs` on the PATH; here it is a program that leaves a file behind."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(decode.BadImage, match="not a readable image: none of JPEG, "):
+        decode.decode(postscript(), "here")
+    assert not (tmp_path / "ran").exists()
+    with contextlib.suppress(OSError), Image.open(io.BytesIO(postscript())) as opened:
+        opened.load()
+    assert (tmp_path / "ran").exists()  # without the limit it would
+
+
+@pytest.mark.parametrize("kind", ["MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_the_formats_of_photographs_are_decoded(kind):
+    content = encoded(picture(8, 8), kind)
+    assert np.array_equal(decode.decode(content, "here"), by_pillow(content))
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "JPEG2000", "SGI", "PCX", "DDS", "PDF"])
+def test_other_formats_are_refused(kind):
+    with pytest.raises(decode.BadImage, match="not a readable image"):
+        decode.decode(encoded(picture(16, 16), kind), "here")

@@ -206,12 +206,6 @@ def test_a_networks_own_view_is_timms(parsed, name, size):
 
 
 def test_a_record_of_ones_own(parsed, tmp_path):
-    view = own_view(
-        config.Model(name="resnet18", kwargs={"pretrained_cfg_overlay": {"crop_pct": 0.7}}),
-        parsed().data,
-        "student",
-    )
-    assert view.crop_pct == 0.7
     record = {"interpolation": "bilinear", "crop_pct": 0.6}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": record}))
     view = own_view(config.Model(name=f"local-dir:{tmp_path}"), parsed().data, "student")

@@ -117,7 +117,10 @@ def test_a_pretrained_teacher_keeps_its_head(monkeypatch):
     assert timm_model.create(section, 10, 64, "student").num_classes == 10  # a fine-tune may
 
 
-@pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_strict"])
+@pytest.mark.parametrize(
+    "key",
+    ["checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"],
+)
 def test_weights_come_from_the_keys_that_are_checked(key):
     message = refusal(kwargs={key: False})
     assert (

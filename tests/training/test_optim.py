@@ -5,6 +5,7 @@ import math
 import pytest
 import timm.optim
 import torch
+from conftest import newer_timm
 from torch import nn
 
 from indistill import config
@@ -297,6 +298,7 @@ def test_an_argument_without_effect_is_refused(section, message):
         optim.create(student, config.Optimizer(lr=0.1, **section))
 
 
+@newer_timm
 def test_layer_decay_of_a_single_layer_is_refused():
     section = config.Optimizer(name="adamw", lr=0.1, kwargs={"layer_decay": 0.5})
     with pytest.raises(

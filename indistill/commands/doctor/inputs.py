@@ -133,7 +133,7 @@ def data_shards(here: Here) -> Said:
 
 def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str]) -> Said:
     section = settings.data
-    paths = shards.expand(urls, section.root, section.allow_pipe)
+    paths = shards.expand(urls, section.root)
     sizes, missing, damaged = _indices(paths, section.cache_dir)
     for problem in damaged[:MOST_SHOWN]:
         yield FAIL, f"{key}: {problem}"
@@ -246,7 +246,7 @@ def evaluation_images(here: Here) -> Said:
 def _with_index(section: config.Data, urls: str | list[str]) -> shards.ShardSet | None:
     """Open local shards that have an index; None for others, and for mistakes that data_shards reports."""
     try:
-        paths = shards.expand(urls, section.root, section.allow_pipe)
+        paths = shards.expand(urls, section.root)
         if any(map(remote.is_remote, paths)):
             return None
         existing = [list(filter(os.path.exists, index_files(path, section.cache_dir))) for path in paths]
@@ -262,7 +262,7 @@ def reading(here: Here) -> Said:
     for settings in here.by_data:
         section = settings.data
         try:
-            paths = shards.expand(section.train, section.root, section.allow_pipe)
+            paths = shards.expand(section.train, section.root)
         except UserError:
             continue  # reported by data_shards
         first = here.rank % len(paths)  # ranks read different shards

@@ -57,12 +57,9 @@ def _or_reason(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _create(section: config.Model, data: config.Data) -> TimmModel:
     """Create the timm model of a section, without its weights."""
-    import timm
+    from indistill.models.timm_model import build, timm_model  # `models` registers the small networks
 
-    from indistill.models.timm_model import timm_model  # `models` registers the small networks
-
-    kwargs = {"num_classes": data.num_classes, **section.kwargs}
-    return timm_model(timm.create_model(section.name, **kwargs).eval())
+    return timm_model(build(section, {"num_classes": data.num_classes, **section.kwargs}, "network").eval())
 
 
 def size(section: config.Model, data: config.Data) -> dict[str, int]:
