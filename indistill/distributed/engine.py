@@ -40,6 +40,7 @@ from indistill.config import UserError
 from indistill.config.ranks import Ranks
 from indistill.curriculum import Phase
 from indistill.models.graph import walk
+from indistill.models.weights import misfit
 
 Student = TypeVar("Student", bound=nn.Module)
 _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
@@ -154,7 +155,7 @@ class DDP(Engine):
         return {"optimizer": self.optimizer.state_dict(), "scaler": scaler}
 
     def restore(self, weights: Mapping[str, Tensor], parts: Sequence[dict[str, Any]]) -> None:
-        self.student.load_state_dict(weights)
+        load_student(self.student, weights)
         self.optimizer.load_state_dict(parts[0]["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(parts[0]["scaler"])
@@ -266,7 +267,7 @@ class ZeRO(Engine):
                 "sub_group_size"
             )
         with GatheredParameters(list(self.student.parameters()), modifier_rank=0):
-            self.student.load_state_dict(weights)
+            load_student(self.student, weights)
         self._zero.refresh_fp32_params()  # in stages with copies of the parameters
         vars(self._zero.loss_scaler).update(parts[0]["scaler"])
         self._restore_optimizer([part["optimizer"] for part in parts])
@@ -447,6 +448,15 @@ def device_name(device: torch.device) -> str:
         if model := re.search(r"model name\s*: *(.+)", Path("/proc/cpuinfo").read_text()):
             return f"CPU: {model[1]}"
     return f"CPU: {platform.processor() or platform.machine()}"
+
+
+def load_student(student: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load the student's weights in a checkpoint. Raises UserError, before it changes any, if one does not
+    fit.
+    """
+    if problem := misfit(weights, student.state_dict()):
+        raise UserError(f"the checkpoint's model.safetensors {problem}: it is of another run")
+    student.load_state_dict(weights)
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:

@@ -23,15 +23,16 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.operations import recursively_apply
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from indistill import config
-from indistill.config import UserError, in_one_line
+from indistill.config import UserError, in_one_line, records
 from indistill.config.files import sha256
+from indistill.config.records import CHECKPOINT_VERSION, State
 from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
 from indistill.distributed.engine import Engine, on_main
+from indistill.models.weights import misfit
 
-FORMAT_VERSION = 4
 MOST_FAILURES = 3  # saves in a row that may fail before the run does
 
 
@@ -90,17 +91,17 @@ class Checkpoints:
         made.
         """
         path, state = on_main(self.accelerator, lambda: self.find(choice))
-        if path is None:
+        if path is None or state is None:
             return 0, {}
         self.load(path, ema)
-        self.best_top1 = state["best_top1"]
+        self.best_top1 = state.best_top1
         for name, part in self.parts.items():
-            part.restore(state["parts"][name])
+            part.restore(getattr(state.parts, name).model_dump(exclude_unset=True))
         if self.accelerator.is_main_process:  # accelerator.print would print it on every node
-            print(f"resumed from {path} at step {state['step']}", flush=True)
-        return state["step"], state["scores"]
+            print(f"resumed from {path} at step {state.step}", flush=True)
+        return state.step, state.scores
 
-    def find(self, choice: str) -> tuple[Path | None, dict[str, Any]]:
+    def find(self, choice: str) -> tuple[Path | None, State | None]:
         """Return the checkpoint to resume from, verified, and its `state.json`; None to start from the first
         step.
 
@@ -114,12 +115,12 @@ class Checkpoints:
             damage = damaged(path)
             if damage is None:
                 state = self.checked_state(path)
-                self.set_aside_later(state["step"])
+                self.set_aside_later(state.step)
                 return path, state
             print(f"indistill: {path} is damaged ({damage}) and passed over", file=sys.stderr, flush=True)
         if candidates:
             raise UserError(f"{path}: damaged ({damage}), and no other to go on from: choose another run_dir")
-        return None, {}
+        return None, None
 
     def _candidates(self, choice: str) -> list[Path]:
         """The checkpoints that `--resume choice` allows, the preferred one first."""
@@ -136,13 +137,11 @@ class Checkpoints:
             )
         return saved[::-1]
 
-    def checked_state(self, path: Path) -> dict[str, Any]:
+    def checked_state(self, path: Path) -> State:
         """Read `state.json`. Raises UserError, naming what differs from this run."""
-        state = json.loads(CheckpointDir(path).state.read_text())
-        if state["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
+        state = read_state(path)
         for name, value in self.identity.items():
-            if (saved := state["identity"][name]) != value:
+            if (saved := state.identity.get(name)) != value:
                 values = f" ({saved}, not {value})" if name == "engine" else ""
                 raise UserError(f"{path}: saved with another {name}{values}: resume with the one of that run")
         return state
@@ -151,9 +150,12 @@ class Checkpoints:
         """Restore networks and optimizer in place, on all ranks."""
         files = CheckpointDir(path).optimizers()
         parts = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
-        self.engine.restore(load_file(CheckpointDir(path).model), parts)
+        self.engine.restore(_read_tensors(CheckpointDir(path).model), parts)
         if ema is not None:
-            ema.module.load_state_dict(load_file(CheckpointDir(path).ema))
+            weights = _read_tensors(CheckpointDir(path).ema)
+            if problem := misfit(weights, ema.module.state_dict()):
+                raise UserError(f"{CheckpointDir(path).ema} {problem}: it is of another run")
+            ema.module.load_state_dict(weights)
 
     def set_aside_later(self, step: int) -> None:
         """Set aside the later checkpoints of a run that goes back to `step`, and delete its summary."""
@@ -193,7 +195,7 @@ class Checkpoints:
             )
         self.best_top1 = max(self.best_top1, (scores or {}).get("top1", -1.0))
         state = {
-            "format_version": FORMAT_VERSION,
+            "format_version": CHECKPOINT_VERSION,
             "step": step,
             "identity": self.identity,
             "scores": scores,
@@ -309,16 +311,25 @@ class Checkpoints:
 
 def damaged(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, by sizes and hashes of its files; None if nothing is."""
+    folder = CheckpointDir(path)
     try:
-        manifest = json.loads(CheckpointDir(path).manifest.read_text())
+        manifest = records.load(folder.manifest, records.CheckpointManifest, "not to be used").root
+        for file in (folder.model, folder.state):
+            if file.name not in manifest:
+                return f"{folder.manifest.name} does not name {file.name}"
         for name, entry in manifest.items():
-            if (size := (path / name).stat().st_size) != entry["bytes"]:
-                return f"{name} has {size} bytes, not {entry['bytes']}"
-            if sha256(path / name) != entry["sha256"]:
+            if (size := (path / name).stat().st_size) != entry.bytes:
+                return f"{name} has {size} bytes, not {entry.bytes}"
+            if sha256(path / name) != entry.sha256:
                 return f"{name} has another SHA-256 than when it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, UserError) as error:
         return f"manifest.json or a file that it names cannot be read: {in_one_line(error, 200)}"
     return None
+
+
+def read_state(path: Path) -> State:
+    """Read `state.json` of a checkpoint. Raises UserError if it is damaged or has another version."""
+    return records.load(CheckpointDir(path).state, State, "go on from another checkpoint, or start again")
 
 
 def _write_file(path: Path, content: Any) -> dict[str, Any]:
@@ -334,5 +345,19 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of a checkpoint. Raises UserError if it cannot be read."""
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own types
+        raise UserError(
+            f"{path}: cannot be read ({in_one_line(error, 200)}): go on from another checkpoint"
+        ) from None
+
+
 def _top1(path: Path) -> float | None:
-    return (json.loads(CheckpointDir(path).state.read_text())["scores"] or {}).get("top1")
+    """The top-1 of a checkpoint; None if it was not evaluated, or its `state.json` is damaged."""
+    try:
+        return (read_state(path).scores or {}).get("top1")
+    except UserError:
+        return None

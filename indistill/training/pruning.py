@@ -48,7 +48,15 @@ def agree_on_plan(
 
     def read_or_make() -> Plan:
         if path.exists():
-            return Plan.read(path)
+            plan = Plan.read(path)
+            ours = [pair[:4] for pair in prune.unpruned(teacher.net, student, pairs, warmup.adapter)]
+            theirs = [pair[:4] for pair in plan.pairs]
+            if ours != theirs:
+                raise UserError(
+                    f"{path}: made for pairs (teacher stage, student stage, their widths) {theirs}, these "
+                    f"networks have {ours}: restore the file, or start in another run_dir"
+                )
+            return plan
         how = (section.criterion, section.mode, warmup.adapter, importance, settings.seed)
         plan = prune.plan(teacher.net, student, pairs, input_size(settings), *how)
         replace_text(path, plan.to_json())
