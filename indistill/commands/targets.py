@@ -52,6 +52,7 @@ from indistill.prune import Plan
 from indistill.targets import records
 from indistill.targets.live import LiveTargets
 from indistill.targets.manifest import (
+    REMEDY,
     VERSION,
     Manifest,
     StageInfo,
@@ -476,8 +477,12 @@ def claim(root: Path, manifest: Manifest) -> Manifest:
     Raises UserError if the stored one describes other targets.
     """
     for name in ("manifest.json", "manifest.partial.json"):
-        if (root / name).exists():
-            stored = parse_manifest(read_bytes(root / name, MAX_RECORD_BYTES), str(root / name))
+        if os.path.lexists(root / name):
+            try:
+                content = read_bytes(root / name, MAX_RECORD_BYTES)
+            except OSError as error:
+                raise UserError(f"{root / name}: cannot be read ({error.strerror}): {REMEDY}") from None
+            stored = parse_manifest(content, str(root / name))
             names = Names("data.train", manifest.classes) if manifest.classes else None
             check_classes(str(root), stored, names)
             difference = stored.difference(manifest)
