@@ -323,8 +323,8 @@ class Run:
             replace_text(self.files.summary, json.dumps(summary, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
             mistake = UserError(
-                f"run_dir {self.run_dir}: the result cannot be written ({in_one_line(error, 300)}): mend that, "
-                "and start again: the run ends from its last checkpoint"
+                f"run_dir {self.run_dir}: the result cannot be written ({in_one_line(error, 300)}): mend "
+                "that, and start again: the run ends from its last checkpoint"
             )
             mistake.found_by_one_rank = True
             raise mistake from None
