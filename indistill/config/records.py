@@ -294,7 +294,8 @@ def first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key[:100]}: {message}" if key else message
+    key = key[:100] if key.isprintable() else ascii(key[:100])
+    return f"{key}: {message}" if key else message
 
 
 def lines(path: Path, schema: type[BaseModel], *, reported: bool = False) -> Iterator[dict[str, Any]]:
