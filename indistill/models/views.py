@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import timm.data
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
@@ -20,6 +20,9 @@ _Number = TypeVar("_Number")
 _Three = Annotated[list[_Number], Field(min_length=3, max_length=3)]
 
 
+_Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
+
+
 class PretrainedConfig(BaseModel):
     """timm's record of a network as an exported folder or program has it: how images are preprocessed."""
 
@@ -28,8 +31,8 @@ class PretrainedConfig(BaseModel):
     input_size: _Three[PositiveInt] | None = None
     test_input_size: _Three[PositiveInt] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=100)] | None = None
-    crop_mode: str | None = None
-    interpolation: str | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    interpolation: _Interpolation | None = None
     mean: _Three[FiniteFloat] | None = None
     std: _Three[FiniteFloat] | None = None
     label_names: list[str] | None = None
