@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indistill.config import UserError
+from indistill.config import UserError, records
+from indistill.config.files import read_json
+from indistill.config.records import PlanRecord
 from indistill.models import graph
 from indistill.models.stages import check_stages, find_stages, stage_maps
 from indistill.models.timm_model import TimmModel, timm_model
@@ -77,26 +79,25 @@ class Plan(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Plan:
         """Read the output of `to_json`. Raises ValueError if it is damaged or was edited."""
-        try:
-            tree = json.loads(text)
-            pairs = [PairPlan(**pair) for pair in tree["pairs"]]
-            plan = cls(tree["criterion"], tree["mode"], pairs, tuple(tree.get("importance", ())))
-            intact = tree["hash"] == plan.hash
-        except (KeyError, TypeError):
-            intact = False
-        if not intact:
-            raise ValueError("not a plan, or an edited one")
+        return cls.of_record(PlanRecord.model_validate(read_json(text.encode())))
+
+    @classmethod
+    def of_record(cls, record: PlanRecord) -> Plan:
+        """The plan in a record. Raises ValueError if it was edited."""
+        pairs = [PairPlan(**dict(pair)) for pair in record.pairs]
+        plan = cls(record.criterion, record.mode, pairs, tuple(record.importance))
+        if record.hash != plan.hash:
+            raise ValueError("its hash is of another plan")
         return plan
 
     @classmethod
     def read(cls, path: Path) -> Plan:
         """Read `prune_plan.json`. Raises UserError if the file is damaged or was edited."""
+        remedy = "restore it, or start in another run_dir"
         try:
-            return cls.parse(path.read_text())
-        except ValueError:
-            raise UserError(
-                f"{path}: damaged or edited by hand: restore it, or start in another run_dir"
-            ) from None
+            return cls.of_record(records.load(path, PlanRecord, remedy))
+        except ValueError as error:
+            raise UserError(f"{path}: damaged or edited by hand ({error}): {remedy}") from None
 
 
 class Writer(NamedTuple):
@@ -378,8 +379,8 @@ def plan(
 
     plans: list[PairPlan] = []
     importance_of_pairs: list[list[float] | None] = []
-    for teacher_stage, student_stage in pairs:
-        pair = _unpruned(teacher, student, stages=(teacher_stage, student_stage), adapter=adapter)
+    for pair in unpruned(teacher, student, pairs, adapter):
+        teacher_stage = pair.teacher_stage
         rounded = None
         if pair.student_width < pair.teacher_width:
             if criterion in NEEDS_DATA:
@@ -401,6 +402,14 @@ def _calibrated(importance: dict[int, Tensor] | None, stage: int, criterion: str
     if importance is None or stage not in importance:
         raise ValueError(f"prune.plan: {criterion} needs the importance of teacher stage {stage}")
     return importance[stage]
+
+
+def unpruned(
+    teacher: nn.Module, student: nn.Module, pairs: Iterable[tuple[int, int]], adapter: str
+) -> Iterator[PairPlan]:
+    """Yield pairs that keep all channels. Raises UserError for a wider student without an adapter."""
+    for stages in pairs:
+        yield _unpruned(teacher, student, stages=stages, adapter=adapter)
 
 
 def _unpruned(teacher: nn.Module, student: nn.Module, stages: tuple[int, int], adapter: str) -> PairPlan:

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from indistill import config
 from indistill.config import Config, UserError
-from indistill.config.files import replacing
+from indistill.config.files import read_bytes, replacing
+from indistill.config.limits import MAX_RECORD_BYTES
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
@@ -51,8 +52,10 @@ from indistill.prune import Plan
 from indistill.targets import records
 from indistill.targets.live import LiveTargets
 from indistill.targets.manifest import (
+    REMEDY,
     VERSION,
     Manifest,
+    StageInfo,
     Teacher,
     Weights,
     check_classes,
@@ -456,7 +459,7 @@ def describe_teacher(settings: Config, targets_of: LiveTargets) -> Teacher:
     )
 
 
-def stages(net: nn.Module) -> list[dict[str, object]]:
+def stages(net: nn.Module) -> list[StageInfo]:
     """The stages of a teacher by the keys of timm's `feature_info`; [] if losses cannot read any."""
     try:
         network_stages = find_stages(net)
@@ -474,11 +477,18 @@ def claim(root: Path, manifest: Manifest) -> Manifest:
     Raises UserError if the stored one describes other targets.
     """
     for name in ("manifest.json", "manifest.partial.json"):
-        if (root / name).exists():
-            stored = parse_manifest((root / name).read_bytes(), str(root / name))
+        if os.path.lexists(root / name):
+            try:
+                content = read_bytes(root / name, MAX_RECORD_BYTES)
+            except OSError as error:
+                raise UserError(f"{root / name}: cannot be read ({error.strerror}): {REMEDY}") from None
+            stored = parse_manifest(content, str(root / name))
             names = Names("data.train", manifest.classes) if manifest.classes else None
             check_classes(str(root), stored, names)
-            if difference := stored.difference(manifest):
+            difference = stored.difference(manifest)
+            if difference is None and stored.samples != manifest.samples:
+                difference = "samples per shard"
+            if difference:
                 raise UserError(
                     f"{root} holds targets of another config ({difference}): choose another targets.dir, or "
                     "delete it"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
+
+from indistill.config.limits import MAX_RECORD_LINE_BYTES, MAX_RECORD_LINES_BYTES
 
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
@@ -62,7 +66,7 @@ def sha256(path: Path, *, ignore_metadata_order: bool = False) -> str:
         metadata in random order, so two files with the same weights may differ in bytes. Other files are not
         affected.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if not (ignore_metadata_order and path.suffix == ".safetensors"):
             return hashlib.file_digest(file, "sha256").hexdigest()
         header = file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES))
@@ -83,11 +87,74 @@ def denied(path: str | Path) -> bool:
     return not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a file that may come from outside, for reading.
+
+    Raises OSError, whose `strerror` says why, also for anything but a regular file: a FIFO would wait, and a
+    device has no end.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # else a FIFO without a writer would wait
+
+    stream = open(path, "rb", opener=opener)  # noqa: SIM115 (the caller closes it)
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return stream
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Read a file that may come from outside.
+
+    Raises OSError like `open_regular`, and for a file of more than `limit` bytes.
+    """
+    with open_regular(path) as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"Larger than {limit:,} bytes", str(path))
+    return content
+
+
+def read_json(content: bytes) -> Any:
+    """Parse JSON from outside. Raises ValueError, also for lists in lists without end."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("too many lists or mappings in each other") from None
+
+
+def json_lines(path: Path, most: int, *, last: bool = False) -> Iterator[Any]:
+    """Yield the content of each line of a file with one JSON value per line, None for a damaged line.
+
+    A missing file has no lines. Raises OSError like `open_regular`, and for a file of more than `most` bytes;
+    with `last`, reads the lines that begin in its last `most` bytes instead.
+    """
+    if not os.path.lexists(path):
+        return
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            if not last:
+                raise OSError(errno.EFBIG, f"Larger than {most:,} bytes", str(path))
+            stream.seek(size - most - 1)
+            _skip_line(stream)
+        while line := stream.readline(MAX_RECORD_LINE_BYTES):
+            content = None
+            if line.endswith(b"\n") or len(line) < MAX_RECORD_LINE_BYTES:
+                with contextlib.suppress(ValueError):
+                    content = read_json(line)
+            else:
+                _skip_line(stream)
+            yield content
+
+
+def _skip_line(stream: BufferedReader) -> None:
+    """Go on to the beginning of the next line."""
+    while (part := stream.readline(MAX_RECORD_LINE_BYTES)) and not part.endswith(b"\n"):
+        pass
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file with one JSON object per line. Skips lines that were cut off; a missing file has none."""
-    lines = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(text))
-    return lines
+    """Read a file with one JSON object per line. Skips damaged lines; a missing file has none."""
+    return [line for line in json_lines(path, MAX_RECORD_LINES_BYTES) if line is not None]

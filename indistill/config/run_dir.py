@@ -227,7 +227,7 @@ def _append(run_dir: Path, line: dict[str, Any]) -> None:
     """Append one line in a single write; a line that a full disk cuts short is removed again."""
     text = json.dumps({"time": round(time.time(), 3), **line}) + "\n"
     path = RunDir(run_dir).history
-    with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+    with contextlib.suppress(OSError), open(path, "ab", buffering=0, opener=_without_waiting) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             complete = file.write(text.encode()) == len(text.encode())
@@ -235,6 +235,11 @@ def _append(run_dir: Path, line: dict[str, Any]) -> None:
             complete = False
         if not complete:
             os.truncate(path, size)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file for writing; a FIFO that nothing reads is an error instead of a wait without end."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 # --- errors -------------------------------------------------------------------------------------------------

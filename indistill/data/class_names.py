@@ -14,15 +14,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, files
 from indistill.config.files import replace_text
+from indistill.config.limits import MAX_RECORD_BYTES
+from indistill.config.records import first_problem
 from indistill.config.run_dir import RunDir
 from indistill.data import remote
 
 RECORD = "dataset.json"  # beside packed shards
 MOST_SHOWN = 5  # classes in a message
+
+
+class DatasetRecord(BaseModel):
+    """What is read of `dataset.json`: other keys are for people."""
+
+    model_config = ConfigDict(strict=True)
+
+    plan: str = ""  # hash of the source and the options, by which an interrupted packing continues
+    classes: list[str] | None = None  # in the order of the labels; None: labels are numbers without names
 
 
 class Names(NamedTuple):
@@ -68,7 +80,7 @@ def read(path: str | Path) -> list[str]:
             return names
         path = path / RECORD
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = files.read_bytes(path, MAX_RECORD_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not a text file"
         raise UserError(f"{path}: cannot be read ({reason}): name a file or folder with classes") from None
@@ -89,7 +101,7 @@ def read(path: str | Path) -> list[str]:
 def _from_json(text: str, path: Path) -> list[str]:
     """The names in a JSON file with the content `text`."""
     try:
-        content = json.loads(text)
+        content = files.read_json(text.encode())
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON ({error}): correct the file") from None
     if isinstance(content, dict) and ("classes" in content or "plan" in content):
@@ -101,7 +113,7 @@ def _from_json(text: str, path: Path) -> list[str]:
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return content
     if isinstance(content, dict):
-        labels = sorted(str(label) for label in content.values())
+        labels = sorted(str(label) for label in content.values() if isinstance(label, (int, str)))
         if labels == sorted(str(label) for label in range(len(content))):
             return sorted(content, key=lambda name: int(content[name]))
     raise UserError(
@@ -151,11 +163,16 @@ def list_in(folder: str) -> Names | None:
     else:
         path = Path(folder, RECORD)
         where = str(path)
-        text = path.read_bytes() if path.is_file() else None
+        try:
+            text = files.read_bytes(path, MAX_RECORD_BYTES) if path.is_file() else None
+        except OSError as error:
+            raise UserError(
+                f"{where}: cannot be read ({error.strerror}): mend that, or delete the file"
+            ) from None
     if text is None:
         return None
     try:
-        content = json.loads(text)
+        content = files.read_json(text)
     except ValueError:
         raise UserError(
             f"{where}: is not valid JSON: pack the shards again, or delete the file if it is not theirs"
@@ -164,11 +181,15 @@ def list_in(folder: str) -> Names | None:
 
 
 def of_record(content: Any, where: str) -> Names | None:
-    """The list in the parsed content of a `dataset.json`, if any."""
-    names = content.get("classes") if isinstance(content, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return None  # labels are numbers without names, or another tool wrote the file
-    return Names(where, names)
+    """The list in the parsed content of a `dataset.json`, if any. Raises UserError for a damaged one."""
+    try:
+        names = DatasetRecord.model_validate(content).classes
+    except ValidationError as error:
+        if not isinstance(content, dict) or "plan" not in content:
+            return None  # another tool wrote the file
+        reason = first_problem(error)
+        raise UserError(f"{where}: damaged ({reason}): pack the shards again, or delete the file") from None
+    return None if names is None else Names(where, names)
 
 
 # --- whether they agree -------------------------------------------------------------------------------------
@@ -287,4 +308,6 @@ def of_weights(path: str | Path) -> Names | None:
 def of_pretrained(record: dict[str, Any] | None, name: str) -> Names | None:
     """The list in timm's record of a pretrained network (`pretrained_cfg`), if there is one."""
     names = (record or {}).get("label_names")
-    return Names(name, list(names)) if isinstance(names, (list, tuple)) and names else None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(one, str) for one in names) or not names:
+        return None
+    return Names(name, list(names))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from indistill.config import UserError
+from indistill.config import UserError, records
 from indistill.config.files import replace_text, replacing
 from indistill.data import class_names
 from indistill.data.decode import BadImage, decode
@@ -143,7 +143,8 @@ class _Packing(NamedTuple):
         self.destination.mkdir(parents=True, exist_ok=True)
         record = self.destination / class_names.RECORD
         if record.exists():
-            if json.loads(record.read_text()).get("plan") != plan:
+            remedy = "choose an empty directory"
+            if records.load(record, class_names.DatasetRecord, remedy).plan != plan:
                 raise UserError(
                     f"{self.destination}: holds another packing (see {record.name}): "
                     "choose an empty directory"

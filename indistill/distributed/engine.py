@@ -44,10 +44,10 @@ from indistill.distributed.saved_state import (
     check_optimizer,
     check_scaler,
     check_state,
-    check_tensors,
     state_kinds,
 )
 from indistill.models.graph import walk
+from indistill.models.weights import misfit
 
 Student = TypeVar("Student", bound=nn.Module)
 _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
@@ -165,11 +165,10 @@ class DDP(Engine):
         if not parts:
             raise UserError("has no state of the optimizer")
         saved, scaler = parts[0].get("optimizer"), self.accelerator.scaler
-        check_tensors("the student", weights, self.student.state_dict())
         check_optimizer(saved, self.optimizer.optimizer)
         if scaler:
             check_scaler(parts[0].get("scaler"), scaler.state_dict())
-        self.student.load_state_dict(weights)
+        load_student(self.student, weights)
         self.optimizer.load_state_dict(saved)
         if scaler:
             scaler.load_state_dict(parts[0]["scaler"])
@@ -274,8 +273,7 @@ class ZeRO(Engine):
 
         self._check(parts)
         with GatheredParameters(list(self.student.parameters()), modifier_rank=0):
-            check_tensors("the student", weights, self.student.state_dict())
-            self.student.load_state_dict(weights)
+            load_student(self.student, weights)
         self._zero.refresh_fp32_params()  # in stages with copies of the parameters
         scaler = {name: parts[0]["scaler"][name] for name in self._scaler()}
         vars(self._zero.loss_scaler).update(scaler)
@@ -494,6 +492,15 @@ def device_name(device: torch.device) -> str:
         if model := re.search(r"model name\s*: *(.+)", Path("/proc/cpuinfo").read_text()):
             return f"CPU: {model[1]}"
     return f"CPU: {platform.processor() or platform.machine()}"
+
+
+def load_student(student: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load the student's weights in a checkpoint. Raises UserError, before it changes any, if one does not
+    fit.
+    """
+    if problem := misfit(weights, student.state_dict()):
+        raise UserError(f"model.safetensors {problem}")
+    student.load_state_dict(weights)
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:

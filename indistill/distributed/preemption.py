@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from indistill.config import UserError, in_one_line, run_lock
+from indistill.config import UserError, in_one_line, records, run_lock
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, append_end, describe_error
@@ -380,10 +380,10 @@ def _mark(status: Path | None, word: str, reason: str = "", on_any_rank: bool = 
     if status is None:
         return ""
     with contextlib.suppress(OSError):
-        if word == "requeue" and status.exists():
-            written, _, why = status.read_text().partition("\n")
+        if word == "requeue":
+            written, why = records.status(status)
             if written == "failed":
-                return why.strip() or written
+                return why or written
         if not Ranks.from_environment().is_main_process and not on_any_rank:
             return ""
         status.parent.mkdir(parents=True, exist_ok=True)

@@ -22,15 +22,6 @@ Kind = tuple[tuple[int, ...], torch.dtype] | list[Any] | None
 Kinds = dict[str, Kind]  # by the names of a parameter's state
 
 
-def check_tensors(what: str, saved: Mapping[str, Any], live: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless `saved` has the names, shapes and dtypes of `live`."""
-    for name in [*live, *saved]:
-        if name not in saved or name not in live:
-            raise UserError(f"{what} {'lacks' if name not in saved else 'has an unexpected'} {name!r}")
-        if _kind(saved[name]) != _kind(live[name]):
-            raise UserError(f"{what}: {name} is {_text(saved[name])}, this run has {_text(live[name])}")
-
-
 def check_optimizer(saved: Any, live: Optimizer) -> None:
     """Raise UserError unless the state_dict `saved` fits the optimizer, whose own state may be empty."""
     if not isinstance(saved, dict) or not isinstance(state := saved.get("state"), dict):

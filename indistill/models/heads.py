@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, Json, NonNegativeInt, PositiveInt
 from safetensors import safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from indistill import config
@@ -19,8 +20,16 @@ from indistill.models.network import Network, fingerprint
 from indistill.models.outputs import Output, Targets
 from indistill.models.stages import find_stages
 from indistill.models.trainable import Trainable
+from indistill.models.weights import misfit
 
 _MAX_HEAD_WEIGHTS = 10**8
+
+
+class _Metadata(BaseModel):
+    """The metadata of `heads.safetensors`, whose values are JSON."""
+
+    stages: Json[list[NonNegativeInt]]
+    pool: Json[PositiveInt | None]
 
 
 class Heads(Trainable):
@@ -99,9 +108,12 @@ class Heads(Trainable):
         """Load `heads.safetensors`. Raises UserError if the file is invalid or belongs to another teacher."""
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-            heads = cls(teacher, json.loads(metadata["stages"]), json.loads(metadata["pool"]), image_size)
-            load_model(heads, path)
+                metadata = _Metadata.model_validate(file.metadata())
+            heads = cls(teacher, metadata.stages, metadata.pool, image_size)
+            weights = load_file(path)
+            if problem := misfit(weights, heads.state_dict()):
+                raise ValueError(f"it {problem}")
+            heads.load_state_dict(weights)
         except FileNotFoundError:
             reason = "permission denied for" if denied(path) else "no file"
             raise UserError(f"teacher.heads: {reason} {path}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -192,4 +193,15 @@ def normalisation(net: TimmModel, section: config.Model, role: str) -> Normalisa
         raise UserError(
             f"{role}: the normalisation of {section.name} is not known: set {role}.mean and {role}.std"
         )
-    return timm_config["mean"], timm_config["std"]
+    mean, std = timm_config["mean"], timm_config["std"]
+    for values in (mean, std):
+        if (
+            not isinstance(values, (list, tuple))
+            or len(values) != 3
+            or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+        ):
+            raise UserError(
+                f"{role}: the normalisation of {section.name} is {str(values)[:100]}, not three numbers: set "
+                f"{role}.mean and {role}.std"
+            )
+    return mean, std

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from indistill import config
 from indistill.config import UserError, in_one_line
 from indistill.config.files import denied
+from indistill.models.weights import misfit
 
 # Arguments of timm.create_model that name files or say which weights are loaded, and how many of them.
 _OTHER_WEIGHTS = {
@@ -136,6 +137,8 @@ def _load_weights(net: TimmModel, path: str, role: str) -> None:
                 f"data.num_classes needs {tuple(expected[key].shape)}: give the name, kwargs and "
                 "data.num_classes that it was saved with"
             )
+    if problem := misfit(state, expected):
+        raise UserError(f"{role}.checkpoint: {path} {problem}: save the state dict of the model itself")
     net.load_state_dict(state)
 
 

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import timm.data
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.models import load_model_config_from_hf, resolve_pretrained_cfg
 
 from indistill import config
 from indistill.config import UserError, in_one_line
+from indistill.config.files import read_bytes, read_json
+from indistill.config.limits import MAX_RECORD_BYTES
+
+_Number = TypeVar("_Number")
+_Three = Annotated[list[_Number], Field(min_length=3, max_length=3)]
+
+
+_Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
+
+
+class PretrainedConfig(BaseModel):
+    """timm's record of a network as an exported folder or program has it: how images are preprocessed."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    input_size: _Three[PositiveInt] | None = None
+    test_input_size: _Three[PositiveInt] | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=100)] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    interpolation: _Interpolation | None = None
+    mean: _Three[FiniteFloat] | None = None
+    std: _Three[FiniteFloat] | None = None
+    label_names: list[str] | None = None
+    classes: list[str] | None = None  # in onnx and torch files
 
 
 def evaluation_view(settings: config.Config) -> EvalView:
@@ -54,7 +78,9 @@ def own_record(section: config.Model, role: str) -> dict[str, Any]:
     kind, _, source = section.name.partition(":")
     try:
         if kind == "local-dir":
-            return json.loads((Path(source) / "config.json").read_text())["pretrained_cfg"]
+            folder = Path(source) / "config.json"
+            content = read_json(read_bytes(folder, MAX_RECORD_BYTES))["pretrained_cfg"]
+            return PretrainedConfig.model_validate(content).model_dump(exclude_unset=True)
         if kind == "hf-hub":
             return load_model_config_from_hf(source)[0]
         name, _, tag = section.name.partition(".")

@@ -17,20 +17,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field as Bounds
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from indistill import config
-from indistill.config import Config, UserError, in_one_line
-from indistill.config.files import replace_text
+from indistill.config import Config, UserError, in_one_line, records
+from indistill.config.files import open_regular, replace_text
+from indistill.config.limits import MAX_RECORD_BYTES, MAX_STAGES, MAX_TEACHER_BATCH, MAX_VIEWS
+from indistill.config.records import Count, PlanRecord, Width
 from indistill.config.run_dir import RunDir
 from indistill.data import class_names, remote
 from indistill.data.class_names import Names
-from indistill.prune import PairPlan, Plan
+from indistill.prune import Plan
 from indistill.targets.records import Field, wanted_format
 
 VERSION = 1
+FieldName = Annotated[str, Bounds(pattern=r"^(embedding|logits|(pair|stage|head)\d{1,4})\z")]  # of a folder
 
 # The end of every error message about stored targets that have to be computed again.
 AGAIN = "run `indistill targets CONFIG` again"
@@ -61,12 +66,20 @@ class Weights(BaseModel):
     sha256: str
 
 
+class StageInfo(TypedDict):
+    """A stage of a teacher, by the keys of timm's `feature_info`."""
+
+    module: str
+    num_chs: Width
+    reduction: PositiveFloat | PositiveInt
+
+
 class Teacher(BaseModel):
     """Facts about a teacher that is not loaded; stands in for the network where only its stages matter."""
 
     forward_intermediates: ClassVar[None] = None  # models/stages.py requires the name
-    feature_info: list[dict[str, Any]]  # of its stages: module, num_chs, reduction
-    head_hidden_size: int  # of its embedding
+    feature_info: Annotated[list[StageInfo], Bounds(max_length=MAX_STAGES)]
+    head_hidden_size: Width  # of its embedding
     fingerprint: str  # of its weights, and of its intermediate classifiers'
     files: dict[str, Weights]  # that the config named, by its key
 
@@ -77,12 +90,36 @@ class Manifest(BaseModel):
     version: int
     teacher: Teacher
     config: dict[str, Any]  # values that decide the targets, by dotted key
-    plan: dict[str, Any]
+    plan: PlanRecord
     data: str  # fingerprint of the shards
     classes: list[str] | None = None  # names of the labels, if the packed shards have them
-    samples: list[int]  # per shard
-    fields: dict[str, Field]
-    batch: int  # images in a batch of the teacher, on which last bits depend
+    samples: list[Count]  # per shard
+    fields: dict[FieldName, Field]
+    # Images in a batch of the teacher, on which last bits depend.
+    batch: Annotated[int, Bounds(ge=1, le=MAX_TEACHER_BATCH)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Manifest:
+        """Check that the parts agree with each other, in particular the channels of each field."""
+        if self.version != VERSION:
+            return self  # `parse_manifest` refuses it by its version
+        views = self.config.get("data.augment.views")
+        if not isinstance(views, int) or not 0 < views <= MAX_VIEWS:
+            raise ValueError(f"config: data.augment.views is {views}")
+        plan = self.pruning()
+        of_stage = {f"stage{i}": stage["num_chs"] for i, stage in enumerate(self.teacher.feature_info)}
+        widths = of_stage | {"embedding": self.teacher.head_hidden_size}
+        for i, pair in enumerate(plan.pairs, start=1):
+            widths[f"pair{i}"] = pair.teacher_width if pair.kept is None else len(pair.kept)
+        classes = self.config.get("data.num_classes")
+        for name, field in self.fields.items():
+            is_map = name.startswith(("pair", "stage"))
+            width = widths.get(name) if is_map or name == "embedding" else classes
+            if field.shape[0] != width or (len(field.shape) == 3) != is_map:
+                raise ValueError(f"fields: {name} has shape {field.shape}, not {width} channels")
+            if any(view >= views for view in field.views):
+                raise ValueError(f"fields: {name} is in view {max(field.views)} of {views}")
+        return self
 
     @property
     def views(self) -> int:
@@ -90,8 +127,7 @@ class Manifest(BaseModel):
 
     def pruning(self) -> Plan:
         """The pruning plan of the targets."""
-        pairs = [PairPlan(**pair) for pair in self.plan["pairs"]]
-        return Plan(self.plan["criterion"], self.plan["mode"], pairs, tuple(self.plan.get("importance", ())))
+        return Plan.of_record(self.plan)
 
     def difference(self, other: Manifest) -> str | None:
         """The first difference, as `name: this -> other`; None if both describe the same targets."""
@@ -131,7 +167,7 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
     return {
         **manifest.config,
         "teacher weights": manifest.teacher.fingerprint,
-        "plan": manifest.plan["hash"],
+        "plan": manifest.plan.hash,
         "data.train": manifest.data,
         **fields,
     }
@@ -172,8 +208,8 @@ def load_manifest(root: str) -> Manifest:
     """Read `manifest.json`. Raises UserError if there is none, for instance before the job has finished."""
     path = f"{root}/manifest.json"
     try:
-        with remote.open_stream(path) as stream:
-            text = stream.read()
+        with remote.open_stream(path) if remote.is_remote(path) else open_regular(path) as stream:
+            text = stream.read(MAX_RECORD_BYTES + 1)
     except Exception as error:  # every fsspec backend has exceptions of its own
         partly = ", only a part of them" if os.path.exists(f"{root}/manifest.partial.json") else ""
         reason = in_one_line(error, 200)
@@ -186,10 +222,13 @@ def load_manifest(root: str) -> Manifest:
 
 def parse_manifest(text: bytes, path: str) -> Manifest:
     """The content of `manifest.json`. Raises UserError if it is damaged or has another version."""
+    if len(text) > MAX_RECORD_BYTES:
+        raise UserError(f"{path}: larger than {MAX_RECORD_BYTES:,} bytes: {REMEDY}")
     try:
         manifest = Manifest.model_validate_json(text)
-    except ValidationError:
-        raise UserError(f"{path}: damaged, or of another version: {REMEDY}") from None
+    except ValidationError as error:
+        reason = records.first_problem(error)
+        raise UserError(f"{path}: damaged, or of another version ({reason}): {REMEDY}") from None
     if manifest.version != VERSION:
         raise UserError(f"{path}: version {manifest.version}, but this program reads {VERSION}: {REMEDY}")
     return manifest

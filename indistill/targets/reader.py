@@ -48,15 +48,19 @@ class Reader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
 
-    def check(self, data: str, needed: dict[str, set[int]]) -> None:
+    def check(self, data: str, samples: list[int] | None, needed: dict[str, set[int]]) -> None:
         """Raise UserError unless these are the targets of this data, with all `needed` fields in the needed
         views.
 
-        data: fingerprint of the shards.
+        data: fingerprint of the shards. samples: per shard, if they are known.
         """
         if data != self.manifest.data:
             fingerprints = f"{self.manifest.data[:12]}, data.train has now {data[:12]}"
             raise UserError(f"{self.root}: made from other shards (fingerprint {fingerprints}): {REMEDY}")
+        if samples is not None and samples != self.manifest.samples:
+            raise UserError(
+                f"{self.root}/manifest.json: damaged (samples: not those of data.train): {REMEDY}"
+            )
         for name, views in needed.items():
             if name not in self.manifest.fields:
                 stored = ", ".join(self.manifest.fields)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, PositiveInt, model_validator
+from pydantic import Field as Bounds
 from torch import Tensor
 
 from indistill import config
+from indistill.config.limits import MAX_CHANNELS, MAX_TARGET_RECORD_BYTES, MAX_VIEWS
 
 Format = Literal["float32", "bf16", "int8", "top_k"]
 _TINY = torch.finfo(torch.float32).tiny  # replaces a probability of 0: its logarithm is -87
@@ -28,11 +31,27 @@ class Field(BaseModel):
     """One field of the stored targets: encodes a teacher's tensor [B, *shape] as records, and decodes it."""
 
     format: Format
-    shape: tuple[int, ...]  # of one sample
-    dtype: str  # of the teacher's tensor, which exactly stored values are decoded to
+    # Of one sample: of a map [C, H, W], of others [N].
+    shape: tuple[PositiveInt, ...]
+    # Of the teacher's tensor, which exactly stored values are decoded to.
+    dtype: Annotated[str, Bounds(pattern=r"^b?float(16|32|64)\z")]
     channels_last: bool  # likewise the memory format, on which the last bits of sums over a map depend
-    top_k: int | None = None  # only in the format of that name
-    views: list[int] = []  # in which it is stored: those in which the config's run reads it
+    top_k: PositiveInt | None = None  # only in the format of that name
+    # In which it is stored: those in which the config's run reads it.
+    views: list[Annotated[int, Bounds(ge=0, lt=MAX_VIEWS)]] = []
+
+    @model_validator(mode="after")
+    def _fits(self) -> Field:
+        is_map = len(self.shape) == 3
+        if len(self.shape) not in (1, 3) or self.shape[0] > MAX_CHANNELS:
+            raise ValueError(f"shape {self.shape}: neither [C, H, W] nor [N], of at most {MAX_CHANNELS:,}")
+        if (self.top_k is None) != (self.format != "top_k") or (self.top_k or 0) > self.shape[0]:
+            raise ValueError(f"top_k {self.top_k} in the format {self.format}, of {self.shape[0]} classes")
+        if (is_map and self.format == "top_k") or (not is_map and self.format in ("int8", "bf16")):
+            raise ValueError(f"a target of shape {self.shape} is not stored in the format {self.format}")
+        if 4 * math.prod(self.shape) > MAX_TARGET_RECORD_BYTES:
+            raise ValueError(f"shape {self.shape} is larger than {MAX_TARGET_RECORD_BYTES:,} bytes")
+        return self
 
     @property
     def record(self) -> np.dtype:

@@ -47,7 +47,9 @@ class CachedTargets:
 
         Raises UserError if the targets are of other data, or lack a field.
         """
-        self.reader.check(training.fingerprint, needed(timetable, self._fields, self.reader.manifest.views))
+        samples = training.dataset.shards.sizes if training.dataset else None
+        fields = needed(timetable, self._fields, self.reader.manifest.views)
+        self.reader.check(training.fingerprint, samples, fields)
         training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))
 
     def hold_weights(self) -> None:

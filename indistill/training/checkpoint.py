@@ -22,19 +22,18 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.operations import recursively_apply
-from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
 from indistill import config
-from indistill.config import UserError, in_one_line
+from indistill.config import UserError, in_one_line, records
 from indistill.config.files import give_usual_mode, sha256
+from indistill.config.records import CHECKPOINT_VERSION, State
 from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
 from indistill.distributed.engine import Engine, on_main
-from indistill.distributed.saved_state import check_tensors
+from indistill.models.weights import misfit
 
-FORMAT_VERSION = 4
 MOST_FAILURES = 3  # saves in a row that may fail before the run does
 
 
@@ -44,17 +43,6 @@ class Stateful(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
-
-
-class SavedState(BaseModel):
-    """What `state.json` must contain in this format."""
-
-    format_version: int
-    step: int
-    identity: dict[str, str]
-    scores: dict[str, float] | None
-    best_top1: float
-    parts: dict[str, dict[str, Any]]
 
 
 class Checkpoints:
@@ -105,25 +93,20 @@ class Checkpoints:
         made.
         """
         path, state = on_main(self.accelerator, lambda: self.find(choice))
-        if path is None:
+        if path is None or state is None:
             return 0, {}
         try:
             self.load(path, ema)
             for name, part in self.parts.items():
-                part.restore(state["parts"][name])
+                part.restore(getattr(state.parts, name).model_dump(exclude_unset=True))
         except UserError as error:
             raise UserError(f"{path}: {error}: resume from another checkpoint, with --resume PATH") from None
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path}: what it says of the run does not fit ({in_one_line(error, 200)}): "
-                "resume from another checkpoint, with --resume PATH"
-            ) from None
-        self.best_top1 = state["best_top1"]
+        self.best_top1 = state.best_top1
         if self.accelerator.is_main_process:  # accelerator.print would print it on every node
-            print(f"resumed from {path} at step {state['step']}", flush=True)
-        return state["step"], state["scores"]
+            print(f"resumed from {path} at step {state.step}", flush=True)
+        return state.step, state.scores
 
-    def find(self, choice: str) -> tuple[Path | None, dict[str, Any]]:
+    def find(self, choice: str) -> tuple[Path | None, State | None]:
         """Return the checkpoint to resume from, verified, and its `state.json`; None to start from the first
         step.
 
@@ -137,12 +120,12 @@ class Checkpoints:
             damage = damaged(path)
             if damage is None:
                 state = self.checked_state(path)
-                self.set_aside_later(state["step"])
+                self.set_aside_later(state.step)
                 return path, state
             print(f"indistill: {path} is damaged ({damage}) and passed over", file=sys.stderr, flush=True)
         if candidates:
             raise UserError(f"{path}: damaged ({damage}), and no other to go on from: choose another run_dir")
-        return None, {}
+        return None, None
 
     def _candidates(self, choice: str) -> list[Path]:
         """The checkpoints that `--resume choice` allows, the preferred one first."""
@@ -163,13 +146,11 @@ class Checkpoints:
             )
         return saved[::-1]
 
-    def checked_state(self, path: Path) -> dict[str, Any]:
+    def checked_state(self, path: Path) -> State:
         """Read `state.json`. Raises UserError, naming what differs from this run."""
-        state = json.loads(CheckpointDir(path).state.read_text())
-        if state["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path}: format {state['format_version']}, this version reads {FORMAT_VERSION}")
+        state = read_state(path)
         for name, value in self.identity.items():
-            if (saved := state["identity"].get(name)) != value:
+            if (saved := state.identity.get(name)) != value:
                 values = f" ({saved}, not {value})" if name == "engine" else ""
                 raise UserError(f"{path}: saved with another {name}{values}: resume with the one of that run")
         return state
@@ -181,7 +162,8 @@ class Checkpoints:
         self.engine.restore(_read(files.model), parts)
         if ema is not None:
             average = _read(files.ema)
-            check_tensors(files.ema.name, average, ema.module.state_dict())
+            if problem := misfit(average, ema.module.state_dict()):
+                raise UserError(f"{files.ema.name} {problem}")
             ema.module.load_state_dict(average)
 
     def set_aside_later(self, step: int) -> None:
@@ -251,7 +233,7 @@ class Checkpoints:
             )
         self.best_top1 = max(self.best_top1, (scores or {}).get("top1", -1.0))
         state = {
-            "format_version": FORMAT_VERSION,
+            "format_version": CHECKPOINT_VERSION,
             "step": step,
             "identity": self.identity,
             "scores": scores,
@@ -413,38 +395,27 @@ def damaged(path: Path, *, hashes: bool = True) -> str | None:
     """
     files = CheckpointDir(path)
     try:
-        manifest = _json_of(files.manifest)
+        manifest = records.load(files.manifest, records.CheckpointManifest, "not to be used").root
         for required in (files.model.name, files.state.name):
             if required not in manifest:
                 return f"{required} is not in {files.manifest.name}"
         for name, entry in manifest.items():
             file = path / name
-            if Path(name).name != name or not stat.S_ISREG((status := file.stat()).st_mode):
-                return f"{name!r} is not a file of it"
-            if status.st_size != entry["bytes"]:
-                return f"{name} has {status.st_size} bytes, not {entry['bytes']}"
-            if hashes and sha256(file) != entry["sha256"]:
+            if not stat.S_ISREG((status := file.stat()).st_mode):
+                return f"{name} is not a file of it"
+            if status.st_size != entry.bytes:
+                return f"{name} has {status.st_size} bytes, not {entry.bytes}"
+            if hashes and sha256(file) != entry.sha256:
                 return f"{name} has another SHA-256 than when it was written"
-        state = _json_of(files.state)
-        if state["format_version"] == FORMAT_VERSION:
-            SavedState.model_validate(state)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        return f"{files.state.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, UserError) as error:
         reason = in_one_line(error, 200)
         return f"{files.manifest.name} or a file that it names cannot be read: {reason}"
     return None
 
 
-def _json_of(path: Path) -> dict[str, Any]:
-    """Read the mapping in a JSON file; a pipe or device in its place would never end."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path.name}")
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is not a mapping")
-    return content
+def read_state(path: Path) -> State:
+    """Read `state.json` of a checkpoint. Raises UserError if it is damaged or has another version."""
+    return records.load(CheckpointDir(path).state, State, "go on from another checkpoint, or start again")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -475,4 +446,8 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
 
 
 def _top1(path: Path) -> float | None:
-    return (_json_of(CheckpointDir(path).state).get("scores") or {}).get("top1")
+    """The top-1 of a checkpoint; None if it was not evaluated, or its `state.json` is damaged."""
+    try:
+        return (read_state(path).scores or {}).get("top1")
+    except UserError:
+        return None

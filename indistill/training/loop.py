@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed as seed_everything
+from safetensors import SafetensorError
 from torch import Tensor
 
 from indistill import config, evaluate
-from indistill.config import Config, run_lock
+from indistill.config import Config, UserError, in_one_line, run_lock
 from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir, append_end, append_start, weights_file
 from indistill.curriculum import Pace, Phase, Timetable
@@ -307,8 +308,7 @@ class Run:
             )
         summary = self._summary(scores)
         if self.accelerator.is_main_process:
-            network.save(Path(weights_file(self.settings)), self.settings.student)
-            replace_text(self.files.summary, json.dumps(summary, indent=2) + "\n")
+            self._write_result(network, summary)
             append_end(self.run_dir, "done")
         for callback in self.callbacks:
             callback.on_end(self, summary)
@@ -316,6 +316,19 @@ class Run:
         self.accelerator.wait_for_everyone()
         watchdog.close()
         return summary
+
+    def _write_result(self, network: Trainable, summary: dict[str, Any]) -> None:
+        """Raises UserError, from rank 0 alone, if the disk is full or the files cannot be replaced."""
+        try:
+            network.save(Path(weights_file(self.settings)), self.settings.student)
+            replace_text(self.files.summary, json.dumps(summary, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:
+            mistake = UserError(
+                f"run_dir {self.run_dir}: the result cannot be written ({in_one_line(error, 300)}): mend "
+                "that, and start again: the run ends from its last checkpoint"
+            )
+            mistake.found_by_one_rank = True
+            raise mistake from None
 
     def _summary(self, scores: dict[str, float]) -> dict[str, Any]:
         phase_seconds, steps = self.log.phase_seconds, self.timetable.total_steps

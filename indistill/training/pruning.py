@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from indistill.config.tree import input_size
 from indistill.distributed import engine
 from indistill.models.network import Network
 from indistill.models.stages import check_stages, find_stages, match_stages
-from indistill.prune import Plan
+from indistill.prune import PairPlan, Plan
 from indistill.targets.manifest import REMEDY
 from indistill.targets.reader import Reader
 
@@ -48,13 +49,26 @@ def agree_on_plan(
 
     def read_or_make() -> Plan:
         if path.exists():
-            return Plan.read(path)
+            expected = prune.unpruned(teacher.net, student, pairs, warmup.adapter)
+            return _read(path, list(expected))
         how = (section.criterion, section.mode, warmup.adapter, importance, settings.seed)
         plan = prune.plan(teacher.net, student, pairs, input_size(settings), *how)
         replace_text(path, plan.to_json())
         return plan
 
     return engine.on_main(accelerator, read_or_make)
+
+
+def _read(path: Path, expected: list[PairPlan]) -> Plan:
+    """Read the plan of the run that is resumed. Raises UserError if it is not for the pairs expected."""
+    plan = Plan.read(path)
+    ours, theirs = ([pair[:4] for pair in pairs] for pairs in (expected, plan.pairs))
+    if ours != theirs:
+        raise UserError(
+            f"{path}: made for pairs (teacher stage, student stage, their widths) {theirs}, this run has "
+            f"{ours}: restore the file, or start in another run_dir"
+        )
+    return plan
 
 
 def _measure_importance(

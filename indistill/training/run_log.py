@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from indistill.config import Config, UserError
-from indistill.config.files import read_lines, replace_text
+from indistill.config import Config, UserError, records
+from indistill.config.files import replacing
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
@@ -93,8 +93,11 @@ class RunLog:
         self.clock = self.phase_clock = time.perf_counter()
         if not self.accelerator.is_main_process:
             return
-        kept = [line for line in read_lines(self.files.metrics) if line["step"] <= step] if step else []
-        replace_text(self.files.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = records.lines(self.files.metrics, records.MetricsLine) if step else []
+        with replacing(self.files.metrics) as file:
+            for line in kept:
+                if line["step"] <= step:
+                    file.write(f"{json.dumps(line)}\n".encode())
         if settings is not None:
             self.trackers.start(settings, self.run_id, step)
         self.progress.open(step)
@@ -217,7 +220,7 @@ class RunLog:
         self.bad = set(state["bad"])
         self.bad_agreed = len(self.bad) * self.accelerator.num_processes
         self.skipped_steps = state["skipped_steps"]
-        self.run_id = state.get("run_id", self.run_id)
+        self.run_id = state.get("run_id") or self.run_id
 
     def close(self) -> None:
         self.progress.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, records
 from indistill.config.files import replace_text, sha256
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, has_begun, refuse_foreign
@@ -86,7 +86,9 @@ def _run_stages(
             _check_inputs(name, settings, begun=name in begun)
             if name in finished:
                 _say(f"{label}: finished before, kept in {settings.run_dir}")
-                summaries[name] = json.loads(RunDir.of(settings).summary.read_text())
+                remedy = "restore it, or delete it to end the stage again from its last checkpoint"
+                summary = records.load(RunDir.of(settings).summary, records.Summary, remedy)
+                summaries[name] = summary.model_dump(exclude_unset=True)
                 continue
             if preemption.asked():
                 raise Preempted(f"stopped before stage {name}")
@@ -132,7 +134,8 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
     hashes = {key: sha256(path, ignore_metadata_order=True) for key, path in present.items()}
     record = run_dir.inputs
     if begun:
-        kept = json.loads(record.read_text()) if record.exists() else {}
+        remedy = f"restore it, or delete {run_dir.path} to train the stage again"
+        kept = records.load(record, records.Inputs, remedy).root if record.exists() else {}
         for key, value in hashes.items():
             if kept.get(key) != value:
                 raise UserError(

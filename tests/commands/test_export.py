@@ -366,7 +366,7 @@ def test_mistakes_are_one_line(run_copy, tmp_path, capsys, monkeypatch):
     (run_copy / "student.safetensors").write_bytes(b"\0" * 100)
     assert "is not a readable checkpoint" in line()
     (run_copy / "summary.json").write_text("{")
-    assert "summary.json: cannot be read" in line()
+    assert "summary.json: damaged or edited by hand" in line()
     shutil.rmtree(run_copy / "checkpoints")
     assert "has no checkpoint, which --weights raw needs" in line("--weights", "raw")
     (run_copy / "summary.json").unlink()

@@ -171,9 +171,10 @@ def test_a_report_that_fails_fails_no_run(chain, tmp_path, monkeypatch, capfd):
 
 def test_the_page_in_a_browser(chain, run, browser, tmp_path):
     """Texts that could run as a script are shown, numbers are those of the run, and the page fits a phone."""
-    (run / "checkpoints" / "step-00000024" / "state.json").write_text(
-        json.dumps({"step": 24, "scores": {}, "parts": {"log": {"bad": [EVIL]}}})
-    )
+    state = run / "checkpoints" / "step-00000024" / "state.json"
+    content = json.loads(state.read_text())
+    content["parts"]["log"]["bad"] = [EVIL]
+    state.write_text(json.dumps(content))
     saved = yaml.safe_load((run / "config.yaml").read_text())
     saved["data"]["root"] = EVIL
     (run / "config.yaml").write_text(yaml.safe_dump(saved))

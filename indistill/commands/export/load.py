@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.files import read_json
 from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.data import class_names
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation
 from indistill.models.outputs import Output
-from indistill.models.views import EvalView, evaluation_view, own_view, view_by_record
+from indistill.models.views import EvalView, PretrainedConfig, evaluation_view, own_view, view_by_record
 
 FILES = {"timm": "model.safetensors", "onnx": "model.onnx", "torch": "model.pt2"}
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -146,7 +147,7 @@ def _run_onnx(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | Non
     session = onnxruntime.InferenceSession(
         folder / FILES["onnx"], options, providers=["CPUExecutionProvider"]
     )
-    classes = json.loads(session.get_modelmeta().custom_metadata_map.get("classes", "null"))
+    classes = _onnx_record(session).classes
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), classes
 
 
@@ -154,7 +155,7 @@ def _run_torch(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | No
     """Load a torch.export file; returns a function from images to logits, and the class names."""
     metadata = {"metadata.json": ""}
     program = torch.export.load(folder / FILES["torch"], extra_files=metadata).module()
-    classes = json.loads(metadata["metadata.json"])["classes"]
+    classes = PretrainedConfig.model_validate(json.loads(metadata["metadata.json"])).classes
     # A function: Program would register a module as its child, and this one refuses eval().
     return lambda images: program(images), classes
 
@@ -170,8 +171,15 @@ def _view_of_folder(folder: Path, settings: Config) -> EvalView:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / FILES["onnx"], providers=["CPUExecutionProvider"])
-    record = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    return view_by_record(record, settings.data)
+    return view_by_record(_onnx_record(session).model_dump(exclude_unset=True), settings.data)
+
+
+def _onnx_record(session: Any) -> PretrainedConfig:
+    """The metadata of an ONNX export, whose values are JSON. Raises ValueError if they are damaged."""
+    metadata = session.get_modelmeta().custom_metadata_map
+    return PretrainedConfig.model_validate(
+        {key: read_json(value.encode()) for key, value in metadata.items()}
+    )
 
 
 def _pretrained(name: str, settings: Config) -> Network:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from indistill import config
-from indistill.config import Config, Model, UserError, in_one_line
+from indistill.config import Config, Model, UserError, records
 from indistill.config.files import denied
 from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.data import class_names
@@ -49,8 +48,8 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
     summary, student = files.summary, files.student
     finished = summary.is_file() and student.is_file()
     if finished and step is None and weights == evaluated:
-        content = _read_json(summary)
-        return Source(run, settings, student, content["step"], weights, content["metrics"], finished)
+        content = records.load(summary, records.Summary, "restore it, or name a --checkpoint")
+        return Source(run, settings, student, content.step, weights, content.metrics, finished)
 
     saved = files.saved_checkpoints()
     names = ", ".join(path.name for path in saved)
@@ -67,10 +66,10 @@ def find(run: Path, weights: str | None = None, step: str | None = None) -> Sour
         )
     if damage := checkpoint.damaged(path):
         raise UserError(f"{path}: damaged ({damage}): choose another with --checkpoint: {names}")
-    state = _read_json(CheckpointDir(path).state)
-    scores = (state["scores"] or {}) if weights == evaluated else {}
+    state = checkpoint.read_state(path)
+    scores = (state.scores or {}) if weights == evaluated else {}
     file = CheckpointDir(path).ema if weights == "ema" else CheckpointDir(path).model
-    return Source(run, settings, file, state["step"], weights, scores, finished)
+    return Source(run, settings, file, state.step, weights, scores, finished)
 
 
 def _load_config(files: RunDir) -> Config:
@@ -86,13 +85,6 @@ def _load_config(files: RunDir) -> Config:
     if settings.stage == "heads":
         raise UserError(f"{files.path}: stage: heads trains no student: export the run of a student instead")
     return settings
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {in_one_line(error)}") from None
 
 
 # --- the formats --------------------------------------------------------------------------------------------

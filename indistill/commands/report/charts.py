@@ -70,7 +70,7 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Return round numbers within [low, high], at most `most` + 1 of them."""
     span = high - low
-    if span <= 0:
+    if span < 1e-300:  # a smaller one has no power of ten in floats
         return [low]
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= most + 1e-9)

@@ -23,7 +23,7 @@ from indistill.commands.report.markup import Page, duration, finite, moment, per
 from indistill.commands.report.networks import networks
 from indistill.commands.report.read import STATES, Run, read, run_dirs, short_names
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
-from indistill.config import Config, UserError, in_one_line
+from indistill.config import Config, UserError, in_one_line, records
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
@@ -47,8 +47,7 @@ def write(
     a directory is not that of a run, or if the file cannot be written.
     """
     folders = [folder for run in runs for folder in run_dirs(Path(run))]
-    names = short_names(folders)
-    found = [read(folder, name) for folder, name in zip(folders, names)]
+    found = _read_all(folders)
     other = None if baseline is None else read(run_dirs(Path(baseline))[0], str(baseline))
     found = [run._replace(networks=networks(run, measure)) for run in found]
     other = other and other._replace(networks=networks(other, measure))
@@ -64,6 +63,22 @@ def write(
             f"{destination}: cannot be written ({error.strerror or error}): choose another --output"
         ) from None
     return destination
+
+
+def _read_all(folders: Sequence[Path]) -> list[Run]:
+    """Read runs; those whose config is not valid are left out with a warning. Raises UserError if all are."""
+    found = []
+    mistake: UserError | None = None
+    for folder, name in zip(folders, short_names(folders)):
+        try:
+            found.append(read(folder, name))
+        except UserError as error:
+            mistake = error
+            if len(folders) > 1:
+                records.warn(f"{error}: the report leaves this run out")
+    if mistake is not None and not found:
+        raise mistake
+    return found
 
 
 class ReportAtEnd(Callback):
@@ -293,10 +308,13 @@ def _throughput(run: Run, bands: Sequence[Band]) -> list[Chart]:
 # --- tables of a run ----------------------------------------------------------------------------------------
 def _phase_table(run: Run, bands: Sequence[Band]) -> list[str]:
     seconds = run.summary.get("phase_seconds", {})
+    waits_of: dict[str, list[float]] = {}
+    for line in run.steps:
+        if "data_wait_fraction" in line:
+            waits_of.setdefault(line.get("phase", ""), []).append(line["data_wait_fraction"])
     rows = []
     for band in bands:
-        of_phase = [line for line in run.steps if line.get("phase") == band.name]
-        waits = [line["data_wait_fraction"] for line in of_phase if "data_wait_fraction" in line]
+        waits = waits_of.get(band.name)
         took = seconds.get(band.name)
         steps = band.end - band.start
         images = steps * run.settings.data.global_batch / took if took else None

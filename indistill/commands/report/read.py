@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from indistill import config
 from indistill.commands.report import charts
-from indistill.config import Config, UserError
-from indistill.config.files import denied, read_lines
+from indistill.config import Config, UserError, records
+from indistill.config.files import denied
+from indistill.config.limits import MAX_METRIC_NAMES, MAX_REPORTED_BYTES
 from indistill.config.run_dir import CheckpointDir, RunDir
 
 STATES = {
@@ -24,7 +26,7 @@ STATES = {
 
 
 class Run(NamedTuple):
-    """The records of a run. A missing or damaged record is empty."""
+    """The records of a run (config/records.py). A missing or damaged record is empty."""
 
     path: Path
     name: str
@@ -72,47 +74,45 @@ def run_dirs(path: Path) -> list[Path]:
         raise UserError(f"{path}: {reason}: give the run_dir of a run, of a chain or of several students")
 
     def began(folder: Path) -> tuple[float, str]:
-        starts = [line["time"] for line in _history(folder) if line["event"] == "start"]
+        with contextlib.redirect_stderr(None):  # `read` warns of damaged lines
+            starts = [line["time"] for line in _history(folder) if line["event"] == "start"]
         return (starts[0] if starts else RunDir(folder).config.stat().st_mtime), folder.name
 
     return sorted(inside, key=began)
 
 
 def read(folder: Path, name: str) -> Run:
-    """Read the records of a run. Raises UserError if its config is not valid in this version."""
+    """Read the records of a run; warns of damaged ones. Raises UserError if its config is not valid."""
     files = RunDir(folder)
-    kept = []
-    bad: list[str] = []
-    for path in files.saved_checkpoints():
-        state = read_json(CheckpointDir(path).state)
-        with contextlib.suppress(OSError):
-            size = sum(file.stat().st_size for file in path.iterdir())
-            kept.append(
-                {
-                    "name": path.name,
-                    "step": state.get("step"),
-                    "bytes": size,
-                    "scores": state.get("scores") or {},
-                }
-            )
-        bad = (state.get("parts") or {}).get("log", {}).get("bad", bad)
-    status = [files.status, RunDir(folder.parent).status]
-    words = [word for file in status if (word := _text(file).partition("\n")[0]) in STATES]
-    lines = [line for line in _lines(files.metrics) if isinstance(line.get("step"), int)]
-    summary = read_json(files.summary)
+    settings = config.load_recorded(files.config)
+    checkpoints = [_checkpoint(path) for path in files.saved_checkpoints()]
+    summary = record(files.summary, records.Summary)
+    words = [records.status(file)[0] for file in (files.status, RunDir(folder.parent).status)]
+    words = [word for word in words if word in STATES]
     return Run(
         path=folder,
         name=name,
-        settings=config.load_recorded(files.config),
-        lines=lines,
+        settings=settings,
+        lines=_metrics(files.metrics),
         summary=summary,
         status="done" if summary else words[0] if words and words[0] != "done" else "",
         history=_history(folder),
-        plan=read_json(files.pruning_plan),
-        networks=read_json(files.networks),
-        checkpoints=kept,
-        bad=bad,
+        plan=record(files.pruning_plan, records.PlanRecord),
+        networks=record(files.networks, records.Networks),
+        checkpoints=[checkpoint for checkpoint, _ in checkpoints],
+        bad=next((bad for _, bad in checkpoints[::-1] if bad is not None), []),
     )
+
+
+def _checkpoint(path: Path) -> tuple[dict[str, Any], list[str] | None]:
+    """Name, step, bytes and scores of a checkpoint, and the samples that could not be decoded by then."""
+    state = record(CheckpointDir(path).state, records.State)
+    size = 0
+    with contextlib.suppress(OSError):
+        size = sum(file.stat().st_size for file in path.iterdir())
+    scores = state.get("scores") or {}
+    shown = {"name": path.name, "step": state.get("step"), "bytes": size, "scores": scores}
+    return shown, state["parts"]["log"]["bad"] if state else None
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -124,33 +124,41 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return [os.path.relpath(path, parent) for path in paths]
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file; empty if the file is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+def record(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
+    """The content of a record; empty if the file is missing or damaged, of which it warns."""
+    if not os.path.lexists(path):
         return {}
-    return content if isinstance(content, dict) else {}
+    try:
+        content = records.load(path, schema, "the report leaves it out")
+    except UserError as error:
+        records.warn(error)
+        return {}
+    return content.model_dump(exclude_unset=True)
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
-    lines = _lines(RunDir(folder).history)
-    return [
-        one
-        for one in lines
-        if one.get("event") in ("start", "end") and isinstance(one.get("time"), int | float)
-    ]
+    return _lines(RunDir(folder).history, records.HistoryLine)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, up to MAX_METRIC_NAMES different metrics and phases."""
+    lines = _lines(path, records.MetricsLine)
+    names: set[str] = set()
+    for i, line in enumerate(lines):
+        names.update(line, (line.get("phase", ""),))
+        if len(names) > MAX_METRIC_NAMES:
+            records.warn(f"{path}: more than {MAX_METRIC_NAMES:,} names: the rest of it is left out")
+            return lines[:i]
+    return lines
+
+
+def _lines(path: Path, schema: type[BaseModel]) -> list[dict[str, Any]]:
+    """The lines of a log that fit the schema; of a large file those at its end."""
     try:
-        return [line for line in read_lines(path) if isinstance(line, dict)]
-    except (OSError, UnicodeDecodeError):
+        lines = list(records.lines(path, schema, reported=True))
+    except UserError as error:
+        records.warn(error)
         return []
+    if os.path.exists(path) and os.path.getsize(path) > MAX_REPORTED_BYTES:
+        records.warn(f"{path}: the report shows its last {MAX_REPORTED_BYTES:,} bytes")
+    return lines

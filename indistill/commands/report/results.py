@@ -11,7 +11,8 @@ from indistill import config
 from indistill.commands.report import charts
 from indistill.commands.report.charts import number
 from indistill.commands.report.markup import percent
-from indistill.commands.report.read import Run, read_json
+from indistill.commands.report.read import Run, record
+from indistill.config.records import Summary
 from indistill.config.run_dir import RunDir
 
 
@@ -65,7 +66,7 @@ def _teacher_scores(run: Run) -> dict[str, float]:
     file = run.settings.teacher.checkpoint if run.settings.teacher else None
     if not file or Path(file) != RunDir(Path(file).parent).student:
         return {}
-    return read_json(RunDir(Path(file).parent).summary).get("metrics", {})
+    return record(RunDir(Path(file).parent).summary, Summary).get("metrics", {})
 
 
 def teacher_over_student(rows: Sequence[Row], key: str) -> float | None:
