@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, Json, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, Json, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from indistill import config
 from indistill.config import UserError, in_one_line
 from indistill.config.files import denied, give_usual_mode
+from indistill.config.records import first_problem
 from indistill.models.network import Network, fingerprint
 from indistill.models.outputs import Output, Targets
 from indistill.models.stages import find_stages
@@ -117,9 +118,12 @@ class Heads(Trainable):
         except FileNotFoundError:
             reason = "permission denied for" if denied(path) else "no file"
             raise UserError(f"teacher.heads: {reason} {path}") from None
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"teacher.heads: {path}: {error}") from None
         except Exception as error:  # not safetensors, without our metadata, other shapes
-            reason = in_one_line(error, 200)
+            if isinstance(error, ValidationError):
+                reason = f"metadata: {first_problem(error)}"
+            else:
+                reason = in_one_line(error, 200)
             raise UserError(f"teacher.heads: {path} holds no heads of this teacher: {reason}") from None
         return heads.eval().requires_grad_(False).to(teacher.mean.device)
