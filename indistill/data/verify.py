@@ -170,7 +170,7 @@ def parallel(function: Callable, tasks: Sequence, workers: int, progress: bool) 
     with contextlib.ExitStack() as stack:
         if workers > 1:
             spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn))
+            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, preemption.end_with_parent))
             with preemption.signals_blocked(
                 signal.SIGINT
             ):  # this process ends its workers (preemption.leave)

@@ -19,6 +19,7 @@ next:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import multiprocessing
 import os
@@ -45,6 +46,7 @@ PATIENCE_SECONDS = 25.0  # torchrun and Kubernetes kill 30 s after SIGTERM
 # processes.
 SAME_SECONDS = 1.0
 CHECK_SECONDS = 2.0  # between agreements of the ranks, and between a loader worker's checks of its rank
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent has ended
 MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of the remaining time if that is less
 
 
@@ -166,11 +168,20 @@ def asked() -> bool:
     return _process.asked_at < math.inf or time.time() >= _process.deadline
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process as soon as the one that started it has ended.
+
+    A process that waits for its parent, or is stuck in a library without releasing Python's lock, could not.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def in_worker(worker_id: int) -> None:
     """Make a DataLoader's worker end only when its rank ends it; pass this as `worker_init_fn`.
 
     Schedulers and terminals signal every process of a job, and a worker that dies would make the step fail.
     """
+    end_with_parent()
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     rank = multiprocessing.parent_process()
