@@ -19,7 +19,7 @@ next:
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import fcntl
 import math
 import multiprocessing
 import os
@@ -46,7 +46,6 @@ PATIENCE_SECONDS = 25.0  # torchrun and Kubernetes kill 30 s after SIGTERM
 # processes.
 SAME_SECONDS = 1.0
 CHECK_SECONDS = 2.0  # between agreements of the ranks, and between a loader worker's checks of its rank
-PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent has ended
 MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of the remaining time if that is less
 
 
@@ -169,11 +168,18 @@ def asked() -> bool:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process as soon as the one that started it has ended.
+    """Have the kernel end this process as soon as the one that started it, by `multiprocessing`, has ended.
 
-    A process that waits for its parent, or is stuck in a library without releasing Python's lock, could not.
+    A process that is stuck in a library without releasing Python's lock runs no thread that could end it.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # The sentinel is a pipe that the parent alone writes to. prctl's PR_SET_PDEATHSIG would wait for a
+    # forkserver.
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
 def in_worker(worker_id: int) -> None:

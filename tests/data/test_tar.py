@@ -5,8 +5,11 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import itertools
+import json
 import lzma
 import tarfile
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -48,6 +51,18 @@ def ours(content, **options):
     return [(*member, tar.content(2**30)) for member in tar]
 
 
+def samples_of(path, content, load):
+    return list(read_samples(path, io.BytesIO(content), load=load, others=Counter()))
+
+
+def result(function, *arguments, **options):
+    """What it returns, or the UserError that it raises."""
+    try:
+        return function(*arguments, **options)
+    except UserError as error:
+        return error
+
+
 NAMES = st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=120)
 KINDS = [kind.decode() for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)]
 MEMBERS = st.lists(st.tuples(NAMES, st.binary(max_size=1500) | st.sampled_from(KINDS)), max_size=6)
@@ -64,7 +79,7 @@ def test_a_good_tar_reads_as_with_tarfile(members, form):
         assert ours(compress(content), strict=False) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_tar_is_read_or_refused(data):
     members = [("a.jpg", b"image"), ("a.cls", b"1"), ("long" * 40 + ".jpg", b"x"), ("link", KINDS[1])]
@@ -82,22 +97,18 @@ def test_any_tar_is_read_or_refused(data):
     packed = data.draw(st.booleans())
     stored = gzip.compress(bytes(content)) if packed else bytes(content)
     stored = stored[: data.draw(st.integers(len(stored) // 2, len(stored)))]
+    path = "x.tar.gz" if packed else "x.tar"
     for load in (False, True):
-        with pytest.MonkeyPatch.context():
-            try:
-                path = "x.tar.gz" if packed else "x.tar"
-                samples = list(read_samples(path, io.BytesIO(stored), load=load, others=Counter()))
-            except UserError as error:
-                assert path in str(error)
-            else:
-                assert all(len(image) == (size if load else 0) for _, (_, size), image, _ in samples)
-    try:
-        ours(stored, strict=False)
-    except UserError as error:
-        assert "x.tar" in str(error)
+        found = result(samples_of, path, stored, load)
+        if isinstance(found, UserError):
+            assert path in str(found)
+        else:
+            assert all(len(image) == (size if load else 0) for _, (_, size), image, _ in found)
+    found = result(ours, stored, strict=False)
+    assert isinstance(found, list) or "x.tar" in str(found)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     content=st.binary(max_size=60)
     | st.recursive(
@@ -117,14 +128,11 @@ def test_any_tar_is_read_or_refused(data):
     )
 )
 def test_any_index_is_read_or_refused(content, tmp_path_factory):
-    import json
-
     file = tmp_path_factory.mktemp("index") / "x.tar.index.json"
     file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    try:
-        found = parse_index(str(file))
-    except UserError as error:
-        assert f"{file}: not an index" in str(error)
+    found = result(parse_index, str(file))
+    if isinstance(found, UserError):
+        assert f"{file}: not an index" in str(found)
     else:
         assert 1 <= len(found.keys) == len(found.offsets) == len(found.sizes) == len(found.labels)
         assert found.offsets.min() >= 512
@@ -132,20 +140,16 @@ def test_any_index_is_read_or_refused(content, tmp_path_factory):
 
 
 def test_an_index_of_names_that_are_no_text_is_read_again(tmp_path):
-    path = write_tar(
-        tmp_path / "x.tar", [(b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), b"1"), ("b.jpg", b"2")]
-    )
+    name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    path = write_tar(tmp_path / "x.tar", [(name, b"1"), ("b.jpg", b"2")])
     built = build_index(path)
     stored = parse_index(f"{path}.index.json")
     assert built.keys.tolist() == stored.keys.tolist() == [b"caf\xe9", b"b"]
     assert [sample.image for sample in ShardSet(path).iterate()] == [b"1", b"2"]
 
 
-def test_a_long_stream_is_read_with_little_memory(monkeypatch):
+def test_a_long_stream_is_read_with_little_memory():
     """What is skipped is not kept, and a compressed image is refused before it is whole."""
-    import tracemalloc
-
-    monkeypatch.setattr(limits, "MAX_EXPANSION", 100)
     image = tarfile.TarInfo("a.jpg")
     image.size = 2**28
     stored = gzip.compress(image.tobuf()) + 16 * gzip.compress(bytes(2**24))
@@ -172,23 +176,22 @@ def test_keys_are_those_of_webdataset(name):
 
 def test_a_compressed_shard_must_fit_its_index(tmp_path):
     """The labels in the index are checked against the classes; those in the tar are the ones that train."""
-    members = [
-        (f"{i}.{kind}", picture(i) if kind == "jpg" else b"7") for i in range(3) for kind in ("jpg", "cls")
-    ]
-    path = write_tar(tmp_path / "x.tar.gz", members, "w:gz")
+    images = [[(f"{i}.jpg", picture(i)), (f"{i}.cls", b"7")] for i in range(3)]
+    path = write_tar(tmp_path / "x.tar.gz", itertools.chain(*images), "w:gz")
     file = tmp_path / "x.tar.gz.index.json"
     assert len(list(ShardSet(path).iterate())) == 3
-    whole = file.read_text()
-    file.write_text(whole.replace('"labels": [7, 7, 7]', '"labels": [7, 1, 7]'))
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"labels": [7, 1, 7]}))
     with pytest.raises(UserError, match="sample '1' is not where the index says"):
         list(ShardSet(path).iterate())
-    shorter = whole.replace('"labels": [7, 7, 7]', '"labels": [7, 7]').replace(', "2"]', "]")
-    for name in ("offsets", "sizes"):
-        head, _, tail = shorter.partition(f'"{name}": [')
-        numbers, _, rest = tail.partition("]")
-        shorter = f'{head}"{name}": [{",".join(numbers.split(",")[:2])}]{rest}'
-    file.write_text(shorter)
+    columns = ("keys", "offsets", "sizes", "labels")
+    file.write_text(json.dumps(stored | {name: stored[name][:2] for name in columns}))
     with pytest.raises(UserError, match="sample '2' is not where the index says"):
+        list(ShardSet(path).iterate())
+    last = stored["offsets"][2] + 2048
+    more = {"keys": ["3"], "offsets": [last], "sizes": [1], "labels": [7]}
+    file.write_text(json.dumps(stored | {name: stored[name] + more[name] for name in columns}))
+    with pytest.raises(UserError, match="it has 3 samples, its index says 4"):
         list(ShardSet(path).iterate())
 
 
