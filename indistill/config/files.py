@@ -116,7 +116,7 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     return content
 
 
-def read_json(content: bytes) -> Any:
+def read_json(content: str | bytes) -> Any:
     """Parse JSON from outside. Raises ValueError, also for lists in lists without end."""
     try:
         return json.loads(content)

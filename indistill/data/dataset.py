@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -171,7 +173,7 @@ class ImageDataset(Dataset):
                 bad[i] = str(error)
                 continue
             if images is None:
-                images = np.empty((len(self), *image.shape), dtype=np.uint8)
+                images = _in_memory(len(self), image.shape)
             if image.shape != images.shape[1:]:
                 raise UserError(
                     f"data.in_memory needs images of one size: sample {sample.key} has {image.shape[:2]}, "
@@ -184,6 +186,18 @@ class ImageDataset(Dataset):
                 "run `indistill shards verify` on them"
             )
         return _Decoded(images, labels, bad)
+
+
+def _in_memory(count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Memory for images uint8 [count, *shape]. Raises UserError if the machine has less."""
+    size = count * math.prod(shape)
+    available = psutil.virtual_memory().available
+    if size > available:
+        raise UserError(
+            f"data.in_memory needs {size:,} bytes for {count:,} images of {shape[0]} x {shape[1]} pixels, "
+            f"and {available:,} are available: set data.in_memory: false"
+        )
+    return np.empty((count, *shape), dtype=np.uint8)
 
 
 def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:

@@ -1,29 +1,32 @@
 """Index a shard: the offset, size and label of each of its samples."""
 
-import contextlib
-import gzip
 import itertools
 import json
 import os
 import re
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from indistill.config import UserError
-from indistill.config.files import replace_text
+from indistill.config.files import read_bytes, read_json, replace_text
+from indistill.config.limits import (
+    MAX_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    MAX_INDEX_BRACKETS,
+    MAX_INDEX_BYTES,
+    MAX_KEYS_BYTES,
+    MAX_LABEL_BYTES,
+    MAX_SHARD_SAMPLES,
+)
 from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
+from indistill.data.tar import BLOCK, Tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# WebDataset's rule: the key ends at the first dot of the base name, and the rest is the extension.
-KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-BLOCK = tarfile.BLOCKSIZE  # bytes: size of a member's header; contents are padded to a multiple of it
 INDEX_VERSION = 1
+INDEX_SUFFIX = ".index.json"
 
 
 class Index(NamedTuple):
@@ -66,10 +69,12 @@ def build_index(path: str, cache_dir: str | None = None, cache: ShardCache | Non
         with open_shard(path, cache) as stream:
             rows = [(key, *span, label) for key, span, _, label in read_samples(path, stream, load=False)]
             index = index_of(os.fstat(stream.fileno()).st_size, rows)
-    except UserError:
+    except (UserError, ValueError, OSError) as error:
         if cache:
             cache.discard(path)  # so that it is fetched again once it has been repaired
-        raise
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be indexed: {error}") from None
     _save_index(index_files(path, cache_dir)[0], index)
     return index
 
@@ -88,9 +93,19 @@ def make_index(
     sizes: Sequence[int] | np.ndarray,
     labels: Sequence[int] | np.ndarray,
 ) -> Index:
-    """Convert lists, as they are stored in an index file, to an Index."""
-    encoded = np.array([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_)
-    return Index(bytes, encoded, *(np.array(numbers, dtype=np.int64) for numbers in (offsets, sizes, labels)))
+    """Convert lists, as they are stored in an index file, to an Index.
+
+    Raises ValueError for keys that would take too much memory.
+    """
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    padded = len(encoded) * max(map(len, encoded), default=0)
+    if padded > MAX_KEYS_BYTES:
+        raise ValueError(
+            f"its keys, padded to the longest, have {padded} bytes, more than {MAX_KEYS_BYTES} "
+            "(MAX_KEYS_BYTES)"
+        )
+    numbers = (np.array(column, dtype=np.int64) for column in (offsets, sizes, labels))
+    return Index(bytes, np.array(encoded, dtype=np.bytes_), *numbers)
 
 
 def decoded(key: bytes) -> str:
@@ -101,28 +116,69 @@ def decoded(key: bytes) -> str:
 def index_files(path: str, cache_dir: str | None) -> list[str]:
     """The files that may hold the shard's index, the preferred one first."""
     if cache_dir is None:
-        return [f"{path}.index.json"]
-    cached = os.path.join(cache_dir, f"{cache_name(path)}.index.json")
-    return [cached] if is_remote(path) else [cached, f"{path}.index.json"]
+        return [path + INDEX_SUFFIX]
+    cached = os.path.join(cache_dir, cache_name(path) + INDEX_SUFFIX)
+    return [cached] if is_remote(path) else [cached, path + INDEX_SUFFIX]
 
 
 def parse_index(file: str) -> Index:
     """Read an index file. Raises UserError for anything else."""
+    reason = ""
     try:
-        stored = json.loads(Path(file).read_bytes())
-        if stored.pop("version") != INDEX_VERSION:
-            raise ValueError
-        return make_index(**stored)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{file}: not an index that this version reads: delete the file, and it is built again"
-        ) from None
+        content = read_bytes(file, MAX_INDEX_BYTES)
+        if content.count(b"[") + content.count(b"{") > MAX_INDEX_BRACKETS:  # each takes 20 times its size
+            raise ValueError(f"more than {MAX_INDEX_BRACKETS} brackets (MAX_INDEX_BRACKETS)")
+        stored = read_json(content)
+        if not isinstance(stored, dict) or stored.pop("version", None) != INDEX_VERSION:
+            raise ValueError(f"not of version {INDEX_VERSION}")
+        return _checked(stored, compressed(file.removesuffix(INDEX_SUFFIX)))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except ValueError as error:
+        reason = str(error)
+    raise UserError(
+        f"{file}: not an index that this version reads: delete the file, and it is built again ({reason})"
+    )
+
+
+def _checked(stored: dict[str, Any], packed: bool) -> Index:
+    """The content of an index file as an Index. Raises ValueError for what none of ours contains.
+
+    packed: the shard is compressed, and offsets are those of the uncompressed tar.
+    """
+    if stored.keys() != set(Index._fields):
+        raise ValueError(f"its keys are not version, {', '.join(Index._fields)}")
+    lists = {name: stored[name] for name in ("keys", "offsets", "sizes", "labels")}
+    for name, column in lists.items():
+        kind = str if name == "keys" else int
+        if type(column) is not list or set(map(type, column)) != {kind}:
+            raise ValueError(f"{name} is not a list of {'texts' if kind is str else 'integers'}")
+        if kind is int and not -1 <= min(column) <= max(column) < 2**62:
+            raise ValueError(f"{name} has a number that is negative or too large")
+    if len(set(map(len, lists.values()))) > 1:
+        raise ValueError("its lists differ in length")
+    if type(stored["bytes"]) is not int:
+        raise ValueError("bytes is not an integer")
+    index = make_index(stored["bytes"], **lists)
+    ends = index.offsets + index.sizes
+    if index.sizes.min() < 0 or index.sizes.max() > MAX_IMAGE_BYTES:
+        raise ValueError(f"a size is not from 0 to {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)")
+    if index.offsets[0] < BLOCK or (index.offsets[1:] < ends[:-1] + BLOCK).any():
+        raise ValueError("the images overlap")
+    if not packed and ends[-1] > index.bytes:
+        raise ValueError("an image ends behind the end of the shard")
+    return index
 
 
 def _save_index(file: str, index: Index) -> None:
     columns = {name: getattr(index, name).tolist() for name in ("offsets", "sizes", "labels")}
     keys = [decoded(key) for key in index.keys.tolist()]
     content = json.dumps({"version": INDEX_VERSION, "bytes": index.bytes, "keys": keys, **columns})
+    if len(content) > MAX_INDEX_BYTES:
+        raise UserError(
+            f"{file}: would have {len(content)} bytes, more than {MAX_INDEX_BYTES} (MAX_INDEX_BYTES): "
+            "pack smaller shards"
+        )
     try:
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
         replace_text(file, content)
@@ -138,11 +194,14 @@ LABEL_REMEDY = "write it into KEY.cls, an integer in ASCII, beside the image KEY
 
 def parse_label(content: bytes) -> int | None:
     """The label in a .cls file; None if it is not a non-negative integer."""
-    return int(content) if re.fullmatch(rb"\s*\d{1,9}\s*", content) else None
+    fits = len(content) <= MAX_LABEL_BYTES
+    return int(content) if fits and re.fullmatch(rb"\s*\d{1,9}\s*", content) else None
 
 
 def malformed_label(key: str, content: bytes) -> str:
     """The error message for a .cls file that `parse_label` rejects."""
+    if len(content) > MAX_LABEL_BYTES:
+        return f"{key}.cls has more than {MAX_LABEL_BYTES} bytes (MAX_LABEL_BYTES): a label is an integer"
     return f"{key}.cls holds {content[:20]!r}: a label is a non-negative integer"
 
 
@@ -156,14 +215,14 @@ def label_problem(label: int, num_classes: int) -> str | None:
 
 
 # --- reading tars -------------------------------------------------------------------------------------------
-class _Member(NamedTuple):
+class ImageOrLabel(NamedTuple):
     """An image or a label in a tar."""
 
     key: str
     extension: str
     offset: int  # of the content
     size: int
-    content: bytes  # b"" for an image that is not loaded
+    content: bytes  # b"" for an image that is not loaded; of a label at most MAX_LABEL_BYTES + 1 bytes
 
 
 def read_samples(
@@ -188,10 +247,16 @@ def read_samples(
 
     report = report or refuse
     seen = set()
-    for key, members in itertools.groupby(_members(path, stream, load, others), lambda member: member.key):
+    tar = Tar(path, stream, gzipped=compressed(path), strict=True)
+    members = images_and_labels(tar, load=load, report=report, others=others)
+    for key, group in itertools.groupby(members, lambda member: member.key):
         repeated = key in seen
         seen.add(key)
-        image, label = _image_and_label(key, members, report, repeated)
+        if len(seen) > MAX_SHARD_SAMPLES:
+            refuse(
+                "", f"holds more than {MAX_SHARD_SAMPLES} samples (MAX_SHARD_SAMPLES): pack smaller shards"
+            )
+        image, label = _image_and_label(key, group, report, repeated)
         if image is not None:
             yield key, (image.offset, image.size), image.content, -1 if label is None else label
         elif label is not None:
@@ -201,8 +266,8 @@ def read_samples(
 
 
 def _image_and_label(
-    key: str, members: Iterable[_Member], report: Callable[[str, str], None], repeated: bool
-) -> tuple[_Member | None, int | None]:
+    key: str, members: Iterable[ImageOrLabel], report: Callable[[str, str], None], repeated: bool
+) -> tuple[ImageOrLabel | None, int | None]:
     """The image and the label among a sample's members. The label is None if missing, -1 if malformed.
 
     repeated: other members with this key came earlier, before those of another sample.
@@ -225,47 +290,27 @@ def _image_and_label(
     return image, label
 
 
-def _members(path: str, stream: IO[bytes], load: bool, others: Counter[str] | None) -> Iterator[_Member]:
+def images_and_labels(
+    tar: Tar, *, load: bool, report: Callable[[str, str], None], others: Counter[str] | None = None
+) -> Iterator[ImageOrLabel]:
     """Yield every image and label; without `load`, images have no content.
 
-    `others` counts all other files.
+    report: called with the key and the problem of an image that is too large, which is left out.
+    others: counts all other files.
     """
-    damaged = f"{path}: the tar is cut or damaged"
-    try:
-        with contextlib.ExitStack() as stack:
-            uncompressed: IO[bytes] | gzip.GzipFile = stream
-            if compressed(path):
-                uncompressed = stack.enter_context(gzip.open(stream))
-            tar = stack.enter_context(tarfile.open(fileobj=uncompressed, mode="r:"))
-            while member := tar.next():
-                # Otherwise tarfile keeps every header. Its type stubs lack the attribute.
-                tar.members.clear()  # type: ignore[attr-defined]
-                match = KEY_AND_EXTENSION.match(member.name)
-                if not member.isreg():
-                    continue
-                key, extension = (match[1], match[2].lower()) if match else ("", "")
-                if extension != "cls" and extension not in IMAGE_EXTENSIONS:
-                    if others is not None:
-                        others[extension] += 1
-                else:
-                    content = _content(tar, member) if load or extension == "cls" else b""
-                    yield _Member(key, extension, member.offset_data, member.size, content)
-            if not _ends_at(uncompressed, tar.offset):
-                raise UserError(f"{damaged} at byte {tar.offset}: fetch or pack it again")
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{damaged} ({error}): fetch or pack it again") from None
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None  # the member is a regular file
-    return file.read()
-
-
-def _ends_at(stream: IO[bytes] | gzip.GzipFile, offset: int) -> bool:
-    """Whether a tar ends at `offset`, where tarfile stopped: it takes a damaged header for the end."""
-    stream.seek(offset)
-    end = stream.read(BLOCK)
-    if len(end) < BLOCK or any(end):
-        return False
-    return not any(any(block) for block in iter(lambda: stream.read(1 << 20), b""))
+    for name, offset, size in tar:
+        # WebDataset's rule: the key ends at the first dot of the base name, and the rest is the extension.
+        folder, slash, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        extension = extension.lower()
+        key = f"{folder}{slash}{stem}"
+        if not stem or (extension != "cls" and extension not in IMAGE_EXTENSIONS):
+            if others is not None:
+                known = extension in others or len(others) < MAX_EXTENSIONS
+                others[extension if known else "of further kinds"] += 1
+        elif extension == "cls":
+            yield ImageOrLabel(key, extension, offset, size, tar.content(MAX_LABEL_BYTES + 1))
+        elif size > MAX_IMAGE_BYTES:
+            report(key, f"{key}.{extension} has {size} bytes, more than {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)")
+        else:
+            yield ImageOrLabel(key, extension, offset, size, tar.content(size) if load else b"")

@@ -239,7 +239,10 @@ def open_shard(path: str, cache: ShardCache | None, size: int | None = None) -> 
     """
     if cache is not None and is_remote(path):
         return cache.open(path, size)
-    return open(path, "rb", buffering=0)
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened: {error.strerror}") from None
 
 
 class _Absent(UserError):

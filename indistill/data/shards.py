@@ -74,7 +74,7 @@ class ShardSet:
             # The name without its directory, because a data set that was moved is still the same.
             digest.update(f"{base_name(path)}\0{index.bytes}\0{len(index.keys)}\0".encode())
             for array in (index.keys, index.offsets, index.sizes, index.labels):
-                digest.update(array.tobytes())
+                digest.update(array.data.cast("B"))
         self.fingerprint = digest.hexdigest()
         self._first_ids = np.cumsum([0, *self.sizes])  # [shards + 1]
         self._files: dict[int, IO[bytes]] = {}
@@ -120,12 +120,25 @@ class ShardSet:
             first, last = self._first_ids[shard], self._first_ids[shard + 1]
             ids = range(max(begin, first), min(end, last))
             if ids and compressed(path):
-                with open_shard(path, self._cache, self._indices[shard].bytes) as stream:
-                    for sample_id, (key, _, image, label) in enumerate(read_samples(path, stream), first):
-                        if sample_id in ids:
-                            yield Sample(key, image, label)
+                for sample_id, sample in enumerate(self._uncompressed(shard), first):
+                    if sample_id in ids:
+                        yield sample
             else:
                 yield from map(self.read, ids)
+
+    def _uncompressed(self, shard: int) -> Iterator[Sample]:
+        """Read a compressed shard to its end. Raises UserError if it does not fit its index."""
+        path = self.paths[shard]
+        index = self._indices[shard]
+        indexed = list(zip(index.offsets.tolist(), index.sizes.tolist(), index.labels.tolist()))
+        row = -1
+        with open_shard(path, self._cache, index.bytes) as stream:
+            for row, (key, span, image, label) in enumerate(read_samples(path, stream)):
+                if row >= len(indexed) or indexed[row] != (*span, label):
+                    raise UserError(changed(path, f"sample '{key}' is not where the index says"))
+                yield Sample(key, image, label)
+        if row + 1 < len(indexed):
+            raise UserError(changed(path, f"it has {row + 1} samples, its index says {len(indexed)}"))
 
     def pick(self, sample_ids: np.ndarray) -> Iterator[tuple[int, Sample]]:
         """Read samples int64 [B] shard by shard, as (id, sample). A compressed shard is read completely."""

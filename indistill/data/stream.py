@@ -11,25 +11,35 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-import tarfile
+import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from indistill import config
 from indistill.config import UserError
+from indistill.config.limits import MAX_BAD_IN_A_ROW
 from indistill.data import augment, remote, shards
 from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
-from indistill.data.index import IMAGE_EXTENSIONS, label_problem, malformed_label, parse_label
+from indistill.data.index import (
+    IMAGE_EXTENSIONS,
+    images_and_labels,
+    label_problem,
+    malformed_label,
+    parse_label,
+)
 from indistill.data.loader import Loader, check_accumulation
+from indistill.data.tar import Tar
 from indistill.distributed import preemption
+
+_VERIFY = "run `indistill shards verify` on data.train"
+_META = re.compile(r"__[^/]*__/")  # WebDataset's folder for what belongs to no sample
 
 
 class StreamedTraining:
@@ -76,6 +86,13 @@ class StreamedTraining:
         )
 
 
+class _Sample(NamedTuple):
+    epoch: int
+    url: str
+    key: str
+    files: dict[str, bytes]  # images and label by extension
+
+
 class StreamedImages(IterableDataset):
     """`batches` micro-batches for one rank; the shards are repeated until there are enough."""
 
@@ -83,7 +100,6 @@ class StreamedImages(IterableDataset):
         self.training = training
         self.first_step = first_step
         self.batches = batches
-        self.url = ""  # of the shard that is being read, for messages
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -91,76 +107,109 @@ class StreamedImages(IterableDataset):
         reader = self.training.rank * workers + number
         readers = self.training.world * workers
         rng = random.Random(f"{self.training.seed} {reader} {self.first_step}")
-        samples = group_by_keys(tar_file_expander(self._opened(reader, readers)))
+        samples = self._samples(reader, readers)
         samples = wds.shuffle(self.training.section.shuffle_buffer, rng=rng)(samples)
         for _ in range(number, self.batches, workers):  # the loader takes batches from the workers in turn
             yield self._batch(samples)
 
-    def _opened(self, reader: int, readers: int) -> Iterator[dict[str, Any]]:
-        """Open this reader's shards without end, from the shard that the first step falls into."""
+    def _samples(self, reader: int, readers: int) -> Iterator[_Sample]:
+        """Read this reader's shards without end, from the shard that the first step falls into.
+
+        Raises UserError for a shard that cannot be read, and where all of them together hold no sample.
+        """
         training = self.training
         urls = training.urls
         samples = self.first_step * training.section.global_batch
         skipped = samples * len(urls) // (training.epoch_samples * readers)
         for epoch in itertools.count():
             order = np.random.RandomState([training.seed, epoch]).permutation(len(urls))
-            for shard in order[reader::readers]:
-                if skipped:
-                    skipped -= 1
-                    continue
-                self.url = urls[shard]
-                with remote.open_stream(self.url) as stream:
-                    yield {"url": f"{epoch} {self.url}", "stream": stream}
+            own = order[reader::readers].tolist()
+            empty = skipped == 0
+            for shard in own[skipped:]:
+                for sample in self._read(epoch, urls[shard]):
+                    empty = False
+                    yield sample
+            skipped = max(0, skipped - len(own))
+            if empty:
+                raise UserError(
+                    f"{urls[own[0]]}: neither it nor the reader's other shards hold a sample: {_VERIFY}"
+                )
 
-    def _batch(self, samples: Iterator[dict[str, Any]]) -> Batch:
-        """Decode and augment the next micro-batch; the next samples replace those that cannot be decoded."""
+    def _read(self, epoch: int, url: str) -> Iterator[_Sample]:
+        """The samples of a shard, from front to end."""
+
+        def refuse(key: str, problem: str) -> NoReturn:
+            raise UserError(f"{url}: sample {key}: {problem}")
+
+        try:
+            with remote.open_stream(url) as stream:
+                members = images_and_labels(Tar(url, stream, strict=False), load=True, report=refuse)
+                for key, group in itertools.groupby(members, lambda member: member.key):
+                    files: dict[str, bytes] = {}
+                    for member in group:
+                        if member.extension in files:
+                            refuse(key, f"has two members .{member.extension}")
+                        files[member.extension] = member.content
+                    if not _META.match(key):
+                        yield _Sample(epoch, url, key, files)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{url}: cannot be read to its end: {error}") from None
+
+    def _batch(self, samples: Iterator[_Sample]) -> Batch:
+        """Decode and augment the next micro-batch; the next samples replace those that cannot be decoded.
+
+        Raises UserError if too many in a row cannot: their shards would be read for ever.
+        """
         training, section = self.training, self.training.section
         count = section.global_batch // (training.world * training.accumulation)
         images = np.empty((count, 3, section.image_size, section.image_size), dtype=np.uint8)
         labels = np.empty(count, dtype=np.int64)
         replaced: list[str] = []
         row = 0
+        bad_in_a_row = 0
         while row < count:
-            epoch, key, where, image, labels[row] = self._next(samples)
-            # There are no ids: the key, as a number, makes the view of a sample independent of where it turns
-            # up.
-            view = augment.view_of(section.augment, epoch)
-            draws = augment.uniforms(training.seed, view, np.array([zlib.crc32(key.encode())]))[0]
+            sample = next(samples)
+            where = f"{sample.url}: sample {sample.key}"
+            image, labels[row] = self._image_and_label(sample, where)
             try:
-                pixels = augment.train_view(
-                    image,
-                    draws,
-                    recipe=section.augment,
-                    size=section.image_size,
-                    where=where,
-                    interpolation=section.interpolation,
-                )
+                pixels = self._view(sample, image, where)
             except BadImage as bad:
                 replaced.append(str(bad))
+                bad_in_a_row += 1
+                if bad_in_a_row == MAX_BAD_IN_A_ROW:
+                    raise UserError(
+                        f"{bad}, the last of {bad_in_a_row} in a row (MAX_BAD_IN_A_ROW): {_VERIFY}"
+                    ) from None
                 continue
+            bad_in_a_row = 0
             images[row] = pixels.transpose(2, 0, 1)
             row += 1
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.full((count,), -1), replaced)
 
-    def _next(self, samples: Iterator[dict[str, Any]]) -> tuple[int, str, str, bytes, int]:
-        """The next sample: epoch, key, name for messages, image file, label.
+    def _view(self, sample: _Sample, image: bytes, where: str) -> np.ndarray:
+        """The augmented view [S, S, 3] of a sample. Raises BadImage."""
+        training, section = self.training, self.training.section
+        # There are no ids: the key, as a number, makes the view of a sample independent of where it turns up.
+        number = zlib.crc32(sample.key.encode(errors="surrogateescape"))
+        view = augment.view_of(section.augment, sample.epoch)
+        return augment.train_view(
+            image,
+            augment.uniforms(training.seed, view, np.array([number]))[0],
+            recipe=section.augment,
+            size=section.image_size,
+            where=where,
+            interpolation=section.interpolation,
+        )
 
-        Raises UserError for a shard that cannot be read and for a sample without an image or with an invalid
-        label.
-        """
-        try:
-            sample = next(samples)
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise UserError(f"{self.url}: cannot be read to its end: {error.args[0]}") from None
-        epoch, url = sample["__url__"].split(" ", 1)
-        key = sample["__key__"]
-        where = f"{url}: sample {key}"
-        image = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
+    def _image_and_label(self, sample: _Sample, where: str) -> tuple[bytes, int]:
+        """A sample's image file and label. Raises UserError if either is missing or the label is invalid."""
+        files = sample.files
+        image = next((files[name] for name in IMAGE_EXTENSIONS if name in files), None)
         if image is None:
             raise UserError(f"{where} has no image ({', '.join(IMAGE_EXTENSIONS)})")
-        label = parse_label(sample["cls"]) if "cls" in sample else -1
+        label = parse_label(files["cls"]) if "cls" in files else -1
         if label is None:
-            raise UserError(f"{where}: {malformed_label(key, sample['cls'])}")
+            raise UserError(f"{where}: {malformed_label(sample.key, files['cls'])}")
         if problem := label_problem(label, self.training.section.num_classes):
             raise UserError(f"{where}: {problem}")
-        return int(epoch), key, where, image, label
+        return image, label

@@ -1,18 +1,20 @@
 """Verify shards, and index many of them in parallel."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import (
     LABEL_REMEDY,
@@ -27,6 +29,8 @@ from indistill.data.index import (
 from indistill.data.remote import cache_for, open_shard
 from indistill.data.shards import expand
 from indistill.distributed import preemption
+
+log = logging.getLogger(__name__)
 
 
 class BadMember(NamedTuple):
@@ -89,9 +93,21 @@ def index(
     workers: int = 1,
     progress: bool = False,
 ) -> dict[str, int]:
-    """Build the index of every shard again. Returns shard -> number of samples."""
+    """Build the index of every shard again. Returns shard -> number of samples.
+
+    Raises UserError for shards that cannot be indexed, after it has indexed all others.
+    """
     paths = expand(urls, root)
-    return dict(zip(paths, parallel(_index_shard, [(path, cache_dir) for path in paths], workers, progress)))
+    tasks = [(path, cache_dir) for path in paths]
+    counts = dict(zip(paths, parallel(_index_shard, tasks, workers, progress)))
+    faults = [fault for fault in counts.values() if isinstance(fault, str)]
+    if len(faults) == 1:
+        raise UserError(faults[0])
+    if faults:
+        for fault in faults:
+            log.error("%s", fault)
+        raise UserError(f"{len(faults)} of {len(paths)} shards cannot be indexed: see the lines above")
+    return {path: count for path, count in counts.items() if isinstance(count, int)}
 
 
 def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
@@ -128,15 +144,23 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                 report("", f"{file} does not fit the shard: run `indistill shards index` on it")
     except UserError as error:
         report("", str(error))
+    except Exception as error:  # whatever is wrong with one shard must not end the others
+        report("", in_one_line(error, with_type=True))
     return Content(bad, len(rows), labels, others)
 
 
-def _index_shard(task: tuple[str, str | None]) -> int:
+def _index_shard(task: tuple[str, str | None]) -> int | str:
+    """Index a shard; returns the number of its samples, or why it cannot be indexed."""
     path, cache_dir = task
     cache = cache_for([path], cache_dir)
-    if cache:
-        cache.discard(path)  # so that the shard as it is now gets indexed
-    return len(build_index(path, cache_dir, cache).keys)
+    try:
+        if cache:
+            cache.discard(path)  # so that the shard as it is now gets indexed
+        return len(build_index(path, cache_dir, cache).keys)
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # whatever is wrong with one shard must not end the others
+        return f"{path}: cannot be indexed: {in_one_line(error, with_type=True)}"
 
 
 def parallel(function: Callable, tasks: Sequence, workers: int, progress: bool) -> Iterator:
@@ -144,11 +168,17 @@ def parallel(function: Callable, tasks: Sequence, workers: int, progress: bool) 
     with contextlib.ExitStack() as stack:
         if workers > 1:
             spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn))
+            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, preemption.end_with_parent))
             with preemption.signals_blocked(
                 signal.SIGINT
             ):  # this process ends its workers (preemption.leave)
                 results = pool.map(function, tasks)
         else:
             results = map(function, tasks)
-        yield from tqdm(results, total=len(tasks), unit="shard", disable=not progress)
+        try:
+            yield from tqdm(results, total=len(tasks), unit="shard", disable=not progress)
+        except BrokenProcessPool:
+            raise UserError(
+                "one of the --workers was killed, perhaps for its memory: run it again with fewer, or with "
+                "--workers 1 to see which shard it reads"
+            ) from None

@@ -19,6 +19,7 @@ next:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import multiprocessing
 import os
@@ -177,11 +178,27 @@ def asked() -> bool:
     return _process.asked_at < math.inf or time.time() >= _process.deadline
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process as soon as the one that started it, by `multiprocessing`, has ended.
+
+    A process that is stuck in a library without releasing Python's lock runs no thread that could end it.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # The sentinel is a pipe that the parent alone writes to. prctl's PR_SET_PDEATHSIG would wait for a
+    # forkserver.
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+
 def in_worker(worker_id: int) -> None:
     """Make a DataLoader's worker end only when its rank ends it; pass this as `worker_init_fn`.
 
     Schedulers and terminals signal every process of a job, and a worker that dies would make the step fail.
     """
+    end_with_parent()
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     rank = multiprocessing.parent_process()

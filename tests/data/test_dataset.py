@@ -5,6 +5,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import webdataset
@@ -307,3 +308,11 @@ def test_in_evaluation_it_is_named(section, damaged):
     dataset = training(section).dataset.for_evaluation(EvalView("bilinear", 1.0))
     with pytest.raises(UserError, match=r"sample train0\d+: not a readable image"):
         list(loader.eval_loader(dataset, 64, rank=0, world=1, device=CPU))
+
+
+def test_images_that_do_not_fit_in_memory_are_refused(tree, monkeypatch):
+    section = config.Data(**tree["data"])
+    available = psutil.virtual_memory()._replace(available=100_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    with pytest.raises(UserError, match=r"589,824 bytes for 192 images of 32 x 32 pixels.*in_memory: false"):
+        ImageDataset(open_shards(section, section.train), section, seed=0, view=None)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ from tars import expected, picture, samples, webdataset_samples, write_tar
 
 from indistill import config
 from indistill.config import UserError
-from indistill.data import shards, verify
+from indistill.data import index, shards, verify
 from indistill.data.dataset import open_shards
-from indistill.data.index import build_index
+from indistill.data.index import build_index, read_samples
 from indistill.data.packing import pack
 from indistill.data.shards import Sample, ShardSet
 
@@ -315,3 +316,45 @@ def test_index_is_built_anew(tmp_path):
     ]
     assert verify.index(str(path)) == {str(path): 8}
     assert list(ShardSet(str(path)).iterate()) == expected(samples(8, seed=1))
+
+
+def hostile_shards(folder):
+    """Shards of which only the last is good, with what is wrong with the others."""
+    size = tarfile.TarInfo("a.jpg")
+    size.pax_headers = {"size": "-1024"}
+    (folder / "1.tar").write_bytes(size.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    write_tar(folder / "2.tar", [("a.jpg", picture(0)), ("a.cls", b"1")])
+    write_tar(folder / "3.tar", [("a.jpg", picture(0)), ("a.cls", b"1" * 2000)])
+    write_tar(folder / "4.tar", [("a.jpg", picture(0)), ("a.cls", b"1")])
+    return {"1.tar": "invalid size", "2.tar": "out of memory", "3.tar": "MAX_LABEL_BYTES"}
+
+
+@pytest.mark.parametrize("action", [verify.verify, verify.index])
+def test_a_hostile_shard_does_not_end_the_others(tmp_path, action, monkeypatch, caplog):
+    expected = hostile_shards(tmp_path)
+    read = read_samples
+
+    def failing(path, *arguments, **options):  # as any library may
+        if path.endswith("2.tar"):
+            raise MemoryError("out of memory")
+        return read(path, *arguments, **options)
+
+    for module in (verify, index):
+        monkeypatch.setattr(module, "read_samples", failing)
+    if action is verify.verify:
+        content = verify.verify(f"{tmp_path}/*.tar")
+        faults = [f"{member.shard}: {member.problem}" for member in content.bad]
+        assert (content.images, content.labels) == (2, {1: 1})
+    else:
+        with pytest.raises(UserError, match="3 of 4 shards cannot be indexed"):
+            verify.index(f"{tmp_path}/*.tar")
+        faults = caplog.messages
+        assert list(tmp_path.glob("*.json")) == [tmp_path / "4.tar.index.json"]
+    for fault, (name, problem) in zip(faults, expected.items(), strict=True):
+        assert name in fault
+        assert problem in fault
+
+
+def test_a_worker_that_is_killed_ends_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="--workers 1 to see which shard"):
+        list(verify.parallel(os._exit, [3, 3], workers=2, progress=False))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 from collections import Counter
 
 import pytest
@@ -144,3 +147,56 @@ def test_labels_are_refused_as_with_an_index(section, tmp_path, members, message
     section = with_(section, root=str(tmp_path), train="bad-0.tar", workers=0)
     with pytest.raises(UserError, match=message):
         images(section, last=1)
+
+
+def test_what_is_no_sample_is_left_out(section, tmp_path):
+    """An empty shard among others, a text of any size, and WebDataset's folders of metadata."""
+    write_tar(tmp_path / "s-9.tar", [("README", b"")])
+    write_tar(tmp_path / "s-8.tar", [("__meta__/a.jpg", b"no"), ("x.json", b"{}"), ("x.json", b"{}")])
+    batches = list(stream.StreamedTraining(section, 0, rank=0, world=1, accumulation=1).loader(0, 6, CPU))
+    assert [len(batch.labels) for batch in batches] == [40] * 6
+    assert not any(batch.replaced for batch in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_without_a_usable_image_end_the_run(section, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(stream, "MAX_BAD_IN_A_ROW", 100)
+    write_tar(tmp_path / "empty-0.tar", [("README", b"")])
+    write_tar(tmp_path / "bad-0.tar", [(f"{i}.{kind}", b"1") for i in range(9) for kind in ("jpg", "cls")])
+    for name, message in (("empty", "empty-0.tar: neither it"), ("bad", "bad-0.tar.*100 in a row")):
+        changed = with_(section, root=str(tmp_path), train=f"{name}-0.tar", workers=workers)
+        with pytest.raises(UserError, match=message):
+            images(changed, first=3, last=4)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("k.cls", b"1"), ("k.cls", b"1")], r"sample k: has two members \.cls"),
+        ([("k.cls", b"1" * 2000)], "MAX_LABEL_BYTES"),
+        ([("l.cls", b"1")], "has no label"),
+    ],
+)
+def test_samples_are_refused_by_name(section, tmp_path, members, message):
+    write_tar(tmp_path / "bad-0.tar", [("k.jpg", picture(0)), *members])
+    section = with_(section, root=str(tmp_path), train="bad-0.tar", workers=0)
+    with pytest.raises(UserError, match=message):
+        images(section, last=1)
+
+
+def test_a_damaged_header_is_found(section, tmp_path):
+    """Plain WebDataset takes it for the end of the shard."""
+    path = sorted(tmp_path.glob("s-*.tar"))[2]
+    content = bytearray(path.read_bytes())
+    content[20 * 512 + 3 :] = content[20 * 512 + 4 :]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path.name}: the tar is cut or damaged"):
+        images(section, last=10)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_shard_streams_as_it_is(section, tmp_path, compress):
+    expected = images(section)
+    for path in tmp_path.glob("s-*.tar"):
+        path.write_bytes(compress(path.read_bytes()))
+    assert all(torch.equal(a, b) for a, b in zip(images(section), expected, strict=True))

@@ -14,10 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import run_ranks, start, start_ranks
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 
 from indistill import config
 from indistill.commands import cli
@@ -580,3 +582,34 @@ def test_an_error_while_the_run_is_imported_is_in_the_status_too(tmp_path):
     with pytest.raises(ZeroDivisionError), preemption.failure_in(tmp_path / "new"):
         broken()
     assert not (tmp_path / "new").exists()
+
+
+class Stuck(IterableDataset):
+    """Data in a library that does not release Python's lock."""
+
+    def __init__(self, number: Path) -> None:
+        self.number = number
+
+    def __iter__(self):
+        self.number.write_text(str(os.getpid()))
+        yield re.match("(a+)+b", "a" * 100)
+
+
+def stuck_worker(number: Path, method: str) -> None:
+    multiprocessing.set_start_method(method, force=True)
+    list(Loader(Stuck(number), batch_size=None, num_workers=1, worker_init_fn=preemption.in_worker))
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_stuck_worker_ends_with_its_rank(tmp_path, method):
+    number = tmp_path / "number"
+    process = start(stuck_worker, number, method)
+    while not number.exists() or not number.read_text():
+        assert process.is_alive()
+        time.sleep(0.01)
+    worker = psutil.Process(int(number.read_text()))
+    process.kill()
+    deadline = time.monotonic() + 60
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -62,6 +62,7 @@ class Case:
     name: str
     arguments: Callable[[Inputs], list[str]]  # writes the input and returns the command's arguments
     error: str | None = None  # pattern of the one line on stderr, with exit code 2; None: exit code 0
+    code: int = 0  # exit code without an `error`: `shards verify` has 1 for bad shards
     output: str = ""  # pattern of what stdout and stderr say together
     environment: dict[str, str] = field(default_factory=dict)
     after: Callable[[Inputs], None] | None = None  # asserts what must be true afterwards

@@ -38,7 +38,7 @@ def test_outcome(case: Case, data_dir: Path, tmp_path: Path, ordinary_peak: int)
     assert not CONTROL.search(outcome.out + outcome.err.replace("\r", ""))
     assert re.search(case.output, outcome.out + outcome.err)
     if case.error is None:
-        assert outcome.code == 0, outcome.err
+        assert outcome.code == case.code, outcome.err
     else:
         last = outcome.err.strip().splitlines()[-1]
         assert outcome.code == 2, outcome.err
