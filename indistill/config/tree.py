@@ -208,6 +208,7 @@ OPERATIONAL_KEYS = (
     "data.cache_dir",
     "data.cache_bytes",
     "data.workers",
+    "data.max_image_pixels",
     "evaluate.batch",
     "teacher.shard",
     "machine",

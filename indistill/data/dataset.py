@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -117,7 +118,9 @@ class ImageDataset(Dataset):
         where = self.shards.where(sample_id) if isinstance(image, bytes) else "image"  # decoding can fail
         if self.order is None:
             assert self.view is not None  # a data set without an order has a view
-            pixels = augment.eval_view(image, section.image_size, self.view, where)
+            pixels = augment.eval_view(
+                image, section.image_size, self.view, where, max_pixels=section.max_image_pixels
+            )
         else:
             pixels = augment.train_view(
                 image,
@@ -126,6 +129,7 @@ class ImageDataset(Dataset):
                 size=section.image_size,
                 where=where,
                 interpolation=section.interpolation,
+                max_pixels=section.max_image_pixels,
             )
         return pixels.transpose(2, 0, 1), label
 
@@ -166,12 +170,12 @@ class ImageDataset(Dataset):
         for i, sample in enumerate(self.shards.iterate()):
             labels[i] = sample.label
             try:
-                image = decode(sample.image, self.shards.where(i))
+                image = decode(sample.image, self.shards.where(i), self.section.max_image_pixels)
             except BadImage as error:
                 bad[i] = str(error)
                 continue
             if images is None:
-                images = np.empty((len(self), *image.shape), dtype=np.uint8)
+                images = self._room_for_all(image.shape)
             if image.shape != images.shape[1:]:
                 raise UserError(
                     f"data.in_memory needs images of one size: sample {sample.key} has {image.shape[:2]}, "
@@ -184,6 +188,16 @@ class ImageDataset(Dataset):
                 "run `indistill shards verify` on them"
             )
         return _Decoded(images, labels, bad)
+
+    def _room_for_all(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Memory for the whole set, if all images have the first one's shape [H, W, 3]."""
+        try:
+            return np.empty((len(self), *shape), dtype=np.uint8)
+        except (MemoryError, ValueError):  # ValueError: more than an array can have
+            raise UserError(
+                f"data.in_memory needs {len(self) * math.prod(shape)} bytes for {len(self)} images of "
+                f"{shape[:2]}: set data.in_memory: false"
+            ) from None
 
 
 def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:

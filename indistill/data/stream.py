@@ -134,6 +134,7 @@ class StreamedImages(IterableDataset):
                     size=section.image_size,
                     where=where,
                     interpolation=section.interpolation,
+                    max_pixels=section.max_image_pixels,
                 )
             except BadImage as bad:
                 replaced.append(str(bad))
