@@ -234,6 +234,11 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
         action.add_argument("--allow-pipe", action="store_true", help="allow pipe: URLs, which run commands")
         action.set_defaults(run=run)
+    actions.choices["index"].add_argument(
+        "--hash",
+        action="store_true",
+        help="record the SHA-256 of every shard, which is checked whenever the shard is fetched",
+    )
     actions.choices["verify"].add_argument(
         "--num-classes",
         type=_count,
@@ -293,7 +298,7 @@ def _pack(arguments: argparse.Namespace) -> None:
 def _index(arguments: argparse.Namespace) -> None:
     from indistill.data import verify
 
-    counts = verify.index(arguments.urls, **_read_options(arguments))
+    counts = verify.index(arguments.urls, **_read_options(arguments), hashed=arguments.hash)
     print(f"{sum(counts.values())} samples in {len(counts)} shards")
 
 

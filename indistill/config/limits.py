@@ -6,10 +6,13 @@ docs/security.md lists every limit; a test compares the two.
 from __future__ import annotations
 
 # --- images -------------------------------------------------------------------------------------------------
-# Pixels of an image, the default of data.max_image_pixels: 11,585 x 11,585, more than a camera takes.
-IMAGE_PIXELS = 2**27
-# Scans of a progressive JPEG. Encoders write about 10; libjpeg-turbo stops its own tests at as many.
-JPEG_SCANS = 500
-# Longer side of an image as a multiple of the shorter one. What is longer is cut to its middle before it is
-# resized for evaluation, which sees only the middle: a strip of one pixel's height would take gigabytes.
-IMAGE_ASPECT = 64
+MAX_IMAGE_PIXELS = 2**27  # default of data.max_image_pixels: 11,585 x 11,585, more than a camera takes
+MAX_JPEG_SCANS = 500  # of a progressive JPEG; encoders write about 10, and each takes as long as an image
+MAX_IMAGE_ASPECT = 64  # longer side over the shorter one; evaluation cuts a longer image to its middle
+
+# --- remote files -------------------------------------------------------------------------------------------
+MIN_FETCH_BYTES_PER_SECOND = 1000  # while a server is waited for, on average; a modem of 1995 was faster
+FETCH_WINDOW_SECONDS = 60.0  # over which that average is taken
+MAX_RESPONSE_HEADER_BYTES = 2**20  # of an HTTP response, redirections apart; servers send some hundred
+MAX_SMALL_FILE_BYTES = 2**26  # of an index or a dataset.json; that of ImageNet-1k in a single tar has 59 MB
+MAX_LOCK_SECONDS = 7200.0  # that a process waits for another one that fetches the same file

@@ -140,7 +140,7 @@ class Data(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     # Largest number of pixels of an image. One with more counts as one that cannot be decoded. A pixel takes
     # up to 12 bytes of memory while its image is decoded.
-    max_image_pixels: PositiveInt = limits.IMAGE_PIXELS
+    max_image_pixels: PositiveInt = limits.MAX_IMAGE_PIXELS
     workers: Annotated[int, Field(ge=0)] = 4  # Loader processes per rank; 0: the training process loads.
     augment: Augment = Augment()  # Augmentation of training images.
     # Resampling of training images, as in timm. `random` chooses bilinear or bicubic for each image, and for

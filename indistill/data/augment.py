@@ -90,7 +90,7 @@ def train_view(
     size: int,
     where: str = "image",
     interpolation: str = "bilinear",
-    max_pixels: int = limits.IMAGE_PIXELS,
+    max_pixels: int = limits.MAX_IMAGE_PIXELS,
 ) -> np.ndarray:
     """Augment an image with its draws [DRAWS]: uint8 [size, size, 3].
 
@@ -151,7 +151,7 @@ def eval_view(
     view: EvalView,
     where: str = "image",
     *,
-    max_pixels: int = limits.IMAGE_PIXELS,
+    max_pixels: int = limits.MAX_IMAGE_PIXELS,
 ) -> np.ndarray:
     """Resize and crop an image as timm does for evaluation: uint8 [size, size, 3].
 
@@ -171,7 +171,7 @@ def _middle(image: np.ndarray, size: int) -> np.ndarray:
     timm resizes an image as a whole, however long, and to a height of 0 if it is too long for a border.
     """
     height, width, _ = image.shape
-    longest = min(height, width) * min(limits.IMAGE_ASPECT, size)
+    longest = min(height, width) * min(limits.MAX_IMAGE_ASPECT, size)
     h, w = min(height, longest), min(width, longest)
     return cut(image, ((height - h) // 2, (width - w) // 2, h, w))
 

@@ -56,7 +56,7 @@ class BadImage(UserError):
     found_by_one_rank = True
 
 
-def decode(image: bytes, where: str, max_pixels: int = limits.IMAGE_PIXELS) -> np.ndarray:
+def decode(image: bytes, where: str, max_pixels: int = limits.MAX_IMAGE_PIXELS) -> np.ndarray:
     """Decode an image file to uint8 [H, W, 3], upright.
 
     Raises BadImage, naming `where`, if it cannot be decoded or has more than `max_pixels`.
@@ -68,7 +68,7 @@ def decode_crop(
     image: bytes,
     where: str,
     choose: Callable[[tuple[int, int]], Box],
-    max_pixels: int = limits.IMAGE_PIXELS,
+    max_pixels: int = limits.MAX_IMAGE_PIXELS,
 ) -> np.ndarray:
     """Decode the box that `choose` returns for the image's (height, width): uint8 [box height, box width, 3].
 
@@ -113,8 +113,9 @@ def _check_pixels(size: tuple[int, int], where: str, max_pixels: int) -> None:
 
 def _check_scans(image: bytes, where: str) -> None:
     """Raise BadImage for a JPEG with more scans than any encoder writes: each takes as long as an image."""
-    if image.startswith(b"\xff\xd8") and image.count(_SCAN_MARKER) > limits.JPEG_SCANS:
-        raise BadImage(f"{where}: not a readable image: a JPEG of more than {limits.JPEG_SCANS} scans")
+    if image.startswith(b"\xff\xd8") and image.count(_SCAN_MARKER) > limits.MAX_JPEG_SCANS:
+        most = limits.MAX_JPEG_SCANS
+        raise BadImage(f"{where}: not a readable image: a JPEG of more than {most} scans (MAX_JPEG_SCANS)")
 
 
 def _decode_with_pillow(image: bytes, where: str, max_pixels: int) -> np.ndarray:

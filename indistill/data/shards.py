@@ -120,7 +120,8 @@ class ShardSet:
             first, last = self._first_ids[shard], self._first_ids[shard + 1]
             ids = range(max(begin, first), min(end, last))
             if ids and compressed(path):
-                with open_shard(path, self._cache, self._indices[shard].bytes) as stream:
+                index = self._indices[shard]
+                with open_shard(path, self._cache, index.bytes, index.sha256) as stream:
                     for sample_id, (key, _, image, label) in enumerate(read_samples(path, stream), first):
                         if sample_id in ids:
                             yield Sample(key, image, label)
@@ -166,7 +167,8 @@ class ShardSet:
         if self._cache:
             shards = np.unique(self._shards_of(sample_ids))
             remote_shards = [shard for shard in shards if is_remote(self.paths[shard])]
-            self._cache.prefetch((self.paths[shard], self._indices[shard].bytes) for shard in remote_shards)
+            wanted = ((self.paths[shard], self._indices[shard]) for shard in remote_shards)
+            self._cache.prefetch((path, index.bytes, index.sha256) for path, index in wanted)
 
     def _slice(self, begin: int, end: int) -> ShardSet:
         """A copy with only the shards of samples [begin, end), which keep their ids: less to pickle."""
@@ -186,7 +188,7 @@ class ShardSet:
         size = self._indices[shard].bytes
         if self._cache is not None and is_remote(path):
             # Opened for every read: an open file that the cache evicts would keep using the disk.
-            return self._cache.open(path, size)
+            return self._cache.open(path, size, self._indices[shard].sha256)
         file = self._files.get(shard)
         if file is None:
             file = open_shard(path, None)
