@@ -118,8 +118,9 @@ def make_index(
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise ValueError("sha256 is not a SHA-256 in hexadecimal")
     encoded = np.array([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_)
-    columns = (np.array(numbers, dtype=np.int64) for numbers in (offsets, sizes, labels))
-    return Index(bytes, encoded, *columns, sha256)
+    columns = {"offsets": offsets, "sizes": sizes, "labels": labels}
+    arrays = {name: np.array(numbers, dtype=np.int64) for name, numbers in columns.items()}
+    return Index(bytes, encoded, **arrays, sha256=sha256)
 
 
 def decoded(key: bytes) -> str:

@@ -404,7 +404,7 @@ def _copy(
         part.write(block)
         if digest:
             digest.update(block)
-    return received, digest and digest.hexdigest()
+    return received, digest.hexdigest() if digest else None
 
 
 def _check_size(url: str, size: int, cache: ShardCache | None) -> None:

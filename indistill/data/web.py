@@ -6,31 +6,43 @@ Here the average rate has a lower bound, from the first byte of the headers on.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
-from indistill.config import limits
+from indistill.config import UserError, in_one_line, limits
 
 _SCHEMES = ("http://", "https://")
 
 
 def open_http(url: str, timeout: float) -> http.client.HTTPResponse:
-    """Open a URL for reading. Raises OSError, HTTPException or ValueError if that fails.
+    """Open a URL for reading. Raises OSError, or UserError for an address with a user name.
 
     timeout: seconds to wait for a connection and for each byte.
     """
     if "@" in urllib.parse.urlsplit(url).netloc:
-        raise ValueError("an address with a user name or password is not supported: use a signed URL")
-    response = urllib.request.build_opener(_Http, _Https, _Redirects).open(url, timeout=timeout)
+        raise UserError(f"{url}: an address with a user name or password is not supported: use a signed URL")
+    with _as_os_error():
+        response = urllib.request.build_opener(_Http, _Https, _Redirects).open(url, timeout=timeout)
     if response.status != 200:
         with response:
             raise OSError(f"HTTP status {response.status} instead of 200")
     return response
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Raise OSError for an answer that is not HTTP or breaks off; `http.client` has errors of its own."""
+    try:
+        yield
+    except http.client.HTTPException as error:
+        raise OSError(in_one_line(error, with_type=True)) from None
 
 
 class _Paced(io.RawIOBase):
@@ -73,7 +85,7 @@ class _Paced(io.RawIOBase):
 class _Response(http.client.HTTPResponse):
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self._paced = _Paced(self.fp.detach())  # type: ignore[attr-defined]
+        self._paced = _Paced(self.fp.detach())
         self.fp = io.BufferedReader(self._paced)
 
     def begin(self) -> None:
@@ -83,6 +95,18 @@ class _Response(http.client.HTTPResponse):
     def _read_and_discard_trailer(self) -> None:
         self._paced.left = limits.MAX_RESPONSE_HEADER_BYTES
         super()._read_and_discard_trailer()  # type: ignore[misc]
+
+    def read(self, amt: int | None = None) -> bytes:
+        with _as_os_error():
+            return super().read(amt)
+
+    def read1(self, n: int = -1) -> bytes:
+        with _as_os_error():
+            return super().read1(n)
+
+    def readinto(self, b: Any) -> int:
+        with _as_os_error():
+            return super().readinto(b)
 
 
 class _Connection(http.client.HTTPConnection):
