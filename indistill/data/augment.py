@@ -101,14 +101,15 @@ def train_view(
     """
     resamples = _resamples(draws[_RESAMPLE], interpolation)
     if recipe.recipe == "random_resized_crop":
-        pixels = _resize(_random_crop(image, draws[_CROP], recipe, where, max_pixels), size, resamples[0])
+        crop = _random_crop(image, draws[_CROP], recipe=recipe, where=where, max_pixels=max_pixels)
+        pixels = _resize(crop, size, resamples[0])
     elif recipe.recipe == "pad_crop":
         pixels = decode(image, where, max_pixels) if isinstance(image, bytes) else image
         pixels = _pad_crop(pixels, draws, recipe.padding, size)
     else:
         # As in timm, where random interpolation is only for training.
         view = EvalView(interpolation.replace("random", "bilinear"), 1.0)
-        pixels = eval_view(image, size, view, where, max_pixels=max_pixels)
+        pixels = eval_view(image, size, view=view, where=where, max_pixels=max_pixels)
     if recipe.flip and draws[_FLIP] < 0.5:
         pixels = pixels[:, ::-1]
     if recipe.rand_augment or recipe.color_jitter:
@@ -148,9 +149,9 @@ def train_views(
 def eval_view(
     image: np.ndarray | bytes,
     size: int,
+    *,
     view: EvalView,
     where: str = "image",
-    *,
     max_pixels: int = limits.MAX_IMAGE_PIXELS,
 ) -> np.ndarray:
     """Resize and crop an image as timm does for evaluation: uint8 [size, size, 3].
@@ -208,7 +209,7 @@ def _pad_crops(images: np.ndarray, draws: np.ndarray, padding: int, size: int) -
 
 
 def _random_crop(
-    image: np.ndarray | bytes, draws: np.ndarray, recipe: Augment, where: str, max_pixels: int
+    image: np.ndarray | bytes, draws: np.ndarray, *, recipe: Augment, where: str, max_pixels: int
 ) -> np.ndarray:
     """Cut the box of `_resized_crop_box` from an image, or decode it from a file."""
 

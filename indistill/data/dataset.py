@@ -119,7 +119,11 @@ class ImageDataset(Dataset):
         if self.order is None:
             assert self.view is not None  # a data set without an order has a view
             pixels = augment.eval_view(
-                image, section.image_size, self.view, where, max_pixels=section.max_image_pixels
+                image,
+                section.image_size,
+                view=self.view,
+                where=where,
+                max_pixels=section.max_image_pixels,
             )
         else:
             pixels = augment.train_view(

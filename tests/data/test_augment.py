@@ -218,11 +218,11 @@ def test_eval_view_is_torchvisions_resize_and_centre_crop(size, shape, crop, int
     mode = transforms.InterpolationMode(interpolation)
     reference = transforms.Compose([transforms.Resize(int(size / crop), mode), transforms.CenterCrop(size)])
     expected = np.asarray(reference(Image.fromarray(image)))
-    assert np.array_equal(eval_view(image, size, EvalView(interpolation, crop)), expected)
+    assert np.array_equal(eval_view(image, size, view=EvalView(interpolation, crop)), expected)
 
 
 def test_eval_view_leaves_images_of_the_right_size_alone():
-    assert np.array_equal(eval_view(noise(32, 32), 32, EvalView("bicubic", 1.0)), noise(32, 32))
+    assert np.array_equal(eval_view(noise(32, 32), 32, view=EvalView("bicubic", 1.0)), noise(32, 32))
 
 
 @pytest.mark.parametrize("upright", [False, True])
@@ -237,7 +237,7 @@ def test_a_line_is_resized_without_being_enlarged_as_a_whole(crop_mode, upright,
         Image.Image, "resize", lambda *a, **k: sizes.append(whole(*a, **k).size) or whole(*a, **k)
     )
     image = line.transpose(1, 0, 2) if upright else line
-    view = eval_view(image, 224, EvalView("bilinear", 0.875, crop_mode))
+    view = eval_view(image, 224, view=EvalView("bilinear", 0.875, crop_mode))
     view = view.transpose(1, 0, 2) if upright else view
     assert view.shape == (224, 224, 3)
     row = view[112].mean(1)
@@ -252,7 +252,7 @@ def test_a_line_is_resized_without_being_enlarged_as_a_whole(crop_mode, upright,
 def test_up_to_the_limit_a_long_image_is_resized_as_a_whole(shape):
     image = noise(*shape)
     expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64)])(Image.fromarray(image))
-    assert np.array_equal(eval_view(image, 64, EvalView("bilinear", 1.0)), np.asarray(expected))
+    assert np.array_equal(eval_view(image, 64, view=EvalView("bilinear", 1.0)), np.asarray(expected))
 
 
 @pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (40, 50)])

@@ -253,7 +253,7 @@ def test_a_view_of_a_file_is_the_view_of_its_pixels(recipe):
         assert np.array_equal(augment.train_view(content, row, recipe=section, size=32), expected)
     view = EvalView("bilinear", 0.875)
     assert np.array_equal(
-        augment.eval_view(content, 32, view), augment.eval_view(by_pillow(content), 32, view)
+        augment.eval_view(content, 32, view=view), augment.eval_view(by_pillow(content), 32, view=view)
     )
 
 
@@ -263,7 +263,7 @@ def test_a_view_of_a_damaged_file_names_it(recipe):
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
         augment.train_view(content, draws, recipe=Augment(recipe=recipe), size=32, where="a.tar: sample k7")
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
-        augment.eval_view(content, 32, EvalView("bilinear", 0.875), "a.tar: sample k7")
+        augment.eval_view(content, 32, view=EvalView("bilinear", 0.875), where="a.tar: sample k7")
 
 
 @pytest.mark.skipif(not IMAGENET.exists(), reason="needs the sample of ImageNet")
