@@ -303,11 +303,12 @@ def _index(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    from indistill.config import redacted
     from indistill.data import verify
 
     content = verify.verify(arguments.urls, **_read_options(arguments), num_classes=arguments.num_classes)
     for member in content.bad:
-        print(f"{member.shard}: {member.key}: {member.problem}")
+        print(redacted(f"{member.shard}: {member.key}: {member.problem}"))
     print(f"{content.summary()}\n{len(content.bad)} bad members")
     sys.exit(1 if content.bad else 0)
 

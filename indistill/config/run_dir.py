@@ -23,6 +23,7 @@ from indistill.config import tree
 from indistill.config.base import UserError, in_one_line
 from indistill.config.ranks import Ranks
 from indistill.config.read import load_recorded
+from indistill.config.redact import redacted
 from indistill.config.tree import Config
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
@@ -147,7 +148,7 @@ def has_begun(settings: Config) -> bool:
 
 def _append(run_dir: Path, line: dict[str, Any]) -> None:
     """Append one line in a single write; a line that a full disk cuts short is removed again."""
-    text = json.dumps({"time": round(time.time(), 3), **line}) + "\n"
+    text = redacted(json.dumps({"time": round(time.time(), 3), **line})) + "\n"
     path = RunDir(run_dir).history
     with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
@@ -172,7 +173,7 @@ def keep_traceback(error: BaseException, folder: Path) -> Path | str:
     file = RunDir(folder).traceback(str(Ranks.from_environment().rank))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(traceback.format_exception(error)))
+        file.write_text(redacted("".join(traceback.format_exception(error))))
     except OSError:
         return "in the log"
     return file

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from indistill.config import UserError, in_one_line, limits
+from indistill.config import UserError, in_one_line, is_redacted, limits, redacted
 from indistill.data.web import open_http
 from indistill.distributed import preemption
 
@@ -38,6 +38,10 @@ BUSY_SECONDS = 60.0  # to evict a shard that was used within this time means tha
 
 _Parsed = TypeVar("_Parsed")
 Wanted = tuple[str, int, str | None]  # a shard's URL, and its bytes and SHA-256 if its index has it
+
+
+def _warn(message: str, *values: object) -> None:
+    log.warning("%s", redacted(message % values))
 
 
 def is_remote(path: str) -> bool:
@@ -133,13 +137,13 @@ class ShardCache:
             try:
                 _fetch(f"{address}.index.json{''.join(query)}", file)
             except _Absent:
-                log.warning("%s has no index beside it: the shard is fetched to build one", url)
+                _warn("%s has no index beside it: the shard is fetched to build one", url)
                 return None
             try:
                 return parse(file)
             except UserError as error:
                 os.unlink(file)
-                log.warning("%s: what is beside it is %s; the shard is fetched to build one", url, error)
+                _warn("%s: what is beside it is %s; the shard is fetched to build one", url, error)
                 return None
 
     def prefetch(self, shards: Iterable[Wanted]) -> None:
@@ -162,7 +166,7 @@ class ShardCache:
             try:
                 self.get(*shard)
             except Exception as error:
-                log.warning("prefetch: %s", error)
+                _warn("prefetch: %s", error)
             requested.discard(shard)
 
     def _use(self, file: str, size: int | None) -> bool:
@@ -214,7 +218,7 @@ class ShardCache:
             age = time.time() - used
             if age < BUSY_SECONDS and not self._warned:
                 self._warned = True
-                log.warning("evicting a shard used %.0f s ago: raise data.cache_bytes", age)
+                _warn("evicting a shard used %.0f s ago: raise data.cache_bytes", age)
             with contextlib.suppress(
                 FileNotFoundError
             ):  # a part that was just completed has another name now
@@ -231,7 +235,7 @@ def locked(file: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=LOCK_MESSAGE_SECONDS)
     except Timeout:
-        log.warning("%s: waiting for another process that holds it while it fetches a file", file)
+        _warn("%s: waiting for another process that holds it while it fetches a file", file)
         try:
             lock.acquire(timeout=limits.MAX_LOCK_SECONDS)
         except Timeout:
@@ -336,7 +340,7 @@ def _fetch(
             if attempt == FETCH_ATTEMPTS or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"{url}: cannot be fetched: {reason} (attempt {attempt})") from None
             pause = FETCH_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-            log.warning("%s: %s (attempt %d), again in %.1f s", url, reason, attempt, pause)
+            _warn("%s: %s (attempt %d), again in %.1f s", url, reason, attempt, pause)
             time.sleep(pause)
 
 
@@ -426,7 +430,7 @@ def read_if_there(url: str) -> bytes | None:
             _fetch(url, file)
         except UserError as error:
             if not isinstance(error, _Absent):
-                log.warning("%s", error)
+                _warn("%s", error)
             return None
         with open(file, "rb") as stream:
             return stream.read()
@@ -454,6 +458,11 @@ def open_stream(path: str) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
     """Open a remote file; yields its stream and its size in bytes, None if the source does not state it."""
+    if is_redacted(url):
+        raise UserError(
+            f"{url}: a saved config does not keep the query or the password of a URL: give the whole URL, "
+            "as in the command that began the run"
+        )
     if url.startswith(("http://", "https://")):  # fsspec would need aiohttp for these
         with open_http(url, FETCH_TIMEOUT_SECONDS) as response:
             yield response, response.length

@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, redacted
 from indistill.data import augment, remote, shards
 from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
@@ -58,7 +58,7 @@ class StreamedTraining:
         assert section.epoch_samples is not None  # the config requires it for data.access: stream
         self.epoch_samples = section.epoch_samples
         self.steps_per_epoch = self.epoch_samples // section.global_batch
-        self.fingerprint = hashlib.sha256("\0".join(self.urls).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256("\0".join(map(redacted, self.urls)).encode()).hexdigest()
 
     def bring_along(self, stored: StoredTargets, fields_at: Callable[[int], tuple[str, ...]]) -> None:
         """Raise UserError: streamed samples have no ids to find stored targets by."""
@@ -155,7 +155,7 @@ class StreamedImages(IterableDataset):
             raise UserError(f"{self.url}: cannot be read to its end: {error.args[0]}") from None
         epoch, url = sample["__url__"].split(" ", 1)
         key = sample["__key__"]
-        where = f"{url}: sample {key}"
+        where = f"{redacted(url)}: sample {key}"
         image = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
         if image is None:
             raise UserError(f"{where} has no image ({', '.join(IMAGE_EXTENSIONS)})")

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 
 from indistill import config
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, redacted
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, has_begun
@@ -108,8 +108,9 @@ def open_run_dir(settings: Config) -> RunDir:
                 files.classes.unlink(missing_ok=True)
         names = class_names.check(settings.data)
         files.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not files.config.exists() or files.config.read_text() != config.dump(settings):
-            replace_text(files.config, config.dump(settings))
+        text = redacted(config.dump(settings))
+        if not files.config.exists() or files.config.read_text() != text:
+            replace_text(files.config, text)
         class_names.keep(names, files.path)
     except OSError as error:
         raise UserError(

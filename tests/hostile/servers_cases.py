@@ -87,7 +87,52 @@ def _index(inputs: Inputs, answer: Callable) -> list[str]:
     return ["shards", "index", address, "--cache-dir", str(inputs.folder / "cache"), "--workers", "1"]
 
 
+def _ordinary(handler: http.server.BaseHTTPRequestHandler) -> bool:
+    handler.path = handler.path.partition("?")[0]
+    return False
+
+
+def _signed(inputs: Inputs, *, missing: bool = False) -> list[str]:
+    """Train from a signed URL."""
+    address = f"http://127.0.0.1:{Server(inputs, _ordinary).server_port}"
+    shards = f"{address}/{'no' if missing else 'train'}-00000{{0..2}}.tar?signature=SECRET"
+    tree = inputs.tree()
+    tree["data"] |= {"train": shards, "eval": None, "root": None, "cache_dir": str(inputs.folder / "cache")}
+    return ["train", inputs.write(tree | {"trackers": ["tensorboard"]})]
+
+
+def _kept_no_secret(inputs: Inputs) -> None:
+    """Neither output nor any file of the run has the secret; its config goes on with another one."""
+    files = [path for path in (inputs.folder / "run").rglob("*") if path.is_file()]
+    assert (
+        any(path.name.startswith("events.") for path in files)
+        or not (inputs.folder / "run/summary.json").exists()
+    )
+    for path in [*files, inputs.folder / "out", inputs.folder / "err"]:
+        assert b"SECRET" not in path.read_bytes(), path
+    assert (
+        b"?REDACTED"
+        in (inputs.folder / "run/config.yaml").read_bytes() + (inputs.folder / "err").read_bytes()
+    )
+
+
+def _of_saved_config(inputs: Inputs) -> list[str]:
+    config = inputs.tree()
+    config["data"] |= {"train": "https://example.com/x.tar?REDACTED", "eval": None, "root": None}
+    config["data"]["cache_dir"] = str(inputs.folder / "cache")
+    return ["train", inputs.write(config)]
+
+
 CASES = [
+    Case("signed URL", _signed, environment=DIRECT, after=_kept_no_secret),
+    Case(
+        "signed URL, error",
+        lambda inputs: _signed(inputs, missing=True),
+        error=r"no-00000\d.tar\?REDACTED: cannot be fetched",
+        environment=DIRECT,
+        after=_kept_no_secret,
+    ),
+    Case("signed URL, saved config", _of_saved_config, error="does not keep the query or the password"),
     Case(
         "server, page instead of an index",
         lambda inputs: _train(inputs, _page_for_index),
