@@ -16,3 +16,6 @@ FETCH_WINDOW_SECONDS = 60.0  # over which that average is taken
 MAX_RESPONSE_HEADER_BYTES = 2**20  # of an HTTP response, redirections apart; servers send some hundred
 MAX_SMALL_FILE_BYTES = 2**26  # of an index or a dataset.json; that of ImageNet-1k in a single tar has 59 MB
 MAX_LOCK_SECONDS = 7200.0  # that a process waits for another one that fetches the same file
+
+# --- between ranks ------------------------------------------------------------------------------------------
+MAX_REPORT_BYTES = 2**12  # of the place that a rank publishes; it has some hundred
