@@ -251,6 +251,11 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, help=purpose)
         action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
         action.set_defaults(run=run)
+    actions.choices["index"].add_argument(
+        "--hash",
+        action="store_true",
+        help="record the SHA-256 of every shard, which is checked whenever the shard is fetched",
+    )
     actions.choices["verify"].add_argument(
         "--num-classes",
         type=_count,
@@ -311,16 +316,17 @@ def _pack(arguments: argparse.Namespace) -> None:
 def _index(arguments: argparse.Namespace) -> None:
     from indistill.data import verify
 
-    counts = verify.index(arguments.urls, **_read_options(arguments))
+    counts = verify.index(arguments.urls, **_read_options(arguments), hashed=arguments.hash)
     print(f"{sum(counts.values())} samples in {len(counts)} shards")
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    from indistill.config import redacted
     from indistill.data import verify
 
     content = verify.verify(arguments.urls, **_read_options(arguments), num_classes=arguments.num_classes)
     for member in content.bad:
-        print(f"{member.shard}: {member.key}: {member.problem}")
+        print(redacted(f"{member.shard}: {member.key}: {member.problem}"))
     print(f"{content.summary()}\n{len(content.bad)} bad members")
     sys.exit(1 if content.bad else 0)
 

@@ -3,6 +3,7 @@
 from indistill.config.base import Duration, Probability, Section, UserError, in_one_line, to_steps
 from indistill.config.loss import Inputs, Loss, Shape
 from indistill.config.read import dump, load, load_recorded, parse, read
+from indistill.config.redact import is_redacted, redacted
 from indistill.config.sections import (
     DDP,
     KD,
@@ -93,10 +94,12 @@ __all__ = [
     "flatten",
     "in_one_line",
     "input_size",
+    "is_redacted",
     "load",
     "load_recorded",
     "parse",
     "read",
+    "redacted",
     "to_steps",
     "why_not_stored",
 ]

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from indistill.config.redact import redacted
+
 
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints it as one line and exits with code 2."""
@@ -18,8 +20,8 @@ class UserError(Exception):
 
 
 def in_one_line(error: BaseException, limit: int | None = None, *, with_type: bool = False) -> str:
-    """Return an error's message in one line of at most `limit` characters; the error's type if it has no
-    message.
+    """Return an error's message in one line of at most `limit` characters, without the secrets of URLs; the
+    error's type if it has no message.
 
     with_type: begin with the type, as the last line of a traceback does. The message of an error in a
     loader's worker arrives as a traceback, whose last line counts here.
@@ -31,7 +33,7 @@ def in_one_line(error: BaseException, limit: int | None = None, *, with_type: bo
     message = message.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
     if with_type or not message:
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
-    return message[:limit]
+    return redacted(message)[:limit]
 
 
 _DURATION = re.compile(

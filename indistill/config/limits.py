@@ -36,3 +36,18 @@ MAX_INDEX_BRACKETS = 2**20  # in an index file, keys included; beside the keys i
 MAX_KEYS_BYTES = 2**28  # of the keys of a shard, each padded to the longest: 2 million of 128 bytes
 MAX_EXTENSIONS = 100  # of members that are neither images nor labels that `shards verify` counts by name
 MAX_BAD_IN_A_ROW = 10_000  # images that cannot be decoded, in `access: stream`, before a reader gives up
+
+# --- images -------------------------------------------------------------------------------------------------
+MAX_IMAGE_PIXELS = 2**27  # default of data.max_image_pixels: 11,585 x 11,585, more than a camera takes
+MAX_JPEG_SCANS = 500  # of a progressive JPEG; encoders write about 10, and each takes as long as an image
+MAX_IMAGE_ASPECT = 64  # longer side over the shorter one; evaluation cuts a longer image to its middle
+
+# --- remote files -------------------------------------------------------------------------------------------
+MIN_FETCH_BYTES_PER_SECOND = 1000  # while a server is waited for, on average; a modem of 1995 was faster
+FETCH_WINDOW_SECONDS = 60.0  # over which that average is taken
+MAX_RESPONSE_HEADER_BYTES = 2**20  # of an HTTP response, redirections apart; servers send some hundred
+MAX_SMALL_FILE_BYTES = 2**26  # of an index or a dataset.json; that of ImageNet-1k in a single tar has 59 MB
+MAX_LOCK_SECONDS = 7200.0  # that a process waits for another one that fetches the same file
+
+# --- between ranks ------------------------------------------------------------------------------------------
+MAX_REPORT_BYTES = 2**12  # of the place that a rank publishes; it has some hundred

@@ -24,6 +24,7 @@ from indistill.config import tree
 from indistill.config.base import UserError, in_one_line
 from indistill.config.ranks import Ranks
 from indistill.config.read import load_recorded, read
+from indistill.config.redact import redacted
 from indistill.config.tree import Config
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
@@ -225,7 +226,7 @@ def _is_of(checkpoint: Path, settings: Config) -> bool:
 
 def _append(run_dir: Path, line: dict[str, Any]) -> None:
     """Append one line in a single write; a line that a full disk cuts short is removed again."""
-    text = json.dumps({"time": round(time.time(), 3), **line}) + "\n"
+    text = redacted(json.dumps({"time": round(time.time(), 3), **line})) + "\n"
     path = RunDir(run_dir).history
     with contextlib.suppress(OSError), open(path, "ab", buffering=0, opener=_without_waiting) as file:
         size = file.seek(0, os.SEEK_END)
@@ -255,7 +256,7 @@ def keep_traceback(error: BaseException, folder: Path) -> Path | str:
     file = RunDir(folder).traceback(str(Ranks.from_environment().rank))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(traceback.format_exception(error)))
+        file.write_text(redacted("".join(traceback.format_exception(error))))
     except OSError:
         return "in the log"
     return file

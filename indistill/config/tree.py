@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from indistill.config.base import Duration, Folder, Section, run_length
+from indistill.config.redact import redacted
 from indistill.config.sections import (
     KD,
     Checkpoint,
@@ -208,6 +209,7 @@ OPERATIONAL_KEYS = (
     "data.cache_dir",
     "data.cache_bytes",
     "data.workers",
+    "data.max_image_pixels",
     "evaluate.batch",
     "teacher.shard",
     "machine",
@@ -218,7 +220,7 @@ NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")
 
 
 def flatten(config: Config, without: Collection[str] | None = None) -> dict[str, Any]:
-    """Return the values of a config by dotted key, except for the keys `without`.
+    """Return the values of a config by dotted key, except for the keys `without` and the secrets of URLs.
 
     With None, the operational keys are left out: what remains defines the computation.
     """
@@ -232,8 +234,10 @@ def flatten(config: Config, without: Collection[str] | None = None) -> dict[str,
         if isinstance(value, dict) and value:
             for key, child in value.items():
                 yield from walk(f"{prefix}.{key}" if prefix else key, child)
+        elif isinstance(value, list):
+            yield prefix, [redacted(item) if isinstance(item, str) else item for item in value]
         else:
-            yield prefix, value
+            yield prefix, redacted(value) if isinstance(value, str) else value
 
     return dict(walk("", config.model_dump(mode="json")))
 

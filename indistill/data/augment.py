@@ -23,7 +23,7 @@ from timm.data.auto_augment import NAME_TO_OP
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as tv
 
-from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing
+from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing, limits
 from indistill.data.decode import Box, cut, decode, decode_crop
 from indistill.models.views import EvalView
 
@@ -40,6 +40,8 @@ _RESAMPLE = slice(
     _ERASING.stop, _ERASING.stop + 1 + MAX_RAND_AUGMENT_OPS
 )  # of the crop, then of each operation
 DRAWS = _RESAMPLE.stop
+
+_LARGE = 2**22  # pixels of a padded image above which images are padded and cropped one by one
 
 _MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
 # 256 equally likely values of noise that is standard normal after normalisation: uint8 [channel, 256].
@@ -88,23 +90,26 @@ def train_view(
     size: int,
     where: str = "image",
     interpolation: str = "bilinear",
+    max_pixels: int = limits.MAX_IMAGE_PIXELS,
 ) -> np.ndarray:
     """Augment an image with its draws [DRAWS]: uint8 [size, size, 3].
 
     image: uint8 [H, W, 3], or a file, of which only the rows that the view needs are decoded.
     interpolation: bilinear, bicubic or random (one of both), as in timm.
 
-    Raises BadImage, naming `where` the file came from, if it cannot be decoded.
+    Raises BadImage, naming `where` the file came from, if it cannot be decoded or has more than `max_pixels`.
     """
     resamples = _resamples(draws[_RESAMPLE], interpolation)
     if recipe.recipe == "random_resized_crop":
-        pixels = _resize(_random_crop(image, draws[_CROP], recipe, where), size, resamples[0])
+        crop = _random_crop(image, draws[_CROP], recipe=recipe, where=where, max_pixels=max_pixels)
+        pixels = _resize(crop, size, resamples[0])
     elif recipe.recipe == "pad_crop":
-        pixels = decode(image, where) if isinstance(image, bytes) else image
-        pixels = _pad_crops(pixels[None], draws[None], recipe.padding, size)[0].transpose(1, 2, 0)
+        pixels = decode(image, where, max_pixels) if isinstance(image, bytes) else image
+        pixels = _pad_crop(pixels, draws, recipe.padding, size)
     else:
         # As in timm, where random interpolation is only for training.
-        pixels = eval_view(image, size, EvalView(interpolation.replace("random", "bilinear"), 1.0), where)
+        view = EvalView(interpolation.replace("random", "bilinear"), 1.0)
+        pixels = eval_view(image, size, view=view, where=where, max_pixels=max_pixels)
     if recipe.flip and draws[_FLIP] < 0.5:
         pixels = pixels[:, ::-1]
     if recipe.rand_augment or recipe.color_jitter:
@@ -125,7 +130,10 @@ def train_views(
     Small images are padded, cropped and flipped together: one by one, numpy's calls take longer than the
     pixels.
     """
-    if recipe.recipe != "pad_crop" or recipe.rand_augment or recipe.color_jitter or recipe.random_erasing:
+    _, height, width, _ = images.shape
+    large = (height + 2 * size) * (width + 2 * size) > _LARGE  # padding whole images takes too much memory
+    single = recipe.recipe != "pad_crop" or large
+    if single or recipe.rand_augment or recipe.color_jitter or recipe.random_erasing:
         single_views = [
             train_view(image, row, recipe=recipe, size=size, interpolation=interpolation)
             for image, row in zip(images, draws)
@@ -138,21 +146,52 @@ def train_views(
     return views
 
 
-def eval_view(image: np.ndarray | bytes, size: int, view: EvalView, where: str = "image") -> np.ndarray:
+def eval_view(
+    image: np.ndarray | bytes,
+    size: int,
+    *,
+    view: EvalView,
+    where: str = "image",
+    max_pixels: int = limits.MAX_IMAGE_PIXELS,
+) -> np.ndarray:
     """Resize and crop an image as timm does for evaluation: uint8 [size, size, 3].
 
     image: uint8 [H, W, 3], or a file.
 
-    Raises BadImage, naming `where` the file came from, if it cannot be decoded.
+    Raises BadImage, naming `where` the file came from, if it cannot be decoded or has more than `max_pixels`.
     """
-    pixels = decode(image, where) if isinstance(image, bytes) else image
+    pixels = decode(image, where, max_pixels) if isinstance(image, bytes) else image
+    if view.crop_mode != "squash":
+        pixels = _middle(pixels, size)
     return _eval_transform(size, view)(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
+
+
+def _middle(image: np.ndarray, size: int) -> np.ndarray:
+    """Cut a very long image [H, W, 3] to its middle, all that a centre crop shows; others stay as they are.
+
+    timm resizes an image as a whole, however long, and to a height of 0 if it is too long for a border.
+    """
+    height, width, _ = image.shape
+    longest = min(height, width) * min(limits.MAX_IMAGE_ASPECT, size)
+    h, w = min(height, longest), min(width, longest)
+    return cut(image, ((height - h) // 2, (width - w) // 2, h, w))
 
 
 @cache
 def _eval_transform(size: int, view: EvalView) -> Callable[[Image.Image], torch.Tensor]:
     """timm's transform, up to uint8 [3, size, size]: the networks normalise."""
     return create_transform((3, size, size), is_training=False, use_prefetcher=True, **view._asdict())
+
+
+def _pad_crop(image: np.ndarray, draws: np.ndarray, padding: int, size: int) -> np.ndarray:
+    """`_pad_crops` of one image [H, W, 3]: [size, size, 3]. Only the window is padded, not the image."""
+    height, width, _ = image.shape
+    free = np.array([height, width]) + 2 * padding - size + 1
+    top, left = ((draws[_PAD_CROP] * free).astype(np.int64) - padding).tolist()
+    inside = cut(image, (max(top, 0), max(left, 0), top + size - max(top, 0), left + size - max(left, 0)))
+    window = np.zeros((size, size, 3), dtype=np.uint8)
+    cut(window, (max(-top, 0), max(-left, 0), *inside.shape[:2]))[:] = inside
+    return window
 
 
 def _pad_crops(images: np.ndarray, draws: np.ndarray, padding: int, size: int) -> np.ndarray:
@@ -169,14 +208,16 @@ def _pad_crops(images: np.ndarray, draws: np.ndarray, padding: int, size: int) -
     return windows[np.arange(count), :, top + border_y, left + border_x]
 
 
-def _random_crop(image: np.ndarray | bytes, draws: np.ndarray, recipe: Augment, where: str) -> np.ndarray:
+def _random_crop(
+    image: np.ndarray | bytes, draws: np.ndarray, *, recipe: Augment, where: str, max_pixels: int
+) -> np.ndarray:
     """Cut the box of `_resized_crop_box` from an image, or decode it from a file."""
 
     def box(shape: tuple[int, int]) -> Box:
         return _resized_crop_box(shape, draws, recipe)
 
     if isinstance(image, bytes):
-        return decode_crop(image, where, box)
+        return decode_crop(image, where, box, max_pixels)
     height, width, _ = image.shape
     return cut(image, box((height, width)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from indistill.config.limits import MAX_RECORD_BYTES
 from indistill.config.records import first_problem
 from indistill.config.run_dir import RunDir
 from indistill.data import remote
+
+log = logging.getLogger(__name__)
 
 RECORD = "dataset.json"  # beside packed shards
 MOST_SHOWN = 5  # classes in a message
@@ -174,6 +177,9 @@ def list_in(folder: str) -> Names | None:
     try:
         content = files.read_json(text)
     except ValueError:
+        if remote.is_remote(folder):  # some servers answer with a page where there is no file
+            log.warning("%s: is not valid JSON, and is left aside", where)
+            return None
         raise UserError(
             f"{where}: is not valid JSON: pack the shards again, or delete the file if it is not theirs"
         ) from None

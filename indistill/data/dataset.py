@@ -119,7 +119,13 @@ class ImageDataset(Dataset):
         where = self.shards.where(sample_id) if isinstance(image, bytes) else "image"  # decoding can fail
         if self.order is None:
             assert self.view is not None  # a data set without an order has a view
-            pixels = augment.eval_view(image, section.image_size, self.view, where)
+            pixels = augment.eval_view(
+                image,
+                section.image_size,
+                view=self.view,
+                where=where,
+                max_pixels=section.max_image_pixels,
+            )
         else:
             pixels = augment.train_view(
                 image,
@@ -128,6 +134,7 @@ class ImageDataset(Dataset):
                 size=section.image_size,
                 where=where,
                 interpolation=section.interpolation,
+                max_pixels=section.max_image_pixels,
             )
         return pixels.transpose(2, 0, 1), label
 
@@ -168,7 +175,7 @@ class ImageDataset(Dataset):
         for i, sample in enumerate(self.shards.iterate()):
             labels[i] = sample.label
             try:
-                image = decode(sample.image, self.shards.where(i))
+                image = decode(sample.image, self.shards.where(i), self.section.max_image_pixels)
             except BadImage as error:
                 bad[i] = str(error)
                 continue

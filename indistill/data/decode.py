@@ -15,7 +15,9 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from indistill.config import UserError, in_one_line
+from indistill.config import UserError, in_one_line, limits
+
+Image.MAX_IMAGE_PIXELS = None  # `_check_pixels` decides, by data.max_image_pixels
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
@@ -34,6 +36,7 @@ _OTHER_FRAMES = {
 }  # lossless, arithmetic, ...
 _SCAN = 0xDA
 _APP1 = 0xE1
+_SCAN_MARKER = b"\xff\xda"  # it cannot occur within a scan's data
 _END = b"\xff\xd9"
 # The formats that are decoded, whatever a file is called. Pillow knows more; for EPS it starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -55,23 +58,31 @@ class BadImage(UserError):
     found_by_one_rank = True
 
 
-def decode(image: bytes, where: str) -> np.ndarray:
+def decode(image: bytes, where: str, max_pixels: int = limits.MAX_IMAGE_PIXELS) -> np.ndarray:
     """Decode an image file to uint8 [H, W, 3], upright.
 
-    Raises BadImage, naming `where`, if it cannot be decoded.
+    Raises BadImage, naming `where`, if it cannot be decoded or has more than `max_pixels`.
     """
-    return decode_crop(image, where, lambda shape: (0, 0, *shape))
+    return decode_crop(image, where, lambda shape: (0, 0, *shape), max_pixels)
 
 
-def decode_crop(image: bytes, where: str, choose: Callable[[tuple[int, int]], Box]) -> np.ndarray:
+def decode_crop(
+    image: bytes,
+    where: str,
+    choose: Callable[[tuple[int, int]], Box],
+    max_pixels: int = limits.MAX_IMAGE_PIXELS,
+) -> np.ndarray:
     """Decode the box that `choose` returns for the image's (height, width): uint8 [box height, box width, 3].
 
     The pixels are those of `decode`, bit for bit. Raises BadImage, naming `where` the image came from, if it
-    cannot be decoded. Damage below the box of a JPEG may go undetected, but a file that was cut off is always
-    detected.
+    cannot be decoded or has more than `max_pixels`. Damage below the box of a JPEG may go undetected, but a
+    file that was cut off is always detected.
     """
     jpeg = _ordinary_jpeg(image)
+    if jpeg is None or jpeg.height_at is None:  # only these can have many scans
+        _check_scans(image, where)
     if jpeg is not None:
+        _check_pixels((jpeg.width, jpeg.height), where, max_pixels)
         box = choose((jpeg.height, jpeg.width))
         rows = box[0] + box[2] + _ROWS_BELOW
         file = image
@@ -83,7 +94,7 @@ def decode_crop(image: bytes, where: str, choose: Callable[[tuple[int, int]], Bo
             return cut(simplejpeg.decode_jpeg(file, strict=not ends_early), box)
         except ValueError:
             pass  # Pillow accepts some damaged files, and has better error messages
-    pixels = _decode_with_pillow(image, where)
+    pixels = _decode_with_pillow(image, where, max_pixels)
     height, width, _ = pixels.shape
     return cut(pixels, choose((height, width)))
 
@@ -94,9 +105,25 @@ def cut(image: np.ndarray, box: Box) -> np.ndarray:
     return image[top : top + height, left : left + width]
 
 
-def _decode_with_pillow(image: bytes, where: str) -> np.ndarray:
+def _check_pixels(size: tuple[int, int], where: str, max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise BadImage(
+            f"{where}: {width} x {height} pixels are more than data.max_image_pixels ({max_pixels})"
+        )
+
+
+def _check_scans(image: bytes, where: str) -> None:
+    """Raise BadImage for a JPEG with more scans than any encoder writes: each takes as long as an image."""
+    if image.startswith(b"\xff\xd8") and image.count(_SCAN_MARKER) > limits.MAX_JPEG_SCANS:
+        most = limits.MAX_JPEG_SCANS
+        raise BadImage(f"{where}: not a readable image: a JPEG of more than {most} scans (MAX_JPEG_SCANS)")
+
+
+def _decode_with_pillow(image: bytes, where: str, max_pixels: int) -> np.ndarray:
     try:
         opened: Image.Image = Image.open(io.BytesIO(image), formats=FORMATS)
+        _check_pixels(opened.size, where, max_pixels)
         orientation = _orientation(opened)
         if opened.mode.startswith("I"):  # 16-bit grey: Pillow would clip values above 255, not scale them
             opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
@@ -104,6 +131,8 @@ def _decode_with_pillow(image: bytes, where: str) -> np.ndarray:
         if orientation in _TRANSPOSITIONS:
             opened = opened.transpose(_TRANSPOSITIONS[orientation])
         return np.array(opened)
+    except BadImage:
+        raise
     except UnidentifiedImageError:
         raise BadImage(f"{where}: not a readable image: none of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's readers raise all kinds of errors for damaged files

@@ -1,5 +1,6 @@
 """Index a shard: the offset, size and label of each of its samples."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -37,6 +38,7 @@ class Index(NamedTuple):
     offsets: np.ndarray  # int64, first byte of the image; in a compressed shard, of the uncompressed stream
     sizes: np.ndarray  # int64, bytes of the image
     labels: np.ndarray  # int64, -1 for none
+    sha256: str | None = None  # of the shard, in hexadecimal; None: not recorded
 
 
 def compressed(path: str) -> bool:
@@ -53,8 +55,8 @@ def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None
     problem = None
     remote_cache = cache if is_remote(path) else None
     for file in index_files(path, cache_dir):
-        if os.path.exists(file) or (remote_cache is not None and remote_cache.fetch_index(path, file)):
-            index = parse_index(file)
+        index = _stored_index(path, file, remote_cache)
+        if index is not None:
             if is_remote(path) or index.bytes == (size := os.stat(path).st_size):
                 return index
             problem = changed(path, f"it has {size} bytes, its index {file} says {index.bytes}")
@@ -63,12 +65,29 @@ def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None
     return build_index(path, cache_dir, cache)
 
 
-def build_index(path: str, cache_dir: str | None = None, cache: ShardCache | None = None) -> Index:
-    """Index a shard and save the index. Raises UserError if the tar is damaged or a label is malformed."""
+def _stored_index(path: str, file: str, cache: ShardCache | None) -> Index | None:
+    """The index in `file`, where that of a remote shard is fetched to; None if there is none."""
+    if os.path.exists(file):
+        try:
+            return parse_index(file)
+        except UserError:
+            if cache is None:
+                raise  # a copy in the cache is fetched again instead
+    return None if cache is None else cache.fetch_index(path, file, parse_index)
+
+
+def build_index(
+    path: str, cache_dir: str | None = None, cache: ShardCache | None = None, *, hashed: bool = False
+) -> Index:
+    """Index a shard and save the index. Raises UserError if the tar is damaged or a label is malformed.
+
+    hashed: record the shard's SHA-256, so that it is checked when the shard is fetched.
+    """
     try:
         with open_shard(path, cache) as stream:
             rows = [(key, *span, label) for key, span, _, label in read_samples(path, stream, load=False)]
-            index = index_of(os.fstat(stream.fileno()).st_size, rows)
+            sha256 = sha256_of(stream) if hashed else None
+            index = index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
     except (UserError, ValueError, OSError) as error:
         if cache:
             cache.discard(path)  # so that it is fetched again once it has been repaired
@@ -79,10 +98,16 @@ def build_index(path: str, cache_dir: str | None = None, cache: ShardCache | Non
     return index
 
 
-def index_of(size: int, rows: Sequence[tuple[str, int, int, int]]) -> Index:
+def sha256_of(stream: IO[bytes]) -> str:
+    """The SHA-256 of a whole file, in hexadecimal."""
+    stream.seek(0)
+    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def index_of(size: int, rows: Sequence[tuple[str, int, int, int]], sha256: str | None = None) -> Index:
     """The index of a shard of `size` bytes with the samples (key, offset, size, label)."""
     keys, offsets, sizes, labels = zip(*rows) if rows else ((), (), (), ())
-    return make_index(size, keys, offsets=offsets, sizes=sizes, labels=labels)
+    return make_index(size, keys, offsets=offsets, sizes=sizes, labels=labels, sha256=sha256)
 
 
 def make_index(
@@ -92,11 +117,14 @@ def make_index(
     offsets: Sequence[int] | np.ndarray,
     sizes: Sequence[int] | np.ndarray,
     labels: Sequence[int] | np.ndarray,
+    sha256: str | None = None,
 ) -> Index:
     """Convert lists, as they are stored in an index file, to an Index.
 
-    Raises ValueError for keys that would take too much memory.
+    Raises ValueError for keys that would take too much memory, and for a text that is no SHA-256.
     """
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)):
+        raise ValueError("sha256 is not a SHA-256 in hexadecimal")
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     padded = len(encoded) * max(map(len, encoded), default=0)
     if padded > MAX_KEYS_BYTES:
@@ -105,7 +133,7 @@ def make_index(
             "(MAX_KEYS_BYTES)"
         )
     numbers = (np.array(column, dtype=np.int64) for column in (offsets, sizes, labels))
-    return Index(bytes, np.array(encoded, dtype=np.bytes_), *numbers)
+    return Index(bytes, np.array(encoded, dtype=np.bytes_), *numbers, sha256)
 
 
 def decoded(key: bytes) -> str:
@@ -146,8 +174,9 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
 
     packed: the shard is compressed, and offsets are those of the uncompressed tar.
     """
-    if stored.keys() != set(Index._fields):
-        raise ValueError(f"its keys are not version, {', '.join(Index._fields)}")
+    required = set(Index._fields) - {"sha256"}
+    if stored.keys() - {"sha256"} != required:
+        raise ValueError(f"its keys are not version, {', '.join(sorted(required))}")
     lists = {name: stored[name] for name in ("keys", "offsets", "sizes", "labels")}
     for name, column in lists.items():
         kind = str if name == "keys" else int
@@ -159,7 +188,7 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
         raise ValueError("its lists differ in length")
     if type(stored["bytes"]) is not int:
         raise ValueError("bytes is not an integer")
-    index = make_index(stored["bytes"], **lists)
+    index = make_index(stored["bytes"], **lists, sha256=stored.get("sha256"))
     ends = index.offsets + index.sizes
     if index.sizes.min() < 0 or index.sizes.max() > MAX_IMAGE_BYTES:
         raise ValueError(f"a size is not from 0 to {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)")
@@ -171,8 +200,10 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
 
 
 def _save_index(file: str, index: Index) -> None:
-    columns = {name: getattr(index, name).tolist() for name in ("offsets", "sizes", "labels")}
+    columns: dict[str, Any] = {name: getattr(index, name).tolist() for name in ("offsets", "sizes", "labels")}
     keys = [decoded(key) for key in index.keys.tolist()]
+    if index.sha256 is not None:
+        columns["sha256"] = index.sha256
     content = json.dumps({"version": INDEX_VERSION, "bytes": index.bytes, "keys": keys, **columns})
     if len(content) > MAX_INDEX_BYTES:
         raise UserError(
@@ -180,7 +211,7 @@ def _save_index(file: str, index: Index) -> None:
             "pack smaller shards"
         )
     try:
-        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+        os.makedirs(os.path.dirname(file) or ".", mode=0o700, exist_ok=True)
         replace_text(file, content)
     except OSError as error:
         raise UserError(

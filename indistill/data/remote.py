@@ -14,25 +14,35 @@ import tempfile
 import threading
 import time
 import urllib.error
-import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line, is_redacted, limits, redacted
 from indistill.data.urls import check_url, is_remote
+from indistill.data.web import open_http
 from indistill.distributed import preemption
 
 log = logging.getLogger(__name__)
 
 CACHED = re.compile(r"[0-9a-f]{16}-(?!.*\.lock$)")  # shards and parts of shards; nothing else is evicted
+_PART = re.compile(r"(\.[0-9a-f]{16})?\.part$")  # what a part's name has instead of .lock
 CACHE_BYTES = 200 * 10**9
 FETCH_ATTEMPTS = 8  # with the pauses below, enough for an outage of about two minutes
 FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles each time, plus or minus 50 %
 FETCH_TIMEOUT_SECONDS = 60.0  # without a byte
 FETCH_THREADS = 4  # per process, for shards that are prefetched
+LOCK_MESSAGE_SECONDS = 30.0  # of waiting for another process, before a message says so
+RESERVED_BYTES = 2**26  # in the cache, ahead of a download of unknown size
 BUSY_SECONDS = 60.0  # to evict a shard that was used within this time means that the cache is too small
+
+_Parsed = TypeVar("_Parsed")
+Wanted = tuple[str, int, str | None]  # a shard's URL, and its bytes and SHA-256 if its index has it
+
+
+def _warn(message: str, *values: object) -> None:
+    log.warning("%s", redacted(message % values))
 
 
 def base_name(path: str) -> str:
@@ -68,14 +78,12 @@ class ShardCache:
     def __init__(self, directory: str, limit_bytes: int):
         self.limit_bytes = limit_bytes
         self._shards = os.path.join(directory, "remote-shards")
-        with contextlib.suppress(OSError):
-            os.makedirs(self._shards, exist_ok=True)
-        if not os.access(self._shards, os.W_OK):
-            raise UserError(f"data.cache_dir {directory} cannot be written: choose another directory")
+        make_private(directory)
+        make_private(self._shards)
         self._warned = False
         self._pid: int | None = None  # the process whose threads serve the queue
-        self._queue: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
-        self._requested: set[tuple[str, int]] = set()  # shards in the queue or being fetched
+        self._queue: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
+        self._requested: set[Wanted] = set()  # shards in the queue or being fetched
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -87,22 +95,22 @@ class ShardCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _pid=None, _queue=queue.SimpleQueue(), _requested=set())
 
-    def open(self, url: str, size: int | None = None) -> IO[bytes]:
+    def open(self, url: str, size: int | None = None, sha256: str | None = None) -> IO[bytes]:
         """Open the shard's local copy; fetch it first if it is missing.
 
-        `size`: bytes it must have, if known.
+        size, sha256: what it must have, if known; the latter is checked when it is fetched.
         """
         while True:
             with contextlib.suppress(FileNotFoundError):  # evicted between the two calls
-                return open(self.get(url, size), "rb", buffering=0)
+                return open(self.get(url, size, sha256), "rb", buffering=0)
 
-    def get(self, url: str, size: int | None = None) -> str:
+    def get(self, url: str, size: int | None = None, sha256: str | None = None) -> str:
         """Path of the shard's local copy; fetch it first if it is missing. Raises UserError if that fails."""
         file = os.path.join(self._shards, cache_name(url))
         if not self._use(file, size):
-            with FileLock(f"{file}.lock"):
+            with locked(f"{file}.lock"):
                 if not self._use(file, size):
-                    _fetch(url, file, size, self)
+                    _fetch(url, file, size=size, sha256=sha256, cache=self)
         return file
 
     def discard(self, url: str) -> None:
@@ -110,22 +118,32 @@ class ShardCache:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self._shards, cache_name(url)))
 
-    def fetch_index(self, url: str, file: str) -> bool:
-        """Fetch the index beside a remote shard to `file`; return False if there is none."""
-        if url.startswith("pipe:"):
-            return False
-        address, *query = url.partition("?")
-        with FileLock(f"{file}.lock"):
-            try:
-                if not os.path.exists(file):
-                    _fetch(f"{address}.index.json{''.join(query)}", file)
-            except _Absent:
-                log.warning("%s has no index beside it: the shard is fetched to build one", url)
-                return False
-        return True
+    def fetch_index(self, url: str, file: str, parse: Callable[[str], _Parsed]) -> _Parsed | None:
+        """Fetch the index beside a remote shard to `file` and parse it; return None if there is none.
 
-    def prefetch(self, shards: Iterable[tuple[str, int]]) -> None:
-        """Fetch (url, bytes) in the background, in this order. Errors are raised when the shard is opened."""
+        parse: raises UserError for a file that is not an index. Such a file is not kept: a server may answer
+            with a page that says that it has no such file, or asks for a password.
+        """
+        with locked(f"{file}.lock"):
+            with contextlib.suppress(FileNotFoundError, UserError):  # fetched by another process meanwhile
+                return parse(file)
+            if url.startswith("pipe:"):
+                return None
+            address, *query = url.partition("?")
+            try:
+                _fetch(f"{address}.index.json{''.join(query)}", file)
+            except _Absent:
+                _warn("%s has no index beside it: the shard is fetched to build one", url)
+                return None
+            try:
+                return parse(file)
+            except UserError as error:
+                os.unlink(file)
+                _warn("%s: what is beside it is %s; the shard is fetched to build one", url, error)
+                return None
+
+    def prefetch(self, shards: Iterable[Wanted]) -> None:
+        """Fetch shards in the background, in this order. Errors are raised when a shard is opened."""
         if self._pid != os.getpid():  # threads do not survive a fork
             self._pid = os.getpid()
             self._queue = queue.SimpleQueue()
@@ -138,13 +156,13 @@ class ShardCache:
                 self._requested.add(shard)
                 self._queue.put(shard)
 
-    def _work(self, tasks: queue.SimpleQueue[tuple[str, int]], requested: set[tuple[str, int]]) -> None:
+    def _work(self, tasks: queue.SimpleQueue[Wanted], requested: set[Wanted]) -> None:
         while True:
             shard = tasks.get()
             try:
                 self.get(*shard)
             except Exception as error:
-                log.warning("prefetch: %s", error)
+                _warn("prefetch: %s", error)
             requested.discard(shard)
 
     def _use(self, file: str, size: int | None) -> bool:
@@ -157,11 +175,11 @@ class ShardCache:
             return False
         return True
 
-    def room_lock(self) -> FileLock:
+    def room_lock(self) -> contextlib.AbstractContextManager[None]:
         """Lock for changes in the directory, so that a sum of its files counts each exactly once."""
-        return FileLock(os.path.join(self._shards, "room.lock"))
+        return locked(os.path.join(self._shards, "room.lock"))
 
-    def make_room(self, part: str, size: int, wait: bool = True) -> None:
+    def make_room(self, part: IO[bytes], size: int, wait: bool = True) -> None:
         """Evict shards until there is room for a download of `size` bytes, then make its file that long.
 
         If only unfinished downloads are left to evict, waits for them or, with `wait=False`, exceeds the
@@ -169,13 +187,12 @@ class ShardCache:
         """
         if size > self.limit_bytes:
             raise UserError(
-                f"{part}: {size} bytes do not fit data.cache_bytes ({self.limit_bytes}): raise it"
+                f"{part.name}: {size} bytes do not fit data.cache_bytes ({self.limit_bytes}): raise it"
             )
         while True:
             with self.room_lock():
-                if self._evict(part, size) or not wait:
-                    with open(part, "ab") as stream:
-                        stream.truncate(size)
+                if self._evict(part.name, size) or not wait:
+                    part.truncate(size)
                     return
             time.sleep(0.1)
 
@@ -192,12 +209,12 @@ class ShardCache:
         for used, freed, path in sorted(entries):
             if max(excess, crowded) <= 0:
                 break
-            if path.endswith(".part") and _locked(f"{path.removesuffix('.part')}.lock"):
+            if path.endswith(".part") and _is_locked(_PART.sub(".lock", path)):
                 continue
             age = time.time() - used
             if age < BUSY_SECONDS and not self._warned:
                 self._warned = True
-                log.warning("evicting a shard used %.0f s ago: raise data.cache_bytes", age)
+                _warn("evicting a shard used %.0f s ago: raise data.cache_bytes", age)
             with contextlib.suppress(
                 FileNotFoundError
             ):  # a part that was just completed has another name now
@@ -207,13 +224,56 @@ class ShardCache:
         return excess <= 0
 
 
-def _locked(file: str) -> bool:
+@contextlib.contextmanager
+def locked(file: str) -> Iterator[None]:
+    """Hold a lock file. Says so if another process holds it, and raises UserError after MAX_LOCK_SECONDS."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=LOCK_MESSAGE_SECONDS)
+    except Timeout:
+        _warn("%s: waiting for another process that holds it while it fetches a file", file)
+        try:
+            lock.acquire(timeout=limits.MAX_LOCK_SECONDS)
+        except Timeout:
+            raise UserError(
+                f"{file}: another process holds it for more than {limits.MAX_LOCK_SECONDS:.0f} s "
+                "(MAX_LOCK_SECONDS): end that process, or choose another data.cache_dir"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_locked(file: str) -> bool:
     """Whether a process or thread holds this lock; one that was killed does not."""
     try:
         with FileLock(file, timeout=0):
             return False
     except Timeout:
         return True
+
+
+def make_private(directory: str) -> None:
+    """Create a directory that only its owner can use, or check that it belongs to us or to root.
+
+    Raises UserError otherwise: another user could put files into it that this one trusts.
+    """
+    with contextlib.suppress(OSError):  # the check below says what is wrong
+        os.makedirs(os.path.dirname(directory) or ".", exist_ok=True)
+        os.mkdir(directory, mode=0o700)
+    try:
+        # As the file system sees us: it may know root, or the users of a container, by another number.
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            ours = os.fstat(probe.fileno()).st_uid
+        owner = os.stat(directory).st_uid
+    except OSError:
+        raise UserError(f"data.cache_dir: {directory} cannot be written: choose another directory") from None
+    if owner not in (ours, 0):
+        raise UserError(
+            f"data.cache_dir: {directory} belongs to another user (uid {owner}), who could change the files "
+            "in it: choose a directory of your own"
+        )
 
 
 def cache_for(
@@ -232,13 +292,15 @@ def cache_for(
     return ShardCache(cache_dir, limit_bytes)
 
 
-def open_shard(path: str, cache: ShardCache | None, size: int | None = None) -> IO[bytes]:
+def open_shard(
+    path: str, cache: ShardCache | None, size: int | None = None, sha256: str | None = None
+) -> IO[bytes]:
     """Open a local shard, or the local copy of a remote one.
 
-    `size`: bytes a remote one must have, if known.
+    size, sha256: what a remote one must have, if known.
     """
     if cache is not None and is_remote(path):
-        return cache.open(path, size)
+        return cache.open(path, size, sha256)
     try:
         return open(path, "rb", buffering=0)
     except OSError as error:
@@ -249,54 +311,114 @@ class _Absent(UserError):
     """The file does not exist or access is denied, so another attempt would not help."""
 
 
-def _fetch(url: str, file: str, size: int | None = None, cache: ShardCache | None = None) -> None:
+def _fetch(
+    url: str,
+    file: str,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    cache: ShardCache | None = None,
+) -> None:
     """Copy a remote file to `file`, completely or not at all. Call it with the file's lock held.
 
-    size: bytes it must have, if known. cache: the cache that has to make room for it, if any.
+    size, sha256: what it must have, if known. cache: the cache that has to make room for it; without one it
+    is a small file.
     Raises UserError: _Absent at once if the source refuses, other errors after FETCH_ATTEMPTS.
     """
-    # Not `files.replacing`: the part file has its full length from the start, so that it counts towards the
-    # limit of the cache, and `_evict` recognises by its name and the lock of that name a part that a killed
-    # process left.
-    part = f"{file}.part"
+    for attempt in range(1, FETCH_ATTEMPTS + 1):
+        try:
+            with _part(file, cache) as part:
+                _download(url, part, size=size, sha256=sha256, cache=cache)
+            return
+        except UserError:
+            raise
+        except Exception as error:  # every fsspec backend has its own exceptions
+            reason = in_one_line(error, 500)
+            if _hopeless(error):
+                raise _Absent(f"{url}: cannot be fetched: {reason}") from None
+            if attempt == FETCH_ATTEMPTS or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{url}: cannot be fetched: {reason} (attempt {attempt})") from None
+            pause = FETCH_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+            _warn("%s: %s (attempt %d), again in %.1f s", url, reason, attempt, pause)
+            time.sleep(pause)
+
+
+@contextlib.contextmanager
+def _part(file: str, cache: ShardCache | None) -> Iterator[IO[bytes]]:
+    """Open a new file that gets the name `file` at the end of the `with` block, unless that raises.
+
+    Not `files.replacing`: `_evict` recognises by its name and the lock of that name a part that a killed
+    process left.
+    """
+    part = f"{file}.{os.urandom(8).hex()}.part"
     try:
-        for attempt in range(1, FETCH_ATTEMPTS + 1):
-            try:
-                _download(url, part, size, cache)
-                with cache.room_lock() if cache else contextlib.nullcontext():
-                    os.replace(part, file)
-                return
-            except UserError:
-                raise
-            except Exception as error:  # every fsspec backend has its own exceptions
-                if _hopeless(error):
-                    raise _Absent(f"{url}: cannot be fetched: {error}") from None
-                if attempt == FETCH_ATTEMPTS or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                    raise UserError(f"{url}: cannot be fetched: {error} (attempt {attempt})") from None
-                pause = FETCH_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-                log.warning("%s: %s (attempt %d), again in %.1f s", url, error, attempt, pause)
-                time.sleep(pause)
+        with open(part, "xb") as stream:  # O_CREAT | O_EXCL: follows no link
+            yield stream
+        with cache.room_lock() if cache else contextlib.nullcontext():
+            os.replace(part, file)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
 
 
-def _download(url: str, part: str, size: int | None, cache: ShardCache | None) -> None:
-    """Copy a remote file to the local file `part`. Raises UserError or OSError if its size is wrong."""
+def _download(
+    url: str, part: IO[bytes], *, size: int | None, sha256: str | None, cache: ShardCache | None
+) -> None:
+    """Copy a remote file to `part`. Raises UserError or OSError if it is not what it must be."""
     with open_remote(url) as (source, length):
         if size is not None and length not in (None, size):
             raise UserError(changed(url, f"it has {length} bytes, its index says {size}"))
         promised = size or length or 0
+        _check_size(url, promised, cache)
         if cache:
             cache.make_room(part, promised)
-        with open(part, "r+b" if cache else "wb") as target:  # r+ keeps the reserved length
-            shutil.copyfileobj(source, target, 1 << 20)
-            received = target.tell()
-            target.truncate()
+        received, digest = _copy(
+            url, source, part=part, promised=promised, cache=cache, hashed=sha256 is not None
+        )
+        part.truncate()
     if received != (promised or received):
         raise OSError(f"received {received} bytes instead of {promised}")
-    if cache and not promised:
-        cache.make_room(part, received, wait=False)
+    if digest != sha256:
+        raise UserError(changed(url, f"its SHA-256 is {digest}, its index says {sha256}"))
+
+
+def _copy(
+    url: str,
+    source: IO[bytes],
+    *,
+    part: IO[bytes],
+    promised: int,
+    cache: ShardCache | None,
+    hashed: bool,
+) -> tuple[int, str | None]:
+    """Copy `source` to its end, or a little beyond the promised bytes; return their number and SHA-256."""
+    digest = hashlib.sha256() if hashed else None
+    received = reserved = 0
+    read = getattr(source, "read1", source.read)  # read1 returns what is there, however little
+    while block := read(1 << 20):
+        received += len(block)
+        if promised and received > promised:
+            break  # `_download` reports it
+        if not promised and received > reserved:
+            _check_size(url, received, cache)
+            reserved = received + RESERVED_BYTES
+            if cache:
+                cache.make_room(part, min(reserved, cache.limit_bytes), wait=False)
+        part.write(block)
+        if digest:
+            digest.update(block)
+    return received, digest.hexdigest() if digest else None
+
+
+def _check_size(url: str, size: int, cache: ShardCache | None) -> None:
+    """Raise UserError for a file that is too large to be fetched."""
+    if cache and size > cache.limit_bytes:
+        raise UserError(f"{url}: {size} bytes do not fit data.cache_bytes ({cache.limit_bytes}): raise it")
+    if not cache and size > limits.MAX_SMALL_FILE_BYTES:
+        raise UserError(
+            f"{url}: has more than {limits.MAX_SMALL_FILE_BYTES} bytes (MAX_SMALL_FILE_BYTES): it is not "
+            "what its name says"
+        )
 
 
 def read_if_there(url: str) -> bytes | None:
@@ -307,7 +429,7 @@ def read_if_there(url: str) -> bytes | None:
             _fetch(url, file)
         except UserError as error:
             if not isinstance(error, _Absent):
-                log.warning("%s", error)
+                _warn("%s", error)
             return None
         with open(file, "rb") as stream:
             return stream.read()
@@ -316,7 +438,7 @@ def read_if_there(url: str) -> bytes | None:
 def _hopeless(error: Exception) -> bool:
     """Whether another attempt would fail in the same way."""
     if isinstance(error, urllib.error.HTTPError):
-        return 400 <= error.code < 500 and error.code not in (408, 429)  # timeout, too many requests
+        return 300 <= error.code < 500 and error.code not in (408, 429)  # timeout, too many requests
     # ImportError, ValueError: fsspec needs a package to be installed, or does not know the protocol.
     return isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError))
 
@@ -336,10 +458,14 @@ def open_stream(path: str) -> Iterator[IO[bytes]]:
 def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
     """Open a remote file; yields its stream and its size in bytes, None if the source does not state it."""
     check_url(url)
+    if is_redacted(url):
+        raise UserError(
+            f"{url}: a saved config does not keep the query or the password of a URL: give the whole URL, "
+            "as in the command that began the run"
+        )
     if url.startswith(("http://", "https://")):  # fsspec would need aiohttp for these
-        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_SECONDS) as response:
-            length = response.headers.get("Content-Length")
-            yield response, None if length is None else int(length)
+        with open_http(url, FETCH_TIMEOUT_SECONDS) as response:
+            yield response, response.length
     elif url.startswith("pipe:"):
         with preemption.signals_blocked():
             command = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)

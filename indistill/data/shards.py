@@ -132,7 +132,7 @@ class ShardSet:
         index = self._indices[shard]
         indexed = list(zip(index.offsets.tolist(), index.sizes.tolist(), index.labels.tolist()))
         row = -1
-        with open_shard(path, self._cache, index.bytes) as stream:
+        with open_shard(path, self._cache, index.bytes, index.sha256) as stream:
             for row, (key, span, image, label) in enumerate(read_samples(path, stream)):
                 if row >= len(indexed) or indexed[row] != (*span, label):
                     raise UserError(changed(path, f"sample '{key}' is not where the index says"))
@@ -179,7 +179,8 @@ class ShardSet:
         if self._cache:
             shards = np.unique(self._shards_of(sample_ids))
             remote_shards = [shard for shard in shards if is_remote(self.paths[shard])]
-            self._cache.prefetch((self.paths[shard], self._indices[shard].bytes) for shard in remote_shards)
+            wanted = ((self.paths[shard], self._indices[shard]) for shard in remote_shards)
+            self._cache.prefetch((path, index.bytes, index.sha256) for path, index in wanted)
 
     def _slice(self, begin: int, end: int) -> ShardSet:
         """A copy with only the shards of samples [begin, end), which keep their ids: less to pickle."""
@@ -199,7 +200,7 @@ class ShardSet:
         size = self._indices[shard].bytes
         if self._cache is not None and is_remote(path):
             # Opened for every read: an open file that the cache evicts would keep using the disk.
-            return self._cache.open(path, size)
+            return self._cache.open(path, size, self._indices[shard].sha256)
         file = self._files.get(shard)
         if file is None:
             file = open_shard(path, None)

@@ -22,7 +22,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, redacted
 from indistill.config.limits import MAX_BAD_IN_A_ROW
 from indistill.data import augment, remote, shards
 from indistill.data.batch import Batch, StoredTargets
@@ -68,7 +68,7 @@ class StreamedTraining:
         assert section.epoch_samples is not None  # the config requires it for data.access: stream
         self.epoch_samples = section.epoch_samples
         self.steps_per_epoch = self.epoch_samples // section.global_batch
-        self.fingerprint = hashlib.sha256("\0".join(self.urls).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256("\0".join(map(redacted, self.urls)).encode()).hexdigest()
 
     def bring_along(self, stored: StoredTargets, fields_at: Callable[[int], tuple[str, ...]]) -> None:
         """Raise UserError: streamed samples have no ids to find stored targets by."""
@@ -169,7 +169,7 @@ class StreamedImages(IterableDataset):
         bad_in_a_row = 0
         while row < count:
             sample = next(samples)
-            where = f"{sample.url}: sample {sample.key}"
+            where = f"{redacted(sample.url)}: sample {sample.key}"
             image, labels[row] = self._image_and_label(sample, where)
             try:
                 pixels = self._view(sample, image, where)
@@ -199,6 +199,7 @@ class StreamedImages(IterableDataset):
             size=section.image_size,
             where=where,
             interpolation=section.interpolation,
+            max_pixels=section.max_image_pixels,
         )
 
     def _image_and_label(self, sample: _Sample, where: str) -> tuple[bytes, int]:

@@ -25,6 +25,7 @@ from indistill.data.index import (
     label_problem,
     parse_index,
     read_samples,
+    sha256_of,
 )
 from indistill.data.remote import cache_for, open_shard
 from indistill.data.shards import expand
@@ -92,13 +93,14 @@ def index(
     cache_dir: str | None = None,
     workers: int = 1,
     progress: bool = False,
+    hashed: bool = False,
 ) -> dict[str, int]:
-    """Build the index of every shard again. Returns shard -> number of samples.
+    """Build the index of every shard again, `hashed` with its SHA-256. Returns shard -> number of samples.
 
     Raises UserError for shards that cannot be indexed, after it has indexed all others.
     """
     paths = expand(urls, root)
-    tasks = [(path, cache_dir) for path in paths]
+    tasks = [(path, cache_dir, hashed) for path in paths]
     counts = dict(zip(paths, parallel(_index_shard, tasks, workers, progress)))
     faults = [fault for fault in counts.values() if isinstance(fault, str)]
     if len(faults) == 1:
@@ -135,9 +137,13 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                 except BadImage as error:
                     report(key, str(error).removeprefix("image: "))
             size = os.fstat(stream.fileno()).st_size
-        for file in filter(os.path.exists, index_files(path, cache_dir)):
-            stored = parse_index(file)
-            actual = index_of(size, rows)
+            indices = {
+                file: parse_index(file) for file in index_files(path, cache_dir) if os.path.exists(file)
+            }
+            hashed = any(stored.sha256 for stored in indices.values())
+            sha256 = sha256_of(stream) if hashed else None
+        for file, stored in indices.items():
+            actual = index_of(size, rows, sha256 if stored.sha256 else None)
             if not all(
                 np.array_equal(getattr(stored, name), getattr(actual, name)) for name in Index._fields
             ):
@@ -149,14 +155,14 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
     return Content(bad, len(rows), labels, others)
 
 
-def _index_shard(task: tuple[str, str | None]) -> int | str:
+def _index_shard(task: tuple[str, str | None, bool]) -> int | str:
     """Index a shard; returns the number of its samples, or why it cannot be indexed."""
-    path, cache_dir = task
+    path, cache_dir, hashed = task
     cache = cache_for([path], cache_dir)
     try:
         if cache:
             cache.discard(path)  # so that the shard as it is now gets indexed
-        return len(build_index(path, cache_dir, cache).keys)
+        return len(build_index(path, cache_dir, cache, hashed=hashed).keys)
     except UserError as error:
         return str(error)
     except Exception as error:  # whatever is wrong with one shard must not end the others

@@ -4,6 +4,9 @@ Each rank notes its current place in the program. A thread publishes it every fe
 thread waits in a collective, in the store of the rendezvous. When rank 0 makes no progress for half of
 `collective_timeout_minutes`, it names the rank that the others wait for. After the whole timeout every rank
 exits: gloo would raise an error then, and NCCL would abort the process without a message.
+
+Whoever reaches the port of the store can write into it, and make it hang: torch's client then waits without a
+limit. The time is therefore kept by a thread of its own, and what the store says is checked.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+from pydantic import AllowInfNan, TypeAdapter, ValidationError
+
+from indistill.config import limits
 from indistill.config.base import UserError
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, keep_traceback
@@ -36,6 +42,9 @@ _COLLECTIVE = re.compile(
 )
 
 
+Seconds = Annotated[float, AllowInfNan(False)]
+
+
 class Place(NamedTuple):
     """Where in the program a rank is. All run the same program: the lowest `passed` is behind."""
 
@@ -43,7 +52,7 @@ class Place(NamedTuple):
     step: int
     phase: str
     doing: str
-    since: float  # time.monotonic of the last progress; a long evaluation updates it with each batch
+    since: Seconds  # time.monotonic of the last progress; a long evaluation updates it with each batch
 
     def __str__(self) -> str:
         return f"step {self.step}, phase {self.phase}, {self.doing}" if self.phase else self.doing
@@ -54,7 +63,7 @@ class Report(NamedTuple):
 
     host: str
     place: Place
-    still_seconds: float  # since the last progress
+    still_seconds: Seconds  # since the last progress
 
 
 _START = Place(0, 0, "", "starting", 0.0)
@@ -93,7 +102,8 @@ def open(run_dir: Path, timeout_minutes: float) -> None:
     ranks = Ranks.from_environment()
     if ranks.world_size > 1:
         watch = _Watch(ranks, timeout_minutes)
-        threading.Thread(target=watch.run, args=(_closed,), name="watchdog", daemon=True).start()
+        for name, work in (("watchdog", watch.keep_time), ("watchdog-store", watch.tell)):
+            threading.Thread(target=work, args=(_closed,), name=name, daemon=True).start()
 
 
 def close() -> None:
@@ -105,7 +115,7 @@ def close() -> None:
 
 
 class _Watch:
-    """The thread's work: publish this rank's place, and on rank 0 name the rank that the others wait for."""
+    """The threads' work: end the run in time, publish this rank's place, and on rank 0 name the late rank."""
 
     def __init__(self, ranks: Ranks, timeout_minutes: float) -> None:
         self.rank = ranks.rank
@@ -120,7 +130,18 @@ class _Watch:
         self.heard: dict[int, tuple[bytes | None, float]] = {}
         self.store: TCPStore | None = None
 
-    def run(self, closed: threading.Event) -> None:
+    def keep_time(self, closed: threading.Event) -> None:
+        """Exit when this rank has made no progress for the whole timeout."""
+        while not closed.wait(self.interval):
+            place = _place
+            if time.monotonic() - place.since > self.timeout:
+                preemption.leave(
+                    f"{place}: not finished within collective_timeout_minutes ({self.timeout_minutes:g}); "
+                    f"{_next()}"
+                )
+
+    def tell(self, closed: threading.Event) -> None:
+        """Publish this rank's place; on rank 0, name the rank that the others wait for."""
         self.store = self._connect()
         pause = 0.0
         while not closed.wait(pause):
@@ -128,11 +149,6 @@ class _Watch:
             place = _place
             now = time.monotonic()
             still = now - place.since
-            if still > self.timeout:
-                preemption.leave(
-                    f"{place}: not finished within collective_timeout_minutes ({self.timeout_minutes:g}); "
-                    f"{_next()}"
-                )
             if self._exchange(place, now) and still > self.timeout / 2 and place.passed != self.named_at:
                 self.named_at = place.passed
                 print(f"indistill: {self._verdict(now)}", file=sys.stderr, flush=True)
@@ -149,12 +165,11 @@ class _Watch:
         port = int(os.environ["MASTER_PORT"])
         try:
             return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        except dist.DistError:
+        except RuntimeError:  # DistError, or one of the protocol
             return None
 
     def _exchange(self, place: Place, now: float) -> bool:
         """Publish this place; a rank 0 without progress also reads all places. Return whether it did so."""
-        import torch.distributed as dist
 
         if self.store is None:
             return False
@@ -170,7 +185,7 @@ class _Watch:
                 text = self.store.get(key) if self.store.check([key]) else None
                 if other not in self.heard or self.heard[other][0] != text:
                     self.heard[other] = text, now
-        except dist.DistError:
+        except RuntimeError:  # DistError, or one of the protocol
             self.store = None
             return False
         return True
@@ -180,16 +195,22 @@ class _Watch:
         silent = {
             rank: now - since
             for rank, (text, since) in self.heard.items()
-            if now - since > self.timeout / 5 or not text
+            if now - since > self.timeout / 5 or reports[rank] is None
         }
         return verdict(reports, silent)
 
 
+_REPORT = TypeAdapter(Report)
+
+
 def _parse(text: bytes | None) -> Report | None:
-    if text is None:
+    """A rank's report; None if there is none, or something else in its place."""
+    if text is None or len(text) > limits.MAX_REPORT_BYTES:
         return None
-    host, place, still = json.loads(text)
-    return Report(host, Place(*place), still)
+    try:
+        return _REPORT.validate_json(text, strict=True)
+    except ValidationError:
+        return None
 
 
 def verdict(reports: Mapping[int, Report | None], silent: Mapping[int, float]) -> str:

@@ -105,7 +105,9 @@ class Reader:
         """Fetch the remote files with these records in the background."""
         assert self._cache is not None  # callers ask `remote` first
         files = [(field, int(shard)) for shard in np.unique(self._shards_of(ids)) for field in fields]
-        self._cache.prefetch((records_path(self.root, view, *file), self._size(*file)) for file in files)
+        self._cache.prefetch(
+            (records_path(self.root, view, *file), self._size(*file), None) for file in files
+        )
 
     def _shards_of(self, ids: np.ndarray | int) -> np.ndarray:
         return np.searchsorted(self._first_ids, ids, side="right") - 1

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 
 from indistill import config
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, redacted
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, damaged_config, has_begun, refuse_foreign
@@ -111,7 +111,7 @@ def open_run_dir(settings: Config) -> RunDir:
                 files.classes.unlink(missing_ok=True)
         names = class_names.check(settings.data)
         files.checkpoints.mkdir(parents=True, exist_ok=True)
-        text = config.dump(settings)
+        text = redacted(config.dump(settings))
         if not files.config.exists() or files.config.read_bytes() != text.encode():
             if damage := damaged_config(files):
                 print(f"indistill: {damage}: it is written again", file=sys.stderr, flush=True)

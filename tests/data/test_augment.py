@@ -218,11 +218,50 @@ def test_eval_view_is_torchvisions_resize_and_centre_crop(size, shape, crop, int
     mode = transforms.InterpolationMode(interpolation)
     reference = transforms.Compose([transforms.Resize(int(size / crop), mode), transforms.CenterCrop(size)])
     expected = np.asarray(reference(Image.fromarray(image)))
-    assert np.array_equal(eval_view(image, size, EvalView(interpolation, crop)), expected)
+    assert np.array_equal(eval_view(image, size, view=EvalView(interpolation, crop)), expected)
 
 
 def test_eval_view_leaves_images_of_the_right_size_alone():
-    assert np.array_equal(eval_view(noise(32, 32), 32, EvalView("bicubic", 1.0)), noise(32, 32))
+    assert np.array_equal(eval_view(noise(32, 32), 32, view=EvalView("bicubic", 1.0)), noise(32, 32))
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
+def test_a_line_is_resized_without_being_enlarged_as_a_whole(crop_mode, upright, monkeypatch):
+    """It would have 44 thousand million pixels; what a centre crop sees of it is its middle."""
+    line = np.zeros((1, 1_000_000, 3), dtype=np.uint8)
+    line[:, 500_000:] = 255
+    sizes = []
+    whole = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda *a, **k: sizes.append(whole(*a, **k).size) or whole(*a, **k)
+    )
+    image = line.transpose(1, 0, 2) if upright else line
+    view = eval_view(image, 224, view=EvalView("bilinear", 0.875, crop_mode))
+    view = view.transpose(1, 0, 2) if upright else view
+    assert view.shape == (224, 224, 3)
+    row = view[112].mean(1)
+    assert row[0] < row[-1]
+    if crop_mode == "squash":
+        assert row[:100].max() == 0
+        assert row[-100:].min() == 255
+    assert max(width * height for width, height in sizes) <= 256 * 256 * 64
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (3, 190)])
+def test_up_to_the_limit_a_long_image_is_resized_as_a_whole(shape):
+    image = noise(*shape)
+    expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64)])(Image.fromarray(image))
+    assert np.array_equal(eval_view(image, 64, view=EvalView("bilinear", 1.0)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (40, 50)])
+def test_large_images_are_padded_one_by_one_with_the_same_result(shape, monkeypatch):
+    images, rows = np.stack([noise(*shape, seed) for seed in range(4)]), uniforms(0, 0, np.arange(4))
+    together = train_views(images, rows, recipe=Augment(recipe="pad_crop"), size=48)
+    monkeypatch.setattr(augment, "_LARGE", 0)
+    assert np.array_equal(train_views(images, rows, recipe=Augment(recipe="pad_crop"), size=48), together)
+    assert together.any()
 
 
 # --- decoding -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,30 @@ def test_images_of_unequal_sizes_do_not_fit_in_memory(section, tmp_path):
     batches = loaded(section, last=3)
     assert [tuple(batch.images.shape) for batch in batches] == [(1, 3, 32, 32)] * 3
     assert sorted(batch.images.unique().item() for batch in batches) == [0, 1, 2]
+
+
+def test_images_that_no_memory_can_hold(section, tmp_path):
+    pack_sizes(tmp_path, [(40, 40)] * 3)
+    section = with_(section, root=str(tmp_path), global_batch=1, streams=1)
+    dataset = training(section).dataset
+    with pytest.raises(
+        UserError, match=r"data.in_memory needs \d+ bytes for 3 images of .*: set data.in_memory: fal"
+    ):
+        dataset._room_for_all((2**24, 2**24, 3))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_image_of_too_many_pixels_is_one_that_cannot_be_decoded(section, tmp_path, in_memory):
+    pack_sizes(tmp_path, [(40, 40), (50, 50), (40, 40)])
+    section = with_(section, root=str(tmp_path), global_batch=1, streams=1, max_image_pixels=1600)
+    section = with_(section, in_memory=in_memory)
+    batches = loaded(section, last=3)
+    assert sorted(batch.ids.item() for batch in batches) in ([0, 0, 2], [0, 2, 2])
+    refused = "train-000000.tar: sample n01: 50 x 50 pixels are more than data.max_image_pixels (1600)"
+    assert [name for batch in batches for name in batch.replaced] == [refused]
+    dataset = training(section).dataset.for_evaluation(EvalView("bilinear", 1.0))
+    with pytest.raises(UserError, match=re.escape(refused)):
+        list(loader.eval_loader(dataset, 3, rank=0, world=1, device=CPU))
 
 
 @pytest.mark.parametrize("in_memory", [False, True])

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_a_jpeg_that_claims_to_be_huge_is_refused(without_simplejpeg):
     content = encoded(picture(30, 40))
     huge = content.replace(bytes([0, 30, 0, 40]), b"\xff\xff\xff\xff")
     assert huge != content
-    with pytest.raises(BadImage, match="decompression bomb"):
+    with pytest.raises(BadImage, match=r"more than data\.max_image_pixels"):
         crop(huge, 0, 0, 10, 10)
 
 
@@ -254,7 +255,7 @@ def test_a_view_of_a_file_is_the_view_of_its_pixels(recipe):
         assert np.array_equal(augment.train_view(content, row, recipe=section, size=32), expected)
     view = EvalView("bilinear", 0.875)
     assert np.array_equal(
-        augment.eval_view(content, 32, view), augment.eval_view(by_pillow(content), 32, view)
+        augment.eval_view(content, 32, view=view), augment.eval_view(by_pillow(content), 32, view=view)
     )
 
 
@@ -264,7 +265,7 @@ def test_a_view_of_a_damaged_file_names_it(recipe):
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
         augment.train_view(content, draws, recipe=Augment(recipe=recipe), size=32, where="a.tar: sample k7")
     with pytest.raises(BadImage, match=re.escape("a.tar: sample k7: not a readable image: ")):
-        augment.eval_view(content, 32, EvalView("bilinear", 0.875), "a.tar: sample k7")
+        augment.eval_view(content, 32, view=EvalView("bilinear", 0.875), where="a.tar: sample k7")
 
 
 @pytest.mark.skipif(not IMAGENET.exists(), reason="needs the sample of ImageNet")
@@ -310,3 +311,43 @@ def test_the_formats_of_photographs_are_decoded(kind):
 def test_other_formats_are_refused(kind):
     with pytest.raises(decode.BadImage, match="not a readable image"):
         decode.decode(encoded(picture(16, 16), kind), "here")
+
+
+# --- what asks for too much ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(kind):
+    content = encoded(Image.new("RGB", (40, 30)), kind)
+    assert decode.decode(content, "here", max_pixels=1200).shape == (30, 40, 3)
+    with pytest.raises(
+        decode.BadImage, match=r"here: 40 x 30 pixels are more than data.max_image_pixels \(1199\)"
+    ):
+        decode.decode(content, "here", max_pixels=1199)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_the_limit_is_ours_and_not_pillows(side):
+    """Pillow would warn above 89 million pixels and refuse above 179 million."""
+    content = encoded(Image.new("L", (1, 1)), "PNG")
+    size = side.to_bytes(4, "big") * 2
+    header = b"IHDR" + size + content[24:29]
+    content = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+    with pytest.raises(decode.BadImage, match=f"here: {side} x {side} pixels .* data.max_image_pixels"):
+        decode.decode(content, "here", side**2 - 1)
+
+
+@pytest.mark.parametrize(("scans", "fits"), [(500, True), (501, False)])
+def test_a_jpeg_of_many_scans(scans, fits):
+    content = encoded(
+        Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)), "JPEG", progressive=True
+    )
+    last = content.rindex(b"\xff\xda")
+    more = scans - content.count(b"\xff\xda")
+    many = content[:last] + content[last:-2] * (more + 1) + content[-2:]
+    if fits:
+        assert decode.decode(many, "here").shape == (16, 16, 3)
+    else:
+        with pytest.raises(
+            decode.BadImage, match="here: not a readable image: a JPEG of more than 500 scans"
+        ):
+            decode.decode(many, "here")

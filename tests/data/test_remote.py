@@ -1,19 +1,23 @@
 """Remote shards: every fault on the way, the cache and its limit, several processes."""
 
+import hashlib
 import http.server
+import json
 import os
 import pickle
 import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from filelock import FileLock
 from tars import expected, samples
 
-from indistill.config import UserError
+from indistill.config import UserError, limits
 from indistill.data import remote, verify
 from indistill.data.packing import pack
 from indistill.data.shards import ShardSet
@@ -43,7 +47,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault == "500" or not file.exists():
             return self.send_error(500 if fault else 404)
         content = file.read_bytes()
-        self.send_response(200)
+        if fault.startswith("redirect "):
+            self.send_response(302)
+            self.send_header("Location", fault.removeprefix("redirect "))
+            return self.end_headers()
+        if fault == "not http":
+            return self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+        self.send_response(206 if fault == "part" else 200)
+        if fault == "cut chunks":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            return self.wfile.write(b"%x\r\n%s" % (len(content), content[:1000]))
+        if fault == "headers":
+            while True:
+                self.wfile.write(b"X-More: " + bytes(60_000) + b"\r\n")
+        if fault == "slow headers":
+            return self.drip(b"X-More: " + bytes(10_000))
+        if fault == "continue":
+            while True:
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if fault == "trailers":
+            self.protocol_version = "HTTP/1.1"
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%s\r\n0\r\n" % (len(content), content))
+            while True:
+                self.wfile.write(b"X-More: " + bytes(1000) + b"\r\n")
+        if fault in ("drip", "no end"):
+            self.end_headers()
+            if fault == "drip":
+                return self.drip(content)
+            while True:
+                self.wfile.write(bytes(1 << 16))
         if fault != "chunked":
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -61,6 +96,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.close()
         else:
             self.wfile.write(content)
+
+    def drip(self, content):
+        """Send it byte by byte, each well within the time limit for one."""
+        for i in range(len(content)):
+            self.wfile.write(content[i : i + 1])
+            time.sleep(0.05)
 
     def log_message(self, *args):
         pass
@@ -118,6 +159,187 @@ def test_what_stays_broken_is_a_clear_error(server, tmp_path, fault):
     assert len(server.served) == 4 + 3
     assert not cached(tmp_path / "cache")
     assert data.read(7).key == "00007"  # it is back
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["drip", "slow headers", "headers", "continue", "trailers", "no end", "part", "not http", "cut chunks"],
+)
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_server_without_an_end_is_a_clear_error(server, tmp_path, monkeypatch, fault, indexed):
+    monkeypatch.setattr(limits, "FETCH_WINDOW_SECONDS", 0.3)
+    packed, urls = serve(server, count=5, indexed=indexed)
+    cache = str(tmp_path / "cache")
+    limit = 2 * (server.directory / "x-000000.tar").stat().st_size
+    server.faults = [fault] * 3
+    expected = (
+        "do not fit data.cache_bytes" if fault == "no end" and not indexed else "cannot be fetched: .* 3"
+    )
+    with pytest.raises(UserError, match=expected):
+        list(ShardSet(urls, cache_dir=cache, cache_bytes=limit).iterate())
+    assert not cached(tmp_path / "cache")
+    server.faults = []
+    assert list(ShardSet(urls, cache_dir=cache, cache_bytes=limit).iterate()) == packed
+
+
+def test_a_reader_may_take_its_time(server, tmp_path, monkeypatch):
+    """Only the time spent waiting for the server counts: in stream access, training sets the pace."""
+    monkeypatch.setattr(limits, "FETCH_WINDOW_SECONDS", 0.1)
+    content = os.urandom(300_000)
+    (server.directory / "x").write_bytes(content)
+    with remote.open_stream(f"{server.url}/x") as stream:
+        parts = [stream.read(1000)]
+        while part := stream.read(100_000):
+            time.sleep(0.15)
+            parts.append(part)
+    assert b"".join(parts) == content
+
+
+@pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/x", "//127.0.0.1:1/x"])
+def test_redirections_stay_with_http(server, tmp_path, target):
+    _, urls = serve(server, count=5)
+    data = ShardSet(urls, cache_dir=str(tmp_path / "cache"))
+    server.faults = [f"redirect {target}"] * 3
+    with pytest.raises(UserError, match=r"x-000000\.tar: cannot be fetched: "):
+        data.read(0)
+    asked = server.served.count("x-000000.tar")
+    assert asked == (3 if target.startswith("//") else 1)  # a refused connection may be an outage
+    server.faults = [f"redirect {server.url}/x-000000.tar"]
+    assert data.read(0).key == "00000"
+
+
+@pytest.mark.parametrize("length", ["-5", "many", str(10**30)])
+def test_a_length_that_lies(server, tmp_path, monkeypatch, length):
+    packed, urls = serve(server, count=5)
+    whole = http.server.BaseHTTPRequestHandler.send_header
+    lie = lambda self, name, value: whole(self, name, length if name == "Content-Length" else value)  # noqa: E731
+    data = ShardSet(urls, cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "send_header", lie)
+    if length == str(10**30):
+        with pytest.raises(UserError, match="the shard is cut or changed"):
+            data.read(0)
+    else:
+        assert list(data.iterate()) == packed
+
+
+def test_a_user_name_in_an_address_is_refused_without_showing_it(server, tmp_path):
+    _, urls = serve(server, count=5)
+    with pytest.raises(UserError, match="user name or password is not supported"):
+        ShardSet(urls.replace("//", "//me:secret@"), cache_dir=str(tmp_path / "cache"))
+    assert not server.served
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_page_instead_of_an_index_is_not_kept(server, tmp_path, caplog, kept):
+    packed, urls = serve(server, count=5)
+    index = server.directory / "x-000000.tar.index.json"
+    whole = index.read_bytes()
+    page = b"<!DOCTYPE html>"
+    if kept:  # by an earlier version
+        (tmp_path / "cache").mkdir()
+        name = remote.cache_name(f"{server.url}/x-000000.tar") + ".index.json"
+        (tmp_path / "cache" / name).write_bytes(page)
+    else:
+        index.write_bytes(page)
+    for _ in range(2):
+        assert list(ShardSet(urls, cache_dir=str(tmp_path / "cache")).iterate()) == packed
+    assert server.served.count(index.name) == 1
+    assert ("the shard is fetched to build one" in caplog.text) is not kept
+    assert whole == next((tmp_path / "cache").glob("*.index.json")).read_bytes()
+
+
+def test_an_index_without_end(server, tmp_path, monkeypatch):
+    _, urls = serve(server, count=5)
+    monkeypatch.setattr(limits, "MAX_SMALL_FILE_BYTES", 100)
+    with pytest.raises(
+        UserError, match=r"x-000000.tar.index.json: has more than 100 bytes \(MAX_SMALL_FILE_BYTES\)"
+    ):
+        ShardSet(urls, cache_dir=str(tmp_path / "cache"))
+
+
+# --- the SHA-256 of shards ----------------------------------------------------------------------------------
+
+
+def test_a_shard_with_another_sha256_is_refused(server, tmp_path):
+    packed, urls = serve(server, count=5)
+    tar = server.directory / "x-000000.tar"
+    plain = Path(f"{tar}.index.json").read_bytes()
+    verify.index(str(tar), hashed=True)
+    stored = json.loads(Path(f"{tar}.index.json").read_bytes())
+    assert stored == {**json.loads(plain), "sha256": hashlib.sha256(tar.read_bytes()).hexdigest()}
+    hashed = ShardSet(urls, cache_dir=str(tmp_path / "cache"))
+    assert list(hashed.iterate()) == packed
+    assert hashed.fingerprint == ShardSet(str(tar)).fingerprint  # that of runs with older indices
+    assert not [member for member in verify.verify(str(tar)).bad if not member.key]
+
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1  # within the first image
+    tar.write_bytes(content)
+    for read in (lambda data: data.read(0), lambda data: list(data.iterate())):
+        with pytest.raises(UserError, match=r"x-000000.tar: the shard is cut or changed: its SHA-256 is "):
+            read(ShardSet(urls, cache_dir=str(tmp_path / "other")))
+    assert [member.problem for member in verify.verify(str(tar)).bad if not member.key] == [
+        f"{tar}.index.json does not fit the shard: run `indistill shards index` on it"
+    ]
+    verify.index(str(tar))
+    assert Path(f"{tar}.index.json").read_bytes() == plain
+
+
+def test_a_sha256_that_is_none(server):
+    serve(server, count=5)
+    index = server.directory / "x-000000.tar.index.json"
+    for wrong in ("abc", 5, "Z" * 64):
+        index.write_text(json.dumps({**json.loads(index.read_bytes()), "sha256": wrong}))
+        with pytest.raises(UserError, match="not an index that this version reads"):
+            ShardSet(str(index).removesuffix(".index.json"))
+
+
+# --- the cache directory ------------------------------------------------------------------------------------
+
+
+def test_a_new_cache_is_private(server, tmp_path):
+    _, urls = serve(server, count=5)
+    ShardSet(urls, cache_dir=str(tmp_path / "a" / "cache")).read(0)
+    modes = [(tmp_path / "a" / path).stat().st_mode & 0o777 for path in ("cache", "cache/remote-shards")]
+    assert modes == [0o700, 0o700]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("folder", ["cache", "cache/remote-shards"])
+def test_a_cache_of_another_user_is_refused(server, tmp_path, folder):
+    _, urls = serve(server, count=5)
+    (tmp_path / "cache/remote-shards").mkdir(parents=True)
+    os.chown(tmp_path / folder, 4321, 4321)
+    with pytest.raises(UserError, match=r"belongs to another user \(uid 4321\)"):
+        ShardSet(urls, cache_dir=str(tmp_path / "cache"))
+
+
+def test_what_links_into_the_cache_point_to_stays(server, tmp_path, monkeypatch):
+    packed, urls = serve(server, count=5)
+    data = ShardSet(urls, cache_dir=str(tmp_path / "cache"))
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    file = tmp_path / "cache/remote-shards" / remote.cache_name(f"{server.url}/x-000000.tar")
+    for end in ("", ".part"):
+        os.symlink(victim, f"{file}{end}")
+    assert list(data.iterate()) == packed
+    assert victim.read_text() == "precious"
+    assert not file.is_symlink()
+
+
+def test_a_lock_that_is_held_is_waited_for_and_then_an_error(server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(remote, "LOCK_MESSAGE_SECONDS", 0.05)
+    monkeypatch.setattr(limits, "MAX_LOCK_SECONDS", 0.1)
+    _, urls = serve(server, count=5)
+    data = ShardSet(urls, cache_dir=str(tmp_path / "cache"))
+    file = tmp_path / "cache/remote-shards" / remote.cache_name(f"{server.url}/x-000000.tar")
+    with (
+        FileLock(f"{file}.lock"),
+        pytest.raises(UserError, match=r"lock: another process holds it .*MAX_LOCK_SEC"),
+    ):
+        data.read(0)
+    assert "waiting for another process" in caplog.text
+    assert data.read(0).key == "00000"
 
 
 def test_a_missing_shard_is_not_asked_for_again(server, tmp_path):

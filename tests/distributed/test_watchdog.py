@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import os
+import socket
+import threading
+from datetime import timedelta
 
+import pytest
+from torch import distributed
+
+from indistill.config.ranks import Ranks
 from indistill.distributed import preemption, watchdog
 from indistill.distributed.watchdog import Place, Report, verdict
 
@@ -63,3 +71,53 @@ def test_other_errors_pass(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="shapes"), watchdog.explaining(tmp_path):
         raise RuntimeError("shapes cannot be multiplied")
     assert not list(tmp_path.iterdir())
+
+
+# --- what strangers do to the store -------------------------------------------------------------------------
+@pytest.fixture
+def left(monkeypatch):
+    """An event that is set when the process would leave."""
+    event = threading.Event()
+    monkeypatch.setattr(preemption, "leave", lambda reason: event.set())
+    monkeypatch.setattr(watchdog, "_place", watchdog._place)
+    return event
+
+
+def watch(monkeypatch, port: int, timeout_minutes: float) -> watchdog._Watch:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    return watchdog._Watch(Ranks(rank=0, world_size=2), timeout_minutes)
+
+
+def test_a_store_that_does_not_answer_does_not_stop_the_clock(monkeypatch, left):
+    monkeypatch.setattr(Ranks, "from_environment", lambda: Ranks(rank=0, world_size=2))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(silent.getsockname()[1]))
+        watchdog.open(None, 0.01)
+        assert left.wait(30)
+        watchdog.close()
+
+
+def test_garbage_in_the_store_is_a_silent_rank(monkeypatch, left):
+    store = distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
+    )
+    for content in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(10_000), b""):
+        with socket.create_connection(("127.0.0.1", store.port)) as scanner:
+            scanner.sendall(content)
+    of_watch = watch(monkeypatch, store.port, 1000)
+    of_watch.store = of_watch._connect()
+    garbage = [b"", b"null", b"[", b"[]", b"\xff", b"[" * 10**5, b'["h", [1, 2, "p", "d", NaN], 1]']
+    garbage += [b'["h", [1, 2, "p", "d", 1e999], 1]', b'["h", [true, 2, "p", "d", 1], 1]', b"7" * 10**6]
+    for text in garbage:
+        store.set(f"{of_watch.prefix}1", text)
+        now = watchdog._place.since + 0.6 * of_watch.timeout
+        assert of_watch._exchange(watchdog._place, now)
+        said = of_watch._verdict(now)
+        assert said.startswith("rank 1 (host unknown) has not been heard from for 0 s"), text
+    honest = Report("b", Place(7, 3, "kd", "training", 1.5), 2.5)
+    store.set(f"{of_watch.prefix}1", json.dumps(honest))
+    assert of_watch._exchange(watchdog._place, now)
+    assert watchdog._parse(of_watch.heard[1][0]) == honest
+    assert not left.is_set()

@@ -14,8 +14,8 @@ MOST_LINES = 40
 MOST_PARAMETERS = 4  # in a signature whose parameters may all be positional; in a longer one only two may
 # Public functions keep the signatures that other programs call, and so do methods of public classes.
 STABLE = {name for names in PUBLIC.values() for name in names.split()} | {"rank_batch"}
-# Called by timm, with timm's signature.
-FOREIGN = {"forward_intermediates"}
+# Called by timm and urllib, with their signatures.
+FOREIGN = {"forward_intermediates", "redirect_request"}
 
 
 def functions(source: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -104,7 +104,7 @@ class Here:
         try:
             self.store.wait([key], timedelta(seconds=max(seconds, 0.01)))
             return json.loads(self.store.get(key))
-        except dist.DistError:
+        except (dist.DistError, ValueError):  # ValueError: not JSON, from a stranger
             return None
 
     def all_ready(self) -> bool:

@@ -37,7 +37,7 @@ from indistill.commands.doctor.inputs import class_lists, data_shards, evaluatio
 from indistill.commands.doctor.node import cores, gpu, open_files, shared_memory
 from indistill.commands.doctor.ranks import agreement, all_reduce, clocks, one_file_system, start
 from indistill.commands.doctor.software import deepspeed, environment, versions
-from indistill.config import Config, UserError, in_one_line
+from indistill.config import Config, UserError, in_one_line, redacted
 
 # --- the checks --------------------------------------------------------------------------------------------
 Check = Callable[[Here], Said]
@@ -132,7 +132,7 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
         for line in here.found:
             if line.level == FAIL:
                 text_of_rank = f"indistill: {here.named([here.rank])}: {line.check}: {line.what}"
-                print(text_of_rank, file=sys.stderr, flush=True)
+                print(redacted(text_of_rank), file=sys.stderr, flush=True)
         time.sleep(5.0)  # lets rank 0 print: torchrun ends all processes when one has exited with an error
         return 1
     found = _gathered(here) if here.met else {0: list(here.found)}
@@ -140,7 +140,8 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
     bad = any(finding.level == FAIL for finding in merged_findings)
     lines = [finding._asdict() for finding in merged_findings]
     tree = {"ok": not bad, "processes": here.world, "lines": lines}
-    print(json.dumps(tree) if as_json else text(merged_findings, len(found)), file=out, flush=True)
+    shown = json.dumps(tree) if as_json else text(merged_findings, len(found))
+    print(redacted(shown), file=out, flush=True)
     return int(bad)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from indistill.commands.export.card import card
 from indistill.commands.export.load import FILES, load_file, load_folder, need_onnx
 from indistill.commands.export.source import Source, find, find_class_names, find_preprocessing
-from indistill.config import Config, UserError, in_one_line
+from indistill.config import Config, UserError, in_one_line, redacted
 from indistill.config.ranks import Ranks
 from indistill.data.batch import Request
 from indistill.data.dataset import ImageDataset, open_shards
@@ -92,7 +92,8 @@ def _write_checked(folder: Path, source: Source, form: str, command: str) -> str
     exported = load_folder(folder, source.settings).eval()
     difference = _check(network, exported, images, exact=form == "timm")
     checked = f"On {len(images)} {origin} its logits are within {difference:.1e} of the run's."
-    (folder / "README.md").write_text(card(source, network, form=form, command=command, checked=checked))
+    text = card(source, network, form=form, command=command, checked=checked)
+    (folder / "README.md").write_text(redacted(text))
     return checked
 
 
@@ -107,7 +108,10 @@ def _images(settings: Config) -> tuple[Tensor, str]:
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:
-        print(f"indistill: compared on random images, because data.eval cannot be read: {error}", flush=True)
+        print(
+            f"indistill: compared on random images, because data.eval cannot be read: {in_one_line(error)}",
+            flush=True,
+        )
         random = torch.Generator().manual_seed(0)
         shape = (_CHECKED_IMAGES, 3, section.image_size, section.image_size)
         return torch.randint(256, shape, dtype=torch.uint8, generator=random), "random images"
