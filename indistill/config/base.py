@@ -1,20 +1,58 @@
-"""The base class of all config sections, `UserError`, and durations in steps."""
+"""The base class of all config sections, `UserError`, text that is safe to show, and durations in steps."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
 from fractions import Fraction
-from typing import Annotated, Any
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from indistill.config.limits import MAX_DURATION, MAX_INTEGER, MAX_LINE_CHARACTERS
+
+# --- text from outside --------------------------------------------------------------------------------------
+# Characters that move a cursor, change a terminal, reorder text or cannot be written: control characters,
+# separators of lines, marks of the writing direction, and halves of a character.
+_UNSAFE = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+_IN_LINE = re.compile(f"[{_UNSAFE}]")
+_IN_TEXT = re.compile(rf"(?![\n\t])[{_UNSAFE}]")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Return text from outside as it may be shown: other characters than printable ones as `\\x1b`.
+
+    lines: keep line breaks and tabs.
+    """
+    unsafe = _IN_TEXT if lines else _IN_LINE
+    return unsafe.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the command line prints it as one line and exits with code 2."""
+    """A mistake that the user can mend: the command line prints it as one line and exits with code 2.
+
+    As text it is one printable line, whatever names from outside its message quotes.
+    """
 
     found_by_one_rank = False  # False: every rank raises it, and rank 0 alone prints it
+
+    def __str__(self) -> str:
+        return _one_line(super().__str__())
+
+
+_OF_WORKER = "Original Traceback (most recent call last):"  # torch's second line for an error of a worker
 
 
 def in_one_line(error: BaseException, limit: int | None = None, *, with_type: bool = False) -> str:
@@ -24,18 +62,27 @@ def in_one_line(error: BaseException, limit: int | None = None, *, with_type: bo
     with_type: begin with the type, as the last line of a traceback does. The message of an error in a
     loader's worker arrives as a traceback, whose last line counts here.
     """
-    lines = str(error).strip().splitlines() or [""]
-    if lines[0].startswith("Caught "):
-        lines = lines[-1:]
-    message = " ".join(" ".join(lines).split())
-    message = message.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
+    message = _one_line(str(error))
     if with_type or not message:
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     return message[:limit]
 
 
+def _one_line(message: str) -> str:
+    lines = message.strip().splitlines() or [""]
+    if lines[0].startswith("Caught ") and lines[1:2] == [_OF_WORKER]:
+        lines = lines[-1:]
+    line = printable(" ".join(" ".join(lines).split()))
+    line = line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
+    if len(line) > MAX_LINE_CHARACTERS:
+        line = f"{line[: MAX_LINE_CHARACTERS // 2]} ... {line[-MAX_LINE_CHARACTERS // 2 :]}"
+    return line
+
+
+# --- durations ----------------------------------------------------------------------------------------------
 _DURATION = re.compile(
-    r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(epochs?|steps?|samples?|percent|%)?", re.IGNORECASE
+    r"(\d{1,20}\.?\d{0,20}(?:e[+-]?\d{1,2})?|\.\d{1,20})\s*(epochs?|steps?|samples?|percent|%)?",
+    re.IGNORECASE | re.ASCII,
 )
 
 
@@ -55,6 +102,8 @@ def to_steps(
             "'3 epochs', '1000 steps', '1e6 samples', '10 percent', '10%'"
         )
     amount = Fraction(match[1])  # exact: 0.29 of 100 steps are 29, not 28.999...
+    if amount > MAX_DURATION:
+        raise ValueError(f"duration {duration!r} is more than {MAX_DURATION:,}: choose a shorter one")
     unit = (match[2] or "epoch").lower().removesuffix("s")
     if unit in ("percent", "%"):
         if total_steps is None:
@@ -90,6 +139,42 @@ Duration = Annotated[str | int | float, BeforeValidator(_duration)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
+def alternatives(annotation: Any) -> list[Any]:
+    """The types that an annotation allows: the members of a union, else itself."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for one in get_args(annotation) for kind in alternatives(one)]
+    return [annotation]
+
+
+@cache
+def _numeric_keys(section: type[BaseModel]) -> dict[str, set[Any]]:
+    """The keys of numbers and lists of numbers, none of which is true or false, with the types they allow."""
+
+    def leaves(annotation: Any) -> set[Any]:
+        kinds = alternatives(annotation)
+        return {leaf for kind in kinds for one in get_args(kind) for leaf in leaves(one)} | set(kinds)
+
+    kinds_by_key = {key: leaves(field.annotation) for key, field in section.model_fields.items()}
+    return {
+        key: kinds
+        for key, kinds in kinds_by_key.items()
+        if kinds & {int, float} and not kinds & {bool, str, Any}
+    }
+
+
+def _problem(value: Any, kinds: set[Any]) -> str | None:
+    """What is wrong with a number that pydantic would take, or that libraries answer with a traceback."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, bool):
+            return f"Input should be a valid number, not {str(one).lower()}"
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # pydantic reports what is no number
+            if float not in kinds and abs(float(one)) > MAX_INTEGER:
+                return f"Input should be within ±{MAX_INTEGER:,}"
+    return None
+
+
 class Section(BaseModel):
     """A section of a config: frozen; an unknown key is an error that names the nearest valid one."""
 
@@ -103,4 +188,18 @@ class Section(BaseModel):
                 if key not in cls.model_fields:
                     nearest = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
                     raise ValueError(f"unknown key {key!r}; the nearest valid key is {nearest[0]!r}")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_numbers(cls, values: Any) -> Any:
+        keys = _numeric_keys(cls)
+        for key in keys.keys() & values.keys() if isinstance(values, dict) else ():
+            if problem := _problem(values[key], keys[key]):
+                details = InitErrorDetails(
+                    type=PydanticCustomError("number", "{problem}", {"problem": problem}),
+                    loc=(key,),
+                    input=values[key],
+                )
+                raise ValidationError.from_exception_data(cls.__name__, [details])
         return values

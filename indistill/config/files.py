@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -36,9 +38,11 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, as `replacing` does."""
+    """Write a text file in UTF-8, as `replacing` does. Halves of a character, as in names that are not UTF-8,
+    are written as escapes.
+    """
     with replacing(path) as stream:
-        stream.write(text.encode())
+        stream.write(text.encode(errors="backslashreplace"))
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -59,6 +63,40 @@ def sha256(path: Path, *, ignore_metadata_order: bool = False) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Read a file that may come from outside.
+
+    Raises OSError, whose `strerror` says why, also for anything but a regular file (a FIFO would wait, and a
+    device has no end) and for a file of more than `limit` bytes.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # else a FIFO without a writer would wait
+
+    with open(path, "rb", opener=opener) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"Larger than {limit:,} bytes", str(path))
+    return content
+
+
+def read_text(path: str | Path, limit: int) -> str:
+    """Read a text file in UTF-8, with or without a mark at its begin, as `read_bytes` does.
+
+    Raises OSError also for a file that is not text: invalid UTF-8, or with a NUL.
+    """
+    try:
+        text = read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        reason = f"Not text in UTF-8 (byte {error.start:,})"
+        raise OSError(errno.EILSEQ, reason, str(path)) from None
+    if "\0" in text:
+        raise OSError(errno.EILSEQ, f"Not text (a NUL at character {text.index(chr(0)):,})", str(path))
+    return text
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

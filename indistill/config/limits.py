@@ -4,3 +4,22 @@ docs/security.md lists every limit; a test compares the two.
 """
 
 from __future__ import annotations
+
+# --- text ---------------------------------------------------------------------------------------------------
+MAX_LINE_CHARACTERS = 4000  # of an error message; the longest that we write, with paths, has some hundred
+MAX_CONFIG_BYTES = 2**24  # of a config file; one that lists 100,000 shards one by one has 10 MB
+# Values in a config with its aliases written out, where 64 characters of text count as one more: 100,000
+# shards are fewer, and PyYAML takes 2 KB for each.
+MAX_CONFIG_VALUES = 2**18
+MAX_CONFIG_DEPTH = 64  # of mappings and lists in each other in a config; our own keys need 6
+MAX_NUMBER_CHARACTERS = 100  # of a number in a config; a float with all its digits has 24
+
+# --- numbers in a config ------------------------------------------------------------------------------------
+MAX_INTEGER = 2**53  # largest that a float holds exactly, and more than any count in training
+MAX_DURATION = 10**15  # epochs, steps, samples or percent; training for a year takes 10^9 steps
+MAX_CLASSES = 2**24  # a classifier of 16,777,216 classes on a ResNet-50 has 34 billion weights
+MAX_PIXELS_A_SIDE = 2**13  # of the networks' input: one image in float32 has 805 MB then
+MAX_BATCH = 2**24  # images in an optimizer step; the largest published batches have 2^16
+MAX_STREAMS = 2**20  # more than there are accelerators in any cluster
+MAX_WORKERS = 2**10  # loader processes of a rank; nodes have some hundred cores
+MAX_MINUTES = 10**6  # two years; torch's time limits overflow at some hundred
