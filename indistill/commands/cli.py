@@ -21,11 +21,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: `sys.argv`) and exit with the codes of docs/cluster.md."""
     try:
         arguments = _parse(argv)
+        from indistill.config.output import printable_output
         from indistill.distributed import preemption
 
-        ranks = _ranks()
-        with preemption.listening():
-            _run(arguments, ranks)
+        with printable_output():
+            ranks = _ranks()
+            with preemption.listening():
+                _run(arguments, ranks)
     except KeyboardInterrupt:  # before preemption.listening handles it
         print("indistill: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
@@ -298,11 +300,12 @@ def _index(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    from indistill.config import printable
     from indistill.data import verify
 
     content = verify.verify(arguments.urls, **_read_options(arguments), num_classes=arguments.num_classes)
     for member in content.bad:
-        print(f"{member.shard}: {member.key}: {member.problem}")
+        print(printable(f"{member.shard}: {member.key}: {member.problem}"))
     print(f"{content.summary()}\n{len(content.bad)} bad members")
     sys.exit(1 if content.bad else 0)
 

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from indistill import config
 from indistill.config import Config, UserError
-from indistill.config.files import replacing
+from indistill.config.files import read_bytes, replacing
+from indistill.config.limits import MAX_MANIFEST_BYTES
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
@@ -475,7 +476,12 @@ def claim(root: Path, manifest: Manifest) -> Manifest:
     """
     for name in ("manifest.json", "manifest.partial.json"):
         if (root / name).exists():
-            stored = parse_manifest((root / name).read_bytes(), str(root / name))
+            try:
+                stored = parse_manifest(read_bytes(root / name, MAX_MANIFEST_BYTES), str(root / name))
+            except OSError as error:
+                raise UserError(
+                    f"{root / name}: cannot be read ({error.strerror}): choose another targets.dir"
+                ) from None
             names = Names("data.train", manifest.classes) if manifest.classes else None
             check_classes(str(root), stored, names)
             if difference := stored.difference(manifest):

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
@@ -65,23 +65,41 @@ def sha256(path: Path, *, ignore_metadata_order: bool = False) -> str:
     return digest.hexdigest()
 
 
-def read_bytes(path: str | Path, limit: int) -> bytes:
-    """Read a file that may come from outside.
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file that may come from outside, for reading.
 
-    Raises OSError, whose `strerror` says why, also for anything but a regular file (a FIFO would wait, and a
-    device has no end) and for a file of more than `limit` bytes.
+    Raises OSError, whose `strerror` says why, also for anything but a regular file: a FIFO would wait, and a
+    device has no end.
     """
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NONBLOCK)  # else a FIFO without a writer would wait
 
-    with open(path, "rb", opener=opener) as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    stream = open(path, "rb", opener=opener)  # noqa: SIM115 (the caller closes it)
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return cast(IO[bytes], stream)
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Read a file that may come from outside.
+
+    Raises OSError like `open_regular`, and for a file of more than `limit` bytes.
+    """
+    with open_regular(path) as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"Larger than {limit:,} bytes", str(path))
     return content
+
+
+def read_json(content: str | bytes) -> Any:
+    """Parse JSON from outside. Raises ValueError, also for lists in lists without end."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("too many lists or mappings in each other") from None
 
 
 def read_text(path: str | Path, limit: int) -> str:

@@ -23,3 +23,14 @@ MAX_BATCH = 2**24  # images in an optimizer step; the largest published batches 
 MAX_STREAMS = 2**20  # more than there are accelerators in any cluster
 MAX_WORKERS = 2**10  # loader processes of a rank; nodes have some hundred cores
 MAX_MINUTES = 10**6  # two years; torch's time limits overflow at some hundred
+
+# --- data ---------------------------------------------------------------------------------------------------
+MAX_SHARDS = 2**20  # of one pattern with braces; the largest published data sets have 300,000
+MAX_SHARDS_CHARACTERS = 2**27  # of their paths together: 1,048,576 paths of 128 characters
+MAX_BRACE_DEPTH = 16  # of braces in each other
+MAX_CLASS_FILE_BYTES = 2**24  # of a list of class names; a million names have 10 MB
+MAX_CSV_ROWS = 2**24  # of `shards pack`; ImageNet-21k has 14 million images
+MAX_CSV_LINE_CHARACTERS = 2**16  # of a line, a path and a label
+MAX_MANIFEST_BYTES = (
+    2**26
+)  # of the manifest of stored targets; one of 300,000 shards and a million classes has 12 MB

@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, printable
 from indistill.data import augment, remote, shards
 from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
@@ -125,7 +125,9 @@ class StreamedImages(IterableDataset):
             # There are no ids: the key, as a number, makes the view of a sample independent of where it turns
             # up.
             view = augment.view_of(section.augment, epoch)
-            draws = augment.uniforms(training.seed, view, np.array([zlib.crc32(key.encode())]))[0]
+            draws = augment.uniforms(
+                training.seed, view, np.array([zlib.crc32(key.encode(errors="surrogateescape"))])
+            )[0]
             try:
                 pixels = augment.train_view(
                     image,
@@ -154,7 +156,7 @@ class StreamedImages(IterableDataset):
             raise UserError(f"{self.url}: cannot be read to its end: {error.args[0]}") from None
         epoch, url = sample["__url__"].split(" ", 1)
         key = sample["__key__"]
-        where = f"{url}: sample {key}"
+        where = printable(f"{url}: sample {key}")
         image = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
         if image is None:
             raise UserError(f"{where} has no image ({', '.join(IMAGE_EXTENSIONS)})")

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ValidationError
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
-from indistill.config.files import replace_text
+from indistill.config.files import read_bytes, replace_text
+from indistill.config.limits import MAX_MANIFEST_BYTES
 from indistill.config.run_dir import RunDir
 from indistill.data import class_names, remote
 from indistill.data.class_names import Names
@@ -172,8 +173,11 @@ def load_manifest(root: str) -> Manifest:
     """Read `manifest.json`. Raises UserError if there is none, for instance before the job has finished."""
     path = f"{root}/manifest.json"
     try:
-        with remote.open_stream(path) as stream:
-            text = stream.read()
+        if remote.is_remote(path):
+            with remote.open_stream(path) as stream:
+                text = stream.read(MAX_MANIFEST_BYTES)
+        else:
+            text = read_bytes(path, MAX_MANIFEST_BYTES)
     except Exception as error:  # every fsspec backend has exceptions of its own
         partly = ", only a part of them" if os.path.exists(f"{root}/manifest.partial.json") else ""
         reason = in_one_line(error, 200)

@@ -37,7 +37,7 @@ from indistill.commands.doctor.inputs import class_lists, data_shards, evaluatio
 from indistill.commands.doctor.node import cores, gpu, open_files, shared_memory
 from indistill.commands.doctor.ranks import agreement, all_reduce, clocks, one_file_system, start
 from indistill.commands.doctor.software import deepspeed, environment, versions
-from indistill.config import Config, UserError, in_one_line
+from indistill.config import Config, UserError, in_one_line, printable
 
 # --- the checks --------------------------------------------------------------------------------------------
 Check = Callable[[Here], Said]
@@ -192,7 +192,7 @@ def text(merged_findings: Sequence[Finding], ranks_heard: int) -> str:
         if level != OK and len(ranks) < ranks_heard:
             who = f"{counted_word('rank', ranks)} {listed(ranks)} ({', '.join(hosts[:MOST_SHOWN])}): "
         line = f"{level:4}  {check}: {who}{what}"
-        lines.append(f"{line}: {remedy}" if remedy else line)
+        lines.append(printable(f"{line}: {remedy}" if remedy else line))
     for (check, level), count in counts.items():
         if count > MOST_SHOWN:
             lines.append(f"{level:4}  {check}: {count - MOST_SHOWN} more of this kind (--json has them)")
