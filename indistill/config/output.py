@@ -27,8 +27,8 @@ def printable_output() -> Iterator[None]:
     one line makes its names `printable` itself, as UserError does.
     """
     streams = sys.stdout, sys.stderr
-    sys.stdout = _Printable(sys.stdout)  # type: ignore[assignment]
-    sys.stderr = _Printable(sys.stderr, bars=True)  # type: ignore[assignment]
+    sys.stdout = _Printable(sys.stdout)
+    sys.stderr = _Printable(sys.stderr, bars=True)
     try:
         yield
     finally:

@@ -209,18 +209,7 @@ def _check_stage(values: _Settings) -> None:
 
 def _read(path: str, *, named_in_a_file: bool = False) -> dict[str, Any]:
     """Read a DeepSpeed JSON, or a file of `accelerate config`, as dotted keys; skips values of `auto`."""
-    try:
-        text = read_text(path, MAX_CONFIG_BYTES)
-        try:
-            tree = read_json(text)
-        except ValueError:
-            tree = load_yaml(text)
-    except OSError as error:
-        raise UserError(f"engine.config_file: {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"engine.config_file: {path}: neither JSON nor YAML: {in_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"engine.config_file: {path}: expected a mapping of keys at the top level")
+    tree = _tree(path)
     if "distributed_type" not in tree:
         try:
             return dict(_flat(tree))
@@ -250,6 +239,23 @@ def _read(path: str, *, named_in_a_file: bool = False) -> dict[str, Any]:
     if tree.get("mixed_precision") in ("bf16", "fp16"):
         values[f"{tree['mixed_precision']}.enabled"] = True
     return values
+
+
+def _tree(path: str) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file."""
+    try:
+        text = read_text(path, MAX_CONFIG_BYTES)
+        try:
+            tree = read_json(text)
+        except ValueError:
+            tree = load_yaml(text)
+    except OSError as error:
+        raise UserError(f"engine.config_file: {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"engine.config_file: {path}: neither JSON nor YAML: {in_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"engine.config_file: {path}: expected a mapping of keys at the top level")
+    return tree
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

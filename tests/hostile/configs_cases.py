@@ -71,7 +71,9 @@ def _override(override: str) -> Callable[[Inputs], list[str]]:
     return lambda inputs: ["train", inputs.write(inputs.tree()), override]
 
 
-def _file(make: Callable[[Path], Any], command: Callable[[Inputs, Path], list[str]]) -> Callable[[Inputs], list[str]]:
+def _file(
+    make: Callable[[Path], Any], command: Callable[[Inputs, Path], list[str]]
+) -> Callable[[Inputs], list[str]]:
     def arguments(inputs: Inputs) -> list[str]:
         file = inputs.folder / "outside.json"
         make(file)
@@ -101,7 +103,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 def _pack(inputs: Inputs, *arguments: str) -> list[str]:
-    return ["shards", "pack", *arguments, str(inputs.folder / "out"), "--workers", "1"]
+    return ["shards", "pack", *arguments, str(inputs.folder / "packed"), "--workers", "1"]
 
 
 def _pack_csv(inputs: Inputs, file: Path) -> list[str]:
@@ -140,7 +142,10 @@ def _rows(text: str) -> Callable[[Inputs], list[str]]:
 
 ROWS = {
     "a quote without end": ('1.jpg,"' + "x\n" * 10**6, r"list\.csv: line \d+: field larger than"),
-    "a label of 5000 digits": (f"1.jpg,{'9' * 5000}\n", r"list\.csv: line 1: label 9+ ?.*is not below 16,777,216"),
+    "a label of 5000 digits": (
+        f"1.jpg,{'9' * 5000}\n",
+        r"list\.csv: line 1: label 9+ ?.*is not below 16,777,216",
+    ),
     "a path that is too long": (f"{'x/' * 5000}1.jpg,1\n", r"is not an image file"),
     "a device": ("/dev/zero,1\n", r"list\.csv: line 1: /dev/zero is not an image file"),
 }

@@ -49,7 +49,7 @@ def _class_names(inputs: Inputs) -> list[str]:
     for name in (ESCAPE.replace("/", ""), NOT_UTF8, FORGED):
         (inputs.folder / "images" / name).mkdir(parents=True)
         (inputs.folder / "images" / name / "1.jpg").write_bytes(picture(1))
-    return ["shards", "pack", str(inputs.folder / "images"), str(inputs.folder / "out"), "--workers", "1"]
+    return ["shards", "pack", str(inputs.folder / "images"), str(inputs.folder / "packed"), "--workers", "1"]
 
 
 def _name_of_a_folder(inputs: Inputs) -> list[str]:
