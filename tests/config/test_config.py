@@ -156,8 +156,8 @@ def test_null_removes_the_teacher(file):
 
 @pytest.mark.parametrize(
     "text",
-    ["runs/exp #2", "007", "null", "yes", "no", "1e3", "2024-01-01", "a: b", "*x", "&a x", "@x", "[x", "{a}", "!x y",
-     " x ", "'", "'a' and 'b'", "%d", "a#b", "- a", "~/x"],
+    ["runs/exp #2", "007", "null", "yes", "no", "1e3", "2024-01-01", "a: b", "*x", "&a x", "@x", "[x", "{a}",
+     "!x y", " x ", "'", "'a' and 'b'", "%d", "a#b", "- a", "~/x"],
 )  # fmt: skip
 def test_an_override_of_a_text_is_literal(tree, file, text):
     tree["data"]["train"] = ["a", "b"]

@@ -161,7 +161,7 @@ def test_lines_that_were_cut_off_are_skipped(tmp_path):
 def test_a_file_from_outside_is_an_ordinary_text_within_the_limit(tmp_path, make, reason):
     file = tmp_path / "file"
     make(file)
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError, match=reason) as error:
         read_text(file, 10)
     assert re.fullmatch(reason, error.value.strerror)
 

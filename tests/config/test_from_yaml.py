@@ -1,7 +1,8 @@
-"""YAML from outside: its values are PyYAML's; what is ambiguous or fills the memory is refused by its line."""
+"""YAML from outside has PyYAML's values; what is ambiguous or fills the memory is refused by its line."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -85,12 +86,23 @@ def test_every_use_of_an_alias_is_a_value_of_its_own():
 
 
 def test_any_text_is_a_value_or_refused_as_yaml():
-    pieces = [*"{}[],:-?!&*#|>%@`'\" \n\t\\0123456789.eExob_~=<", "a", "b", "&a ", "*a", "<<: ", "!!int ", "!!float ",
-              "2024-99-99", "\\u", "\\x0", "\ud800", "\0", "\x85", "- ", ": ", "\n  ", "---\n", "...", ".nan"]  # fmt: skip
+    pieces = [*"{}[],:-?!&*#|>%@`'\" \n\t\\0123456789.eExob_~=<", "a", "b", "&a ", "*a", "<<: ", "!!int "]
+    pieces += [
+        "!!float ",
+        "2024-99-99",
+        "\\u",
+        "\\x0",
+        "\ud800",
+        "\0",
+        "\x85",
+        "- ",
+        ": ",
+        "\n  ",
+        "---\n",
+        "...",
+    ]
     source = random.Random(0)
     for _ in range(3000):
         text = "".join(source.choices(pieces, k=source.randint(1, 40)))
-        try:
+        with contextlib.suppress(yaml.YAMLError):
             load_yaml(text)
-        except yaml.YAMLError:
-            pass
