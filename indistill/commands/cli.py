@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -201,7 +202,11 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         if ranks.launched:
             _leave(2)
         sys.exit(2)
-    except Exception:
+    except Exception as error:
+        # A path from a config that no file can have; elsewhere "no such file" would have said it.
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            print(f"indistill: error: {in_one_line(error)}: correct the path", file=sys.stderr, flush=True)
+            _leave(2)
         if not ranks.launched:
             raise
         traceback.print_exc()

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 from functools import cache
 from types import UnionType
@@ -79,6 +80,11 @@ def _one_line(message: str) -> str:
     return line
 
 
+def nearest(word: Any, words: Iterable[str], n: int = 1) -> list[str]:
+    """The `n` words that are most like a word from outside, of which a long one is compared in part."""
+    return difflib.get_close_matches(str(word)[:100], words, n=n, cutoff=0.0)
+
+
 # --- durations ----------------------------------------------------------------------------------------------
 _DURATION = re.compile(
     r"(\d{1,20}\.?\d{0,20}(?:e[+-]?\d{1,2})?|\.\d{1,20})\s*(epochs?|steps?|samples?|percent|%)?",
@@ -150,7 +156,7 @@ def alternatives(annotation: Any) -> list[Any]:
 
 @cache
 def _numeric_keys(section: type[BaseModel]) -> dict[str, set[Any]]:
-    """The keys of numbers and lists of numbers, none of which is true or false, with the types they allow."""
+    """The keys of numbers, lists of numbers and arguments of libraries, with the types that they allow."""
 
     def leaves(annotation: Any) -> set[Any]:
         kinds = alternatives(annotation)
@@ -160,12 +166,21 @@ def _numeric_keys(section: type[BaseModel]) -> dict[str, set[Any]]:
     return {
         key: kinds
         for key, kinds in kinds_by_key.items()
-        if kinds & {int, float} and not kinds & {bool, str, Any}
+        if Any in kinds or (kinds & {int, float} and not kinds & {bool, str})
     }
+
+
+def _not_finite(value: Any) -> bool:
+    """Whether a value, a mapping or a list has a number that is infinite, or none."""
+    if isinstance(value, dict | list):
+        return any(map(_not_finite, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _problem(value: Any, kinds: set[Any]) -> str | None:
     """What is wrong with a number that pydantic would take, or that libraries answer with a traceback."""
+    if Any in kinds:
+        return "Input should have finite numbers only" if _not_finite(value) else None
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, bool):
             return f"Input should be a valid number, not {str(one).lower()}"
@@ -186,8 +201,9 @@ class Section(BaseModel):
         if isinstance(values, dict):
             for key in values:
                 if key not in cls.model_fields:
-                    nearest = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
-                    raise ValueError(f"unknown key {key!r}; the nearest valid key is {nearest[0]!r}")
+                    raise ValueError(
+                        f"unknown key {key!r}; the nearest valid key is {nearest(key, cls.model_fields)[0]!r}"
+                    )
         return values
 
     @model_validator(mode="before")

@@ -21,7 +21,7 @@ MAX_CLASSES = 2**24  # a classifier of 16,777,216 classes on a ResNet-50 has 34 
 MAX_PIXELS_A_SIDE = 2**13  # of the networks' input: one image in float32 has 805 MB then
 MAX_BATCH = 2**24  # images in an optimizer step; the largest published batches have 2^16
 MAX_STREAMS = 2**20  # more than there are accelerators in any cluster
-MAX_WORKERS = 2**10  # loader processes of a rank; nodes have some hundred cores
+MAX_WORKERS = 2**8  # loader processes of a rank; the largest nodes have some hundred cores, and several ranks
 MAX_MINUTES = 10**6  # two years; torch's time limits overflow at some hundred
 
 # --- data ---------------------------------------------------------------------------------------------------

@@ -76,7 +76,9 @@ def _keys(error: Any, tree: Any) -> list[str]:
     """Return the keys in pydantic's location of an error, without the names of union branches."""
     keys = []
     for part in error["loc"]:
-        if (isinstance(tree, dict) and part in tree) or (isinstance(tree, list) and part in range(len(tree))):
+        # A part may be text, which `in range()` would compare with each number.
+        in_list = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        if in_list or (isinstance(tree, dict) and part in tree):
             keys.append(str(part))
             tree = tree[part]
     return [*keys, str(error["loc"][-1])] if error["type"] == "missing" else keys

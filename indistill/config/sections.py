@@ -5,13 +5,12 @@ The comment of each key is its description in docs/configuration.md.
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from indistill.config import plugins
-from indistill.config.base import Duration, Probability, Section
+from indistill.config.base import Duration, Probability, Section, nearest
 from indistill.config.limits import (
     MAX_BATCH,
     MAX_CLASSES,
@@ -415,8 +414,7 @@ ONE_RUN_TRACKERS = {"clearml", "comet_ml", "mlflow", "swanlab", "trackio"}  # on
 
 def _tracker(name: Any) -> Any:
     if name not in TRACKERS:
-        nearest = difflib.get_close_matches(str(name), TRACKERS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown tracker {name!r}; the nearest valid one is {nearest[0]!r}")
+        raise ValueError(f"unknown tracker {name!r}; the nearest valid one is {nearest(name, TRACKERS)[0]!r}")
     return name
 
 

@@ -67,7 +67,9 @@ def test_an_unknown_key_of_the_file_itself(tree, file):
         ("data.window=1.0e+30", "data.window: Input should be within ±9,007,199,254,740,992"),
         ("optimizer.lr=1.0e+400", "optimizer.lr: Input should be a finite number"),
         ("optimizer.lr=1e400", "optimizer.lr: Input should be a finite number"),
-        ("data.workers=1025", "data.workers: Input should be less than or equal to 1024"),
+        ("optimizer.kwargs.eps=.nan", "optimizer.kwargs: Input should have finite numbers only"),
+        ("student.kwargs={a: [1, {b: -.inf}]}", "student.kwargs: Input should have finite numbers only"),
+        ("data.workers=257", "data.workers: Input should be less than or equal to 256"),
         ("data.augment.scale=[0.5]", "data.augment.scale.1: Field required"),
         ("data.augment.scale=[0.9, 0.1]", "data.augment: scale and ratio are ranges"),
         ("data.augment.ratio=[2, 1]", "data.augment: scale and ratio are ranges"),
@@ -88,6 +90,12 @@ def test_an_unknown_key_of_the_file_itself(tree, file):
 )
 def test_an_ill_typed_value_is_named(file, override, message):
     assert f": {message}" in refusal(file, [override])
+
+
+def test_a_list_of_many_mistakes_is_answered_at_once(tree, file):
+    tree["data"]["train"] = [1] * 200_000
+    with pytest.raises(UserError, match="data.train.0: Input should be a valid string"):
+        config.parse(tree, "my.yaml")
 
 
 def test_a_required_key_that_is_missing_is_named(tree, file):

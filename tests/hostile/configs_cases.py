@@ -39,7 +39,7 @@ OVERRIDES = {
     "warmup.durations=[1e-999999999 epochs]": "is not understood",
     f"data.num_classes=1{'0' * 90}": "data.num_classes: Input should be within",
     "data.num_classes=.nan": "data.num_classes: ",
-    "data.workers=1000000": "data.workers: Input should be less than or equal to 1024",
+    "data.workers=1000000": "data.workers: Input should be less than or equal to 256",
     "data.workers=true": "data.workers: Input should be a valid number, not true",
     "data.image_size=1000000": "data.image_size: Input should be less than or equal to 8192",
     "data.streams=1.0e+30": "data.streams: Input should be within",
@@ -169,5 +169,14 @@ CASES = [
         for name, (make, error) in FILES.items()
     ),
     *(Case(f"CSV with {name}", _rows(text), error=error) for name, (text, error) in ROWS.items()),
+    Case(
+        "a path that is too long",
+        lambda inputs: [
+            "plan",
+            inputs.write(inputs.tree()),
+            f"teacher={{name: cnn32_auxiliary, checkpoint: {'x' * 300}}}",
+        ],
+        error="File name too long: .*: correct the path",
+    ),
     Case("override run_dir=exp #2", _literal_run_dir, after=_trained_there),
 ]
