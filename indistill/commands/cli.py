@@ -206,7 +206,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         # A path from a config that no file can have; elsewhere "no such file" would have said it.
         if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             print(f"indistill: error: {in_one_line(error)}: correct the path", file=sys.stderr, flush=True)
-            _leave(2)
+            _leave(2) if ranks.launched else sys.exit(2)
         if not ranks.launched:
             raise
         traceback.print_exc()

@@ -66,8 +66,9 @@ def find(name: str) -> type[Any]:
     elif packages:
         _load_package(packages[0])
     elif name not in _classes:
+        near = ", ".join(nearest(name, names(), n=3))
         raise ValueError(
-            f"unknown loss {name!r}; the nearest are {', '.join(nearest(name, names(), n=3))}; a loss of your own needs "
+            f"unknown loss {name!r}; the nearest are {near}; a loss of your own needs "
             "--plugin FILE, or its package installed (docs/losses.md)"
         )
     return _classes[name]

@@ -94,7 +94,7 @@ def test_an_ill_typed_value_is_named(file, override, message):
 
 def test_a_list_of_many_mistakes_is_answered_at_once(tree, file):
     tree["data"]["train"] = [1] * 200_000
-    with pytest.raises(UserError, match="data.train.0: Input should be a valid string"):
+    with pytest.raises(UserError, match=r"data\.train\.0: Input should be a valid string"):
         config.parse(tree, "my.yaml")
 
 
