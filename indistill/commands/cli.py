@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -21,11 +22,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: `sys.argv`) and exit with the codes of docs/cluster.md."""
     try:
         arguments = _parse(argv)
+        from indistill.config.output import printable_output
         from indistill.distributed import preemption
 
-        ranks = _ranks()
-        with preemption.listening():
-            _run(arguments, ranks)
+        with printable_output():
+            ranks = _ranks()
+            with preemption.listening():
+                _run(arguments, ranks)
     except KeyboardInterrupt:  # before preemption.listening handles it
         print("indistill: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
@@ -188,7 +191,7 @@ def _ranks() -> Ranks:
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Execute the command; any exit has one of the codes of docs/cluster.md."""
-    from indistill.config import UserError, in_one_line, plugins
+    from indistill.config import UserError, in_one_line, plugins, printable
     from indistill.data.urls import ALLOW_PIPE
     from indistill.distributed import preemption
 
@@ -205,10 +208,13 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     except UserError as error:
         _refuse(ranks, in_one_line(error), everywhere=error.found_by_one_rank)
     except PermissionError as error:  # wherever a file is opened: the program is not at fault
-        what = error.filename or in_one_line(error)
+        what = printable(str(error.filename or error))
         message = f"{what}: permission denied: change its permissions, or name another"
         _refuse(ranks, message, everywhere=True)
-    except Exception:
+    except Exception as error:
+        # A path from a config that no file can have; elsewhere "no such file" would have said it.
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            _refuse(ranks, f"{in_one_line(error)}: correct the path", everywhere=True)
         if not ranks.launched:
             raise
         traceback.print_exc()
@@ -321,12 +327,12 @@ def _index(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from indistill.config import redacted
+    from indistill.config import printable
     from indistill.data import verify
 
     content = verify.verify(arguments.urls, **_read_options(arguments), num_classes=arguments.num_classes)
     for member in content.bad:
-        print(redacted(f"{member.shard}: {member.key}: {member.problem}"))
+        print(printable(f"{member.shard}: {member.key}: {member.problem}"))
     print(f"{content.summary()}\n{len(content.bad)} bad members")
     sys.exit(1 if content.bad else 0)
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from indistill import config
 from indistill.config import Config, UserError
 from indistill.config.files import read_bytes, replacing
-from indistill.config.limits import MAX_RECORD_BYTES
+from indistill.config.limits import MAX_MANIFEST_BYTES
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
@@ -479,7 +479,7 @@ def claim(root: Path, manifest: Manifest) -> Manifest:
     for name in ("manifest.json", "manifest.partial.json"):
         if os.path.lexists(root / name):
             try:
-                content = read_bytes(root / name, MAX_RECORD_BYTES)
+                content = read_bytes(root / name, MAX_MANIFEST_BYTES)
             except OSError as error:
                 raise UserError(f"{root / name}: cannot be read ({error.strerror}): {REMEDY}") from None
             stored = parse_manifest(content, str(root / name))

@@ -1,6 +1,6 @@
 """The configuration: typed, frozen sections, and functions to read them. Imports no torch."""
 
-from indistill.config.base import Duration, Probability, Section, UserError, in_one_line, to_steps
+from indistill.config.base import Duration, Probability, Section, UserError, in_one_line, printable, to_steps
 from indistill.config.loss import Inputs, Loss, Shape
 from indistill.config.read import dump, load, load_recorded, parse, read
 from indistill.config.redact import is_redacted, redacted
@@ -98,6 +98,7 @@ __all__ = [
     "load",
     "load_recorded",
     "parse",
+    "printable",
     "read",
     "redacted",
     "to_steps",

@@ -1,22 +1,62 @@
-"""The base class of all config sections, `UserError`, and durations in steps."""
+"""The base class of all config sections, `UserError`, text that is safe to show, and durations in steps."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from fractions import Fraction
-from typing import Annotated, Any
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from indistill.config.limits import MAX_DURATION, MAX_INTEGER, MAX_LINE_CHARACTERS
 from indistill.config.redact import redacted
+
+# --- text from outside --------------------------------------------------------------------------------------
+# Characters that move a cursor, change a terminal, reorder text or cannot be written: control characters,
+# separators of lines, marks of the writing direction, and halves of a character.
+_UNSAFE = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+_IN_LINE = re.compile(f"[{_UNSAFE}]")
+_IN_TEXT = re.compile(rf"(?![\n\t])[{_UNSAFE}]")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Return text from outside as it may be shown.
+
+    URLs lose their secrets (redact.py), and characters that are not printable become escapes like `\\x1b`.
+    lines: keep line breaks and tabs.
+    """
+    unsafe = _IN_TEXT if lines else _IN_LINE
+    return unsafe.sub(lambda match: match[0].encode("unicode_escape").decode(), redacted(text))
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the command line prints it as one line and exits with code 2."""
+    """A mistake that the user can mend: the command line prints it as one line and exits with code 2.
+
+    As text it is one printable line, whatever names from outside its message quotes.
+    """
 
     found_by_one_rank = False  # False: every rank raises it, and rank 0 alone prints it
+
+    def __str__(self) -> str:
+        return _one_line(super().__str__())
+
+
+_OF_WORKER = "Original Traceback (most recent call last):"  # torch's second line for an error of a worker
 
 
 def in_one_line(error: BaseException, limit: int | None = None, *, with_type: bool = False) -> str:
@@ -26,18 +66,32 @@ def in_one_line(error: BaseException, limit: int | None = None, *, with_type: bo
     with_type: begin with the type, as the last line of a traceback does. The message of an error in a
     loader's worker arrives as a traceback, whose last line counts here.
     """
-    lines = str(error).strip().splitlines() or [""]
-    if lines[0].startswith("Caught "):
-        lines = lines[-1:]
-    message = " ".join(" ".join(lines).split())
-    message = message.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
+    message = _one_line(str(error))
     if with_type or not message:
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
-    return redacted(message)[:limit]
+    return message[:limit]
 
 
+def _one_line(message: str) -> str:
+    lines = message.strip().splitlines() or [""]
+    if lines[0].startswith("Caught ") and lines[1:2] == [_OF_WORKER]:
+        lines = lines[-1:]
+    line = printable(" ".join(" ".join(lines).split()))
+    line = line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
+    if len(line) > MAX_LINE_CHARACTERS:
+        line = f"{line[: MAX_LINE_CHARACTERS // 2]} ... {line[-MAX_LINE_CHARACTERS // 2 :]}"
+    return line
+
+
+def nearest(word: Any, words: Iterable[str], n: int = 1) -> list[str]:
+    """The `n` words that are most like a word from outside, of which a long one is compared in part."""
+    return difflib.get_close_matches(str(word)[:100], words, n=n, cutoff=0.0)
+
+
+# --- durations ----------------------------------------------------------------------------------------------
 _DURATION = re.compile(
-    r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(epochs?|steps?|samples?|percent|%)?", re.IGNORECASE
+    r"(\d{1,20}\.?\d{0,20}(?:e[+-]?\d{1,2})?|\.\d{1,20})\s*(epochs?|steps?|samples?|percent|%)?",
+    re.IGNORECASE | re.ASCII,
 )
 
 
@@ -57,6 +111,8 @@ def to_steps(
             "'3 epochs', '1000 steps', '1e6 samples', '10 percent', '10%'"
         )
     amount = Fraction(match[1])  # exact: 0.29 of 100 steps are 29, not 28.999...
+    if amount > MAX_DURATION:
+        raise ValueError(f"duration {duration!r} is more than {MAX_DURATION:,}: choose a shorter one")
     unit = (match[2] or "epoch").lower().removesuffix("s")
     if unit in ("percent", "%"):
         if total_steps is None:
@@ -102,6 +158,51 @@ Folder = Annotated[str, AfterValidator(_no_command)]
 """A path or URL to which file names are appended; never a command."""
 
 
+def alternatives(annotation: Any) -> list[Any]:
+    """The types that an annotation allows: the members of a union, else itself."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for one in get_args(annotation) for kind in alternatives(one)]
+    return [annotation]
+
+
+@cache
+def _numeric_keys(section: type[BaseModel]) -> dict[str, set[Any]]:
+    """The keys of numbers, lists of numbers and arguments of libraries, with the types that they allow."""
+
+    def leaves(annotation: Any) -> set[Any]:
+        kinds = alternatives(annotation)
+        return {leaf for kind in kinds for one in get_args(kind) for leaf in leaves(one)} | set(kinds)
+
+    kinds_by_key = {key: leaves(field.annotation) for key, field in section.model_fields.items()}
+    return {
+        key: kinds
+        for key, kinds in kinds_by_key.items()
+        if Any in kinds or (kinds & {int, float} and not kinds & {bool, str})
+    }
+
+
+def _not_finite(value: Any) -> bool:
+    """Whether a value, a mapping or a list has a number that is infinite, or none."""
+    if isinstance(value, dict | list):
+        return any(map(_not_finite, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _problem(value: Any, kinds: set[Any]) -> str | None:
+    """What is wrong with a number that pydantic would take, or that libraries answer with a traceback."""
+    if Any in kinds:
+        return "Input should have finite numbers only" if _not_finite(value) else None
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, bool):
+            return f"Input should be a valid number, not {str(one).lower()}"
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # pydantic reports what is no number
+            if float not in kinds and abs(float(one)) > MAX_INTEGER:
+                return f"Input should be within ±{MAX_INTEGER:,}"
+    return None
+
+
 class Section(BaseModel):
     """A section of a config: frozen; an unknown key is an error that names the nearest valid one."""
 
@@ -113,6 +214,21 @@ class Section(BaseModel):
         if isinstance(values, dict):
             for key in values:
                 if key not in cls.model_fields:
-                    nearest = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
-                    raise ValueError(f"unknown key {key!r}; the nearest valid key is {nearest[0]!r}")
+                    raise ValueError(
+                        f"unknown key {key!r}; the nearest valid key is {nearest(key, cls.model_fields)[0]!r}"
+                    )
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_numbers(cls, values: Any) -> Any:
+        keys = _numeric_keys(cls)
+        for key in keys.keys() & values.keys() if isinstance(values, dict) else ():
+            if problem := _problem(values[key], keys[key]):
+                details = InitErrorDetails(
+                    type=PydanticCustomError("number", "{problem}", {"problem": problem}),
+                    loc=(key,),
+                    input=values[key],
+                )
+                raise ValidationError.from_exception_data(cls.__name__, [details])
         return values

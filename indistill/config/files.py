@@ -41,9 +41,11 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, as `replacing` does."""
+    """Write a text file in UTF-8, as `replacing` does. Halves of a character, as in names that are not UTF-8,
+    are written as escapes.
+    """
     with replacing(path) as stream:
-        stream.write(text.encode())
+        stream.write(text.encode(errors="backslashreplace"))
 
 
 def give_usual_mode(path: str | Path) -> None:
@@ -153,6 +155,21 @@ def _skip_line(stream: BufferedReader) -> None:
     """Go on to the beginning of the next line."""
     while (part := stream.readline(MAX_RECORD_LINE_BYTES)) and not part.endswith(b"\n"):
         pass
+
+
+def read_text(path: str | Path, limit: int) -> str:
+    """Read a text file in UTF-8, with or without a mark at its begin, as `read_bytes` does.
+
+    Raises OSError also for a file that is not text: invalid UTF-8, or with a NUL.
+    """
+    try:
+        text = read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        reason = f"Not text in UTF-8 (byte {error.start:,})"
+        raise OSError(errno.EILSEQ, reason, str(path)) from None
+    if "\0" in text:
+        raise OSError(errno.EILSEQ, f"Not text (a NUL at character {text.index(chr(0)):,})", str(path))
+    return text
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import re
@@ -15,7 +14,7 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
-from indistill.config.base import UserError
+from indistill.config.base import UserError, nearest
 from indistill.config.files import denied
 
 GROUP = "indistill.losses"  # of the entry points of installed packages
@@ -68,9 +67,9 @@ def find(name: str) -> type[Any]:
     elif packages:
         _load_package(packages[0])
     elif name not in _classes:
-        nearest = difflib.get_close_matches(name, names(), n=3, cutoff=0.0)
+        near = ", ".join(nearest(name, names(), n=3))
         raise ValueError(
-            f"unknown loss {name!r}; the nearest are {', '.join(nearest)}; a loss of your own needs "
+            f"unknown loss {name!r}; the nearest are {near}; a loss of your own needs "
             "--plugin FILE, or its package installed (docs/losses.md)"
         )
     return _classes[name]

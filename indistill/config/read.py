@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from indistill.config.base import UserError, in_one_line
+from indistill.config.base import UserError, alternatives, in_one_line
+from indistill.config.files import read_text
+from indistill.config.from_yaml import load_yaml
+from indistill.config.limits import MAX_CONFIG_BYTES
 from indistill.config.tree import Config
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read the config of a single run, with `a.b=c` overrides (the value is YAML; a number indexes a list).
+    """Read the config of a single run, with `a.b=c` overrides (the value is YAML, or literal if the key is
+    a text; a number indexes a list).
 
     Raises UserError, in one line, for a missing or malformed file and for any unknown or ill-typed key.
     """
@@ -29,15 +34,15 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the file's plain tree with overrides applied; its keys are not checked."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = load_yaml(read_text(path, MAX_CONFIG_BYTES))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {in_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys at the top level")
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return tree
 
 
@@ -71,13 +76,15 @@ def _keys(error: Any, tree: Any) -> list[str]:
     """Return the keys in pydantic's location of an error, without the names of union branches."""
     keys = []
     for part in error["loc"]:
-        if (isinstance(tree, dict) and part in tree) or (isinstance(tree, list) and part in range(len(tree))):
+        # A part may be text, which `in range()` would compare with each number.
+        in_list = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        if in_list or (isinstance(tree, dict) and part in tree):
             keys.append(str(part))
             tree = tree[part]
     return [*keys, str(error["loc"][-1])] if error["type"] == "missing" else keys
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set the value of `a.b=c` in a plain tree. Raises UserError if it is malformed or leads nowhere."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
@@ -85,7 +92,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = dotted.split(".")
     node: Any = tree
     try:
-        value = yaml.safe_load(text)
+        value = _value(text, dotted.split("."))
         for part, following in zip(parents, [*parents[1:], last]):
             if isinstance(node, dict) and node.get(part) is None:
                 if following.isdecimal():
@@ -97,6 +104,40 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
     except (TypeError, ValueError, IndexError, KeyError):
         raise UserError(f"override {override!r}: {dotted} does not lead to a key of the config") from None
+
+
+def _value(text: str, keys: list[str]) -> Any:
+    """Return the value of an override. Raises yaml.YAMLError for a malformed one of a key that is not a text.
+
+    A text is taken as it is, because `#`, `: ` and `no` mean something else in YAML than in a path. Only
+    quotes around it, and what the key takes besides a text, remain YAML: a list, null, or `{stage: NAME}`.
+    """
+    kinds = _kinds(keys[2:] if keys[0] in ("stages", "students") else keys)
+    if str not in kinds or int in kinds or float in kinds:
+        return load_yaml(text)
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError:
+        return text
+    quoted = isinstance(value, str) and text[0] == text[-1] and text[0] in "\"'"
+    listed = isinstance(value, list) and any(get_origin(kind) is list for kind in kinds)
+    absent = value is None and NoneType in kinds
+    reference = isinstance(value, dict) and "stage" in value
+    return value if quoted or listed or absent or reference else text
+
+
+def _kinds(keys: list[str]) -> list[Any]:
+    """The types that the schema allows for a key; [] for one that it does not know."""
+    kinds: list[Any] = [Config]
+    for key in keys:
+        children: list[Any] = []
+        for kind in kinds:
+            if get_origin(kind) is list and key.isdecimal():
+                children += alternatives(get_args(kind)[0])
+            elif isinstance(kind, type) and issubclass(kind, BaseModel) and key in kind.model_fields:
+                children += alternatives(kind.model_fields[key].annotation)
+        kinds = children
+    return kinds
 
 
 def dump(config: Config) -> str:

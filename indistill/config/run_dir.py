@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from indistill.config import tree
-from indistill.config.base import UserError, in_one_line
+from indistill.config.base import UserError, in_one_line, printable
 from indistill.config.ranks import Ranks
 from indistill.config.read import load_recorded, read
 from indistill.config.redact import redacted
@@ -256,7 +256,8 @@ def keep_traceback(error: BaseException, folder: Path) -> Path | str:
     file = RunDir(folder).traceback(str(Ranks.from_environment().rank))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(redacted("".join(traceback.format_exception(error))))
+        text = printable("".join(traceback.format_exception(error)), lines=True)
+        file.write_text(text, encoding="utf-8")
     except OSError:
         return "in the log"
     return file

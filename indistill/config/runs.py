@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from indistill.config.base import UserError
-from indistill.config.read import parse, read
+from indistill.config.read import apply_override, parse, read
 from indistill.config.run_dir import weights_file
 from indistill.config.sections import ONE_RUN_TRACKERS, Warmup
 from indistill.config.tree import Config, flatten
@@ -52,11 +52,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
     index or name (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any
     run.
     """
-    in_file = read(path)
-    kind = "students" if "students" in in_file else "stages"
-    listed = in_file[kind] if isinstance(in_file.get(kind), list) else []
+    tree = read(path)
+    kind = "students" if "students" in tree else "stages"
+    listed = tree[kind] if isinstance(tree.get(kind), list) else []
     positions = {str(_name(stage)): i for i, stage in enumerate(listed)}
-    tree = read(path, [_by_position(override, kind, positions) for override in overrides])
+    for override in overrides:
+        apply_override(tree, _by_position(override, kind, positions))
     source = " ".join([str(path), *overrides])
     if kind not in tree:
         return [("", parse(tree, source))]
@@ -95,7 +96,9 @@ def _parse_all(tree: dict[str, Any], kind: str, source: str) -> dict[str, Config
         if "run_dir" in own:
             raise UserError(f"{where}: run_dir is always the file's run_dir/{name}: remove the key")
         merged = merge(shared, {key: value for key, value in own.items() if key != "name"})
-        if isinstance(shared.get("run_dir"), str):
+        if (
+            isinstance(shared.get("run_dir"), str) and shared["run_dir"]
+        ):  # an empty one is reported by `parse`
             merged["run_dir"] = str(Path(shared["run_dir"]) / name)
         if kind == "stages" and isinstance(merged.get("teacher"), dict):
             merged["teacher"] = _resolve_teacher(merged["teacher"], parsed, where)

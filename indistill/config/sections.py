@@ -5,14 +5,24 @@ The comment of each key is its description in docs/configuration.md.
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from indistill.config import limits, plugins
-from indistill.config.base import Duration, Folder, Probability, Section
+from indistill.config import plugins
+from indistill.config.base import Duration, Folder, Probability, Section, nearest
+from indistill.config.limits import (
+    MAX_BATCH,
+    MAX_CLASSES,
+    MAX_IMAGE_PIXELS,
+    MAX_PIXELS_A_SIDE,
+    MAX_STREAMS,
+    MAX_WORKERS,
+)
 from indistill.config.loss import AnyLoss, Loss
+
+Pixels = Annotated[PositiveInt, Field(le=MAX_PIXELS_A_SIDE)]  # a side
+Images = Annotated[PositiveInt, Field(le=MAX_BATCH)]  # in a batch
 
 # --- data ---------------------------------------------------------------------------------------------------
 MAX_RAND_AUGMENT_OPS = 4
@@ -72,7 +82,7 @@ class Augment(Section):
     # `pad_crop`: a random window of the image with a border, as usual for CIFAR; `none`: as in evaluation.
     recipe: Literal["none", "pad_crop", "random_resized_crop"] = "random_resized_crop"
     flip: bool = True  # Flip every image horizontally with probability 0.5.
-    padding: PositiveInt = 4  # Width of the border of `pad_crop`, in pixels.
+    padding: Pixels = 4  # Width of the border of `pad_crop`, in pixels.
     # Smallest and largest area of `random_resized_crop`, as fractions of the image.
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     # Smallest and largest aspect ratio of `random_resized_crop`, width / height.
@@ -112,13 +122,13 @@ class Data(Section):
     root: Folder | None = None  # Folder or URL that is put before relative shard paths.
     # Number of classes: labels are 0 to num_classes - 1. The heads of both networks must have as many
     # outputs.
-    num_classes: PositiveInt
-    image_size: PositiveInt = 224  # Height and width of the input of both networks, in pixels.
+    num_classes: Annotated[PositiveInt, Field(le=MAX_CLASSES)]
+    image_size: Pixels = 224  # Height and width of the input of both networks, in pixels.
     # Samples per optimizer step, summed over all ranks and accumulation steps.
-    global_batch: PositiveInt
+    global_batch: Images
     # Number of streams that each epoch's order is cut into. It must be divisible by the world size, and
     # global_batch by it. Choose one that all world sizes you may resume on divide.
-    streams: PositiveInt = 64
+    streams: Annotated[PositiveInt, Field(le=MAX_STREAMS)] = 64
     # Number of samples of a stream that are shuffled together; more mix better, and need more shards at hand.
     # None: 4,096.
     window: PositiveInt | None = None
@@ -142,8 +152,9 @@ class Data(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     # Largest number of pixels of an image. One with more counts as one that cannot be decoded. A pixel takes
     # up to 12 bytes of memory while its image is decoded.
-    max_image_pixels: PositiveInt = limits.MAX_IMAGE_PIXELS
-    workers: Annotated[int, Field(ge=0)] = 4  # Loader processes per rank; 0: the training process loads.
+    max_image_pixels: PositiveInt = MAX_IMAGE_PIXELS
+    # Loader processes per rank; 0: the training process loads.
+    workers: Annotated[int, Field(ge=0, le=MAX_WORKERS)] = 4
     augment: Augment = Augment()  # Augmentation of training images.
     # Resampling of training images, as in timm. `random` chooses bilinear or bicubic for each image, and for
     # each rotation, shear and shift of `augment.rand_augment`.
@@ -228,7 +239,7 @@ class Heads(Section):
     # Average-pool maps that are larger to this many pixels a side before the classifier; 7 for instance at
     # 224 px, where the first map of a ResNet is 200,000 inputs. None: classify the full map, as published for
     # 32 px.
-    pool: PositiveInt | None = None
+    pool: Pixels | None = None
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -357,7 +368,7 @@ class Targets(Section):
     features: Literal["float32", "bf16", "int8"] = "float32"
     # Average-pool feature maps that are larger to this many pixels a side, live and stored alike, which
     # changes what the student learns. None: full maps.
-    pool: PositiveInt | None = None
+    pool: Pixels | None = None
 
     @property
     def lossy(self) -> bool:
@@ -376,7 +387,7 @@ class Evaluate(Section):
     """Evaluation on `data.eval`: accuracy, and how similar the stages of student and teacher are."""
 
     every: Duration | None = None  # Time between two evaluations; None: only at the end of the run.
-    batch: PositiveInt = 256  # Images per rank in a forward pass.
+    batch: Images = 256  # Images per rank in a forward pass.
     # At the end, also compute the mAP of the embeddings, with `data.eval` as queries and `data.train` as
     # database.
     retrieval: bool = False
@@ -410,8 +421,7 @@ ONE_RUN_TRACKERS = {"clearml", "comet_ml", "mlflow", "swanlab", "trackio"}  # on
 
 def _tracker(name: Any) -> Any:
     if name not in TRACKERS:
-        nearest = difflib.get_close_matches(str(name), TRACKERS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown tracker {name!r}; the nearest valid one is {nearest[0]!r}")
+        raise ValueError(f"unknown tracker {name!r}; the nearest valid one is {nearest(name, TRACKERS)[0]!r}")
     return name
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from indistill.config.base import Duration, Folder, Section, run_length
+from indistill.config.limits import MAX_MINUTES
 from indistill.config.redact import redacted
 from indistill.config.sections import (
     KD,
@@ -39,7 +40,7 @@ from indistill.config.sections import (
 # --- training -----------------------------------------------------------------------------------------------
 class Config(Section):
     # Folder for everything the run writes; all its nodes must be able to access it.
-    run_dir: Folder
+    run_dir: Annotated[Folder, Field(min_length=1)]
     # `distill`: train a student; `heads`: train classifiers on stages of a frozen teacher, for the loss
     # `dih`.
     stage: Literal["distill", "heads"] = "distill"
@@ -67,7 +68,7 @@ class Config(Section):
     max_bad_steps: Annotated[int, Field(ge=0)] = 20
     # Longest time that ranks wait for each other, in minutes, before they exit with code 75. After half of it
     # the log names the rank that all wait for.
-    collective_timeout_minutes: PositiveFloat = 30.0
+    collective_timeout_minutes: Annotated[PositiveFloat, Field(le=MAX_MINUTES)] = 30.0
     # Autocast precision of both networks; parameters stay in float32. `no`: float32.
     mixed_precision: Precision = "no"
     # Compile both networks with torch.compile: faster steps, and minutes of compilation at the start of each

@@ -10,20 +10,21 @@ import glob
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from indistill import config
-from indistill.config import UserError, files
-from indistill.config.files import replace_text
-from indistill.config.limits import MAX_RECORD_BYTES
+from indistill.config import UserError, printable
+from indistill.config.files import read_bytes, read_json, read_text, replace_text
+from indistill.config.limits import MAX_CLASS_FILE_BYTES
 from indistill.config.records import first_problem
 from indistill.config.run_dir import RunDir
 from indistill.data import remote
+from indistill.data.braces import expand_braces
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +84,9 @@ def read(path: str | Path) -> list[str]:
             return names
         path = path / RECORD
     try:
-        text = files.read_bytes(path, MAX_RECORD_BYTES).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not a text file"
+        text = read_text(path, MAX_CLASS_FILE_BYTES)
+    except OSError as error:
+        reason = error.strerror
         raise UserError(f"{path}: cannot be read ({reason}): name a file or folder with classes") from None
     if path.suffix.lower() == ".json":
         names = _from_json(text, path)
@@ -93,18 +94,19 @@ def read(path: str | Path) -> list[str]:
         names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise UserError(f"{path}: holds no class names: write one per line, or name another file")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(
-            f"{path}: names the class {twice!r} twice: remove one of them, because each class has one label"
-        )
+    for twice, number in Counter(names).items():
+        if number > 1:
+            raise UserError(
+                f"{path}: names the class {twice!r} twice: remove one of them, because each class has one "
+                "label"
+            )
     return names
 
 
 def _from_json(text: str, path: Path) -> list[str]:
     """The names in a JSON file with the content `text`."""
     try:
-        content = files.read_json(text.encode())
+        content = read_json(text)
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON ({error}): correct the file") from None
     if isinstance(content, dict) and ("classes" in content or "plan" in content):
@@ -140,8 +142,8 @@ def beside(urls: str | Sequence[str], root: str | None = None) -> list[Names]:
 def _folders(url: str, root: str | None) -> Iterator[str]:
     """Yield the folders of the shards that a pattern names; of a remote one, the URL with its query."""
     try:
-        expanded = list(braceexpand(os.path.expanduser(url)))
-    except ValueError:  # shards.expand reports it
+        expanded = expand_braces(url)
+    except UserError:  # shards.expand raises it, too
         return
     for path in expanded:
         path = path.removeprefix("file://")
@@ -166,16 +168,11 @@ def list_in(folder: str) -> Names | None:
     else:
         path = Path(folder, RECORD)
         where = str(path)
-        try:
-            text = files.read_bytes(path, MAX_RECORD_BYTES) if path.is_file() else None
-        except OSError as error:
-            raise UserError(
-                f"{where}: cannot be read ({error.strerror}): mend that, or delete the file"
-            ) from None
+        text = _read_if_there(path)
     if text is None:
         return None
     try:
-        content = files.read_json(text)
+        content = read_json(text)
     except ValueError:
         if remote.is_remote(folder):  # some servers answer with a page where there is no file
             log.warning("%s: is not valid JSON, and is left aside", where)
@@ -184,6 +181,15 @@ def list_in(folder: str) -> Names | None:
             f"{where}: is not valid JSON: pack the shards again, or delete the file if it is not theirs"
         ) from None
     return of_record(content, where)
+
+
+def _read_if_there(path: Path) -> bytes | None:
+    try:
+        return read_bytes(path, MAX_CLASS_FILE_BYTES)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): delete it if it is not yours") from None
 
 
 def of_record(content: Any, where: str) -> Names | None:
@@ -211,16 +217,17 @@ def difference(one: Names, reference: Names) -> str | None:
     label = next(i for i, name in enumerate(ours) if i >= len(theirs) or name != theirs[i])
     other = f"it is {theirs[label]!r}" if label < len(theirs) else "there is no such label"
     parts = [f"label {label} is {ours[label]!r} in {one.where}, in {reference.where} {other}"]
-    if lacking := [name for name in theirs if name not in set(ours)]:
+    known, expected = set(ours), set(theirs)
+    if lacking := [name for name in theirs if name not in known]:
         parts.append(f"only the latter has {shown(lacking)}")
-    if added := [name for name in ours if name not in set(theirs)]:
+    if added := [name for name in ours if name not in expected]:
         parts.append(f"only the former has {shown(added)}")
     return "; ".join(parts)
 
 
 def table(names: Sequence[str]) -> str:
     """List `label = name` of each class on one line, without the middle of a long list."""
-    pairs = [f"{label} = {name}" for label, name in enumerate(names)]
+    pairs = [f"{label} = {printable(name)}" for label, name in enumerate(names)]
     if len(pairs) > 4 * MOST_SHOWN:
         left_out = f"... ({len(pairs) - 3 * MOST_SHOWN} more) ..."
         pairs = [*pairs[: 2 * MOST_SHOWN], left_out, *pairs[-MOST_SHOWN:]]

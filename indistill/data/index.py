@@ -132,8 +132,9 @@ def make_index(
             f"its keys, padded to the longest, have {padded} bytes, more than {MAX_KEYS_BYTES} "
             "(MAX_KEYS_BYTES)"
         )
-    numbers = (np.array(column, dtype=np.int64) for column in (offsets, sizes, labels))
-    return Index(bytes, np.array(encoded, dtype=np.bytes_), *numbers, sha256)
+    columns = {"offsets": offsets, "sizes": sizes, "labels": labels}
+    arrays = {name: np.array(numbers, dtype=np.int64) for name, numbers in columns.items()}
+    return Index(bytes, np.array(encoded, dtype=np.bytes_), **arrays, sha256=sha256)
 
 
 def decoded(key: bytes) -> str:

@@ -14,13 +14,14 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from indistill.config import UserError, records
-from indistill.config.files import replace_text, replacing
+from indistill.config.files import open_regular, replace_text, replacing
+from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
 from indistill.data import class_names
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_index
@@ -326,28 +327,21 @@ def _read_csv(file: Path, given: Sequence[str] | None) -> tuple[list[tuple[str, 
     paths: list[str] = []
     names: list[str] = []  # of their classes
     lines: list[str] = []  # of the file, for messages
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream)
-            for row in reader:
-                if [cell.strip().lower() for cell in row] in ([], ["path", "label"]):
-                    continue
-                line = f"{file}: line {reader.line_num}"
-                if len(row) != 2:
-                    raise UserError(
-                        f"{line}: holds {len(row)} columns instead of path,label: correct the line"
-                    )
-                path = file.parent / row[0].strip()
-                if not path.is_file() or _extension(str(path)) not in IMAGE_EXTENSIONS:
-                    extensions = ", ".join(IMAGE_EXTENSIONS)
-                    raise UserError(f"{line}: {path} is not an image file ({extensions}): correct the path")
-                if not row[1].strip():
-                    raise UserError(f"{line}: has no label: add it, or remove the line")
-                paths.append(str(path))
-                names.append(row[1].strip())
-                lines.append(line)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file: correct the path") from None
+    for number, row in _csv_rows(file):
+        line = f"{file}: line {number}"
+        if len(row) != 2:
+            raise UserError(f"{line}: holds {len(row)} columns instead of path,label: correct the line")
+        path = file.parent / row[0].strip()
+        if not os.path.isfile(path) or _extension(str(path)) not in IMAGE_EXTENSIONS:
+            extensions = ", ".join(IMAGE_EXTENSIONS)
+            raise UserError(f"{line}: {path} is not an image file ({extensions}): correct the path")
+        if not row[1].strip():
+            raise UserError(f"{line}: has no label: add it, or remove the line")
+        if len(paths) == MAX_CSV_ROWS:
+            raise UserError(f"{line}: is beyond {MAX_CSV_ROWS:,} images: split the file")
+        paths.append(str(path))
+        names.append(row[1].strip())
+        lines.append(line)
     if not paths:
         raise UserError(f"{file}: holds no path,label rows: add one for each image")
     _refuse_several_labels(paths, names, lines, set(given or ()))
@@ -355,11 +349,40 @@ def _read_csv(file: Path, given: Sequence[str] | None) -> tuple[list[tuple[str, 
     return [(path, labels[name]) for path, name in zip(paths, names)], classes, 0
 
 
+def _csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and cells of each line of a CSV file, without empty lines and the header."""
+
+    def lines(stream: IO[str]) -> Iterator[str]:
+        while line := stream.readline(MAX_CSV_LINE_CHARACTERS + 1):
+            if len(line) > MAX_CSV_LINE_CHARACTERS:
+                raise csv.Error(f"longer than {MAX_CSV_LINE_CHARACTERS:,} characters")
+            yield line
+
+    try:
+        with io.TextIOWrapper(open_regular(file), encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(lines(stream))
+            try:
+                for row in reader:
+                    if [cell.strip().lower() for cell in row] not in ([], ["path", "label"]):
+                        yield reader.line_num, row
+            except csv.Error as error:
+                raise UserError(f"{file}: line {reader.line_num + 1}: {error}: correct the line") from None
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file: correct the path") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}): correct the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not text in UTF-8: correct the file") from None
+
+
 def _number(
     names: Sequence[str], lines: Sequence[str], given: Sequence[str] | None
 ) -> tuple[dict[str, int], list[str] | None]:
     """The label of each name in a CSV file, and the class names by label (None: labels are numbers)."""
     numbers = all(name.isascii() and name.isdigit() for name in names)
+    for name, line in zip(names, lines) if numbers else ():
+        if len(name) > len(str(MAX_CLASSES)) or int(name) >= MAX_CLASSES:
+            raise UserError(f"{line}: label {name} is not below {MAX_CLASSES:,}: correct the line")
     if given is None and not numbers and all(map(_NUMBER.fullmatch, names)):
         name, line = next((name, line) for name, line in zip(names, lines) if not name.isdigit())
         raise UserError(

@@ -15,15 +15,17 @@ import hashlib
 import os
 import random
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from braceexpand import braceexpand
 
-from indistill.config import UserError
+from indistill.config import UserError, printable
 from indistill.config.files import denied
+from indistill.config.limits import MAX_SHARDS
+from indistill.data.braces import expand_braces
 from indistill.data.index import BLOCK, compressed, decoded, load_index, read_samples
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
 from indistill.data.urls import check_url
@@ -167,7 +169,7 @@ class ShardSet:
         """The sample's shard and key, for messages."""
         shard = int(self._shards_of(sample_id))
         key = decoded(self._indices[shard].keys[sample_id - self._first_ids[shard]])
-        return f"{base_name(self.paths[shard])}: sample {key}"
+        return printable(f"{base_name(self.paths[shard])}: sample {key}")
 
     @property
     def remote(self) -> bool:
@@ -220,11 +222,7 @@ def expand(urls: str | Sequence[str], root: str | None = None) -> list[str]:
     """
     paths: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
-        try:
-            expanded = list(braceexpand(os.path.expanduser(url)))
-        except ValueError as error:
-            raise UserError(f"{url}: {error}: correct the braces") from None
-        for path in expanded:
+        for path in expand_braces(url):
             if "://" in path and "*" in path:
                 raise UserError(
                     f"{path}: * is for local files; list remote shards with braces, as {{000000..000127}}"
@@ -234,11 +232,13 @@ def expand(urls: str | Sequence[str], root: str | None = None) -> list[str]:
                     raise UserError(f"{path}: leads to {shard}, which would run a command: correct the path")
                 check_url(shard)
                 paths.append(shard)
+        if len(paths) > MAX_SHARDS:
+            raise UserError(f"{url}: brings the list of shards to more than {MAX_SHARDS:,}: shorten the list")
     if not paths:
         raise UserError("the list of shards is empty: name at least one")
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise UserError(f"{twice}: listed twice: list every shard once")
+    for twice, number in Counter(paths).items():
+        if number > 1:
+            raise UserError(f"{twice}: listed twice: list every shard once")
     return paths
 
 

@@ -22,7 +22,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from indistill import config
-from indistill.config import UserError, redacted
+from indistill.config import UserError, printable, redacted
 from indistill.config.limits import MAX_BAD_IN_A_ROW
 from indistill.data import augment, remote, shards
 from indistill.data.batch import Batch, StoredTargets
@@ -169,7 +169,7 @@ class StreamedImages(IterableDataset):
         bad_in_a_row = 0
         while row < count:
             sample = next(samples)
-            where = f"{redacted(sample.url)}: sample {sample.key}"
+            where = printable(f"{sample.url}: sample {sample.key}")
             image, labels[row] = self._image_and_label(sample, where)
             try:
                 pixels = self._view(sample, image, where)

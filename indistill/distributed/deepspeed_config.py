@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.files import read_json, read_text
+from indistill.config.from_yaml import load_yaml
+from indistill.config.limits import MAX_CONFIG_BYTES
 from indistill.config.ranks import Ranks
 
 # ZeRO flattens the parameters and splits them anywhere: right for optimizers that treat every element by
@@ -156,7 +157,11 @@ def _from_launcher() -> Iterator[tuple[str, Any]]:
     if file != "none":
         yield from _read(file).items()
     for variable, key in _LAUNCHER_VARIABLES.items():
-        if (value := yaml.safe_load(os.environ.get(variable, "none"))) not in ("none", "auto"):
+        try:
+            value = load_yaml(os.environ.get(variable, "none"))
+        except yaml.YAMLError as error:
+            raise UserError(f"{variable} in the environment: {in_one_line(error)}: unset it") from None
+        if value not in ("none", "auto"):
             yield key, value
 
 
@@ -202,29 +207,30 @@ def _check_stage(values: _Settings) -> None:
             )
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str, *, named_in_a_file: bool = False) -> dict[str, Any]:
     """Read a DeepSpeed JSON, or a file of `accelerate config`, as dotted keys; skips values of `auto`."""
-    try:
-        text = Path(path).read_text()
-        try:
-            tree = json.loads(text)
-        except ValueError:
-            tree = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"engine.config_file: {path}: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"engine.config_file: {path}: neither JSON nor YAML: {in_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"engine.config_file: {path}: expected a mapping of keys at the top level")
+    tree = _tree(path)
     if "distributed_type" not in tree:
-        return dict(_flat(tree))
+        try:
+            return dict(_flat(tree))
+        except RecursionError:
+            raise UserError(f"engine.config_file: {path}: too many mappings in each other") from None
+    if named_in_a_file:
+        raise UserError(
+            f"engine.config_file: {path}: is a file of accelerate, as is the one that names it as "
+            "deepspeed_config_file: name a DeepSpeed JSON there"
+        )
     if tree["distributed_type"] != "DEEPSPEED":
         raise UserError(
             f"engine.config_file: {path}: distributed_type is {tree['distributed_type']}, not DEEPSPEED: "
             "give another file, or set engine.name: ddp"
         )
     section = tree.get("deepspeed_config") or {}
-    values = _read(section["deepspeed_config_file"]) if "deepspeed_config_file" in section else {}
+    if not isinstance(section, dict):
+        raise UserError(f"engine.config_file: {path}: deepspeed_config: expected a mapping of keys")
+    values = {}
+    if "deepspeed_config_file" in section:
+        values = _read(str(section["deepspeed_config_file"]), named_in_a_file=True)
     values |= {
         key: section[name]
         for name, key in _ACCELERATE_SETTINGS.items()
@@ -233,6 +239,23 @@ def _read(path: str) -> dict[str, Any]:
     if tree.get("mixed_precision") in ("bf16", "fp16"):
         values[f"{tree['mixed_precision']}.enabled"] = True
     return values
+
+
+def _tree(path: str) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file."""
+    try:
+        text = read_text(path, MAX_CONFIG_BYTES)
+        try:
+            tree = read_json(text)
+        except ValueError:
+            tree = load_yaml(text)
+    except OSError as error:
+        raise UserError(f"engine.config_file: {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"engine.config_file: {path}: neither JSON nor YAML: {in_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"engine.config_file: {path}: expected a mapping of keys at the top level")
+    return tree
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -250,6 +273,8 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"engine.config_file: {parent} is {node!r}, instead of a mapping of keys")
         node[last] = value
     return tree
 

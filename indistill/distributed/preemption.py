@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from indistill.config import UserError, in_one_line, records, run_lock
+from indistill.config import UserError, in_one_line, printable, records, run_lock
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, append_end, describe_error
@@ -170,7 +170,7 @@ def _print(line: str) -> None:
     """Print to standard error from any thread, below the live line of a terminal."""
     with contextlib.suppress(OSError):
         begin = "\n" if os.isatty(2) else ""
-        os.write(2, f"{begin}indistill: {line}\n".encode())
+        os.write(2, f"{begin}indistill: {printable(line)}\n".encode())
 
 
 def asked() -> bool:

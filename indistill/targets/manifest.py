@@ -25,8 +25,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line, records
-from indistill.config.files import open_regular, replace_text
-from indistill.config.limits import MAX_RECORD_BYTES, MAX_STAGES, MAX_TEACHER_BATCH, MAX_VIEWS
+from indistill.config.files import read_bytes, replace_text
+from indistill.config.limits import MAX_MANIFEST_BYTES, MAX_STAGES, MAX_TEACHER_BATCH, MAX_VIEWS
 from indistill.config.records import Count, PlanRecord, Width
 from indistill.config.run_dir import RunDir
 from indistill.data import class_names, remote
@@ -208,8 +208,11 @@ def load_manifest(root: str) -> Manifest:
     """Read `manifest.json`. Raises UserError if there is none, for instance before the job has finished."""
     path = f"{root}/manifest.json"
     try:
-        with remote.open_stream(path) if remote.is_remote(path) else open_regular(path) as stream:
-            text = stream.read(MAX_RECORD_BYTES + 1)
+        if remote.is_remote(path):
+            with remote.open_stream(path) as stream:
+                text = stream.read(MAX_MANIFEST_BYTES + 1)
+        else:
+            text = read_bytes(path, MAX_MANIFEST_BYTES)
     except Exception as error:  # every fsspec backend has exceptions of its own
         partly = ", only a part of them" if os.path.exists(f"{root}/manifest.partial.json") else ""
         reason = in_one_line(error, 200)
@@ -222,8 +225,8 @@ def load_manifest(root: str) -> Manifest:
 
 def parse_manifest(text: bytes, path: str) -> Manifest:
     """The content of `manifest.json`. Raises UserError if it is damaged or has another version."""
-    if len(text) > MAX_RECORD_BYTES:
-        raise UserError(f"{path}: larger than {MAX_RECORD_BYTES:,} bytes: {REMEDY}")
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise UserError(f"{path}: larger than {MAX_MANIFEST_BYTES:,} bytes: {REMEDY}")
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:

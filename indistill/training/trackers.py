@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from indistill import config
-from indistill.config import Config, in_one_line
+from indistill.config import Config, in_one_line, printable
 from indistill.config.run_dir import RunDir
 
 _PROJECT = "indistill"
@@ -42,7 +42,8 @@ class Trackers:
         files = RunDir.of(settings)
         flat = config.flatten(settings, without=())
         plain = {
-            key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()
+            key: value if isinstance(value, int | float) else printable(str(value))
+            for key, value in flat.items()
         }
         installed = {str(name) for name in get_available_trackers()}
         for name in dict.fromkeys(settings.trackers):

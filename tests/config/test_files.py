@@ -6,13 +6,22 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import struct
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
-from indistill.config.files import read_lines, replace_text, replacing, sha256
+from indistill.config.files import (
+    read_bytes,
+    read_json,
+    read_lines,
+    read_text,
+    replace_text,
+    replacing,
+    sha256,
+)
 
 SIZE = 1 << 20  # bytes, several times what one write call buffers
 
@@ -134,3 +143,38 @@ def test_lines_that_were_cut_off_are_skipped(tmp_path):
     assert read_lines(file) == []
     file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert read_lines(file) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (os.mkfifo, "Not a regular file"),
+        (lambda file: file.symlink_to("/dev/zero"), "Not a regular file"),
+        (lambda file: file.mkdir(), "Is a directory"),
+        (lambda file: None, "No such file or directory"),
+        (lambda file: file.write_bytes(b"x" * 11), "Larger than 10 bytes"),
+        (lambda file: (file.touch(), os.truncate(file, 1 << 40)), "Larger than 10 bytes"),
+        (lambda file: file.write_bytes(b"ab\xff"), r"Not text in UTF-8 \(byte 2\)"),
+        (lambda file: file.write_bytes(b"ab\0"), r"Not text \(a NUL at character 2\)"),
+    ],
+)
+def test_a_file_from_outside_is_an_ordinary_text_within_the_limit(tmp_path, make, reason):
+    file = tmp_path / "file"
+    make(file)
+    with pytest.raises(OSError, match=reason) as error:
+        read_text(file, 10)
+    assert re.fullmatch(reason, error.value.strerror)
+
+
+def test_text_and_bytes_of_an_ordinary_file(tmp_path):
+    (tmp_path / "file").write_bytes("\ufeffü\r\nx".encode())
+    (tmp_path / "link").symlink_to("file")
+    assert read_text(tmp_path / "link", 100) == "ü\r\nx"
+    assert read_bytes(tmp_path / "link", 8) == "\ufeffü\r\nx".encode()
+    with pytest.raises(ValueError, match="too many lists"):
+        read_json("[" * 10**6)
+
+
+def test_half_characters_are_written_as_escapes(tmp_path):
+    replace_text(tmp_path / "file", "a\udcffü")
+    assert (tmp_path / "file").read_bytes() == "a\\udcffü".encode()

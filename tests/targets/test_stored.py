@@ -24,7 +24,7 @@ from indistill import config, prune
 from indistill.commands import cli, targets
 from indistill.config import UserError
 from indistill.config.files import read_lines, sha256
-from indistill.config.read import _apply_override
+from indistill.config.read import apply_override
 from indistill.curriculum import Phase
 from indistill.data import packing, shards
 from indistill.models import outputs, timm_model
@@ -56,7 +56,7 @@ def stored(tree, tmp_path) -> dict[str, Any]:
 def with_(tree: dict[str, Any], *overrides: str) -> dict[str, Any]:
     tree = copy.deepcopy(tree)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return tree
 
 

@@ -37,7 +37,7 @@ from indistill.commands.doctor.inputs import class_lists, data_shards, evaluatio
 from indistill.commands.doctor.node import cores, gpu, open_files, shared_memory
 from indistill.commands.doctor.ranks import agreement, all_reduce, clocks, one_file_system, start
 from indistill.commands.doctor.software import deepspeed, environment, versions
-from indistill.config import Config, UserError, in_one_line, redacted
+from indistill.config import Config, UserError, in_one_line, printable
 
 # --- the checks --------------------------------------------------------------------------------------------
 Check = Callable[[Here], Said]
@@ -132,7 +132,7 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
         for line in here.found:
             if line.level == FAIL:
                 text_of_rank = f"indistill: {here.named([here.rank])}: {line.check}: {line.what}"
-                print(redacted(text_of_rank), file=sys.stderr, flush=True)
+                print(printable(text_of_rank), file=sys.stderr, flush=True)
         time.sleep(5.0)  # lets rank 0 print: torchrun ends all processes when one has exited with an error
         return 1
     found = _gathered(here) if here.met else {0: list(here.found)}
@@ -141,7 +141,7 @@ def _report(here: Here, as_json: bool, out: IO[str]) -> int:
     lines = [finding._asdict() for finding in merged_findings]
     tree = {"ok": not bad, "processes": here.world, "lines": lines}
     shown = json.dumps(tree) if as_json else text(merged_findings, len(found))
-    print(redacted(shown), file=out, flush=True)
+    print(printable(shown, lines=True), file=out, flush=True)
     return int(bad)
 
 
@@ -193,7 +193,7 @@ def text(merged_findings: Sequence[Finding], ranks_heard: int) -> str:
         if level != OK and len(ranks) < ranks_heard:
             who = f"{counted_word('rank', ranks)} {listed(ranks)} ({', '.join(hosts[:MOST_SHOWN])}): "
         line = f"{level:4}  {check}: {who}{what}"
-        lines.append(f"{line}: {remedy}" if remedy else line)
+        lines.append(printable(f"{line}: {remedy}" if remedy else line))
     for (check, level), count in counts.items():
         if count > MOST_SHOWN:
             lines.append(f"{level:4}  {check}: {count - MOST_SHOWN} more of this kind (--json has them)")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from indistill.commands.export.card import card
 from indistill.commands.export.load import FILES, load_file, load_folder, need_onnx
 from indistill.commands.export.source import Source, find, find_class_names, find_preprocessing
-from indistill.config import Config, UserError, in_one_line, redacted
+from indistill.config import Config, UserError, in_one_line, printable
 from indistill.config.ranks import Ranks
 from indistill.data.batch import Request
 from indistill.data.dataset import ImageDataset, open_shards
@@ -92,8 +92,8 @@ def _write_checked(folder: Path, source: Source, form: str, command: str) -> str
     exported = load_folder(folder, source.settings).eval()
     difference = _check(network, exported, images, exact=form == "timm")
     checked = f"On {len(images)} {origin} its logits are within {difference:.1e} of the run's."
-    text = card(source, network, form=form, command=command, checked=checked)
-    (folder / "README.md").write_text(redacted(text))
+    text = printable(card(source, network, form=form, command=command, checked=checked), lines=True)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     return checked
 
 

@@ -23,7 +23,7 @@ from indistill.commands.report.markup import Page, duration, finite, moment, per
 from indistill.commands.report.networks import networks
 from indistill.commands.report.read import STATES, Run, read, run_dirs, short_names
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
-from indistill.config import Config, UserError, in_one_line, records, redacted
+from indistill.config import Config, UserError, in_one_line, printable, records
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
@@ -57,7 +57,7 @@ def write(
     title = first.absolute().name if len(runs) == 1 else f"{len(found)} runs"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(destination, redacted(html(found, title, other)))
+        replace_text(destination, printable(html(found, title, other), lines=True))
     except OSError as error:
         raise UserError(
             f"{destination}: cannot be written ({error.strerror or error}): choose another --output"
