@@ -61,7 +61,13 @@ class Objective:
             student, teacher, own_labels = gather_inputs(
                 student, teacher, labels=own_labels, scope=self.scope, related=loss.compares
             )
-        return loss(student, teacher, own_labels, epoch)
+        value = loss(student, teacher, own_labels, epoch)
+        if not isinstance(value, Tensor) or value.ndim:
+            returned = f"shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"loss {loss.name} returned {returned}: expected a tensor with one value, shape []"
+            )
+        return value
 
     def compared(self, output: Output, targets: Targets, labels: Tensor) -> list[Rows]:
         """One sample's part of what the losses would gather from all ranks, for each group of tensors."""
