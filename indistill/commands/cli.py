@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from indistill import __version__
@@ -181,12 +182,11 @@ def _ranks() -> Ranks:
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Execute the command; any exit has one of the codes of docs/cluster.md."""
-    from indistill.config import UserError, in_one_line, plugins
+    from indistill.config import UserError, in_one_line
     from indistill.distributed import preemption
 
     try:
-        for file in getattr(arguments, "plugin", ()):
-            plugins.load_file(file)
+        _load_plugins(getattr(arguments, "plugin", ()), ranks)
         arguments.run(arguments)
     except preemption.Preempted as stopped:
         if ranks.is_main_process:
@@ -204,6 +204,18 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
             raise
         traceback.print_exc()
         _leave(1)
+
+
+def _load_plugins(files: Sequence[str], ranks: Ranks) -> None:
+    """Run the files of `--plugin`. Each node reports a mistake once, as its copy of a file may be another."""
+    from indistill.config import UserError, plugins
+
+    try:
+        for file in files:
+            plugins.load_file(file)
+    except UserError as error:
+        error.found_by_one_rank = ranks.local_rank == 0
+        raise
 
 
 def _leave(code: int) -> NoReturn:

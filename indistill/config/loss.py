@@ -67,6 +67,10 @@ class Loss(Section):
 
     def __init_subclass__(cls, *, name: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
+        for key in ("reads", "teaches"):
+            declared = getattr(cls, key)
+            if not isinstance(declared, AbstractSet):
+                raise ValueError(f'{cls.__qualname__}.{key}: {declared!r} is no set: write {{"logits"}}')
         if "reads" in cls.__dict__ and "teaches" not in cls.__dict__:
             cls.teaches = cls.reads & TEACHES
         for key, known in (("reads", READS), ("teaches", TEACHES)):
