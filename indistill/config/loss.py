@@ -62,8 +62,8 @@ class Loss(Section):
     teaches: ClassVar[AbstractSet[str]] = frozenset()
     compares: ClassVar[int] = 1
     whole_labels: ClassVar[bool] = False
-    name: str  # which loss this is
-    weight: float = 1.0  # in the sum of losses
+    name: str  # Selects this loss.
+    weight: float = 1.0  # Factor of this loss in the sum.
 
     def __init_subclass__(cls, *, name: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -93,8 +93,10 @@ def load_file(path: str) -> None:
     file = Path(path).resolve()
     if file in _files:
         return
+    if not file.exists():
+        raise UserError(f"--plugin {path}: no such file")
     if not file.is_file():
-        raise UserError(f"--plugin {path}: {'not a file' if file.exists() else 'no such file'}")
+        raise UserError(f"--plugin {path}: not a file")
     before = dict(_classes)
     name = f"{_PLUGIN}{len(_files)}_{file.stem}"
     loader = SourceFileLoader(name, str(file))
