@@ -216,7 +216,7 @@ def flattened(means: Sequence[float], patience: int, tolerance: float) -> bool:
     fraction `tolerance` of it; False while there are no means before them. A loss that falls by the factor f
     per window thus counts as falling while f^patience < 1 - tolerance. Noise makes a loss flatten early
     rather than late: choose windows long enough to average it out. A mean that is not finite counts as
-    infinitely high, and a loss whose means stay so as flattened. Losses must be >= 0.
+    infinite, so a loss whose means stay infinite has flattened. Losses must be >= 0.
     """
     if len(means) <= patience:
         return False

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from indistill import __version__
@@ -191,15 +192,14 @@ def _ranks() -> Ranks:
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Execute the command; any exit has one of the codes of docs/cluster.md."""
-    from indistill.config import UserError, in_one_line, plugins, printable
+    from indistill.config import UserError, in_one_line, printable
     from indistill.data.urls import ALLOW_PIPE
     from indistill.distributed import preemption
 
     if getattr(arguments, "allow_pipe", False):
         os.environ[ALLOW_PIPE] = "1"  # for this process, and those that it starts
     try:
-        for file in getattr(arguments, "plugin", ()):
-            plugins.load_file(file)
+        _load_plugins(getattr(arguments, "plugin", ()), ranks)
         arguments.run(arguments)
     except preemption.Preempted as stopped:
         if ranks.is_main_process:
@@ -228,6 +228,18 @@ def _refuse(ranks: Ranks, message: str, *, everywhere: bool) -> NoReturn:
     if ranks.launched:
         _leave(2)
     sys.exit(2)
+
+
+def _load_plugins(files: Sequence[str], ranks: Ranks) -> None:
+    """Run the files of `--plugin`. Each node reports a mistake once, as its copy of a file may be another."""
+    from indistill.config import UserError, plugins
+
+    try:
+        for file in files:
+            plugins.load_file(file)
+    except UserError as error:
+        error.found_by_one_rank = ranks.local_rank == 0
+        raise
 
 
 def _leave(code: int) -> NoReturn:

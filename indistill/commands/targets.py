@@ -246,7 +246,10 @@ def errors_of_this_rank() -> Iterator[None]:
 
 # --- verifying ----------------------------------------------------------------------------------------------
 def verify(settings: Config, count: int) -> bool:
-    """Recompute the records of `count` random samples and print those that differ; whether none does."""
+    """Recompute the records of `count` random samples and print those that differ.
+
+    Returns whether all agree.
+    """
     job = prepare(settings)
     stored = engine.on_main(job.accelerator, lambda: load_manifest(str(job.root)))
     requests = random_requests(stored, settings.seed, count)

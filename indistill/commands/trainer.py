@@ -25,7 +25,8 @@ class Trainer:
     return a mapping from their names, `report` covers all of them, and the other methods raise UserError.
 
     Raises UserError, here and in every method, for a mistake in the config, the data or the weights: one line
-    that names the mistake and the remedy. Nothing heavy is imported before a method is called.
+    that names the mistake and the remedy. Importing the class does not import torch; creating a Trainer does,
+    for the losses of the config.
     """
 
     def __init__(self, config: str | Path, *overrides: str) -> None:

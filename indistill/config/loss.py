@@ -62,11 +62,15 @@ class Loss(Section):
     teaches: ClassVar[AbstractSet[str]] = frozenset()
     compares: ClassVar[int] = 1
     whole_labels: ClassVar[bool] = False
-    name: str  # which loss this is
-    weight: float = 1.0  # in the sum of losses
+    name: str  # Selects this loss.
+    weight: float = 1.0  # Factor of this loss in the sum.
 
     def __init_subclass__(cls, *, name: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
+        for key in ("reads", "teaches"):
+            declared = getattr(cls, key)
+            if not isinstance(declared, AbstractSet):
+                raise ValueError(f'{cls.__qualname__}.{key}: {declared!r} is no set: write {{"logits"}}')
         if "reads" in cls.__dict__ and "teaches" not in cls.__dict__:
             cls.teaches = cls.reads & TEACHES
         for key, known in (("reads", READS), ("teaches", TEACHES)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import re
 import sys
@@ -14,8 +13,8 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
-from indistill.config.base import UserError, nearest
-from indistill.config.files import denied
+from indistill.config.base import UserError, in_one_line, nearest
+from indistill.config.files import denied, sha256
 
 GROUP = "indistill.losses"  # of the entry points of installed packages
 _BUILT_IN = Path(__file__).parents[1] / "losses"  # NAME_loss.py defines the loss NAME
@@ -95,8 +94,10 @@ def load_file(path: str) -> None:
         return
     if denied(file):
         raise UserError(f"--plugin {path}: permission denied")
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"--plugin {path}: no such file")
+    if not file.is_file():
+        raise UserError(f"--plugin {path}: not a file")
     before = dict(_classes)
     name = f"{_PLUGIN}{len(_files)}_{file.stem}"
     loader = SourceFileLoader(name, str(file))
@@ -106,7 +107,7 @@ def load_file(path: str) -> None:
     sys.modules[name] = module  # pydantic looks up the names in annotations there
     try:
         loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         _classes.clear()
         _classes.update(before)
@@ -124,7 +125,7 @@ def source_hashes() -> dict[str, str]:
     for name in sorted(_classes.keys() - set(built_in())):
         file = getattr(sys.modules.get(_classes[name].__module__), "__file__", None)
         if file is not None and Path(file).is_file():  # a notebook has none
-            hashes[f"loss {name}"] = f"source file {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]}"
+            hashes[f"loss {name}"] = f"source file {sha256(Path(file))[:12]}"
     return hashes
 
 
@@ -136,7 +137,7 @@ def _entry_points() -> tuple[EntryPoint, ...]:
 def _load_package(point: EntryPoint) -> None:
     try:
         point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"loss {point.name!r} of the package {_package(point)}: {_one_line(error)}"
         ) from error
@@ -158,7 +159,7 @@ def _origin(loss: type[Any]) -> str:
     return loss.__module__
 
 
-def _line(error: Exception, file: Path) -> str:
+def _line(error: BaseException, file: Path) -> str:
     """`, line N`: the last line of the file that the error passed through."""
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return f", line {error.lineno}"
@@ -168,6 +169,7 @@ def _line(error: Exception, file: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def _one_line(error: Exception) -> str:
-    message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}"
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):  # as text it would repeat the file and line
+        return f"{type(error).__name__}: {error.msg}"
+    return in_one_line(error, with_type=True)

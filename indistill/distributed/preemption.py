@@ -254,17 +254,16 @@ class Agreement:
         _process.in_steps = False
         _process.deadline = math.inf
 
-    def reached(self, step: int, told: tuple[float, float] | None) -> bool:
+    def reached(self, step: int, means: tuple[float, float] | None) -> bool:
         """Return whether the ranks stop after `step`; call on all ranks after each step.
 
-        `told` holds the means over the ranks of `asked` and of seconds per step if the step was logged, else
-        None.
+        means: of `asked` and of the seconds per step, over the ranks; None if the step was not logged.
         """
         _note_step()
         if self.world == 1:
             return settle(asked())
-        if told is not None:
-            ranks_asked, step_seconds = told
+        if means is not None:
+            ranks_asked, step_seconds = means
             self.every_steps = max(1, int(CHECK_SECONDS / max(step_seconds, 1e-3)))
             return settle(ranks_asked)
         return step % self.every_steps == 0 and settle(self.mean_over_ranks(float(asked())))

@@ -11,7 +11,7 @@ from indistill.losses.common import at_least_float32, require_equal, same_size, 
 
 class ATLoss(Loss, name="at"):
     reads = frozenset({"features"})
-    weight: float = 1000.0  # in the sum of losses
+    weight: float = 1000.0  # Factor of this loss in the sum.
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
         return sum_of(at(*same_size(s, t)) for s, t in zip(student.features, teacher.features))
@@ -22,8 +22,8 @@ def at(student: Tensor, teacher: Tensor) -> Tensor:
 
     student [B, C_s, H, W], teacher [B, C_t, H, W]; returns a scalar. A map's attention is its mean square
     over the channels, flattened and scaled to length 1; the squared difference is averaged over B*H*W. As in
-    the published code that length counts as 1e-12 at least, which keeps the gradient of maps near zero below
-    8e6 / (B*H*W). With that mean its weight, the paper's beta, is 1000 (per pair, 1000 / (B*H*W) of the sum).
+    the published code, the length is clamped to at least 1e-12, which keeps the gradient of maps near zero
+    below 8e6 / (B*H*W). For this mean, the paper's weight beta is 1000.
     """
     require_equal("at", student[:, 0].shape, teacher[:, 0].shape)
     return F.mse_loss(_attention(student), _attention(teacher))

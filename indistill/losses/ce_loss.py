@@ -15,7 +15,9 @@ from indistill.losses.common import at_least_float32
 class CrossEntropy(Loss, name="ce"):
     reads = frozenset({"logits", "labels"})
     teaches = frozenset()
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the label spread over all classes
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # Share of a label that is spread over all classes.
+    )
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
         return cross_entropy(student.logits, labels, self.label_smoothing)

@@ -1,4 +1,4 @@
-"""What several losses use. All of them compute in float32 at least, and none broadcasts shapes."""
+"""Functions that several losses use. All of them compute in float32 at least, and none broadcasts shapes."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def _pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def square_distances(x: Tensor) -> Tensor:
-    """Squared Euclidean distances: [B, D] -> [B, B], exactly 0 on the diagonal, below 0 by rounding."""
-    # A shift changes no distance; without the mean, far less is lost in the difference of squares below.
+    """Squared Euclidean distances: [B, D] -> [B, B], 0 on the diagonal; rounding may make others negative."""
+    # A shift changes no distance; with mean 0, the difference of squares below is far more accurate.
     x = x - x.mean(dim=0)
     squares = x.square().sum(dim=1)  # [B]
     distances = squares[:, None] + squares[None, :] - 2 * x @ x.T
-    # What rounding leaves on the diagonal grows with the scale, and a kernel is steepest there.
+    # Rounding errors on the diagonal grow with the scale, and a kernel is steepest there.
     return distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
 
 

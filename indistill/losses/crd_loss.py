@@ -16,9 +16,9 @@ class CRDLoss(Loss, name="crd"):
     reads = frozenset({"embedding", "labels"})
     compares = 2
     whole_labels = True
-    weight: float = 0.8  # in the sum of losses
-    dim: PositiveInt = 128  # of the space where student and teacher meet
-    temperature: PositiveFloat = 0.07  # that inner products are divided by
+    weight: float = 0.8  # Factor of this loss in the sum.
+    dim: PositiveInt = 128  # Width of the common space of both embeddings.
+    temperature: PositiveFloat = 0.07  # Divisor of the inner products.
 
     def layers(self, shape: Shape) -> nn.Module:
         return Contrast(shape, self.dim)
@@ -29,20 +29,22 @@ class CRDLoss(Loss, name="crd"):
 
 
 def crd(student: Tensor, teacher: Tensor, temperature: float = 0.07, labels: Tensor | None = None) -> Tensor:
-    """Contrastive representation distillation (Tian, 1910.10699, equation 18): is a pair one image, or two?
+    """Contrastive representation distillation (Tian, 1910.10699, equation 18).
 
-    student and teacher [B, D], rows of length one; returns a scalar. Each anchor's counterpart is to be
-    distinguished from N others by h = e^x / (e^x + N), x the inner product over the temperature: the mean
-    over anchors of -log h(counterpart) - sum over the others of log(1 - h(other)), once with the teacher's
-    rows as anchors, once with the student's. With labels, int64 [B], samples of the anchor's class are no
-    negatives, as in the paper. Without any negative, h is 1.
+    student and teacher [B, D], rows of length 1; returns a scalar. Each anchor has one positive, the other
+    network's row of the same image, and N negatives. The loss is the mean over the anchors of -log
+    h(positive) minus the sum over the negatives of log(1 - h(negative)), with h = e^x / (e^x + N) and x the
+    inner product divided by the temperature. It is computed once with the teacher's rows as anchors and once
+    with the student's, and added up. With labels, int64 [B], samples of the anchor's class are no negatives,
+    as in the paper. Without any negative, h is 1.
 
-    Two things differ from the paper. Its 16384 negatives come from a memory of all M training images; here
-    they are the others of the batch: the loss sums fewer terms, and gradients flow to both sides of a pair.
-    And its equation 19 is h = e^x / (e^x + N / M), but the authors' code divides e^x by Z first, M times the
-    mean of e^x over the first batch. So M cancels and N is left, times that mean: 2.2 for random rows of 128
-    dimensions, 1 here. Without Z, N / M of a batch is so small that every pair counts as positive, and the
-    loss falls to a minimum where all rows of the student are one vector, and all of the teacher its opposite.
+    Two things differ from the paper. Its 16,384 negatives come from a memory bank of all M training images;
+    here they are the other samples of the batch. The loss therefore sums fewer terms, and gradients flow to
+    both sides of a pair. Its equation 19 is h = e^x / (e^x + N / M), but the authors' code first divides e^x
+    by Z, which is M times the mean of e^x over the first batch. M therefore cancels, and N times that mean
+    is left: the mean is 2.2 for random rows of 128 dimensions, and 1 is used here. Without Z, N / M of a
+    batch is so small that every pair counts as positive, and the loss falls to a minimum in which all rows of
+    the student are one vector and all rows of the teacher its opposite.
     """
     require_equal("crd", student.shape, teacher.shape)
     with torch.autocast(student.device.type, enabled=False):

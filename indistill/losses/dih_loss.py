@@ -14,13 +14,14 @@ from indistill.losses.kd_loss import kd
 
 
 class CohortLoss(Loss, name="dih"):
-    """Co-teaching by the teacher and its intermediate classifier heads: needs `teacher.heads`."""
+    """Distillation from the teacher and its intermediate classifiers; requires `teacher.heads`."""
 
     reads = frozenset({"logits", "labels"})
     teaches = frozenset({"logits", "heads"})
-    alpha: Probability = 0.1  # of the teaching, beside cross-entropy
-    temperature: PositiveFloat = 5.0  # of all softmaxes
-    weights: list[float] | None = None  # of the teacher, then of each head, shallow to deep; None: 1 each
+    alpha: Probability = 0.1  # Weight of distillation; cross-entropy has 1 - alpha.
+    temperature: PositiveFloat = 5.0  # Temperature of all softmaxes.
+    # Weights of the teacher, then of each classifier, shallow to deep; None: 1 for each.
+    weights: list[float] | None = None
 
     def check(self, heads: int) -> None:
         if self.weights is not None and len(self.weights) != 1 + heads:
@@ -41,9 +42,10 @@ def dih(
 ) -> Tensor:
     """Distillation by the teacher and its intermediate heads together (Asadian, 2103.00497).
 
-    The sum over the cohort of weight * ((1 - alpha) * cross-entropy + alpha * T^2 * KL(member || student)):
-    the labels count once for every member, as in the published code. All logits [B, K]; labels int64 [B], or
-    class probabilities [B, K]; weights one per member, 1 by default. Returns a scalar.
+    The sum over the cohort of weight * ((1 - alpha) * cross-entropy + alpha * T^2 * KL(member || student)).
+    The cross-entropy with the labels counts once for every member, as in the published code. All logits
+    [B, K]; labels int64 [B], or class probabilities [B, K]; weights one per member, 1 by default. Returns a
+    scalar.
     """
     for member in cohort_logits:
         require_equal("dih", student_logits.shape, member.shape)

@@ -13,10 +13,10 @@ from indistill.losses.common import at_least_float32, require_equal
 
 class DISTLoss(Loss, name="dist"):
     reads = frozenset({"logits"})
-    compares = 2  # its relations within a class are between samples
-    beta: float = 1.0  # of the relations within a sample
-    gamma: float = 1.0  # of those within a class
-    temperature: PositiveFloat = 1.0  # of both softmaxes
+    compares = 2  # the correlation over the samples
+    beta: float = 1.0  # Weight of the correlation over the classes, per sample.
+    gamma: float = 1.0  # Weight of the correlation over the samples, per class.
+    temperature: PositiveFloat = 1.0  # Temperature of both softmaxes.
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
         return dist(student.logits, teacher.logits, self.beta, self.gamma, self.temperature)

@@ -15,9 +15,9 @@ from indistill.losses.kd_loss import kd
 class DKDLoss(Loss, name="dkd"):
     reads = frozenset({"logits", "labels"})
     whole_labels = True
-    alpha: float = 1.0  # of the target class
-    beta: float = 8.0  # of the others
-    temperature: PositiveFloat = 4.0  # of both softmaxes
+    alpha: float = 1.0  # Weight of the target class against all others.
+    beta: float = 8.0  # Weight of the other classes among themselves.
+    temperature: PositiveFloat = 4.0  # Temperature of both softmaxes.
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
         return dkd(student.logits, teacher.logits, labels, self.alpha, self.beta, self.temperature)

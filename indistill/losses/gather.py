@@ -1,4 +1,4 @@
-"""Gather what losses compare from all ranks, with gradients: they mean the same on every world size."""
+"""Gather the samples that losses compare from all ranks, so that a loss is the same on every world size."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from torch import Tensor
 
 from indistill.config import Inputs
 
-MAX_ELEMENTS = 2**24  # of the gathered rows, and of what relates them to each other: 64 MiB each in float32
-Key = tuple[
-    str, str, int
-]  # "student", "teacher" or "labels"; name in `Inputs`; position among several tensors
+MAX_ELEMENTS = 2**24  # of the gathered rows, and of their relations: 64 MiB each in float32
+# "student", "teacher" or "labels"; name in `Inputs`; index among several tensors.
+Key = tuple[str, str, int]
 
 
 def gather(*rows: Tensor, scope: str = "global", related: int = 2) -> tuple[Tensor, ...]:
     """Gather each tensor [B, ...] of this rank from all ranks: [W * B, ...], in rank order.
 
-    Every rank must pass as many rows, and then compute the same loss of them; with gradients averaged over
-    ranks, as DDP does, the result is the gradient of that one loss on the global batch. `scope` "local"
-    gathers nothing; "auto" does while neither any gathered tensor nor the (W * B)^related relations exceed
-    MAX_ELEMENTS: 4,096 samples in pairs, 256 in triplets. As W * B is the global batch, that choice does not
-    depend on the world size.
+    Every rank must pass the same number of rows, and then compute the same loss of the result. Averaged over
+    the ranks, as in DDP, the gradients are those of this loss on the global batch. `scope` "local" gathers
+    nothing. "auto" gathers unless a gathered tensor, or the (W * B)^related relations, have more than
+    MAX_ELEMENTS elements, which are 4,096 samples in pairs and 256 in triplets. This choice does not depend
+    on the world size, because W * B is the global batch.
     """
     if not dist.is_initialized() or scope == "local":
         return rows
@@ -54,8 +53,8 @@ def gather_inputs(
 def groups(student: Inputs, teacher: Inputs, labels: Tensor | None) -> list[dict[Key, Tensor]]:
     """Divide what a loss is given into groups that are gathered together, or not at all.
 
-    Student and teacher have the same number of samples then. A loss that reads labels has one group, as the
-    number of labels has to fit all others; its own layers' tensors are one group, too.
+    Student and teacher then have the same number of samples. If a loss reads labels, all its tensors are one
+    group, because each sample needs its label; the tensors of its own layers are one group, too.
     """
     together: dict[tuple[str, int], dict[Key, Tensor]] = {}
     for side, inputs in (("student", student), ("teacher", teacher)):

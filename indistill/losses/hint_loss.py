@@ -11,7 +11,7 @@ from indistill.models.outputs import Output, Targets
 
 
 class HintLoss(Loss, name="hint"):
-    """On every pair of `kd.pairs`, through a trained 1x1 convolution of the student's map."""
+    """Mean squared error of every pair of `kd.pairs`, after a trained 1x1 convolution of the student."""
 
     reads = frozenset({"features"})
 

@@ -13,15 +13,16 @@ from indistill.losses.pkt_loss import Divergence, Kernel, Scale, pkt
 
 
 class InformationFlowLoss(Loss, name="information_flow"):
-    """PKT on the embedding, and on every pair of `kd.pairs` with weight init * decay^epoch."""
+    """PKT on the embedding with weight 1, and on every pair of `kd.pairs` with weight init * decay^epoch."""
 
     reads = frozenset({"embedding", "features"})
     compares = 2
-    init: Annotated[float, Field(ge=0)] = 100.0  # weight of each pair at first, beside 1 for the embedding
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.7  # by which that weight is multiplied every epoch
-    kernel: Kernel = "combined"  # how alike two samples are; combined: the sum of cosine and student_t
-    divergence: Divergence = "jeffreys"  # of the two networks' similarities; jeffreys: kl in both directions
-    # batch: times the number of samples that are compared; without it, gradients shrink as that number grows.
+    init: Annotated[float, Field(ge=0)] = 100.0  # Weight of each pair in the first epoch.
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.7  # Factor of that weight after every epoch.
+    kernel: Kernel = "combined"  # Similarity of two samples; `combined`: the sum of cosine and student_t.
+    # Divergence of the student's similarities from the teacher's; `jeffreys`: kl in both directions.
+    divergence: Divergence = "jeffreys"
+    # `batch`: multiply by the number of compared samples, or else gradients shrink as that number grows.
     scale: Scale = "none"
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:

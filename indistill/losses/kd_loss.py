@@ -13,8 +13,8 @@ from indistill.losses.common import at_least_float32, kl_divergence, require_equ
 
 class KDLoss(Loss, name="kd"):
     reads = frozenset({"logits"})
-    temperature: PositiveFloat = 4.0  # of both softmaxes
-    standardize: bool = False  # logit standardisation (arXiv 2403.01427)
+    temperature: PositiveFloat = 4.0  # Temperature of both softmaxes.
+    standardize: bool = False  # Standardise the logits first (arXiv 2403.01427).
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
         return kd(student.logits, teacher.logits, self.temperature, self.standardize)

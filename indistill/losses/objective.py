@@ -18,7 +18,7 @@ from indistill.models.outputs import Output, Targets
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses of a run; `scope` says whose samples losses compare (losses/gather.py)."""
+    """The losses of a run; `scope` selects the samples that losses compare (losses/gather.py)."""
 
     losses: Sequence[Loss]
     steps_per_epoch: int
@@ -27,10 +27,10 @@ class Objective:
     def __call__(
         self, output: Output, targets: Targets, *, labels: Tensor, phase: Phase, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum of the phase's losses, and each term unweighted, detached.
+        """Return the weighted sum of the phase's losses, and each term unweighted and detached.
 
-        Labels are int64 [B], or class probabilities [B, K] of mixed images. A sum that is not finite gives
-        gradients that are not finite, which whatever sums these over the ranks shows to all of them.
+        Labels are int64 [B], or class probabilities [B, K] of mixed images. If the sum is not finite, neither
+        are its gradients, so that every rank notices once they are summed over the ranks.
         """
         weights: Sequence[float]
         if phase.pairs:
@@ -61,10 +61,16 @@ class Objective:
             student, teacher, own_labels = gather_inputs(
                 student, teacher, labels=own_labels, scope=self.scope, related=loss.compares
             )
-        return loss(student, teacher, own_labels, epoch)
+        value = loss(student, teacher, own_labels, epoch)
+        if not isinstance(value, Tensor) or value.ndim:
+            returned = f"shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"loss {loss.name} returned {returned}: expected a tensor with one value, shape []"
+            )
+        return value
 
     def compared(self, output: Output, targets: Targets, labels: Tensor) -> list[Rows]:
-        """One sample's part of what the losses would gather from all ranks, for each group of tensors."""
+        """Return the size of one sample's rows that the losses would gather, for each group of tensors."""
         rows = []
         for i, loss in enumerate(self.losses):
             if loss.compares > 1:

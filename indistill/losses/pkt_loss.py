@@ -19,9 +19,10 @@ Scale = Literal["none", "batch"]
 class PKTLoss(Loss, name="pkt"):
     reads = frozenset({"embedding"})
     compares = 2
-    kernel: Kernel = "combined"  # how alike two samples are; combined: the sum of cosine and student_t
-    divergence: Divergence = "jeffreys"  # of the two networks' similarities; jeffreys: kl in both directions
-    # batch: times the number of samples that are compared; without it, gradients shrink as that number grows.
+    kernel: Kernel = "combined"  # Similarity of two samples; `combined`: the sum of cosine and student_t.
+    # Divergence of the student's similarities from the teacher's; `jeffreys`: kl in both directions.
+    divergence: Divergence = "jeffreys"
+    # `batch`: multiply by the number of compared samples, or else gradients shrink as that number grows.
     scale: Scale = "none"
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
@@ -37,23 +38,22 @@ def pkt(
 ) -> Tensor:
     """Probabilistic knowledge transfer (Passalis, 1803.10837); by default in InDistill's form (2205.10003).
 
-    student [B, ...], teacher [B, ...], flattened; returns a scalar. The widths may differ. Each network's
-    batch is described by how near samples are to each other under a kernel, each row scaled to sum to one:
+    student [B, ...], teacher [B, ...], flattened; returns a scalar. The widths may differ. A kernel
+    gives the similarity of every two samples of a network's batch; each row is scaled to sum to one:
     - cosine: (cos + 1) / 2, the one of 1803.10837;
     - student_t: 1 / (1 + d) of the Euclidean distance d, of degree 1 (2005.00727);
     - rbf: exp(-d / s), where s is the batch's mean distance, the "adaptive_rbf" of 2005.00727's code.
       (There s gets no gradient; here it does, since the kernel does not depend on scale. A fixed s = 1, the
       plain "rbf" there, leaves wide features without neighbours.)
     - combined: cosine and student_t, the two losses summed (2005.00727).
-    The two descriptions are compared by a divergence, averaged over the B*B entries: kl is
+    The two networks' similarities are compared by a divergence, averaged over the B*B entries: kl is
     KL(teacher || student) (1803.10837), jeffreys the sum of both directions (2005.00727).
 
-    Each row is a distribution over B samples, and its divergence, a sum, does not grow with B. So that
-    average, the published one, falls as 1 / B, and with it the gradient of the weights. At 4,096 samples a
-    quarter of the gradients, or half under the cosine kernel, can be below 1e-8 (docs/losses.md), Adam's eps,
-    under which Adam's steps shrink too. scale: batch multiplies by B: the mean over the samples of the
-    divergence of their rows, as in `kd`. B counts the samples given, which are those of all ranks if they
-    were gathered.
+    Each row is a distribution over B samples, and its divergence is a sum that does not grow with B. The
+    published average over B*B entries therefore falls as 1 / B, and so does the gradient of the weights. At
+    4,096 samples, a quarter of the gradients (half with the cosine kernel) can be below Adam's eps of 1e-8,
+    where Adam's steps shrink too (docs/losses.md). scale: batch multiplies by B, which gives the mean over
+    the samples, as in `kd`. B counts the samples given, which are those of all ranks if they were gathered.
     """
     require_equal("pkt", student.shape[:1], teacher.shape[:1])
     with torch.autocast(student.device.type, enabled=False):  # the kernels are products of matrices

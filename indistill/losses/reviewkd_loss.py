@@ -14,7 +14,7 @@ from indistill.models.outputs import Output, Targets
 
 
 class ReviewKDLoss(Loss, name="reviewkd"):
-    """On every pair of `kd.pairs`, through trained layers from the student's maps to the teacher's."""
+    """Compares every pair of `kd.pairs`, after trained layers from the student's maps to the teacher's."""
 
     reads = frozenset({"features"})
 

@@ -13,8 +13,8 @@ from indistill.losses.common import at_least_float32, require_equal, square_dist
 
 class RKDLoss(Loss, name="rkd"):
     reads = frozenset({"embedding"})
-    distance_weight: float = 25.0  # of the distances of two samples
-    angle_weight: float = 50.0  # of the angles of three
+    distance_weight: float = 25.0  # Weight of the distances between two samples.
+    angle_weight: float = 50.0  # Weight of the angles between three samples.
 
     @property
     def compares(self) -> int:  # type: ignore[override]  # Loss never assigns it, so read-only is enough
@@ -27,16 +27,17 @@ class RKDLoss(Loss, name="rkd"):
 def rkd(
     student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0
 ) -> Tensor:
-    """Relational knowledge distillation (Park, 1904.05068, section 3.2); weights of its classification runs.
+    """Relational knowledge distillation (Park, 1904.05068, section 3.2).
 
-    student [B, D_s], teacher [B, D_t]; returns distance_weight * distance + angle_weight * angle, Huber
-    losses (delta 1) averaged over all B^2 pairs and all B^3 triplets, as in the published code, where those
-    of a sample with itself are zero. Distances are relative to the batch's mean distance; the angle is the
-    cosine of the angle that two samples make at a third. Samples closer to each other than 1e-6 have no
-    angle, as their distance has no gradient.
+    student [B, D_s], teacher [B, D_t]; returns distance_weight * distance + angle_weight * angle. Both are
+    Huber losses (delta 1), averaged over all B^2 pairs and all B^3 triplets. As in the published code, these
+    include a sample with itself, which adds zero. Distances are relative to the batch's mean distance; the
+    angle is the cosine of the angle that two samples make at a third. Samples closer to each other than 1e-6
+    have no angle, because their distance has no gradient. The default weights are those of the paper's
+    classification runs.
 
-    The angles take six products of B^3 * D multiplications a step, 3.3e12 for B = 1024 and D = 512, but
-    little memory: blocks of anchors of some 2^24 numbers are recomputed in the backward pass.
+    The angles take six products of B^3 * D multiplications per step, 3.3e12 for B = 1024 and D = 512. They
+    need little memory, because blocks of anchors of some 2^24 elements are recomputed in the backward pass.
     """
     require_equal("rkd", student.shape[:1], teacher.shape[:1])
     with torch.autocast(student.device.type, enabled=False):

@@ -13,7 +13,7 @@ from indistill.losses.common import at_least_float32, require_equal, sum_of
 class SPLoss(Loss, name="sp"):
     reads = frozenset({"features"})
     compares = 2
-    weight: float = 3000.0  # in the sum of losses
+    weight: float = 3000.0  # Factor of this loss in the sum.
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
         return sum_of(sp(s, t) for s, t in zip(student.features, teacher.features))
@@ -22,10 +22,10 @@ class SPLoss(Loss, name="sp"):
 def sp(student: Tensor, teacher: Tensor) -> Tensor:
     """Similarity-preserving distillation (Tung, 1907.09682); on the last map alone its usual weight is 3000.
 
-    student [B, ...], teacher [B, ...], flattened, of any widths; returns a scalar: the Gram matrices [B, B]
-    of the two batches, every row scaled to length 1, their squared difference averaged over the B*B entries.
-    As in the published code a row's length counts as 1e-12 at least. The row of a map whose length is about
-    1e-6 or less gets no gradient: it would be a million times the usual one, or more.
+    student [B, ...], teacher [B, ...], flattened, of any widths; returns a scalar. The rows of both batches'
+    Gram matrices [B, B] are scaled to length 1; their squared difference is averaged over the B*B entries. As
+    in the published code, a row's length is clamped to at least 1e-12. The row of a map whose length is about
+    1e-6 or less gets no gradient, because it would be at least a million times the usual one.
     """
     require_equal("sp", student.shape[:1], teacher.shape[:1])
     with torch.autocast(student.device.type, enabled=False):

@@ -14,11 +14,16 @@ from indistill.losses.kd_loss import kd
 
 
 class TokenLoss(Loss, name="token"):
-    """For students such as deit_tiny_distilled_patch16_224; `ce` then trains their class token."""
+    """Trains the distillation token of a student such as deit_tiny_distilled_patch16_224.
+
+    `ce` trains its class token.
+    """
 
     reads = frozenset({"logits", "token"})
-    mode: Literal["hard", "soft"] = "hard"  # the teacher's class as a label, or its softened probabilities
-    temperature: PositiveFloat = 1.0  # for soft
+    mode: Literal["hard", "soft"] = (
+        "hard"  # `hard`: the teacher's class as a label; `soft`: its softened probabilities.
+    )
+    temperature: PositiveFloat = 1.0  # Temperature of `soft`.
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
         return token(student.token, teacher.logits, self.mode, self.temperature)
@@ -30,11 +35,11 @@ def token(
     mode: Literal["hard", "soft"] = "hard",
     temperature: float = 1.0,
 ) -> Tensor:
-    """The loss of DeiT's distillation token (Touvron, 2012.12877, section 4): what its classifier learns.
+    """The loss of DeiT's distillation token (Touvron, 2012.12877, section 4).
 
-    Both [B, K]; returns a scalar. hard: cross-entropy with the teacher's decision, the published choice, at
-    weight 0.5 beside the class token's 0.5. soft: T^2 * KL(teacher || token), batch mean, for which the paper
-    names T = 3 at weight 0.1; its code defaults to T = 1, and divides by K too.
+    Both [B, K]; returns a scalar. hard: cross-entropy with the teacher's predicted class; the published runs
+    use it with weight 0.5, and 0.5 for the class token. soft: T^2 * KL(teacher || token), batch mean. The
+    paper uses T = 3 and weight 0.1 for it; its code defaults to T = 1, and also divides by K.
     """
     require_equal("token", token_logits.shape, teacher_logits.shape)
     match mode:

@@ -27,8 +27,8 @@ class LiveTargets:
     - heads: intermediate classifiers, which run on the maps of their own stages.
     - shard_on: this rank's device, over which and all other ranks' a teacher on the CPU is sharded; all ranks
       must then run it together.
-    - precision: that of the teacher's pass, whatever the caller's autocast is.
-    - run: called in place of the teacher, for instance a compiled one.
+    - precision: of the teacher's forward pass, independent of the caller's autocast.
+    - run: called instead of the teacher, for example the compiled teacher.
     - pool: maps of more than this many pixels a side are averaged down to it.
 
     `fingerprint` is the SHA-256 of the teacher's weights, and of the heads'.

@@ -199,6 +199,8 @@ class Run:
 
     def step(self) -> None:
         """Make one optimizer step; then log, evaluate, save and stop where that is due."""
+        if self.finished:
+            raise RuntimeError(f"the run has finished its {self.done} steps: call end()")
         step = self.done
         phase = self.pace.curriculum.at(step)
         watchdog.begin_step(step + 1, phase.name)
@@ -296,6 +298,9 @@ class Run:
 
     def end(self) -> dict[str, Any]:
         """Write the trained weights and `summary.json`, close what is open, and return the summary."""
+        if not self.finished:
+            total = self.timetable.total_steps
+            raise RuntimeError(f"the run has made {self.done} of {total} steps: call step() until `finished`")
         self.stop.close()
         self.checkpoints.close()
         network = self._scored_network()

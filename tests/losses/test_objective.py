@@ -172,6 +172,18 @@ def test_a_loss_given_twice_is_told_apart(output, targets):
     assert total.item() == pytest.approx((terms["kd"] + terms["ce"] + 2 * terms["kd_2"]).item(), rel=FEW)
 
 
+@pytest.mark.parametrize(("value", "returned"), [(torch.zeros(6), r"shape \[6\]"), (1.0, "float")])
+def test_a_loss_that_returns_no_scalar_is_named(output, targets, value, returned):
+    class Wrong(losses.Loss):
+        reads = frozenset({"logits"})
+
+        def __call__(self, student, teacher, labels, epoch):
+            return value
+
+    with pytest.raises(ValueError, match=f"loss wrong returned {returned}: expected a tensor with one value"):
+        objective(output, targets, LABELS, KD, [Wrong(name="wrong")])
+
+
 @pytest.mark.parametrize(("step", "weight"), [(10, 100.0), (13, 100.0), (14, 70.0), (18, 49.0)])
 def test_information_flow_decays_epoch_by_epoch_on_the_pairs_alone(step, weight):
     maps = [(random(6, 2 + i, 3, 3, seed=i), random(6, 4, 2, 2, seed=9 + i)) for i in range(2)]

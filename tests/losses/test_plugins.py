@@ -20,7 +20,7 @@ from indistill import config
 from indistill.commands.cli import main
 from indistill.config import plugins
 from indistill.config.files import read_lines
-from indistill.distributed import agree
+from indistill.distributed import agree, preemption
 
 ROOT = Path(__file__).parents[2]
 
@@ -316,6 +316,12 @@ LOSS = "from indistill.losses import Loss\n\nclass Mine(Loss, name={name!r}):\n 
         ),
         ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("x = (\n", "line 1: SyntaxError: '(' was never closed"),
+        (
+            LOSS.format(name="mine", body="reads = 'logits'"),
+            "line 3: ValueError: Mine.reads: 'logits' is no set",
+        ),
+        (LOSS.format(name="mine", body="teaches = ['logits']"), "Mine.teaches: ['logits'] is no set"),
+        ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),  # not an end with exit code 0
         ("x = 1\n", "defines no loss"),
         (None, "no such file"),
     ],
@@ -340,6 +346,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tree, tmp_path, command, source,
             "mine",
             "loss 'mine' of the package broken: ZeroDivisionError: division by zero",
         ),
+        ({"leaving": "mine"}, "mine", "loss 'mine' of the package leaving: SystemExit: 0"),
         ({"empty": "mine"}, "mine", "its entry point empty defines no loss of that name"),
     ],
 )
@@ -347,13 +354,29 @@ def test_a_package_that_cannot_be_used_is_one_line(
     tree, tmp_path, installed, command, packages, loss, message
 ):
     file = write_config(tree, tmp_path, {"name": loss})
-    sources = {"broken": "1 / 0", "empty": "x = 1"}
+    sources = {"broken": "1 / 0", "leaving": "import sys; sys.exit(0)", "empty": "x = 1"}
     for package, name in packages.items():
         source = sources.get(package, LOSS.format(name=name, body="pass"))
         write_package(installed[0], package, name, source)
     line = command("plan", file, code=2)
     assert "kd.losses.0: " in line
     assert message in line
+
+
+@pytest.mark.parametrize(("local_rank", "lines"), [(0, 1), (1, 0)])
+def test_a_file_that_one_node_lacks_is_named_by_that_node(
+    tree, tmp_path, monkeypatch, capsys, local_rank, lines
+):
+    """Rank 0, on another node, has the file and cannot know of it."""
+    file = write_config(tree, tmp_path, {"name": "ce"})
+    for name, value in {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    left = []
+    monkeypatch.setattr(preemption, "exit_at_once", left.append)
+    with pytest.raises(SystemExit):
+        main(["train", str(file), "--plugin", str(tmp_path / "absent.py")])
+    assert left == [2]
+    assert capsys.readouterr().err.count("absent.py: no such file") == lines
 
 
 def test_two_files_or_a_file_and_a_package_of_one_name_are_refused(tree, tmp_path, installed, command):

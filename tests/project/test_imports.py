@@ -80,13 +80,17 @@ def statements_at_start(tree: ast.AST) -> list[ast.AST]:
 
 
 def module_of(name: str, known: dict[str, Path]) -> str:
-    """`indistill.data.shards.expand` -> `indistill:data.shards`; other packages' names are unchanged."""
+    """`indistill.data.shards.expand` -> `indistill:data.shards`; other packages' names are unchanged.
+
+    A name of the package itself, such as `indistill.Trainer`, keeps it: `indistill:__init__.Trainer`.
+    """
     if name.split(".")[0] != "indistill":
         return name
-    parts = name.split(".")[1:]
+    names = name.split(".")[1:]
+    parts = list(names)
     while parts and ".".join(parts) not in known:
         parts.pop()
-    return "indistill:" + (".".join(parts) or "__init__")
+    return "indistill:" + ".".join(parts or ["__init__", *names])
 
 
 def ours(found: dict[str, int]) -> dict[str, int]:
@@ -109,15 +113,16 @@ def upward(package: Path) -> list[str]:
 
 
 def allowed_upward(module: str, other: str) -> bool:
-    """`indistill.__version__`, which imports nothing."""
-    return other == "__init__" and module != "__init__"
+    """`indistill.__version__`, which imports nothing, as `indistill.Trainer` would."""
+    return other == "__init__.__version__" and module != "__init__"
 
 
 def cycles(package: Path) -> list[list[str]]:
     """Return groups of modules that import each other, directly or not; `__init__.py` files are modules."""
     known = modules(package)
     graph = {
-        module: [o for o in ours(imports(path, known)) if o != "__init__"] for module, path in known.items()
+        module: [o for o in ours(imports(path, known)) if o in known and o != "__init__"]
+        for module, path in known.items()
     }
     reached = {module: reach(graph, module) for module in graph}
     groups = {frozenset(b for b in graph if b in reached[a] and a in reached[b]) for a in graph}
@@ -174,6 +179,27 @@ def test_a_planted_upward_import_is_named(body, tmp_path):
         path.write_text(text + "\n")
     line = 2 if "\n" in body else 1
     assert upward(package) == [f"indistill/data/shards.py:{line}: data.shards imports training.loop"]
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ("from indistill import __version__", None),
+        ("def f():\n    from indistill import Trainer", "__init__.Trainer"),
+        ("import indistill", "__init__"),
+    ],
+)
+def test_a_lower_module_may_take_only_the_version_from_the_package(body, named, tmp_path):
+    package = tmp_path / "indistill"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "data" / "__init__.py").write_text(body + "\n")
+    lines = (
+        []
+        if named is None
+        else [f"indistill/data/__init__.py:{len(body.splitlines())}: data imports {named}"]
+    )
+    assert upward(package) == lines
 
 
 def test_a_planted_cycle_is_found(tmp_path):

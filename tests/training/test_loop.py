@@ -35,7 +35,7 @@ from indistill.data.dataset import open_shards
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network
 from indistill.training import guard, optim
-from indistill.training.loop import train
+from indistill.training.loop import Run, train
 
 
 def run(tree: dict[str, Any], resume: str = "auto") -> dict[str, Any]:
@@ -230,6 +230,20 @@ def test_a_finished_run_is_left_alone(tree):
     before = (Path(tree["run_dir"]) / "metrics.jsonl").read_text()
     assert run(tree)["metrics"] == first["metrics"]
     assert (Path(tree["run_dir"]) / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_ends_after_its_last_step_and_no_earlier(tree):
+    """Otherwise a summary would call an unfinished run done."""
+    a_run = Run(config.parse(tree | {"warmup": None, "duration": "2 steps"}, "test"))
+    a_run.begin()
+    a_run.step()
+    with pytest.raises(RuntimeError, match="made 1 of 2 steps"):
+        a_run.end()
+    assert not a_run.files.summary.exists()
+    a_run.step()
+    with pytest.raises(RuntimeError, match="finished its 2 steps"):
+        a_run.step()
+    assert a_run.end()["step"] == 2
 
 
 def test_going_back_to_an_earlier_checkpoint(tree):

@@ -84,7 +84,7 @@ def agreement(here: Here) -> Said:
 
 
 def all_reduce(here: Here) -> Said:
-    """Sum numbers over all ranks: whether the sums are right, and how long they take."""
+    """Sum numbers over all ranks, and check the sums and the time that they take."""
     numbers = torch.full((1024,), here.rank + 1.0, device=here.device)
     expected = here.world * (here.world + 1) / 2
     dist.all_reduce(numbers)

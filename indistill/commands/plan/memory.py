@@ -46,8 +46,7 @@ def memory(
 ) -> dict[str, int]:
     """Return the bytes on a rank's device at the end of a forward pass, by purpose.
 
-    `works` are those of all phases, of which the one that keeps the most counts; `state` is the size of the
-    whole optimizer state.
+    `works` are those of all phases; the largest decides. `state` is the size of the whole optimizer state.
     """
     stage = ENGINES.index(engine)
     parameters = FLOAT * sum(parameter.numel() for parameter in student.parameters())
