@@ -5,6 +5,8 @@ docs/security.md lists every limit; a test compares the two.
 
 from __future__ import annotations
 
+MAX_CLASSES = 2**24  # a classifier of 16,777,216 classes on a ResNet-50 has 34 billion weights
+
 # --- shards and their indices -------------------------------------------------------------------------------
 MAX_TAR_HEADERS = 16  # that extend the header of one member (long names, PAX); tar programs write at most 4
 MAX_TAR_HEADER_BYTES = 2**20  # of one of these; extended attributes have at most some 64 KB

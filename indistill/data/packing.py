@@ -21,6 +21,7 @@ from PIL import Image
 
 from indistill.config import UserError
 from indistill.config.files import replace_text, replacing
+from indistill.config.limits import MAX_CLASSES
 from indistill.data import class_names
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_index
@@ -249,9 +250,13 @@ def _find_source(
             return _list_files(*_read_folder(folder, given), seed)
         source = sorted(map(str, tars))
     shards = ShardSet(source, cache_dir=cache_dir)
-    keys = np.concatenate([index.keys for index in shards._indices])
+    for sample_id in np.flatnonzero(shards.labels >= MAX_CLASSES)[:1]:  # classes are counted in a list
+        label = shards.labels[sample_id]
+        raise UserError(f"{shards.where(sample_id)}: label {label} is not below {MAX_CLASSES} (MAX_CLASSES)")
     classes, relabel = _names_of_shards(shards, given)
-    numbered = len(np.unique(keys)) < len(keys)
+    # One array of them all would pad each to the longest.
+    keys = set(itertools.chain.from_iterable(index.keys.tolist() for index in shards._indices))
+    numbered = len(keys) < len(shards)
     return _Shards(shards.fingerprint, shards, shards.image_sizes, classes, numbered, relabel)
 
 
