@@ -175,13 +175,13 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
 
     packed: the shard is compressed, and offsets are those of the uncompressed tar.
     """
-    required = set(Index._fields) - {"sha256"}
-    if stored.keys() - {"sha256"} != required:
-        raise ValueError(f"its keys are not version, {', '.join(sorted(required))}")
-    lists = {name: stored[name] for name in ("keys", "offsets", "sizes", "labels")}
+    names = ("keys", "offsets", "sizes", "labels")
+    if stored.keys() - {"sha256"} != {"bytes", *names}:
+        raise ValueError(f"its keys are not version, bytes, {', '.join(names)}")
+    lists = {name: stored[name] for name in names}
     for name, column in lists.items():
         kind = str if name == "keys" else int
-        if type(column) is not list or set(map(type, column)) != {kind}:
+        if type(column) is not list or set(map(type, column)) != {kind}:  # bool is an int, too
             raise ValueError(f"{name} is not a list of {'texts' if kind is str else 'integers'}")
         if kind is int and not -1 <= min(column) <= max(column) < 2**62:
             raise ValueError(f"{name} has a number that is negative or too large")

@@ -252,9 +252,13 @@ def _find_source(
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
         source = sorted(os.path.join(source, path.name) for path in tars)
     shards = ShardSet(source, cache_dir=cache_dir)
-    keys = np.concatenate([index.keys for index in shards._indices])
+    for sample_id in np.flatnonzero(shards.labels >= MAX_CLASSES)[:1]:  # classes are counted in a list
+        label = shards.labels[sample_id]
+        raise UserError(f"{shards.where(sample_id)}: label {label} is not below {MAX_CLASSES} (MAX_CLASSES)")
     classes, relabel = _names_of_shards(shards, given)
-    numbered = len(np.unique(keys)) < len(keys)
+    # One array of them all would pad each to the longest.
+    keys = set(itertools.chain.from_iterable(index.keys.tolist() for index in shards._indices))
+    numbered = len(keys) < len(shards)
     return _Shards(shards.fingerprint, shards, shards.image_sizes, classes, numbered, relabel)
 
 

@@ -220,6 +220,12 @@ def empty(inputs: Inputs) -> None:
         write_tar(inputs.folder / f"x{i}.tar", [("README", b"no sample")])
 
 
+def many_classes(inputs: Inputs) -> list[str]:
+    """Classes are counted in a list by label."""
+    path = write_tar(inputs.folder / "x.tar", [("a.jpg", b"1"), ("a.cls", b"999999999")])
+    return ["shards", "pack", path, str(inputs.folder / "packed")]
+
+
 def text_of_zeros(inputs: Inputs) -> None:
     bomb(inputs.folder / "x.tar", header("a.json", 2**33 - 1))
 
@@ -237,6 +243,7 @@ CASES = [
     Case("tar: verify goes on after hostile shards", among_others("verify"), code=1,
          output=FAULTS + "1 images, 1 labelled.*3 bad members"),
     *(Case(f"index: {name}", indexed(content), error) for name, (content, error) in INDICES.items()),
+    Case("tar: pack of label 999,999,999", many_classes, "label 999999999 is not below 16777216"),
     Case("stream: no image can be decoded", streamed(undecodable), r"10000 in a row \(MAX_BAD_IN_A_ROW\)"),
     Case("stream: shards without samples", streamed(empty), "hold a sample"),
     Case("stream: gzip of a text of zeros", streamed(text_of_zeros), "MAX_EXPANSION"),
