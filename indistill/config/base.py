@@ -148,13 +148,13 @@ Duration = Annotated[str | int | float, BeforeValidator(_duration)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-def _no_command(folder: str) -> str:
+def no_command(folder: str) -> str:
     if folder.startswith("pipe:"):
         raise ValueError(f"{folder}: a folder cannot be a command: give a path or a URL")
     return folder
 
 
-Folder = Annotated[str, AfterValidator(_no_command)]
+Folder = Annotated[str, AfterValidator(no_command)]
 """A path or URL to which file names are appended; never a command."""
 
 

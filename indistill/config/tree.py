@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from indistill.config.base import Duration, Folder, Section, run_length
+from indistill.config.base import Duration, Section, no_command, run_length
 from indistill.config.limits import MAX_MINUTES
 from indistill.config.redact import redacted
 from indistill.config.sections import (
@@ -40,7 +40,7 @@ from indistill.config.sections import (
 # --- training -----------------------------------------------------------------------------------------------
 class Config(Section):
     # Folder for everything the run writes; all its nodes must be able to access it.
-    run_dir: Annotated[Folder, Field(min_length=1)]
+    run_dir: Annotated[str, Field(min_length=1), AfterValidator(no_command)]
     # `distill`: train a student; `heads`: train classifiers on stages of a frozen teacher, for the loss
     # `dih`.
     stage: Literal["distill", "heads"] = "distill"
