@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from braceexpand import braceexpand
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, redacted
 from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir
 from indistill.data import remote
@@ -161,7 +161,7 @@ def list_in(folder: str) -> Names | None:
         content = json.loads(text)
     except ValueError:
         if remote.is_remote(folder):  # some servers answer with a page where there is no file
-            log.warning("%s: is not valid JSON, and is left aside", where)
+            log.warning("%s: is not valid JSON, and is left aside", redacted(where))
             return None
         raise UserError(
             f"{where}: is not valid JSON: pack the shards again, or delete the file if it is not theirs"
