@@ -40,6 +40,7 @@ MAX_BAD_IN_A_ROW = 10_000  # images that cannot be decoded, in `access: stream`,
 # --- images -------------------------------------------------------------------------------------------------
 MAX_IMAGE_PIXELS = 2**27  # default of data.max_image_pixels: 11,585 x 11,585, more than a camera takes
 MAX_JPEG_SCANS = 500  # of a progressive JPEG; encoders write about 10, and each takes as long as an image
+MAX_SCANNED_PIXELS = 2**32  # pixels times scans of a JPEG, some 10 seconds; 12 scans of 2^27 pixels fit
 MAX_IMAGE_ASPECT = 64  # longer side over the shorter one; evaluation cuts a longer image to its middle
 
 # --- remote files -------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ class Data(Section):
     # Largest fraction of the training samples that may fail to decode; the run stops when there are more.
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     # Largest number of pixels of an image. One with more counts as one that cannot be decoded. A pixel takes
-    # up to 12 bytes of memory while its image is decoded.
+    # up to 16 bytes of memory while its image is decoded.
     max_image_pixels: PositiveInt = MAX_IMAGE_PIXELS
     # Loader processes per rank; 0: the training process loads.
     workers: Annotated[int, Field(ge=0, le=MAX_WORKERS)] = 4

@@ -175,7 +175,7 @@ def list_in(folder: str) -> Names | None:
         content = read_json(text)
     except ValueError:
         if remote.is_remote(folder):  # some servers answer with a page where there is no file
-            log.warning("%s: is not valid JSON, and is left aside", where)
+            log.warning("%s: is not valid JSON, and is left aside", printable(where))
             return None
         raise UserError(
             f"{where}: is not valid JSON: pack the shards again, or delete the file if it is not theirs"

@@ -79,10 +79,11 @@ def decode_crop(
     file that was cut off is always detected.
     """
     jpeg = _ordinary_jpeg(image)
-    if jpeg is None or jpeg.height_at is None:  # only these can have many scans
-        _check_scans(image, where)
     if jpeg is not None:
-        _check_pixels((jpeg.width, jpeg.height), where, max_pixels)
+        size = jpeg.width, jpeg.height
+        _check_pixels(size, where, max_pixels)
+        if jpeg.height_at is None:  # else it has a single scan
+            _check_scans(image, size, where)
         box = choose((jpeg.height, jpeg.width))
         rows = box[0] + box[2] + _ROWS_BELOW
         file = image
@@ -113,17 +114,21 @@ def _check_pixels(size: tuple[int, int], where: str, max_pixels: int) -> None:
         )
 
 
-def _check_scans(image: bytes, where: str) -> None:
+def _check_scans(image: bytes, size: tuple[int, int], where: str) -> None:
     """Raise BadImage for a JPEG with more scans than any encoder writes: each takes as long as an image."""
-    if image.startswith(b"\xff\xd8") and image.count(_SCAN_MARKER) > limits.MAX_JPEG_SCANS:
-        most = limits.MAX_JPEG_SCANS
-        raise BadImage(f"{where}: not a readable image: a JPEG of more than {most} scans (MAX_JPEG_SCANS)")
+    scans = image.count(_SCAN_MARKER) if image.startswith(b"\xff\xd8") else 0
+    width, height = size
+    for name, found in (("MAX_JPEG_SCANS", scans), ("MAX_SCANNED_PIXELS", scans * width * height)):
+        if found > (most := getattr(limits, name)):
+            what = f"{scans} scans of {width} x {height} pixels"
+            raise BadImage(f"{where}: not a readable image: a JPEG of {what}, more than {most} ({name})")
 
 
 def _decode_with_pillow(image: bytes, where: str, max_pixels: int) -> np.ndarray:
     try:
         opened: Image.Image = Image.open(io.BytesIO(image), formats=FORMATS)
         _check_pixels(opened.size, where, max_pixels)
+        _check_scans(image, opened.size, where)
         orientation = _orientation(opened)
         if opened.mode.startswith("I"):  # 16-bit grey: Pillow would clip values above 255, not scale them
             opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))

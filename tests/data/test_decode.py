@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 
-from indistill.config import Augment
+from indistill.config import Augment, limits
 from indistill.data import augment, decode
 from indistill.data.decode import BadImage
 from indistill.data.shards import ShardSet
@@ -336,18 +336,25 @@ def test_the_limit_is_ours_and_not_pillows(side):
         decode.decode(content, "here", side**2 - 1)
 
 
-@pytest.mark.parametrize(("scans", "fits"), [(500, True), (501, False)])
-def test_a_jpeg_of_many_scans(scans, fits):
-    content = encoded(
-        Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)), "JPEG", progressive=True
-    )
+@pytest.mark.parametrize(
+    ("scans", "most", "name"),
+    [
+        (500, 2**32, None),
+        (501, 2**32, "MAX_JPEG_SCANS"),
+        (100, 25_600, None),
+        (100, 25_599, "MAX_SCANNED_PIXELS"),
+    ],
+)
+def test_a_jpeg_of_many_scans(scans, most, name, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_SCANNED_PIXELS", most)
+    image = Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8))
+    content = encoded(image, "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     more = scans - content.count(b"\xff\xda")
     many = content[:last] + content[last:-2] * (more + 1) + content[-2:]
-    if fits:
-        assert decode.decode(many, "here").shape == (16, 16, 3)
-    else:
-        with pytest.raises(
-            decode.BadImage, match="here: not a readable image: a JPEG of more than 500 scans"
-        ):
-            decode.decode(many, "here")
+    for file in (many, many + b"left over"):  # Pillow's way
+        if name is None:
+            assert decode.decode(file, "here").shape == (16, 16, 3)
+        else:
+            with pytest.raises(BadImage, match=rf"here: .* a JPEG of {scans} scans of 16 x 16 .* \({name}\)"):
+                decode.decode(file, "here")

@@ -111,12 +111,15 @@ def _verify(inputs: Inputs) -> list[str]:
     return ["shards", "verify", _shard(inputs, accepted()), "--workers", "1"]
 
 
+SCANS = "more than 500 .MAX_JPEG_SCANS"
 CASES = [
     Case("images, train and evaluate", lambda inputs: _train(inputs, accepted())),
     Case("images, stream", _stream),
-    Case("images, evaluate", lambda i: _train(i, [("jpg", scans(5000))]), error="more than 500 scans"),
     Case("images, verify", _verify),
     Case("images, pack", lambda inputs: _pack(inputs, accepted())),
-    Case("images, pack scans", lambda inputs: _pack(inputs, [("jpg", scans(5000))]), error="500 scans"),
+    Case("images, pack scans", lambda inputs: _pack(inputs, [("jpg", scans(5000))]), error=SCANS),
+    Case(
+        "images, pack pixels", lambda inputs: _pack(inputs, [("png", huge_png())]), error="max_image_pixels"
+    ),
     Case("images, pack text", lambda inputs: _pack(inputs, [("png", text_chunks())]), error="not a readable"),
 ]
