@@ -24,6 +24,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 BLOCK = tarfile.BLOCKSIZE  # bytes: size of a member's header; contents are padded to a multiple of it
 INDEX_VERSION = 1
+MARK = b'{"version": '  # the beginning of every index
 
 
 class Index(NamedTuple):

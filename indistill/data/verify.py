@@ -13,9 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from indistill.config import UserError
+from indistill.config.destinations import check_kind
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import (
     LABEL_REMEDY,
+    MARK,
     Index,
     build_index,
     index_files,
@@ -91,8 +93,13 @@ def index(
     workers: int = 1,
     progress: bool = False,
 ) -> dict[str, int]:
-    """Build the index of every shard again. Returns shard -> number of samples."""
+    """Build the index of every shard again. Returns shard -> number of samples.
+
+    Raises UserError if a file with the name of an index is not one, as well as for a damaged shard.
+    """
     paths = expand(urls, root, allow_pipe)
+    for file in [index_files(path, cache_dir)[0] for path in paths]:
+        check_kind(file, MARK, kind="an index", remedy="move it away, or set --cache-dir")
     return dict(zip(paths, parallel(_index_shard, [(path, cache_dir) for path in paths], workers, progress)))
 
 
