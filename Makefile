@@ -71,6 +71,7 @@ lint: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+	@$(RUN) -m bandit --quiet --configfile pyproject.toml --recursive indistill launch benchmarks docs
 
 # Run every study of the method with one seed and little training, in ten minutes on two cores. DATA is the folder of the
 # data sets; benchmarks/README.md lists its contents, and how to run the studies in full.

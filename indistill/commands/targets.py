@@ -271,7 +271,7 @@ def random_requests(stored: Manifest, seed: int, count: int) -> list[tuple[int, 
     """Draw `count` different (view, sample) pairs; returns them as batches, each a view and ids int64 [B]."""
     samples = sum(stored.samples)
     total = stored.views * samples
-    drawn = random.Random(seed).sample(range(total), min(count, total))
+    drawn = random.Random(seed).sample(range(total), min(count, total))  # nosec B311  # a sample to check, the same for a seed
     requests = []
     for view in range(stored.views):
         ids = np.array(sorted(i % samples for i in drawn if i // samples == view), dtype=np.int64)

@@ -142,7 +142,7 @@ def test_pruning_plans(run, tmp_path):
 
 
 def test_manifests_of_targets(run):
-    record = {"format": "float32", "shape": [10], "views": [0]}
+    record = {"format": "float32", "shape": [10], "dtype": "float32", "channels_last": False, "views": [0]}
     original = {
         "version": 1,
         "teacher": {
