@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,17 @@ from indistill.config import UserError
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 EXAMPLES = 30
+_DIRECTIONS = {
+    "LRE",
+    "RLE",
+    "LRO",
+    "RLO",
+    "PDF",
+    "LRI",
+    "RLI",
+    "FSI",
+    "PDI",
+}  # marks of the writing direction
 HANG_SECONDS = 60  # that one input may take; ordinary ones take milliseconds
 EXTRA_MEMORY = 2**30  # bytes that a parser may take, as in tests/hostile
 _SETTINGS = settings(
@@ -58,7 +70,7 @@ def fuzz(
                 parse(value)
             except UserError as error:
                 message = str(error)
-                assert message.isprintable(), message
+                assert not any(map(_unsafe, message)), message
                 assert 0 < len(message) < 10_000, message
         assert _peak() - peak < EXTRA_MEMORY, "fills memory"
 
@@ -72,6 +84,12 @@ def fuzz(
         if time.monotonic() > end:
             print(f"rounds: {number + 1}")
             return
+
+
+def _unsafe(character: str) -> bool:
+    """Whether a character ends a line, changes a terminal or the order of text, or cannot be written."""
+    kind = unicodedata.category(character)
+    return kind in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(character) in _DIRECTIONS
 
 
 def _peak() -> int:
