@@ -149,7 +149,8 @@ def test_manifests_of_targets(run):
             "feature_info": [{"module": "stage1", "num_chs": 8, "reduction": 2}], "head_hidden_size": 8,
             "fingerprint": "0" * 64, "files": {"teacher.checkpoint": {"path": "a.pt", "sha256": "0" * 64}},
         },
-        "config": {"seed": 0}, "plan": json.loads((run / "prune_plan.json").read_bytes()), "data": "0" * 64,
+        "config": {"data.augment.views": 2, "data.num_classes": 10},
+        "plan": json.loads((run / "prune_plan.json").read_bytes()), "data": "0" * 64,
         "classes": ["ant", "bee"], "samples": [64, 64], "fields": {"logits": record}, "batch": 32,
     }  # fmt: skip
 
