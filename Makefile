@@ -1,4 +1,5 @@
-# The environment is created if it is missing or older than the files that it is created from.
+# The environment is created if it is missing or older than the files that it is created from. READY marks a folder as
+# made here; it is older than those files until everything is installed. No other folder is replaced or deleted.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -9,17 +10,20 @@ export OMP_NUM_THREADS ?= 1
 # If this is set, each of the tests' many processes compiles torch and timm again, for most of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-floors test-portable docs-test test-slurm test-netns lint reproduce clean
+.PHONY: setup demo test fuzz test-floors test-portable docs-test test-slurm test-netns lint reproduce clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
+	@if [ -e $(VENV) ] && [ ! -e $(READY) ]; then \
+		echo "setup: $(VENV) was not made by make: move it away" >&2; exit 1; \
+	fi
 	@if command -v uv >/dev/null 2>&1; then \
 		echo "setup: creating $(VENV) with uv" && \
-		uv venv --quiet --clear --python $(PYTHON) $(VENV) && \
+		uv venv --quiet --clear --python $(PYTHON) $(VENV) && touch -t 200001010000 $@ && \
 		uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[dev]'; \
 	else \
 		echo "setup: creating $(VENV) with pip (several minutes)" && \
-		$(PYTHON) -m venv --clear $(VENV) && \
+		$(PYTHON) -m venv --clear $(VENV) && touch -t 200001010000 $@ && \
 		$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
 	fi
 	@touch $@
@@ -30,6 +34,11 @@ demo: $(READY)
 # One process per core, at most 4: each imports torch and takes more than 1 GB, and some tests start further processes.
 test: $(READY) lint
 	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# Feed each parser mutated input for FUZZ_SECONDS. `make test` runs a few dozen inputs of each.
+FUZZ_SECONDS ?= 60
+fuzz: $(READY)
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(RUN) -m pytest tests/fuzz --numprocesses logical --maxprocesses 4 $(ARGS)
 
 # Run the core of the tests with the lowest versions that pyproject.toml allows, in an environment of its own (6 GB).
 # Compiled runs are left out: they take minutes.
@@ -83,11 +92,16 @@ lint: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+	@$(RUN) -m bandit --quiet --configfile pyproject.toml --recursive indistill launch benchmarks docs
 
 # Run every study of the method with one seed and little training, in ten minutes on two cores. DATA is the folder of the
 # data sets; benchmarks/README.md lists its contents, and how to run the studies in full.
 reproduce: $(READY)
 	@for study in benchmarks/studies/*.yaml; do $(RUN) benchmarks/study.py $$study --quick --jobs 2 $(ARGS) || exit; done
 
+# Delete what these commands made of files that can be downloaded or computed again: the environment and caches. Runs stay.
 clean:
-	rm -rf $(VENV) $(FLOORS) runs
+	@[ ! -e $(READY) ] || rm -rf $(VENV)
+	@[ ! -e $(FLOORS)/.ready ] || rm -rf $(FLOORS)
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find indistill tests docs benchmarks launch -name __pycache__ -prune -exec rm -rf {} +

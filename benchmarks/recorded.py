@@ -37,11 +37,12 @@ class Step(NamedTuple):
 
 def pack(folder: Path, samples: int, size: int) -> None:
     """Write shards of noise images, because their content does not affect the time."""
-    random = np.random.RandomState(0)
+    noise = np.random.RandomState(0)
 
     def image(i: int) -> tuple[str, bytes, str, int]:
         buffer = io.BytesIO()
-        Image.fromarray(random.randint(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
+        pixels = noise.randint(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG")
         return f"{i:05d}", buffer.getvalue(), "png", i % CLASSES
 
     packing.pack(map(image, range(samples)), folder, "train", samples_per_shard=samples)

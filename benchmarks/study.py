@@ -21,7 +21,7 @@ import os
 import platform
 import re
 import statistics
-import subprocess
+import subprocess  # nosec B404  # for git
 import sys
 import threading
 import time
@@ -433,7 +433,8 @@ def commit() -> str | None:
         "--dirty=+",
     ]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        result = subprocess.run(command, capture_output=True, text=True, check=True)  # nosec B603  # constant
+        return result.stdout.strip()
     return None
 
 

@@ -21,7 +21,7 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
+import subprocess  # nosec B404  # for git and the commands of the pages
 import sys
 import tempfile
 import time
@@ -150,7 +150,7 @@ def load_configs(block: Block) -> int:
 
 def scratch_copy(folder: Path) -> None:
     """Copy the repository's files, except those that git ignores."""
-    listed = subprocess.run(
+    listed = subprocess.run(  # nosec B603 B607  # git, as on the PATH, with constant arguments
         ["git", "ls-files", "-co", "--exclude-standard", "-z"],
         cwd=ROOT,
         check=True,
@@ -194,7 +194,7 @@ def run(block: Block, folder: Path, log: Path) -> bool:
 
 def call(command: Sequence[str], folder: Path, log: Path, given: str | None = None) -> bool:
     with log.open("a") as output, contextlib.suppress(subprocess.TimeoutExpired):
-        result = subprocess.run(
+        result = subprocess.run(  # nosec B603  # a command of our own pages
             command, cwd=folder, env=os.environ | environment(folder), input=given, text=True,
             stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS,
         )  # fmt: skip
@@ -224,7 +224,8 @@ def _child(function: Any, folder: Path, log: Path, arguments: tuple[Any, ...]) -
 
 
 def execute(text: str, place: str) -> None:
-    exec(compile(text, place, "exec"), {"__name__": "__main__"})
+    code = compile(text, place, "exec")
+    exec(code, {"__name__": "__main__"})  # nosec B102  # Python of our own pages
 
 
 class Row(NamedTuple):

@@ -144,7 +144,7 @@ class SampleOrder:
             random = self._random(epoch)
             shards = random.permutation(len(self.sizes))
             # The random start moves the cuts and the dropped samples even if one shard holds everything.
-            start = random.randint(self.num_samples, dtype=np.int64)
+            start = random.randint(self.num_samples, dtype=np.int64)  # nosec B311  # numpy, from the seed
             self._ring = _Ring(epoch, shards, np.cumsum(self.sizes[shards]), start)
         _, shards, ends, start = self._ring
         positions = (positions + start) % self.num_samples

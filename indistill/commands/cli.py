@@ -306,6 +306,9 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         help="number the classes like another split: its folder of class folders, its packed folder, a text "
         "file with one name per line, or a JSON file (a list, a mapping from name to label, a dataset.json)",
     )
+    parser.add_argument(
+        "--follow-links", action="store_true", help="also pack what links in a folder name outside of it"
+    )
     parser.set_defaults(run=_pack)
 
 
@@ -324,6 +327,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         cache_dir=arguments.cache_dir,
         progress=True,
         classes=None if arguments.classes is None else class_names.read(arguments.classes),
+        follow_links=arguments.follow_links,
     )
     if content["classes"] is not None:
         print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)

@@ -49,7 +49,8 @@ def main() -> None:
     from indistill.config.run_dir import RunDir
     from indistill.training import loop  # noqa: F401  the slow import, timed on its own
 
-    shutil.rmtree(ROOT, ignore_errors=True)
+    for name in ("data", "teacher", "alone", "indistill"):  # of an earlier demo; anything else there stays
+        shutil.rmtree(ROOT / name, ignore_errors=True)
     settings = config.load(CONFIG)
     assert settings.teacher is not None  # the demo's config has one
     stopwatch.seconds["import"] = stopwatch.elapsed()

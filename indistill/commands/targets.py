@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from indistill import config
 from indistill.config import Config, UserError
+from indistill.config.destinations import remove_parts
 from indistill.config.files import read_bytes, replacing
 from indistill.config.limits import MAX_MANIFEST_BYTES
 from indistill.config.ranks import Ranks
@@ -76,6 +77,7 @@ from indistill.training.start import start_accelerator
 # Relative to a record's largest value: more than one step of its rounding, less than another image differs
 # by.
 TOLERANCE = 0.01
+_MANIFESTS = ("manifest.json", "manifest.partial.json")
 _TIMEOUT_MINUTES = 24 * 60.0  # the ranks wait for each other only at the end, for hours
 
 
@@ -209,8 +211,7 @@ def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], ba
         files = {}
         for name, path in paths.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            for part in path.parent.glob(f"{path.name}.*part"):  # of a job that was killed
-                part.unlink(missing_ok=True)
+            remove_parts(path.parent, path.name.__eq__)
             files[name] = stack.enter_context(replacing(path))
         left = job.manifest.samples[shard]
         while left:
@@ -276,7 +277,7 @@ def random_requests(stored: Manifest, seed: int, count: int) -> list[tuple[int, 
     """Draw `count` different (view, sample) pairs; returns them as batches, each a view and ids int64 [B]."""
     samples = sum(stored.samples)
     total = stored.views * samples
-    drawn = random.Random(seed).sample(range(total), min(count, total))
+    drawn = random.Random(seed).sample(range(total), min(count, total))  # nosec B311  # a sample to check, the same for a seed
     requests = []
     for view in range(stored.views):
         ids = np.array(sorted(i % samples for i in drawn if i // samples == view), dtype=np.int64)
@@ -477,9 +478,9 @@ def stages(net: nn.Module) -> list[StageInfo]:
 def claim(root: Path, manifest: Manifest) -> Manifest:
     """The stored manifest, complete or partial, else this one.
 
-    Raises UserError if the stored one describes other targets.
+    Raises UserError if the stored one describes other targets, or if the folder has other files instead.
     """
-    for name in ("manifest.json", "manifest.partial.json"):
+    for name in _MANIFESTS:
         if os.path.lexists(root / name):
             try:
                 content = read_bytes(root / name, MAX_MANIFEST_BYTES)
@@ -499,6 +500,12 @@ def claim(root: Path, manifest: Manifest) -> Manifest:
             return stored
     try:
         root.mkdir(parents=True, exist_ok=True)
+        remove_parts(root, _MANIFESTS.__contains__)
+        stray = next((path for path in root.iterdir() if not path.name.startswith(".")), None)
     except OSError as error:
         raise UserError(f"targets.dir {root}: cannot be written ({error.strerror}): choose another") from None
+    if stray:
+        raise UserError(
+            f"targets.dir {root}: holds {stray.name}, but no targets: choose another, or empty it"
+        )
     return manifest

@@ -28,6 +28,7 @@ from indistill.data.tar import BLOCK, Tar
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 INDEX_VERSION = 1
 INDEX_SUFFIX = ".index.json"
+MARK = b'{"version": '  # the beginning of every index
 
 
 class Index(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from indistill.config import UserError, records
+from indistill.config.destinations import remove_parts
 from indistill.config.files import open_regular, replace_text, replacing
 from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
 from indistill.data import class_names
@@ -28,6 +31,7 @@ from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_inde
 from indistill.data.shards import ShardSet
 from indistill.data.verify import parallel
 
+_PREFIX = re.compile(r"[^/\\{}:.~][^/\\{}:]{0,199}")  # with the rest of a part's name at most 255 characters
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
 OVERHEAD_BYTES = 3 * BLOCK + BLOCK // 2  # per sample: two headers, the label's block, half a block of padding
 
@@ -44,6 +48,7 @@ def pack(
 
     The same samples give the same bytes. Raises UserError if an earlier packing left more shards.
     """
+    _check_prefix(prefix)
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
     if samples_per_shard < 1:
@@ -74,6 +79,7 @@ def pack_source(
     cache_dir: str | None = None,
     progress: bool = False,
     classes: Sequence[str] | None = None,
+    follow_links: bool = False,
 ) -> dict[str, Any]:
     """Pack a data set into shards of about `shard_bytes`. Returns the content of their `dataset.json`.
 
@@ -84,17 +90,57 @@ def pack_source(
     classes: class names in the order of their labels, for a source that may lack some of them, so that a
         second split has the labels of the first. Labels that are numbers without names stay; they must be
         less than its length.
+    follow_links: also pack what links in a source folder name outside of it; else they are counted on stderr.
     resize: pixels to which a longer shorter side is reduced, as JPEG of `quality`. Other images are not
         changed.
 
     Independent of `workers`, the same source and options give the same bytes. An interrupted packing is
-    continued. Raises UserError for unreadable images and for a destination that contains another packing.
+    continued. Raises UserError for unreadable images and for a destination with another packing or in a
+    source folder.
     """
+    _check_options(prefix, shard_bytes, resize)
+    with _named_errors(destination):
+        origin = _find_source(source, seed, cache_dir=cache_dir, given=classes, follow_links=follow_links)
+        _check_apart(origin, source, destination)
+        packing = _Packing(origin, Path(destination), prefix, shard_bytes, resize, quality)
+        return packing.run(classes, workers, progress)
+
+
+@contextlib.contextmanager
+def _named_errors(destination: str | Path) -> Iterator[None]:
+    """Turn an error of the disk into a UserError that names its file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or destination}: {error.strerror or error}: correct it and start again; shards "
+            "that are finished are kept"
+        ) from None
+
+
+def _check_apart(origin: _Files | _Shards, source: str | Sequence[str], destination: str | Path) -> None:
+    """Raise UserError if a packing would become a class of the folder that it packs."""
+    packed = Path(os.path.realpath(destination))
+    if (
+        isinstance(origin, _Files)
+        and os.path.isdir(str(source))
+        and Path(os.path.realpath(str(source))) in (packed, *packed.parents)
+    ):
+        raise UserError(f"{destination}: is in the source folder {source}: choose a folder outside of it")
+
+
+def _check_options(prefix: str, shard_bytes: int, resize: int | None) -> None:
     if shard_bytes < 1 or (resize is not None and resize < 1):
         raise UserError(f"shard_bytes ({shard_bytes}) and resize ({resize}) must be at least 1")
-    origin = _find_source(source, seed, cache_dir, classes)
-    packing = _Packing(origin, Path(destination), prefix, shard_bytes, resize, quality)
-    return packing.run(classes, workers, progress)
+    _check_prefix(prefix)
+
+
+def _check_prefix(prefix: str) -> None:
+    if not (_PREFIX.fullmatch(prefix) and prefix.isprintable()):
+        raise UserError(
+            f"--prefix {prefix!r}: must be a plain file name of at most 200 characters, without / \\ {{ }} "
+            "or :, and not begin with . or ~: choose another"
+        )
 
 
 class _Packing(NamedTuple):
@@ -153,8 +199,8 @@ class _Packing(NamedTuple):
         elif stray := next(self.destination.glob("*.tar*"), None):
             raise UserError(f"{stray}: not of this packing: choose an empty directory")
         _save_json(record, {"plan": plan, "complete": False})
-        for part in self.destination.glob("*.part"):  # left by a packing that was killed
-            part.unlink()
+        ours = re.compile(rf"{re.escape(self.prefix)}-\d{{6,}}\.tar(\.index\.json)?|{re.escape(record.name)}")
+        remove_parts(self.destination, lambda name: ours.fullmatch(name) is not None)
 
     def cuts(self) -> list[int]:
         """Index of the first image of each shard, then the number of images."""
@@ -239,7 +285,12 @@ def _read_shards(
 
 
 def _find_source(
-    source: str | Sequence[str], seed: int, cache_dir: str | None, given: Sequence[str] | None
+    source: str | Sequence[str],
+    seed: int,
+    *,
+    cache_dir: str | None,
+    given: Sequence[str] | None,
+    follow_links: bool,
 ) -> _Files | _Shards:
     """Find the images of a source of `pack_source`. `given`: its `classes`."""
     if isinstance(source, str) and source.lower().endswith(".csv"):
@@ -248,7 +299,7 @@ def _find_source(
         folder = Path(source)
         tars = [path for pattern in ("*.tar", "*.tar.gz", "*.tgz") for path in folder.glob(pattern)]
         if not tars:
-            return _list_files(*_read_folder(folder, given), seed)
+            return _list_files(*_read_folder(folder, given, follow_links), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
         source = sorted(os.path.join(source, path.name) for path in tars)
     shards = ShardSet(source, cache_dir=cache_dir)
@@ -310,14 +361,39 @@ def _list_files(images: list[tuple[str, int]], classes: list[str] | None, ignore
     return _Files(identity.hexdigest(), items, sizes, classes, ignored)
 
 
-def _read_folder(folder: Path, given: Sequence[str] | None) -> tuple[list[tuple[str, int]], list[str], int]:
-    """The images (path, label) in class folders, the class names, and the number of other files."""
+def _read_folder(
+    folder: Path, given: Sequence[str] | None, follow_links: bool
+) -> tuple[list[tuple[str, int]], list[str], int]:
+    """The images (path, label) in class folders, the class names, and the number of other files.
+
+    A link counts only if it names something below the folder, or with `follow_links`.
+    """
+    root = Path(os.path.realpath(folder))
+    left_out = 0
+
+    def allowed(path: Path) -> bool:
+        nonlocal left_out
+        if follow_links or not path.is_symlink() or root in Path(os.path.realpath(path)).parents:
+            return True
+        left_out += 1
+        return False
+
     names = class_names.folders_in(folder)
     classes = names if given is None else list(given)
     labels = {name: _label_in(classes, name, str(folder)) for name in names}
-    paths = [(path, labels[name]) for name in names for path in sorted((folder / name).rglob("*"))]
-    files = [(str(path), label) for path, label in paths if path.is_file()]
+    paths = [
+        (path, labels[name])
+        for name in names
+        if allowed(folder / name)
+        for path in sorted((folder / name).rglob("*"))
+    ]
+    files = [(str(path), label) for path, label in paths if allowed(path) and path.is_file()]
     images = [(path, label) for path, label in files if _extension(path) in IMAGE_EXTENSIONS]
+    outside = f"{folder}: {left_out} links lead out of it and are left out: set --follow-links to pack them"
+    if left_out and not images:
+        raise UserError(outside)
+    if left_out:
+        print(f"indistill: {outside}", file=sys.stderr, flush=True)
     if not images:
         raise UserError(
             f"{folder}: contains neither shards nor class folders with images "

@@ -106,7 +106,8 @@ class StreamedImages(IterableDataset):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader = self.training.rank * workers + number
         readers = self.training.world * workers
-        rng = random.Random(f"{self.training.seed} {reader} {self.first_step}")
+        # Of the order of samples.
+        rng = random.Random(f"{self.training.seed} {reader} {self.first_step}")  # nosec B311
         samples = self._samples(reader, readers)
         samples = wds.shuffle(self.training.section.shuffle_buffer, rng=rng)(samples)
         for _ in range(number, self.batches, workers):  # the loader takes batches from the workers in turn

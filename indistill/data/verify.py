@@ -15,9 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from indistill.config import UserError, in_one_line
+from indistill.config.destinations import check_kind
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import (
     LABEL_REMEDY,
+    MARK,
     Index,
     build_index,
     index_files,
@@ -160,6 +162,8 @@ def _index_shard(task: tuple[str, str | None, bool]) -> int | str:
     path, cache_dir, hashed = task
     cache = cache_for([path], cache_dir)
     try:
+        file = index_files(path, cache_dir)[0]
+        check_kind(file, MARK, kind="an index", remedy="move it away, or set --cache-dir")
         if cache:
             cache.discard(path)  # so that the shard as it is now gets indexed
         return len(build_index(path, cache_dir, cache, hashed=hashed).keys)

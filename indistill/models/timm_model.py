@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import pickle
+import pickle  # nosec B403  # only for the type of its errors
 from collections.abc import Callable
 from typing import Any, cast
 

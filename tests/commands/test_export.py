@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +381,27 @@ def test_mistakes_are_one_line(run_copy, tmp_path, capsys, monkeypatch):
     heads = tree | {"stage": "heads", "student": None, "warmup": None, "kd": {"losses": [{"name": "ce"}]}}
     (run_copy / "config.yaml").write_text(yaml.safe_dump(heads))
     assert "stage: heads trains no student" in line()
+
+
+def test_only_its_own_unfinished_exports_are_deleted(trained, tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = {
+        "student": True, f".partial-student.{ended.pid}.0123abcd": True,
+        ".partial-student": False, ".partial-student.mine": False,
+        f".partial-student.{os.getpid()}.0123abcd": False,
+        f".partial-students.{ended.pid}.0123abcd": False,
+    }  # fmt: skip
+    for name in names:
+        (tmp_path / name).mkdir()
+    for name in list(names)[1:]:
+        (tmp_path / name / "file").touch()
+    export(trained, tmp_path / "student")
+    assert (tmp_path / "student" / "model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "student",
+        *(n for n, ours in names.items() if not ours),
+    }
 
 
 def test_eval_of_a_timm_model(trained, monkeypatch, tmp_path):

@@ -57,8 +57,14 @@ def test_packing_is_the_same_for_any_workers_and_resumes(tmp_path):
     for path in tars[2:]:
         os.unlink(path)
         os.unlink(f"{path}.index.json")
-    Path(f"{tars[2]}.1.part").write_bytes(b"half")
+    half = [f"{tars[2]}.1.0123abcd.part", f"{tars[2]}.index.json.12.0123abcd.part"]
+    half.append(tmp_path / "resumed" / "dataset.json.123.0123abcd.part")
+    others = [f"{tars[2]}.part", f"{tars[2]}.1.0123ABCD.part", tmp_path / "resumed" / "film.1.0123abcd.part"]
+    for part in [*half, *others]:
+        Path(part).write_bytes(b"half")
     packing.pack_source(str(tmp_path / "images"), tmp_path / "resumed", **arguments)
+    for part in others:  # none that a packing makes
+        os.unlink(part)
     assert tree(tmp_path / "resumed") == first
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
     with pytest.raises(UserError, match=r"resumed: holds another packing.*empty directory"):
@@ -323,3 +329,72 @@ def test_pack_refuses_what_it_would_mix_up(tmp_path):
         pack(samples(6), tmp_path, "x", 3)
     with pytest.raises(UserError, match=r"cannot pack 'a\.b\.jpg'"):
         pack([("a.b", b"", "jpg", 0)], tmp_path / "y", "x", 3)
+
+
+def packed_images(destination):
+    urls = json.loads((destination / "dataset.json").read_text())["urls"]
+    return {sample.image: sample.label for sample in ShardSet(urls, root=str(destination)).iterate()}
+
+
+def test_links_out_of_a_folder_are_left_out_and_counted(tmp_path, capsys):
+    content = folder(tmp_path / "images")
+    outside = {picture(900 + i): i for i in range(2)}
+    (tmp_path / "elsewhere").mkdir()
+    for image, number in outside.items():
+        (tmp_path / "elsewhere" / f"{number}.jpg").write_bytes(image)
+    first = tmp_path / "images" / "ant" / "secret.jpg"
+    first.symlink_to("../../elsewhere/0.jpg")
+    (tmp_path / "images" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "bee" / "again.jpg").symlink_to("im.0.JPG")  # in the folder: packed
+    within = next(image for image, label in content.items() if label == 1)
+    content = {image: label for image, label in content.items() if label != 1} | {
+        image: 1 for image, label in content.items() if label == 1
+    }
+    summary = packing.pack_source(str(tmp_path / "images"), tmp_path / "a")
+    assert "images: 2 links lead out of it and are left out: set --follow-links" in capsys.readouterr().err
+    assert packed_images(tmp_path / "a") == content
+    assert (summary["samples"], summary["class_counts"]) == (22, [7, 8, 7, 0])  # the numbering is kept
+    assert within in packed_images(tmp_path / "a")
+
+    summary = packing.pack_source(str(tmp_path / "images"), tmp_path / "b", follow_links=True)
+    assert capsys.readouterr().err == ""
+    assert set(packed_images(tmp_path / "b")) == {*content, *outside}
+    assert summary["class_counts"] == [8, 8, 7, 2]
+
+    for image in (tmp_path / "images").rglob("im.*"):
+        image.unlink()
+    with pytest.raises(UserError, match="links lead out of it and are left out: set --follow-links"):
+        packing.pack_source(str(tmp_path / "images"), tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["../x", "a/b", "", ".hidden", "~root", "{0..9}", "pipe:x", "a\\b", "a\nb", "\x1b[2J", "x" * 201],
+)
+def test_a_prefix_is_a_plain_file_name(tmp_path, prefix):
+    folder(tmp_path / "images")
+    with pytest.raises(UserError, match=r"--prefix .* must be a plain file name"):
+        packing.pack_source(str(tmp_path / "images"), tmp_path / "inner" / "out", prefix=prefix)
+    with pytest.raises(UserError, match=r"--prefix .* must be a plain file name"):
+        pack([("a", b"b", "jpg", 0)], tmp_path / "inner" / "out", prefix, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_shards_are_not_packed_into_their_source(tmp_path):
+    folder(tmp_path / "images")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    before = sorted((tmp_path / "images").rglob("*"))
+    for destination in ("images", "images/shards", "images/ant/a/b", "link/shards", "other/../images"):
+        with pytest.raises(UserError, match=r"is in the source folder .*choose a folder outside of it"):
+            packing.pack_source(str(tmp_path / "images"), tmp_path / destination)
+    assert sorted((tmp_path / "images").rglob("*")) == before
+    packing.pack_source(str(tmp_path / "images"), tmp_path / "images-packed")
+
+
+def test_a_destination_that_cannot_be_written_is_named(tmp_path):
+    folder(tmp_path / "images")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file: File exists: .*shards that are finished are kept"):
+        packing.pack_source(str(tmp_path / "images"), tmp_path / "file")
+    with pytest.raises(UserError, match="Not a directory"):
+        packing.pack_source(str(tmp_path / "images"), tmp_path / "file" / "below")

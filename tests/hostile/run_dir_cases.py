@@ -87,6 +87,10 @@ CASES = [
     Case("run_dir: a folder that is no run", no_run, error="no run of indistill", after=still_no_run),
     Case("run_dir: another start is at work", taken, error="another start of this run", after=still_taken),
     Case("run_dir: strange files", strange_files, after=strange_files_stay),
-    Case("run_dir: the manifest of a checkpoint is a pipe", forged, error="damaged .*manifest.json: cannot be read .Not a regular file"),
+    Case(
+        "run_dir: the manifest of a checkpoint is a pipe",
+        forged,
+        error="damaged .*manifest.json: cannot be read .Not a regular file",
+    ),
     Case("run_dir: a manifest that names other files", escaping, error="'/dev/zero' is not a file of it"),
 ]

@@ -14,11 +14,13 @@ from pydantic import BaseModel
 
 from indistill.commands import cli
 from indistill.commands.trainer import Trainer
+from indistill.config import limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs"))
 import run_commands
 import test_imports
 import write_configuration
+import write_limits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = run_commands.pages()
@@ -86,6 +88,34 @@ def test_patches_apply(page):
             subprocess.run(
                 ["git", "apply", "--check"], cwd=REPOSITORY, input=block.text, text=True, check=True
             )
+
+
+def test_the_table_of_limits_is_what_the_module_says():
+    text = write_limits.PAGE.read_text()
+    assert text.count(write_limits.BEGIN) == text.count(write_limits.END) == 1
+    assert text == write_limits.page(text), "run docs/write_limits.py"
+
+
+def test_every_limit_is_listed_with_its_value_and_reason():
+    source = """
+A = 2**20  # of one thing; more is never needed
+# --- others ---
+# Of two things, for a reason
+# on two lines.
+B = 1.5
+C = (
+    2**10
+)  # of three things
+"""
+    assert list(write_limits.rows(source, {"A": 2**20, "B": 1.5, "C": 2**10})) == [
+        "| `A` | 1,048,576 | of one thing; more is never needed |",
+        "| `B` | 1.5 | Of two things, for a reason on two lines. |",
+        "| `C` | 1,024 | of three things |",
+    ]
+    text = write_limits.table()
+    constants = {name for name in vars(limits) if name.isupper()}
+    assert constants == set(re.findall(r"^\| `([A-Z_0-9]+)` \|", text, re.MULTILINE))
+    assert not re.search(r"\|  \|$", text, re.MULTILINE), "a limit has no comment"
 
 
 def test_the_reference_is_what_the_models_say():

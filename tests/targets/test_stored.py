@@ -507,7 +507,7 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     for folder in (
         root / "view-001"
     ).iterdir():  # as killed jobs of this version and of the one before leave it
-        (folder / "shard-00001.bin.part").write_bytes(b"half")
+        (folder / "shard-00001.bin.4567.0a1b2c3d.part").write_bytes(b"half")
         (folder / "shard-00002.bin.123.0a1b2c3d.part").write_bytes(b"half")
     written.clear()
     compute(part)

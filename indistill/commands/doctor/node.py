@@ -17,6 +17,7 @@ from indistill.data import shards
 from indistill.targets.manifest import load_manifest, targets_root
 
 PREFETCH = 2  # batches of each loader worker: DataLoader's default
+_SHARED_MEMORY = "/dev/shm"  # nosec B108  # only its free space is read
 BATCH_TENSORS = 3  # images, labels, ids; each needs a file descriptor while it is sent
 
 
@@ -119,12 +120,12 @@ def _workers(settings: Config) -> int:
 def shared_memory(here: Here) -> Said:
     """Compare /dev/shm with the batches that loader workers pass through it."""
     try:
-        space = shutil.disk_usage("/dev/shm")
+        space = shutil.disk_usage(_SHARED_MEMORY)
     except OSError as error:
-        yield WARN, f"/dev/shm: {error.strerror}", "mount a tmpfs there, or data.workers=0"
+        yield WARN, f"{_SHARED_MEMORY}: {error.strerror}", "mount a tmpfs there, or data.workers=0"
         return
     needed = here.local_world * max((_batches_bytes(s, here.world) for s in here.settings), default=0)
-    what = f"/dev/shm has {size_text(space.free)} of {size_text(space.total)} free"
+    what = f"{_SHARED_MEMORY} has {size_text(space.free)} of {size_text(space.total)} free"
     if needed:
         what += f", the loaders of this node need up to {size_text(needed)} there"
     remedy = "use docker run --ipc host or --shm-size, a larger tmpfs, or fewer data.workers"

@@ -7,13 +7,18 @@ name.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import os
+import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -56,19 +61,17 @@ def export(
     if Ranks.from_environment().world_size != 1:
         raise UserError("export runs in one process: start it without a launcher")
     destination = Path(destination)
-    partial = destination.absolute().with_name(f".partial-{destination.absolute().name}")
     try:
         _check_destination(destination)
         source = find(Path(run), weights, step)
         options = ["--format", form, "--weights", source.weights, *(["--checkpoint", step] if step else [])]
         command = shlex.join(["indistill", "export", str(run), str(destination), *options])
-        checked = _write_checked(partial, source, form, command)
-        partial.rename(destination)
+        with _partial_folder(destination) as partial:
+            checked = _write_checked(partial, source, form, command)
+            partial.rename(destination)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{destination}: cannot be written ({reason}): choose another") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     unfinished = "" if source.finished else f"{run} is not finished; "
     kind = "moving average" if source.weights == "ema" else "raw weights"
     print(f"{unfinished}exported the {kind} of step {source.step} to {destination}. {checked}", flush=True)
@@ -82,12 +85,31 @@ def _check_destination(destination: Path) -> None:
         raise UserError(f"{destination}: exists and is not an empty folder: choose another destination")
 
 
+@contextlib.contextmanager
+def _partial_folder(destination: Path) -> Iterator[Path]:
+    """An empty folder beside the destination, deleted at the end unless it was renamed.
+
+    Deletes those that killed exports to the same destination left.
+    """
+    beside = destination.absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    name = f".partial-{destination.absolute().name}"
+    for folder in beside.glob(f"{glob.escape(name)}.*"):
+        match = re.fullmatch(r"\.(\d+)\.[0-9a-f]{8}", folder.name.removeprefix(name))
+        if match and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+    partial = beside / f"{name}.{os.getpid()}.{os.urandom(4).hex()}"
+    partial.mkdir()
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _write_checked(folder: Path, source: Source, form: str, command: str) -> str:
     """Write an export to `folder` and compare it with the run; returns a sentence on the difference."""
     network = load_file(source.settings, source.file).eval()
     images, origin = _images(source.settings)
-    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
-    folder.mkdir(parents=True)
     _write(form, network, source, folder)
     exported = load_folder(folder, source.settings).eval()
     difference = _check(network, exported, images, exact=form == "timm")

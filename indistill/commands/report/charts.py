@@ -314,6 +314,9 @@ def _row(heading: Any, *cells: Any) -> str:
     return f'<tr><th scope="row">{escape(str(heading))}</th>{rest}</tr>'
 
 
+MARK = b": indistill</title>"  # at the beginning of every report
+
+
 def page(title: str, body: str, data: dict[str, Any]) -> str:
     """Return the HTML file. Raises ValueError if a number in `data` is not finite."""
     embedded = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -323,7 +326,7 @@ def page(title: str, body: str, data: dict[str, Any]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n"
+        f"<title>{escape(title)}{MARK.decode()}\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n"
         f'<script type="application/json" id="data">{embedded}</script>\n<script>{_SCRIPT}</script>\n'
         "</body>\n</html>\n"
     )

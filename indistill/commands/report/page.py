@@ -24,6 +24,7 @@ from indistill.commands.report.networks import networks
 from indistill.commands.report.read import STATES, Run, read, run_dirs, short_names
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
 from indistill.config import Config, UserError, in_one_line, printable, records
+from indistill.config.destinations import check_kind
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
@@ -44,16 +45,17 @@ def write(
     The directory of a chain or of several students stands for all runs in it. The default file is
     `RUN/report.html`, for several directories `comparison.html` beside the first. `baseline` is a run to add
     to each table of results. With `measure`, speed is measured where it is not known yet. Raises UserError if
-    a directory is not that of a run, or if the file cannot be written.
+    a directory is not that of a run, if the file cannot be written, or if it exists and is not a report.
     """
     folders = [folder for run in runs for folder in run_dirs(Path(run))]
+    first = Path(runs[0])
+    default = RunDir(first).report if len(runs) == 1 else first.absolute().parent / "comparison.html"
+    destination = Path(output or default)
+    check_kind(destination, charts.MARK, kind="a report", remedy="choose another --output")
     found = _read_all(folders)
     other = None if baseline is None else read(run_dirs(Path(baseline))[0], str(baseline))
     found = [run._replace(networks=networks(run, measure)) for run in found]
     other = other and other._replace(networks=networks(other, measure))
-    first = Path(runs[0])
-    default = RunDir(first).report if len(runs) == 1 else first.absolute().parent / "comparison.html"
-    destination = Path(output or default)
     title = first.absolute().name if len(runs) == 1 else f"{len(found)} runs"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ def html(runs: Sequence[Run], title: str, baseline: Run | None = None) -> str:
         _report(page, runs[0], baseline)
     page.add("</main>")
     data = {"charts": page.charts, "runs": {run.name: finite(run.summary) for run in runs}}
-    return charts.page(f"{title}: indistill", "\n".join(page.parts), data)
+    return charts.page(title, "\n".join(page.parts), data)
 
 
 def _report(page: Page, run: Run, baseline: Run | None) -> None:
