@@ -19,7 +19,7 @@ def load_yaml(text: str) -> Any:
     Raises yaml.YAMLError for what is malformed or ambiguous, and for what would fill the memory.
     """
     try:
-        return _unshared(yaml.load(text, Loader=_Loader))
+        return _unshared(yaml.load(text, Loader=_Loader))  # nosec B506  # a SafeLoader
     except (ValueError, OverflowError) as error:  # of PyYAML's scanner, for "\U00110000"
         raise yaml.YAMLError(str(error)) from None
 

@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 from indistill.config import UserError
 from indistill.config.limits import MAX_BRACE_DEPTH, MAX_SHARDS, MAX_SHARDS_CHARACTERS
 
-_TOKEN = re.compile(r"\\.|[{},]|[^\\{},]+|\\", re.DOTALL)
+_PARTS = re.compile(r"\\.|[{},]|[^\\{},]+|\\", re.DOTALL)
 _RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?(\d{1,18}))?")
 _LONG_RANGE = re.compile(r"-?\d+\.\.-?\d+(\.\.-?\d+)?|[-.\d]{64}")
 _RANGE_CHARACTERS = 64  # of a text in braces that are looked at, to see whether it is a range
@@ -52,17 +52,17 @@ class _Open:
 def _count(pattern: str) -> tuple[int, int]:
     """The number and length of the paths that a pattern expands to, or more; MAX_SHARDS + 1 if too many."""
     stack = [_Open()]
-    for token in _TOKEN.findall(pattern):
-        if token == "{":
+    for part in _PARTS.findall(pattern):
+        if part == "{":
             stack.append(_Open())
             if len(stack) > MAX_BRACE_DEPTH:
                 raise UserError(f"{pattern}: more than {MAX_BRACE_DEPTH} braces in each other: remove some")
             continue
         here = stack[-1]
-        if token == "," and len(stack) > 1:
+        if part == "," and len(stack) > 1:
             here.paths, here.longest = here.paths + here.product, max(here.longest, here.length)
             here.product, here.length = 1, 0
-        elif token == "}":
+        elif part == "}":
             if len(stack) == 1:
                 raise UserError(f"{pattern}: a }} without a {{ before it: correct the braces")
             inner = stack.pop()
@@ -70,8 +70,8 @@ def _count(pattern: str) -> tuple[int, int]:
             paths = inner.paths + inner.product * _length(inner.text)
             here.product = min(here.product * paths, MAX_SHARDS + 1)
             here.length += 1 + max(inner.longest, inner.length)  # the brace may be literal
-        here.length += len(token)
-        here.text = (here.text + token)[:_RANGE_CHARACTERS]
+        here.length += len(part)
+        here.text = (here.text + part)[:_RANGE_CHARACTERS]
     return stack[0].product, stack[0].length
 
 

@@ -338,7 +338,7 @@ def _fetch(
                 raise _Absent(f"{url}: cannot be fetched: {reason}") from None
             if attempt == FETCH_ATTEMPTS or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"{url}: cannot be fetched: {reason} (attempt {attempt})") from None
-            pause = FETCH_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+            pause = FETCH_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)  # nosec B311  # of a pause
             _warn("%s: %s (attempt %d), again in %.1f s", url, reason, attempt, pause)
             time.sleep(pause)
 

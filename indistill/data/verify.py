@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -138,23 +138,26 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                     decode(image, "image")
                 except BadImage as error:
                     report(key, str(error).removeprefix("image: "))
-            size = os.fstat(stream.fileno()).st_size
-            indices = {
-                file: parse_index(file) for file in index_files(path, cache_dir) if os.path.exists(file)
-            }
-            hashed = any(stored.sha256 for stored in indices.values())
-            sha256 = sha256_of(stream) if hashed else None
-        for file, stored in indices.items():
-            actual = index_of(size, rows, sha256 if stored.sha256 else None)
-            if not all(
-                np.array_equal(getattr(stored, name), getattr(actual, name)) for name in Index._fields
-            ):
+            for file in _indices_that_differ(path, cache_dir, stream, rows):
                 report("", f"{file} does not fit the shard: run `indistill shards index` on it")
     except UserError as error:
         report("", str(error))
     except Exception as error:  # whatever is wrong with one shard must not end the others
         report("", in_one_line(error, with_type=True))
     return Content(bad, len(rows), labels, others)
+
+
+def _indices_that_differ(
+    path: str, cache_dir: str | None, stream: IO[bytes], rows: Sequence[tuple[str, int, int, int]]
+) -> Iterator[str]:
+    """Yield the index files of an open shard that do not fit it; `rows` are its samples."""
+    size = os.fstat(stream.fileno()).st_size
+    stored = {file: parse_index(file) for file in index_files(path, cache_dir) if os.path.exists(file)}
+    sha256 = sha256_of(stream) if any(index.sha256 for index in stored.values()) else None
+    for file, index in stored.items():
+        actual = index_of(size, rows, sha256 if index.sha256 else None)
+        if not all(np.array_equal(getattr(index, name), getattr(actual, name)) for name in Index._fields):
+            yield file
 
 
 def _index_shard(task: tuple[str, str | None, bool]) -> int | str:

@@ -85,7 +85,7 @@ def test_the_command_line_says_it_in_one_line(folder, capsys):
     (folder / "shard.tar").write_bytes(b"\0" * 10240)
     (folder / "shard.tar").chmod(0)
     with as_a_user(), pytest.raises(SystemExit) as exit_:
-        main(["shards", "verify", "--workers", "1", str(folder / "shard.tar")])
+        main(["shards", "index", "--workers", "1", str(folder / "shard.tar")])
     assert exit_.value.code == 2
     *_, line = capsys.readouterr().err.strip().splitlines()  # below the progress
-    assert line.startswith(f"indistill: error: {folder}/shard.tar: permission denied")
+    assert line.startswith(f"indistill: error: {folder}/shard.tar: cannot be opened: Permission denied")
