@@ -84,7 +84,7 @@ def denied(path: str | Path) -> bool:
     """Whether permissions keep a file from being found or read; False if it is simply not there."""
     try:
         os.stat(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: text that is no path
         return isinstance(error, PermissionError)
     return not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 

@@ -23,7 +23,11 @@ def expand_braces(pattern: str) -> list[str]:
 
     Raises UserError for braces that do not match, and for more shards than MAX_SHARDS.
     """
-    expanded = os.path.expanduser(pattern)
+    try:
+        os.fsencode(pattern)
+        expanded = os.path.expanduser(pattern)
+    except ValueError as error:
+        raise UserError(f"{pattern}: is not a path: {error}: correct it") from None
     number, length = _count(expanded)
     if number > MAX_SHARDS:
         raise UserError(f"{pattern}: names more than {MAX_SHARDS:,} shards: correct the braces")
