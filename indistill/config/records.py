@@ -266,6 +266,10 @@ class Inputs(RootModel[dict[str, Sha256]]):
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
+class OtherVersion(UserError):
+    """A record is whole, and of another version of its format."""
+
+
 def load(path: Path, schema: type[Schema], remedy: str) -> Schema:
     """Read a record. Raises UserError, with the remedy, for a file that cannot be read or does not fit."""
     try:
@@ -282,7 +286,7 @@ def parse(content: bytes, schema: type[Schema], source: str, remedy: str) -> Sch
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         if first["type"] == _OTHER_VERSION:
-            raise UserError(f"{source}: {first['msg']}: {remedy}") from None
+            raise OtherVersion(f"{source}: {first['msg']}: {remedy}") from None
         reason = first_problem(error)
     except ValueError as error:
         reason = f"not valid JSON: {error}" if content.strip() else "empty"

@@ -407,6 +407,8 @@ def damaged(path: Path, *, hashes: bool = True) -> str | None:
                 return f"{name} has {status.st_size} bytes, not {entry.bytes}"
             if hashes and sha256(file) != entry.sha256:
                 return f"{name} has another SHA-256 than when it was written"
+        with contextlib.suppress(records.OtherVersion):  # refused by name in `checked_state`
+            read_state(path)
     except (OSError, UserError) as error:
         reason = in_one_line(error, 200)
         return f"{files.manifest.name} or a file that it names cannot be read: {reason}"

@@ -103,13 +103,13 @@ def open_run_dir(settings: Config) -> RunDir:
     """Create the run directory, or reuse it if it holds this run. Raises UserError if it cannot be used."""
     files = RunDir.of(settings)
     refuse_foreign(files.path)
+    names = class_names.check(settings.data)
     try:
         preemption.lock(files.path)
         if not has_begun(settings):  # files that are there are from a config that was corrected since
             files.pruning_plan.unlink(missing_ok=True)
             if files.config.exists():  # else the class names belong to something else: keep them
                 files.classes.unlink(missing_ok=True)
-        names = class_names.check(settings.data)
         files.checkpoints.mkdir(parents=True, exist_ok=True)
         text = redacted(config.dump(settings))
         if not files.config.exists() or files.config.read_bytes() != text.encode():

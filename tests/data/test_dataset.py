@@ -226,16 +226,6 @@ def test_images_of_unequal_sizes_do_not_fit_in_memory(section, tmp_path):
     assert sorted(batch.images.unique().item() for batch in batches) == [0, 1, 2]
 
 
-def test_images_that_no_memory_can_hold(section, tmp_path):
-    pack_sizes(tmp_path, [(40, 40)] * 3)
-    section = with_(section, root=str(tmp_path), global_batch=1, streams=1)
-    dataset = training(section).dataset
-    with pytest.raises(
-        UserError, match=r"data.in_memory needs \d+ bytes for 3 images of .*: set data.in_memory: fal"
-    ):
-        dataset._room_for_all((2**24, 2**24, 3))
-
-
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_an_image_of_too_many_pixels_is_one_that_cannot_be_decoded(section, tmp_path, in_memory):
     pack_sizes(tmp_path, [(40, 40), (50, 50), (40, 40)])

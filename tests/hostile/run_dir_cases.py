@@ -92,5 +92,5 @@ CASES = [
         forged,
         error="damaged .*manifest.json: cannot be read .Not a regular file",
     ),
-    Case("run_dir: a manifest that names other files", escaping, error="'/dev/zero' is not a file of it"),
+    Case("run_dir: a manifest that names other files", escaping, error="damaged .*/dev/zero"),
 ]
