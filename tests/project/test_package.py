@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 from test_imports import OPTIONAL
 
 import indistill
+from indistill.commands import cli
 from indistill.config.extras import EXTRAS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -44,6 +45,7 @@ IMPORT = f"""
 import importlib, json, pkgutil, sys
 sys.modules.update(dict.fromkeys({sorted(OPTIONAL)}))  # None: an import of it fails
 import indistill
+from indistill.commands import cli
 modules = ["indistill", *(module.name for module in pkgutil.walk_packages(indistill.__path__, "indistill."))]
 print(json.dumps({{name: importlib.import_module(name).__file__ for name in modules}}))
 """
@@ -192,3 +194,50 @@ def test_the_extras_have_the_packages_that_messages_name():
     }
     assert listed == {extra: set(packages.values()) for extra, packages in EXTRAS.items()}
     assert set(extras) == {"s3", "gcs", "hf", "demo", "deepspeed", "export", "dev"}
+
+
+# The demo as it is, but for the length of its runs.
+DEMO = """
+from indistill import config
+from indistill.commands import demo
+load = config.load
+short = ["duration=2 steps", "warmup=null", "evaluate.retrieval=false"]
+config.load = lambda path, overrides=(): load(path, [*overrides, *short])
+demo.print_table = lambda runs, summaries, seconds: print(*summaries, sep="\\n")
+demo.main()
+"""
+
+
+def test_the_demo_works_from_a_wheel_in_an_empty_folder(installed, tmp_path):
+    result = run([sys.executable, "-c", DEMO], installed, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "\nteacher\nstudent alone\nstudent with InDistill + KD\n" in result.stdout
+    runs = tmp_path / "runs" / "demo"
+    for name in ("teacher", "alone", "indistill"):
+        assert (runs / name / "student.safetensors").exists()
+        assert (runs / name / "report.html").exists()
+
+
+def test_the_demo_without_its_extra_names_it_and_deletes_nothing(tmp_path, monkeypatch, capsys):
+    mine = tmp_path / "runs" / "demo" / "data" / "digits-train-000000.tar"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo"])
+    assert stopped.value.code == 2
+    assert "the demo needs scikit-learn: pip install 'indistill[demo]'" in capsys.readouterr().err
+    assert mine.exists()
+
+
+def test_the_demo_replaces_only_what_a_demo_made(tmp_path, monkeypatch, capsys):
+    mine = tmp_path / "runs" / "demo" / "teacher" / "student.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo"])
+    assert stopped.value.code == 2
+    assert "runs/demo/teacher: the demo would replace it" in capsys.readouterr().err
+    assert mine.exists()
