@@ -36,9 +36,8 @@ WITHOUT_TORCH = [
 WITHOUT_TORCH += ["data.decode", "order", "curriculum", "distributed.preemption", "distributed.watchdog"]
 WITHOUT_TORCH += ["distributed.deepspeed_config", "commands.cli", "commands.trainer", "commands.report"]
 WITHOUT_TORCH += ["commands.init", "commands.demo"]
-OPTIONAL = {module for packages in EXTRAS.values() for module in packages} - {
-    "huggingface_hub"
-}  # of the extras
+# Those of the extras; timm always needs huggingface_hub.
+OPTIONAL = {module for packages in EXTRAS.values() for module in packages} - {"huggingface_hub"}
 
 
 def modules(package: Path) -> dict[str, Path]:
