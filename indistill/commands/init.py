@@ -26,7 +26,7 @@ _FOLDER = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~:@%+=,-]*")
 
 
 def recipes() -> dict[str, str]:
-    """Return what each recipe trains, by its name: the first line of its comment."""
+    """Return what each recipe trains, by its name: the first sentence of its comment."""
     return {path.stem: _title(path) for path in sorted((PACKAGE / "recipes").glob("*.yaml"))}
 
 
@@ -109,7 +109,8 @@ def _check_data(recipe: Path, data: str) -> None:
 # --- the content of the files -------------------------------------------------------------------------------
 def _title(path: Path) -> str:
     lines = (line.removeprefix("# ") for line in path.read_text().splitlines())
-    return next(line for line in lines if not line.startswith("yaml-language-server"))
+    first = next(line for line in lines if not line.startswith("yaml-language-server"))
+    return first.partition(". ")[0].removesuffix(".")
 
 
 def _config(recipe: Path, data: str | None) -> str:
