@@ -12,8 +12,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def with_absolute_links(text: str, address: str) -> str:
     """Make links to files of the repository lead to its pages under `address`; images, to their content."""
-    text = re.sub(r"(!\[[^]]*\]\()(?!https?://|#)", rf"\1{address}/raw/main/", text)
-    return re.sub(r"(?<!!)(\[[^]]*\]\()(?!https?://|#)", rf"\1{address}/blob/main/", text)
+    text = text.replace("](#", "](README.md#")
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?://)", rf"\1{address}/raw/main/", text)
+    return re.sub(r"(?<!!)(\[[^]]*\]\()(?!https?://)", rf"\1{address}/blob/main/", text)
 
 
 setup(
