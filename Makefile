@@ -1,9 +1,15 @@
 # The environment is created if it is missing or older than the files that it is created from. READY marks a folder as
-# made here; it is older than those files until everything is installed. No other folder is replaced or deleted.
+# made here; it is older than those files until the packages of the demo are installed. No other folder is replaced or
+# deleted. DEV marks that the packages for tests and development are installed, too.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DEV := $(VENV)/.ready-dev
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL := $(if $(UV),uv pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet)
+# For a machine without a GPU: the package index with torch's CPU wheels, from PyTorch's installation page. It saves 5 GB.
+TORCH_INDEX ?=
 
 # The networks of the demo and the tests are so small that a second thread costs more than it gains.
 export OMP_NUM_THREADS ?= 1
@@ -11,33 +17,34 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test fuzz test-floors test-portable docs-test test-slurm test-netns lint reproduce clean
-setup: $(READY)
+setup: $(DEV)
 
 $(READY): pyproject.toml constraints.txt
 	@if [ -e $(VENV) ] && [ ! -e $(READY) ]; then \
 		echo "setup: $(VENV) was not made by make: move it away" >&2; exit 1; \
 	fi
-	@if command -v uv >/dev/null 2>&1; then \
-		echo "setup: creating $(VENV) with uv" && \
-		uv venv --quiet --clear --python $(PYTHON) $(VENV) && touch -t 200001010000 $@ && \
-		uv pip install --quiet --python $(RUN) --constraint constraints.txt --editable '.[dev]'; \
-	else \
-		echo "setup: creating $(VENV) with pip (several minutes)" && \
-		$(PYTHON) -m venv --clear $(VENV) && touch -t 200001010000 $@ && \
-		$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
-	fi
+	@echo "setup: creating $(VENV) with $(if $(UV),uv,pip (several minutes))"
+	@$(if $(UV),uv venv --quiet --clear --python $(PYTHON),$(PYTHON) -m venv --clear) $(VENV) && touch -t 200001010000 $@
+	@[ -z "$(TORCH_INDEX)" ] || \
+		$(INSTALL) --constraint constraints.txt --no-deps --index-url "$(TORCH_INDEX)" torch torchvision
+	@$(INSTALL) --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(DEV): $(READY)
+	@echo "setup: adding the packages for tests to $(VENV)"
+	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(READY)
-	@$(RUN) -m indistill.commands.demo
+	@$(RUN) -m indistill demo
 
 # One process per core, at most 4: each imports torch and takes more than 1 GB, and some tests start further processes.
-test: $(READY) lint
+test: $(DEV) lint
 	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Feed each parser mutated input for FUZZ_SECONDS. `make test` runs a few dozen inputs of each.
 FUZZ_SECONDS ?= 60
-fuzz: $(READY)
+fuzz: $(DEV)
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(RUN) -m pytest tests/fuzz --numprocesses logical --maxprocesses 4 $(ARGS)
 
 # Run the core of the tests with the lowest versions that pyproject.toml allows, in an environment of its own (6 GB).
@@ -66,7 +73,7 @@ test-floors: $(FLOORS)/.ready
 # it does not distinguish these settings.
 PORTABLE := "OMP_NUM_THREADS=1" "OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" \
 	"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE"
-test-portable: $(READY)
+test-portable: $(DEV)
 	@failed=0; outcomes=; \
 	for values in $(PORTABLE); do \
 		echo "test-portable: $$values"; outcome=passed; \
@@ -77,26 +84,26 @@ test-portable: $(READY)
 	done; printf "\n$$outcomes"; exit $$failed
 
 # Run every command of README.md and docs/, in ten minutes on two cores.
-docs-test: $(READY)
+docs-test: $(DEV)
 	@$(RUN) docs/run_commands.py $(ARGS)
 
 # A few minutes, as root, with Debian's slurmctld slurmd slurm-client munge; prints which of them are missing.
-test-slurm: $(READY)
+test-slurm: $(DEV)
 	@$(RUN) -m pytest -m slurm -rs tests/cluster/test_slurm.py
 
 # A few minutes, as root, with iproute2. Two network namespaces simulate two hosts.
-test-netns: $(READY)
+test-netns: $(DEV)
 	@$(RUN) -m pytest -m netns -rs tests/cluster/test_netns.py
 
-lint: $(READY)
+lint: $(DEV)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(RUN) -m bandit --quiet --configfile pyproject.toml --recursive indistill launch benchmarks docs
+	@$(RUN) -m bandit --quiet --configfile pyproject.toml --recursive indistill launch benchmarks docs setup.py
 
 # Run every study of the method with one seed and little training, in ten minutes on two cores. DATA is the folder of the
 # data sets; benchmarks/README.md lists its contents, and how to run the studies in full.
-reproduce: $(READY)
+reproduce: $(DEV)
 	@for study in benchmarks/studies/*.yaml; do $(RUN) benchmarks/study.py $$study --quick --jobs 2 $(ARGS) || exit; done
 
 # Delete what these commands made of files that can be downloaded or computed again: the environment and caches. Runs stay.

@@ -161,7 +161,7 @@ def scratch_copy(folder: Path) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).exists():
-            shutil.copy2(ROOT / name, target)
+            shutil.copy2(ROOT / name, target, follow_symlinks=False)
 
 
 def environment(folder: Path) -> dict[str, str]:

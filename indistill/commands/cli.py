@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -54,6 +55,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         commands.add_parser("targets", help="compute and store the teacher's targets, for targets: cached")
     )
     _add_shards(commands.add_parser("shards", help="pack, index and verify WebDataset shards"))
+    _add_init(commands.add_parser("init", help="list the recipes, or write one with the files of a cluster"))
+    demo = commands.add_parser("demo", help="distil on scikit-learn's digits, here, in two minutes")
+    demo.set_defaults(run=_demo)
 
     arguments, rest = parser.parse_known_args(argv)
     overridable = hasattr(arguments, "overrides")
@@ -176,6 +180,18 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
         help="recompute the targets of N random samples instead; exit code 1 if any differs",
     )
     parser.set_defaults(run=_targets)
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="name of a recipe; without one, list all of them")
+    parser.add_argument("folder", nargs="?", default=".", help="folder to write into (default: this one)")
+    parser.add_argument("--slurm", action="store_true", help="also write the batch script of a SLURM job")
+    parser.add_argument("--kubernetes", action="store_true", help="also write a Kubernetes Job")
+    parser.add_argument("--nodes", type=_count, metavar="N", help="number of nodes of the job")
+    parser.add_argument("--partition", metavar="NAME", help="partition of the SLURM job")
+    parser.add_argument("--account", metavar="NAME", help="account of the SLURM job")
+    parser.add_argument("--data", metavar="URL", help="folder of the shards, a path or URL (data.root)")
+    parser.set_defaults(run=_init)
 
 
 def _ranks() -> Ranks:
@@ -435,6 +451,31 @@ def _targets(arguments: argparse.Namespace) -> None:
         trainer.write_targets()
     elif not trainer.verify_targets(arguments.verify):
         sys.exit(1)
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from indistill.commands import init
+    from indistill.config import printable
+
+    if arguments.recipe is None:
+        found = init.recipes()
+        width = max(map(len, found))
+        print("\n".join(f"{name:{width}}  {title}" for name, title in found.items()))
+        return
+    options = ("slurm", "kubernetes", "nodes", "partition", "account", "data")
+    values = {name: getattr(arguments, name) for name in options}
+    commands = init.write(arguments.recipe, arguments.folder, **values)
+    print(f"Next, in {printable(shlex.quote(arguments.folder))}:", *commands, sep="\n    ")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from indistill.commands import demo
+    from indistill.distributed import preemption
+
+    try:
+        demo.main()
+    except preemption.Preempted:  # a new demo begins at the start
+        raise KeyboardInterrupt from None
 
 
 def _trainer(arguments: argparse.Namespace) -> Trainer:

@@ -1,4 +1,4 @@
-"""`make demo`: distil a teacher into a student of a sixteenth of its size, on real images, in minutes.
+"""`indistill demo`: distil a teacher into a student of a sixteenth of its size, on real images, in minutes.
 
 The images are the 1,797 handwritten digits that ship with scikit-learn, 8x8 greyscale, enlarged to 32x32 RGB.
 """
@@ -12,11 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from indistill.commands.init import recipe_file
+from indistill.config import UserError
+from indistill.config.extras import need
+
 if TYPE_CHECKING:
     from indistill.config import Config, Model
 
-CONFIG = "configs/digits_demo.yaml"
+RECIPE = "digits_demo"
 ROOT = Path("runs/demo")
+PARTS = ("data", "teacher", "alone", "indistill")  # folders that each demo makes anew
 TEST_SAMPLES = 360
 # The config without its teacher: plain supervised training.
 SUPERVISED = ["teacher=null", "warmup=null", "kd.losses=[{name: ce}]"]
@@ -44,14 +49,15 @@ class Stopwatch:
 
 def main() -> None:
     stopwatch = Stopwatch()
+    need("demo", "the demo")
+    clear()
     print("indistill demo: importing torch, timm and accelerate ...", flush=True)
     from indistill import config
     from indistill.config.run_dir import RunDir
     from indistill.training import loop  # noqa: F401  the slow import, timed on its own
 
-    for name in ("data", "teacher", "alone", "indistill"):  # of an earlier demo; anything else there stays
-        shutil.rmtree(ROOT / name, ignore_errors=True)
-    settings = config.load(CONFIG)
+    recipe = recipe_file(RECIPE)
+    settings = config.load(recipe)
     assert settings.teacher is not None  # the demo's config has one
     stopwatch.seconds["import"] = stopwatch.elapsed()
 
@@ -62,8 +68,8 @@ def main() -> None:
         "duration=8 epochs",
     ]
     runs = {
-        "teacher": config.load(CONFIG, [*SUPERVISED, *overrides]),
-        "student alone": config.load(CONFIG, [*SUPERVISED, f"run_dir={ROOT}/alone"]),
+        "teacher": config.load(recipe, [*SUPERVISED, *overrides]),
+        "student alone": config.load(recipe, [*SUPERVISED, f"run_dir={ROOT}/alone"]),
         "student with InDistill + KD": settings,
     }
     summaries = {name: stopwatch.run(name, train_and_report, run) for name, run in runs.items()}
@@ -71,7 +77,31 @@ def main() -> None:
     others = ", ".join(f"{part} {stopwatch.seconds[part]:.0f} s" for part in ("import", "pack"))
     print(f"\nOther parts: {others}; {stopwatch.elapsed():.0f} s in all.")
     report = RunDir.of(settings).report
-    print(f"Next, see {report}, `tensorboard --logdir {ROOT}`, {CONFIG} and README.md.")
+    print(f"Next, see {report} and `tensorboard --logdir {ROOT}`.")
+    print(f"`indistill init {RECIPE}` writes the config of the last run.")
+
+
+def clear() -> None:
+    """Delete what an earlier demo made in ROOT; anything else there stays.
+
+    Raises UserError for runs that no demo made.
+    """
+    mark = ROOT / "made-by-demo"
+    there = [str(ROOT / name) for name in PARTS if (ROOT / name).exists()]
+    if there and not mark.exists() and not (ROOT / "data" / "digits-train-000000.tar").exists():
+        raise UserError(
+            f"{', '.join(there)}: the demo would replace it, but did not make it: move it away, or run the "
+            "demo in another folder"
+        )
+    try:
+        ROOT.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise UserError(
+            f"{ROOT}: cannot be written: {error.strerror}: run the demo in another folder"
+        ) from None
+    for name in PARTS:
+        shutil.rmtree(ROOT / name, ignore_errors=True)
 
 
 def train_and_report(settings: Config) -> dict[str, Any]:
@@ -127,7 +157,3 @@ def pack_digits(folder: Path) -> None:
     packing.pack(test, folder, "digits-test", samples_per_shard=TEST_SAMPLES)
     shards = len(list(folder.glob("*.tar")))
     print(f"{len(train)} training and {len(test)} test images in {shards} shards: {folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,7 @@ from typing import IO, Any, TypeVar
 from filelock import FileLock, Timeout
 
 from indistill.config import UserError, in_one_line, is_redacted, limits, redacted
+from indistill.config.extras import need
 from indistill.data.urls import check_url, is_remote
 from indistill.data.web import open_http
 from indistill.distributed import preemption
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 CACHED = re.compile(r"[0-9a-f]{16}-(?!.*\.lock$)")  # shards and parts of shards; nothing else is evicted
 _PART = re.compile(r"(\.[0-9a-f]{16})?\.part$")  # what a part's name has instead of .lock
 CACHE_BYTES = 200 * 10**9
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}  # of each protocol
 FETCH_ATTEMPTS = 8  # with the pauses below, enough for an outage of about two minutes
 FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles each time, plus or minus 50 %
 FETCH_TIMEOUT_SECONDS = 60.0  # without a byte
@@ -477,6 +479,9 @@ def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
     else:
         import fsspec
 
+        protocol = url.partition("://")[0]
+        if protocol in _EXTRAS:
+            need(_EXTRAS[protocol], f"{protocol}://")
         system, path = fsspec.core.url_to_fs(url)
         with system.open(path, "rb") as stream:
             yield stream, system.size(path)

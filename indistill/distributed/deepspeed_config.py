@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.extras import need
 from indistill.config.files import read_json, read_text
 from indistill.config.from_yaml import load_yaml
 from indistill.config.limits import MAX_CONFIG_BYTES
@@ -116,11 +116,7 @@ def _section(settings: Config) -> config.DeepSpeed | None:
 
 def _check_usable(settings: Config, ranks: Ranks) -> None:
     # Accelerate asks for the version of transformers whenever it runs DeepSpeed.
-    missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"engine: DeepSpeed needs packages that are not installed: pip install {' '.join(missing)}"
-        )
+    need("deepspeed", "engine: DeepSpeed")
     if not ranks.has_local_rank:
         raise UserError(
             "engine: DeepSpeed needs a launcher, for one process too: torchrun --nproc-per-node 1 -m "

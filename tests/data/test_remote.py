@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 import struct
+import sys
 import threading
 import time
 from pathlib import Path
@@ -492,3 +493,21 @@ def test_other_sources(server, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             ShardSet(urls, **options)
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "extra"),
+    [
+        ("s3://bucket/a.tar", "s3fs", "s3"),
+        ("s3a://bucket/a.tar", "s3fs", "s3"),
+        ("gs://bucket/a.tar", "gcsfs", "gcs"),
+        ("hf://datasets/a/b/c.tar", "huggingface_hub", "hf"),
+    ],
+)
+def test_a_missing_package_of_a_store_is_named_with_its_extra(url, module, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    message = (
+        rf"^{url.partition('/')[0]}// needs {module.replace('_', '-')}: pip install 'indistill\[{extra}\]'"
+    )
+    with pytest.raises(UserError, match=message), remote.open_remote(url):
+        pass

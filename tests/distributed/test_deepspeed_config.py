@@ -201,5 +201,7 @@ def test_what_cannot_work_is_told_at_once(zero, tree, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"engine: DeepSpeed needs a launcher, .* torchrun"):
         zero()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "transformers" else name)
-    with pytest.raises(UserError, match=r"not installed: pip install transformers$"):
+    with pytest.raises(
+        UserError, match=r"DeepSpeed needs transformers: pip install 'indistill\[deepspeed\]'"
+    ):
         zero()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from indistill.config.extras import EXTRAS
+
 PACKAGE = Path(__file__).resolve().parents[2] / "indistill"
 # From the ground up; the modules of one line may not import each other.
 LAYERS = [
@@ -33,7 +35,9 @@ WITHOUT_TORCH = [
 ]
 WITHOUT_TORCH += ["data.decode", "order", "curriculum", "distributed.preemption", "distributed.watchdog"]
 WITHOUT_TORCH += ["distributed.deepspeed_config", "commands.cli", "commands.trainer", "commands.report"]
-OPTIONAL = {"deepspeed", "transformers", "onnx", "onnxscript", "onnxruntime"}  # of the extras
+WITHOUT_TORCH += ["commands.init", "commands.demo"]
+# Those of the extras; timm always needs huggingface_hub.
+OPTIONAL = {module for packages in EXTRAS.values() for module in packages} - {"huggingface_hub"}
 
 
 def modules(package: Path) -> dict[str, Path]:

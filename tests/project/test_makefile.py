@@ -23,9 +23,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(folder: Path, target: str) -> subprocess.CompletedProcess[str]:
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    return subprocess.run(["make", target], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_clean_deletes_only_what_make_made(folder):
@@ -45,3 +45,25 @@ def test_setup_replaces_no_other_environment(folder):
     assert result.returncode == 2
     assert ".venv was not made by make: move it away" in result.stderr
     assert (folder / ".venv" / "bin" / "python").exists()
+
+
+def commands(folder: Path, *arguments: str) -> str:
+    """Return what `make` would run to create an environment and then a target."""
+    shutil.rmtree(folder / ".venv")
+    for name in ("pyproject.toml", "constraints.txt"):
+        (folder / name).touch()
+    return make(folder, "--dry-run", *arguments).stdout
+
+
+def test_the_demo_needs_no_packages_of_tests(folder):
+    said = commands(folder, "demo")
+    assert "--editable '.[demo]'" in said
+    assert "[dev]" not in said
+    assert '[ -z "" ]' in said  # no index of its own for torch
+    assert "--editable '.[dev]'" in make(folder, "--dry-run", "test").stdout
+
+
+def test_torch_can_come_from_an_index_of_its_own(folder):
+    said = commands(folder, "demo", "TORCH_INDEX=http://localhost/cpu")
+    torch = said.index('--no-deps --index-url "http://localhost/cpu" torch torchvision')
+    assert torch < said.index("--editable '.[demo]'")

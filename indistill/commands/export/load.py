@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.extras import need
 from indistill.config.files import read_json
 from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.data import class_names
@@ -23,7 +23,6 @@ from indistill.models.outputs import Output
 from indistill.models.views import EvalView, PretrainedConfig, evaluation_view, own_view, view_by_record
 
 FILES = {"timm": "model.safetensors", "onnx": "model.onnx", "torch": "model.pt2"}
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -191,8 +190,4 @@ def _pretrained(name: str, settings: Config) -> Network:
 
 def need_onnx() -> None:
     """Raise UserError if a package for ONNX is missing."""
-    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"onnx needs {', '.join(missing)}: pip install 'indistill[export]', or {' '.join(missing)}"
-        )
+    need("export", "onnx")
