@@ -28,6 +28,7 @@ TEXTS = {
     "a NUL that is escaped": ('data: {root: "a\\0b"}\n', "has a character that is none"),
     "half a character": ('data: {root: "\\ud800"}\n', "has a character that is none"),
     "a character beyond Unicode": ('data: {root: "\\U00110000"}\n', "not valid YAML"),
+    "a URL with punctuation without end": (f"trackers: ['http://x?{':' * 10**6}x']\n", r"http://x\?REDACTED"),
     "an object": ("seed: !!python/object/apply:os.system [ls]\n", "has no use here"),
 }
 # Overrides, and what the line says.
