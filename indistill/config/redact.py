@@ -7,7 +7,7 @@ import re
 HIDDEN = "REDACTED"
 _PUNCTUATION = ":;,.!)]"
 _URL = re.compile(
-    # Without choices that a long text could multiply: a scheme is short, and a query ends with its characters.
+    # Nothing that takes quadratic time: a scheme is short, and a query ends with its characters.
     r"""(?P<scheme>[a-z][a-z0-9+.-]{0,30}://)
         (?P<user>[^\s/?\#'"<>`]*@)?
         (?P<path>[^\s?'"<>`]*)
