@@ -75,6 +75,7 @@ MAX_MINUTES = 10**6  # two years; torch's time limits overflow at some hundred
 # --- data ---------------------------------------------------------------------------------------------------
 MAX_SHARDS = 2**20  # of one pattern with braces; the largest published data sets have 300,000
 MAX_SHARDS_CHARACTERS = 2**27  # of their paths together: 1,048,576 paths of 128 characters
+MAX_LISTED_NAMES = 2**22  # in the folders that a pattern with * leads to; they take some 10 seconds
 MAX_BRACE_DEPTH = 16  # of braces in each other
 MAX_CLASS_FILE_BYTES = 2**24  # of a list of class names; a million names have 10 MB
 MAX_CSV_ROWS = 2**24  # of `shards pack`; ImageNet-21k has 14 million images

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 HIDDEN = "REDACTED"
+_PUNCTUATION = ":;,.!)]"
 _URL = re.compile(
-    r"""(?P<scheme>\b[a-z][a-z0-9+.-]*://)
+    # Nothing that takes quadratic time: a scheme is short, and a query ends with its characters.
+    r"""(?P<scheme>[a-z][a-z0-9+.-]{0,30}://)
         (?P<user>[^\s/?\#'"<>`]*@)?
         (?P<path>[^\s?'"<>`]*)
-        (?P<query>\?[^\s'"<>`]*?(?=[:;,.!)\]]*(?:[\s'"<>`]|$)))?  # without the sentence's punctuation
+        (?P<query>\?[^\s'"<>`]*)?
         """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -22,7 +24,9 @@ def redacted(text: str) -> str:
 
 def _redact(match: re.Match[str]) -> str:
     user = f"{HIDDEN}@" if match["user"] else ""
-    query = f"?{HIDDEN}" if match["query"] else ""
+    query = match["query"] or ""
+    if query:  # the punctuation of the sentence stays
+        query = f"?{HIDDEN}{query[len(query.rstrip(_PUNCTUATION)) :]}"
     return f"{match['scheme']}{user}{match['path']}{query}"
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from indistill.config import tree
 from indistill.config.base import UserError, in_one_line, printable
+from indistill.config.files import read_bytes, read_json
+from indistill.config.limits import MAX_RECORD_BYTES
 from indistill.config.ranks import Ranks
 from indistill.config.read import load_recorded, read
 from indistill.config.redact import redacted
@@ -218,9 +220,9 @@ def damaged_config(files: RunDir) -> str | None:
 def _is_of(checkpoint: Path, settings: Config) -> bool:
     """Whether a checkpoint says that it is of this config; it does not if it is damaged."""
     try:
-        state = json.loads(CheckpointDir(checkpoint).state.read_bytes())
+        state = read_json(read_bytes(CheckpointDir(checkpoint).state, MAX_RECORD_BYTES))
         return state["identity"]["config"] == tree.fingerprint(settings)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 

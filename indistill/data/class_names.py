@@ -6,7 +6,6 @@ A label is the index of its class in a list of names. `indistill shards pack` sa
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from indistill.config.records import first_problem
 from indistill.config.run_dir import RunDir
 from indistill.data import remote
 from indistill.data.braces import expand_braces
+from indistill.data.wildcards import expand_wildcards
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _folders(url: str, root: str | None) -> Iterator[str]:
             yield address.rpartition("/")[0] + "/?" + query
         else:
             pattern = os.path.dirname(path)
-            yield from [pattern] if os.path.isdir(pattern or ".") else sorted(glob.glob(pattern))
+            yield from [pattern] if os.path.isdir(pattern or ".") else expand_wildcards(pattern)
 
 
 def list_in(folder: str) -> Names | None:

@@ -29,6 +29,7 @@ from indistill.data.braces import expand_braces
 from indistill.data.index import BLOCK, compressed, decoded, load_index, read_samples
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
 from indistill.data.urls import check_url
+from indistill.data.wildcards import expand_wildcards
 
 OPEN_SHARDS = 256  # local shards kept open per process, well below the usual limit of 1,024 descriptors
 
@@ -248,7 +249,7 @@ def _matches(pattern: str, root: str | None) -> list[str]:
     if is_remote(path) or os.path.isfile(path):
         return [path]
     not_shards = (".json", ".lock", ".part")  # indices and other files beside shards
-    matches = sorted(glob.glob(os.path.join(glob.escape(root or ""), pattern)))
+    matches = expand_wildcards(os.path.join(glob.escape(root or ""), pattern))
     shards = [match for match in matches if not match.endswith(not_shards) and os.path.isfile(match)]
     if not shards and (denied(path) or denied(os.path.dirname(path) or ".")):
         raise UserError(f"{path}: permission denied: change the permissions of the file or its folder")

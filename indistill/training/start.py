@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 
 from indistill import config
 from indistill.config import Config, UserError, redacted
-from indistill.config.files import replace_text
+from indistill.config.files import read_bytes, replace_text
+from indistill.config.limits import MAX_CONFIG_BYTES
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, damaged_config, has_begun, refuse_foreign
 from indistill.data import class_names
@@ -103,7 +106,7 @@ def open_run_dir(settings: Config) -> RunDir:
     """Create the run directory, or reuse it if it holds this run. Raises UserError if it cannot be used."""
     files = RunDir.of(settings)
     refuse_foreign(files.path)
-    names = class_names.check(settings.data)
+    names = class_names.check(settings.data)  # before the folder is created
     try:
         preemption.lock(files.path)
         if not has_begun(settings):  # files that are there are from a config that was corrected since
@@ -112,7 +115,7 @@ def open_run_dir(settings: Config) -> RunDir:
                 files.classes.unlink(missing_ok=True)
         files.checkpoints.mkdir(parents=True, exist_ok=True)
         text = redacted(config.dump(settings))
-        if not files.config.exists() or files.config.read_bytes() != text.encode():
+        if not _says(files.config, text):
             if damage := damaged_config(files):
                 print(f"indistill: {damage}: it is written again", file=sys.stderr, flush=True)
             replace_text(files.config, text)
@@ -122,3 +125,10 @@ def open_run_dir(settings: Config) -> RunDir:
             f"run_dir {files.path}: cannot be written ({error.strerror}): choose another"
         ) from None
     return files
+
+
+def _says(path: Path, text: str) -> bool:
+    """Whether a file has this text; a FIFO or a device, which may have no end, does not."""
+    with contextlib.suppress(OSError):
+        return read_bytes(path, MAX_CONFIG_BYTES) == text.encode()
+    return False

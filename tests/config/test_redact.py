@@ -54,3 +54,9 @@ def test_a_saved_config_is_that_of_the_run_whatever_the_signature():
         assert config.fingerprint(saved) == config.fingerprint(settings(other))
     assert config.difference(saved, settings("")).startswith("data.eval: https://h/b.tar?REDACTED -> ")
     assert config.flatten(settings("?sig=one"))["data.train"] == saved.data.train
+
+
+def test_time_is_proportional_to_the_length():
+    """A quadratic pattern would take hours."""
+    for text in ("http://x?" + ":" * 10**6 + "x", "a." * 10**6 + " ://", "a" * 10**6 + " ://"):
+        redacted(text)

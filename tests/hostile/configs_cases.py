@@ -28,6 +28,7 @@ TEXTS = {
     "a NUL that is escaped": ('data: {root: "a\\0b"}\n', "has a character that is none"),
     "half a character": ('data: {root: "\\ud800"}\n', "has a character that is none"),
     "a character beyond Unicode": ('data: {root: "\\U00110000"}\n', "not valid YAML"),
+    "a URL with punctuation without end": (f"trackers: ['http://x?{':' * 10**6}x']\n", r"http://x\?REDACTED"),
     "an object": ("seed: !!python/object/apply:os.system [ls]\n", "has no use here"),
 }
 # Overrides, and what the line says.
@@ -49,6 +50,8 @@ OVERRIDES = {
     f"optimizer.lr=1{'0' * 400}": "a number of more than 100 characters|not valid YAML",
     "data.train={0..1000000000}": "names more than 1,048,576 shards",
     "data.train=" + "{a,b}" * 30: "names more than 1,048,576 shards",
+    "data.train=" + "*/" * 2000 + "*.tar": "no such shard",
+    "data.train=" + "/*/.." * 20 + "/x*": "leads to too many files and folders",
     "data.eval=" + "{" * 1000: "more than 16 braces in each other",
     f"data.train={BOMB}": "no such shard|names",
     "run_dir=": "run_dir: String should have at least 1 character",
