@@ -31,8 +31,9 @@ MIN_EXPANDED_BYTES = 2**26  # that a compressed shard may always have, however s
 MAX_IMAGE_BYTES = 2**28  # of an image file; a photograph of 134 million pixels as PNG has about as much
 MAX_LABEL_BYTES = 2**10  # of a .cls file; a label has at most 9 digits, and space around them
 MAX_SHARD_SAMPLES = 2**21  # of a shard; ImageNet-1k in a single tar has 1.3 million
-MAX_INDEX_BYTES = 2**26  # of an index file; that of ImageNet-1k in a single tar has 59 MB
+MAX_INDEX_BYTES = 2**27  # of an index file; 2 million samples with keys of 28 characters have 117 MB
 MAX_INDEX_BRACKETS = 2**20  # in an index file, keys included; beside the keys it has 5
+MAX_INDEX_NUMBERS = 10_000_000  # entries of an index file, by its commas; 2 million samples have 8.4 million
 MAX_KEYS_BYTES = 2**28  # of the keys of a shard, each padded to the longest: 2 million of 128 bytes
 MAX_EXTENSIONS = 100  # of members that are neither images nor labels that `shards verify` counts by name
 MAX_BAD_IN_A_ROW = 10_000  # images that cannot be decoded, in `access: stream`, before a reader gives up
@@ -47,7 +48,7 @@ MAX_IMAGE_ASPECT = 64  # longer side over the shorter one; evaluation cuts a lon
 MIN_FETCH_BYTES_PER_SECOND = 1000  # while a server is waited for, on average; a modem of 1995 was faster
 FETCH_WINDOW_SECONDS = 60.0  # over which that average is taken
 MAX_RESPONSE_HEADER_BYTES = 2**20  # of an HTTP response, redirections apart; servers send some hundred
-MAX_SMALL_FILE_BYTES = 2**26  # of an index or a dataset.json; that of ImageNet-1k in a single tar has 59 MB
+MAX_SMALL_FILE_BYTES = 2**27  # of an index or a dataset.json, like MAX_INDEX_BYTES
 MAX_LOCK_SECONDS = 7200.0  # that a process waits for another one that fetches the same file
 
 # --- between ranks ------------------------------------------------------------------------------------------

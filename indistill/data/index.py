@@ -18,6 +18,7 @@ from indistill.config.limits import (
     MAX_IMAGE_BYTES,
     MAX_INDEX_BRACKETS,
     MAX_INDEX_BYTES,
+    MAX_INDEX_NUMBERS,
     MAX_KEYS_BYTES,
     MAX_LABEL_BYTES,
     MAX_SHARD_SAMPLES,
@@ -158,6 +159,8 @@ def parse_index(file: str) -> Index:
         content = read_bytes(file, MAX_INDEX_BYTES)
         if content.count(b"[") + content.count(b"{") > MAX_INDEX_BRACKETS:  # each takes 20 times its size
             raise ValueError(f"more than {MAX_INDEX_BRACKETS} brackets (MAX_INDEX_BRACKETS)")
+        if content.count(b",") > MAX_INDEX_NUMBERS:  # each takes up to 20 times its size
+            raise ValueError(f"more than {MAX_INDEX_NUMBERS} entries (MAX_INDEX_NUMBERS)")
         stored = read_json(content)
         if not isinstance(stored, dict) or stored.pop("version", None) != INDEX_VERSION:
             raise ValueError(f"not of version {INDEX_VERSION}")
