@@ -193,7 +193,7 @@ INDICES: dict[str, tuple[Any, str]] = {
     "half a character": (index(keys=["\ud800", "b"]), "surrogates not allowed"),
     "not JSON": (b"<html>not here</html>", "Expecting value"),
     "not UTF-8": (b"\xff\xfe\xfd", "decode"),
-    "100 MB": (lambda path: (path.touch(), os.truncate(path, 10**8)), "Larger than"),
+    "200 MB": (lambda path: (path.touch(), os.truncate(path, 2 * 10**8)), "Larger than"),
     "a FIFO": (os.mkfifo, "Not a regular file"),
     "an endless device": (lambda path: path.symlink_to("/dev/zero"), "Not a regular file"),
 }
