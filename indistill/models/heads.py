@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from indistill import config
 from indistill.config import UserError, in_one_line
-from indistill.config.files import denied, give_usual_mode
+from indistill.config.files import denied, give_usual_mode, sort_metadata
 from indistill.config.records import first_problem
 from indistill.models.network import Network, fingerprint
 from indistill.models.outputs import Output, Targets
@@ -102,6 +102,7 @@ class Heads(Trainable):
         """Write `heads.safetensors`, with stages and pool as metadata."""
         metadata = {"stages": json.dumps(self.stages), "pool": json.dumps(self.pool)}
         save_model(self, str(path), metadata)
+        sort_metadata(path)
         give_usual_mode(path)
 
     @classmethod
