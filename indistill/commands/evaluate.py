@@ -28,12 +28,14 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
             "timm export"
         )
     eval_set = open_eval_set(settings, view)
-    scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
+    database: ImageDataset | None = None
     if settings.evaluate.retrieval:
+        shards = open_shards(settings.data, settings.data.train)
+        database = ImageDataset(shards, settings.data, seed=settings.seed)
+        evaluate.check_retrieval(shards, eval_set.shards)
+    scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
+    if database is not None:
         assert isinstance(network, Network)  # a Program is refused above
-        database = ImageDataset(
-            open_shards(settings.data, settings.data.train), settings.data, seed=settings.seed
-        )
         scores |= evaluate.retrieval(accelerator, network, database, eval_set, settings.evaluate.batch)
     accelerator.end_training()
     return scores

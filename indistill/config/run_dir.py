@@ -219,7 +219,7 @@ def _is_of(checkpoint: Path, settings: Config) -> bool:
     """Whether a checkpoint says that it is of this config; it does not if it is damaged."""
     try:
         state = json.loads(CheckpointDir(checkpoint).state.read_bytes())
-        return state["identity"]["config"] == tree.fingerprint(settings)
+        return state["identity"]["config"] in (tree.fingerprint(settings), tree.earlier_fingerprint(settings))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 

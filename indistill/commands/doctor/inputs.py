@@ -17,7 +17,7 @@ import timm
 import torch
 from safetensors import safe_open
 
-from indistill import config
+from indistill import config, evaluate
 from indistill.commands.doctor.disks import existing_parent
 from indistill.commands.doctor.findings import (
     FAIL,
@@ -229,6 +229,11 @@ def evaluation_images(here: Here) -> Said:
             limit = f"less than {MOST_INDEX_BYTES / 1e9:g} GB of indices"
             yield OK, f"not compared with the training images, which needs local shards with {limit}"
             continue
+        if any(one.evaluate.retrieval for one in here.settings if one.data == section):
+            try:
+                evaluate.check_retrieval(training, evaluation)
+            except UserError as error:
+                yield FAIL, str(error)
         found = overlap.find(training, evaluation, OVERLAP_SECONDS)
         compared = f"{found.looked_at:,} images"
         if found.looked_at < len(evaluation):
