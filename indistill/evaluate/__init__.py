@@ -3,12 +3,11 @@
 from indistill.evaluate.classification import accuracy
 from indistill.evaluate.comparison import similarity
 from indistill.evaluate.passes import embeddings
-from indistill.evaluate.ranking import PRECISION_AT, check_retrieval, precision_at, retrieval, retrieval_map
+from indistill.evaluate.ranking import PRECISION_AT, precision_at, retrieval, retrieval_map
 
 __all__ = [
     "PRECISION_AT",
     "accuracy",
-    "check_retrieval",
     "embeddings",
     "precision_at",
     "retrieval",

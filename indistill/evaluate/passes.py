@@ -86,12 +86,17 @@ def each_batch(
                 size = dataset.section.image_size
                 black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
                 yield black, torch.zeros(0, dtype=torch.int64, device=device)
-        mine = torch.tensor([float(preemption.asked()), float(mistake is not None)], device=device)
-        ranks_asked, ranks_mistaken = accelerator.reduce(mine, reduction="sum").tolist()
-        if ranks_mistaken:
-            raise mistake or UserError("evaluation: another rank cannot read an image, as it reports")
-        if preemption.settle(ranks_asked):
-            raise Preempted("stopped in an evaluation")
+        _end_together(accelerator, mistake)
+
+
+def _end_together(accelerator: Accelerator, mistake: UserError | None) -> None:
+    """Raise what any rank has to raise, on all of them."""
+    mine = torch.tensor([float(preemption.asked()), float(mistake is not None)], device=accelerator.device)
+    ranks_asked, ranks_mistaken = accelerator.reduce(mine, reduction="sum").tolist()
+    if ranks_mistaken:
+        raise mistake or UserError("evaluation: another rank cannot read an image, as it reports")
+    if preemption.settle(ranks_asked):
+        raise Preempted("stopped in an evaluation")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from indistill.data.dataset import ImageDataset
 from indistill.distributed import engine, watchdog
 from indistill.distributed.agree import agree, software_versions
 from indistill.distributed.preemption import Agreement, Preempted
+from indistill.evaluate.ranking import check_retrieval
 from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.trainable import Trainable
@@ -109,7 +110,7 @@ class Run:
         self.training, self.eval_set = self.sources.data(self.accelerator, self.settings)
         if self.settings.evaluate.retrieval:
             database, queries = self._retrieval_sets()
-            evaluate.check_retrieval(database.shards, queries.shards)
+            check_retrieval(database.shards, queries.shards)
 
     def _build_networks(self) -> None:
         accelerator, settings, training = self.accelerator, self.settings, self.training
@@ -367,7 +368,7 @@ class Run:
         alone = self.accelerator.num_processes == 1
         if not self.finished or not (isinstance(error, UserError) or alone):
             return False
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or getattr(error, "found_by_one_rank", False):
             reason = in_one_line(error, 500, with_type=not isinstance(error, UserError))
             print(
                 f"indistill: {reason}: training has finished, and the result is saved without this score: "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from indistill import config, evaluate
+from indistill import config
 from indistill.config import Config, UserError, records
 from indistill.config.files import replace_text, sha256
 from indistill.config.ranks import Ranks
@@ -18,6 +18,7 @@ from indistill.config.runs import Students
 from indistill.data.dataset import open_shards
 from indistill.distributed import environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
+from indistill.evaluate.ranking import check_retrieval
 from indistill.training import parts
 from indistill.training.callbacks import Callback
 from indistill.training.groups import train_groups
@@ -119,7 +120,7 @@ def _check_stages(stages: list[tuple[str, Config]], begun: set[str], finished: s
 def _check_retrieval(data: config.Data, section: config.Evaluate) -> None:
     """Raise UserError if a score at the end could not be computed from these images."""
     if section.retrieval and data.eval is not None:
-        evaluate.check_retrieval(open_shards(data, data.train), open_shards(data, data.eval))
+        check_retrieval(open_shards(data, data.train), open_shards(data, data.eval))
 
 
 def _is_chain(stages: list[tuple[str, Config]]) -> bool:

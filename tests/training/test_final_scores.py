@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, train_until
+from conftest import losses, run_ranks, train_until
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -61,6 +61,20 @@ def test_a_last_evaluation_that_fails_leaves_the_trained_student(tree, error, mo
     assert (Path(tree["run_dir"]) / "student.safetensors").exists()
     assert (Path(tree["run_dir"]) / "checkpoints" / "step-00000003").exists()
     assert f"{error}: training has finished" in capfd.readouterr().err
+
+
+def test_a_bad_evaluation_image_on_one_rank_is_heard_of_by_both(tree, tmp_path, capfd):
+    tree = supervised(tree)
+    good = tmp_path / "good.png"
+    Image.new("RGB", (32, 32)).save(good)
+    samples = [(f"{i}", good.read_bytes() if i else b"no image", "png", i) for i in range(4)]
+    packing.pack(samples, tmp_path, "bad", samples_per_shard=4)
+    tree["data"] |= {"eval": str(tmp_path / "bad-*.tar"), "in_memory": False, "workers": 1}
+    run_ranks(run, 2, tree)
+    summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
+    assert summary["metrics"] == {}
+    told = capfd.readouterr().err
+    assert re.search(r"sample 0.*: training has finished, and the result is saved", told)
 
 
 def test_an_earlier_evaluation_that_fails_ends_the_run(tree, monkeypatch):

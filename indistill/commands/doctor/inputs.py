@@ -17,7 +17,7 @@ import timm
 import torch
 from safetensors import safe_open
 
-from indistill import config, evaluate
+from indistill import config
 from indistill.commands.doctor.disks import existing_parent
 from indistill.commands.doctor.findings import (
     FAIL,
@@ -38,6 +38,7 @@ from indistill.data.index import index_files, load_index
 from indistill.data.loader import IndexedTraining, check_accumulation
 from indistill.data.stream import StreamedTraining
 from indistill.data.training import TrainingData
+from indistill.evaluate.ranking import check_retrieval
 from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
@@ -231,7 +232,7 @@ def evaluation_images(here: Here) -> Said:
             continue
         if any(one.evaluate.retrieval for one in here.settings if one.data == section):
             try:
-                evaluate.check_retrieval(training, evaluation)
+                check_retrieval(training, evaluation)
             except UserError as error:
                 yield FAIL, str(error)
         found = overlap.find(training, evaluation, OVERLAP_SECONDS)
