@@ -21,7 +21,7 @@ from indistill.models.network import Network, fingerprint
 from indistill.models.outputs import Output, Targets
 from indistill.models.stages import find_stages
 from indistill.models.trainable import Trainable
-from indistill.models.weights import misfit
+from indistill.models.weights import diverged, misfit
 
 _MAX_HEAD_WEIGHTS = 10**8
 
@@ -116,6 +116,8 @@ class Heads(Trainable):
             if problem := misfit(weights, heads.state_dict()):
                 raise ValueError(f"it {problem}")
             heads.load_state_dict(weights)
+            if (name := diverged(heads)) is not None:
+                raise ValueError(f"NaN or infinity in {name}: their training has diverged")
         except FileNotFoundError:
             reason = "permission denied for" if denied(path) else "no file"
             raise UserError(f"teacher.heads: {reason} {path}") from None
