@@ -296,7 +296,7 @@ def test_weights_that_fit_as_they_are_need_no_word(tmp_path, weights, capsys):
             lambda w: under("student.", w) | under("teacher.", w),
             "holds several networks that fit (student. and",
         ),
-        (lambda w: {"net": w, "ema": w}, "holds several state dicts (net, ema): save one of them alone"),
+        (lambda w: {"net": w, "ema": w}, "holds several state dicts (net, ema): save one alone"),
         (lambda w: under("model.", w | {"fc.bias": torch.ones(3)}), "it belongs to another architecture"),
         (
             lambda w: {k: v for k, v in w.items() if k != "bn1.running_mean"},
