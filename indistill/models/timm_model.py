@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import pickle  # nosec B403  # only for the type of its errors
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -18,6 +20,7 @@ from indistill import config
 from indistill.config import UserError, in_one_line, printable
 from indistill.config.files import denied
 from indistill.config.ranks import Ranks
+from indistill.config.run_dir import RunDir
 from indistill.models.weights import diverged, misfit, renamed
 
 # Arguments of timm.create_model that name files or say which weights are loaded, and how many of them.
@@ -69,7 +72,7 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     than `num_classes`, and a head that does not follow timm's interface. No weight is left random without an
     error.
     """
-    _check_section(section, role)
+    check_name(section, role)
     # Given another number of classes, timm would replace a pretrained head by a random one.
     kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
     net = _create(section, kwargs, role)
@@ -91,11 +94,21 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     return net
 
 
-def _check_section(section: config.Model, role: str) -> None:
-    if not section.name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(section.name):
+def check_name(section: config.Model, role: str) -> None:
+    """Raise UserError for a name that timm does not know, and for a folder that `export` did not write."""
+    kind, _, source = section.name.partition(":")
+    if kind == "local-dir":
+        if not Path(source, "config.json").is_file():
+            reason = "has no config.json" if os.path.isdir(source) else "is no folder"
+            raise UserError(
+                f"{role}.name: {source} {reason}: name a folder that `indistill export --format timm` wrote"
+            )
+    elif kind != "hf-hub" and not timm.is_model(section.name):
         message = f"{role}.name: timm has no model {section.name!r}"
         close = difflib.get_close_matches(section.name, timm.list_models(), n=3)
-        if close:
+        if Path(section.name, "config.json").is_file():
+            message += f": for the folder of an export, name local-dir:{section.name}"
+        elif close:
             message += f"; near: {', '.join(close)}"
         raise UserError(message)
 
@@ -163,13 +176,26 @@ def _check_finite(net: nn.Module, section: config.Model, role: str) -> None:
         )
 
 
+def check_file(key: str, path: str) -> None:
+    """Raise UserError if there is no file of weights at `path`, the value of the config's `key`."""
+    if os.path.isfile(path):
+        return
+    if not os.path.isdir(path):
+        reason = "permission denied for" if denied(path) else "no file"
+        raise UserError(f"{key}: {reason} {path}")
+    role, _, kind = key.partition(".")
+    files = RunDir(Path(path))
+    remedy = f"name a file, such as {files.heads if kind == 'heads' else files.student} of a finished run"
+    if kind == "checkpoint" and Path(path, "config.json").is_file():
+        remedy = f"for an export, set {role}.name=local-dir:{path} {role}.pretrained=true {key}=null"
+    raise UserError(f"{key}: {path} is a folder: {remedy}")
+
+
 def _read_state_dict(path: str, role: str) -> tuple[dict[str, Tensor], list[str]]:
     """Read a state dict, alone in its file or one entry of it; return also how, as an end of "loaded ..."."""
+    check_file(f"{role}.checkpoint", path)
     try:
         state = load_state_dict(path, weights_only=True)
-    except FileNotFoundError:  # timm's, for whatever it cannot see
-        reason = "permission denied for" if denied(path) else "no file"
-        raise UserError(f"{role}.checkpoint: {reason} {path}") from None
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
         reason = in_one_line(error, 200)
         if isinstance(error.__cause__, pickle.UnpicklingError):
