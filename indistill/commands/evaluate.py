@@ -7,6 +7,7 @@ from indistill.commands.export.load import Program, load_for_eval
 from indistill.config import Config, UserError
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.data.training import open_eval_set
+from indistill.evaluate.ranking import check_retrieval
 from indistill.models.network import Network
 from indistill.training.start import start_accelerator
 
@@ -28,12 +29,14 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
             "timm export"
         )
     eval_set = open_eval_set(settings, view)
-    scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
+    database: ImageDataset | None = None
     if settings.evaluate.retrieval:
+        shards = open_shards(settings.data, settings.data.train)
+        database = ImageDataset(shards, settings.data, seed=settings.seed)
+        check_retrieval(shards, eval_set.shards)
+    scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
+    if database is not None:
         assert isinstance(network, Network)  # a Program is refused above
-        database = ImageDataset(
-            open_shards(settings.data, settings.data.train), settings.data, seed=settings.seed
-        )
         scores |= evaluate.retrieval(accelerator, network, database, eval_set, settings.evaluate.batch)
     accelerator.end_training()
     return scores

@@ -60,13 +60,27 @@ def give_usual_mode(path: str | Path) -> None:
     os.chmod(path, mode)
 
 
+def sort_metadata(path: str | Path) -> None:
+    """Sort the metadata of a safetensors file in place: the library writes it in random order, so that equal
+    content would have different hashes.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # else the library writes JSON in another way, and its order stays
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
 # --- reading ------------------------------------------------------------------------------------------------
 def sha256(path: Path, *, ignore_metadata_order: bool = False) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal.
 
-    ignore_metadata_order: sort the header of a safetensors file before it is hashed. The library writes
-        metadata in random order, so two files with the same weights may differ in bytes. Other files are not
-        affected.
+    ignore_metadata_order: sort the header of a safetensors file before it is hashed. Files that were not
+        written with `sort_metadata` have it in random order, so two with the same weights may differ in
+        bytes. Other files are not affected.
     """
     with open_regular(path) as file:
         if not (ignore_metadata_order and path.suffix == ".safetensors"):

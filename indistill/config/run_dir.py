@@ -221,7 +221,7 @@ def _is_of(checkpoint: Path, settings: Config) -> bool:
     """Whether a checkpoint says that it is of this config; it does not if it is damaged."""
     try:
         state = read_json(read_bytes(CheckpointDir(checkpoint).state, MAX_RECORD_BYTES))
-        return state["identity"]["config"] == tree.fingerprint(settings)
+        return state["identity"]["config"] in (tree.fingerprint(settings), tree.earlier_fingerprint(settings))
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

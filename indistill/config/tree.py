@@ -211,7 +211,7 @@ OPERATIONAL_KEYS = (
     "data.cache_bytes",
     "data.workers",
     "data.max_image_pixels",
-    "evaluate.batch",
+    "evaluate",
     "teacher.shard",
     "machine",
     "targets.dir",
@@ -245,7 +245,17 @@ def flatten(config: Config, without: Collection[str] | None = None) -> dict[str,
 
 def fingerprint(config: Config) -> str:
     """Return the SHA-256 of `flatten(config)`, equal for configs that compute the same run."""
-    return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
+    return _hash(flatten(config))
+
+
+def earlier_fingerprint(config: Config) -> str:
+    """Return the fingerprint that checkpoints of earlier versions contain, to which `evaluate` belonged."""
+    evaluation = config.evaluate.model_dump(mode="json", include={"every", "retrieval", "similarity_samples"})
+    return _hash(flatten(config) | {f"evaluate.{key}": value for key, value in evaluation.items()})
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def difference(old: Config, new: Config) -> str | None:

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from indistill.config import UserError
 from indistill.data.dataset import ImageDataset
 from indistill.data.loader import eval_loader, eval_shares
 from indistill.distributed import preemption, watchdog
@@ -54,7 +55,8 @@ def each_batch(
     """Yield this rank's images and labels on its device, with the networks in eval mode, in the run's
     precision.
 
-    A rank that is asked to stop stops early. At the end all ranks raise Preempted if any was asked.
+    A rank that is asked to stop, or cannot read an image, stops early. At the end all ranks raise Preempted
+    if any was asked, and UserError if any could not read.
 
     A sharded network runs on all ranks together: with one, no rank stops early, and ranks that have one batch
     fewer than others end with a black image and no label.
@@ -67,20 +69,34 @@ def each_batch(
     loader = eval_loader(
         dataset.for_evaluation(), batch, rank=rank, world=accelerator.num_processes, device=device
     )
+    mistake: UserError | None = None
     with _evaluating(accelerator, networks):
         with accelerator.autocast():
-            for loaded in loader:
-                watchdog.alive()
-                if preemption.asked() and not together:
-                    break
-                yield loaded.images.to(device, non_blocking=True), loaded.labels.to(device)
+            try:
+                for loaded in loader:
+                    watchdog.alive()
+                    if preemption.asked() and not together:
+                        break
+                    yield loaded.images.to(device, non_blocking=True), loaded.labels.to(device)
+            except UserError as error:
+                if together:
+                    raise
+                mistake = error
             if together and counts[rank] < max(counts):
                 size = dataset.section.image_size
                 black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
                 yield black, torch.zeros(0, dtype=torch.int64, device=device)
-        mine = torch.tensor(float(preemption.asked()), device=device)
-        if preemption.settle(accelerator.reduce(mine, reduction="sum").item()):
-            raise Preempted("stopped in an evaluation")
+        _end_together(accelerator, mistake)
+
+
+def _end_together(accelerator: Accelerator, mistake: UserError | None) -> None:
+    """Raise what any rank has to raise, on all of them."""
+    mine = torch.tensor([float(preemption.asked()), float(mistake is not None)], device=accelerator.device)
+    ranks_asked, ranks_mistaken = accelerator.reduce(mine, reduction="sum").tolist()
+    if ranks_mistaken:
+        raise mistake or UserError("evaluation: another rank cannot read an image, as it reports")
+    if preemption.settle(ranks_asked):
+        raise Preempted("stopped in an evaluation")
 
 
 @contextlib.contextmanager

@@ -9,14 +9,27 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from indistill.config import UserError
+from indistill.config import UserError, in_one_line
 from indistill.data.dataset import ImageDataset
+from indistill.data.shards import ShardSet
 from indistill.evaluate.passes import embeddings
 from indistill.models.trainable import Trainable
 
 PRECISION_AT = (1, 10, 100)  # nearest entries
 _AUTHORS_BATCH = 128  # queries
+_MOST_SHOWN = 5  # labels in a message
 _BLOCK_ENTRIES = 2**24  # query-database pairs held at once: 128 MiB for each int64 tensor
+
+
+def check_retrieval(database: ShardSet, queries: ShardSet) -> None:
+    """Raise UserError if a query's class is absent from the database, without reading an image."""
+    absent = np.setdiff1d(queries.labels, database.labels)
+    if len(absent):
+        labels = ", ".join(map(str, absent[:_MOST_SHOWN])) + (", ..." if len(absent) > _MOST_SHOWN else "")
+        raise UserError(
+            f"evaluate.retrieval: data.train has no image of {len(absent)} of data.eval's classes (label "
+            f"{labels}): set evaluate.retrieval=false, or evaluate on classes that are trained"
+        )
 
 
 @torch.no_grad()
@@ -37,8 +50,9 @@ def retrieval(
     if accelerator.is_main_process:
         try:
             outcome[0] = _retrieval_scores(*tensors)
-        except ValueError as error:
-            outcome[1] = f"evaluate.retrieval: {error}"
+        except Exception as error:  # also of a device that is full: the other ranks wait for the outcome
+            reason = in_one_line(error, 500, with_type=not isinstance(error, ValueError))
+            outcome[1] = f"evaluate.retrieval: {reason}"
     scores, message = broadcast_object_list(outcome)
     if message is not None:
         raise UserError(message)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from indistill import config
 from indistill.config import UserError, in_one_line
-from indistill.config.files import denied, give_usual_mode
+from indistill.config.files import give_usual_mode, sort_metadata
 from indistill.config.records import first_problem
 from indistill.models.network import Network, fingerprint
 from indistill.models.outputs import Output, Targets
 from indistill.models.stages import find_stages
+from indistill.models.timm_model import check_file
 from indistill.models.trainable import Trainable
-from indistill.models.weights import misfit
+from indistill.models.weights import diverged, misfit
 
 _MAX_HEAD_WEIGHTS = 10**8
 
@@ -102,11 +103,13 @@ class Heads(Trainable):
         """Write `heads.safetensors`, with stages and pool as metadata."""
         metadata = {"stages": json.dumps(self.stages), "pool": json.dumps(self.pool)}
         save_model(self, str(path), metadata)
+        sort_metadata(path)
         give_usual_mode(path)
 
     @classmethod
     def load(cls, path: str, teacher: Network, image_size: int) -> Heads:
         """Load `heads.safetensors`. Raises UserError if the file is invalid or belongs to another teacher."""
+        check_file("teacher.heads", path)
         try:
             with safe_open(path, "pt") as file:
                 metadata = _Metadata.model_validate(file.metadata())
@@ -115,9 +118,8 @@ class Heads(Trainable):
             if problem := misfit(weights, heads.state_dict()):
                 raise ValueError(f"it {problem}")
             heads.load_state_dict(weights)
-        except FileNotFoundError:
-            reason = "permission denied for" if denied(path) else "no file"
-            raise UserError(f"teacher.heads: {reason} {path}") from None
+            if (name := diverged(heads)) is not None:
+                raise ValueError(f"NaN or infinity in {name}: their training has diverged")
         except UserError as error:
             raise UserError(f"teacher.heads: {path}: {error}") from None
         except Exception as error:  # not safetensors, without our metadata, other shapes

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from indistill import config
 from indistill.config import UserError
-from indistill.config.files import give_usual_mode
+from indistill.config.files import give_usual_mode, sort_metadata
 from indistill.models.outputs import Output, Targets
 from indistill.models.stages import stage_maps, stage_maps_and_final
 from indistill.models.timm_model import TimmModel
@@ -181,6 +181,7 @@ def save_network(network: Network, section: config.Model, path: Path) -> None:
         "std": json.dumps([round(v, 6) for v in (network.std.flatten() / 255).tolist()]),
     }
     save_model(network.net, str(path), metadata)
+    sort_metadata(path)
     give_usual_mode(path)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import pickle  # nosec B403  # only for the type of its errors
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -14,9 +17,11 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from indistill import config
-from indistill.config import UserError, in_one_line
+from indistill.config import UserError, in_one_line, printable
 from indistill.config.files import denied
-from indistill.models.weights import misfit
+from indistill.config.ranks import Ranks
+from indistill.config.run_dir import RunDir
+from indistill.models.weights import diverged, misfit, renamed
 
 # Arguments of timm.create_model that name files or say which weights are loaded, and how many of them.
 _OTHER_WEIGHTS = {
@@ -67,7 +72,7 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
     than `num_classes`, and a head that does not follow timm's interface. No weight is left random without an
     error.
     """
-    _check_section(section, role)
+    check_name(section, role)
     # Given another number of classes, timm would replace a pretrained head by a random one.
     kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
     net = _create(section, kwargs, role)
@@ -83,15 +88,27 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
         )
     if section.checkpoint:
         _load_weights(net, section.checkpoint, role)
+    if section.checkpoint or section.pretrained:
+        _check_finite(net, section, role)
     _check_interface(net, section.name, image_size, role)
     return net
 
 
-def _check_section(section: config.Model, role: str) -> None:
-    if not section.name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(section.name):
+def check_name(section: config.Model, role: str) -> None:
+    """Raise UserError for a name that timm does not know, and for a folder that `export` did not write."""
+    kind, _, source = section.name.partition(":")
+    if kind == "local-dir":
+        if not Path(source, "config.json").is_file():
+            reason = "has no config.json" if os.path.isdir(source) else "is no folder"
+            raise UserError(
+                f"{role}.name: {source} {reason}: name a folder that `indistill export --format timm` wrote"
+            )
+    elif kind != "hf-hub" and not timm.is_model(section.name):
         message = f"{role}.name: timm has no model {section.name!r}"
         close = difflib.get_close_matches(section.name, timm.list_models(), n=3)
-        if close:
+        if Path(section.name, "config.json").is_file():
+            message += f": for the folder of an export, name local-dir:{section.name}"
+        elif close:
             message += f"; near: {', '.join(close)}"
         raise UserError(message)
 
@@ -122,11 +139,15 @@ def _create(section: config.Model, kwargs: dict[str, Any], role: str) -> TimmMod
 
 
 def _load_weights(net: TimmModel, path: str, role: str) -> None:
-    state = _read_state_dict(path, role)
-    state = {
-        key.removeprefix("net."): value for key, value in state.items() if not key.startswith(_TRAINING_PARTS)
+    read, notes = _read_state_dict(path, role)
+    own = {
+        key.removeprefix("net."): value for key, value in read.items() if not key.startswith(_TRAINING_PARTS)
     }
     expected = net.state_dict()
+    try:
+        state, more_notes = renamed(own, expected)
+    except UserError as error:
+        raise UserError(f"{role}.checkpoint: {path} {error}") from None
     for key in [*expected, *state]:
         if key not in state or key not in expected:
             where = "lacks" if key not in state else "has an unexpected"
@@ -140,23 +161,65 @@ def _load_weights(net: TimmModel, path: str, role: str) -> None:
     if problem := misfit(state, expected):
         raise UserError(f"{role}.checkpoint: {path} {problem}: save the state dict of the model itself")
     net.load_state_dict(state)
+    if (notes := notes + more_notes) and Ranks.from_environment().is_main_process:
+        how = "; ".join(notes)
+        print(printable(f"indistill: {role}.checkpoint: {path} is loaded {how}"), file=sys.stderr, flush=True)
 
 
-def _read_state_dict(path: str, role: str) -> dict[str, Tensor]:
+def _check_finite(net: nn.Module, section: config.Model, role: str) -> None:
+    """Raise UserError for weights of a training that diverged."""
+    key = "checkpoint" if section.checkpoint else "name"
+    if (name := diverged(net)) is not None:
+        raise UserError(
+            f"{role}.{key}: {section.checkpoint or section.name} has NaN or infinity in {name}: its training "
+            "has diverged, use other weights"
+        )
+
+
+def check_file(key: str, path: str) -> None:
+    """Raise UserError if there is no file of weights at `path`, the value of the config's `key`."""
+    if os.path.isfile(path):
+        return
+    if not os.path.isdir(path):
+        reason = "permission denied for" if denied(path) else "no file"
+        raise UserError(f"{key}: {reason} {path}")
+    role, _, kind = key.partition(".")
+    files = RunDir(Path(path))
+    remedy = f"name a file, such as {files.heads if kind == 'heads' else files.student} of a finished run"
+    if kind == "checkpoint" and Path(path, "config.json").is_file():
+        remedy = f"for an export, set {role}.name=local-dir:{path} {role}.pretrained=true {key}=null"
+    raise UserError(f"{key}: {path} is a folder: {remedy}")
+
+
+def _read_state_dict(path: str, role: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Read a state dict, alone in its file or one entry of it; return also how, as an end of "loaded ..."."""
+    check_file(f"{role}.checkpoint", path)
     try:
         state = load_state_dict(path, weights_only=True)
-    except FileNotFoundError:  # timm's, for whatever it cannot see
-        reason = "permission denied for" if denied(path) else "no file"
-        raise UserError(f"{role}.checkpoint: {reason} {path}") from None
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
         reason = in_one_line(error, 200)
         if isinstance(error.__cause__, pickle.UnpicklingError):
             reason = "damaged, or it holds objects other than tensors, which may run code"
             reason += ": save the state dict alone"
         raise UserError(f"{role}.checkpoint: {path} is not a readable checkpoint: {reason}") from None
-    if not all(isinstance(value, Tensor) for value in state.values()):
+    if _is_state_dict(state):
+        return state, []
+    entries = [key for key, value in state.items() if _is_state_dict(value)]
+    if len(entries) > 1:
+        raise UserError(
+            f"{role}.checkpoint: {path} holds several state dicts ({', '.join(entries)}): save one alone"
+        )
+    if not entries:
         raise UserError(f"{role}.checkpoint: {path} is not a state dict: save the state dict alone")
-    return state
+    return state[entries[0]], [f"from its entry {entries[0]}"]
+
+
+def _is_state_dict(content: object) -> bool:
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from indistill import config
 from indistill.config import UserError, in_one_line
 from indistill.config.files import read_bytes, read_json
 from indistill.config.limits import MAX_RECORD_BYTES
+from indistill.models.timm_model import check_name
 
 _Number = TypeVar("_Number")
 _Three = Annotated[list[_Number], Field(min_length=3, max_length=3)]
@@ -75,6 +76,7 @@ def view_by_record(record: Mapping[str, Any], data: config.Data) -> EvalView:
 
 def own_record(section: config.Model, role: str) -> dict[str, Any]:
     """timm's record of a model, `pretrained_cfg`, without building it; UserError if it cannot be loaded."""
+    check_name(section, role)
     kind, _, source = section.name.partition(":")
     try:
         if kind == "local-dir":

@@ -48,8 +48,9 @@ class Stateful(Protocol):
 class Checkpoints:
     """The `checkpoints/` folder of a run.
 
-    `identity` (config, plan, data, teacher, engine) must be the same at save and resume; `parts` are saved
-    with the networks. `whole` returns the student with all its weights; it is called on all ranks.
+    `identity` (config, plan, data, teacher, engine) must be the same at save and resume, or as `earlier`
+    versions of this program wrote it; `parts` are saved with the networks. `whole` returns the student with
+    all its weights; it is called on all ranks.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Checkpoints:
         *,
         section: config.Checkpoint,
         identity: dict[str, str],
+        earlier: Mapping[str, str],
         parts: Mapping[str, Stateful],
         whole: Callable[[], nn.Module],
     ) -> None:
@@ -68,6 +70,7 @@ class Checkpoints:
         self.folder = files.checkpoints
         self.section = section
         self.identity = identity
+        self.earlier = earlier
         self.parts = parts
         self.whole = whole
         self.saved_at = time.monotonic()
@@ -150,7 +153,7 @@ class Checkpoints:
         """Read `state.json`. Raises UserError, naming what differs from this run."""
         state = read_state(path)
         for name, value in self.identity.items():
-            if (saved := state.identity.get(name)) != value:
+            if (saved := state.identity.get(name)) not in (value, self.earlier.get(name, value)):
                 values = f" ({saved}, not {value})" if name == "engine" else ""
                 raise UserError(f"{path}: saved with another {name}{values}: resume with the one of that run")
         return state

@@ -6,6 +6,7 @@ Read `Run.step` first; it calls everything else.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed as seed_everything
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from indistill import config, evaluate
 from indistill.config import Config, UserError, in_one_line, run_lock
@@ -27,6 +28,7 @@ from indistill.data.dataset import ImageDataset
 from indistill.distributed import engine, watchdog
 from indistill.distributed.agree import agree, software_versions
 from indistill.distributed.preemption import Agreement, Preempted
+from indistill.evaluate.ranking import check_retrieval
 from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.trainable import Trainable
@@ -106,6 +108,9 @@ class Run:
         self.files: RunDir = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
         self.run_dir: Path = self.files.path
         self.training, self.eval_set = self.sources.data(self.accelerator, self.settings)
+        if self.settings.evaluate.retrieval:
+            database, queries = self._retrieval_sets()
+            check_retrieval(database.shards, queries.shards)
 
     def _build_networks(self) -> None:
         accelerator, settings, training = self.accelerator, self.settings, self.training
@@ -142,6 +147,7 @@ class Run:
             self.ema = guard.Ema(student, settings.ema.decay, use_warmup=settings.ema.warmup)
         self.whole = self.engine.whole(student)
         optimizer = optim.create(student, settings.optimizer, fused=self.engine.fused)
+        self._check_single_images()
         unused = self.engine.unused(student, self.timetable.curriculum.phases(), self._blank_loss)
         self.phase_optim = optim.PhaseOptim(optimizer, settings, self.timetable, unused)
         self.wrapped, self.optimizer, self.was_skipped = self.engine.prepare(student, optimizer)
@@ -149,11 +155,27 @@ class Run:
         self.buffers = Buffers(self.wrapped)
         self.stop = Agreement(accelerator.num_processes, partial(mean_over_ranks, accelerator))
 
-    def _blank_loss(self, phase: Phase) -> Tensor:
-        """Compute a phase's loss on two black images; its graph contains the parameters that it trains."""
+    def _check_single_images(self) -> None:
+        """Raise UserError if a batch norm of a loss or of the targets cannot take a micro-batch of one.
+
+        `parts.create_student` checks the student.
+        """
+        projectors = self.student.projectors.modules() if isinstance(self.student, Network) else ()
+        normalises = self.plan.mode == "paper_bn" or any(isinstance(x, nn.BatchNorm2d) for x in projectors)
+        if not (normalises and parts.has_single_images(self.settings)):
+            return
+        buffers = Buffers(self.student)
+        with parts.refusing_single_values(self.settings):
+            for phase in self.timetable.curriculum.phases():
+                # No batch has this type, so that several students do not take the teacher's output for one.
+                self._blank_loss(phase, 1, torch.int32)
+        buffers.put_back(torch.tensor(True, device=self.accelerator.device))
+
+    def _blank_loss(self, phase: Phase, samples: int = 2, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """Compute a phase's loss on black images; its graph contains the parameters that it trains."""
         device = self.accelerator.device
-        images = torch.zeros(2, *config.input_size(self.settings), dtype=torch.uint8, device=device)
-        labels = torch.zeros(2, dtype=torch.int64, device=device)
+        images = torch.zeros(samples, *config.input_size(self.settings), dtype=dtype, device=device)
+        labels = torch.zeros(samples, dtype=torch.int64, device=device)
         targets = self.targets_of(images, phase)
         output = self.student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
         return self.objective(output, targets, labels=labels, phase=phase, step=int(phase.start))[0]
@@ -183,6 +205,7 @@ class Run:
             self.files,
             section=settings.checkpoint,
             identity=identity,
+            earlier={"config": config.earlier_fingerprint(settings)},
             parts={"log": self.log, "pace": self.pace},
             whole=self.whole,
         )
@@ -274,6 +297,10 @@ class Run:
             self._save()
             self._leave()
             raise
+        except Exception as error:
+            if not self._does_without(error):
+                raise
+            return {}
         self.log.write(self.done, scores)
         for callback in self.callbacks:
             callback.on_evaluation(self, scores)
@@ -306,11 +333,7 @@ class Run:
         network = self._scored_network()
         scores = self.scores or {}
         if self.settings.evaluate.retrieval:
-            assert self.training.dataset is not None  # the config requires both of retrieval
-            assert self.eval_set is not None
-            scores |= evaluate.retrieval(
-                self.accelerator, network, self.training.dataset, self.eval_set, self.settings.evaluate.batch
-            )
+            scores |= self._retrieval(network)
         summary = self._summary(scores)
         if self.accelerator.is_main_process:
             self._write_result(network, summary)
@@ -321,6 +344,39 @@ class Run:
         self.accelerator.wait_for_everyone()
         watchdog.close()
         return summary
+
+    def _retrieval_sets(self) -> tuple[ImageDataset, ImageDataset]:
+        """The database and the queries."""
+        assert self.training.dataset is not None  # the config requires both of retrieval
+        assert self.eval_set is not None
+        return self.training.dataset, self.eval_set
+
+    def _retrieval(self, network: Trainable) -> dict[str, float]:
+        try:
+            batch = self.settings.evaluate.batch
+            return evaluate.retrieval(self.accelerator, network, *self._retrieval_sets(), batch)
+        except Exception as error:
+            if not self._does_without(error):
+                raise
+            return {}
+
+    def _does_without(self, error: Exception) -> bool:
+        """Whether the run ends without a score that failed, and say so: what was trained is good without it.
+
+        All ranks raise a UserError together; with another error, the others would wait for this rank.
+        """
+        alone = self.accelerator.num_processes == 1
+        if not self.finished or not (isinstance(error, UserError) or alone):
+            return False
+        if self.accelerator.is_main_process or getattr(error, "found_by_one_rank", False):
+            reason = in_one_line(error, 500, with_type=not isinstance(error, UserError))
+            print(
+                f"indistill: {reason}: training has finished, and the result is saved without this score: "
+                f"`indistill eval CONFIG {self.run_dir}` tries it again",
+                file=sys.stderr,
+                flush=True,
+            )
+        return True
 
     def _write_result(self, network: Trainable, summary: dict[str, Any]) -> None:
         """Raises UserError, from rank 0 alone, if the disk is full or the files cannot be replaced."""

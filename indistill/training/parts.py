@@ -5,7 +5,9 @@ The pruning plan is made once, by all ranks where it needs data, and is the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from indistill import config, prune
 from indistill.config import Config, UserError
+from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.config.tree import input_size
 from indistill.curriculum import Timetable
@@ -218,7 +221,35 @@ def create_student(settings: Config) -> TimmModel:
                 f"kd.losses: {loss.name} needs a student with a distillation token, {settings.student.name} "
                 "has none: choose one such as deit_tiny_distilled_patch16_224"
             )
+    if has_single_images(settings):
+        with refusing_single_values(settings), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(net).train()(torch.zeros(1, *input_size(settings)))
     return net
+
+
+def has_single_images(settings: Config) -> bool:
+    """Whether batch norm in training sees one image at a time: a micro-batch of one, not synchronised."""
+    world = Ranks.from_environment().world_size
+    micro_batch = settings.data.global_batch // (world * settings.grad_accumulation)
+    return micro_batch == 1 and not (settings.sync_batchnorm and world > 1)
+
+
+@contextlib.contextmanager
+def refusing_single_values(settings: Config) -> Iterator[None]:
+    """Raise UserError if batch norm gets a single value per channel: one image, where its map is one pixel.
+
+    Otherwise that error would come up only in the phase that first trains such a layer.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise UserError(
+            f"data.global_batch: {settings.data.global_batch} leaves one image to each rank and accumulation "
+            "step, and a batch norm has one value of it per channel, which it cannot normalise: raise "
+            "data.global_batch, or lower grad_accumulation or the number of processes"
+        ) from None
 
 
 def create_teacher(settings: Config) -> Network:

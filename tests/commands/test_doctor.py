@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +94,12 @@ def test_versions_are_those_of_the_metadata(tree, monkeypatch):
         ),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", FAIL, "contradicts the config: compile is false"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", FAIL, "contradicts the config: mixed_precision is no"),
+        ("ACCELERATE_TORCH_DEVICE", "cpu", WARN, "chooses the device of every process"),
+        ("ACCELERATE_DEBUG_MODE", "1", WARN, "compares the tensors of all ranks"),
+        ("CUDA_VISIBLE_DEVICES", "", WARN, "hides every GPU: a run computes on the CPU"),
+        ("CUDA_VISIBLE_DEVICES", "-1", WARN, "hides every GPU: a run computes on the CPU"),
+        ("OMP_NUM_THREADS", "1000000", WARN, "is more than the "),
+        ("OMP_NUM_THREADS", "many", WARN, "is not a positive integer, and has no effect"),
         ("CUDA_LAUNCH_BLOCKING", "1", WARN, "makes the CPU wait"),
         ("NCCL_P2P_DISABLE", "1", WARN, "disables NCCL's fast transport between GPUs"),
         ("GLOO_SOCKET_IFNAME", "eth77", FAIL, "names no network interface of this node"),
@@ -107,12 +114,39 @@ def test_variables_that_hurt(tree, monkeypatch, variable, value, level, what):
 
 
 def test_variables_that_do_not_hurt(tree, monkeypatch):
-    before = look(software.environment, tree)
+    monkeypatch.setattr(software, "_another_copy", lambda: iter(()))  # a worktree is one
+    for name in os.environ:
+        if name.startswith(software._READ_BY_LIBRARIES):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("NCCL_IB_DISABLE", "0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert look(software.environment, tree) == before
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (line,) = look(software.environment, tree)
+    assert line.level == OK
+    set_here = "ACCELERATE_DYNAMO_BACKEND=NO, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=1, OMP_NUM_THREADS=1"
+    assert line.what == f"no variable that harms a run; set are {set_here}"
+
+
+@pytest.mark.parametrize("through", ["PYTHONPATH", "the current folder"])
+def test_another_copy_of_the_package_is_named(tmp_path, monkeypatch, through):
+    """One that is installed elsewhere, by the record that pip leaves; the one that runs is this one."""
+    record = tmp_path / "site" / "indistill-0.1.0.dist-info"
+    (tmp_path / "site" / "indistill").mkdir(parents=True)
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: indistill\nVersion: 0.1.0\n")
+    monkeypatch.setattr(metadata, "distribution", lambda name: metadata.PathDistribution(record))
+    here = Path(software.__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"/other:{here.parent}" if through == "PYTHONPATH" else "/other")
+    told = [line for line in look(software.environment) if "is imported from" in line.what]
+    assert [line.level for line in told] == [WARN]
+    assert told[0].what.startswith(
+        f"indistill is imported from {here}, and not from {tmp_path}/site/indistill: {through}"
+    )
+    url = {"url": here.parent.as_uri(), "dir_info": {"editable": True}}
+    (record / "direct_url.json").write_text(json.dumps(url))  # installed with `pip install -e`
+    assert not [line for line in look(software.environment) if "is imported from" in line.what]
 
 
 # --- the node -----------------------------------------------------------------------------------------------
@@ -355,6 +389,17 @@ def test_reading_remote_shards_leaves_the_cache_as_it_is(tree, data_dir, tmp_pat
         (line,) = look(inputs.reading, with_data(tree, **far, **access) | SLOW)
         assert (line.level, line.what.startswith(f"{names[0]}: ")) == (OK, True)
     assert not list(tmp_path.iterdir())
+
+
+def test_retrieval_of_a_class_that_the_database_lacks_fails_as_it_would_in_train(tree, tmp_path):
+    pack_images(tmp_path / "few", "train", samples=8, per_shard=8, seed=1)  # of classes 0 to 7
+    keys = {"train": str(tmp_path / "few" / "train-*.tar")}
+    found = look(inputs.evaluation_images, with_data(tree, **keys) | {"evaluate": {"retrieval": True}})
+    (line,) = (line for line in found if line.level == FAIL)
+    assert line.what.startswith("evaluate.retrieval: data.train has no image of 2 of data.eval's classes")
+    assert not [
+        line for line in look(inputs.evaluation_images, with_data(tree, **keys)) if line.level == FAIL
+    ]
 
 
 def test_evaluation_images_that_are_trained_on(tree, tmp_path, monkeypatch):

@@ -32,8 +32,8 @@ from indistill.config import UserError
 from indistill.data import shards
 from indistill.models import timm_model
 from indistill.models.network import Network, normalisation, save_network
-from indistill.models.views import EvalView
-from indistill.training import checkpoint
+from indistill.models.views import EvalView, evaluation_view
+from indistill.training import checkpoint, parts
 from indistill.training.loop import train
 
 MEAN, STD = (0.5, 0.25, 0.125), (0.25, 0.5, 1.0)  # of no timm model
@@ -430,6 +430,103 @@ def test_eval_of_a_timm_model(trained, monkeypatch, tmp_path):
     Path("cnn32_auxiliary").write_bytes(b"weights")
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load_for_eval(settings, "cnn32_auxiliary")
+
+
+def test_an_export_is_a_teacher_and_a_student(trained, tmp_path, capsys):
+    """Weights, normalisation, preprocessing and class names come from the folder; and it can be exported."""
+    folder = tmp_path / "first"
+    export(trained, folder)
+    tree = settings_of(trained).model_dump(mode="json")
+    tree |= {"run_dir": str(tmp_path / "run"), "duration": "15 steps", "evaluate": {}, "ema": None}
+    tree["data"] |= {"eval_crop": "auto", "eval_interpolation": "auto"}
+    tree["student"] = tree["teacher"] = {"name": f"local-dir:{folder}", "pretrained": True}
+    settings = config.parse(tree, "test")
+    exported = load_file(folder / "model.safetensors")
+    teacher, student = parts.create_teacher(settings), parts.create_student(settings)
+    for net in (teacher.net, student):
+        assert all(torch.equal(value, exported[key]) for key, value in net.state_dict().items())
+    assert normalisation(student, settings.student, "student") == ([*MEAN], [*STD])
+    assert (teacher.mean.flatten() / 255).tolist() == pytest.approx(MEAN)
+    assert evaluation_view(settings).crop_pct == 1.0
+
+    train(settings)
+    second = tmp_path / "second"
+    export(tmp_path / "run", second)
+    again = timm.create_model(f"local-dir:{second}", pretrained=True).state_dict()
+    ours = load_file(tmp_path / "run" / "student.safetensors")
+    assert all(torch.equal(again[key], ours[key]) for key in ours)
+    assert any(not torch.equal(again[key], exported[key]) for key in ours)  # it was trained
+    card = (second / "README.md").read_text()
+    assert "Training started with the weights of first." in card
+    assert "**Teacher.** local-dir:first, with the weights of first." in card
+    assert str(tmp_path / "first") not in card
+    capsys.readouterr()
+    main(["eval", str(tmp_path / "run" / "config.yaml"), str(second), "--json"])
+    assert told(capsys)["top1"] == json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["top1"]
+
+
+@pytest.mark.parametrize(
+    ("section", "error"),
+    [
+        ({"name": "cnn32_student", "checkpoint": "EXPORT"}, "is a folder: for an export, set .*=local-dir:"),
+        (
+            {"name": "EXPORT", "pretrained": True},
+            "timm has no model '.*': for the folder of an export, name loc",
+        ),
+        (
+            {"name": "local-dir:EXPORT/gone", "pretrained": True},
+            "/gone is no folder: name a folder that `indi",
+        ),
+        ({"name": "local-dir:RUN", "pretrained": True}, "/run has no config.json: name a folder that `indis"),
+        (
+            {"name": "cnn32_student", "checkpoint": "RUN"},
+            "is a folder: name a file, such as .*/student.safet",
+        ),
+    ],
+)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_folder_in_the_wrong_key_is_told_the_right_one(trained, tmp_path, role, section, error, capsys):
+    export(trained, tmp_path / "export")
+    tree = settings_of(trained).model_dump(mode="json") | {"run_dir": str(tmp_path / "new")}
+    places = {"EXPORT": str(tmp_path / "export"), "RUN": str(trained)}
+    for place, path in places.items():
+        section = {
+            key: value.replace(place, path) if value is not True else value for key, value in section.items()
+        }
+    tree[role] = section
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump(tree))
+    capsys.readouterr()
+    line = refused(capsys, "train", tmp_path / "new.yaml")
+    assert re.search(rf"error: {role}\.(name|checkpoint): .*{error}", line)
+    with pytest.raises(SystemExit):
+        main(["doctor", str(tmp_path / "new.yaml")])
+    assert re.search(rf"FAIL  weights: {role}\.(name|checkpoint): .*{error}", capsys.readouterr().out)
+
+
+def test_eval_of_a_run_that_is_not_finished_says_what_is_there(run_copy, tmp_path):
+    settings = settings_of(run_copy)
+    (run_copy / "student.safetensors").unlink()
+    (run_copy / "status").write_text("failed\nCUDA out of memory\n")
+    with pytest.raises(UserError) as caught:
+        load_for_eval(settings, str(run_copy))
+    last = run_copy / "checkpoints" / "step-00000096"
+    assert str(caught.value) == (
+        f"{run_copy}: has no student.safetensors, as its training has not finished (status: failed (CUDA out "
+        "of memory)); it has the checkpoints step-00000032, step-00000064, step-00000096: evaluate one, such "
+        f"as {last}, or go on training"
+    )
+    load_for_eval(settings, str(last))
+    shutil.rmtree(run_copy / "checkpoints")
+    with pytest.raises(UserError, match=f"{run_copy}: has no student.safetensors and no checkpoint yet"):
+        load_for_eval(settings, str(run_copy))
+    with pytest.raises(UserError, match="is no run itself, and contains the runs run: name"):
+        load_for_eval(settings, str(tmp_path))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(
+        UserError, match=r"neither a run nor an export \(it contains notes.txt\): name another"
+    ):
+        load_for_eval(settings, str(tmp_path / "other"))
 
 
 def test_what_eval_cannot_load(trained, tmp_path):

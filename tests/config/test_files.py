@@ -12,6 +12,9 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from indistill.config.files import (
     read_bytes,
@@ -21,6 +24,7 @@ from indistill.config.files import (
     replace_text,
     replacing,
     sha256,
+    sort_metadata,
 )
 
 SIZE = 1 << 20  # bytes, several times what one write call buffers
@@ -136,6 +140,23 @@ def test_sha256(tmp_path):
     assert a == b
     assert len({a, c, d, *others}) == 6
     assert others[-1] == hashlib.sha256(files["weights.pth"]).hexdigest()
+
+
+def test_equal_weights_with_equal_metadata_are_equal_files(tmp_path):
+    """The library's order is random at each save: five keys come out in one order four times in 10^6."""
+    metadata = dict.fromkeys(("name", "kwargs", "num_classes", "mean", "std"), 'é "\\ \x7f\n\x01 😀')
+    for i in range(4):
+        path = tmp_path / f"{i}.safetensors"
+        save_file({"b": torch.ones(3), "a": torch.arange(2)}, path, metadata)
+        size = path.stat().st_size
+        sort_metadata(path)
+        assert path.stat().st_size == size
+        assert path.read_bytes() == (tmp_path / "0.safetensors").read_bytes()
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+    loaded = load_file(path)
+    assert torch.equal(loaded["b"], torch.ones(3))
+    assert torch.equal(loaded["a"], torch.arange(2))
 
 
 def test_lines_that_were_cut_off_are_skipped(tmp_path):

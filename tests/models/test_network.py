@@ -1,11 +1,13 @@
 """Networks: nothing initialised at random silently, nothing normalised wrongly, every mistake one line."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import SHARED
 from safetensors import safe_open
 from torch import nn
@@ -225,6 +227,112 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
     deeper = create().state_dict() | {"conv4.weight": torch.zeros(3)}
     torch.save(deeper, path)
     assert f"{path} has an unexpected conv4.weight: it belongs" in refusal(checkpoint=path)
+
+
+def same_as(net: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
+    loaded = net.state_dict()
+    return loaded.keys() == weights.keys() and all(torch.equal(loaded[key], weights[key]) for key in loaded)
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    """Of a residual network with batch norm, whose counters have counted nothing."""
+    torch.manual_seed(3)
+    return timm.create_model("test_resnet", num_classes=10).state_dict()
+
+
+def mmpretrain(weights):
+    return {
+        ("head." if key.startswith("fc.") else "backbone.") + key: value for key, value in weights.items()
+    }
+
+
+def under(prefix, weights):
+    return {prefix + key: value for key, value in weights.items()}
+
+
+COUNTED = ".num_batches_tracked"
+
+
+@pytest.mark.parametrize(
+    ("saved", "how"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if not k.endswith(COUNTED)},
+            "without num_batches_tracked, which",
+        ),
+        (lambda w: {"state_dict": under("model.", w)}, "with model. removed from the names"),
+        (lambda w: under("module.model.", w), "with model. removed from the names"),  # timm cuts module.
+        (lambda w: under("ema.student.", w), "with ema.student. removed from the names"),
+        (lambda w: {"state_dict": mmpretrain(w)}, "with backbone. and head. removed from the names"),
+        (lambda w: under("model.", mmpretrain(w)), "with model.backbone. and model.head. removed"),
+        (lambda w: {"net": w, "acc": 93.1, "epoch": 5}, "from its entry net$"),
+        (lambda w: {"net": under("module.", w)}, "from its entry net; with module. removed from the names"),
+        (
+            lambda w: {"state_dict": under("model.", w) | {"criterion.weight": torch.ones(10)}},
+            "with model. removed from the names; without 1 other tensors .criterion.weight.$",
+        ),
+        (lambda w: under("model.", w) | under("model.teacher.", {"fc.weight": torch.ones(1)}), "removed"),
+    ],
+)
+def test_weights_as_other_programs_name_them(tmp_path, weights, saved, how, capsys):
+    torch.save(saved(weights), tmp_path / "other.pt")
+    assert same_as(create("test_resnet", checkpoint=f"{tmp_path}/other.pt"), weights)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"indistill: teacher.checkpoint: {tmp_path}/other.pt is loaded ")
+    assert re.search(how, line)
+
+
+def test_weights_that_fit_as_they_are_need_no_word(tmp_path, weights, capsys):
+    torch.save({"state_dict": under("module.", weights)}, tmp_path / "own.pt")
+    assert same_as(create("test_resnet", checkpoint=f"{tmp_path}/own.pt"), weights)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("saved", "error"),
+    [
+        (
+            lambda w: under("student.", w) | under("teacher.", w),
+            "holds several networks that fit (student. and",
+        ),
+        (lambda w: {"net": w, "ema": w}, "holds several state dicts (net, ema): save one alone"),
+        (lambda w: under("model.", w | {"fc.bias": torch.ones(3)}), "it belongs to another architecture"),
+        (
+            lambda w: {k: v for k, v in w.items() if k != "bn1.running_mean"},
+            "lacks bn1.running_mean: it belongs",
+        ),
+        (
+            lambda w: under("model.", {k: w[k] for k in w if k != "fc.bias"}),
+            "it belongs to another architecture",
+        ),
+        (
+            lambda w: w | {"fc.weight": w["fc.weight"] / 0},
+            "has NaN or infinity in fc.weight: its training has",
+        ),
+        (
+            lambda w: w | {"bn1.running_var": w["bn1.running_var"] * torch.nan},
+            "has NaN or infinity in bn1.runn",
+        ),
+    ],
+)
+def test_weights_that_are_not_the_networks(tmp_path, weights, saved, error):
+    torch.save(saved(weights), tmp_path / "other.pt")
+    message = refusal("test_resnet", checkpoint=f"{tmp_path}/other.pt")
+    assert message.startswith(f"teacher.checkpoint: {tmp_path}/other.pt ")
+    assert error in message
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d"])
+def test_torchvisions_resnets_are_timms_key_by_key(tmp_path, name):
+    """`layer1.0.downsample.0.weight`, `fc.weight`: the same names, and the same function."""
+    torch.manual_seed(4)
+    theirs = torchvision.models.get_model(name, num_classes=10).eval()
+    torch.save(theirs.state_dict(), tmp_path / f"{name}.pth")
+    ours = create(name, checkpoint=f"{tmp_path}/{name}.pth")
+    assert same_as(ours, theirs.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

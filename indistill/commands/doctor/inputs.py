@@ -38,6 +38,8 @@ from indistill.data.index import index_files, load_index
 from indistill.data.loader import IndexedTraining, check_accumulation
 from indistill.data.stream import StreamedTraining
 from indistill.data.training import TrainingData
+from indistill.evaluate.ranking import check_retrieval
+from indistill.models import timm_model
 from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
@@ -65,7 +67,7 @@ def weights(here: Here) -> Said:
                 if path and (path not in made or os.path.exists(path)):
                     yield _weights_file(f"{role}.{key}", path)
             if section is not None and section.pretrained:
-                yield _pretrained(role, section.name)
+                yield _pretrained(role, section)
 
 
 def _stored_targets(root: str) -> Item:
@@ -78,26 +80,30 @@ def _stored_targets(root: str) -> Item:
 def _weights_file(key: str, path: str) -> Item:
     """Check that a file of weights can be read, without reading all of it."""
     try:
+        timm_model.check_file(key, path)
         if path.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
                 file.keys()
         else:
             torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        return FAIL, f"{key}: no file {path}", "correct the path; every node needs the file"
+    except UserError as error:
+        return FAIL, str(error), "correct the path; every node needs the file"
     except Exception as error:  # a damaged file fails in pickle, zip or safetensors
         reason = in_one_line(error, 200)
         return FAIL, f"{key}: {path} is not a readable checkpoint: {reason}", "copy or save it again"
     return OK, f"{key}: {path}, {size_text(os.path.getsize(path))}"
 
 
-def _pretrained(role: str, name: str) -> Item:
+def _pretrained(role: str, section: config.Model) -> Item:
     """Check that a timm model's weights are available without the internet."""
+    try:
+        timm_model.check_name(section, role)
+    except UserError as error:
+        return FAIL, str(error)
+    name = section.name
     kind, _, location = name.rpartition(":")
     if kind == "local-dir":
-        if os.path.isdir(location):
-            return OK, f"{role}.name: {location}"
-        return FAIL, f"{role}.name: no folder {location}", "correct it"
+        return OK, f"{role}.name: {location}"
     record = timm.get_pretrained_cfg(name) if not kind and timm.is_model(name) else None
     hub = location if kind == "hf-hub" else record and record.hf_hub_id
     names = (record and record.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
@@ -229,6 +235,11 @@ def evaluation_images(here: Here) -> Said:
             limit = f"less than {MOST_INDEX_BYTES / 1e9:g} GB of indices"
             yield OK, f"not compared with the training images, which needs local shards with {limit}"
             continue
+        if any(one.evaluate.retrieval for one in here.settings if one.data == section):
+            try:
+                check_retrieval(training, evaluation)
+            except UserError as error:
+                yield FAIL, str(error)
         found = overlap.find(training, evaluation, OVERLAP_SECONDS)
         compared = f"{found.looked_at:,} images"
         if found.looked_at < len(evaluation):

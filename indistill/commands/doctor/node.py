@@ -90,7 +90,7 @@ def cores(here: Here) -> Said:
     own = os.sched_getaffinity(0)
     # A rank with fewer cores than its launcher has been bound to them, and shares them with no other.
     sharers = here.local_world if own == os.sched_getaffinity(os.getppid()) else 1
-    allowed = min(float(len(own)), _quota())
+    allowed = allowed_cores()
     what = f"{allowed:g} of {os.cpu_count()} allowed to {sharers} {counted_word('process', sharers)}"
     workers = max(map(_workers, here.settings), default=0)
     if workers:
@@ -103,6 +103,11 @@ def cores(here: Here) -> Said:
     if fitting < workers:
         remedy += f", or data.workers={fitting}"
     yield WARN, what, remedy
+
+
+def allowed_cores() -> float:
+    """The number of cores that this process may use, with those that it shares them with."""
+    return min(float(len(os.sched_getaffinity(0))), _quota())
 
 
 def _quota() -> float:

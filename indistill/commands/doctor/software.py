@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import psutil
 import torch
@@ -14,9 +17,12 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Said
+from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Said, counted_word
+from indistill.commands.doctor.node import allowed_cores
 from indistill.distributed.agree import software_versions
 from indistill.distributed.environment import contradictions
+
+_READ_BY_LIBRARIES = ("ACCELERATE_", "CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def versions(here: Here) -> Said:
@@ -84,8 +90,44 @@ def environment(here: Here) -> Said:
     harmful = [*_harmful(here, {name: value for name, value in os.environ.items() if value})]
     for level, name, effect, *remedy in harmful:
         yield level, f"{name}={os.environ[name]} {effect}", remedy[0] if remedy else f"unset {name}"
-    if not harmful:
-        yield OK, "no variable that harms a run"
+    copies = [*_another_copy()]
+    yield from copies
+    if not harmful and not copies:
+        read = sorted(name for name in os.environ if name.startswith(_READ_BY_LIBRARIES))
+        named = ", ".join(f"{name}={os.environ[name]}" for name in read)
+        yield OK, "no variable that harms a run" + (f"; set are {named}" if named else "")
+
+
+def _another_copy() -> Said:
+    """Find out whether another copy of this package is imported than the one that is installed."""
+    with contextlib.suppress(metadata.PackageNotFoundError):  # `versions` reports it
+        distribution = metadata.distribution("indistill")
+        installed = Path(str(distribution.locate_file("indistill")))
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            installed = Path(unquote(urlsplit(origin["url"]).path), "indistill")
+        used = Path(__file__).parents[2]
+        if not installed.is_dir() or installed.samefile(used):
+            return
+        paths = os.environ.get("PYTHONPATH", "")
+        listed = str(used.parent) in paths.split(os.pathsep)
+        why, remedy = "the current folder has it", "start from another folder"
+        if listed:
+            why, remedy = f"PYTHONPATH={paths} leads there", "unset PYTHONPATH"
+        yield WARN, f"indistill is imported from {used}, and not from {installed}: {why}", remedy
+
+
+def _threads(here: Here, values: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    """Compare the threads of a process with its share of the cores."""
+    cores = max(1, int(allowed_cores() / here.local_world))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        number = values.get(name)
+        if number is None:
+            continue
+        if not number.isdecimal() or int(number) < 1:
+            yield WARN, name, "is not a positive integer, and has no effect"
+        elif int(number) > cores:
+            yield WARN, name, f"is more than the {cores} {counted_word('core', range(cores))} of a process"
 
 
 def _harmful(here: Here, values: dict[str, str]) -> Iterator[tuple[str, ...]]:
@@ -99,6 +141,13 @@ def _harmful(here: Here, values: dict[str, str]) -> Iterator[tuple[str, ...]]:
         )
     if values.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and torch.cuda.is_available():
         yield WARN, "ACCELERATE_USE_CPU", "trains on the CPU, although there is a GPU"
+    if values.get("ACCELERATE_TORCH_DEVICE"):
+        yield WARN, "ACCELERATE_TORCH_DEVICE", "chooses the device of every process"
+    if values.get("ACCELERATE_DEBUG_MODE", "").lower() in ("true", "1"):
+        yield WARN, "ACCELERATE_DEBUG_MODE", "compares the tensors of all ranks before every collective"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield WARN, "CUDA_VISIBLE_DEVICES", "hides every GPU: a run computes on the CPU"
+    yield from _threads(here, values)
     if values.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
         yield WARN, "CUDA_LAUNCH_BLOCKING", "makes the CPU wait for every operation of the GPU"
     if values.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL":

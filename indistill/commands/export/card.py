@@ -81,6 +81,8 @@ def _weights(source: Source, net: Any) -> str:
 
 
 def _initial_weights(section: Model) -> str:
+    if section.pretrained and section.name.startswith("local-dir:"):
+        return f"with the weights of {Path(section.name).name}"
     if section.pretrained:
         return "with timm's pretrained weights"
     if section.checkpoint:
@@ -114,7 +116,13 @@ def _input(source: Source, network: Network, form: str) -> str:
 def _teacher(settings: Config) -> str:
     if settings.teacher is None:
         return "None: trained on the labels alone."
-    return f"{settings.teacher.name}, {_initial_weights(settings.teacher)}."
+    return f"{_public_name(settings.teacher.name)}, {_initial_weights(settings.teacher)}."
+
+
+def _public_name(name: str) -> str:
+    """A model's name without the folders above that of an export."""
+    kind, _, source = name.partition(":")
+    return f"local-dir:{Path(source).name}" if kind == "local-dir" else name
 
 
 def _method(source: Source) -> str:
@@ -152,4 +160,6 @@ def recipe(settings: Config) -> str:
     for section in ("student", "teacher"):
         for key in {"checkpoint", "heads"} & tree.get(section, {}).keys():
             tree[section][key] = Path(tree[section][key]).name
+        if section in tree:
+            tree[section]["name"] = _public_name(tree[section]["name"])
     return yaml.safe_dump(tree, sort_keys=False)

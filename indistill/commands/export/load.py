@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from indistill import config
-from indistill.config import Config, UserError, in_one_line
+from indistill.config import Config, UserError, in_one_line, records
 from indistill.config.extras import need
 from indistill.config.files import read_json
 from indistill.config.run_dir import CheckpointDir, RunDir
@@ -23,6 +23,7 @@ from indistill.models.outputs import Output
 from indistill.models.views import EvalView, PretrainedConfig, evaluation_view, own_view, view_by_record
 
 FILES = {"timm": "model.safetensors", "onnx": "model.onnx", "torch": "model.pt2"}
+_MOST_SHOWN = 5  # names in a message
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -74,13 +75,37 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
         raise UserError("eval scores a student, and stage: heads trains none: see its scores in summary.json")
     if path.is_dir():
         candidates = (RunDir(path).student, CheckpointDir(path).ema, CheckpointDir(path).model)
-        path = next((file for file in candidates if file.is_file()), path)
+        weights = next((file for file in candidates if file.is_file()), None)
+        if weights is None:
+            raise UserError(_what_there_is(path))
+        path = weights
     names = class_names.of_weights(path)
     class_names.check_weights(names, settings.data, "eval")
     # Without names of their own the weights have those of data.train, which retrieval searches.
     if names is None or settings.evaluate.retrieval:
         class_names.check(settings.data)
     return load_file(settings, path), evaluation_view(settings)
+
+
+def _what_there_is(folder: Path) -> str:
+    """Describe a folder without a student: the checkpoints of an unfinished run, or else its content."""
+    files = RunDir(folder)
+    if saved := files.saved_checkpoints():
+        word, reason = records.status(files.status)
+        state = f"{word} ({reason})" if reason else word or "unknown"
+        names = ", ".join(path.name for path in saved)
+        return (
+            f"{folder}: has no {files.student.name}, as its training has not finished (status: {state}); it "
+            f"has the checkpoints {names}: evaluate one, such as {saved[-1]}, or go on training"
+        )
+    runs = sorted(path.parent.name for path in folder.glob(f"*/{files.config.name}"))
+    if runs:
+        return f"{folder}: is no run itself, and contains the runs {', '.join(runs)}: name one of them"
+    if files.config.is_file():
+        return f"{folder}: has no {files.student.name} and no checkpoint yet: train it first"
+    content = sorted(path.name for path in folder.iterdir())
+    shown = ", ".join(content[:_MOST_SHOWN]) + (", ..." if len(content) > _MOST_SHOWN else "")
+    return f"{folder}: is neither a run nor an export (it contains {shown or 'nothing'}): name another folder"
 
 
 def _check_classes(network: Network | Program, what: str, settings: Config) -> None:
