@@ -31,7 +31,7 @@ from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.trainable import Trainable
 from indistill.training import guard, optim, parts
-from indistill.training.callbacks import Callback
+from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.checkpoint import Checkpoints
 from indistill.training.choose import choose
 from indistill.training.guard import Buffers
@@ -76,13 +76,16 @@ class Run:
         self.settings = settings
         self.resume = resume
         self.sources = sources or Sources()
-        self.callbacks = callbacks
+        self.callbacks = check_callbacks(callbacks)
+        self.begun = False
         self.done = 0
         # Of the last step: {} if no evaluation was due, None if the one that was due has not been made.
         self.scores: dict[str, float] | None = {}
 
     @property
     def finished(self) -> bool:
+        if not self.begun:
+            raise RuntimeError("the run has not begun: call begin() first")
         return self.done >= self.timetable.total_steps
 
     def begin(self) -> None:
@@ -94,6 +97,7 @@ class Run:
         self.wrapped.train()
         self.stop.open(self.settings.max_hours)
         watchdog.open(self.run_dir, self.settings.collective_timeout_minutes)
+        self.begun = True
         if self.scores is None:
             self.scores = self._evaluate()
             self._save()
@@ -314,9 +318,10 @@ class Run:
         summary = self._summary(scores)
         if self.accelerator.is_main_process:
             self._write_result(network, summary)
-            append_end(self.run_dir, "done")
         for callback in self.callbacks:
             callback.on_end(self, summary)
+        if self.accelerator.is_main_process:
+            append_end(self.run_dir, "done")  # last, or else the history would contradict a failed status
         self.log.close()
         self.accelerator.wait_for_everyone()
         watchdog.close()
