@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from indistill import config, evaluate
-from indistill.config import Config, UserError, in_one_line, run_lock
+from indistill.config import Config, UserError, in_one_line, plugins, run_lock
 from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir, append_end, append_start, weights_file
 from indistill.curriculum import Pace, Phase, Timetable
@@ -180,6 +180,7 @@ class Run:
             "data": self.training.fingerprint,
             "teacher": self.targets_of.fingerprint,
             "engine": self.engine.describe(),
+            **plugins.source_hashes([loss.name for loss in settings.kd.losses]),
         }
         agree(identity)
         self.checkpoints = Checkpoints(
