@@ -64,7 +64,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "indistill train configs/imagenet_r34_r18.yaml", "indistill export runs/demo/indistill student/"
     )
     usage.add_version_and_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, add, purpose in (
         ("train", _add_train, "train a student by knowledge distillation, or resume its run"),
         ("eval", _add_eval, "evaluate a checkpoint, an exported student or a timm model"),
@@ -74,6 +74,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         ("report", _add_report, "write one HTML file about a run, or about several side by side"),
         ("targets", _add_targets, "compute and store the teacher's targets, for targets: cached"),
         ("shards", _add_shards, "pack, index and verify WebDataset shards of images"),
+        ("schema", _add_schema, "print the JSON Schema of a config, for editors"),
     ):
         command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
         command.set_defaults(parser=command)
@@ -248,6 +249,15 @@ def _add_targets(parser: usage.Parser) -> None:
     parser.set_defaults(run=_targets)
 
 
+def _add_schema(parser: usage.Parser) -> None:
+    parser.examples(
+        "indistill schema > configs/schema.json",
+        "indistill schema | python -m json.tool --compact > schema.json",
+        page="configuration.md",
+    )
+    parser.set_defaults(run=_schema)
+
+
 def _ranks() -> Ranks:
     """Read rank and world size; exits with code 2 if they are malformed."""
     from indistill.config import UserError
@@ -325,7 +335,7 @@ _PACKING = (
 
 def _add_shards(parser: usage.Parser) -> None:
     parser.examples(*_PACKING, page="data.md")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    actions = parser.add_subparsers(dest="action", required=True)
     _add_pack(
         actions.add_parser("pack", help="write shards from an image folder, a CSV of path,label, or shards")
     )
@@ -504,6 +514,12 @@ def _targets(arguments: argparse.Namespace) -> None:
         trainer.write_targets()
     elif not trainer.verify_targets(arguments.verify):
         sys.exit(1)
+
+
+def _schema(arguments: argparse.Namespace) -> None:
+    from indistill.commands import schema
+
+    print(json.dumps(schema.of_file(), indent=1))
 
 
 def _trainer(arguments: argparse.Namespace) -> Trainer:

@@ -101,7 +101,8 @@ def add_version_and_completion(parser: Parser) -> None:
         "--print-completion",
         action=PrintCompletion,
         choices=("bash", "zsh", "tcsh"),
-        help="print a script that completes commands, options and files in this shell",
+        metavar="SHELL",
+        help="print a script for bash, zsh or tcsh that completes commands, options and files",
     )
 
 
