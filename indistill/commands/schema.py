@@ -21,7 +21,7 @@ from indistill.config import plugins
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _NULL = {"type": "null"}
-_REFERENCE = {  # in a chain: to an earlier stage
+_REFERENCE: dict[str, Any] = {  # in a chain: to an earlier stage
     "type": "object",
     "properties": {"stage": {"type": "string", "description": "Name of an earlier stage."}},
 }
