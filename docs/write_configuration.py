@@ -5,20 +5,14 @@ Types, limits and defaults come from pydantic; the meaning of a key is the comme
 
 from __future__ import annotations
 
-import ast
-import inspect
-import io
 import re
 import textwrap
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from indistill import config
-from indistill.config import plugins
+from indistill.commands.schema import in_yaml, meaning, meanings, models, of_config, sources
 
 PAGE = Path(__file__).with_name("configuration.md")
 MOST_CHOICES = 3  # sections that a cell of a table lists; of more it names the first
@@ -43,6 +37,10 @@ holds the values of all keys of a run.
 A **duration** is a number with a unit: `3 epochs`, `500 steps`, `1e6 samples`, or `10 percent` of the run. A
 number without a unit counts epochs.
 
+`indistill schema > schema.json` writes a JSON Schema of all this. Editors with YAML's language server then
+complete keys, and show what they mean, in a file beside it that has the line
+`# yaml-language-server: $schema=schema.json`, as the recipes have.
+
 A file may also list `stages` ([chains](method.md#chains)), or `students` with `student_groups`
 ([several students](students.md)). Each of them has a name and its own keys, which are merged with those of
 the file.
@@ -52,61 +50,6 @@ the file.
 STARTS = """\
 A run resumes with the same config only, except for {operational}, which may change. {node} may also differ
 between the nodes of a run."""
-
-
-def sources() -> str:
-    """Return the text of all files that define sections."""
-    folder = Path(config.__file__).parent
-    files = sorted(folder.glob("*.py")) + sorted((folder.parent / "losses").glob("*_loss.py"))
-    return "\n".join(path.read_text() for path in files)
-
-
-def meanings(source: str) -> dict[tuple[str, str], str]:
-    """Return the comment of each annotated field, above it and on its own lines, by class and field."""
-    lines = source.splitlines()
-    comments = {
-        token.start[0]: token.string.lstrip("#").strip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    texts = {}
-    for class_ in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
-        for field in (node for node in class_.body if isinstance(node, ast.AnnAssign)):
-            first = field.lineno
-            while lines[first - 2].lstrip().startswith("#"):
-                first -= 1
-            words = [comments[line] for line in range(first, field.end_lineno + 1) if line in comments]
-            texts[class_.name, field.target.id] = " ".join(words)
-    return texts
-
-
-def models() -> dict[str, type[BaseModel]]:
-    """Return every section and loss class, by name."""
-    named = {name: value for name, value in vars(config).items() if inspect.isclass(value)}
-    return named | {loss.__name__: loss for loss in losses()}
-
-
-def losses() -> list[type[config.Loss]]:
-    """The built-in losses, `ce` first."""
-    return [plugins.find(name) for name in sorted(plugins.built_in(), key=lambda name: (name != "ce", name))]
-
-
-def schema_of_the_config() -> dict[str, Any]:
-    """The JSON schema, in which `kd.losses` lists every built-in loss, and default sections are filled in."""
-    tree = config.Config.model_json_schema()
-    for loss in losses():
-        tree["$defs"][loss.__name__] = loss.model_json_schema()
-    choices = tree["$defs"]["KD"]["properties"]["losses"]
-    choices["items"] = {"oneOf": [{"$ref": f"#/$defs/{loss.__name__}"} for loss in losses()]}
-    choices["default"] = config.KD().model_dump()["losses"]
-    tree["properties"]["kd"]["default"] = config.KD().model_dump()
-    return tree
-
-
-def meaning(section: str, key: str, comments: dict[tuple[str, str], str]) -> str:
-    """Return the comment of a key in the class that declares it; empty if it has none."""
-    owners = [base.__name__ for base in models()[section].__mro__ if (base.__name__, key) in comments]
-    return comments[owners[0], key] if owners else ""
 
 
 def values(schema: dict[str, Any], heads: dict[str, str]) -> str:
@@ -226,15 +169,10 @@ def table(
         yield f"| {' | '.join(cells)} |"
 
 
-def in_yaml(text: str) -> str:
-    """Return a comment with `null`, as YAML has it, for Python's None."""
-    return re.sub(r"\bNone\b", "`null`", text)
-
-
 def page() -> str:
     """Return the text of configuration.md."""
     comments = meanings(sources())
-    tree = schema_of_the_config()
+    tree = of_config()
     heads = sections(tree)
     operational = ", ".join(f"`{key}`" for key in config.OPERATIONAL_KEYS)
     node = ", ".join(f"`{key}`" for key in config.NODE_KEYS)

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from indistill.commands.trainer import Trainer
-    from indistill.config import UserError
+    from indistill.config import Config, UserError
     from indistill.training.callbacks import Callback
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "Trainer", "UserError", "__version__"]
+__all__ = ["Callback", "Config", "Trainer", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,8 +21,8 @@ def __getattr__(name: str) -> Any:
         from indistill.training.callbacks import Callback
 
         return Callback
-    if name == "UserError":
-        from indistill.config import UserError
+    if name in ("Config", "UserError"):
+        from indistill import config
 
-        return UserError
+        return getattr(config, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

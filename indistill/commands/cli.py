@@ -7,13 +7,14 @@ import dataclasses
 import errno
 import json
 import os
+import select
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from indistill import __version__
+from indistill.commands import usage
 
 if TYPE_CHECKING:
     from indistill.commands.trainer import Trainer
@@ -23,60 +24,93 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: `sys.argv`) and exit with the codes of docs/cluster.md."""
     try:
-        arguments = _parse(argv)
-        from indistill.config.output import printable_output
-        from indistill.distributed import preemption
-
-        with printable_output():
-            ranks = _ranks()
-            with preemption.listening():
-                _run(arguments, ranks)
+        try:
+            _main(argv)
+        finally:
+            sys.stdout.flush()  # an exit would do it, where nothing could handle an error
     except KeyboardInterrupt:  # before preemption.listening handles it
         print("indistill: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        from indistill.distributed import preemption
+
+        # As of a program that the signal ends: `indistill plan ... | head`.
+        preemption.exit_at_once(128 + signal.SIGPIPE)
+
+
+def _main(argv: list[str] | None) -> None:
+    arguments = _parse(argv)
+    from indistill.config.output import printable_output
+    from indistill.distributed import preemption
+
+    with printable_output():
+        ranks = _ranks()
+        with preemption.listening():
+            _run(arguments, ranks)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has ended."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; `run` of the result is the function that executes the command."""
-    parser = argparse.ArgumentParser(prog="indistill", description="Knowledge distillation at cluster scale.")
-    parser.add_argument("--version", action="version", version=f"indistill {__version__}")
+    parser = usage.Parser(prog="indistill", description=usage.DESCRIPTION)
+    parser.examples(
+        "indistill train configs/imagenet_r34_r18.yaml", "indistill export runs/demo/indistill student/"
+    )
+    usage.add_version_and_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_train(commands.add_parser("train", help="train a student, or resume its run"))
-    _add_eval(commands.add_parser("eval", help="score a checkpoint, an exported student or a timm model"))
-    _add_export(commands.add_parser("export", help="export a run's student for timm, ONNX or torch.export"))
-    _add_plan(commands.add_parser("plan", help="estimate a run's time, memory and bytes, without a GPU"))
-    _add_doctor(
-        commands.add_parser("doctor", help="check whether a run will work on this machine or these nodes")
-    )
-    _add_report(
-        commands.add_parser("report", help="write one HTML file about a run, or about several side by side")
-    )
-    _add_targets(
-        commands.add_parser("targets", help="compute and store the teacher's targets, for targets: cached")
-    )
-    _add_shards(commands.add_parser("shards", help="pack, index and verify WebDataset shards"))
-    _add_init(commands.add_parser("init", help="list the recipes, or write one with the files of a cluster"))
-    demo = commands.add_parser("demo", help="distil on scikit-learn's digits, here, in two minutes")
-    demo.set_defaults(run=_demo)
+    for name, add, purpose in (
+        ("train", _add_train, "train a student by knowledge distillation, or resume its run"),
+        ("eval", _add_eval, "evaluate a checkpoint, an exported student or a timm model"),
+        ("export", _add_export, "export a run's student for timm, ONNX or torch.export"),
+        ("plan", _add_plan, "estimate a run's time, memory and bytes, without a GPU"),
+        ("doctor", _add_doctor, "check whether a run will work on this machine or these nodes"),
+        ("report", _add_report, "write one HTML file about a run, or about several side by side"),
+        ("targets", _add_targets, "compute and store the teacher's targets, for targets: cached"),
+        ("shards", _add_shards, "pack, index and verify WebDataset shards of images"),
+        ("init", _add_init, "list the recipes, or write one with the files of a cluster"),
+        ("schema", _add_schema, "print the JSON Schema of a config, for editors"),
+        ("demo", _add_demo, "distil on scikit-learn's digits, here, in two minutes"),
+    ):
+        command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        command.set_defaults(parser=command)
+        add(command)
 
     arguments, rest = parser.parse_known_args(argv)
     overridable = hasattr(arguments, "overrides")
     if rest and not (overridable and all("=" in text and not text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _refuse_rest(arguments.parser, rest, overridable)
     if overridable:
         arguments.overrides += rest  # argparse leaves overrides that follow an option
     return arguments
 
 
-def _add_config(
-    parser: argparse.ArgumentParser, *, config_help: str = "YAML file", optional: bool = False
-) -> None:
+def _refuse_rest(parser: usage.Parser, rest: list[str], overridable: bool) -> NoReturn:
+    """Exit for arguments that the command does not know."""
+    from indistill.config import Config
+
+    parser.refuse(rest, keys=Config.model_fields if overridable else ())
+
+
+def _add_config(parser: usage.Parser, *, config_help: str = "YAML file", optional: bool = False) -> None:
     parser.add_argument("config", nargs="?" if optional else None, help=config_help)
     _add_overrides(parser)
 
 
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
+def _add_overrides(parser: usage.Parser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the file")
+    _add_plugin(parser)
+    _add_allow_pipe(parser)
+
+
+def _add_plugin(parser: usage.Parser) -> None:
     parser.add_argument(
         "--plugin",
         action="append",
@@ -84,16 +118,15 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="run a Python file that defines losses of your own (docs/losses.md); may be repeated",
     )
-    _add_allow_pipe(parser)
 
 
-def _add_allow_pipe(parser: argparse.ArgumentParser) -> None:
+def _add_allow_pipe(parser: usage.Parser) -> None:
     parser.add_argument(
         "--allow-pipe", action="store_true", help="let pipe: URLs of shards run their commands"
     )
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
+def _add_train(parser: usage.Parser) -> None:
     _add_config(parser)
     parser.add_argument(
         "--resume",
@@ -101,10 +134,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="auto|never|PATH",
         help="auto (default): from the newest checkpoint, if any; never: from the start; or a checkpoint",
     )
+    parser.examples(
+        "indistill train configs/imagenet_r34_r18.yaml data.workers=8",
+        "torchrun --nproc-per-node 8 -m indistill train configs/imagenet_r34_r18.yaml",
+        page="runs.md",
+    )
     parser.set_defaults(run=_train)
 
 
-def _add_eval(parser: argparse.ArgumentParser) -> None:
+def _add_eval(parser: usage.Parser) -> None:
     parser.add_argument("config", help="YAML file that says what to evaluate on")
     parser.add_argument(
         "checkpoint",
@@ -113,10 +151,15 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     _add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print JSON with all digits")
+    parser.examples(
+        "indistill eval configs/digits_demo.yaml runs/demo/indistill",
+        "indistill eval configs/digits_demo.yaml runs/digits-student --json",
+        page="runs.md",
+    )
     parser.set_defaults(run=_evaluate)
 
 
-def _add_export(parser: argparse.ArgumentParser) -> None:
+def _add_export(parser: usage.Parser) -> None:
     parser.add_argument(
         "source", metavar="run", help="run directory; of an unfinished run, the newest checkpoint is exported"
     )
@@ -130,10 +173,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         metavar="step-XXXXXXXX",
         help="default: the end of the run, or the newest checkpoint of an unfinished one",
     )
+    _add_plugin(parser)
+    parser.examples(
+        "indistill export runs/demo/indistill runs/digits-student",
+        "indistill export runs/demo/indistill runs/digits-onnx --format onnx",
+        page="runs.md",
+    )
     parser.set_defaults(run=_export)
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
+def _add_plan(parser: usage.Parser) -> None:
     _add_config(parser)
     parser.add_argument(
         "--world", type=_count, metavar="N", help="number of processes (default: machine.devices_per_node)"
@@ -142,16 +191,26 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--samples", type=_count, metavar="N", help="number of training images, if their shards are elsewhere"
     )
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    parser.examples(
+        "indistill plan configs/imagenet_r34_r18.yaml --samples 1281167",
+        "indistill plan configs/imagenet_r34_r18.yaml --world 32 --json",
+        page="runs.md",
+    )
     parser.set_defaults(run=_plan)
 
 
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
+def _add_doctor(parser: usage.Parser) -> None:
     _add_config(parser, config_help="YAML file; without one, check the machine alone", optional=True)
     parser.add_argument("--json", action="store_true", help="print the lines of all processes as JSON")
+    parser.examples(
+        "indistill doctor",
+        "indistill doctor configs/digits_demo.yaml run_dir=runs/new",
+        page="runs.md",
+    )
     parser.set_defaults(run=_doctor)
 
 
-def _add_report(parser: argparse.ArgumentParser) -> None:
+def _add_report(parser: usage.Parser) -> None:
     parser.add_argument(
         "runs",
         nargs="+",
@@ -166,10 +225,16 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", metavar="RUN", help="run to compare the results with, such as the student alone"
     )
+    _add_plugin(parser)
+    parser.examples(
+        "indistill report runs/demo/indistill",
+        "indistill report runs/demo/indistill --baseline runs/demo/alone",
+        page="runs.md",
+    )
     parser.set_defaults(run=_report)
 
 
-def _add_targets(parser: argparse.ArgumentParser) -> None:
+def _add_targets(parser: usage.Parser) -> None:
     _add_config(
         parser, config_help="YAML file; targets that are stored already are kept, so a stopped job resumes"
     )
@@ -179,10 +244,16 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="recompute the targets of N random samples instead; exit code 1 if any differs",
     )
+    parser.examples(
+        "indistill targets configs/digits_demo.yaml data.augment.views=4",
+        "indistill targets configs/digits_demo.yaml data.augment.views=4 --verify 100",
+        page="targets.md",
+    )
     parser.set_defaults(run=_targets)
 
 
-def _add_init(parser: argparse.ArgumentParser) -> None:
+def _add_init(parser: usage.Parser) -> None:
+    parser.examples("indistill init", "indistill init imagenet_r34_r18 . --slurm --nodes 4")
     parser.add_argument("recipe", nargs="?", help="name of a recipe; without one, list all of them")
     parser.add_argument("folder", nargs="?", default=".", help="folder to write into (default: this one)")
     parser.add_argument("--slurm", action="store_true", help="also write the batch script of a SLURM job")
@@ -192,6 +263,20 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--account", metavar="NAME", help="account of the SLURM job")
     parser.add_argument("--data", metavar="URL", help="folder of the shards, a path or URL (data.root)")
     parser.set_defaults(run=_init)
+
+
+def _add_demo(parser: usage.Parser) -> None:
+    parser.examples("indistill demo", "indistill report runs/demo/indistill")
+    parser.set_defaults(run=_demo)
+
+
+def _add_schema(parser: usage.Parser) -> None:
+    parser.examples(
+        "indistill schema > configs/schema.json",
+        "indistill schema | python -m json.tool --compact > schema.json",
+        page="configuration.md",
+    )
+    parser.set_defaults(run=_schema)
 
 
 def _ranks() -> Ranks:
@@ -208,21 +293,23 @@ def _ranks() -> Ranks:
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Execute the command; any exit has one of the codes of docs/cluster.md."""
-    from indistill.config import UserError, in_one_line, printable
+    from indistill.config import UserError, in_one_line, plugins, printable
     from indistill.data.urls import ALLOW_PIPE
     from indistill.distributed import preemption
 
     if getattr(arguments, "allow_pipe", False):
         os.environ[ALLOW_PIPE] = "1"  # for this process, and those that it starts
     try:
-        _load_plugins(getattr(arguments, "plugin", ()), ranks)
+        for file in getattr(arguments, "plugin", ()):
+            plugins.load_file(file)
         arguments.run(arguments)
     except preemption.Preempted as stopped:
         if ranks.is_main_process:
             print(f"indistill: {stopped}: run the same command again to continue from there", file=sys.stderr)
         _leave(preemption.exit_code())
     except UserError as error:
-        _refuse(ranks, in_one_line(error), everywhere=error.found_by_one_rank)
+        node_may_be_alone = ranks.leads_node and not error.on_all_ranks
+        _refuse(ranks, in_one_line(error), everywhere=error.found_by_one_rank or node_may_be_alone)
     except PermissionError as error:  # wherever a file is opened: the program is not at fault
         what = printable(str(error.filename or error))
         message = f"{what}: permission denied: change its permissions, or name another"
@@ -231,7 +318,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         # A path from a config that no file can have; elsewhere "no such file" would have said it.
         if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             _refuse(ranks, f"{in_one_line(error)}: correct the path", everywhere=True)
-        if not ranks.launched:
+        if not ranks.launched or (isinstance(error, BrokenPipeError) and _nobody_reads()):
             raise
         traceback.print_exc()
         _leave(1)
@@ -244,18 +331,6 @@ def _refuse(ranks: Ranks, message: str, *, everywhere: bool) -> NoReturn:
     if ranks.launched:
         _leave(2)
     sys.exit(2)
-
-
-def _load_plugins(files: Sequence[str], ranks: Ranks) -> None:
-    """Run the files of `--plugin`. Each node reports a mistake once, as its copy of a file may be another."""
-    from indistill.config import UserError, plugins
-
-    try:
-        for file in files:
-            plugins.load_file(file)
-    except UserError as error:
-        error.found_by_one_rank = ranks.local_rank == 0
-        raise
 
 
 def _leave(code: int) -> NoReturn:
@@ -273,7 +348,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _add_shards(parser: argparse.ArgumentParser) -> None:
+_PACKING = (
+    "indistill shards pack train/ shards/train/ --prefix mine-train --resize 256",
+    "indistill shards verify 'shards/train/*.tar' --num-classes 1000",
+)
+
+
+def _add_shards(parser: usage.Parser) -> None:
+    parser.examples(*_PACKING, page="data.md")
     actions = parser.add_subparsers(dest="action", required=True)
     _add_pack(
         actions.add_parser("pack", help="write shards from an image folder, a CSV of path,label, or shards")
@@ -297,6 +379,8 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         help="number of classes (data.num_classes): an image whose label is missing or not below it is bad",
     )
     for action in actions.choices.values():
+        action.set_defaults(parser=action)
+        action.examples(*_PACKING, page="data.md")
         _add_allow_pipe(action)
         action.add_argument(
             "--workers", type=int, default=os.cpu_count(), help="number of processes (default: one per core)"
@@ -304,7 +388,7 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--cache-dir", help="directory for indices and remote shards (data.cache_dir)")
 
 
-def _add_pack(parser: argparse.ArgumentParser) -> None:
+def _add_pack(parser: usage.Parser) -> None:
     parser.add_argument("source", help="a folder of class folders, a CSV file, or shards (braces expand)")
     parser.add_argument(
         "destination", help="folder to write; if a packing was interrupted there, it continues"
@@ -476,6 +560,12 @@ def _demo(arguments: argparse.Namespace) -> None:
         demo.main()
     except preemption.Preempted:  # a new demo begins at the start
         raise KeyboardInterrupt from None
+
+
+def _schema(arguments: argparse.Namespace) -> None:
+    from indistill.commands import schema
+
+    print(json.dumps(schema.of_file(), indent=1))
 
 
 def _trainer(arguments: argparse.Namespace) -> Trainer:

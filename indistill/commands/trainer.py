@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,23 +19,25 @@ if TYPE_CHECKING:
 class Trainer:
     """Plan, train, evaluate, report and export the run, or the runs, of a config.
 
-    config: a YAML file. overrides: `"a.b=c"` strings that replace its values, as on the command line.
+    config: a YAML file, its content as a mapping, or a `Config`. overrides: `"a.b=c"` strings that replace
+    its values, as on the command line.
 
-    A file may define several runs, a chain of `stages` or `students` of one teacher: then `train` and `plan`
-    return a mapping from their names, `report` covers all of them, and the other methods raise UserError.
+    A config may define several runs, a chain of `stages` or `students` of one teacher: then `train` and
+    `plan` return a mapping from their names, `report` covers all of them, and the other methods raise
+    UserError.
 
     Raises UserError, here and in every method, for a mistake in the config, the data or the weights: one line
     that names the mistake and the remedy. Importing the class does not import torch; creating a Trainer does,
     for the losses of the config.
     """
 
-    def __init__(self, config: str | Path, *overrides: str) -> None:
+    def __init__(self, config: str | Path | Mapping[str, Any] | Config, *overrides: str) -> None:
         self.config = config
         self.runs: list[tuple[str, Config]] = runs.load(config, overrides)
 
     @property
     def several(self) -> bool:
-        """Whether the file defines several runs."""
+        """Whether the config defines several runs."""
         return [name for name, _ in self.runs] != [""]
 
     @property
@@ -43,8 +45,9 @@ class Trainer:
         """The validated, frozen config of the only run."""
         if self.several:
             kind = "students" if isinstance(self.runs, runs.Students) else "stages"
+            file = self.config if isinstance(self.config, str | Path) else "config"
             raise UserError(
-                f"{self.config} has several {kind}: give the config.yaml in the run directory of one instead"
+                f"{file} has several {kind}: give the config.yaml in the run directory of one instead"
             )
         return self.runs[0][1]
 

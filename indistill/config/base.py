@@ -50,7 +50,16 @@ class UserError(Exception):
     As text it is one printable line, whatever names from outside its message quotes.
     """
 
-    found_by_one_rank = False  # False: every rank raises it, and rank 0 alone prints it
+    # By default the first rank of each node prints it, because files and packages may differ between nodes.
+    found_by_one_rank = False  # True: any rank that raises it prints it
+    on_all_ranks = False  # True: all ranks raise it together, and rank 0 alone prints it
+
+    @classmethod
+    def of_all_ranks(cls, message: str) -> UserError:
+        """Return an error that all ranks raise together."""
+        error = cls(message)
+        error.on_all_ranks = True
+        return error
 
     def __str__(self) -> str:
         return _one_line(super().__str__())

@@ -6,6 +6,7 @@ import importlib
 import re
 import sys
 import traceback
+from collections.abc import Collection
 from functools import cache
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
@@ -119,10 +120,15 @@ def load_file(path: str) -> None:
     _files.add(file)
 
 
-def source_hashes() -> dict[str, str]:
-    """Return a hash of the source file of each loss that is not built in, keyed by `loss NAME`."""
+def source_hashes(used: Collection[str] | None = None) -> dict[str, str]:
+    """Return a hash of the source file of each loss that is not built in, keyed by `loss NAME`.
+
+    used: only of losses with these names.
+    """
     hashes = {}
     for name in sorted(_classes.keys() - set(built_in())):
+        if used is not None and name not in used:
+            continue
         file = getattr(sys.modules.get(_classes[name].__module__), "__file__", None)
         if file is not None and Path(file).is_file():  # a notebook has none
             hashes[f"loss {name}"] = f"source file {sha256(Path(file))[:12]}"

@@ -38,6 +38,11 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def leads_node(self) -> bool:
+        """Whether this is the first rank of its node."""
+        return self.is_main_process or (self.has_local_rank and self.local_rank == 0)
+
+    @property
     def launched(self) -> bool:
         """Whether a launcher has given this process a rank."""
         return "RANK" not in self.missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -9,7 +10,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from indistill.config.base import UserError, alternatives, in_one_line
+from indistill.config.base import UserError, alternatives, in_one_line, nearest
 from indistill.config.files import read_text
 from indistill.config.from_yaml import load_yaml
 from indistill.config.limits import MAX_CONFIG_BYTES
@@ -64,12 +65,35 @@ def parse(tree: dict[str, Any], source: str, *, recorded: bool = False) -> Confi
 
 
 def _first_mistake(error: ValidationError, tree: dict[str, Any]) -> tuple[list[str], str]:
-    """Return keys and message of the first mistake; of a union, of the branch that parsed the furthest."""
-    mistakes = [
-        (_keys(e, tree), e["msg"].removeprefix("Value error, ")) for e in error.errors(include_url=False)
-    ]
+    """Return keys and message of the first mistake; of a union, of the branches that parsed the furthest."""
+    mistakes = [(_keys(e, tree), e) for e in error.errors(include_url=False)]
     first = mistakes[0][0]
-    return max((m for m in mistakes if m[0][: len(first)] == first), key=lambda mistake: len(mistake[0]))
+    keys = max((keys for keys, _ in mistakes if keys[: len(first)] == first), key=len)
+    return keys, _message([e for others, e in mistakes if others == keys])
+
+
+def _message(errors: list[Any]) -> str:
+    """Return one message for the errors of a value, which a union has for each branch.
+
+    It ends with the nearest of the words that the value may be.
+    """
+    texts = []
+    words: list[str] = []
+    for error in errors:
+        text = error["msg"].removeprefix("Value error, ")
+        match error["type"]:
+            case "union_tag_invalid":
+                text = f"Input should have one of these names: {error['ctx']['expected_tags']}"
+            case "union_tag_not_found" | "model_attributes_type":
+                text = "Input should be a mapping with the key 'name'"
+        if error["type"] in ("literal_error", "union_tag_invalid"):
+            words += re.findall(r"'([^']*)'", text)
+        texts.append(text if len(errors) == 1 else text.partition(", unable to ")[0])
+    message = ", or ".join([texts[0], *(text.removeprefix("Input should be ") for text in texts[1:])])
+    word = errors[0]["ctx"]["tag"] if errors[0]["type"] == "union_tag_invalid" else errors[0]["input"]
+    if words and isinstance(word, str):
+        message += f"; the nearest valid value is {nearest(word, words)[0]!r}"
+    return message
 
 
 def _keys(error: Any, tree: Any) -> list[str]:

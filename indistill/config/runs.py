@@ -8,10 +8,11 @@ stage with `stage: heads`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from indistill.config.base import UserError
+from indistill.config.base import Section, UserError
 from indistill.config.read import apply_override, parse, read
 from indistill.config.run_dir import weights_file
 from indistill.config.sections import ONE_RUN_TRACKERS, Warmup
@@ -45,20 +46,22 @@ class Students(list[tuple[str, Config]]):
     groups: str = "equal"
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[tuple[str, Config]]:
+def load(
+    config: str | Path | Mapping[str, Any] | Config, overrides: list[str] | tuple[str, ...] = ()
+) -> list[tuple[str, Config]]:
     """Return name and config of every stage of a chain, or `Students`; a plain config has the empty name.
 
-    Overrides change what the runs share (`data.root=X`, unless a run sets the key itself) or a single run, by
-    index or name (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any
-    run.
+    config: a YAML file, its content as a mapping, or the `Config` of a single run. Overrides change what the
+    runs share (`data.root=X`, unless a run sets the key itself) or a single run, by index or name
+    (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any run.
     """
-    tree = read(path)
+    tree, name = _tree(config)
     kind = "students" if "students" in tree else "stages"
     listed = tree[kind] if isinstance(tree.get(kind), list) else []
     positions = {str(_name(stage)): i for i, stage in enumerate(listed)}
     for override in overrides:
         apply_override(tree, _by_position(override, kind, positions))
-    source = " ".join([str(path), *overrides])
+    source = " ".join([name, *overrides])
     if kind not in tree:
         return [("", parse(tree, source))]
     if kind == "students" and "stages" in tree:
@@ -74,6 +77,29 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> list[
     for name, settings in students:
         _check_student(students[0][1], settings, groups, where=f"{source}: student {name}")
     return students
+
+
+def _tree(config: str | Path | Mapping[str, Any] | Config) -> tuple[dict[str, Any], str]:
+    """Return a plain tree that may be changed, and its name in error messages."""
+    if isinstance(config, str | Path):
+        return read(config), str(config)
+    if isinstance(config, Config):
+        return config.model_dump(mode="json"), "config"
+    if isinstance(config, Mapping):
+        tree: dict[str, Any] = _plain(config)
+        return tree, "config"
+    raise UserError(f"config: {type(config).__name__} is no path of a YAML file, mapping or Config: give one")
+
+
+def _plain(value: Any) -> Any:
+    """Copy a tree from Python as YAML would have it: dictionaries, lists, and paths as text."""
+    if isinstance(value, Section):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _parse_all(tree: dict[str, Any], kind: str, source: str) -> dict[str, Config]:

@@ -189,7 +189,7 @@ def parallel(function: Callable, tasks: Sequence, workers: int, progress: bool) 
         else:
             results = map(function, tasks)
         try:
-            yield from tqdm(results, total=len(tasks), unit="shard", disable=not progress)
+            yield from tqdm(results, total=len(tasks), unit="shard", disable=None if progress else True)
         except BrokenProcessPool:
             raise UserError(
                 "one of the --workers was killed, perhaps for its memory: run it again with fewer, or with "

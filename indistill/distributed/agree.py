@@ -43,7 +43,7 @@ def agree(fields: dict[str, Any]) -> None:
         values = [str(one.get(name)) for one in gathered]
         other = next((value for value in values if value != values[0]), None)
         if other is not None:
-            raise UserError(
+            raise UserError.of_all_ranks(
                 f"the ranks disagree on {name}: {_ranks(values, values[0])} {values[0]}, "
                 f"{_ranks(values, other)} {other}: start all of them with the same config, code and files"
             )

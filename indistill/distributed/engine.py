@@ -524,5 +524,5 @@ def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     if unexpected is not None:
         raise unexpected
     if message is not None:
-        raise UserError(message)
+        raise UserError.of_all_ranks(message)
     return result

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from indistill.config import Config
+from indistill.config import Config, UserError
 from indistill.curriculum import Phase
 
 
@@ -36,3 +37,20 @@ class Callback:
     def on_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
         """Called after the last step, when the student's weights and `summary.json` are written."""
         return None
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
+    """Return the callbacks. Raises UserError, before a step could be lost, for what is none."""
+    if isinstance(callbacks, Callback):
+        raise UserError(f"callbacks: give a list, callbacks=[{type(callbacks).__name__}()]")
+    for callback in callbacks:
+        if isinstance(callback, type) and issubclass(callback, Callback):
+            raise UserError(
+                f"callbacks: {callback.__name__} is a class: give an object, {callback.__name__}()"
+            )
+        if not isinstance(callback, Callback):
+            raise UserError(
+                f"callbacks: {type(callback).__name__} is no callback: derive its class from "
+                "indistill.Callback"
+            )
+    return callbacks

@@ -49,8 +49,9 @@ class Checkpoints:
     """The `checkpoints/` folder of a run.
 
     `identity` (config, plan, data, teacher, engine) must be the same at save and resume, or as `earlier`
-    versions of this program wrote it; `parts` are saved with the networks. `whole` returns the student with
-    all its weights; it is called on all ranks.
+    versions of this program wrote it; if only the source file of a plugin's loss differs, the run goes on with
+    a warning. `parts` are saved with the networks. `whole` returns the student with all its weights; it is
+    called on all ranks.
     """
 
     def __init__(
@@ -153,9 +154,16 @@ class Checkpoints:
         """Read `state.json`. Raises UserError, naming what differs from this run."""
         state = read_state(path)
         for name, value in self.identity.items():
-            if (saved := state.identity.get(name)) not in (value, self.earlier.get(name, value)):
+            if (saved := state.identity.get(name)) in (value, self.earlier.get(name, value)):
+                continue
+            if not name.startswith("loss "):
                 values = f" ({saved}, not {value})" if name == "engine" else ""
                 raise UserError(f"{path}: saved with another {name}{values}: resume with the one of that run")
+            if saved is not None:  # a mended plugin may go on; checkpoints of earlier versions do not say
+                _say(
+                    f"WARNING: {name}: its code has changed since {path} was saved ({saved}, now {value}): "
+                    "the run goes on with the code of now"
+                )
         return state
 
     def load(self, path: Path, ema: ModelEmaV3 | None) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from indistill import config, evaluate
-from indistill.config import Config, UserError, in_one_line, run_lock
+from indistill.config import Config, UserError, in_one_line, plugins, run_lock
 from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir, append_end, append_start, weights_file
 from indistill.curriculum import Pace, Phase, Timetable
@@ -33,7 +33,7 @@ from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.trainable import Trainable
 from indistill.training import guard, optim, parts
-from indistill.training.callbacks import Callback
+from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.checkpoint import Checkpoints
 from indistill.training.choose import choose
 from indistill.training.guard import Buffers
@@ -78,13 +78,16 @@ class Run:
         self.settings = settings
         self.resume = resume
         self.sources = sources or Sources()
-        self.callbacks = callbacks
+        self.callbacks = check_callbacks(callbacks)
+        self.begun = False
         self.done = 0
         # Of the last step: {} if no evaluation was due, None if the one that was due has not been made.
         self.scores: dict[str, float] | None = {}
 
     @property
     def finished(self) -> bool:
+        if not self.begun:
+            raise RuntimeError("the run has not begun: call begin() first")
         return self.done >= self.timetable.total_steps
 
     def begin(self) -> None:
@@ -96,6 +99,7 @@ class Run:
         self.wrapped.train()
         self.stop.open(self.settings.max_hours)
         watchdog.open(self.run_dir, self.settings.collective_timeout_minutes)
+        self.begun = True
         if self.scores is None:
             self.scores = self._evaluate()
             self._save()
@@ -198,6 +202,7 @@ class Run:
             "data": self.training.fingerprint,
             "teacher": self.targets_of.fingerprint,
             "engine": self.engine.describe(),
+            **plugins.source_hashes([loss.name for loss in settings.kd.losses]),
         }
         agree(identity)
         self.checkpoints = Checkpoints(
@@ -337,9 +342,10 @@ class Run:
         summary = self._summary(scores)
         if self.accelerator.is_main_process:
             self._write_result(network, summary)
-            append_end(self.run_dir, "done")
         for callback in self.callbacks:
             callback.on_end(self, summary)
+        if self.accelerator.is_main_process:
+            append_end(self.run_dir, "done")  # last, or else the history would contradict a failed status
         self.log.close()
         self.accelerator.wait_for_everyone()
         watchdog.close()

@@ -20,7 +20,7 @@ from indistill.distributed import environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
 from indistill.evaluate.ranking import check_retrieval
 from indistill.training import parts
-from indistill.training.callbacks import Callback
+from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.groups import train_groups
 from indistill.training.loop import train
 from indistill.training.students import train_students
@@ -36,6 +36,7 @@ def run(
     directory contains another run, or if a stage began with other weights than the earlier stage has now.
     Raises Preempted if a run was asked to stop; no stage begins after that.
     """
+    check_callbacks(callbacks)  # before anything is written
     run_dir = RunDir.of(stages[0][1]).path
     run_dir = run_dir.parent if _is_chain(stages) else run_dir
     refuse_foreign(run_dir, runs=[name for name, _ in stages])

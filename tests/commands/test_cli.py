@@ -16,7 +16,9 @@ from PIL import Image
 
 from indistill import config
 from indistill.commands.cli import main
+from indistill.config import UserError, runs
 from indistill.data import shards
+from indistill.distributed import preemption
 from indistill.models.cnn32 import CNN32
 from indistill.models.network import Network, save_network
 
@@ -222,3 +224,39 @@ def test_commands_on_files_import_no_torch(data_dir, tree, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "eval", "doctor", "targets"])
+@pytest.mark.parametrize(("local_rank", "lines"), [(0, 1), (1, 0)])
+def test_what_one_node_lacks_is_named_by_that_node(
+    config_file, tree, monkeypatch, capsys, command, local_rank, lines
+):
+    """Rank 0, on another node, has the config and the package of the loss, and cannot know of it."""
+    for name, value in {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    left = []
+    monkeypatch.setattr(preemption, "exit_at_once", left.append)
+    more = ["any.safetensors"] if command == "eval" else []
+    for config_here, message in (
+        (config_file.with_name("gone.yaml"), "gone.yaml: No such file"),
+        (config_file, "unknown loss 'of_a_package'"),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, str(config_here), *more, "kd.losses=[{name: of_a_package}]"])
+        assert capsys.readouterr().err.count(message) == lines
+    assert left == [2, 2]
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(0, 1), (8, 0)])
+def test_what_all_ranks_know_is_printed_once(monkeypatch, capsys, rank, lines):
+    def disagree(*_):
+        raise UserError.of_all_ranks("the ranks disagree")
+
+    environment = {"RANK": rank, "WORLD_SIZE": 16, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 8}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(preemption, "exit_at_once", lambda code: None)
+    monkeypatch.setattr(runs, "load", disagree)
+    with pytest.raises(SystemExit):
+        main(["train", "any.yaml"])
+    assert capsys.readouterr().err.count("the ranks disagree") == lines

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from PIL import Image
 
 import indistill
 from indistill import Trainer, UserError
+from indistill.config import Model
 from indistill.data import shards
 
 
@@ -54,6 +57,38 @@ def test_a_file_of_several_runs(tree, tmp_path):
     assert trainer.plan(world=1).keys() == {"one", "two"}
     with pytest.raises(UserError, match=r"students.yaml has several students: give the config.yaml"):
         trainer.evaluate()
+
+
+def test_a_mapping_and_a_config_are_what_the_file_is(config_file, tree, tmp_path):
+    from_file = Trainer(config_file, "seed=3").settings
+    before = copy.deepcopy(tree)
+    assert Trainer(tree, "seed=3", "data.workers=1").settings != from_file
+    assert tree == before  # overrides change a copy
+    assert Trainer(tree, "seed=3").settings == from_file
+    assert Trainer(from_file).settings == from_file
+    assert Trainer(Trainer(tree).settings, "seed=3").settings == from_file
+    as_python = tree | {"run_dir": Path(tree["run_dir"]), "student": Model(**tree["student"])}
+    as_python["warmup"] = MappingProxyType({"durations": ("4 steps", "4 steps", "5 steps")})
+    assert Trainer(as_python, "seed=3").settings == from_file
+    chain = Trainer(tree | {"students": [{"name": "one"}, {"name": "two", "warmup": None}]})
+    assert [name for name, _ in chain.runs] == ["one", "two"]
+    with pytest.raises(UserError, match=r"^config has several students: "):
+        chain.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda tree: tree | {"sed": 3}, r"^config: unknown key 'sed'; the nearest valid key is 'seed'"),
+        (lambda tree: {**tree, "optimizer": None}, r"^config: optimizer: "),
+        (lambda tree: [tree], r"^config: list is no path of a YAML file, mapping or Config: give one"),
+        (lambda tree: None, r"^config: NoneType is no path"),
+    ],
+    ids=["key", "value", "list", "None"],
+)
+def test_a_mistake_from_python_is_one_line(tree, given, message):
+    with pytest.raises(UserError, match=message):
+        Trainer(given(tree))
 
 
 def test_a_mistake_is_found_where_the_config_is_read(config_file):

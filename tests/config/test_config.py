@@ -79,7 +79,25 @@ def test_an_unknown_key_of_the_file_itself(tree, file):
         ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
         ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),
         ("seed=4294967296", "seed: Input should be less than 4294967296"),
-        ("warmup.pairs=all", "warmup.pairs: Input should be 'auto'"),
+        (
+            "warmup.pairs=all",
+            "warmup.pairs: Input should be 'auto', or a valid list; the nearest valid value is 'auto'",
+        ),
+        ("warmup.pairs=3", "warmup.pairs: Input should be 'auto', or a valid list"),
+        ("warmup.lr=fast", "warmup.lr: Input should be a valid number, or a valid list"),
+        ("data.eval_crop=atuo", "data.eval_crop: Input should be a valid number, or 'auto'; the nearest"),
+        ("data.eval_crop=2", "data.eval_crop: Input should be less than or equal to 1, or 'auto'"),
+        (
+            "engine.name=deepsped",
+            "engine: Input should have one of these names: 'ddp', 'deepspeed'; the nearest valid value is "
+            "'deepspeed'",
+        ),
+        ("engine=ddp", "engine: Input should be a mapping with the key 'name'"),
+        ("engine.stage=1", "engine: Input should be a mapping with the key 'name'"),
+        (
+            "targets=cahced",
+            "targets: Input should be 'live', 'cached' or 'auto'; the nearest valid value is 'ca",
+        ),
         ("warmup.pairs=[[0, 0], [1]]", "warmup.pairs.1.1: Field required"),
         ("warmup.lr=[1, -2]", "warmup.lr.1: Input should be greater than 0"),
         ("kd.losses=[]", "kd.losses: List should have at least 1 item"),

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from indistill import config
 from indistill.commands.cli import main
 from indistill.config import plugins
-from indistill.config.files import read_lines
+from indistill.config.files import read_lines, sha256
 from indistill.distributed import agree, preemption
+from indistill.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -202,6 +203,52 @@ def test_losses_of_a_package_and_of_a_file_train_and_resume(both, command, insta
     command("export", run_dir, tmp_path / "exported")
     assert "pairs (weight 1)" in (tmp_path / "exported" / "README.md").read_text()
     assert "unknown loss 'pairs'" in command("train", file, *plugin, code=2)
+
+
+def test_a_file_that_was_edited_before_a_resume_is_named(tree, command, tmp_path):
+    file = write_config(tree, tmp_path, {"name": "ce"}, {"name": "centred"})
+    plugin = tmp_path / "centred.py"
+    other = tmp_path / "other.py"  # no loss of the run is in it
+    plugin.write_text(CENTRED)
+    other.write_text(LOSS.format(name="other", body="pass"))
+    run_dir = Path(tree["run_dir"])
+
+    def resume() -> str:
+        command("train", file, "--plugin", plugin, "--plugin", other, "log.every_steps=2")
+        return (tmp_path / "warnings").read_text()
+
+    def keep_warnings(line: str) -> None:
+        with (tmp_path / "warnings").open("a") as warnings:
+            warnings.write(line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_say", keep_warnings)
+        (tmp_path / "warnings").touch()
+        resume()
+        other.write_text(other.read_text() + "# edited")
+        assert resume() == ""
+        before = next(iter(read_lines(run_dir / "history.jsonl")))["software"]["loss centred"]
+        plugin.write_text(CENTRED + "# edited")
+        assert re.fullmatch(
+            rf"WARNING: loss centred: its code has changed since .*step-00000006 was saved \({before}, now "
+            r"source file [0-9a-f]{12}\): the run goes on with the code of now",
+            resume(),
+        )
+        # An earlier version of indistill kept no hashes.
+        state = run_dir / "checkpoints" / "step-00000006" / "state.json"
+        content = json.loads(state.read_text())
+        del content["identity"]["loss centred"]
+        state.write_text(json.dumps(content))
+        manifest = state.with_name("manifest.json")
+        entries = json.loads(manifest.read_text())
+        entries["state.json"] = {"bytes": state.stat().st_size, "sha256": sha256(state)}
+        manifest.write_text(json.dumps(entries))
+        (tmp_path / "warnings").write_text("")
+        assert resume() == ""
+
+    assert Path(command("report", run_dir, "--plugin", plugin).strip()).exists()
+    command("export", run_dir, tmp_path / "exported", "--plugin", plugin)
+    assert "centred (weight 1)" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_the_plan_counts_what_the_losses_declare(both, command):

@@ -32,5 +32,5 @@ def test_the_public_modules_have_their_names(module):
 
 
 def test_the_package_has_its_names():
-    assert set(indistill.__all__) == {"Callback", "Trainer", "UserError", "__version__"}
+    assert set(indistill.__all__) == {"Callback", "Config", "Trainer", "UserError", "__version__"}
     assert all(getattr(indistill, name) for name in indistill.__all__)

@@ -334,3 +334,10 @@ def test_bf16_trains_close_to_float32(tree):
 def test_fp16_is_refused_on_a_cpu(tree):
     with pytest.raises(UserError, match="fp16"):
         run({**tree, "mixed_precision": "fp16"})
+
+
+def test_a_run_that_has_not_begun_says_so(settings):
+    run = Run(settings)
+    for use in (run.step, run.end, lambda: run.finished):
+        with pytest.raises(RuntimeError, match=r"the run has not begun: call begin\(\) first"):
+            use()

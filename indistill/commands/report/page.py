@@ -356,8 +356,11 @@ def _starts(run: Run) -> list[str]:
         if line["event"] != "start":
             continue
         ended = following if following.get("event") == "end" else {}
+        if not following and run.summary:  # a callback's on_end writes this page, before the end is recorded
+            written = RunDir(run.path).summary.stat().st_mtime
+            ended = {"how": "done", "time": written} if written >= line["time"] else {}
         if ended:
-            how = f"{ended.get('how')}: {ended.get('reason')}".removesuffix(": ")
+            how = f"{ended.get('how')}: {ended.get('reason', '')}".removesuffix(": ")
             after = duration(ended["time"] - line["time"])
         else:
             last = not following and run.status in ("running", "")

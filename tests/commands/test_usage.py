@@ -1,0 +1,133 @@
+"""How the command line presents itself: help, unknown words, pipes and completion."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import refused
+
+from indistill.commands.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("train", "eval", "export", "plan", "doctor", "report", "targets", "shards", "schema")
+SHARDS = ("pack", "index", "verify")
+
+
+def shown(capsys, *arguments: str, code: int) -> str:
+    """Run a command that only prints, and return what it prints."""
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments])
+    assert exit_.value.code == code
+    out, err = capsys.readouterr()
+    return out + err
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS), *(["shards", name] for name in SHARDS)], ids=" ".join
+)
+def test_help_ends_with_two_examples_and_a_page_that_exists(capsys, command):
+    text = shown(capsys, *command, "--help", code=0)
+    examples, page = re.search(r"examples:\n(.*)\n\ndocumentation: (\S+)", text, re.DOTALL).groups()
+    lines = examples.splitlines()
+    assert len(lines) == 2
+    assert all("indistill" in line for line in lines)
+    assert (ROOT / page).is_file()
+
+
+def test_the_help_has_the_words_that_people_search_for(capsys):
+    text = shown(capsys, "--help", code=0)
+    for word in ("distillation", "teacher", "student", "resume", "evaluate", "export"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage", "message"),
+    [
+        (["train", "c.yaml", "--resme", "auto"], "train", "unknown option --resme: the nearest is --resume"),
+        (["plan", "c.yaml", "--wrld=4", "a=b"], "plan", "unknown option --wrld: the nearest is --world"),
+        (["report", "run", "--ouput", "f"], "report", "unknown option --ouput: the nearest is --output"),
+        (
+            ["shards", "verify", "x.tar", "--num-clases", "5"],
+            "shards verify",
+            "unknown option --num-clases: the nearest is --num-classes",
+        ),
+        (
+            ["train", "c.yaml", "--data.workers=8"],
+            "train",
+            "unknown option --data.workers: a key of the config has no dashes: data.workers=8",
+        ),
+        (
+            ["train", "c.yaml", "--duration", "5"],
+            "train",
+            "unknown option --duration: a key of the config has no dashes: duration=VALUE",
+        ),
+        (["export", "run", "folder", "more"], "export", "unrecognized arguments: more"),
+        (["export", "run", "folder", "a=b"], "export", "unrecognized arguments: a=b"),
+        (["trian", "c.yaml"], "", "): perhaps train"),
+        (["resume", "c.yaml"], "", "perhaps train"),
+        (["onnx"], "", "perhaps export"),
+        (["export", "run", "folder", "--format", "onnyx"], "export", "perhaps onnx"),
+        (["shards", "verfy"], "shards", "perhaps verify"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_unknown_word_prints_the_commands_usage_and_the_nearest(capsys, arguments, usage, message):
+    lines = shown(capsys, *arguments, code=2).splitlines()
+    assert lines[0].startswith(f"usage: indistill {usage}".rstrip() + " [-h]")
+    assert re.match(f"indistill {usage}".rstrip() + ": error: ", lines[-1])
+    assert message in lines[-1]
+
+
+@pytest.mark.parametrize("kind", ["plan", "help", "completion"])
+def test_a_reader_that_ended_first_ends_the_command_in_silence(config_file, kind):
+    """As in `indistill plan CONFIG | head -1`."""
+    arguments = {
+        "plan": ["plan", str(config_file), "--world", "1"],
+        "help": ["train", "--help"],
+        "completion": ["--print-completion", "bash"],
+    }
+    if kind == "completion":
+        pytest.importorskip("shtab", reason="make setup installs shtab")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "indistill", *arguments[kind]]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        command,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": ""},
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_completion_knows_commands_options_and_files(capsys):
+    pytest.importorskip("shtab", reason="make setup installs shtab")
+    script = shown(capsys, "--print-completion", "bash", code=0)
+    complete = f"""{script}
+ask() {{
+    COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+    _shtab_indistill indistill "${{@: -1}}"
+    echo "${{COMPREPLY[@]}}"
+}}
+ask indistill ex
+ask indistill plan --wo
+ask indistill export --format on
+ask indistill train README.m
+"""
+    result = subprocess.run(["bash", "-c", complete], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert [line.strip() for line in result.stdout.splitlines()] == ["export", "--world", "onnx", "README.md"]
+
+
+def test_a_mistake_in_a_plugin_of_report_and_export_is_one_line(capsys, tmp_path):
+    for command in (["report", "run"], ["export", "run", "folder"]):
+        line = refused(capsys, *command, "--plugin", tmp_path / "gone.py")
+        assert line.endswith("gone.py: no such file")
