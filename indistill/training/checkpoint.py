@@ -49,9 +49,9 @@ class Checkpoints:
     """The `checkpoints/` folder of a run.
 
     `identity` (config, plan, data, teacher, engine) must be the same at save and resume, or as `earlier`
-    versions of this program wrote it; if only the source file of a plugin's loss differs, the run goes on with
-    a warning. `parts` are saved with the networks. `whole` returns the student with all its weights; it is
-    called on all ranks.
+    versions of this program wrote it; if only the source file of a plugin's loss differs, the run goes on
+    with a warning. `parts` are saved with the networks. `whole` returns the student with all its weights; it
+    is called on all ranks.
     """
 
     def __init__(
