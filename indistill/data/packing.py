@@ -21,11 +21,11 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from indistill.config import UserError, records
+from indistill.config import UserError, printable, records
 from indistill.config.destinations import remove_parts
 from indistill.config.files import open_regular, replace_text, replacing
-from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
-from indistill.data import class_names
+from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS, MAX_IMAGE_BYTES
+from indistill.data import class_names, folders
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_index
 from indistill.data.shards import ShardSet
@@ -36,6 +36,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
 OVERHEAD_BYTES = 3 * BLOCK + BLOCK // 2  # per sample: two headers, the label's block, half a block of padding
 
 Sample = tuple[str, bytes, str, int]  # key, encoded image, extension, label (-1: none)
+_Read = tuple[str, Sample]  # where the sample comes from, for messages
 
 
 def pack(
@@ -102,6 +103,8 @@ def pack_source(
     with _named_errors(destination):
         origin = _find_source(source, seed, cache_dir=cache_dir, given=classes, follow_links=follow_links)
         _check_apart(origin, source, destination)
+        if isinstance(origin, _Files) and resize is None:
+            _check_sizes(origin)
         packing = _Packing(origin, Path(destination), prefix, shard_bytes, resize, quality)
         return packing.run(classes, workers, progress)
 
@@ -127,6 +130,16 @@ def _check_apart(origin: _Files | _Shards, source: str | Sequence[str], destinat
         and Path(os.path.realpath(str(source))) in (packed, *packed.parents)
     ):
         raise UserError(f"{destination}: is in the source folder {source}: choose a folder outside of it")
+
+
+def _check_sizes(origin: _Files) -> None:
+    """Raise UserError for an image that no shard may hold."""
+    for number in np.flatnonzero(origin.sizes > MAX_IMAGE_BYTES)[:1]:
+        _, path, _ = origin.items[number]
+        raise UserError(
+            f"{path}: has {origin.sizes[number]} bytes, more than {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES): "
+            "reduce or remove it, or set --resize"
+        )
 
 
 def _check_options(prefix: str, shard_bytes: int, resize: int | None) -> None:
@@ -244,7 +257,7 @@ class _Files(NamedTuple):
     classes: list[str] | None
     ignored: int  # files that are not images
 
-    def part(self, begin: int, end: int) -> Callable[[], Iterator[Sample]]:
+    def part(self, begin: int, end: int) -> Callable[[], Iterator[_Read]]:
         return functools.partial(_read_files, self.items[begin:end])
 
 
@@ -259,7 +272,7 @@ class _Shards(NamedTuple):
     relabel: dict[int, int]  # old label -> new label; empty if labels stay
     ignored: int = 0
 
-    def part(self, begin: int, end: int) -> Callable[[], Iterator[Sample]]:
+    def part(self, begin: int, end: int) -> Callable[[], Iterator[_Read]]:
         return functools.partial(
             _read_shards,
             self.shards._slice(begin, end),
@@ -270,18 +283,19 @@ class _Shards(NamedTuple):
         )
 
 
-def _read_files(items: list[tuple[str, str, int]]) -> Iterator[Sample]:
+def _read_files(items: list[tuple[str, str, int]]) -> Iterator[_Read]:
     for key, path, label in items:
-        yield key, Path(path).read_bytes(), _extension(path), label
+        yield path, (key, Path(path).read_bytes(), folders.extension(path), label)
 
 
 def _read_shards(
     shards: ShardSet, begin: int, *, end: int, numbered: bool, relabel: dict[int, int]
-) -> Iterator[Sample]:
+) -> Iterator[_Read]:
     extensions = {b"\x89PNG": "png", b"RIFF": "webp"}  # by the first bytes
     for number, (key, image, label) in enumerate(shards.iterate(begin, end), begin):
         key = f"{key}_{number:08d}" if numbered else key
-        yield key, image, extensions.get(image[:4], "jpg"), relabel.get(label, label)
+        sample = key, image, extensions.get(image[:4], "jpg"), relabel.get(label, label)
+        yield shards.where(number), sample
 
 
 def _find_source(
@@ -297,7 +311,8 @@ def _find_source(
         return _list_files(*_read_csv(Path(source), given), seed)
     if isinstance(source, str) and os.path.isdir(source):
         folder = Path(source)
-        tars = [path for pattern in ("*.tar", "*.tar.gz", "*.tgz") for path in folder.glob(pattern)]
+        patterns = ("*.tar", "*.tar.gz", "*.tgz")
+        tars = [p for pattern in patterns for p in folder.glob(pattern) if not folders.hidden(p.name)]
         if not tars:
             return _list_files(*_read_folder(folder, given, follow_links), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
@@ -341,7 +356,7 @@ def _label_in(given: Sequence[str], name: str, where: str) -> int:
     try:
         return given.index(name)
     except ValueError:
-        listed = class_names.shown(given)
+        listed = folders.shown(given)
         raise UserError(
             f"{where}: class {name!r} is not in --classes ({listed}): add it, or leave it out"
         ) from None
@@ -368,38 +383,20 @@ def _read_folder(
 
     A link counts only if it names something below the folder, or with `follow_links`.
     """
-    root = Path(os.path.realpath(folder))
-    left_out = 0
-
-    def allowed(path: Path) -> bool:
-        nonlocal left_out
-        if follow_links or not path.is_symlink() or root in Path(os.path.realpath(path)).parents:
-            return True
-        left_out += 1
-        return False
-
     names = class_names.folders_in(folder)
     classes = names if given is None else list(given)
     labels = {name: _label_in(classes, name, str(folder)) for name in names}
-    paths = [
-        (path, labels[name])
-        for name in names
-        if allowed(folder / name)
-        for path in sorted((folder / name).rglob("*"))
-    ]
-    files = [(str(path), label) for path, label in paths if allowed(path) and path.is_file()]
-    images = [(path, label) for path, label in files if _extension(path) in IMAGE_EXTENSIONS]
-    outside = f"{folder}: {left_out} links lead out of it and are left out: set --follow-links to pack them"
-    if left_out and not images:
-        raise UserError(outside)
-    if left_out:
-        print(f"indistill: {outside}", file=sys.stderr, flush=True)
+    walk = folders.Walk(folder, follow_links)
+    images = [(path, labels[name]) for name, paths in walk.classes(names).items() for path in paths]
     if not images:
         raise UserError(
-            f"{folder}: contains neither shards nor class folders with images "
+            walk.links_out()
+            or f"{folder}: contains neither shards nor class folders with images "
             f"({', '.join(IMAGE_EXTENSIONS)}): name another folder"
         )
-    return images, classes, len(files) - len(images)
+    for note in walk.notes():
+        print(f"indistill: {printable(note)}", file=sys.stderr, flush=True)
+    return images, classes, walk.ignored
 
 
 def _read_csv(file: Path, given: Sequence[str] | None) -> tuple[list[tuple[str, int]], list[str] | None, int]:
@@ -412,7 +409,7 @@ def _read_csv(file: Path, given: Sequence[str] | None) -> tuple[list[tuple[str, 
         if len(row) != 2:
             raise UserError(f"{line}: holds {len(row)} columns instead of path,label: correct the line")
         path = file.parent / row[0].strip()
-        if not os.path.isfile(path) or _extension(str(path)) not in IMAGE_EXTENSIONS:
+        if not os.path.isfile(path) or folders.extension(str(path)) not in IMAGE_EXTENSIONS:
             extensions = ", ".join(IMAGE_EXTENSIONS)
             raise UserError(f"{line}: {path} is not an image file ({extensions}): correct the path")
         if not row[1].strip():
@@ -477,7 +474,7 @@ def _number(
         labels = {name: int(name) for name in names if int(name) < len(classes)}
     for name, line in zip(names, lines):
         if name not in labels:
-            listed = class_names.shown(classes)
+            listed = folders.shown(classes)
             raise UserError(
                 f"{line}: class {name!r} is not in --classes ({listed}): add it, or remove the line"
             )
@@ -524,22 +521,18 @@ def _parts(name: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def _extension(path: str) -> str:
-    return os.path.splitext(path)[1][1:].lower()
-
-
-def _pack_shard(task: tuple[Path, Callable[[], Iterator[Sample]], int | None, int]) -> None:
+def _pack_shard(task: tuple[Path, Callable[[], Iterator[_Read]], int | None, int]) -> None:
     path, read, resize, quality = task
     if not path.exists():
         _write_shard(path, _shrunk(read(), resize, quality))
 
 
-def _shrunk(samples: Iterable[Sample], resize: int | None, quality: int) -> Iterator[Sample]:
+def _shrunk(read: Iterable[_Read], resize: int | None, quality: int) -> Iterator[Sample]:
     """Reduce the shorter side of each image to `resize` pixels where it is longer, and make it upright."""
-    for key, image, extension, label in samples:
+    for where, (key, image, extension, label) in read:
         if resize:
             try:
-                pixels = Image.fromarray(decode(image, f"image '{key}'"))
+                pixels = Image.fromarray(decode(image, where))
             except BadImage as bad:
                 raise UserError(f"{bad}: repair or remove it, then run the command again") from None
             scale = resize / min(pixels.size)
