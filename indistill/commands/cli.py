@@ -289,7 +289,11 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a folder of class folders, a CSV file, or shards (braces expand)")
+    parser.add_argument(
+        "source",
+        help="a folder of class folders, a list of path,label (CSV) or of ImageNet's validation labels, or "
+        "shards (braces expand)",
+    )
     parser.add_argument(
         "destination", help="folder to write; if a packing was interrupted there, it continues"
     )
@@ -305,6 +309,17 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|FOLDER",
         help="number the classes like another split: its folder of class folders, its packed folder, a text "
         "file with one name per line, or a JSON file (a list, a mapping from name to label, a dataset.json)",
+    )
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder with the images of a list (default: that of the list)"
+    )
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="encoding of a list, such as cp1252 or utf-16 (default: UTF-8)"
+    )
+    parser.add_argument(
+        "--take",
+        choices=("folders", "tars"),
+        help="which of the two to pack of a folder that has both class folders and tars",
     )
     parser.add_argument(
         "--follow-links", action="store_true", help="also pack what links in a folder name outside of it"
@@ -328,6 +343,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         progress=True,
         classes=None if arguments.classes is None else class_names.read(arguments.classes),
         follow_links=arguments.follow_links,
+        reading=packing.Reading(images=arguments.images, encoding=arguments.encoding, take=arguments.take),
     )
     if content["classes"] is not None:
         print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)

@@ -86,6 +86,8 @@ def denied(path: str | Path) -> bool:
         os.stat(path)
     except OSError as error:
         return isinstance(error, PermissionError)
+    except ValueError:  # no file has a name like this
+        return False
     return not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 

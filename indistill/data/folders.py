@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from indistill.config import UserError
+from indistill.config import UserError, printable
 from indistill.data.index import IMAGE_EXTENSIONS
 
 MOST_SHOWN = 5  # names in a message
@@ -132,6 +133,11 @@ class Walk:
     def links_out(self) -> str | None:
         """Describe the links that lead out of the folder, if there are any."""
         return next((note for note in self.notes() if "lead out" in note), None)
+
+    def print_notes(self) -> None:
+        """Print on stderr what was left out."""
+        for note in self.notes():
+            print(f"indistill: {printable(note)}", file=sys.stderr, flush=True)
 
     def notes(self) -> Iterator[str]:
         """Describe what was left out, one line for each reason."""

@@ -14,7 +14,7 @@ from tars import folder, picture, samples, tree, webdataset_samples, write_tar
 from torchvision.datasets import ImageFolder
 
 from indistill.config import UserError
-from indistill.data import class_names, packing
+from indistill.data import class_names, lists, packing
 from indistill.data.packing import pack
 from indistill.data.shards import ShardSet
 
@@ -278,7 +278,7 @@ def test_names_with_separators_are_no_lists(tmp_path):
     )
     names = sorted({lemmas[synset] for synset in (info / "imagenet_synsets.txt").read_text().split()})
     assert sum("," in name for name in names) > 100
-    packing._refuse_several_labels([f"{i}.png" for i in range(len(names))], names, [""] * len(names), set())
+    lists._refuse_several_labels([f"{i}.png" for i in range(len(names))], names, [""] * len(names), set())
     names = ["hot dog", "rock (music)", "tank", "tank, army tank"]
     assert packing.pack_source(csv_of(tmp_path, names), tmp_path / "out")["classes"] == names
     names = ["cat;dog", "cat"]
@@ -291,7 +291,9 @@ def test_names_with_separators_are_no_lists(tmp_path):
         ("0.png,0\n0.png,1\n", r"line 2: .*0\.png has the label '1' here and '0' above \(.*line 1\)"),
         ("0.png,0\n1.png,\n", "line 2: has no label"),
         ("0.png,0\n1.png,-1\n", "line 2: label '-1' is not a non-negative integer"),
-        ("0.png,0.0\n1.png,10.0\n", "line 1: label '0.0' is not a non-negative integer"),
+        ("0.png,0.0\n1.png,10.5\n", "line 2: label '10.5' is not a non-negative integer"),
+        ("0.png,nan\n1.png,1.0\n", "line 1: label 'nan' is not a non-negative integer"),
+        ("0.png,cat\n1.png,-1\n", "line 2: label '-1' is not a non-negative integer"),
     ],
 )
 def test_labels_that_are_none_are_refused(tmp_path, rows, message):
