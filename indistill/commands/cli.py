@@ -364,7 +364,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     content = verify.verify(arguments.urls, **_read_options(arguments), num_classes=arguments.num_classes)
     for member in content.bad:
-        print(printable(f"{member.shard}: {member.key}: {member.problem}"))
+        where = f"{member.shard}: {member.key}" if member.key else member.shard
+        print(printable(f"{where}: {member.problem.removeprefix(f'{member.shard}: ')}"))
     print(f"{content.summary()}\n{len(content.bad)} bad members")
     sys.exit(1 if content.bad else 0)
 

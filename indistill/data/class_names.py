@@ -25,7 +25,8 @@ from indistill.config.records import first_problem
 from indistill.config.run_dir import RunDir
 from indistill.data import remote
 from indistill.data.braces import expand_braces
-from indistill.data.folders import MOST_SHOWN, class_folders, shown
+from indistill.data.folders import class_folders
+from indistill.data.index import MOST_SHOWN, shown
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from indistill.config import UserError, printable
-from indistill.data.index import IMAGE_EXTENSIONS
-
-MOST_SHOWN = 5  # names in a message
+from indistill.data.index import IMAGE_EXTENSIONS, shown
 
 # Folders that operating systems, archives and network storage add.
 _OF_SYSTEMS = {
@@ -61,12 +59,6 @@ def first_with_images(folder: Path) -> str | None:
         if any(is_image(file) for _, _, files in os.walk(folder / name) for file in files):
             return name
     return None
-
-
-def shown(names: Sequence[str]) -> str:
-    """List the first few names, for a message."""
-    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-    return ", ".join(map(repr, names[:MOST_SHOWN])) + more
 
 
 class Walk:

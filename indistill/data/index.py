@@ -3,15 +3,16 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from indistill.config import UserError
+from indistill.config import UserError, printable
 from indistill.config.files import read_bytes, read_json, replace_text
 from indistill.config.limits import (
     MAX_EXTENSIONS,
@@ -25,7 +26,10 @@ from indistill.config.limits import (
 from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
 from indistill.data.tar import BLOCK, Tar
 
+log = logging.getLogger(__name__)
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MOST_SHOWN = 5  # names in a message
 INDEX_VERSION = 1
 INDEX_SUFFIX = ".index.json"
 MARK = b'{"version": '  # the beginning of every index
@@ -86,7 +90,11 @@ def build_index(
     """
     try:
         with open_shard(path, cache) as stream:
-            rows = [(key, *span, label) for key, span, _, label in read_samples(path, stream, load=False)]
+            others = Others()
+            samples = read_samples(path, stream, load=False, others=others)
+            rows = [(key, *span, label) for key, span, _, label in samples]
+            if others.problem:
+                log.warning("%s", printable(f"{path}: {others.problem}"))
             sha256 = sha256_of(stream) if hashed else None
             index = index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
     except (UserError, ValueError, OSError) as error:
@@ -247,6 +255,51 @@ def label_problem(label: int, num_classes: int) -> str | None:
     return None
 
 
+def shown(names: Sequence[str]) -> str:
+    """List the first few names, for a message."""
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(map(repr, names[:MOST_SHOWN])) + more
+
+
+class Others:
+    """What a shard has beside its samples."""
+
+    def __init__(self) -> None:
+        self.extensions = Counter[str]()  # of members that are neither images nor labels
+        self.problem = ""  # describes members that look like images or labels; set when all are read
+        self._alike: dict[str, str] = {}  # name that ends like that of an image or a label -> key
+
+    def add(self, key: str, name: str, extension: str) -> None:
+        """Count a member that is neither an image nor a label by WebDataset's rule."""
+        known = extension in self.extensions or len(self.extensions) < MAX_EXTENSIONS
+        self.extensions[extension if known else "of further kinds"] += 1
+        alike = key.rpartition("/")[2] and extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "cls")
+        if alike and len(self._alike) < MAX_SHARD_SAMPLES:
+            self._alike[name] = key
+
+    def end(self, keys: Container[str], links: Sequence[str]) -> None:
+        """Find what looks like images or labels and belongs to none of the samples `keys`."""
+        parts = []
+        if names := [name for name, key in self._alike.items() if key not in keys]:
+            parts.append(
+                f"{len(names)} images or labels belong to no sample, because the key of a name ends at its "
+                f"first dot ({shown(names)}): rename them, with one dot each"
+            )
+        if problem := links_problem(links):
+            parts.append(problem)
+        self.problem = "; ".join(parts)
+
+
+def links_problem(links: Sequence[str]) -> str | None:
+    """Describe the links among a tar's members that have the names of images or labels, if there are any."""
+    if not (links := [link for link in links if link.lower().endswith((*IMAGE_EXTENSIONS, ".cls"))]):
+        return None
+    return (
+        f"{len(links)} images or labels are links, which are not read ({shown(links)}): write the tar again "
+        "with `tar --dereference --hard-dereference`"
+    )
+
+
 # --- reading tars -------------------------------------------------------------------------------------------
 class ImageOrLabel(NamedTuple):
     """An image or a label in a tar."""
@@ -264,13 +317,13 @@ def read_samples(
     *,
     load: bool = True,
     report: Callable[[str, str], None] | None = None,
-    others: Counter[str] | None = None,
+    others: Others | None = None,
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield (key, (offset, size) of the image, image, label) of every sample of a shard, in one pass.
 
     load: whether to read images; without it they are b"". A sample without a label has -1.
     report: called with the key and the problem of every malformed sample; by default UserError is raised.
-    others: counts the members that belong to no sample, by extension.
+    others: counts the members that belong to no sample.
 
     Raises UserError for a damaged tar and for one without samples.
     """
@@ -279,6 +332,7 @@ def read_samples(
         raise UserError(f"{path}: {problem}")
 
     report = report or refuse
+    others = others or Others()
     seen = set()
     tar = Tar(path, stream, gzipped=compressed(path), strict=True)
     members = images_and_labels(tar, load=load, report=report, others=others)
@@ -293,9 +347,17 @@ def read_samples(
         if image is not None:
             yield key, (image.offset, image.size), image.content, -1 if label is None else label
         elif label is not None:
-            report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
+            report(key, _no_image(key, tar.links))
+    others.end(seen, tar.links)
     if not seen:
-        refuse("", "holds no sample: a sample is {key}.jpg (jpeg, png, webp) and {key}.cls")
+        example = "a sample is {key}.jpg (jpeg, png, webp) and {key}.cls"
+        refuse("", f"holds no sample: {others.problem or example}")
+
+
+def _no_image(key: str, links: Sequence[str]) -> str:
+    """The problem of a sample that has only a label."""
+    problem = links_problem([link for link in links if link.startswith(f"{key}.")])
+    return f"sample '{key}' has a .cls but no image ({problem or ', '.join(IMAGE_EXTENSIONS)})"
 
 
 def _image_and_label(
@@ -324,7 +386,7 @@ def _image_and_label(
 
 
 def images_and_labels(
-    tar: Tar, *, load: bool, report: Callable[[str, str], None], others: Counter[str] | None = None
+    tar: Tar, *, load: bool, report: Callable[[str, str], None], others: Others | None = None
 ) -> Iterator[ImageOrLabel]:
     """Yield every image and label; without `load`, images have no content.
 
@@ -339,8 +401,7 @@ def images_and_labels(
         key = f"{folder}{slash}{stem}"
         if not stem or (extension != "cls" and extension not in IMAGE_EXTENSIONS):
             if others is not None:
-                known = extension in others or len(others) < MAX_EXTENSIONS
-                others[extension if known else "of further kinds"] += 1
+                others.add(key, name, extension)
         elif extension == "cls":
             yield ImageOrLabel(key, extension, offset, size, tar.content(MAX_LABEL_BYTES + 1))
         elif size > MAX_IMAGE_BYTES:

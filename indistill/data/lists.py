@@ -17,8 +17,8 @@ from indistill.config import UserError, printable
 from indistill.config.files import open_regular
 from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
 from indistill.data import imagenet
-from indistill.data.folders import Walk, extension, shown
-from indistill.data.index import IMAGE_EXTENSIONS
+from indistill.data.folders import Walk, extension
+from indistill.data.index import IMAGE_EXTENSIONS, shown
 
 _DELIMITERS = (",", ";", "\t", " ")  # the last one as in Caffe's lists
 _WHOLE = re.compile(r"\d+(\.0*)?", re.ASCII)  # pandas writes integers like this after an empty cell

@@ -22,6 +22,7 @@ from indistill.config import UserError
 from indistill.config.limits import (
     MAX_EXPANSION,
     MAX_NAME_BYTES,
+    MAX_SHARD_SAMPLES,
     MAX_TAR_END_BYTES,
     MAX_TAR_HEADER_BYTES,
     MAX_TAR_HEADERS,
@@ -73,6 +74,7 @@ class Tar:
             stream.seek(0)
         self._at = 0  # position in the uncompressed tar
         self._following = 0  # position of the next header
+        self.links: list[str] = []  # names of the links so far, of which no content is read
         self._left = 0  # bytes of the current file that `content` has not read
 
     def __iter__(self) -> Iterator[Member]:
@@ -115,6 +117,8 @@ class Tar:
                 member = self._member(header, name, size)
                 if header.isreg():
                     return member
+                if (header.issym() or header.islnk()) and len(self.links) < MAX_SHARD_SAMPLES:
+                    self.links.append(member.name)
                 name, size, extended = None, None, 0
                 continue
             extended += 1

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -21,6 +21,7 @@ from indistill.data.index import (
     LABEL_REMEDY,
     MARK,
     Index,
+    Others,
     build_index,
     index_files,
     index_of,
@@ -119,7 +120,7 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
     cache = cache_for([path], cache_dir)
     bad: list[BadMember] = []
     rows: list[tuple[str, int, int, int]] = []
-    labels, others = Counter[int](), Counter[str]()
+    labels, others = Counter[int](), Others()
 
     def report(key: str, problem: str) -> None:
         bad.append(BadMember(path, key, problem))
@@ -138,23 +139,30 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                     decode(image, "image")
                 except BadImage as error:
                     report(key, str(error).removeprefix("image: "))
-            size = os.fstat(stream.fileno()).st_size
-            indices = {
-                file: parse_index(file) for file in index_files(path, cache_dir) if os.path.exists(file)
-            }
-            hashed = any(stored.sha256 for stored in indices.values())
-            sha256 = sha256_of(stream) if hashed else None
-        for file, stored in indices.items():
-            actual = index_of(size, rows, sha256 if stored.sha256 else None)
-            if not all(
-                np.array_equal(getattr(stored, name), getattr(actual, name)) for name in Index._fields
-            ):
+            if others.problem:
+                report("", others.problem)
+            for file in _unfitting_indices(stream, rows, index_files(path, cache_dir)):
                 report("", f"{file} does not fit the shard: run `indistill shards index` on it")
     except UserError as error:
         report("", str(error))
     except Exception as error:  # whatever is wrong with one shard must not end the others
         report("", in_one_line(error, with_type=True))
-    return Content(bad, len(rows), labels, others)
+    return Content(bad, len(rows), labels, others.extensions)
+
+
+def _unfitting_indices(
+    stream: IO[bytes], rows: Sequence[tuple[str, int, int, int]], files: Sequence[str]
+) -> list[str]:
+    """Those of the index files of a shard that do not say what it contains."""
+    size = os.fstat(stream.fileno()).st_size
+    indices = {file: parse_index(file) for file in files if os.path.exists(file)}
+    sha256 = sha256_of(stream) if any(stored.sha256 for stored in indices.values()) else None
+    unfitting = []
+    for file, stored in indices.items():
+        actual = index_of(size, rows, sha256 if stored.sha256 else None)
+        if not all(np.array_equal(getattr(stored, name), getattr(actual, name)) for name in Index._fields):
+            unfitting.append(file)
+    return unfitting
 
 
 def _index_shard(task: tuple[str, str | None, bool]) -> int | str:
