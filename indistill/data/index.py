@@ -273,7 +273,10 @@ class Others:
         """Count a member that is neither an image nor a label by WebDataset's rule."""
         known = extension in self.extensions or len(self.extensions) < MAX_EXTENSIONS
         self.extensions[extension if known else "of further kinds"] += 1
-        alike = key.rpartition("/")[2] and extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "cls")
+        _, dot, last = extension.rpartition(".")
+        alike = (
+            dot and last in (*IMAGE_EXTENSIONS, "cls") and key.rpartition("/")[2] and not _META.match(name)
+        )
         if alike and len(self._alike) < MAX_SHARD_SAMPLES:
             self._alike[name] = key
 
@@ -301,6 +304,11 @@ def links_problem(links: Sequence[str]) -> str | None:
 
 
 # --- reading tars -------------------------------------------------------------------------------------------
+_META = re.compile(r"__[^/]*__/")  # WebDataset's folder for what belongs to no sample
+SAMPLE = "a sample is {key}.jpg (jpeg, png, webp) and {key}.cls"
+_TOO_MANY = f"holds more than {MAX_SHARD_SAMPLES} samples (MAX_SHARD_SAMPLES): pack smaller shards"
+
+
 class ImageOrLabel(NamedTuple):
     """An image or a label in a tar."""
 
@@ -319,39 +327,48 @@ def read_samples(
     report: Callable[[str, str], None] | None = None,
     others: Others | None = None,
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
+    """Yield the samples of a shard from its file, as `samples_of` does."""
+    tar = Tar(path, stream, gzipped=compressed(path), strict=True)
+    return samples_of(tar, load=load, report=report, others=others)
+
+
+def samples_of(
+    tar: Tar,
+    *,
+    load: bool = True,
+    report: Callable[[str, str], None] | None = None,
+    others: Others | None = None,
+    may_be_empty: bool = False,
+) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield (key, (offset, size) of the image, image, label) of every sample of a shard, in one pass.
 
     load: whether to read images; without it they are b"". A sample without a label has -1.
     report: called with the key and the problem of every malformed sample; by default UserError is raised.
     others: counts the members that belong to no sample.
 
-    Raises UserError for a damaged tar and for one without samples.
+    Raises UserError for a damaged tar and, unless it `may_be_empty`, for one without samples.
     """
 
     def refuse(key: str, problem: str) -> None:
-        raise UserError(f"{path}: {problem}")
+        raise UserError(f"{tar.path}: {problem}")
 
     report = report or refuse
     others = others or Others()
     seen = set()
-    tar = Tar(path, stream, gzipped=compressed(path), strict=True)
     members = images_and_labels(tar, load=load, report=report, others=others)
     for key, group in itertools.groupby(members, lambda member: member.key):
         repeated = key in seen
         seen.add(key)
         if len(seen) > MAX_SHARD_SAMPLES:
-            refuse(
-                "", f"holds more than {MAX_SHARD_SAMPLES} samples (MAX_SHARD_SAMPLES): pack smaller shards"
-            )
+            refuse("", _TOO_MANY)
         image, label = _image_and_label(key, group, report, repeated)
         if image is not None:
             yield key, (image.offset, image.size), image.content, -1 if label is None else label
         elif label is not None:
             report(key, _no_image(key, tar.links))
     others.end(seen, tar.links)
-    if not seen:
-        example = "a sample is {key}.jpg (jpeg, png, webp) and {key}.cls"
-        refuse("", f"holds no sample: {others.problem or example}")
+    if not seen and (others.problem or not may_be_empty):
+        refuse("", f"holds no sample: {others.problem or SAMPLE}")
 
 
 def _no_image(key: str, links: Sequence[str]) -> str:
@@ -399,7 +416,7 @@ def images_and_labels(
         stem, _, extension = base.partition(".")
         extension = extension.lower()
         key = f"{folder}{slash}{stem}"
-        if not stem or (extension != "cls" and extension not in IMAGE_EXTENSIONS):
+        if not stem or _META.match(name) or (extension != "cls" and extension not in IMAGE_EXTENSIONS):
             if others is not None:
                 others.add(key, name, extension)
         elif extension == "cls":

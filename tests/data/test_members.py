@@ -49,7 +49,16 @@ def test_names_with_several_dots_are_counted_and_named(tmp_path, caplog):
 
 
 def test_other_members_of_a_sample_are_none_of_them(tmp_path, caplog):
-    others = ["a.seg.png", "b.left.jpg", "README.md", "._a.jpg", "d/._b.cls", "a.json", "__x__/y.json"]
+    others = [
+        "a.seg.png",
+        "b.left.jpg",
+        "README.md",
+        "._a.jpg",
+        "d/._b.cls",
+        "a.json",
+        "__x__/y.json",
+        "__x__/y.0.jpg",
+    ]
     path = write_tar(tmp_path / "x.tar", members(["a", "b"], others))
     content = verify.verify(path)
     assert content.bad == []
