@@ -1,8 +1,12 @@
 """Members of tars that belong to no sample: nothing that looks like an image is left out in silence."""
 
+import bz2
+import gzip
 import io
 import logging
+import lzma
 import tarfile
+from pathlib import Path
 
 import pytest
 from tars import picture, write_tar
@@ -10,6 +14,8 @@ from tars import picture, write_tar
 from indistill.config import UserError
 from indistill.data import verify
 from indistill.data.index import build_index, load_index
+from indistill.data.shards import expand
+from indistill.data.tar import Tar
 
 
 def members(keys, dotted=()):
@@ -87,3 +93,36 @@ def test_links_are_named_with_a_remedy(tmp_path, kind):
     assert all(
         "1 images or labels are links, which are not read ('1.jpg')" in problem for problem in problems
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "compress", "message"),
+    [
+        ("x.tar", gzip.compress, r"is compressed with gzip, .* rename it to end with \.tar\.gz"),
+        ("x.tar.bz2", bz2.compress, "is compressed with bzip2, .*: decompress it with bunzip2"),
+        ("x.tar.xz", lzma.compress, "is compressed with xz, .*: decompress it with unxz"),
+        ("x.tar.zst", lambda _: b"\x28\xb5\x2f\xfd" + bytes(9), "is compressed with zstd, .* with unzstd"),
+    ],
+)
+def test_compression_that_the_name_does_not_say_is_named(tmp_path, name, compress, message):
+    plain = write_tar(tmp_path / "plain.tar", members(["a"]))
+    path = tmp_path / name
+    path.write_bytes(compress(Path(plain).read_bytes()))
+    with pytest.raises(UserError, match=message):
+        build_index(str(path))
+    if name == "x.tar":  # the remedy works
+        path.rename(tmp_path / "x.tar.gz")
+        assert len(build_index(str(tmp_path / "x.tar.gz")).keys) == 1
+    if name == "x.tar.zst":
+        with open(path, "rb") as stream, pytest.raises(UserError, match="with zstd, which is not read"):
+            Tar(str(path), stream, strict=False)
+
+
+def test_a_folder_and_brackets_in_paths(tmp_path):
+    (tmp_path / "set[1]").mkdir()
+    path = write_tar(tmp_path / "set[1]" / "x.tar", members(["a"]))
+    assert expand("set[1]/*.tar", str(tmp_path)) == [path]
+    assert expand(str(tmp_path / "set[1]" / "*.tar")) == [path]
+    assert expand(str(tmp_path / "set?1?" / "[xy].tar")) == [path]
+    with pytest.raises(UserError, match=r"set\[1\]: is a folder: name the shards in it, as .*/\*\.tar"):
+        expand("set[1]", str(tmp_path))
