@@ -200,10 +200,14 @@ def _csv_rows(file: Path, encoding: str | None) -> Iterator[tuple[int, list[str]
 
 def _check_encoding(file: Path, begin: bytes, encoding: str | None) -> None:
     """Raise UserError for a file in UTF-16 that is to be read as UTF-8."""
-    marked = begin.startswith((b"\xff\xfe", b"\xfe\xff"))
-    zeros = begin.find(b"\0")
-    if encoding is None and (marked or zeros >= 0):
-        name = "utf-16" if marked else "utf-16-le" if zeros % 2 else "utf-16-be"
+    name = None
+    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+        name = "utf-16"
+    elif any(begin) and not any(begin[1::2]):
+        name = "utf-16-le"
+    elif any(begin) and not any(begin[::2]):
+        name = "utf-16-be"
+    if encoding is None and name is not None and len(begin) == 4:
         raise UserError(f"{file}: is not text in UTF-8 but seems to be UTF-16: set --encoding {name}")
 
 
