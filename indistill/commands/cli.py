@@ -389,7 +389,11 @@ def _add_shards(parser: usage.Parser) -> None:
 
 
 def _add_pack(parser: usage.Parser) -> None:
-    parser.add_argument("source", help="a folder of class folders, a CSV file, or shards (braces expand)")
+    parser.add_argument(
+        "source",
+        help="a folder of class folders, a list of path,label (CSV) or of ImageNet's validation labels, or "
+        "shards (braces expand)",
+    )
     parser.add_argument(
         "destination", help="folder to write; if a packing was interrupted there, it continues"
     )
@@ -405,6 +409,17 @@ def _add_pack(parser: usage.Parser) -> None:
         metavar="FILE|FOLDER",
         help="number the classes like another split: its folder of class folders, its packed folder, a text "
         "file with one name per line, or a JSON file (a list, a mapping from name to label, a dataset.json)",
+    )
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder with the images of a list (default: that of the list)"
+    )
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="encoding of a list, such as cp1252 or utf-16 (default: UTF-8)"
+    )
+    parser.add_argument(
+        "--take",
+        choices=("folders", "tars"),
+        help="which of the two to pack of a folder that has both class folders and tars",
     )
     parser.add_argument(
         "--follow-links", action="store_true", help="also pack what links in a folder name outside of it"
@@ -428,6 +443,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         progress=True,
         classes=None if arguments.classes is None else class_names.read(arguments.classes),
         follow_links=arguments.follow_links,
+        reading=packing.Reading(images=arguments.images, encoding=arguments.encoding, take=arguments.take),
     )
     if content["classes"] is not None:
         print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
@@ -448,7 +464,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     content = verify.verify(arguments.urls, **_read_options(arguments), num_classes=arguments.num_classes)
     for member in content.bad:
-        print(printable(f"{member.shard}: {member.key}: {member.problem}"))
+        where = f"{member.shard}: {member.key}" if member.key else member.shard
+        print(printable(f"{where}: {member.problem.removeprefix(f'{member.shard}: ')}"))
     print(f"{content.summary()}\n{len(content.bad)} bad members")
     sys.exit(1 if content.bad else 0)
 

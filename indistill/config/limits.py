@@ -79,6 +79,7 @@ MAX_SHARDS_CHARACTERS = 2**27  # of their paths together: 1,048,576 paths of 128
 MAX_LISTED_NAMES = 2**22  # in the folders that a pattern with * leads to; they take some 10 seconds
 MAX_BRACE_DEPTH = 16  # of braces in each other
 MAX_CLASS_FILE_BYTES = 2**24  # of a list of class names; a million names have 10 MB
+MAX_META_BYTES = 2**20  # of meta.mat in ImageNet's development kit, which is compressed
 MAX_CSV_ROWS = 2**24  # of `shards pack`; ImageNet-21k has 14 million images
 MAX_CSV_LINE_CHARACTERS = 2**16  # of a line, a path and a label
 MAX_MANIFEST_BYTES = 2**26  # of stored targets; that of 300,000 shards and a million classes has 12 MB

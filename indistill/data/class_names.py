@@ -24,12 +24,13 @@ from indistill.config.records import first_problem
 from indistill.config.run_dir import RunDir
 from indistill.data import remote
 from indistill.data.braces import expand_braces
+from indistill.data.folders import class_folders
+from indistill.data.index import MOST_SHOWN, shown
 from indistill.data.wildcards import expand_wildcards
 
 log = logging.getLogger(__name__)
 
 RECORD = "dataset.json"  # beside packed shards
-MOST_SHOWN = 5  # classes in a message
 
 
 class DatasetRecord(BaseModel):
@@ -62,7 +63,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def folders_in(folder: Path) -> list[str]:
     """Names of the class folders in a folder, in the order of their labels."""
-    return in_order(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    return in_order(class_folders(folder))
 
 
 # --- lists that are given -----------------------------------------------------------------------------------
@@ -232,12 +233,6 @@ def table(names: Sequence[str]) -> str:
         left_out = f"... ({len(pairs) - 3 * MOST_SHOWN} more) ..."
         pairs = [*pairs[: 2 * MOST_SHOWN], left_out, *pairs[-MOST_SHOWN:]]
     return ", ".join(pairs)
-
-
-def shown(names: Sequence[str]) -> str:
-    """List the first few names, for a message."""
-    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-    return ", ".join(map(repr, names[:MOST_SHOWN])) + more
 
 
 def merged(lists: Sequence[Names], owner: str) -> Names | None:

@@ -3,15 +3,16 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from indistill.config import UserError
+from indistill.config import UserError, printable
 from indistill.config.files import read_bytes, read_json, replace_text
 from indistill.config.limits import (
     MAX_EXTENSIONS,
@@ -26,7 +27,10 @@ from indistill.config.limits import (
 from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
 from indistill.data.tar import BLOCK, Tar
 
+log = logging.getLogger(__name__)
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MOST_SHOWN = 5  # names in a message
 INDEX_VERSION = 1
 INDEX_SUFFIX = ".index.json"
 MARK = b'{"version": '  # the beginning of every index
@@ -87,7 +91,11 @@ def build_index(
     """
     try:
         with open_shard(path, cache) as stream:
-            rows = [(key, *span, label) for key, span, _, label in read_samples(path, stream, load=False)]
+            others = Others()
+            samples = read_samples(path, stream, load=False, others=others)
+            rows = [(key, *span, label) for key, span, _, label in samples]
+            if others.problem:
+                log.warning("%s", printable(f"{path}: {others.problem}"))
             sha256 = sha256_of(stream) if hashed else None
             index = index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
     except (UserError, ValueError, OSError) as error:
@@ -250,7 +258,60 @@ def label_problem(label: int, num_classes: int) -> str | None:
     return None
 
 
+def shown(names: Sequence[str]) -> str:
+    """List the first few names, for a message."""
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(map(repr, names[:MOST_SHOWN])) + more
+
+
+class Others:
+    """What a shard has beside its samples."""
+
+    def __init__(self) -> None:
+        self.extensions = Counter[str]()  # of members that are neither images nor labels
+        self.problem = ""  # describes members that look like images or labels; set when all are read
+        self._alike: dict[str, str] = {}  # name that ends like that of an image or a label -> key
+
+    def add(self, key: str, name: str, extension: str) -> None:
+        """Count a member that is neither an image nor a label by WebDataset's rule."""
+        known = extension in self.extensions or len(self.extensions) < MAX_EXTENSIONS
+        self.extensions[extension if known else "of further kinds"] += 1
+        _, dot, last = extension.rpartition(".")
+        alike = (
+            dot and last in (*IMAGE_EXTENSIONS, "cls") and key.rpartition("/")[2] and not _META.match(name)
+        )
+        if alike and len(self._alike) < MAX_SHARD_SAMPLES:
+            self._alike[name] = key
+
+    def end(self, keys: Container[str], links: Sequence[str]) -> None:
+        """Find what looks like images or labels and belongs to none of the samples `keys`."""
+        parts = []
+        if names := [name for name, key in self._alike.items() if key not in keys]:
+            parts.append(
+                f"{len(names)} images or labels belong to no sample, because the key of a name ends at its "
+                f"first dot ({shown(names)}): rename them, with one dot each"
+            )
+        if problem := links_problem(links):
+            parts.append(problem)
+        self.problem = "; ".join(parts)
+
+
+def links_problem(links: Sequence[str]) -> str | None:
+    """Describe the links among a tar's members that have the names of images or labels, if there are any."""
+    if not (links := [link for link in links if link.lower().endswith((*IMAGE_EXTENSIONS, ".cls"))]):
+        return None
+    return (
+        f"{len(links)} images or labels are links, which are not read ({shown(links)}): write the tar again "
+        "with `tar --dereference --hard-dereference`"
+    )
+
+
 # --- reading tars -------------------------------------------------------------------------------------------
+_META = re.compile(r"__[^/]*__/")  # WebDataset's folder for what belongs to no sample
+SAMPLE = "a sample is {key}.jpg (jpeg, png, webp) and {key}.cls"
+_TOO_MANY = f"holds more than {MAX_SHARD_SAMPLES} samples (MAX_SHARD_SAMPLES): pack smaller shards"
+
+
 class ImageOrLabel(NamedTuple):
     """An image or a label in a tar."""
 
@@ -267,38 +328,56 @@ def read_samples(
     *,
     load: bool = True,
     report: Callable[[str, str], None] | None = None,
-    others: Counter[str] | None = None,
+    others: Others | None = None,
+) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
+    """Yield the samples of a shard from its file, as `samples_of` does."""
+    tar = Tar(path, stream, gzipped=compressed(path), strict=True)
+    return samples_of(tar, load=load, report=report, others=others)
+
+
+def samples_of(
+    tar: Tar,
+    *,
+    load: bool = True,
+    report: Callable[[str, str], None] | None = None,
+    others: Others | None = None,
+    may_be_empty: bool = False,
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield (key, (offset, size) of the image, image, label) of every sample of a shard, in one pass.
 
     load: whether to read images; without it they are b"". A sample without a label has -1.
     report: called with the key and the problem of every malformed sample; by default UserError is raised.
-    others: counts the members that belong to no sample, by extension.
+    others: counts the members that belong to no sample.
 
-    Raises UserError for a damaged tar and for one without samples.
+    Raises UserError for a damaged tar and, unless it `may_be_empty`, for one without samples.
     """
 
     def refuse(key: str, problem: str) -> None:
-        raise UserError(f"{path}: {problem}")
+        raise UserError(f"{tar.path}: {problem}")
 
     report = report or refuse
+    others = others or Others()
     seen = set()
-    tar = Tar(path, stream, gzipped=compressed(path), strict=True)
     members = images_and_labels(tar, load=load, report=report, others=others)
     for key, group in itertools.groupby(members, lambda member: member.key):
         repeated = key in seen
         seen.add(key)
         if len(seen) > MAX_SHARD_SAMPLES:
-            refuse(
-                "", f"holds more than {MAX_SHARD_SAMPLES} samples (MAX_SHARD_SAMPLES): pack smaller shards"
-            )
+            refuse("", _TOO_MANY)
         image, label = _image_and_label(key, group, report, repeated)
         if image is not None:
             yield key, (image.offset, image.size), image.content, -1 if label is None else label
         elif label is not None:
-            report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
-    if not seen:
-        refuse("", "holds no sample: a sample is {key}.jpg (jpeg, png, webp) and {key}.cls")
+            report(key, _no_image(key, tar.links))
+    others.end(seen, tar.links)
+    if not seen and (others.problem or not may_be_empty):
+        refuse("", f"holds no sample: {others.problem or SAMPLE}")
+
+
+def _no_image(key: str, links: Sequence[str]) -> str:
+    """The problem of a sample that has only a label."""
+    problem = links_problem([link for link in links if link.startswith(f"{key}.")])
+    return f"sample '{key}' has a .cls but no image ({problem or ', '.join(IMAGE_EXTENSIONS)})"
 
 
 def _image_and_label(
@@ -327,7 +406,7 @@ def _image_and_label(
 
 
 def images_and_labels(
-    tar: Tar, *, load: bool, report: Callable[[str, str], None], others: Counter[str] | None = None
+    tar: Tar, *, load: bool, report: Callable[[str, str], None], others: Others | None = None
 ) -> Iterator[ImageOrLabel]:
     """Yield every image and label; without `load`, images have no content.
 
@@ -340,10 +419,9 @@ def images_and_labels(
         stem, _, extension = base.partition(".")
         extension = extension.lower()
         key = f"{folder}{slash}{stem}"
-        if not stem or (extension != "cls" and extension not in IMAGE_EXTENSIONS):
+        if not stem or _META.match(name) or (extension != "cls" and extension not in IMAGE_EXTENSIONS):
             if others is not None:
-                known = extension in others or len(others) < MAX_EXTENSIONS
-                others[extension if known else "of further kinds"] += 1
+                others.add(key, name, extension)
         elif extension == "cls":
             yield ImageOrLabel(key, extension, offset, size, tar.content(MAX_LABEL_BYTES + 1))
         elif size > MAX_IMAGE_BYTES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import hashlib
 import io
@@ -11,31 +10,31 @@ import itertools
 import json
 import os
 import re
-import sys
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from indistill.config import UserError, records
 from indistill.config.destinations import remove_parts
-from indistill.config.files import open_regular, replace_text, replacing
-from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
-from indistill.data import class_names
+from indistill.config.files import replace_text, replacing
+from indistill.config.limits import MAX_CLASSES, MAX_IMAGE_BYTES
+from indistill.data import class_names, folders, lists
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_index
+from indistill.data.lists import label_in
 from indistill.data.shards import ShardSet
 from indistill.data.verify import parallel
 
 _PREFIX = re.compile(r"[^/\\{}:.~][^/\\{}:]{0,199}")  # with the rest of a part's name at most 255 characters
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
+Take = Literal["folders", "tars"]
 OVERHEAD_BYTES = 3 * BLOCK + BLOCK // 2  # per sample: two headers, the label's block, half a block of padding
 
 Sample = tuple[str, bytes, str, int]  # key, encoded image, extension, label (-1: none)
+_Read = tuple[str, Sample]  # where the sample comes from, for messages
 
 
 def pack(
@@ -66,6 +65,16 @@ def pack(
     return paths
 
 
+class Reading(NamedTuple):
+    """How a source is read. `pack_source` sets the fields that are arguments of its own."""
+
+    classes: Sequence[str] | None = None
+    images: str | None = None  # folder with the images of a list; None: that of the list
+    encoding: str | None = None  # of a list; None: UTF-8
+    take: Take | None = None  # which to pack of a folder that has class folders and tars
+    follow_links: bool = False
+
+
 def pack_source(
     source: str | Sequence[str],
     destination: str | Path,
@@ -80,13 +89,13 @@ def pack_source(
     progress: bool = False,
     classes: Sequence[str] | None = None,
     follow_links: bool = False,
+    reading: Reading | None = None,
 ) -> dict[str, Any]:
     """Pack a data set into shards of about `shard_bytes`. Returns the content of their `dataset.json`.
 
-    source: a folder with one sub-folder per class, labelled in the order of `class_names.in_order`; a CSV
-        file of path,label with paths relative to it and labels that are numbers or else names in sorted
-        order; or shards, as a folder or as patterns for `ShardSet`. Files are shuffled by `seed`; shards keep
-        their order.
+    source: a folder with one sub-folder per class, labelled in the order of `class_names.in_order`; a list,
+        as `lists.read` describes it; or shards, as a folder or as patterns for `ShardSet`. Files are shuffled
+        by `seed`; shards keep their order.
     classes: class names in the order of their labels, for a source that may lack some of them, so that a
         second split has the labels of the first. Labels that are numbers without names stay; they must be
         less than its length.
@@ -100,7 +109,8 @@ def pack_source(
     """
     _check_options(prefix, shard_bytes, resize)
     with _named_errors(destination):
-        origin = _find_source(source, seed, cache_dir=cache_dir, given=classes, follow_links=follow_links)
+        reading = (reading or Reading())._replace(classes=classes, follow_links=follow_links)
+        origin = _find_source(source, reading, seed, cache_dir)
         _check_apart(origin, source, destination)
         packing = _Packing(origin, Path(destination), prefix, shard_bytes, resize, quality)
         return packing.run(classes, workers, progress)
@@ -129,6 +139,16 @@ def _check_apart(origin: _Files | _Shards, source: str | Sequence[str], destinat
         raise UserError(f"{destination}: is in the source folder {source}: choose a folder outside of it")
 
 
+def _check_sizes(origin: _Files) -> None:
+    """Raise UserError for an image that no shard may hold."""
+    for number in np.flatnonzero(origin.sizes > MAX_IMAGE_BYTES)[:1]:
+        _, path, _ = origin.items[number]
+        raise UserError(
+            f"{path}: has {origin.sizes[number]} bytes, more than {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES): "
+            "reduce or remove it, or set --resize"
+        )
+
+
 def _check_options(prefix: str, shard_bytes: int, resize: int | None) -> None:
     if shard_bytes < 1 or (resize is not None and resize < 1):
         raise UserError(f"shard_bytes ({shard_bytes}) and resize ({resize}) must be at least 1")
@@ -155,6 +175,8 @@ class _Packing(NamedTuple):
 
     def run(self, classes: Sequence[str] | None, workers: int, progress: bool) -> dict[str, Any]:
         """Write the shards that are missing and `dataset.json`. Returns the content of the latter."""
+        if isinstance(self.origin, _Files) and self.resize is None:
+            _check_sizes(self.origin)
         plan = self.plan(classes)
         self.begin(plan)
         cuts = self.cuts()
@@ -244,7 +266,7 @@ class _Files(NamedTuple):
     classes: list[str] | None
     ignored: int  # files that are not images
 
-    def part(self, begin: int, end: int) -> Callable[[], Iterator[Sample]]:
+    def part(self, begin: int, end: int) -> Callable[[], Iterator[_Read]]:
         return functools.partial(_read_files, self.items[begin:end])
 
 
@@ -259,7 +281,7 @@ class _Shards(NamedTuple):
     relabel: dict[int, int]  # old label -> new label; empty if labels stay
     ignored: int = 0
 
-    def part(self, begin: int, end: int) -> Callable[[], Iterator[Sample]]:
+    def part(self, begin: int, end: int) -> Callable[[], Iterator[_Read]]:
         return functools.partial(
             _read_shards,
             self.shards._slice(begin, end),
@@ -270,34 +292,34 @@ class _Shards(NamedTuple):
         )
 
 
-def _read_files(items: list[tuple[str, str, int]]) -> Iterator[Sample]:
+def _read_files(items: list[tuple[str, str, int]]) -> Iterator[_Read]:
     for key, path, label in items:
-        yield key, Path(path).read_bytes(), _extension(path), label
+        yield path, (key, Path(path).read_bytes(), folders.extension(path), label)
 
 
 def _read_shards(
     shards: ShardSet, begin: int, *, end: int, numbered: bool, relabel: dict[int, int]
-) -> Iterator[Sample]:
+) -> Iterator[_Read]:
     extensions = {b"\x89PNG": "png", b"RIFF": "webp"}  # by the first bytes
     for number, (key, image, label) in enumerate(shards.iterate(begin, end), begin):
         key = f"{key}_{number:08d}" if numbered else key
-        yield key, image, extensions.get(image[:4], "jpg"), relabel.get(label, label)
+        sample = key, image, extensions.get(image[:4], "jpg"), relabel.get(label, label)
+        yield shards.where(number), sample
 
 
 def _find_source(
-    source: str | Sequence[str],
-    seed: int,
-    *,
-    cache_dir: str | None,
-    given: Sequence[str] | None,
-    follow_links: bool,
+    source: str | Sequence[str], reading: Reading, seed: int, cache_dir: str | None
 ) -> _Files | _Shards:
-    """Find the images of a source of `pack_source`. `given`: its `classes`."""
-    if isinstance(source, str) and source.lower().endswith(".csv"):
-        return _list_files(*_read_csv(Path(source), given), seed)
+    """Find the images of a source of `pack_source`."""
+    given, images, encoding, take, follow_links = reading
+    if isinstance(source, str) and lists.is_list(source):
+        walk = folders.Walk(Path(images), follow_links) if images is not None else None
+        return _list_files(*lists.read(Path(source), given, walk, encoding), seed)
+    if images is not None or encoding is not None:
+        raise UserError(f"{source}: is not a list of labels: leave out --images and --encoding")
     if isinstance(source, str) and os.path.isdir(source):
         folder = Path(source)
-        tars = [path for pattern in ("*.tar", "*.tar.gz", "*.tgz") for path in folder.glob(pattern)]
+        tars = _tars_in(folder, take)
         if not tars:
             return _list_files(*_read_folder(folder, given, follow_links), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
@@ -311,6 +333,22 @@ def _find_source(
     keys = set(itertools.chain.from_iterable(index.keys.tolist() for index in shards._indices))
     numbered = len(keys) < len(shards)
     return _Shards(shards.fingerprint, shards, shards.image_sizes, classes, numbered, relabel)
+
+
+def _tars_in(folder: Path, take: Take | None) -> list[Path]:
+    """The shards in a source folder; none if its class folders are to be packed."""
+    patterns = ("*.tar", "*.tar.gz", "*.tgz")
+    tars = [path for pattern in patterns for path in folder.glob(pattern) if not folders.hidden(path.name)]
+    if take == "folders":
+        return []
+    if take == "tars" and not tars:
+        raise UserError(f"{folder}: contains no shards ({', '.join(patterns)}): name another folder")
+    if take is None and tars and (name := folders.first_with_images(folder)) is not None:
+        raise UserError(
+            f"{folder}: contains class folders ({name}) and tars ({min(tars).name}): set --take folders or "
+            "--take tars to pack one of them, or move the other away"
+        )
+    return tars
 
 
 def _names_of_shards(
@@ -332,19 +370,8 @@ def _names_of_shards(
     for label in used[used >= 0].tolist():
         if label >= len(recorded.names):
             raise UserError(f"{recorded.where}: has no name for label {label} of its shards: pack them again")
-        relabel[label] = _label_in(given, recorded.names[label], recorded.where)
+        relabel[label] = label_in(given, recorded.names[label], recorded.where)
     return list(given), relabel
-
-
-def _label_in(given: Sequence[str], name: str, where: str) -> int:
-    """The label of a class. Raises UserError if it is not among the `given` names."""
-    try:
-        return given.index(name)
-    except ValueError:
-        listed = class_names.shown(given)
-        raise UserError(
-            f"{where}: class {name!r} is not in --classes ({listed}): add it, or leave it out"
-        ) from None
 
 
 def _list_files(images: list[tuple[str, int]], classes: list[str] | None, ignored: int, seed: int) -> _Files:
@@ -368,178 +395,33 @@ def _read_folder(
 
     A link counts only if it names something below the folder, or with `follow_links`.
     """
-    root = Path(os.path.realpath(folder))
-    left_out = 0
-
-    def allowed(path: Path) -> bool:
-        nonlocal left_out
-        if follow_links or not path.is_symlink() or root in Path(os.path.realpath(path)).parents:
-            return True
-        left_out += 1
-        return False
-
     names = class_names.folders_in(folder)
     classes = names if given is None else list(given)
-    labels = {name: _label_in(classes, name, str(folder)) for name in names}
-    paths = [
-        (path, labels[name])
-        for name in names
-        if allowed(folder / name)
-        for path in sorted((folder / name).rglob("*"))
-    ]
-    files = [(str(path), label) for path, label in paths if allowed(path) and path.is_file()]
-    images = [(path, label) for path, label in files if _extension(path) in IMAGE_EXTENSIONS]
-    outside = f"{folder}: {left_out} links lead out of it and are left out: set --follow-links to pack them"
-    if left_out and not images:
-        raise UserError(outside)
-    if left_out:
-        print(f"indistill: {outside}", file=sys.stderr, flush=True)
+    labels = {name: label_in(classes, name, str(folder)) for name in names}
+    walk = folders.Walk(folder, follow_links)
+    images = [(path, labels[name]) for name, paths in walk.classes(names).items() for path in paths]
     if not images:
         raise UserError(
-            f"{folder}: contains neither shards nor class folders with images "
+            walk.links_out()
+            or f"{folder}: contains neither shards nor class folders with images "
             f"({', '.join(IMAGE_EXTENSIONS)}): name another folder"
         )
-    return images, classes, len(files) - len(images)
+    walk.print_notes()
+    return images, classes, walk.ignored
 
 
-def _read_csv(file: Path, given: Sequence[str] | None) -> tuple[list[tuple[str, int]], list[str] | None, int]:
-    """The images (path, label) in a CSV file, the class names (None: labels are numbers), and 0."""
-    paths: list[str] = []
-    names: list[str] = []  # of their classes
-    lines: list[str] = []  # of the file, for messages
-    for number, row in _csv_rows(file):
-        line = f"{file}: line {number}"
-        if len(row) != 2:
-            raise UserError(f"{line}: holds {len(row)} columns instead of path,label: correct the line")
-        path = file.parent / row[0].strip()
-        if not os.path.isfile(path) or _extension(str(path)) not in IMAGE_EXTENSIONS:
-            extensions = ", ".join(IMAGE_EXTENSIONS)
-            raise UserError(f"{line}: {path} is not an image file ({extensions}): correct the path")
-        if not row[1].strip():
-            raise UserError(f"{line}: has no label: add it, or remove the line")
-        if len(paths) == MAX_CSV_ROWS:
-            raise UserError(f"{line}: is beyond {MAX_CSV_ROWS:,} images: split the file")
-        paths.append(str(path))
-        names.append(row[1].strip())
-        lines.append(line)
-    if not paths:
-        raise UserError(f"{file}: holds no path,label rows: add one for each image")
-    _refuse_several_labels(paths, names, lines, set(given or ()))
-    labels, classes = _number(names, lines, given)
-    return [(path, labels[name]) for path, name in zip(paths, names)], classes, 0
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield number and cells of each line of a CSV file, without empty lines and the header."""
-
-    def lines(stream: IO[str]) -> Iterator[str]:
-        while line := stream.readline(MAX_CSV_LINE_CHARACTERS + 1):
-            if len(line) > MAX_CSV_LINE_CHARACTERS:
-                raise csv.Error(f"longer than {MAX_CSV_LINE_CHARACTERS:,} characters")
-            yield line
-
-    try:
-        with io.TextIOWrapper(open_regular(file), encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(lines(stream))
-            try:
-                for row in reader:
-                    if [cell.strip().lower() for cell in row] not in ([], ["path", "label"]):
-                        yield reader.line_num, row
-            except csv.Error as error:
-                raise UserError(f"{file}: line {reader.line_num + 1}: {error}: correct the line") from None
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file: correct the path") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}): correct the path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: is not text in UTF-8: correct the file") from None
-
-
-def _number(
-    names: Sequence[str], lines: Sequence[str], given: Sequence[str] | None
-) -> tuple[dict[str, int], list[str] | None]:
-    """The label of each name in a CSV file, and the class names by label (None: labels are numbers)."""
-    numbers = all(name.isascii() and name.isdigit() for name in names)
-    for name, line in zip(names, lines) if numbers else ():
-        if len(name) > len(str(MAX_CLASSES)) or int(name) >= MAX_CLASSES:
-            raise UserError(f"{line}: label {name} is not below {MAX_CLASSES:,}: correct the line")
-    if given is None and not numbers and all(map(_NUMBER.fullmatch, names)):
-        name, line = next((name, line) for name, line in zip(names, lines) if not name.isdigit())
-        raise UserError(
-            f"{line}: label {name!r} is not a non-negative integer, as labels that are numbers must be: "
-            "correct the line"
-        )
-    if given is None and numbers:
-        return {name: int(name) for name in names}, None
-    classes = sorted(set(names)) if given is None else list(given)
-    labels = {name: label for label, name in enumerate(classes)}
-    if numbers and not labels.keys() >= set(names):  # indices in the list, not names
-        labels = {name: int(name) for name in names if int(name) < len(classes)}
-    for name, line in zip(names, lines):
-        if name not in labels:
-            listed = class_names.shown(classes)
-            raise UserError(
-                f"{line}: class {name!r} is not in --classes ({listed}): add it, or remove the line"
-            )
-    return labels, classes
-
-
-def _refuse_several_labels(
-    paths: Sequence[str], names: Sequence[str], lines: Sequence[str], known: set[str]
-) -> None:
-    """Raise UserError, naming the line, if an image in a CSV file seems to have more than one label.
-
-    The `known` names are single classes, even if they look like lists.
-    """
-    parts = {name: [name] if name in known else _parts(name) for name in set(names)}
-    seen = Counter(part for parts_of_name in parts.values() for part in set(parts_of_name))
-    first: dict[str, int] = {}
-    for row, (path, name, line) in enumerate(zip(paths, names, lines)):
-        several = len(parts[name]) > 1 and (
-            any(mark in name for mark in ";|")
-            or name[0] + name[-1] in ("[]", "()", "{}")
-            # A comma may belong to a name, as in "tank, army tank", where not all parts occur in other
-            # labels.
-            or all(part.isdigit() or seen[part] > 1 for part in parts[name])
-        )
-        if several:
-            raise UserError(
-                f"{line}: {name!r} looks like several labels, but an image has one: keep one; if it is "
-                "the name of one class, list it in a file for --classes"
-            )
-        earlier = first.setdefault(path, row)
-        if names[earlier] != name:
-            raise UserError(
-                f"{line}: {path} has the label {name!r} here and {names[earlier]!r} above "
-                f"({lines[earlier]}): an image has one label: keep one of the lines"
-            )
-
-
-def _parts(name: str) -> list[str]:
-    """Split a label as if it were a list: at separators, or numbers at spaces."""
-    inner = name[1:-1] if name[:1] + name[-1:] in ("[]", "()", "{}") else name
-    parts = [part.strip(" '\"") for part in re.split(r"[;|,]", inner)]
-    if len(parts) == 1 and re.fullmatch(r"\d+(\s+\d+)+", inner.strip()):
-        parts = inner.split()
-    return [part for part in parts if part]
-
-
-def _extension(path: str) -> str:
-    return os.path.splitext(path)[1][1:].lower()
-
-
-def _pack_shard(task: tuple[Path, Callable[[], Iterator[Sample]], int | None, int]) -> None:
+def _pack_shard(task: tuple[Path, Callable[[], Iterator[_Read]], int | None, int]) -> None:
     path, read, resize, quality = task
     if not path.exists():
         _write_shard(path, _shrunk(read(), resize, quality))
 
 
-def _shrunk(samples: Iterable[Sample], resize: int | None, quality: int) -> Iterator[Sample]:
+def _shrunk(read: Iterable[_Read], resize: int | None, quality: int) -> Iterator[Sample]:
     """Reduce the shorter side of each image to `resize` pixels where it is longer, and make it upright."""
-    for key, image, extension, label in samples:
+    for where, (key, image, extension, label) in read:
         if resize:
             try:
-                pixels = Image.fromarray(decode(image, f"image '{key}'"))
+                pixels = Image.fromarray(decode(image, where))
             except BadImage as bad:
                 raise UserError(f"{bad}: repair or remove it, then run the command again") from None
             scale = resize / min(pixels.size)

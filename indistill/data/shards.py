@@ -249,7 +249,11 @@ def _matches(pattern: str, root: str | None) -> list[str]:
     if is_remote(path) or os.path.isfile(path):
         return [path]
     not_shards = (".json", ".lock", ".part")  # indices and other files beside shards
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder: name the shards in it, as {os.path.join(path, '*.tar')}")
     matches = expand_wildcards(os.path.join(glob.escape(root or ""), pattern))
+    if not matches:  # brackets may belong to the name of a folder
+        matches = expand_wildcards(path.replace("[", "[[]"))
     shards = [match for match in matches if not match.endswith(not_shards) and os.path.isfile(match)]
     if not shards and (denied(path) or denied(os.path.dirname(path) or ".")):
         raise UserError(f"{path}: permission denied: change the permissions of the file or its folder")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import random
-import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,19 +27,14 @@ from indistill.config.limits import MAX_BAD_IN_A_ROW
 from indistill.data import augment, remote, shards
 from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
-from indistill.data.index import (
-    IMAGE_EXTENSIONS,
-    images_and_labels,
-    label_problem,
-    malformed_label,
-    parse_label,
-)
+from indistill.data.index import Others, label_problem, samples_of
 from indistill.data.loader import Loader, check_accumulation
 from indistill.data.tar import Tar
 from indistill.distributed import preemption
 
+log = logging.getLogger(__name__)
+
 _VERIFY = "run `indistill shards verify` on data.train"
-_META = re.compile(r"__[^/]*__/")  # WebDataset's folder for what belongs to no sample
 
 
 class StreamedTraining:
@@ -90,7 +85,8 @@ class _Sample(NamedTuple):
     epoch: int
     url: str
     key: str
-    files: dict[str, bytes]  # images and label by extension
+    image: bytes  # the encoded file
+    label: int
 
 
 class StreamedImages(IterableDataset):
@@ -138,23 +134,19 @@ class StreamedImages(IterableDataset):
 
     def _read(self, epoch: int, url: str) -> Iterator[_Sample]:
         """The samples of a shard, from front to end."""
-
-        def refuse(key: str, problem: str) -> NoReturn:
-            raise UserError(f"{url}: sample {key}: {problem}")
-
+        num_classes = self.training.section.num_classes
+        others = Others()
         try:
             with remote.open_stream(url) as stream:
-                members = images_and_labels(Tar(url, stream, strict=False), load=True, report=refuse)
-                for key, group in itertools.groupby(members, lambda member: member.key):
-                    files: dict[str, bytes] = {}
-                    for member in group:
-                        if member.extension in files:
-                            refuse(key, f"has two members .{member.extension}")
-                        files[member.extension] = member.content
-                    if not _META.match(key):
-                        yield _Sample(epoch, url, key, files)
+                tar = Tar(url, stream, strict=False)
+                for key, _, image, label in samples_of(tar, others=others, may_be_empty=True):
+                    if problem := label_problem(label, num_classes):
+                        raise UserError(f"{url}: sample {key}: {problem}")
+                    yield _Sample(epoch, url, key, image, label)
         except (OSError, EOFError) as error:
             raise UserError(f"{url}: cannot be read to its end: {error}") from None
+        if others.problem and epoch == 0:
+            log.warning("%s", printable(f"{url}: {others.problem}"))
 
     def _batch(self, samples: Iterator[_Sample]) -> Batch:
         """Decode and augment the next micro-batch; the next samples replace those that cannot be decoded.
@@ -171,9 +163,9 @@ class StreamedImages(IterableDataset):
         while row < count:
             sample = next(samples)
             where = printable(f"{sample.url}: sample {sample.key}")
-            image, labels[row] = self._image_and_label(sample, where)
+            labels[row] = sample.label
             try:
-                pixels = self._view(sample, image, where)
+                pixels = self._view(sample, where)
             except BadImage as bad:
                 replaced.append(str(bad))
                 bad_in_a_row += 1
@@ -187,14 +179,14 @@ class StreamedImages(IterableDataset):
             row += 1
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.full((count,), -1), replaced)
 
-    def _view(self, sample: _Sample, image: bytes, where: str) -> np.ndarray:
+    def _view(self, sample: _Sample, where: str) -> np.ndarray:
         """The augmented view [S, S, 3] of a sample. Raises BadImage."""
         training, section = self.training, self.training.section
         # There are no ids: the key, as a number, makes the view of a sample independent of where it turns up.
         number = zlib.crc32(sample.key.encode(errors="surrogateescape"))
         view = augment.view_of(section.augment, sample.epoch)
         return augment.train_view(
-            image,
+            sample.image,
             augment.uniforms(training.seed, view, np.array([number]))[0],
             recipe=section.augment,
             size=section.image_size,
@@ -202,16 +194,3 @@ class StreamedImages(IterableDataset):
             interpolation=section.interpolation,
             max_pixels=section.max_image_pixels,
         )
-
-    def _image_and_label(self, sample: _Sample, where: str) -> tuple[bytes, int]:
-        """A sample's image file and label. Raises UserError if either is missing or the label is invalid."""
-        files = sample.files
-        image = next((files[name] for name in IMAGE_EXTENSIONS if name in files), None)
-        if image is None:
-            raise UserError(f"{where} has no image ({', '.join(IMAGE_EXTENSIONS)})")
-        label = parse_label(files["cls"]) if "cls" in files else -1
-        if label is None:
-            raise UserError(f"{where}: {malformed_label(sample.key, files['cls'])}")
-        if problem := label_problem(label, self.training.section.num_classes):
-            raise UserError(f"{where}: {problem}")
-        return image, label

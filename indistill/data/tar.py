@@ -22,6 +22,7 @@ from indistill.config import UserError
 from indistill.config.limits import (
     MAX_EXPANSION,
     MAX_NAME_BYTES,
+    MAX_SHARD_SAMPLES,
     MAX_TAR_END_BYTES,
     MAX_TAR_HEADER_BYTES,
     MAX_TAR_HEADERS,
@@ -32,6 +33,10 @@ BLOCK = tarfile.BLOCKSIZE  # bytes: size of a member's header; contents are padd
 _SOLARIS_PAX = b"X"
 _PAX = (tarfile.XHDTYPE, _SOLARIS_PAX)
 _EXTENDING = (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_GZIP = b"\x1f\x8b"  # the first bytes of compressed files
+_BZIP2 = b"BZh"
+_XZ = b"\xfd7zXZ"
+_ZSTD = b"\x28\xb5\x2f\xfd"
 _PIECE = 1 << 20  # bytes read at once where they are not kept
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
@@ -67,12 +72,14 @@ class Tar:
         if gzipped:
             self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=io.BufferedReader(self._source, _PIECE)))
         elif gzipped is None:
-            self._stream, self._compressed = _opened(self._source)
+            self._stream, self._compressed = _opened(path, self._source)
         elif stream.seekable():
+            _refuse_compressed(path, stream.read(6))
             self._size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
         self._at = 0  # position in the uncompressed tar
         self._following = 0  # position of the next header
+        self.links: list[str] = []  # names of the links so far, of which no content is read
         self._left = 0  # bytes of the current file that `content` has not read
 
     def __iter__(self) -> Iterator[Member]:
@@ -115,6 +122,8 @@ class Tar:
                 member = self._member(header, name, size)
                 if header.isreg():
                     return member
+                if (header.issym() or header.islnk()) and len(self.links) < MAX_SHARD_SAMPLES:
+                    self.links.append(member.name)
                 name, size, extended = None, None, 0
                 continue
             extended += 1
@@ -224,15 +233,35 @@ class _Source(io.RawIOBase):
         return len(content)
 
 
-def _opened(source: _Source) -> tuple[IO[bytes], bool]:
+def _refuse_compressed(path: str, first: bytes) -> None:
+    """Raise UserError for a shard that is compressed otherwise than its name says, by its first bytes."""
+    if first.startswith(_GZIP):
+        raise UserError(
+            f"{path}: is compressed with gzip, but its name does not say so: rename it to end with .tar.gz, "
+            "or decompress it with gunzip"
+        )
+    for magic, name, program in (
+        (_ZSTD, "zstd", "unzstd"),
+        (_XZ, "xz", "unxz"),
+        (_BZIP2, "bzip2", "bunzip2"),
+    ):
+        if first.startswith(magic):
+            raise UserError(
+                f"{path}: is compressed with {name}, of which no index is made: decompress it with {program}"
+            )
+
+
+def _opened(path: str, source: _Source) -> tuple[IO[bytes], bool]:
     """The uncompressed stream, and whether it was compressed; its first bytes tell how."""
     buffered = io.BufferedReader(source, _PIECE)
     first = buffered.peek(6)
-    if first.startswith(b"\x1f\x8b"):
+    if first.startswith(_ZSTD):
+        raise UserError(f"{path}: is compressed with zstd, which is not read: decompress it with unzstd")
+    if first.startswith(_GZIP):
         return cast(IO[bytes], gzip.GzipFile(fileobj=buffered)), True
-    if first.startswith(b"BZh"):
+    if first.startswith(_BZIP2):
         return cast(IO[bytes], bz2.BZ2File(buffered)), True
-    if first.startswith((b"\xfd7zXZ", b"\x5d\x00\x00\x80")):
+    if first.startswith((_XZ, b"\x5d\x00\x00\x80")):
         return cast(IO[bytes], lzma.LZMAFile(buffered)), True
     return buffered, False
 

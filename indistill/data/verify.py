@@ -21,6 +21,7 @@ from indistill.data.index import (
     LABEL_REMEDY,
     MARK,
     Index,
+    Others,
     build_index,
     index_files,
     index_of,
@@ -119,7 +120,7 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
     cache = cache_for([path], cache_dir)
     bad: list[BadMember] = []
     rows: list[tuple[str, int, int, int]] = []
-    labels, others = Counter[int](), Counter[str]()
+    labels, others = Counter[int](), Others()
 
     def report(key: str, problem: str) -> None:
         bad.append(BadMember(path, key, problem))
@@ -138,13 +139,15 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                     decode(image, "image")
                 except BadImage as error:
                     report(key, str(error).removeprefix("image: "))
+            if others.problem:
+                report("", others.problem)
             for file in _indices_that_differ(path, cache_dir, stream, rows):
                 report("", f"{file} does not fit the shard: run `indistill shards index` on it")
     except UserError as error:
         report("", str(error))
     except Exception as error:  # whatever is wrong with one shard must not end the others
         report("", in_one_line(error, with_type=True))
-    return Content(bad, len(rows), labels, others)
+    return Content(bad, len(rows), labels, others.extensions)
 
 
 def _indices_that_differ(

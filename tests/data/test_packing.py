@@ -14,7 +14,7 @@ from tars import folder, picture, samples, tree, webdataset_samples, write_tar
 from torchvision.datasets import ImageFolder
 
 from indistill.config import UserError
-from indistill.data import class_names, packing
+from indistill.data import class_names, lists, packing
 from indistill.data.packing import pack
 from indistill.data.shards import ShardSet
 
@@ -85,7 +85,7 @@ def test_resize_reduces_only_what_is_larger(tmp_path):
     with Image.open(io.BytesIO(images["00000001_1"])) as reduced:
         assert (reduced.format, reduced.size) == ("JPEG", (30, 15))
     (tmp_path / "images" / "a" / "2.png").write_bytes(wide[:100])
-    with pytest.raises(UserError, match=r"image '00000002_2': not a readable image.*repair or remove it"):
+    with pytest.raises(UserError, match=r"images/a/2\.png: not a readable image.*repair or remove it"):
         packing.pack_source(str(tmp_path / "images"), tmp_path / "bad", resize=15)
 
 
@@ -278,7 +278,7 @@ def test_names_with_separators_are_no_lists(tmp_path):
     )
     names = sorted({lemmas[synset] for synset in (info / "imagenet_synsets.txt").read_text().split()})
     assert sum("," in name for name in names) > 100
-    packing._refuse_several_labels([f"{i}.png" for i in range(len(names))], names, [""] * len(names), set())
+    lists._refuse_several_labels([f"{i}.png" for i in range(len(names))], names, [""] * len(names), set())
     names = ["hot dog", "rock (music)", "tank", "tank, army tank"]
     assert packing.pack_source(csv_of(tmp_path, names), tmp_path / "out")["classes"] == names
     names = ["cat;dog", "cat"]
@@ -291,7 +291,9 @@ def test_names_with_separators_are_no_lists(tmp_path):
         ("0.png,0\n0.png,1\n", r"line 2: .*0\.png has the label '1' here and '0' above \(.*line 1\)"),
         ("0.png,0\n1.png,\n", "line 2: has no label"),
         ("0.png,0\n1.png,-1\n", "line 2: label '-1' is not a non-negative integer"),
-        ("0.png,0.0\n1.png,10.0\n", "line 1: label '0.0' is not a non-negative integer"),
+        ("0.png,0.0\n1.png,10.5\n", "line 2: label '10.5' is not a non-negative integer"),
+        ("0.png,nan\n1.png,1.0\n", "line 1: label 'nan' is not a non-negative integer"),
+        ("0.png,cat\n1.png,-1\n", "line 2: label '-1' is not a non-negative integer"),
     ],
 )
 def test_labels_that_are_none_are_refused(tmp_path, rows, message):
@@ -365,6 +367,90 @@ def test_links_out_of_a_folder_are_left_out_and_counted(tmp_path, capsys):
         image.unlink()
     with pytest.raises(UserError, match="links lead out of it and are left out: set --follow-links"):
         packing.pack_source(str(tmp_path / "images"), tmp_path / "c")
+
+
+def test_files_of_systems_are_left_out_at_every_depth_and_counted(tmp_path, capsys):
+    content = folder(tmp_path / "images")
+    images = tmp_path / "images"
+    image = picture(999)
+    names = ["__MACOSX", "lost+found", "@eaDir", ".ipynb_checkpoints", "#recycle"]
+    for parent in (images, images / "ant", images / "bee" / "more"):
+        for name in names:
+            (parent / name / "sub").mkdir(parents=True)
+            (parent / name / "sub" / "x.jpg").write_bytes(image)
+        (parent / "._x.jpg").write_bytes(image)
+    (images / "eel").mkdir()  # a class without an image
+    (images / "loose.jpg").write_bytes(image)  # in no class
+    summary = packing.pack_source(str(images), tmp_path / "a")
+    assert packed_images(tmp_path / "a") == content
+    assert summary["classes"] == ["ant", "bee", "cat", "eel"] == class_names.read(images)
+    assert summary["ignored_files"] == 3 * 6 + 1
+    notes = capsys.readouterr().err
+    assert "18 names that begin with a dot or belong to the system are left out ('#recycle'" in notes
+    assert "1 class folders contain no image that is packed; they keep their labels ('eel')" in notes
+    assert "1 images are in none of the class folders and are left out ('loose.jpg')" in notes
+
+
+def test_linked_folders_are_packed_as_torchvision_reads_them(tmp_path, capsys):
+    content = folder(tmp_path / "images")
+    images = tmp_path / "images"
+    (images / ".store" / "deep").mkdir(parents=True)  # in the folder, but no class
+    added = {picture(700 + i): i for i in range(2)}
+    for image, label in added.items():
+        (images / ".store" / "deep" / f"{label}.jpg").write_bytes(image)
+    (images / "ant" / "linked").symlink_to("../.store")
+    (images / "dog").symlink_to(".store")  # a class that is a link
+    summary = packing.pack_source(str(images), tmp_path / "a")
+    packed = [(s.image, s.label) for s in ShardSet(str(tmp_path / "a" / "*.tar")).iterate()]
+    assert sorted(packed) == sorted([*content.items(), *((image, k) for image in added for k in (0, 3))])
+    assert capsys.readouterr().err.count("indistill:") == 1  # `.store` itself
+    # torchvision, which has no rule for names with a dot, finds the same where there are none.
+    (images / ".store").rename(tmp_path / "store")
+    (images / "ant" / "linked").unlink()
+    (images / "ant" / "linked").symlink_to("../../store")
+    (images / "dog").unlink()
+    found = ImageFolder(str(images))
+    summary = packing.pack_source(str(images), tmp_path / "b", follow_links=True)
+    assert summary["classes"] == found.classes
+    packed = [(s.image, s.label) for s in ShardSet(str(tmp_path / "b" / "*.tar")).iterate()]
+    assert sorted(packed) == sorted((Path(path).read_bytes(), label) for path, label in found.samples)
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_are_named(tmp_path, capsys):
+    content = folder(tmp_path / "images")
+    images = tmp_path / "images"
+    (images / "ant" / "gone.jpg").symlink_to("nowhere.jpg")
+    (images / "ant" / "gone").symlink_to("/nowhere/else")
+    (images / "ant" / "self").symlink_to("self")
+    (images / "ant" / "more" / "above").symlink_to("..")
+    (images / "bee" / "all").symlink_to(images)
+    (images / "bee" / "twice").symlink_to("more")
+    packing.pack_source(str(images), tmp_path / "a", follow_links=True)
+    assert packed_images(tmp_path / "a") == content
+    notes = capsys.readouterr().err
+    assert "3 links lead nowhere and are left out" in notes
+    assert "'ant/gone', 'ant/gone.jpg', 'ant/self'" in notes
+    assert "3 links lead to a folder that contains them or is packed already" in notes
+    assert "'ant/more/above', 'bee/all', 'bee/twice'" in notes
+    (images / "ape").symlink_to("nowhere")
+    for read in (lambda: packing.pack_source(str(images), tmp_path / "b"), lambda: class_names.read(images)):
+        with pytest.raises(UserError, match=r"ape: is a link that leads nowhere, .* restore"):
+            read()
+
+
+def test_an_image_that_is_too_large_for_a_shard_is_named_by_its_path(tmp_path, monkeypatch):
+    content = folder(tmp_path / "images")
+    monkeypatch.setattr(packing, "MAX_IMAGE_BYTES", max(map(len, content)) - 1)
+    with pytest.raises(UserError, match=r"images/\w+/.*im\.\d\.\w+: has \d+ bytes, .* --resize"):
+        packing.pack_source(str(tmp_path / "images"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_image_of_shards_is_named_by_its_shard(tmp_path):
+    (tmp_path / "source").mkdir()
+    write_tar(tmp_path / "source" / "s.tar", [("d/0.jpg", b"no image"), ("d/0.cls", b"1")])
+    with pytest.raises(UserError, match=r"s\.tar: sample d/0: not a readable image.*repair or remove it"):
+        packing.pack_source(str(tmp_path / "source"), tmp_path / "out", resize=15)
 
 
 @pytest.mark.parametrize(

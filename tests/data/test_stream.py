@@ -137,7 +137,7 @@ def test_a_shard_cut_inside_a_member_is_named(section, tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("k.cls", b"0;1")], r"sample k: k\.cls holds b'0;1': a label is a non-negative integer"),
+        ([("k.cls", b"0;1")], r"bad-0\.tar: k\.cls holds b'0;1': a label is a non-negative integer"),
         ([("k.txt", b"1")], r"sample k: has no label: write it into KEY\.cls"),
         ([("k.cls", b"10")], r"sample k: label 10 is none of the data\.num_classes, 0 to 9"),
     ],
@@ -172,16 +172,42 @@ def test_shards_without_a_usable_image_end_the_run(section, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("k.cls", b"1"), ("k.cls", b"1")], r"sample k: has two members \.cls"),
+        ([("k.cls", b"1"), ("k.cls", b"1")], "sample 'k' has two labels"),
+        ([("k.png", picture(0, "png")), ("k.cls", b"1")], "sample 'k' has two images"),
+        (
+            [("k.cls", b"1"), ("l.jpg", picture(1)), ("l.cls", b"1"), ("k.jpg", picture(0))],
+            "not next to each",
+        ),
         ([("k.cls", b"1" * 2000)], "MAX_LABEL_BYTES"),
-        ([("l.cls", b"1")], "has no label"),
+        ([("k.cls", b"cat")], r"k\.cls holds b'cat': a label is a non-negative integer"),
+        ([("k.cls", b"1.0")], r"k\.cls holds b'1\.0': a label is a non-negative integer"),
+        ([("l.cls", b"1")], r"sample 'l' has a \.cls but no image"),
     ],
 )
-def test_samples_are_refused_by_name(section, tmp_path, members, message):
-    write_tar(tmp_path / "bad-0.tar", [("k.jpg", picture(0)), *members])
-    section = with_(section, root=str(tmp_path), train="bad-0.tar", workers=0)
+def test_samples_are_refused_as_with_an_index(section, tmp_path, members, message):
+    path = write_tar(tmp_path / "bad-0.tar", [("k.jpg", picture(0)), *members])
+    section = with_(section, root=str(tmp_path), train="bad-0.tar", workers=0, shuffle_buffer=1)
     with pytest.raises(UserError, match=message):
+        shards.ShardSet(path)
+    with pytest.raises(UserError, match=message if members[0][0] != "l.cls" else "has no label"):
         images(section, last=1)
+
+
+def test_texts_and_metadata_are_skipped_as_with_an_index(section, tmp_path):
+    texts = [("README.md", b"# x"), ("LICENSE", b""), ("__meta__/a.jpg", b"no"), ("._k.jpg", b"no")]
+    path = write_tar(tmp_path / "x-0.tar", [*texts, ("k.jpg", picture(0)), ("k.cls", b"1"), *texts])
+    assert len(shards.ShardSet(path)) == 1
+    section = with_(section, root=str(tmp_path), train="x-0.tar", workers=0, shuffle_buffer=1)
+    (batch,) = images(section, last=1)
+    assert len(batch) == 40
+    assert (batch == batch[:1]).all()
+
+
+def test_images_with_several_dots_are_named(section, tmp_path, caplog):
+    write_tar(tmp_path / "x-0.tar", [("k.jpg", picture(0)), ("k.cls", b"1"), ("s_0.5.jpg", picture(1))])
+    section = with_(section, root=str(tmp_path), train="x-0.tar", workers=0, shuffle_buffer=1)
+    images(section, last=1)
+    assert caplog.text.count("x-0.tar: 1 images or labels belong to no sample") == 1
 
 
 def test_a_damaged_header_is_found(section, tmp_path):

@@ -203,8 +203,8 @@ def test_limits_of_what_a_shard_holds(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=rf"x\.tar.*{name}"):
                 build_index(path)
     others = write_tar(tmp_path / "others.tar", [("a.jpg", b"1"), *((f"a.{i}", b"") for i in range(300))])
-    counted = Counter[str]()
+    counted = index.Others()
     with open(others, "rb") as stream:
         list(read_samples(others, stream, others=counted))
-    assert len(counted) == limits.MAX_EXTENSIONS + 1
-    assert counted["of further kinds"] == 200
+    assert len(counted.extensions) == limits.MAX_EXTENSIONS + 1
+    assert counted.extensions["of further kinds"] == 200

@@ -133,7 +133,7 @@ def among_others(action: str) -> Callable[[Inputs], list[str]]:
     return arguments
 
 
-FAULTS = r"(?s)1\.tar: : .*sparse.*2\.tar\.gz: : .*MAX_TAR_END_BYTES.*3\.tar: a: .*no image.*"
+FAULTS = r"(?s)1\.tar: .*sparse.*2\.tar\.gz: .*MAX_TAR_END_BYTES.*3\.tar: a: .*no image.*"
 
 
 def others_are_indexed(inputs: Inputs) -> None:

@@ -1,0 +1,296 @@
+"""Read lists of images with their labels: CSV files, and the lists of ImageNet's validation images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from indistill.config import UserError, printable
+from indistill.config.files import open_regular
+from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
+from indistill.data import imagenet
+from indistill.data.folders import Walk, extension
+from indistill.data.index import IMAGE_EXTENSIONS, shown
+
+_DELIMITERS = (",", ";", "\t", " ")  # the last one as in Caffe's lists
+_WHOLE = re.compile(r"\d+(\.0*)?", re.ASCII)  # pandas writes integers like this after an empty cell
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?|nan", re.ASCII | re.IGNORECASE)
+_WORDS = re.compile(r"[A-Za-z_ ]+")
+
+_Row = tuple[str, str, str]  # path or name of an image, label, line for messages
+
+
+def is_list(source: str) -> bool:
+    """Whether a source of `shards pack` is a list, by its name; of the devkit, also by its content."""
+    return source.lower().endswith((".csv", ".tsv", ".txt")) or imagenet.is_devkit(source)
+
+
+def read(
+    file: Path, given: Sequence[str] | None, walk: Walk | None, encoding: str | None
+) -> tuple[list[tuple[str, int]], list[str] | None, int]:
+    """Read the images (path, label) of a list, the class names, and the number of images that it lacks.
+
+    file: lines of path,label with labels that are numbers, or else names in sorted order. Commas may be
+        semicolons, tabs or single spaces. Or one of the lists that `imagenet` knows.
+    given: the class names by label; None: those of the list, or None where labels are numbers.
+    walk: the folder with the images. Names in the list need no extension then, and may be at any depth. By
+        default paths are relative to the list.
+
+    Raises UserError for anything else.
+    """
+    found = None if walk is None else _Images(walk)
+    paths: list[str] = []
+    names: list[str] = []  # of their classes
+    lines: list[str] = []  # of the file, for messages
+    for name, label, line in _rows(file, encoding, found):
+        path = _path_of(name, line, file.parent, found)
+        if not label:
+            raise UserError(f"{line}: has no label: add it, or remove the line")
+        if len(paths) == MAX_CSV_ROWS:
+            raise UserError(f"{line}: is beyond {MAX_CSV_ROWS:,} images: split the file")
+        paths.append(path)
+        names.append(label)
+        lines.append(line)
+    if not paths:
+        raise UserError(f"{file}: holds no path,label rows: add one for each image")
+    known = set(given or ())
+    if all(map(_WHOLE.fullmatch, names)) and not known >= set(names):
+        names = [name.partition(".")[0] for name in names]
+    _refuse_several_labels(paths, names, lines, known)
+    labels, classes = _number(names, lines, given)
+    ignored = 0 if found is None else found.report(paths)
+    return [(path, labels[name]) for path, name in zip(paths, names)], classes, ignored
+
+
+def label_in(given: Sequence[str], name: str, where: str) -> int:
+    """The label of a class. Raises UserError if it is not among the `given` names."""
+    try:
+        return given.index(name)
+    except ValueError:
+        raise UserError(
+            f"{where}: class {name!r} is not in --classes ({shown(given)}): add it, or leave it out"
+        ) from None
+
+
+# --- images -------------------------------------------------------------------------------------------------
+class _Images:
+    """The images below a folder, by name with and without extension."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.folder = walk.folder
+        self._walk = walk
+        self._paths = walk.below()
+        self._named: defaultdict[str, list[str]] = defaultdict(list)
+        for path in self._paths:
+            base = os.path.basename(path)
+            for name in {base, os.path.splitext(base)[0]}:
+                self._named[name].append(path)
+
+    def named(self, name: str) -> list[str]:
+        return self._named.get(name, [])
+
+    def report(self, listed: Sequence[str]) -> int:
+        """Name the images that are not listed on stderr; returns their number and that of other files."""
+        known = set(map(os.path.realpath, listed))
+        left_out = [path for path in self._paths if os.path.realpath(path) not in known]
+        if left_out:
+            names = shown([os.path.relpath(path, self.folder) for path in left_out])
+            _note(f"{self.folder}: {len(left_out)} images are not in the list and are left out ({names})")
+        self._walk.print_notes()
+        return len(left_out) + self._walk.ignored
+
+
+def _path_of(name: str, line: str, folder: Path, found: _Images | None) -> str:
+    """The path of an image in a list. Raises UserError if there is none, or several."""
+    path = os.path.join(folder if found is None else found.folder, name)
+    if os.path.isfile(path) and extension(path) in IMAGE_EXTENSIONS:
+        return path
+    paths = [] if found is None else found.named(name)
+    if len(paths) > 1:
+        raise UserError(
+            f"{line}: {name} is the name of {paths[0]} and {paths[1]}: write the path below the folder"
+        )
+    if not paths:
+        where = "or set --images to the folder of the images" if found is None else "or --images"
+        raise UserError(
+            f"{line}: {path} is not an image file ({', '.join(IMAGE_EXTENSIONS)}): correct the path, {where}"
+        )
+    return paths[0]
+
+
+def _note(text: str) -> None:
+    print(f"indistill: {printable(text)}", file=sys.stderr, flush=True)
+
+
+# --- lines --------------------------------------------------------------------------------------------------
+def _rows(file: Path, encoding: str | None, found: _Images | None) -> Iterator[_Row]:
+    """The rows of a list."""
+    if (truth := imagenet.ground_truth(file)) is not None:
+        if found is None:
+            raise UserError(f"{file}: names no images: set --images to the folder of the validation images")
+        yield from truth
+        return
+    first = True
+    for number, row in _csv_rows(file, encoding):
+        line = f"{file}: line {number}"
+        if len(row) != 2:
+            raise UserError(f"{line}: holds {len(row)} columns instead of path,label: correct the line")
+        name, label = (cell.strip().removeprefix("\ufeff") for cell in row)
+        if first and _is_header(name, label, file.parent, found):
+            _note(f"{line}: is taken for the names of the columns ({name}, {label})")
+        elif [name.lower(), label.lower()] != ["path", "label"]:
+            yield name, imagenet.class_of(label), line
+        first = False
+
+
+def _is_header(name: str, label: str, folder: Path, found: _Images | None) -> bool:
+    """Whether the first row of a list names its columns: words, of which none is an image's name."""
+    return (
+        [name.lower(), label.lower()] != ["path", "label"]
+        and bool(_WORDS.fullmatch(name) and _WORDS.fullmatch(label))
+        and not os.path.exists(folder / name)
+        and not (found and found.named(name))
+    )
+
+
+def _csv_rows(file: Path, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and cells of each line of a CSV file, without empty lines."""
+
+    def lines(stream: IO[str]) -> Iterator[str]:
+        while line := stream.readline(MAX_CSV_LINE_CHARACTERS + 1):
+            if len(line) > MAX_CSV_LINE_CHARACTERS:
+                raise csv.Error(f"longer than {MAX_CSV_LINE_CHARACTERS:,} characters")
+            yield line
+
+    number = 0
+    try:
+        with open_regular(file) as binary:
+            _check_encoding(file, binary.peek(4)[:4], encoding)
+            stream = io.TextIOWrapper(binary, encoding=encoding or "utf-8-sig", newline="")
+            all_lines = lines(stream)
+            begin = list(itertools.islice(all_lines, 2))
+            reader = csv.reader(itertools.chain(begin, all_lines), delimiter=_delimiter(begin))
+            for row in reader:
+                number = reader.line_num
+                if any(cell.strip() for cell in row):
+                    yield number, row
+    except csv.Error as error:
+        raise UserError(f"{file}: line {number + 1}: {error}: correct the line") from None
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file: correct the path") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}): correct the path") from None
+    except LookupError:
+        raise UserError(
+            f"--encoding {encoding!r}: is not an encoding that Python knows: choose one such as cp1252"
+        ) from None
+    except UnicodeError:
+        guess = "it may be cp1252, which older programs of Windows write: set --encoding cp1252"
+        remedy = guess if encoding is None else "set another --encoding"
+        raise UserError(f"{file}: is not text in {encoding or 'UTF-8'}: {remedy}") from None
+
+
+def _check_encoding(file: Path, begin: bytes, encoding: str | None) -> None:
+    """Raise UserError for a file in UTF-16 that is to be read as UTF-8."""
+    name = None
+    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+        name = "utf-16"
+    elif any(begin) and not any(begin[1::2]):
+        name = "utf-16-le"
+    elif any(begin) and not any(begin[::2]):
+        name = "utf-16-be"
+    if encoding is None and name is not None and len(begin) == 4:
+        raise UserError(f"{file}: is not text in UTF-8 but seems to be UTF-16: set --encoding {name}")
+
+
+def _delimiter(lines: Sequence[str]) -> str:
+    """The delimiter by which the first lines of a CSV file have two cells, the first of them an image."""
+
+    def fit(delimiter: str) -> tuple[int, int]:
+        rows = list(csv.reader(lines, delimiter=delimiter))
+        images = sum(extension(row[0].strip()) in IMAGE_EXTENSIONS for row in rows if row)
+        return sum(len(row) == 2 for row in rows), images
+
+    return max(_DELIMITERS, key=fit)
+
+
+# --- labels -------------------------------------------------------------------------------------------------
+def _number(
+    names: Sequence[str], lines: Sequence[str], given: Sequence[str] | None
+) -> tuple[dict[str, int], list[str] | None]:
+    """The label of each name in a CSV file, and the class names by label (None: labels are numbers)."""
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    for name, line in zip(names, lines) if numbers else ():
+        if len(name) > len(str(MAX_CLASSES)) or int(name) >= MAX_CLASSES:
+            raise UserError(f"{line}: label {name} is not below {MAX_CLASSES:,}: correct the line")
+    known = set(given or ())
+    all_numbers = all(map(_NUMBER.fullmatch, names))
+    for name, line in zip(names, lines):
+        # -1 often means that there is no label. A class of another name may still begin with a number.
+        number = _NUMBER.fullmatch(name) and not _WHOLE.fullmatch(name)
+        if number and (all_numbers or name[0] == "-") and name not in known:
+            raise UserError(
+                f"{line}: label {name!r} is not a non-negative integer, as labels that are numbers must be: "
+                "correct the line"
+            )
+    if given is None and numbers:
+        return {name: int(name) for name in names}, None
+    classes = sorted(set(names)) if given is None else list(given)
+    labels = {name: label for label, name in enumerate(classes)}
+    if numbers and not labels.keys() >= set(names):  # indices in the list, not names
+        labels = {name: int(name) for name in names if int(name) < len(classes)}
+    for name, line in zip(names, lines):
+        if name not in labels:
+            listed = shown(classes)
+            raise UserError(
+                f"{line}: class {name!r} is not in --classes ({listed}): add it, or remove the line"
+            )
+    return labels, classes
+
+
+def _refuse_several_labels(
+    paths: Sequence[str], names: Sequence[str], lines: Sequence[str], known: set[str]
+) -> None:
+    """Raise UserError, naming the line, if an image in a CSV file seems to have more than one label.
+
+    The `known` names are single classes, even if they look like lists.
+    """
+    parts = {name: [name] if name in known else _parts(name) for name in set(names)}
+    seen = Counter(part for parts_of_name in parts.values() for part in set(parts_of_name))
+    first: dict[str, int] = {}
+    for row, (path, name, line) in enumerate(zip(paths, names, lines)):
+        several = len(parts[name]) > 1 and (
+            any(mark in name for mark in ";|")
+            or name[0] + name[-1] in ("[]", "()", "{}")
+            # A comma may belong to a name, as in "tank, army tank", where not all parts occur in other
+            # labels.
+            or all(part.isdigit() or seen[part] > 1 for part in parts[name])
+        )
+        if several:
+            raise UserError(
+                f"{line}: {name!r} looks like several labels, but an image has one: keep one; if it is "
+                "the name of one class, list it in a file for --classes"
+            )
+        earlier = first.setdefault(path, row)
+        if names[earlier] != name:
+            raise UserError(
+                f"{line}: {path} has the label {name!r} here and {names[earlier]!r} above "
+                f"({lines[earlier]}): an image has one label: keep one of the lines"
+            )
+
+
+def _parts(name: str) -> list[str]:
+    """Split a label as if it were a list: at separators, or numbers at spaces."""
+    inner = name[1:-1] if name[:1] + name[-1:] in ("[]", "()", "{}") else name
+    parts = [part.strip(" '\"") for part in re.split(r"[;|,]", inner)]
+    if len(parts) == 1 and re.fullmatch(r"\d+(\s+\d+)+", inner.strip()):
+        parts = inner.split()
+    return [part for part in parts if part]
