@@ -34,7 +34,8 @@ if (
     os.environ["OMP_NUM_THREADS"] = "1"  # of those that are started
     torch.set_num_threads(1)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Real data beside the repository, if it is there, as for benchmarks/study.py; see `skip_without`.
+SHARED = Path(os.environ.get("DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 CLASSES = 10
 EPS = torch.finfo(torch.float32).eps  # one operation in float32 is off by at most half of this, relatively
 BF16 = torch.finfo(torch.bfloat16).eps
@@ -66,6 +67,43 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     pack_images(folder, "train", samples=192, per_shard=64, seed=1)
     pack_images(folder, "eval", samples=51, per_shard=51, seed=2)
+    return folder
+
+
+def skip_without(path: str, source: str) -> Path:
+    """Return a path of the real data; skip the test without it, with a reason that says how to get it."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs {path} in the folder of the variable DATA (default: ../shared/data): {source}")
+    return SHARED / path
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards, *-0000.tar and *-0001.tar, of 40 JPEGs each in many sizes; a few are greyscale.
+
+    They are images of ImageNet if these are there, and else have their sizes and kinds of compression.
+    """
+    real = SHARED / "imagenet-sample"
+    if real.is_dir():
+        return real
+    folder = tmp_path_factory.mktemp("photographs")
+    random = np.random.RandomState(0)
+    for shard in range(2):
+        packed = []
+        for i in range(40):
+            width, height = (int(side) for side in random.randint(70, 520, 2))
+            coarse = random.randint(0, 256, (height // 40 + 2, width // 40 + 2, 3), dtype=np.uint8)
+            smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+            grain = random.randint(0, 30, (height, width, 3), dtype=np.uint8)
+            pixels = Image.fromarray(np.asarray(smooth) // 2 + grain)
+            picture = pixels.convert("L") if i % 13 == 0 else pixels
+            buffer = io.BytesIO()
+            options = {} if picture.mode == "L" else {"subsampling": ("4:4:4", "4:2:0", "4:2:2")[i % 3]}
+            picture.save(buffer, "JPEG", quality=75 + i % 20, progressive=i % 5 == 0, **options)
+            packed.append((f"{shard}-{i:04d}", buffer.getvalue(), "jpg", i))
+        # The name of a shard ends with its number in this packing.
+        packing.pack(packed, folder / str(shard), "photographs", samples_per_shard=40)
+        (folder / str(shard) / "photographs-000000.tar").rename(folder / f"photographs-{shard:04d}.tar")
     return folder
 
 

@@ -149,10 +149,10 @@ class Walk:
         real = os.path.realpath(link)
         if not os.path.exists(link):
             self._leave_out("nowhere", link)
-        elif _contains(real, os.path.dirname(link)):
-            self._leave_out("again", link)
         elif not self._follow_links and not _contains(self._root, real):
             self._leave_out("outside", link)
+        elif _contains(real, os.path.dirname(link)):
+            self._leave_out("again", link)
         else:
             return True
         return False

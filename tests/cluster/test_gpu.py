@@ -156,7 +156,9 @@ def test_stored_targets_follow_the_live_ones(tree, tmp_path):
     assert_rounding_explains(losses(tree["run_dir"]), expected, strayed(losses, live["run_dir"]))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: pip install deepspeed"
+)
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("fp16", 2), ("fp16", 3)])
 def test_zero_follows_ddp(tree, tmp_path, precision, stage):
     """Uses the dynamic loss scale of engine.py, and optimizer state in host memory."""

@@ -38,7 +38,7 @@ def ip(*arguments: str) -> None:
 def hosts() -> Iterator[list[str]]:
     """Create two namespaces; return their names, which are also the names of their network interfaces."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("needs root and iproute2 (the command ip)")
+        pytest.skip("needs root and the command ip: apt-get install iproute2")
     names = [f"indt{os.getpid()}{side}" for side in "ab"]
     try:
         for name in names:

@@ -1,7 +1,6 @@
 """launch/slurm/train.sbatch on a real SLURM with two nodes, on this machine (`make test-slurm`).
 
-Needs root, Debian's slurmctld, slurmd, slurm-client and munge, and the folder beside the repository that
-starts them.
+slurm/cluster.py starts it. That needs root, and Debian's slurmctld, slurmd, slurm-client and munge.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,20 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARED
+from slurm import cluster
 
 from indistill.config.files import read_lines
 from indistill.config.run_dir import RunDir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SLURM = SHARED.parent / "slurm"
-MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
-MISSING += [] if (SLURM / "slurm_up.sh").exists() else [str(SLURM)]
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MISSING)}"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="starts SLURM's daemons: needs root"),
+    pytest.mark.skipif(
+        bool(cluster.missing()),
+        reason=f"not here: {', '.join(cluster.missing())}: apt-get install --no-install-recommends slurmctld "
+        "slurmd slurm-client munge",
+    ),
+    pytest.mark.skipif(os.geteuid() != 0, reason="starts SLURM's daemons: run make test-slurm as root"),
 ]
 
 # torchrun starts this in place of `python -u -m indistill train ...`. Steps are slow while `hold` exists.
@@ -72,12 +71,9 @@ def shell(*command: str | Path, **keywords: Any) -> str:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("slurm")
-    subprocess.run(["bash", SLURM / "slurm_up.sh", folder, "2"], check=True, timeout=120)
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    yield
-    subprocess.run(["bash", SLURM / "slurm_down.sh", folder], timeout=120)
-    del os.environ["SLURM_CONF"]
+    with cluster.running(tmp_path_factory.mktemp("slurm")) as conf, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(conf))
+        yield
 
 
 def wait_for(what: str, happened: Callable[[], Any], timeout: float = 900.0) -> Any:

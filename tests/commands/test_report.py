@@ -82,7 +82,7 @@ def run(chain: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if CHROMIUM is None:
-        pytest.skip("no Chromium here")
+        pytest.skip("needs Chromium on the PATH: apt-get install chromium")
     opened = Browser(tmp_path_factory.mktemp("chromium"))
     yield opened
     opened.close()

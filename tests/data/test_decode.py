@@ -9,7 +9,6 @@ import zlib
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
@@ -19,8 +18,6 @@ from indistill.data import augment, decode
 from indistill.data.decode import BadImage
 from indistill.data.shards import ShardSet
 from indistill.models.views import EvalView
-
-IMAGENET = SHARED / "imagenet-sample"
 
 
 def picture(height, width):
@@ -268,9 +265,8 @@ def test_a_view_of_a_damaged_file_names_it(recipe):
         augment.eval_view(content, 32, view=EvalView("bilinear", 0.875), where="a.tar: sample k7")
 
 
-@pytest.mark.skipif(not IMAGENET.exists(), reason="needs the sample of ImageNet")
-def test_crops_of_imagenet_are_pillows_pixels(tmp_path):
-    images = ShardSet(f"{IMAGENET}/*.tar", cache_dir=str(tmp_path))
+def test_crops_of_photographs_are_pillows_pixels(photographs, tmp_path):
+    images = ShardSet(f"{photographs}/*.tar", cache_dir=str(tmp_path))
     draws = augment.uniforms(0, 0, np.arange(len(images)))
     for sample_id in range(0, len(images), 3):
         content = images.read(sample_id).image

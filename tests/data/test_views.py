@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from conftest import SHARED
 from PIL import Image
 from timm.data import transforms as timm_transforms
 
@@ -24,17 +23,13 @@ from indistill.data.loader import IndexedTraining
 from indistill.models.views import EvalView, evaluation_view, own_view
 from indistill.training.students import Shared, _Share
 
-IMAGENET = SHARED / "imagenet-sample"
 SIZE = 224
-needs_images = pytest.mark.skipif(
-    not IMAGENET.is_dir(), reason="the real images of imagenet-sample are not there"
-)
 
 
 @pytest.fixture(scope="module")
-def section(tmp_path_factory):
+def section(photographs, tmp_path_factory):
     return config.Data(
-        train="*-0001.tar", eval="*-0000.tar", root=str(IMAGENET),
+        train="*-0001.tar", eval="*-0000.tar", root=str(photographs),
         cache_dir=str(tmp_path_factory.mktemp("cache")),
         num_classes=1000, image_size=SIZE, global_batch=8, streams=8, workers=0,
     )  # fmt: skip
@@ -48,7 +43,6 @@ def pictures(shards):
 # --- the pixels ---------------------------------------------------------------------------------------------
 
 
-@needs_images
 @pytest.mark.parametrize(
     ("view", "size"),
     [
@@ -90,7 +84,6 @@ class Draws:
         return choices[int(self.which * len(choices))]
 
 
-@needs_images
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
 def test_training_shows_what_timms_transform_shows(section, interpolation, monkeypatch):
     section = section.model_copy(update={"interpolation": interpolation})
@@ -109,7 +102,6 @@ def test_training_shows_what_timms_transform_shows(section, interpolation, monke
     assert len(seen) == 40
 
 
-@needs_images
 @pytest.mark.parametrize(
     ("interpolation", "theirs"), [("bilinear",) * 2, ("bicubic",) * 2, ("random", "bilinear")]
 )

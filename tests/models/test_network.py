@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import SHARED
+from conftest import skip_without
 from safetensors import safe_open
 from torch import nn
 
@@ -491,10 +491,12 @@ def test_the_papers_network_computes_what_the_paper_says(float64):
 @pytest.fixture(scope="module")
 def cifar10_test_images(tmp_path_factory):
     """The first 2,000 of the real test images, uint8 [N, 3, 32, 32], and their labels."""
-    if not SHARED.is_dir():
-        pytest.skip("needs CIFAR-10 and the published weights in ../shared/data")
+    shard_file = skip_without(
+        "cifar10/cifar10-test-0000.tar.gz",
+        "CIFAR-10's test images, packed by `indistill shards pack` and then by gzip",
+    )
     index = str(tmp_path_factory.mktemp("index"))
-    shard = ShardSet("cifar10-test-0000.tar.gz", root=str(SHARED / "cifar10"), cache_dir=index)
+    shard = ShardSet(shard_file.name, root=str(shard_file.parent), cache_dir=index)
     samples = list(shard.iterate(0, 2000))
     images = np.stack([decode(sample.image, sample.key) for sample in samples])
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor([sample.label for sample in samples])
@@ -509,7 +511,8 @@ def cifar10_test_images(tmp_path_factory):
 )
 def test_published_weights_classify_as_published(cifar10_test_images, name, file, low, high):
     images, labels = cifar10_test_images
-    section = config.Model(name=name, checkpoint=str(SHARED / "published" / file))
+    weights = skip_without(f"published/{file}", "the weights of github.com/gsarridis/InDistill")
+    section = config.Model(name=name, checkpoint=str(weights))
     net = timm_model.create(section, 10, 32, "teacher")
     with torch.no_grad():
         teacher = Network(net, normalisation(net, section, "teacher")).eval()
