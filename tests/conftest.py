@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import functools
 import io
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -212,12 +215,21 @@ preload()
 
 def start(function: Callable, *arguments: Any, rank: int | None = None, world: int = 1, port: int = 0):
     """Run `function(*arguments)` in a fresh process; with `rank`, it has a launcher's variables."""
-    process = _context.Process(target=_main, args=(function, arguments, rank, world, port))
+    process = _context.Process(target=_main, args=(function, arguments, rank, world, port, _stacks().name))
     process.start()
     return process
 
 
-def _main(function: Callable, arguments: tuple, rank: int | None, world: int, port: int) -> None:
+@functools.cache
+def _stacks():
+    """The file to which a process writes what its threads do when it crashes or SIGABRT ends it."""
+    return tempfile.NamedTemporaryFile("r")
+
+
+def _main(
+    function: Callable, arguments: tuple, rank: int | None, world: int, port: int, stacks: str
+) -> None:
+    faulthandler.enable(open(stacks, "a"))
     if rank is not None:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
@@ -247,8 +259,11 @@ def run_ranks(function: Callable, world: int | None, *arguments: Any, exit_code:
         process.join(timeout=300)
     codes = [process.exitcode for process in processes]
     for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGABRT)
+            process.join(timeout=10)
         process.kill()
-    assert codes == [exit_code] * len(processes)
+    assert codes == [exit_code] * len(processes), _stacks().read()
 
 
 def train_until(tree: dict[str, Any], step: int | None = None, resume: str = "auto") -> None:
