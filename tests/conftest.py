@@ -8,6 +8,7 @@ import functools
 import io
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
@@ -226,10 +227,8 @@ def _stacks():
     return tempfile.NamedTemporaryFile("r")
 
 
-def _main(
-    function: Callable, arguments: tuple, rank: int | None, world: int, port: int, stacks: str
-) -> None:
-    faulthandler.enable(open(stacks, "a"))
+def _main(function: Callable, arguments: tuple, rank: int | None, world: int, port: int, stacks: str) -> None:
+    faulthandler.enable(open(stacks, "a"))  # noqa: SIM115  (open as long as the process lives)
     if rank is not None:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
@@ -239,9 +238,15 @@ def _main(
 
 
 def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port for a launcher to bind, a few seconds later.
+
+    It is below those that the kernel gives to connections, of which other tests open hundreds meanwhile.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def start_ranks(function: Callable, world: int | None, *arguments: Any) -> list:
