@@ -483,13 +483,14 @@ def out_of_memory(*_: Any, **__: Any) -> None:
         (objective.Objective, "__call__", broken, 0),  # in the loop
         (objective.Objective, "__call__", out_of_memory, 0),
         (ImageDataset, "__getitem__", broken, 1),  # in a loader's worker
-        (passes, "eval_loader", broken, 0),  # in an evaluation
+        (passes, "eval_loader", broken, 0),  # in an evaluation that is not the last
         (checkpoint, "_publish", broken, 0),  # in the thread that writes
         (Run, "end", broken, 0),
     ],
 )
 def test_after_an_unexpected_error_no_script_starts_it_again(tree, monkeypatch, owner, name, how, workers):
     tree |= {"duration": "6 steps", "warmup": None, "checkpoint": {"every_steps": 2}}
+    tree["evaluate"] = {"every": "3 steps"}
     tree["data"] |= {"in_memory": not workers, "workers": workers}
     run_dir = Path(tree["run_dir"])
     monkeypatch.setattr(owner, name, how)
