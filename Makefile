@@ -1,11 +1,12 @@
 # The environment is created if it is missing or older than the files that it is created from. READY marks a folder as
 # made here; it is older than those files until the packages of the demo are installed. No other folder is replaced or
-# deleted. DEV marks that the packages for tests and development are installed, too.
+# deleted. DEV marks that the packages for tests and development are installed, too, and DOCS those for the site.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
+DOCS := $(VENV)/.ready-docs
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),uv pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet)
 # For a machine without a GPU: the package index with torch's CPU wheels, from PyTorch's installation page. It saves 5 GB.
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 # If this is set, each of the tests' many processes compiles torch and timm again, for most of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test fuzz test-floors test-portable docs-test test-slurm test-netns lint reproduce clean
+.PHONY: setup demo test fuzz test-floors test-portable docs docs-test test-slurm test-netns lint reproduce clean
 setup: $(DEV)
 
 $(READY): pyproject.toml constraints.txt
@@ -82,6 +83,15 @@ test-portable: $(DEV)
 			--numprocesses logical --maxprocesses 4 --dist worksteal || { outcome=FAILED; failed=1; }; \
 		outcomes="$$outcomes$$outcome  $$values\n"; \
 	done; printf "\n$$outcomes"; exit $$failed
+
+$(DOCS): $(READY)
+	@$(INSTALL) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# Build the documentation as a site in site/, from docs/ and README.md. A broken link is an error.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS)
+	@$(RUN) -m mkdocs build --strict
 
 # Run every command of README.md and docs/, in ten minutes on two cores.
 docs-test: $(DEV)

@@ -1,8 +1,8 @@
-"""Run the commands of README.md and docs/*.md in order, in copies of the repository (`make docs-test`).
+"""Run the commands of README.md, docs/*.md and docs/*.ipynb in copies of the repository (`make docs-test`).
 
-Fenced blocks of `bash`, `python` and `diff` run; a `diff` is a patch for the rest of its page. A `yaml` block
-must be a config or a part of one, and is only loaded. `text` does not run. A comment right before a block
-changes how it runs:
+The code cells of a notebook run in order in one process, except `%pip`. Of a page, fenced blocks of `bash`,
+`python` and `diff` run; a `diff` is a patch for the rest of its page. A `yaml` block must be a config or a
+part of one, and is only loaded. `text` does not run. A comment right before a block changes how it runs:
 
     <!-- docs-test
     skip: the reason why it cannot run here, and what checks it instead
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -91,8 +92,28 @@ def pages() -> list[str]:
     return [FIRST, *names]
 
 
+def notebooks() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.ipynb"))
+
+
+def program(notebook: str) -> str:
+    """Return the code cells of a notebook as a Python program, without the installation."""
+    cells = json.loads((ROOT / notebook).read_text())["cells"]
+    code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = re.sub(r"^%pip .*$", "", code, flags=re.MULTILINE)
+    return re.sub(
+        r"^!(.*)$", lambda line: f"_run({line[1]!r}, shell=True, check=True)", code, flags=re.MULTILINE
+    )
+
+
 def blocks(page: str) -> list[Block]:
-    """Return the fenced blocks of a page. Raises ValueError for an invalid line in a docs-test comment."""
+    """Return the fenced blocks of a page, or the only one of a notebook.
+
+    Raises ValueError for an invalid line in a docs-test comment.
+    """
+    if page in notebooks():
+        text = f"from subprocess import run as _run\n{program(page)}"
+        return [Block(page, 1, "python", text, None, "", "", (), False)]
     text = (ROOT / page).read_text()
     return [_block(page, text.count("\n", 0, match.start("text")), match) for match in BLOCK.finditer(text)]
 
@@ -262,7 +283,7 @@ def run_page(page: str, temporary: Path) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the commands of the documentation.")
     parser.add_argument("pages", nargs="*", help="run only these pages, after README.md (default: all pages)")
-    chosen = parser.parse_args().pages or pages()
+    chosen = parser.parse_args().pages or [*pages(), *notebooks()]
     os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     _context.set_forkserver_preload(_PRELOAD)
     begin = time.monotonic()

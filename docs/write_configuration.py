@@ -5,11 +5,12 @@ Types, limits and defaults come from pydantic; the meaning of a key is the comme
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from anchors import slug
 
 from indistill import config
 from indistill.commands.schema import in_yaml, meaning, meanings, models, of_config, sources
@@ -112,11 +113,6 @@ def plain(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {plain(one)}' for key, one in value.items())}}}"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def slug(heading: str) -> str:
-    """Return the anchor that a Git forge gives a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def references(schema: Any) -> Iterator[str]:

@@ -257,7 +257,9 @@ def _add_init(parser: usage.Parser) -> None:
     parser.add_argument("recipe", nargs="?", help="name of a recipe; without one, list all of them")
     parser.add_argument("folder", nargs="?", default=".", help="folder to write into (default: this one)")
     parser.add_argument("--slurm", action="store_true", help="also write the batch script of a SLURM job")
-    parser.add_argument("--kubernetes", action="store_true", help="also write a Kubernetes Job")
+    parser.add_argument(
+        "--kubernetes", action="store_true", help="also write a Kubernetes Job, and the same as a TrainJob"
+    )
     parser.add_argument("--nodes", type=_count, metavar="N", help="number of nodes of the job")
     parser.add_argument("--partition", metavar="NAME", help="partition of the SLURM job")
     parser.add_argument("--account", metavar="NAME", help="account of the SLURM job")

@@ -19,7 +19,16 @@ from indistill.data.urls import check_url, is_remote
 PACKAGE = Path(str(resources.files("indistill")))
 SBATCH = "launch/slurm/train.sbatch"
 JOB = "launch/kubernetes/job.yaml"
-STARTERS = ("launch/torchrun.sh", "launch/torchrun.py")  # what SBATCH and JOB run
+TRAIN_JOB = "launch/kubernetes/trainjob.yaml"  # the same with Kubeflow Trainer
+STARTERS = ("launch/torchrun.sh", "launch/torchrun.py")  # what all of them run
+_NODES = {  # the lines with the number of nodes
+    JOB: (
+        ("completions: ", "2 # edit: number of nodes", "{}"),
+        ("parallelism: ", "2 # the same", "{}"),
+        ("value: ", '"2" # edit: number of nodes', '"{}"'),
+    ),
+    TRAIN_JOB: (("numNodes: ", "2 # edit: number of nodes", "{}"),),
+}
 # These have no character that YAML, SLURM or a shell could read as anything but a part of the name.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")
 _FOLDER = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~:@%+=,-]*")
@@ -67,8 +76,12 @@ def write(
         files[SBATCH] = _sbatch(nodes, partition=partition, account=account)
         commands = [f"sbatch {SBATCH} {config} {tree['run_dir']}"]
     if kubernetes:
-        files[JOB] = _job(name, tree, nodes=nodes, data=data)
-        commands = [*commands, f"kubectl apply -f {JOB}"] if slurm else [f"kubectl apply -f {JOB}"]
+        files |= {job: _job(job, name, tree=tree, nodes=nodes, data=data) for job in (JOB, TRAIN_JOB)}
+        commands = commands if slurm else []
+        commands += [
+            f"kubectl apply -f {JOB}",
+            f"kubectl apply -f {TRAIN_JOB}  # instead, with Kubeflow Trainer",
+        ]
     if slurm or kubernetes:
         files |= {starter: (PACKAGE / starter).read_text() for starter in STARTERS}
     _write_new(Path(folder), files)
@@ -132,7 +145,7 @@ def _sbatch(nodes: int | None, *, partition: str | None, account: str | None) ->
     return _replaced((PACKAGE / SBATCH).read_text(), {"#SBATCH --nodes=1": "\n".join(lines)})
 
 
-def _job(name: str, tree: dict[str, Any], *, nodes: int | None, data: str | None) -> str:
+def _job(job: str, name: str, *, tree: dict[str, Any], nodes: int | None, data: str | None) -> str:
     root = data or f"/{tree['data']['root']}"
     changes = {
         "[configs/imagenet_r34_r18.yaml, run_dir=/runs/r34_r18, data.root=/data/imagenet]": (
@@ -140,17 +153,17 @@ def _job(name: str, tree: dict[str, Any], *, nodes: int | None, data: str | None
         )
     }
     if nodes is not None:
-        changes |= {
-            "completions: 2 # edit: number of nodes": f"completions: {nodes}",
-            "parallelism: 2 # the same": f"parallelism: {nodes}",
-            'value: "2" # edit: number of nodes': f'value: "{nodes}"',
-        }
-    if is_remote(root):  # no volume has the shards
-        changes |= {
-            "            - {name: data, mountPath: /data}\n": "",
-            "        - name: data\n          persistentVolumeClaim: {claimName: data} # edit\n": "",
-        }
-    return _replaced((PACKAGE / JOB).read_text(), changes)
+        changes |= {key + old: key + new.format(nodes) for key, old, new in _NODES[job]}
+    text = _replaced((PACKAGE / job).read_text(), changes)
+    return _without_data(text) if is_remote(root) else text
+
+
+def _without_data(text: str) -> str:
+    """Remove the volume of the shards from a job."""
+    text, mounts = re.subn(r"^ *- \{name: data, mountPath: /data\}\n", "", text, flags=re.MULTILINE)
+    text, volumes = re.subn(r"^ *- name: data\n *persistentVolumeClaim: .*\n", "", text, flags=re.MULTILINE)
+    assert mounts == volumes == 1  # as in _replaced
+    return text
 
 
 def _replaced(text: str, changes: dict[str, str]) -> str:

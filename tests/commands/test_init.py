@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import kubernetes_schemas
 import pytest
 import yaml
 
@@ -24,6 +26,13 @@ def written(folder: Path) -> dict[str, str]:
     }
 
 
+def documents(text: str) -> list[dict[str, Any]]:
+    """Return the objects of a Kubernetes file, after a check of their fields."""
+    found = list(yaml.safe_load_all(text))
+    kubernetes_schemas.check(found)
+    return found
+
+
 def test_without_a_name_all_recipes_are_listed(capsys):
     cli.main(["init"])
     lines = capsys.readouterr().out.splitlines()
@@ -36,7 +45,7 @@ def test_every_recipe_can_be_filled_in_for_every_cluster(name, tmp_path):
     init.write(name, str(tmp_path), **SLURM, kubernetes=True, data="s3://bucket/a=b/images")
     files = written(tmp_path)
     config = f"configs/{name}.yaml"
-    assert set(files) == {config, init.SBATCH, init.JOB, *init.STARTERS}
+    assert set(files) == {config, init.SBATCH, init.JOB, init.TRAIN_JOB, *init.STARTERS}
     expected = runs.load(REPOSITORY / config, ["data.root=s3://bucket/a=b/images"])
     found = runs.load(tmp_path / config)
     cache_dir = found[0][1].data.cache_dir
@@ -45,10 +54,11 @@ def test_every_recipe_can_be_filled_in_for_every_cluster(name, tmp_path):
         REPOSITORY / config, ["data.root=s3://bucket/a=b/images", f"data.cache_dir={cache_dir}"]
     )
     assert len(found) == len(expected)
-    (_, job) = yaml.safe_load_all(files[init.JOB])
+    (_, job), (_, train_job) = documents(files[init.JOB]), documents(files[init.TRAIN_JOB])
     (container,) = job["spec"]["template"]["spec"]["containers"]
     run_dir = yaml.safe_load(files[config])["run_dir"]
-    assert container["args"] == [config, f"run_dir=/{run_dir}", "data.root=s3://bucket/a=b/images"]
+    for program in (container, train_job["spec"]["trainer"]):
+        assert program["args"] == [config, f"run_dir=/{run_dir}", "data.root=s3://bucket/a=b/images"]
 
 
 def test_a_recipe_alone_is_the_repositorys(tmp_path):
@@ -74,9 +84,9 @@ def test_the_batch_script_differs_from_the_template_in_its_options_alone(tmp_pat
 def test_the_job_has_the_nodes_and_a_volume_for_local_data_alone(tmp_path):
     def job(name: str, **options):
         init.write("imagenet_r34_r18", str(tmp_path / name), kubernetes=True, **options)
-        return list(yaml.safe_load_all((tmp_path / name / init.JOB).read_text()))[1]["spec"]
+        return documents((tmp_path / name / init.JOB).read_text())[1]["spec"]
 
-    template = list(yaml.safe_load_all((REPOSITORY / init.JOB).read_text()))[1]["spec"]
+    template = documents((REPOSITORY / init.JOB).read_text())[1]["spec"]
     assert job("plain") == template | {"template": job("again")["template"]}
     spec = job("mine", nodes=3, data="/mnt/images")
     pod = spec["template"]["spec"]
@@ -87,6 +97,29 @@ def test_the_job_has_the_nodes_and_a_volume_for_local_data_alone(tmp_path):
     pod = job("remote", data="https://host/images")["template"]["spec"]
     assert {volume["name"] for volume in pod["volumes"]} == {"runs", "shm"}
     assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {"runs", "shm"}
+
+
+def test_the_train_job_has_the_nodes_and_a_volume_for_local_data_alone(tmp_path):
+    def specs(name: str, **options):
+        init.write("imagenet_r34_r18", str(tmp_path / name), kubernetes=True, **options)
+        runtime, train_job = documents((tmp_path / name / init.TRAIN_JOB).read_text())
+        (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+        return train_job["spec"]["trainer"], job["template"]["spec"]["template"]["spec"]
+
+    trainer, pod = specs("mine", nodes=3, data="/mnt/images")
+    assert trainer["numNodes"] == 3
+    assert trainer["args"][-1] == "data.root=/mnt/images"
+    assert {volume["name"] for volume in pod["volumes"]} == {"runs", "data", "shm"}
+    _, pod = specs("remote", data="https://host/images")
+    assert {volume["name"] for volume in pod["volumes"]} == {"runs", "shm"}
+    assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {"runs", "shm"}
+
+
+def test_the_commands_name_both_forms_of_the_job(tmp_path):
+    commands = init.write("imagenet_r34_r18", str(tmp_path), kubernetes=True)
+    assert commands[1] == f"kubectl apply -f {init.JOB}"
+    assert commands[2].startswith(f"kubectl apply -f {init.TRAIN_JOB} ")
+    assert len(commands) == 3
 
 
 @pytest.mark.parametrize(

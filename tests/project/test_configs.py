@@ -68,6 +68,31 @@ def test_recipes_are_compared_with_and_without_warmup_at_an_equal_budget(path):
     assert with_warmup.model_copy(update=changed) == without.model_copy(update=changed)
 
 
+PUBLIC = (
+    "imagenet1k-train-{0000..1023}.tar",
+    "imagenet1k-validation-{00..63}.tar",
+)  # of timm/imagenet-1k-wds
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem.startswith("imagenet")], ids=lambda path: path.stem
+)
+def test_recipes_for_imagenet_name_the_public_shards(path):
+    hub = ["data.root=hf://datasets/timm/imagenet-1k-wds", "data.cache_dir=cache"]
+    for overrides in ([], hub):
+        for _, settings in runs.load(path, overrides):
+            assert (settings.data.train, settings.data.eval) == PUBLIC
+
+
+def test_the_page_about_data_names_the_shards_that_its_commands_write():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert all(f"`{name}`" in page for name in PUBLIC)
+    written = set(re.findall(r"shards pack .* shards/(\S+/) .*--prefix (\S+)", page))
+    named = re.findall(r"^  (?:train|eval): (\w+/)(\S+?)-[{*]", page, re.MULTILINE)
+    assert len(named) == 2
+    assert set(named) <= written
+
+
 @pytest.fixture(scope="module")
 def create_once():
     """A `timm_model.create` without weights that creates each network once; many configs share them."""

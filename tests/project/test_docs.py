@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from indistill.commands import cli
@@ -18,12 +23,15 @@ from indistill.config import limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs"))
 import run_commands
+import site_hooks
 import test_imports
 import write_configuration
 import write_limits
+from anchors import slug
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = run_commands.pages()
+NOTEBOOKS = run_commands.notebooks()
 COMMAND = re.compile(r"(\$ )?(indistill|python|make|torchrun|accelerate|pip|git|docker|sbatch|kubectl) \S")
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -36,7 +44,7 @@ def prose(page: str) -> str:
 @cache
 def anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", run_commands.BLOCK.sub("", path.read_text()), re.MULTILINE)
-    return {write_configuration.slug(heading) for heading in headings}
+    return {slug(heading) for heading in headings}
 
 
 @every_page
@@ -51,11 +59,122 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def linked() -> set[str]:
+    """Every page and notebook in docs/ but the index, relative to it."""
+    pages = {page.removeprefix("docs/") for page in (*PAGES, *NOTEBOOKS) if page.startswith("docs/")}
+    return pages - {"README.md"}
+
+
 def test_every_page_is_in_the_index():
     index = (REPOSITORY / "docs" / "README.md").read_text()
-    for page in PAGES:
-        if page.startswith("docs/") and page != "docs/README.md":
-            assert f"]({page.removeprefix('docs/')})" in index
+    assert [page for page in sorted(linked()) if f"]({page})" not in index] == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebooks_have_no_output_and_their_links_lead_somewhere(notebook):
+    content = json.loads((REPOSITORY / notebook).read_text())
+    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
+    cells = content["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+        for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", "".join(cell["source"])):
+            assert (REPOSITORY / notebook).with_name(link).exists(), link
+    compile(run_commands.program(notebook), notebook, "exec")
+
+
+# --- the site -----------------------------------------------------------------------------------------------
+def test_the_navigation_of_the_site_lists_every_page():
+    def files(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for child in entry.values() if isinstance(entry, dict) else entry:
+                yield from files(child)
+
+    listed = list(files(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(listed) == sorted({*linked(), "README.md", site_hooks.OVERVIEW})
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "expected"),
+    [
+        ("README.md", "docs/data.md", "data.md"),
+        ("README.md", "docs/images/layers.svg", "images/layers.svg"),
+        ("README.md", "docs/README.md", "README.md"),
+        ("docs/data.md", "data.md", "data.md"),
+        ("docs/README.md", "../README.md", "overview.md"),
+        ("docs/data.md", "../configs", "https://host/tree/main/configs"),
+        ("docs/cluster.md", "../launch/torchrun.sh", "https://host/blob/main/launch/torchrun.sh"),
+        ("docs/data.md", "write_limits.py", "https://host/blob/main/docs/write_limits.py"),
+    ],
+)
+def test_links_on_the_site(page, link, expected):
+    assert site_hooks.site_link(link, REPOSITORY / page, "https://host") == expected
+
+
+def test_the_site_changes_links_of_the_text_alone():
+    text = """<!-- docs-test
+skip: a reason
+-->
+```bash
+echo "](../README.md)"
+```
+
+[a](../README.md#train), [b](https://host/x), [c](#here)
+"""
+    expected = """```bash
+echo "](../README.md)"
+```
+
+[a](overview.md#train), [b](https://host/x), [c](#here)
+"""
+    assert site_hooks.site_page(text, REPOSITORY / "docs" / "data.md", "https://host") == expected
+    with pytest.raises(ValueError, match=r"docs/data.md: nowhere.md does not exist"):
+        site_hooks.site_page("[a](nowhere.md)", REPOSITORY / "docs" / "data.md", "https://host")
+
+
+def build_site(folder: Path, destination: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site as `make docs` does."""
+    pytest.importorskip("mkdocs", reason="pip install 'indistill[docs]' installs mkdocs-material")
+    pytest.importorskip("material", reason="pip install 'indistill[docs]' installs mkdocs-material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(destination)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_every_link_of_the_site_leads_to_a_page_and_a_heading(tmp_path):
+    result = build_site(REPOSITORY, tmp_path)
+    assert result.returncode == 0, result.stderr
+    pages = {path: path.read_text() for path in tmp_path.rglob("*.html") if path.name == "index.html"}
+    assert len(pages) == len([page for page in linked() if page.endswith(".md")]) + 2
+    count = 0
+    for path, text in pages.items():
+        for link in re.findall(r'(?:href|src)="(?!\w+:)([^"]+)"', text):
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), (path, link)
+            assert not anchor or f'id="{anchor}"' in target.read_text(), (path, link)
+            count += 1
+    assert count > 500
+
+
+@pytest.mark.parametrize("link", ["nowhere.md", "data.md#nowhere", "../launch/nowhere.sh"])
+def test_a_broken_link_stops_the_build_of_the_site(link, tmp_path):
+    copy = tmp_path / "repository"
+    shutil.copytree(REPOSITORY / "docs", copy / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in REPOSITORY.iterdir():
+        if not (copy / path.name).exists():
+            (copy / path.name).symlink_to(path)
+    with (copy / "docs" / "api.md").open("a") as file:
+        file.write(f"\n[a link]({link})\n")
+    result = build_site(copy, tmp_path / "site")
+    assert result.returncode == 1
+    assert link.removeprefix("data.md") in result.stderr
+
+
+# --- blocks -------------------------------------------------------------------------------------------------
 
 
 @every_page

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import kubernetes_schemas
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -223,26 +227,90 @@ def test_accelerate_reads_its_files(path):
     assert f"--config_file launch/accelerate/{path.name}" in path.read_text()
 
 
-@pytest.mark.parametrize("path", sorted(LAUNCH.glob("kubernetes/*.yaml")), ids=lambda path: path.stem)
+MANIFESTS = pytest.mark.parametrize(
+    "path", sorted(LAUNCH.glob("kubernetes/*.yaml")), ids=lambda path: path.stem
+)
+
+
+def mappings(node: Any) -> Iterator[dict[str, Any]]:
+    """Return every mapping in a document, at any depth."""
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from mappings(child)
+
+
+@MANIFESTS
+def test_every_manifest_has_the_fields_of_its_published_schema(path):
+    kubernetes_schemas.check(list(yaml.safe_load_all(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "message"),
+    [
+        ("trainjob", "numNodes: 2", "nodes: 2", "'nodes' was unexpected"),
+        ("trainjob", "numNodes: 2", 'numNodes: "2"', "'2' is not of type 'integer'"),
+        ("trainjob", "runtimeRef: {", "runtimeReference: {", "'runtimeRef' is a required property"),
+        ("trainjob", ', status: "True"', "", "'status' is a required property"),
+        ("trainjob", "    - name: node #", "    - replicas: 1 #", "'name' is a required property"),
+        ("job", "completions: 2", "completions: two", "'two' is not of type 'integer'"),
+        ("job", 'value: "8"', "value: 8", "8 is not of type 'string'"),
+        ("pytorchjob", 'nprocPerNode: "8"', "nprocPerNode: 8", "8 is not of type 'string'"),
+    ],
+)
+def test_a_schema_refuses_what_the_cluster_would(path, old, new, message):
+    text = (LAUNCH / "kubernetes" / f"{path}.yaml").read_text()
+    assert text.count(old) == 1
+    documents = list(yaml.safe_load_all(text.replace(old, new)))
+    with pytest.raises(jsonschema.ValidationError, match=re.escape(message)):
+        kubernetes_schemas.check(documents)
+
+
+@MANIFESTS
 def test_every_pod_runs_what_is_there(path):
-    templates = []
-
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            templates.extend([node["template"]] if "template" in node else [])
-            for child in node.values():
-                walk(child)
-
-    documents = list(yaml.safe_load_all(path.read_text()))
-    for document in documents:
-        assert {"apiVersion", "kind", "metadata", "spec"} == document.keys()
-        walk(document)
-    assert templates
-    for template in templates:
-        (container,) = template["spec"]["containers"]
-        script, config = container["command"][0], container["args"][0]
-        assert os.access(LAUNCH.parent / script, os.X_OK)
-        assert (LAUNCH.parent / config).exists()
+    nodes = list(mappings(list(yaml.safe_load_all(path.read_text()))))
+    programs = [node for node in nodes if "command" in node]  # containers, and the trainer of a TrainJob
+    pods = [node for node in nodes if "containers" in node]
+    assert programs
+    for program in programs:
+        assert os.access(LAUNCH.parent / program["command"][0], os.X_OK)
+        assert (LAUNCH.parent / program["args"][0]).exists()
+    assert pods
+    for pod in pods:
+        (container,) = pod["containers"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {
-            v["name"] for v in template["spec"]["volumes"]
+            volume["name"] for volume in pod["volumes"]
         }
+
+
+def test_the_train_job_runs_the_pods_of_the_job():
+    """The two differ in what Kubeflow Trainer fills in: the environment, and a Service of its own."""
+
+    def document(name: str, kind: str) -> dict[str, Any]:
+        documents = yaml.safe_load_all((LAUNCH / "kubernetes" / f"{name}.yaml").read_text())
+        (found,) = [document["spec"] for document in documents if document["kind"] == kind]
+        return found
+
+    job, train_job = document("job", "Job"), document("trainjob", "TrainJob")
+    runtime = document("trainjob", "TrainingRuntime")
+    (replicated,) = runtime["template"]["spec"]["replicatedJobs"]
+    node, trainer = replicated["template"]["spec"], train_job["trainer"]
+    # What Trainer looks for.
+    assert replicated["name"] == node["template"]["spec"]["containers"][0]["name"] == "node"
+    labels = replicated["template"]["metadata"]["labels"]
+    assert labels == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert train_job["runtimeRef"]["kind"] == "TrainingRuntime"
+    for key in ("backoffLimit", "podFailurePolicy"):
+        assert node[key] == job[key]
+    pods = [spec["template"]["spec"] for spec in (job, node)]
+    containers = [pod.pop("containers")[0] for pod in pods]
+    assert pods[0].pop("subdomain")
+    assert pods[0] == pods[1]
+    variables = {entry["name"]: entry.get("value") for entry in containers[0]["env"]}
+    assert trainer["numNodes"] == job["completions"] == int(variables["PET_NNODES"])
+    assert trainer["numProcPerNode"] == int(variables["PET_NPROC_PER_NODE"])
+    assert trainer["resourcesPerNode"]["limits"] == containers[0]["resources"]["limits"]
+    for key in ("image", "command", "args"):
+        assert trainer[key] == containers[0][key]
+    for key in ("workingDir", "volumeMounts"):
+        assert containers[1][key] == containers[0][key]
