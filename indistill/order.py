@@ -4,6 +4,9 @@ One epoch: permute the shards, lay them end to end on a ring that starts at a ra
 `streams` equal spans, and shuffle each span inside windows. Global batch t consists of the t-th `global_batch
 / streams` samples of every stream, stream after stream. A rank owns consecutive streams and reads only these;
 the slices of all ranks, concatenated, are the batch.
+
+With repeated augmentation a batch has `repeats` rows of each of its samples, in the same stream: all samples
+of the stream's share once, then all of them again. An epoch still has as many rows as the data set samples.
 """
 
 from collections.abc import Sequence
@@ -43,7 +46,17 @@ class SampleOrder:
 
     Only caches are kept between calls, so any step is reached at once. The random numbers come from
     `numpy.random.RandomState`, whose streams numpy has frozen: an order outlives numpy upgrades.
+
+    Three attributes may be set before the first batch:
+    - repeats: rows of each sample in its global batch.
+    - paired: samples 2i and 2i+1 of a stream are partners: they are neighbours in every batch, whatever the
+      world size and the global batch.
+    - cycle: number of epochs after which the order begins again; None: never.
     """
+
+    repeats: int = 1
+    paired: bool = False
+    cycle: int | None = None
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, streams: int = 64, window: int | None = None):
         self.sizes = np.asarray(shard_sizes, dtype=np.int64).reshape(-1)  # [shards]
@@ -65,11 +78,11 @@ class SampleOrder:
         return self.num_samples // global_batch
 
     def dropped(self, global_batch: int) -> int:
-        """Samples, fewer than one global batch, that one epoch leaves out.
+        """Samples that one epoch leaves out: fewer than one global batch, unless samples are repeated.
 
         Each epoch leaves out different ones.
         """
-        return self.num_samples % global_batch
+        return self.num_samples - self.steps_per_epoch(global_batch) * global_batch // self.repeats
 
     def check(self, global_batch: int, world: int) -> None:
         """Raise UserError, naming values that work, if this batch size does not divide over `world` ranks."""
@@ -80,6 +93,7 @@ class SampleOrder:
                 "too), or add data"
             )
         if self.streams % world == 0 and global_batch % self.streams == 0:
+            self._check_share(global_batch // self.streams, world)
             return
         problem = f"data.streams ({self.streams}) must be divisible by the world size ({world})"
         if self.streams % world == 0:
@@ -92,6 +106,21 @@ class SampleOrder:
             f"{problem}. With data.streams {self.streams}: world sizes {_listed(worlds)}; global batches "
             f"{_listed(batches)} or another multiple of {self.streams}. With global batch {global_batch} on "
             f"{world} ranks: data.streams {_listed(streams)}"
+        )
+
+    def _check_share(self, per_stream: int, world: int) -> None:
+        """Raise UserError unless a batch's share of a stream divides into repeats, and these into pairs."""
+        unit = self.repeats * (2 if self.paired else 1)
+        if per_stream % unit == 0:
+            return
+        keys = [f"data.repeats ({self.repeats})"] * (self.repeats > 1) + ["kd.mix (pairs)"] * self.paired
+        batch = per_stream * self.streams
+        streams = [s for s in range(world, self.streams, world) if batch % (s * unit) == 0]
+        raise UserError(
+            f"{' and '.join(keys)}: data.global_batch / data.streams ({per_stream}) must be divisible by "
+            f"{unit}. With data.streams {self.streams}: global batches that are multiples of "
+            f"{self.streams * unit}. With global batch {batch} on {world} ranks: data.streams "
+            f"{_listed(streams)}"
         )
 
     def batch(self, epoch: int, step: int, global_batch: int) -> np.ndarray:
@@ -108,19 +137,44 @@ class SampleOrder:
             raise IndexError(
                 f"no step {step} of epoch {epoch} for rank {rank} of {world} at global batch {global_batch}"
             )
-        per_stream = global_batch // self.streams
+        epoch = self._of_cycle(epoch)
+        distinct = global_batch // self.streams // self.repeats
         streams_per_rank = self.streams // world
-        begin = step * per_stream
+        begin = step * distinct
         positions = [
-            self._positions(epoch, stream, begin, begin + per_stream)
+            np.tile(self._positions(epoch, stream, begin, begin + distinct), self.repeats)
             for stream in range(rank * streams_per_rank, (rank + 1) * streams_per_rank)
         ]
         return self._ids(epoch, np.concatenate(positions))
 
+    def repeat_of(self, rows: np.ndarray, global_batch: int) -> np.ndarray:
+        """Which repeat of its sample each row of a global batch is, from 0: int64, of the same shape."""
+        per_stream = global_batch // self.streams
+        return rows % per_stream // (per_stream // self.repeats)
+
+    def place_of(self, step: int, row: int, global_batch: int) -> tuple[int, int]:
+        """The stream of a row of global batch `step`, and its sample's index in the shuffled stream."""
+        per_stream = global_batch // self.streams
+        distinct = per_stream // self.repeats
+        return row // per_stream, step * distinct + row % per_stream % distinct
+
     def stream_sample(self, epoch: int, stream: int, place: int) -> int:
         """Id of the sample at index `place` of a shuffled stream, which starts again after its end."""
-        place %= self.span
+        place %= self.span - self.span % 2 if self.paired else self.span
+        epoch = self._of_cycle(epoch)
         return int(self._ids(epoch, self._positions(epoch, stream, place, place + 1))[0])
+
+    def partners(self, epoch: int) -> np.ndarray:
+        """The partner of each sample in the epoch's order: int64 [samples]; its own id if it has none."""
+        epoch = self._of_cycle(epoch)
+        partners = np.arange(self.num_samples)
+        for stream in range(self.streams if self.span > 1 else 0):
+            pairs = self._ids(epoch, self._positions(epoch, stream, 0, self.span - self.span % 2))
+            partners[pairs] = pairs.reshape(-1, 2)[:, ::-1].reshape(-1)
+        return partners
+
+    def _of_cycle(self, epoch: int) -> int:
+        return epoch if self.cycle is None else epoch % self.cycle
 
     def _positions(self, epoch: int, stream: int, begin: int, end: int) -> np.ndarray:
         """Positions on the epoch's ring of samples [begin, end) of a shuffled stream: int64 [end - begin]."""

@@ -30,7 +30,9 @@ def cases(draw):
 
 
 def fresh(order):
-    return SampleOrder(order.sizes, order.seed, order.streams, order.window)
+    copied = SampleOrder(order.sizes, order.seed, order.streams, order.window)
+    copied.repeats, copied.paired, copied.cycle = order.repeats, order.paired, order.cycle
+    return copied
 
 
 @settings(max_examples=150, deadline=None)
@@ -74,6 +76,53 @@ def test_the_order_of_a_stream_does_not_depend_on_the_global_batch(case, data):
     for stream in range(order.streams):
         joined = whole[:, stream].ravel()
         assert np.array_equal(joined, single[: len(joined), stream].ravel())
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.data())
+def test_partners_are_neighbours_on_every_world_size(case, data):
+    order, _, epoch = case
+    order.paired = True
+    order.cycle = data.draw(st.sampled_from([None, 1, 3]))
+    pairs = order.span // 2
+    partners = order.partners(epoch)
+    assert np.array_equal(partners[partners], np.arange(order.num_samples))
+    assert (partners == np.arange(order.num_samples)).sum() == order.num_samples - 2 * pairs * order.streams
+    if not pairs:
+        return
+    global_batch = 2 * order.streams * data.draw(st.integers(1, pairs))
+    world = data.draw(st.sampled_from(divisors(order.streams)))
+    later = epoch if order.cycle is None else epoch + order.cycle
+    for rank in range(world):
+        ids = fresh(order).rank_batch(later, 0, global_batch, rank, world)
+        assert np.array_equal(partners[ids].reshape(-1, 2), ids.reshape(-1, 2)[:, ::-1])
+
+
+def test_partners_change_with_the_epoch_and_are_of_all_shards_of_the_window():
+    order = SampleOrder([10] * 40, 0, streams=4, window=1000)
+    order.paired = True
+    shards = np.arange(400) // 10
+    partners = [order.partners(epoch) for epoch in range(50)]
+    assert len({tuple(of_epoch) for of_epoch in partners}) == 50
+    # A partner is any of the other 99 samples of the stream, of which 9 are in the same shard, or fewer where
+    # a stream ends within it.
+    same = np.mean([(shards[of_epoch] == shards) & (of_epoch != np.arange(400)) for of_epoch in partners])
+    assert same == pytest.approx(9 / 99, abs=0.015)
+
+
+def test_a_share_that_does_not_divide_names_what_does():
+    order = SampleOrder([1000], 0, streams=32)
+    order.paired = True
+    message = (
+        r"^kd.mix \(pairs\): data.global_batch / data.streams \(3\) must be divisible by 2. "
+        r"With data.streams 32: global batches that are multiples of 64. "
+        r"With global batch 96 on 8 ranks: data.streams 8, 16, 24$"
+    )
+    with pytest.raises(UserError, match=message):
+        order.check(96, 8)
+    for streams in (8, 16, 24):
+        order.streams = streams
+        order.check(96, 8)
 
 
 def test_epochs_and_seeds_differ_and_drop_others():

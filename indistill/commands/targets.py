@@ -44,6 +44,8 @@ from indistill.data.batch import Batch, Request
 from indistill.data.class_names import Names
 from indistill.data.dataset import ImageDataset
 from indistill.data.loader import IndexedTraining, loader
+from indistill.data.mixing import mixed
+from indistill.data.training import open_training
 from indistill.distributed import engine
 from indistill.distributed.agree import agree
 from indistill.losses.objective import Objective
@@ -90,6 +92,13 @@ class Comparison(NamedTuple):
     largest: float  # the largest relative difference of the others that are within the tolerance
 
 
+class Computed(NamedTuple):
+    """One field of a batch of samples."""
+
+    values: Tensor  # [B, ...]
+    undecoded: np.ndarray  # bool [B], whether an image of the sample's target could not be decoded
+
+
 @dataclass
 class Job:
     """The teacher, its data, and the targets to compute."""
@@ -100,19 +109,47 @@ class Job:
     targets_of: LiveTargets
     pairs: list[int]  # the pairs that the warm-up trains
     manifest: Manifest
+    partners: tuple[int, np.ndarray] | None = None  # the last view, and the partners of all samples in it
 
-    def tensors(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute every field of uint8 images [B, 3, S, S]: [B, ...] each."""
+    def batches(self, requests: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+        """Load a batch per request, a view and ids int64 [B]; an image that cannot be decoded gets id -1.
+
+        Where KD mixes images, every sample is followed by its partner.
+        """
+        with_partners = map(self._with_partners, requests) if self.dataset.mix else requests
+        of_view = (Request(0, 0, 0, ids, stand_ins=False, views=view) for view, ids in with_partners)
+        yield from loader(self.dataset, of_view, self.accelerator.device)
+
+    def _with_partners(self, request: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
+        view, ids = request
+        if self.partners is None or self.partners[0] != view:
+            assert self.dataset.order is not None  # these are training images
+            self.partners = view, self.dataset.order.partners(view // self.dataset.section.repeats)
+        return view, np.stack([ids, self.partners[1][ids]], axis=1).reshape(-1)
+
+    def compute(self, batch: Batch, names: Collection[str]) -> dict[str, Computed]:
+        """Compute the fields of these names for a batch of `batches`."""
+        undecoded = batch.ids.numpy() < 0
+        if batch.mix is None:
+            return self._outputs(batch.images, undecoded, names)
+        of_warmup = [name for name in names if name.startswith("pair")]  # only KD mixes
+        of_kd = [name for name in names if name not in of_warmup]
+        classes = self.dataset.section.num_classes
+        images, _ = mixed(batch.images, batch.labels, batch.mix, classes)
+        either = undecoded[::2] | undecoded[1::2]
+        return self._outputs(batch.images[::2], undecoded[::2], of_warmup) | self._outputs(
+            images[::2], either, of_kd
+        )
+
+    def _outputs(self, images: Tensor, undecoded: np.ndarray, names: Collection[str]) -> dict[str, Computed]:
+        """Compute fields of images [B, 3, S, S], uint8 or mixed."""
+        if not names:
+            return {}
         count = len(images)
         padding = images[-1:].expand(self.manifest.batch - count, -1, -1, -1)
         full = torch.cat([images, padding]).to(self.accelerator.device, non_blocking=True)
         outputs = self.targets_of.everything(full, self.pairs)
-        return {name: outputs[name][:count] for name in self.manifest.fields}
-
-    def batches(self, requests: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
-        """Load a batch per request, a view and ids int64 [B]; an image that cannot be decoded gets id -1."""
-        of_view = (Request(view, 0, 0, ids, stand_ins=False) for view, ids in requests)
-        yield from loader(self.dataset, of_view, self.accelerator.device)
+        return {name: Computed(outputs[name][:count], undecoded) for name in names}
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -218,14 +255,13 @@ def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], ba
             batch = next(batches)
             for name in batch.replaced:
                 print(f"indistill: no targets for {name}: it cannot be decoded", file=sys.stderr, flush=True)
-            undecoded = batch.ids.numpy() < 0
-            tensors = job.tensors(batch.images)
-            for name, field in fields.items():
-                records = field.encode(tensors[name])
-                records[undecoded] = np.zeros((), records.dtype)
+            for name, computed in job.compute(batch, fields).items():
+                records = fields[name].encode(computed.values)
+                records[computed.undecoded] = np.zeros((), records.dtype)
                 files[name].write(records.tobytes())
-            left -= len(batch.ids)
-            bar.update(len(batch.ids))
+            count = len(computed.values)
+            left -= count
+            bar.update(count)
 
 
 @contextlib.contextmanager
@@ -293,11 +329,10 @@ def recompute(job: Job, stored: Manifest, requests: Sequence[tuple[int, np.ndarr
     exact = 0
     largest = 0.0
     for (view, ids), batch in zip(requests, job.batches(requests)):
-        undecoded = batch.ids.numpy() < 0
-        tensors = job.tensors(batch.images)
-        for name, field in stored.fields_in(view).items():
+        fields = stored.fields_in(view)
+        for name, computed in job.compute(batch, fields).items():
             rows = reader.rows(view, ids, name)
-            problems, same, difference = compare(field, tensors[name], rows, undecoded)
+            problems, same, difference = compare(fields[name], computed.values, rows, computed.undecoded)
             count += len(rows)
             exact += same
             largest = max(largest, difference)
@@ -351,12 +386,9 @@ def prepare(settings: Config) -> Job:
     live = {"targets": settings.targets.model_copy(update={"source": "live"})}
     settings = settings.model_copy(update=live | {"collective_timeout_minutes": _TIMEOUT_MINUTES})
     accelerator = start_accelerator(settings)
-    rank = accelerator.process_index
     names = engine.on_main(accelerator, lambda: class_names.of_training(settings.data))
-    training = IndexedTraining(
-        settings.data, settings.seed, rank=rank, world=world, accumulation=settings.grad_accumulation
-    )
-    agree({"data": training.fingerprint})
+    training = open_training(accelerator, settings)
+    assert isinstance(training, IndexedTraining)  # check_storable refuses data.access: stream
     student, targets_of, plan = create_networks(accelerator, settings, training)
     timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))
     views = views_of_fields(settings, student, targets_of=targets_of, timetable=timetable, auto=auto)
@@ -431,8 +463,7 @@ def views_of_fields(
     def of_phase(phase: Phase) -> tuple[str, ...]:
         return fields_of(phase, losses, targets_of.kd_stages, heads) if phase.name in phases else ()
 
-    assert settings.data.augment.views is not None  # check_storable refuses a config without it
-    views = needed(timetable, of_phase, settings.data.augment.views)
+    views = needed(timetable, of_phase, settings.data)
     if not views:
         raise UserError(
             "targets: neither warmup nor kd.losses reads anything of the teacher: nothing is to be stored"

@@ -132,6 +132,9 @@ class Data(Section):
     # Number of samples of a stream that are shuffled together; more mix better, and need more shards at hand.
     # None: 4,096.
     window: PositiveInt | None = None
+    # Repeated augmentation (arXiv 1901.09335): a global batch has this many views of each of its samples. An
+    # epoch stays as long, and shows as many times fewer samples, as in timm.
+    repeats: PositiveInt = 1
     # `index`: read samples by position, which makes order and resume exact. `stream`: read shards from
     # beginning to end (plain WebDataset), for sources that cannot be sought, such as pipes.
     access: Literal["index", "stream"] = "index"
@@ -173,6 +176,17 @@ class Data(Section):
             raise ValueError("access: stream has no index to count samples: set epoch_samples")
         if self.access == "stream" and self.in_memory:
             raise ValueError("in_memory does not work with access: stream: remove one of them")
+        if self.access == "stream" and self.repeats > 1:
+            raise ValueError("repeats does not work with access: stream: remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_repeats(self) -> Data:
+        if self.augment.views is not None and self.augment.views % self.repeats:
+            raise ValueError(
+                f"augment.views ({self.augment.views}) must be a multiple of repeats ({self.repeats}), so "
+                "that the views of a sample in a batch differ: change one of them"
+            )
         return self
 
 
@@ -326,11 +340,14 @@ class Warmup(PhaseTraining):
 
 
 class Mix(Section):
-    """timm's Mixup. The teacher sees the same mixed images as the student."""
+    """Mixup and CutMix of neighbours in the sample order, each image with coefficients of its own.
+
+    As in timm's mode `elem`. The teacher sees the same mixed images as the student.
+    """
 
     mixup: Annotated[float, Field(ge=0)] = 0.0  # Alpha of mixup; 0: no mixup.
     cutmix: Annotated[float, Field(ge=0)] = 0.0  # Alpha of CutMix; 0: no CutMix.
-    prob: Probability = 1.0  # Probability that a batch is mixed.
+    prob: Probability = 1.0  # Probability that an image is mixed.
     switch_prob: Probability = 0.5  # Probability of CutMix instead of mixup, where both are used.
 
 
@@ -352,6 +369,11 @@ class KD(PhaseTraining):
     # in triplets).
     relational_scope: Literal["auto", "global", "local"] = "auto"
     mix: Mix | None = None  # Mixup and CutMix; None: neither.
+
+    @property
+    def mixing(self) -> Mix | None:
+        """`mix`, if it mixes anything."""
+        return self.mix if self.mix and (self.mix.mixup or self.mix.cutmix) else None
 
 
 class Targets(Section):

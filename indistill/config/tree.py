@@ -149,9 +149,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _whole_labels(self) -> Config:
-        mixed = self.kd.mix is not None and (self.kd.mix.mixup or self.kd.mix.cutmix)
         for loss in self.kd.losses:
-            if mixed and loss.whole_labels:
+            if self.kd.mixing and loss.whole_labels:
                 raise ValueError(
                     f"kd.losses: {loss.name} reads the class of each sample, kd.mix mixes them: remove one"
                 )
@@ -180,7 +179,6 @@ class Config(Section):
 
 def why_not_stored(config: Config) -> str | None:
     """Return why a run's targets cannot be stored, with the remedy; None if they can."""
-    mix = config.kd.mix
     warmup = config.warmup
     if config.stage == "heads" or config.teacher is None:
         return "there are no targets without a teacher and a student: add both sections"
@@ -188,8 +186,6 @@ def why_not_stored(config: Config) -> str | None:
         return "data.augment.views, the number of views of each sample, is missing: set it"
     if config.data.access == "stream":
         return "data.access: stream has no sample ids to store targets by: set data.access: index"
-    if mix is not None and (mix.mixup or mix.cutmix):
-        return "kd.mix makes new images at every step: remove it"
     if warmup is not None and warmup.prune.mode == "paper_bn":
         return "warmup.prune.mode: paper_bn depends on the batch: set it to slice"
     if warmup is not None and warmup.curriculum == "auto":
@@ -216,6 +212,11 @@ OPERATIONAL_KEYS = (
     "machine",
     "targets.dir",
 )
+# Keys that earlier versions did not have, with the value that stands for what these did. With it they are no
+# part of a run's identity, so that runs and stored targets of these versions still load.
+LATER_KEYS: dict[str, Any] = {
+    "data.repeats": 1,
+}
 # Keys that may differ between the nodes of a run.
 NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")
 
@@ -230,7 +231,7 @@ def flatten(config: Config, without: Collection[str] | None = None) -> dict[str,
         without = OPERATIONAL_KEYS if config.targets.lossy else (*OPERATIONAL_KEYS, "targets.source")
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if prefix in without:
+        if prefix in without or (prefix in LATER_KEYS and value == LATER_KEYS[prefix]):
             return
         if isinstance(value, dict) and value:
             for key, child in value.items():
@@ -264,7 +265,8 @@ def difference(old: Config, new: Config) -> str | None:
     after = flatten(new)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
-            return f"{key}: {before.get(key)} -> {after.get(key)}"
+            old_value, new_value = (values.get(key, LATER_KEYS.get(key)) for values in (before, after))
+            return f"{key}: {old_value} -> {new_value}"
     return None
 
 

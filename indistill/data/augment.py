@@ -23,7 +23,15 @@ from timm.data.auto_augment import NAME_TO_OP
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as tv
 
-from indistill.config import MAX_RAND_AUGMENT_OPS, Augment, ColorJitter, RandAugment, RandomErasing, limits
+from indistill.config import (
+    MAX_RAND_AUGMENT_OPS,
+    Augment,
+    ColorJitter,
+    Data,
+    RandAugment,
+    RandomErasing,
+    limits,
+)
 from indistill.data.decode import Box, cut, decode, decode_crop
 from indistill.models.views import EvalView
 
@@ -56,21 +64,27 @@ _NOISE = _NOISE.round().clip(0, 255).astype(np.uint8)
 _Words = TypeVar("_Words", np.uint64, npt.NDArray[np.uint64])
 
 
-def view_of(recipe: Augment, epoch: int) -> int:
-    """The number of the view that an epoch shows of its samples."""
-    return epoch if recipe.views is None else epoch % recipe.views
+_Number = TypeVar("_Number", int, npt.NDArray[np.int64])
 
 
-def uniforms(seed: int, view: int, ids: np.ndarray) -> np.ndarray:
-    """Random numbers in [0, 1) that depend on seed, view and sample id alone: float64 [len(ids), DRAWS].
+def view_of(section: Data, epoch: int, repeat: _Number) -> _Number:
+    """The number of the view that an epoch shows in the given repeat of a sample (`data.repeats`), from 0."""
+    view = epoch * section.repeats + repeat
+    return view if section.augment.views is None else view % section.augment.views
+
+
+def uniforms(seed: int, view: int | np.ndarray, ids: np.ndarray, draws: range = range(DRAWS)) -> np.ndarray:
+    """Random numbers in [0, 1) that depend on seed, view and sample id alone: float64 [len(ids), draws].
+
+    view: of all samples, or of each, int64 [len(ids)]. draws: which of a sample's numbers.
 
     The generator is counter-based (the SplitMix64 finaliser over seed, view, id and index of the draw): to
     seed a generator for each sample would cost more than the crop of a small image.
     """
     with np.errstate(over="ignore"):
-        of_view = _mix(_mix(np.uint64(seed)) ^ np.uint64(view))
+        of_view = _mix(_mix(np.uint64(seed)) ^ np.asarray(view, dtype=np.uint64))
         of_sample = _mix(of_view ^ np.asarray(ids, dtype=np.uint64))[:, None]  # [B, 1]
-        bits = _mix(of_sample ^ np.arange(DRAWS, dtype=np.uint64))  # [B, DRAWS]
+        bits = _mix(of_sample ^ np.arange(draws.start, draws.stop, dtype=np.uint64))  # [B, draws]
     return (bits >> np.uint64(11)) * 2.0**-53
 
 

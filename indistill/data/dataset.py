@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from indistill import config
 from indistill.config import UserError
-from indistill.data import augment
+from indistill.data import augment, mixing
 from indistill.data.batch import Batch, Request, StoredTargets
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import label_problem
@@ -36,8 +36,9 @@ class ImageDataset(Dataset):
     """The images of a shard set; indexing it with a Request returns a whole Batch.
 
     With an `order` it is for training: images are augmented, and an image that cannot be decoded is replaced
-    by the next sample of its stream, the same one on any number of ranks. With a `view` instead it is for
-    evaluation, where such an image is an error, because scores on different samples would not be comparable.
+    by the next sample of its stream, the same one on any number of ranks; with its partner, if the order has
+    pairs. With a `view` instead it is for evaluation, where such an image is an error, because scores on
+    different samples would not be comparable.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class ImageDataset(Dataset):
         seed: int,
         order: SampleOrder | None = None,
         view: EvalView | None = None,
+        mix: config.Mix | None = None,
     ) -> None:
         self.shards = shards
         self.section = section
         self.seed = seed
         self.order = order
         self.view = view
+        self.mix = mix  # how training batches are to be mixed
         self.memory = self._decode_all() if section.in_memory else None
         self.stored: StoredTargets | None = None  # a request's fields are read from it
 
@@ -64,13 +67,13 @@ class ImageDataset(Dataset):
         """The same images for evaluation, by `view` (None: this data set's own); nothing is decoded again."""
         other = copy.copy(self)
         other.order = None
+        other.mix = None
         other.view = view or self.view
         return other
 
     def __getitem__(self, request: Request) -> Batch:
         ids = np.array(request.ids)  # a copy: samples that cannot be decoded are replaced in it
-        view = augment.view_of(self.section.augment, request.epoch)
-        draws = augment.uniforms(self.seed, view, ids)  # [B, DRAWS]
+        draws = augment.uniforms(self.seed, request.views, ids)  # [B, DRAWS]
         if self.order is not None and self.memory is not None:
             images, labels, rows = self._views_from_memory(self.memory, ids, draws)
         else:
@@ -79,22 +82,43 @@ class ImageDataset(Dataset):
             labels = np.empty(len(ids), dtype=np.int64)
             rows = list(range(len(ids)))
         replaced: list[str] = []
+        finished: set[int] = set()  # rows that have stand-ins
         for row in rows:
+            if row in finished:
+                continue
             try:
                 images[row], labels[row] = self._view(int(ids[row]), draws[row])
             except BadImage as bad:
                 if self.order is None:
                     raise
                 replaced.append(str(bad))
-                ids[row], images[row], labels[row] = (
-                    self._stand_in(self.order, request, row, replaced) if request.stand_ins else (-1, 0, -1)
-                )
+                if not request.stand_ins:
+                    ids[row], images[row], labels[row] = -1, 0, 0
+                    continue
+                for other, stand_in in self._stand_ins(self.order, request, row, replaced).items():
+                    ids[other], images[other], labels[other] = stand_in
+                    finished.add(other)
+        return self._batch(request, ids, images=images, labels=labels, replaced=replaced)
+
+    def _batch(
+        self,
+        request: Request,
+        ids: np.ndarray,
+        *,
+        images: np.ndarray,
+        labels: np.ndarray,
+        replaced: list[str],
+    ) -> Batch:
+        """Add stored targets and coefficients of the mixing to the images of the samples `ids`."""
         records: Mapping[str, Tensor] = {}
         if request.fields:
             assert self.stored is not None  # fields are requested only after `bring_along`
-            records = self.stored.read(view, ids, request.fields)
+            records = self.stored.read(request.views, ids, request.fields)
+        mix = None
+        if self.mix is not None:
+            mix = mixing.coefficients(self.mix, self.seed, view=request.views, ids=ids, size=images.shape[-1])
         return Batch(
-            torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids), replaced, records
+            torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids), replaced, records, mix
         )
 
     def _views_from_memory(
@@ -138,19 +162,26 @@ class ImageDataset(Dataset):
             )
         return pixels.transpose(2, 0, 1), label
 
-    def _stand_in(
+    def _stand_ins(
         self, order: SampleOrder, request: Request, row: int, replaced: list[str]
-    ) -> tuple[int, np.ndarray, int]:
-        """Id, view and label of the next sample of this row's stream that can be decoded."""
-        per_stream = self.section.global_batch // order.streams
-        stream, row_of_stream = divmod(request.first_row + row, per_stream)
-        index = request.step * per_stream + row_of_stream
-        view = augment.view_of(self.section.augment, request.epoch)
-        for later in range(index + 1, index + order.span):
-            sample_id = order.stream_sample(request.epoch, stream, later)
-            draws = augment.uniforms(self.seed, view, np.array([sample_id]))[0]
+    ) -> dict[int, tuple[int, np.ndarray, int]]:
+        """Id, view and label of the next sample of this row's stream that can be decoded, by row.
+
+        In an order with pairs, those of the next pair, of both rows.
+        """
+        count = 2 if order.paired else 1
+        rows = range(row - row % count, row - row % count + count)
+        stream, index = order.place_of(
+            request.step, request.first_row + rows.start, self.section.global_batch
+        )
+        views = np.broadcast_to(request.views, len(request.ids))[rows.start : rows.stop]
+        for later in range(index + count, index + order.span, count):
+            ids = np.array([order.stream_sample(request.epoch, stream, later + i) for i in range(count)])
+            draws = augment.uniforms(self.seed, views, ids)
             try:
-                return sample_id, *self._view(sample_id, draws)
+                return {
+                    other: (int(ids[i]), *self._view(int(ids[i]), draws[i])) for i, other in enumerate(rows)
+                }
             except BadImage as bad:
                 replaced.append(str(bad))
         raise UserError(

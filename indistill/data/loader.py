@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,16 +27,25 @@ class IndexedTraining:
     that work.
     """
 
-    def __init__(self, section: config.Data, seed: int, *, rank: int, world: int, accumulation: int) -> None:
+    def __init__(
+        self,
+        section: config.Data,
+        seed: int,
+        *,
+        rank: int,
+        world: int,
+        accumulation: int,
+        mix: config.Mix | None = None,
+    ) -> None:
         self.section = section
         self.rank = rank
         self.world = world
         self.accumulation = accumulation
         shards = open_shards(section, section.train)
-        self.order = SampleOrder(shards.sizes, seed, section.streams, section.window)
+        self.order = sample_order(section, seed, shards.sizes, mix)
         self.order.check(section.global_batch, world)
-        check_accumulation(section, world, accumulation)
-        self.dataset = ImageDataset(shards, section, seed=seed, order=self.order)
+        check_accumulation(section, world, accumulation, mix)
+        self.dataset = ImageDataset(shards, section, seed=seed, order=self.order, mix=mix)
         self.steps_per_epoch = self.order.steps_per_epoch(section.global_batch)
         self.fingerprint = shards.fingerprint
         self.fields_at: Callable[[int], tuple[str, ...]] = lambda step: ()
@@ -62,9 +71,11 @@ class IndexedTraining:
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             fields = self.fields_at(step)
             ids = self._ids(self.order, step)
+            views = self._views(epoch)
             for begin in range(0, rank_batch, micro_batch):
                 first_row = self.rank * rank_batch + begin
-                yield Request(epoch, step_of_epoch, first_row, ids[begin : begin + micro_batch], fields)
+                rows = slice(begin, begin + micro_batch)
+                yield Request(epoch, step_of_epoch, first_row, ids[rows], fields, views=views[rows])
 
     def _prefetch(self, order: SampleOrder, step: int) -> None:
         """Fetch the remote shards and stored targets of one step in the background."""
@@ -73,21 +84,47 @@ class IndexedTraining:
         if shards.remote:
             shards.prefetch(self._ids(order, step))
         if stored is not None and stored.remote and (fields := self.fields_at(step)):
-            view = augment.view_of(self.section.augment, step // self.steps_per_epoch)
-            stored.prefetch(view, self._ids(order, step), fields)
+            ids, views = self._ids(order, step), self._views(step // self.steps_per_epoch)
+            for view in np.unique(views):
+                stored.prefetch(int(view), ids[views == view], fields)
 
     def _ids(self, order: SampleOrder, step: int) -> np.ndarray:
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         return order.rank_batch(epoch, step_of_epoch, self.section.global_batch, self.rank, self.world)
 
+    def _views(self, epoch: int) -> np.ndarray:
+        """The number of the view of each row of this rank: int64 [rows]."""
+        rows = np.arange(self.section.global_batch // self.world)  # whole streams: alike on all ranks
+        return augment.view_of(self.section, epoch, self.order.repeat_of(rows, self.section.global_batch))
 
-def check_accumulation(section: config.Data, world: int, accumulation: int) -> None:
-    """Raise UserError if the global batch does not divide into micro-batches."""
+
+def sample_order(
+    section: config.Data, seed: int, shard_sizes: Sequence[int], mix: config.Mix | None
+) -> SampleOrder:
+    """The order of a run's samples.
+
+    Where images are mixed, an epoch has the order of its views, so that partners stay partners.
+    """
+    order = SampleOrder(shard_sizes, seed, section.streams, section.window)
+    order.repeats = section.repeats
+    order.paired = mix is not None
+    if mix is not None and section.augment.views is not None:
+        order.cycle = section.augment.views // section.repeats
+    return order
+
+
+def check_accumulation(
+    section: config.Data, world: int, accumulation: int, mix: config.Mix | None = None
+) -> None:
+    """Raise UserError if the global batch does not divide into micro-batches, even ones for pairs."""
     if section.global_batch % (world * accumulation):
         raise UserError(
             f"data.global_batch ({section.global_batch}) is not divisible by world size ({world}) times "
             f"grad_accumulation ({accumulation})"
         )
+    micro_batch = section.global_batch // world // accumulation
+    if mix is not None and micro_batch % 2:
+        raise UserError(f"kd.mix needs an even batch per rank and accumulation step, this is {micro_batch}")
 
 
 def eval_shares(samples: int, world: int) -> list[range]:

@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from indistill import config
 from indistill.config import UserError, printable, redacted
 from indistill.config.limits import MAX_BAD_IN_A_ROW
-from indistill.data import augment, remote, shards
+from indistill.data import augment, mixing, remote, shards
 from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
 from indistill.data.index import Others, label_problem, samples_of
@@ -45,14 +45,24 @@ class StreamedTraining:
 
     dataset = None  # samples have no index
 
-    def __init__(self, section: config.Data, seed: int, *, rank: int, world: int, accumulation: int) -> None:
+    def __init__(
+        self,
+        section: config.Data,
+        seed: int,
+        *,
+        rank: int,
+        world: int,
+        accumulation: int,
+        mix: config.Mix | None = None,
+    ) -> None:
         self.section = section
         self.seed = seed
         self.rank = rank
         self.world = world
         self.accumulation = accumulation
         self.urls = shards.expand(section.train, section.root)
-        check_accumulation(section, world, accumulation)
+        check_accumulation(section, world, accumulation, mix)
+        self.mix = mix
         readers = world * max(section.workers, 1)
         if len(self.urls) < readers:
             raise UserError(
@@ -87,6 +97,11 @@ class _Sample(NamedTuple):
     key: str
     image: bytes  # the encoded file
     label: int
+
+    @property
+    def number(self) -> int:
+        """The key as a number: a sample has no id, and its view must not depend on where it turns up."""
+        return zlib.crc32(self.key.encode(errors="surrogateescape"))
 
 
 class StreamedImages(IterableDataset):
@@ -157,6 +172,7 @@ class StreamedImages(IterableDataset):
         count = section.global_batch // (training.world * training.accumulation)
         images = np.empty((count, 3, section.image_size, section.image_size), dtype=np.uint8)
         labels = np.empty(count, dtype=np.int64)
+        numbers, views = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         replaced: list[str] = []
         row = 0
         bad_in_a_row = 0
@@ -164,6 +180,7 @@ class StreamedImages(IterableDataset):
             sample = next(samples)
             where = printable(f"{sample.url}: sample {sample.key}")
             labels[row] = sample.label
+            numbers[row], views[row] = sample.number, augment.view_of(section, sample.epoch, 0)
             try:
                 pixels = self._view(sample, where)
             except BadImage as bad:
@@ -177,17 +194,21 @@ class StreamedImages(IterableDataset):
             bad_in_a_row = 0
             images[row] = pixels.transpose(2, 0, 1)
             row += 1
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.full((count,), -1), replaced)
+        mix = None
+        if training.mix is not None:
+            mix = mixing.coefficients(
+                training.mix, training.seed, view=views, ids=numbers, size=section.image_size
+            )
+        no_ids = torch.full((count,), -1)
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), no_ids, replaced, {}, mix)
 
     def _view(self, sample: _Sample, where: str) -> np.ndarray:
         """The augmented view [S, S, 3] of a sample. Raises BadImage."""
         training, section = self.training, self.training.section
-        # There are no ids: the key, as a number, makes the view of a sample independent of where it turns up.
-        number = zlib.crc32(sample.key.encode(errors="surrogateescape"))
-        view = augment.view_of(section.augment, sample.epoch)
+        view = augment.view_of(section, sample.epoch, 0)
         return augment.train_view(
             sample.image,
-            augment.uniforms(training.seed, view, np.array([number]))[0],
+            augment.uniforms(training.seed, view, np.array([sample.number]))[0],
             recipe=section.augment,
             size=section.image_size,
             where=where,

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from indistill.config import Config
+from indistill.config import Config, Data
 from indistill.data.batch import StoredTargets
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.data.loader import IndexedTraining
@@ -21,6 +21,7 @@ from indistill.models.views import EvalView, evaluation_view
 class TrainingData(Protocol):
     """The training images of one rank, read through an index or streamed."""
 
+    section: Data
     steps_per_epoch: int
     fingerprint: str  # of the shards; the same on all ranks
 
@@ -40,6 +41,12 @@ def open_data(accelerator: Accelerator, settings: Config) -> tuple[TrainingData,
 
     Raises UserError if the ranks have different training data.
     """
+    training = open_training(accelerator, settings)
+    return training, open_eval_set(settings) if settings.data.eval is not None else None
+
+
+def open_training(accelerator: Accelerator, settings: Config) -> TrainingData:
+    """Open this rank's training data. Call on all ranks. Raises UserError if they have different data."""
     kind = IndexedTraining if settings.data.access == "index" else StreamedTraining
     training: TrainingData = kind(
         settings.data,
@@ -47,9 +54,10 @@ def open_data(accelerator: Accelerator, settings: Config) -> tuple[TrainingData,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         accumulation=settings.grad_accumulation,
+        mix=settings.kd.mixing,
     )
     agree({"data": training.fingerprint})  # before any loop over it that contains a collective
-    return training, open_eval_set(settings) if settings.data.eval is not None else None
+    return training
 
 
 def open_eval_set(settings: Config, view: EvalView | None = None) -> ImageDataset:

@@ -135,7 +135,7 @@ def _run(
 def _batch(settings: Config, phase: Phase, batch: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images, and labels or, where KD mixes images, class probabilities."""
     images = torch.zeros(batch, *config.input_size(settings), dtype=torch.uint8, device=device)
-    if settings.kd.mix and not phase.pairs:
+    if settings.kd.mixing and not phase.pairs:
         return images, torch.zeros(batch, settings.data.num_classes, device=device)
     return images, torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -185,8 +185,6 @@ def uncached(settings: Config, phase: Phase) -> str | None:
     if phase.pairs:
         paper_bn = settings.warmup is not None and settings.warmup.prune.mode == "paper_bn"
         return "prune.mode: paper_bn" if paper_bn else None
-    if settings.kd.mix and (settings.kd.mix.mixup or settings.kd.mix.cutmix):
-        return "kd.mix"
     names = " and ".join(loss.name for loss in settings.kd.losses)
     return None if any(loss.teaches for loss in settings.kd.losses) else f"{names} alone"
 
@@ -195,7 +193,7 @@ def decide(settings: Config, works: Mapping[Phase, Work], timetable: Timetable) 
     """The choice of `targets.source: auto` for each phase, by name: a function of its arguments alone.
 
     Decoding and reading run beside the device. All views of all images are stored once, which takes the
-    teacher's part of a step for each, with decoding beside it.
+    teacher's part of a step for each, with decoding beside it: of its partner, too, where images are mixed.
     """
     machine = settings.machine
     decoding = decode_seconds(settings)
@@ -209,8 +207,9 @@ def decide(settings: Config, works: Mapping[Phase, Work], timetable: Timetable) 
         teacher = work.teacher_flops / machine.flops_per_second  # seconds per image, like all that follow
         student = work.student_flops / machine.flops_per_second
         reading = size * machine.devices_per_node / machine.read_bytes_per_second
+        to_decode = decoding * (2 if settings.kd.mixing else 1)
         live = trained_images * max(student + teacher, decoding)
-        cached = trained_images * max(student, decoding, reading) + stored_images * max(teacher, decoding)
+        cached = trained_images * max(student, decoding, reading) + stored_images * max(teacher, to_decode)
         source = "cached" if reason is None and cached < live else "live"
         choices[phase.name] = Choice(source, live, cached, reason)
     return choices

@@ -182,6 +182,11 @@ def decisive_config(settings: Config) -> dict[str, Any]:
         for key, value in config.flatten(settings).items()
         if f"{key}.".startswith(prefixes) and key not in _EXCLUDED
     }
+    if settings.kd.mixing:  # the order decides which images are mixed with each other
+        flat = config.flatten(settings)
+        values |= {key: value for key, value in flat.items() if key.startswith("kd.mix.")}
+        data = settings.data
+        values |= {"data.streams": data.streams, "data.window": data.window, "data.repeats": data.repeats}
     augment = settings.data.augment
     if augment.recipe == "pad_crop" and augment.rand_augment is None:
         del values["data.interpolation"]  # nothing is resized

@@ -77,14 +77,17 @@ class Reader:
         """Whether files are fetched from a URL."""
         return self._cache is not None
 
-    def read(self, view: int, ids: np.ndarray, fields: Sequence[str]) -> dict[str, Tensor]:
-        """Read and check the records of samples int64 [B]: uint8 [B, bytes of a record] per field."""
+    def read(self, views: int | np.ndarray, ids: np.ndarray, fields: Sequence[str]) -> dict[str, Tensor]:
+        """Read and check the records of samples int64 [B] in one view, or each in its own: uint8 [B, bytes of
+        a record] per field.
+        """
         records = {}
+        views = np.broadcast_to(views, ids.shape)
         for field in fields:
-            rows = self.rows(view, ids, field)
+            rows = self.rows(views, ids, field)
             for bad in np.flatnonzero(~intact(rows))[:1]:
                 shard = int(self._shards_of(ids[bad]))
-                path = records_path(self.root, view, field, shard)
+                path = records_path(self.root, int(views[bad]), field, shard)
                 raise UserError(
                     f"{path}: record {ids[bad] - self._first_ids[shard]} is damaged, or its image could not "
                     f"be decoded when the targets were made, and can be now: delete the file and {AGAIN}"
@@ -92,13 +95,15 @@ class Reader:
             records[field] = torch.from_numpy(rows)
         return records
 
-    def rows(self, view: int, ids: np.ndarray, field: str) -> np.ndarray:
+    def rows(self, views: int | np.ndarray, ids: np.ndarray, field: str) -> np.ndarray:
         """Read the records of one field like `read`, without checking them."""
         rows = np.empty((len(ids), self.manifest.fields[field].record.itemsize), dtype=np.uint8)
         shards = self._shards_of(ids)
-        for shard in np.unique(shards):
-            here = shards == shard
-            rows[here] = self._map(view, field, int(shard))[ids[here] - self._first_ids[shard]]
+        for view in np.unique(views):
+            of_view = np.broadcast_to(views == view, ids.shape)
+            for shard in np.unique(shards[of_view]):
+                here = of_view & (shards == shard)
+                rows[here] = self._map(int(view), field, int(shard))[ids[here] - self._first_ids[shard]]
         return rows
 
     def prefetch(self, view: int, ids: np.ndarray, fields: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from indistill import config
 from indistill.curriculum import Phase, Timetable
+from indistill.data.augment import view_of
 from indistill.data.training import TrainingData
 from indistill.losses.objective import teaches
 from indistill.models.outputs import Targets
@@ -48,7 +49,7 @@ class CachedTargets:
         Raises UserError if the targets are of other data, or lack a field.
         """
         samples = training.dataset.shards.sizes if training.dataset else None
-        fields = needed(timetable, self._fields, self.reader.manifest.views)
+        fields = needed(timetable, self._fields, training.section)
         self.reader.check(training.fingerprint, samples, fields)
         training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))
 
@@ -101,11 +102,15 @@ def targets_from(fields: Mapping[str, Tensor]) -> Targets:
     return Targets(features, fields.get("embedding"), fields.get("logits"), cohort)
 
 
-def needed(timetable: Timetable, fields: Callable[[Phase], Sequence[str]], views: int) -> dict[str, set[int]]:
+def needed(
+    timetable: Timetable, fields: Callable[[Phase], Sequence[str]], section: config.Data
+) -> dict[str, set[int]]:
     """The fields of the stored targets that a run reads, with the views in which it reads them."""
     views_of_fields: dict[str, set[int]] = {}
     for phase in timetable.curriculum.phases():
         epochs = {step // timetable.steps_per_epoch for step in timetable.steps_of(phase)}
         for field in fields(phase):
-            views_of_fields.setdefault(field, set()).update(epoch % views for epoch in epochs)
+            views_of_fields.setdefault(field, set()).update(
+                view_of(section, epoch, repeat) for epoch in epochs for repeat in range(section.repeats)
+            )
     return views_of_fields

@@ -196,14 +196,7 @@ class Run:
             max_bad_steps=settings.max_bad_steps,
             progress=Progress(timetable, self.sources.name, self.sources.position),
         )
-        identity = {
-            "config": config.fingerprint(settings),
-            "plan": self.plan.hash,
-            "data": self.training.fingerprint,
-            "teacher": self.targets_of.fingerprint,
-            "engine": self.engine.describe(),
-            **plugins.source_hashes([loss.name for loss in settings.kd.losses]),
-        }
+        identity = self._identity()
         agree(identity)
         self.checkpoints = Checkpoints(
             self.engine,
@@ -223,6 +216,22 @@ class Run:
         )
         self.batches = self.log.waiting(batches)
 
+    def _identity(self) -> dict[str, str]:
+        """Return what a checkpoint belongs to, by names that a message may show."""
+        settings = self.settings
+        identity = {
+            "config": config.fingerprint(settings),
+            "plan": self.plan.hash,
+            "data": self.training.fingerprint,
+            "teacher": self.targets_of.fingerprint,
+            "engine": self.engine.describe(),
+            **plugins.source_hashes([loss.name for loss in settings.kd.losses]),
+        }
+        if settings.kd.mixing:
+            # Of the way partners and coefficients are drawn: checkpoints without it drew them by rank.
+            identity["version of kd.mix"] = "1"
+        return identity
+
     # --- the run --------------------------------------------------------------------------------------------
 
     def step(self) -> None:
@@ -236,7 +245,7 @@ class Run:
             self.targets_of.hold_weights()  # every student that shares the teacher has its plan by now
         lr = self.phase_optim.begin_step(step, phase)
         self.buffers.keep()
-        # Dropout and mixing depend on the step alone, so a resumed run repeats them.
+        # Dropout depends on the step alone, so a resumed run repeats it.
         seed_everything(step_seed(self.settings.seed, step, self.accelerator.process_index))
 
         self.loss = torch.zeros((), device=self.accelerator.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LOGGED, in_float64, kill_at_checkpoint, losses, run_ranks
+from conftest import LOGGED, in_float64, kill_at_checkpoint, losses, run_ranks, train_until
 
 from indistill import config
 from indistill.commands.cli import main
@@ -102,6 +102,27 @@ def test_accumulation_changes_nothing(vit_tree, tmp_path):
         recorded.append(losses(tree["run_dir"]))
     assert len(recorded[0]) == 12
     assert recorded[1] == pytest.approx(recorded[0], rel=LOGGED)
+
+
+@pytest.mark.portable
+def test_images_are_mixed_alike_on_any_ranks_and_after_a_resume(vit_tree, tmp_path):
+    vit_tree["kd"]["mix"] = {"mixup": 0.8, "cutmix": 1.0, "prob": 0.9}
+    vit_tree["data"]["augment"]["views"] = 1  # both epochs have the order of one view
+
+    def losses_of(world: int, name: str, accumulation: int = 1, stops: tuple[int, ...] = ()) -> list[float]:
+        tree = {**copy.deepcopy(vit_tree), "run_dir": str(tmp_path / name), "grad_accumulation": accumulation}
+        for stop in stops:
+            run_ranks(in_float64, 3 - world, train_until, tree, stop)
+        run_ranks(in_float64, world, train_until, tree)
+        return losses(tree["run_dir"])
+
+    expected = losses_of(1, "one")
+    assert losses_of(2, "two", accumulation=2) == pytest.approx(expected, rel=LOGGED)
+    assert losses_of(1, "moved", stops=(9,)) == pytest.approx(expected, rel=LOGGED)  # in KD, within an epoch
+    vit_tree["kd"]["mix"] = None
+    plain = losses_of(1, "plain")
+    assert plain[:6] == pytest.approx(expected[:6], rel=LOGGED)  # the warm-up's first epoch
+    assert plain[7:] != pytest.approx(expected[7:], rel=1e-3)
 
 
 def test_batch_norm_ranks_stay_equal_and_resume_exactly(tree, tmp_path):

@@ -347,6 +347,7 @@ def test_operational_keys_do_not_change_the_run(file, settings, override):
     [
         ("seed=1", "seed: 0 -> 1"),
         ("data.streams=16", "data.streams: 8 -> 16"),
+        ("data.repeats=2", "data.repeats: 1 -> 2"),
         ("data.eval_crop=0.9", "data.eval_crop: 1.0 -> 0.9"),
         ("data.eval_crop=auto", "data.eval_crop: 1.0 -> auto"),
         ("data.interpolation=random", "data.interpolation: bilinear -> random"),
@@ -362,6 +363,10 @@ def test_everything_else_does(file, settings, override, difference):
     other = config.load(file, [override])
     assert config.fingerprint(other) != config.fingerprint(settings)
     assert config.difference(settings, other) == difference
+
+
+def test_keys_that_earlier_versions_lacked_are_not_in_the_identity_of_their_runs(settings):
+    assert not config.flatten(settings).keys() & {"data.repeats"}
 
 
 def test_other_losses_and_removed_sections_are_differences(file, settings):

@@ -50,7 +50,7 @@ def loaded(section, first=0, last=STEPS_PER_EPOCH, **keywords):
 
 
 def joined(batches):
-    *tensors, replaced, _ = zip(*batches)
+    *tensors, replaced, _, _ = zip(*batches)
     return Batch(*(torch.cat(parts) for parts in tensors), list(itertools.chain(*replaced)))
 
 

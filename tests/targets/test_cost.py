@@ -132,14 +132,16 @@ def test_a_slow_disk_or_a_small_teacher_is_better_recomputed():
     assert {choice.source for choice in choices(small(views=4, machine=decoding)).values()} == {"live"}
 
 
-def test_what_cannot_be_cached_is_not():
+def test_partners_of_mixed_images_are_decoded_too():
     mixed = config.KD(losses=[{"name": "kd"}], mix=config.Mix(mixup=0.2))
-    found = choices(small(views=4, machine=MACHINE, kd=mixed))
-    assert (found["warmup 1/1"].source, found["kd"].source, found["kd"].uncached) == (
-        "cached",
-        "live",
-        "kd.mix",
-    )
+    slow = MACHINE.model_copy(update={"decode_images_per_second": 0.1})
+    plain = choices(small(views=4, machine=slow))["kd"]
+    found = choices(small(views=4, machine=slow, kd=mixed))["kd"]
+    assert (found.uncached, found.live_seconds) == (None, plain.live_seconds)
+    assert found.cached_seconds == pytest.approx(plain.cached_seconds + 4 * 80 * 10)
+
+
+def test_what_cannot_be_cached_is_not():
     paper = config.Warmup(durations=["20 epochs"], prune=config.Prune(mode="paper_bn"))
     found = choices(small(views=4, machine=MACHINE, warmup=paper))
     assert (found["warmup 1/1"].source, found["kd"].source) == ("live", "cached")

@@ -169,6 +169,18 @@ def test_another_identity_is_refused_by_name(finished, key):
         run(tree)
 
 
+def test_a_checkpoint_of_images_that_were_mixed_otherwise_is_refused(tree):
+    tree["kd"]["mix"] = {"mixup": 0.8}
+    tree["duration"] = "15 steps"
+    train_until(tree, 14)
+    path = Path(tree["run_dir"]) / "checkpoints" / "step-00000014" / "state.json"
+    state = json.loads(path.read_text())
+    del state["identity"]["version of kd.mix"]  # from before partners and coefficients depended on the sample
+    rewrite(path, state)
+    with pytest.raises(UserError, match=r"saved with another version of kd\.mix: resume with the one"):
+        run(tree)
+
+
 def test_another_format_is_refused(finished):
     tree, folder = finished
     path = folder / "step-00000024" / "state.json"

@@ -35,12 +35,11 @@ from indistill.config.run_dir import weights_file
 from indistill.data import class_names, overlap, remote, shards
 from indistill.data.dataset import open_shards
 from indistill.data.index import index_files, load_index
-from indistill.data.loader import IndexedTraining, check_accumulation
+from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
 from indistill.data.stream import StreamedTraining
 from indistill.data.training import TrainingData
 from indistill.evaluate.ranking import check_retrieval
 from indistill.models import timm_model
-from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
 LOOK_SECONDS = 2.0  # for a measurement
@@ -128,6 +127,7 @@ def data_shards(here: Here) -> Said:
                 rank=here.rank,
                 world=here.world,
                 accumulation=settings.grad_accumulation,
+                mix=settings.kd.mixing,
             )
             counts = f"{len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch"
             yield OK, f"data.train: {counts}"
@@ -152,9 +152,9 @@ def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str
         yield WARN, f"{what}: the first start builds them", f"indistill shards index {shlex.join(words)}"
     complete = len(sizes) == len(paths)
     if key == "data.train":
-        check_accumulation(section, here.world, settings.grad_accumulation)
+        check_accumulation(section, here.world, settings.grad_accumulation, settings.kd.mixing)
         known_sizes = sizes if complete else [2**40]  # more than any batch needs
-        order = SampleOrder(known_sizes, settings.seed, section.streams, section.window)
+        order = sample_order(section, settings.seed, known_sizes, settings.kd.mixing)
         order.check(section.global_batch, here.world)
     if not damaged:
         what = f"{len(paths)} {counted_word('shard', paths)}"
@@ -351,6 +351,7 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
         "cache_dir": directory,
         "workers": min(settings.data.workers, 1),
         "streams": 1,
+        "repeats": 1,
         "window": None,
         "global_batch": LOADER_BATCH,
     }

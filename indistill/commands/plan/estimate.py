@@ -26,7 +26,7 @@ from indistill.commands.plan.result import Estimate, Pair, PhaseCost, Scale
 from indistill.config import Config
 from indistill.config.run_dir import RunDir, weights_file
 from indistill.curriculum import Phase, Timetable
-from indistill.data.loader import IndexedTraining, check_accumulation
+from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
 from indistill.data.stream import StreamedTraining
 from indistill.distributed import environment
 from indistill.losses.objective import Objective
@@ -35,7 +35,6 @@ from indistill.models.network import Network
 from indistill.models.stages import find_stages
 from indistill.models.timm_model import NoWeights
 from indistill.models.trainable import Trainable
-from indistill.order import SampleOrder
 from indistill.targets.cost import SEEN, Choice, Work, decide, measure, phase_steps, record_bytes
 from indistill.targets.live import LiveTargets
 from indistill.training import optim, parts
@@ -238,21 +237,21 @@ class _Costs:
 
 def _steps_per_epoch(settings: Config, world: int, samples: int | None) -> int:
     section = settings.data
-    accumulation = settings.grad_accumulation
+    accumulation, mix = settings.grad_accumulation, settings.kd.mixing
     if samples is None:
         section = section.model_copy(update={"in_memory": False})  # only the indices are needed
         if section.access == "index":
             return IndexedTraining(
-                section, settings.seed, rank=0, world=world, accumulation=accumulation
+                section, settings.seed, rank=0, world=world, accumulation=accumulation, mix=mix
             ).steps_per_epoch
         return StreamedTraining(
-            section, settings.seed, rank=0, world=world, accumulation=accumulation
+            section, settings.seed, rank=0, world=world, accumulation=accumulation, mix=mix
         ).steps_per_epoch
-    check_accumulation(section, world, accumulation)
+    check_accumulation(section, world, accumulation, mix)
     if section.access == "stream":
         assert section.epoch_samples is not None  # access: stream requires it
         return section.epoch_samples // section.global_batch
-    order = SampleOrder([samples], settings.seed, section.streams, section.window)
+    order = sample_order(section, settings.seed, [samples], mix)
     order.check(section.global_batch, world)
     return order.steps_per_epoch(section.global_batch)
 
