@@ -125,6 +125,43 @@ def test_a_share_that_does_not_divide_names_what_does():
         order.check(96, 8)
 
 
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.data())
+def test_repeats_show_the_samples_of_a_smaller_batch_several_times(case, data):
+    order, smaller, epoch = case
+    repeated = fresh(order)
+    repeated.repeats = data.draw(st.integers(1, 4))
+    global_batch = repeated.repeats * smaller
+    if global_batch > order.num_samples:
+        return
+    world = data.draw(st.sampled_from(divisors(order.streams)))
+    steps = repeated.steps_per_epoch(global_batch)
+    assert steps == order.num_samples // global_batch
+    assert order.num_samples - steps * smaller == repeated.dropped(global_batch)
+    share = global_batch // order.streams
+    for step in range(steps):
+        slices = [repeated.rank_batch(epoch, step, global_batch, rank, world) for rank in range(world)]
+        streams = np.concatenate(slices).reshape(order.streams, share)
+        numbers = repeated.repeat_of(np.arange(global_batch), global_batch).reshape(order.streams, share)
+        plain = order.batch(epoch, step, smaller).reshape(order.streams, -1)
+        for repeat in range(repeated.repeats):
+            assert np.array_equal(streams[numbers == repeat].reshape(order.streams, -1), plain)
+        row = data.draw(st.integers(0, global_batch - 1))
+        stream, place = repeated.place_of(step, row, global_batch)
+        assert repeated.stream_sample(epoch, stream, place) == streams.ravel()[row]
+
+
+def test_repeats_that_do_not_divide_are_refused():
+    order = SampleOrder([1000], 0, streams=8)
+    order.repeats, order.paired = 3, True
+    order.check(48, 1)
+    message = (
+        r"^data.repeats \(3\) and kd.mix \(pairs\): .* \(3\) must be divisible by 6. .*data.streams 1, 2, 4$"
+    )
+    with pytest.raises(UserError, match=message):
+        order.check(24, 1)
+
+
 def test_epochs_and_seeds_differ_and_drop_others():
     orders = [
         epoch_ids(SampleOrder([700, 300, 500], seed, 4, 64), epoch, 64)

@@ -280,6 +280,14 @@ def test_files_that_are_no_configs(tmp_path):
         ),
         (["student=null"], "student: missing: add the section student"),
         (["kd.losses=[{name: dih}]"], "kd.losses: dih needs teacher.heads"),
+        (
+            ["data.repeats=3", "data.augment.views=4"],
+            "data: augment.views (4) must be a multiple of repeats (3)",
+        ),
+        (
+            ["data.repeats=3", "data.access=stream", "data.epoch_samples=9", "data.in_memory=false"],
+            "data: repeats does not work with access: stream: remove one of them",
+        ),
         (["kd.losses=[{name: dkd}]", "kd.mix={mixup: 0.2}"], "kd.losses: dkd reads the class of each sample"),
         (
             ["stage=heads", "warmup=null", "kd.losses=[{name: ce}]"],

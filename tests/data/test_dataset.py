@@ -102,6 +102,50 @@ def test_views_depend_on_seed_epoch_and_sample(section, recipe):
     assert not torch.equal(joined(batches).images, joined(loaded(section, first=4, last=8, seed=10)).images)
 
 
+@pytest.mark.parametrize("views", [None, 4])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_repeats_are_different_views_of_the_same_samples(section, views, in_memory):
+    section = with_(section, augment={"recipe": "pad_crop", "views": views}, repeats=2, in_memory=in_memory)
+    pixels, _ = as_webdataset_reads_it(section, "train-*.tar")
+    batches = loaded(section, last=4 * STEPS_PER_EPOCH, seed=9)
+    for step in (0, 8, 23):
+        batch, epoch = batches[step], step // STEPS_PER_EPOCH
+        seen: dict[int, list[int]] = {}
+        for image, sample in zip(batch.images, batch.ids.tolist()):
+            possible = [
+                2 * epoch + repeat if views is None else (2 * epoch + repeat) % 4 for repeat in (0, 1)
+            ]
+            drawn = [
+                augment.train_view(
+                    pixels[sample],
+                    augment.uniforms(9, view, np.array([sample]))[0],
+                    recipe=section.augment,
+                    size=32,
+                )
+                for view in possible
+            ]
+            match = [np.array_equal(image.permute(1, 2, 0).numpy(), view) for view in drawn]
+            seen.setdefault(sample, []).append(match.index(True) if sum(match) == 1 else -1)
+        assert len(seen) == BATCH // 2
+        assert all(sorted(repeats) == [0, 1] or -1 in repeats for repeats in seen.values())
+        assert sum(-1 in repeats for repeats in seen.values()) <= 4  # two views may be the same by chance
+    for world in (2, 4):
+        ranks = [
+            loaded(section, last=4 * STEPS_PER_EPOCH, rank=rank, world=world, seed=9) for rank in range(world)
+        ]
+        assert equal([joined(parts) for parts in zip(*ranks)], batches)
+    assert equal(loaded(section, first=8, last=4 * STEPS_PER_EPOCH, seed=9), batches[8:])
+
+
+def test_the_next_of_the_stream_stands_in_for_all_repeats(section, damaged):
+    section, bad = damaged
+    section = with_(section, repeats=2)
+    for batch in loaded(section, last=2 * STEPS_PER_EPOCH):
+        share = batch.ids.reshape(section.streams, 2, -1)  # stream, repeat, sample
+        assert torch.equal(share[:, 0], share[:, 1])
+        assert not bad.intersection(batch.ids.tolist())
+
+
 def test_a_loader_can_begin_at_any_step(section):
     section = with_(section, augment={"recipe": "pad_crop"})
     through = loaded(section, last=2 * STEPS_PER_EPOCH)

@@ -386,6 +386,17 @@ def test_mixed_images_of_ranks_and_micro_batches_have_the_same_targets(stored, t
     assert terms(tmp_path / "cached") == terms(tmp_path / "live")
 
 
+@pytest.mark.parametrize("mix", [(), MIX])
+def test_repeats_have_stored_targets(stored, tmp_path, mix):
+    repeats = (*mix, "data.repeats=2", "data.augment.views=6", "data.in_memory=false", "data.workers=0")
+    live = run(stored, tmp_path / "live", *repeats)
+    manifest = compute(with_(stored, *repeats))
+    assert manifest.fields["logits"].views == [0, 1, 4, 5]  # of the epochs 2 and 3: 4, 5 and 6, 7
+    assert manifest.fields["pair1"].views == [0, 1]
+    assert run(stored, tmp_path / "cached", "targets.source=cached", *repeats) == live
+    assert targets.verify(config.parse(with_(stored, *repeats), "test"), 1000)
+
+
 def test_a_pair_with_an_image_that_cannot_be_decoded_is_replaced(stored, tmp_path):
     folder = tmp_path / "bad"
     pack_images(folder, "whole", samples=64, per_shard=64, seed=1)
