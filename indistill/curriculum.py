@@ -206,6 +206,57 @@ def _is_zero(duration: Duration) -> bool:
     return re.search("[1-9]", str(duration).lower().partition("e")[0]) is None
 
 
+# --- progressive resolution ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """The size of training images, in pixels a side, as a function of the step alone."""
+
+    first: int
+    full: int
+    until: int = 0  # step from which images have their full size
+
+    @classmethod
+    def of(cls, settings: Config, steps_per_epoch: int) -> ImageSizes:
+        """The sizes of a config. Raises UserError if they do not all have a step of the run."""
+        section, batch = settings.data.image_size, settings.data.global_batch
+        if isinstance(section, int):
+            return cls(section, section)
+        total = to_steps(settings.duration, steps_per_epoch, batch)
+        sizes = cls(section.from_, section.to, to_steps(section.until, steps_per_epoch, batch, total))
+        if not sizes.rises <= sizes.until < total:
+            raise UserError(
+                f"data.image_size.until: {section.until} are {sizes.until} of {total} steps: images of "
+                f"{sizes.rises + 1} sizes need from {sizes.rises} to {total - 1}"
+            )
+        return sizes
+
+    @property
+    def rises(self) -> int:
+        """How often the size grows; 0 if all images have one size."""
+        return (self.full - self.first) // config.SIZE_STEP
+
+    def at(self, step: int) -> int:
+        """The size of the images of a global step, from 0."""
+        if step >= self.until:
+            return self.full
+        return self.first + step * self.rises // self.until * config.SIZE_STEP
+
+    def parts(self, phase: Phase, steps: range) -> list[tuple[Phase, int]]:
+        """The parts of a phase, which has these steps, in which images have one size, and the sizes."""
+        if not self.rises:
+            return [(phase, self.full)]
+        changes = [-(-rise * self.until // self.rises) for rise in range(1, self.rises + 1)]
+        starts = [steps.start, *(step for step in changes if steps.start < step < steps.stop)]
+        ends = [*starts[1:], phase.end]
+        sizes = map(self.at, starts)
+        return [
+            (replace(phase, name=f"{phase.name} at {size} px", start=start, end=end), size)
+            for start, end, size in zip(starts, ends, sizes)
+        ]
+
+
 # --- pace: phases that end when their loss has flattened ----------------------------------------------------
 
 

@@ -162,8 +162,9 @@ def meanings(source: str) -> dict[tuple[str, str], str]:
 
 def meaning(section: str, key: str, comments: dict[tuple[str, str], str]) -> str:
     """Return the comment of a key in the class that declares it; empty if it has none."""
-    owners = [base.__name__ for base in models()[section].__mro__ if (base.__name__, key) in comments]
-    return comments[owners[0], key] if owners else ""
+    names = [key, f"{key}_"]  # a field whose key is a word of Python has an underscore
+    owners = [(base.__name__, name) for base in models()[section].__mro__ for name in names]
+    return next((comments[owner] for owner in owners if owner in comments), "")
 
 
 def in_yaml(text: str) -> str:

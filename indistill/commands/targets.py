@@ -92,6 +92,14 @@ class Comparison(NamedTuple):
     largest: float  # the largest relative difference of the others that are within the tolerance
 
 
+class Samples(NamedTuple):
+    """Samples whose targets are computed together."""
+
+    view: int
+    size: int | None  # of the images; None: their full size
+    ids: np.ndarray  # int64 [B]
+
+
 class Computed(NamedTuple):
     """One field of a batch of samples."""
 
@@ -111,21 +119,23 @@ class Job:
     manifest: Manifest
     partners: tuple[int, np.ndarray] | None = None  # the last view, and the partners of all samples in it
 
-    def batches(self, requests: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
-        """Load a batch per request, a view and ids int64 [B]; an image that cannot be decoded gets id -1.
+    def batches(self, requests: Iterable[Samples]) -> Iterator[Batch]:
+        """Load a batch of each; an image that cannot be decoded gets id -1.
 
         Where KD mixes images, every sample is followed by its partner.
         """
         with_partners = map(self._with_partners, requests) if self.dataset.mix else requests
-        of_view = (Request(0, 0, 0, ids, stand_ins=False, views=view) for view, ids in with_partners)
-        yield from loader(self.dataset, of_view, self.accelerator.device)
+        images = (
+            Request(0, 0, 0, ids, stand_ins=False, views=view, size=size) for view, size, ids in with_partners
+        )
+        yield from loader(self.dataset, images, self.accelerator.device)
 
-    def _with_partners(self, request: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
-        view, ids = request
+    def _with_partners(self, request: Samples) -> Samples:
+        view, _, ids = request
         if self.partners is None or self.partners[0] != view:
             assert self.dataset.order is not None  # these are training images
             self.partners = view, self.dataset.order.partners(view // self.dataset.section.repeats)
-        return view, np.stack([ids, self.partners[1][ids]], axis=1).reshape(-1)
+        return request._replace(ids=np.stack([ids, self.partners[1][ids]], axis=1).reshape(-1))
 
     def compute(self, batch: Batch, names: Collection[str]) -> dict[str, Computed]:
         """Compute the fields of these names for a batch of `batches`."""
@@ -149,7 +159,7 @@ class Job:
         padding = images[-1:].expand(self.manifest.batch - count, -1, -1, -1)
         full = torch.cat([images, padding]).to(self.accelerator.device, non_blocking=True)
         outputs = self.targets_of.everything(full, self.pairs)
-        return {name: Computed(outputs[name][:count], undecoded) for name in names}
+        return {name: Computed(outputs[records.bare(name)][:count], undecoded) for name in names}
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -166,7 +176,7 @@ def write(settings: Config) -> Manifest:
     missing = engine.on_main(job.accelerator, lambda: begin(job, items))
     mine = missing[rank :: job.accelerator.num_processes]
     batches = job.batches(requests_of(job, mine))
-    samples = sum(manifest.samples[shard] for _, shard in mine)
+    samples = sum(len(by_size(manifest, view)) * manifest.samples[shard] for view, shard in mine)
     # Without a terminal, print a line every 10 s.
     interval = 0.1 if sys.stderr.isatty() else 10.0
     bar = tqdm(total=samples, unit="image", disable=rank != 0, mininterval=interval)
@@ -179,15 +189,24 @@ def write(settings: Config) -> Manifest:
     return manifest
 
 
-def requests_of(job: Job, items: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
-    """The view and sample ids of each batch of the (view, shard) pairs; prefetches the next shard."""
+def by_size(manifest: Manifest, view: int) -> dict[int | None, list[str]]:
+    """The names of the fields that are stored in a view, by the size of the images."""
+    names: dict[int | None, list[str]] = {}
+    for name in manifest.fields_in(view):
+        names.setdefault(records.size_of(name), []).append(name)
+    return names
+
+
+def requests_of(job: Job, items: Sequence[tuple[int, int]]) -> Iterator[Samples]:
+    """The samples of each batch of the (view, shard) pairs; prefetches the next shard."""
     first_ids = np.cumsum([0, *job.manifest.samples])
     for i, (view, shard) in enumerate(items):
         for _, following in items[i + 1 : i + 2]:
             job.dataset.shards.prefetch(first_ids[following : following + 1])
         ids = np.arange(first_ids[shard], first_ids[shard + 1])
-        for start in range(0, len(ids), job.manifest.batch):
-            yield view, ids[start : start + job.manifest.batch]
+        for size in by_size(job.manifest, view):
+            for start in range(0, len(ids), job.manifest.batch):
+                yield Samples(view, size, ids[start : start + job.manifest.batch])
 
 
 def begin(job: Job, items: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -250,18 +269,21 @@ def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], ba
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_parts(path.parent, path.name.__eq__)
             files[name] = stack.enter_context(replacing(path))
-        left = job.manifest.samples[shard]
-        while left:
-            batch = next(batches)
-            for name in batch.replaced:
-                print(f"indistill: no targets for {name}: it cannot be decoded", file=sys.stderr, flush=True)
-            for name, computed in job.compute(batch, fields).items():
-                records = fields[name].encode(computed.values)
-                records[computed.undecoded] = np.zeros((), records.dtype)
-                files[name].write(records.tobytes())
-            count = len(computed.values)
-            left -= count
-            bar.update(count)
+        for names in by_size(job.manifest, view).values():
+            left = job.manifest.samples[shard]
+            while left:
+                batch = next(batches)
+                for bad in batch.replaced:
+                    print(
+                        f"indistill: no targets for {bad}: it cannot be decoded", file=sys.stderr, flush=True
+                    )
+                for name, computed in job.compute(batch, names).items():
+                    encoded = fields[name].encode(computed.values)
+                    encoded[computed.undecoded] = np.zeros((), encoded.dtype)
+                    files[name].write(encoded.tobytes())
+                    count = len(computed.values)
+                left -= count
+                bar.update(count)
 
 
 @contextlib.contextmanager
@@ -309,30 +331,34 @@ def verify(settings: Config, count: int) -> bool:
     return not wrong
 
 
-def random_requests(stored: Manifest, seed: int, count: int) -> list[tuple[int, np.ndarray]]:
-    """Draw `count` different (view, sample) pairs; returns them as batches, each a view and ids int64 [B]."""
+def random_requests(stored: Manifest, seed: int, count: int) -> list[Samples]:
+    """Draw `count` different (view, sample) pairs; returns them as batches, once for each size."""
     samples = sum(stored.samples)
     total = stored.views * samples
     drawn = random.Random(seed).sample(range(total), min(count, total))  # nosec B311  # a sample to check, the same for a seed
     requests = []
     for view in range(stored.views):
         ids = np.array(sorted(i % samples for i in drawn if i // samples == view), dtype=np.int64)
-        requests += [(view, ids[start : start + stored.batch]) for start in range(0, len(ids), stored.batch)]
+        requests += [
+            Samples(view, size, ids[start : start + stored.batch])
+            for size in by_size(stored, view)
+            for start in range(0, len(ids), stored.batch)
+        ]
     return requests
 
 
-def recompute(job: Job, stored: Manifest, requests: Sequence[tuple[int, np.ndarray]]) -> Comparison:
+def recompute(job: Job, stored: Manifest, requests: Sequence[Samples]) -> Comparison:
     """Compare the stored records of each request with what the teacher computes now."""
     reader = Reader(str(job.root), stored, None, 0)
     wrong = []
     count = 0
     exact = 0
     largest = 0.0
-    for (view, ids), batch in zip(requests, job.batches(requests)):
-        fields = stored.fields_in(view)
-        for name, computed in job.compute(batch, fields).items():
+    for (view, size, ids), batch in zip(requests, job.batches(requests)):
+        for name, computed in job.compute(batch, by_size(stored, view)[size]).items():
             rows = reader.rows(view, ids, name)
-            problems, same, difference = compare(fields[name], computed.values, rows, computed.undecoded)
+            field = stored.fields[name]
+            problems, same, difference = compare(field, computed.values, rows, computed.undecoded)
             count += len(rows)
             exact += same
             largest = max(largest, difference)
@@ -391,11 +417,11 @@ def prepare(settings: Config) -> Job:
     assert isinstance(training, IndexedTraining)  # check_storable refuses data.access: stream
     student, targets_of, plan = create_networks(accelerator, settings, training)
     timetable = Timetable.of(settings, training.steps_per_epoch, len(plan.pairs))
-    views = views_of_fields(settings, student, targets_of=targets_of, timetable=timetable, auto=auto)
+    phases = stored_phases(settings, student, targets_of=targets_of, timetable=timetable, auto=auto)
+    views = views_of_fields(settings, training, targets_of=targets_of, timetable=timetable, phases=phases)
     pairs = sorted({pair for phase in timetable.curriculum.phases() for pair in phase.pairs})
     batch = settings.data.global_batch // world // settings.grad_accumulation
-    images = torch.zeros(batch, *config.input_size(settings), dtype=torch.uint8, device=accelerator.device)
-    outputs = targets_of.everything(images, pairs)
+    fields = describe_fields(targets_of, settings, views=views, pairs=pairs, batch=batch)
     manifest = Manifest(
         version=VERSION,
         teacher=describe_teacher(settings, targets_of),
@@ -404,7 +430,7 @@ def prepare(settings: Config) -> Job:
         data=training.fingerprint,
         classes=names.names if names else None,
         samples=training.dataset.shards.sizes,
-        fields=describe_fields(outputs, views, settings.targets),
+        fields=fields,
         batch=batch,
     )
     agree({"teacher": targets_of.fingerprint, "plan": plan.hash})
@@ -442,28 +468,37 @@ def create_networks(
     return student, targets_of, plan
 
 
-def views_of_fields(
+def stored_phases(
     settings: Config, student: Network, *, targets_of: LiveTargets, timetable: Timetable, auto: bool
-) -> dict[str, set[int]]:
-    """The views in which training reads each field; with `auto`, in the phases where reading is cheaper.
+) -> Collection[str]:
+    """The names of the phases whose targets are stored: with `auto`, those in which reading is cheaper."""
+    if not auto:
+        return {phase.name for phase in timetable.curriculum.phases()}
+    objective = Objective(settings.kd.losses, timetable.steps_per_epoch, settings.kd.relational_scope)
+    phases = cheaper_stored(settings, student, live=targets_of, objective=objective, timetable=timetable)
+    if not phases:
+        raise UserError(
+            "targets: auto: live targets are cheaper in every phase (see `indistill plan`): set targets: live"
+        )
+    return phases
 
-    Raises UserError if training reads none.
-    """
-    heads, losses = len(targets_of.heads.stages) if targets_of.heads else 0, settings.kd.losses
-    phases: Collection[str] = {phase.name for phase in timetable.curriculum.phases()}
-    if auto:
-        objective = Objective(losses, timetable.steps_per_epoch, settings.kd.relational_scope)
-        phases = cheaper_stored(settings, student, live=targets_of, objective=objective, timetable=timetable)
-        if not phases:
-            raise UserError(
-                "targets: auto: live targets are cheaper in every phase (see `indistill plan`): set targets: "
-                "live"
-            )
+
+def views_of_fields(
+    settings: Config,
+    training: IndexedTraining,
+    *,
+    targets_of: LiveTargets,
+    timetable: Timetable,
+    phases: Collection[str],
+) -> dict[str, set[int]]:
+    """The views in which training reads each field in the phases. Raises UserError if it reads none."""
+    heads = len(targets_of.heads.stages) if targets_of.heads else 0
 
     def of_phase(phase: Phase) -> tuple[str, ...]:
-        return fields_of(phase, losses, targets_of.kd_stages, heads) if phase.name in phases else ()
+        names = fields_of(phase, settings.kd.losses, targets_of.kd_stages, heads)
+        return names if phase.name in phases else ()
 
-    views = needed(timetable, of_phase, settings.data)
+    views = needed(timetable, of_phase, training)
     if not views:
         raise UserError(
             "targets: neither warmup nor kd.losses reads anything of the teacher: nothing is to be stored"
@@ -472,11 +507,20 @@ def views_of_fields(
 
 
 def describe_fields(
-    outputs: dict[str, Tensor], views: dict[str, set[int]], section: config.Targets
+    targets_of: LiveTargets, settings: Config, *, views: dict[str, set[int]], pairs: list[int], batch: int
 ) -> dict[str, Field]:
-    """The format of each field's records, from outputs [B, ...] of the teacher, and the stored views."""
-    fields = {name: records.describe(name, outputs[name], section) for name in views}
-    return {name: field.model_copy(update={"views": sorted(views[name])}) for name, field in fields.items()}
+    """The format of each field's records, from outputs of the teacher on `batch` images, and the views."""
+    assert targets_of.teacher is not None  # check_storable refuses a config without one
+    device = targets_of.teacher.mean.device
+    fields: dict[str, Field] = {}
+    for size in {records.size_of(name) or settings.data.full_size: None for name in views}:
+        images = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=device)
+        outputs = targets_of.everything(images, pairs)
+        for name in views:
+            if records.size_of(name) in (None, size):
+                field = records.describe(name, outputs[records.bare(name)], settings.targets)
+                fields[name] = field.model_copy(update={"views": sorted(views[name])})
+    return {name: fields[name] for name in views}
 
 
 def describe_teacher(settings: Config, targets_of: LiveTargets) -> Teacher:

@@ -184,7 +184,8 @@ def _numeric_keys(section: type[BaseModel]) -> dict[str, set[Any]]:
         kinds = alternatives(annotation)
         return {leaf for kind in kinds for one in get_args(kind) for leaf in leaves(one)} | set(kinds)
 
-    kinds_by_key = {key: leaves(field.annotation) for key, field in section.model_fields.items()}
+    fields = section.model_fields.items()
+    kinds_by_key = {field.alias or name: leaves(field.annotation) for name, field in fields}
     return {
         key: kinds
         for key, kinds in kinds_by_key.items()
@@ -221,10 +222,11 @@ class Section(BaseModel):
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            valid = [field.alias or name for name, field in cls.model_fields.items()]
             for key in values:
-                if key not in cls.model_fields:
+                if key not in valid:
                     raise ValueError(
-                        f"unknown key {key!r}; the nearest valid key is {nearest(key, cls.model_fields)[0]!r}"
+                        f"unknown key {key!r}; the nearest valid key is {nearest(key, valid)[0]!r}"
                     )
         return values
 

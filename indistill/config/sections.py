@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from indistill.config import plugins
 from indistill.config.base import Duration, Folder, Probability, Section, nearest
@@ -22,6 +30,7 @@ from indistill.config.limits import (
 from indistill.config.loss import AnyLoss, Loss
 
 Pixels = Annotated[PositiveInt, Field(le=MAX_PIXELS_A_SIDE)]  # a side
+SIZE_STEP = 32  # pixels by which progressive resolution grows
 Images = Annotated[PositiveInt, Field(le=MAX_BATCH)]  # in a batch
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -113,6 +122,31 @@ def _with_ranges(section: _Ranged) -> _Ranged:
     return section
 
 
+class Progressive(Section):
+    """Images that grow during the run (progressive resolution), all of a step to the same size.
+
+    From the start of the run to `until` the size rises in steps of 32 pixels, each for an equal part of that
+    time. Evaluation is always at the last size.
+    """
+
+    from_: Pixels = Field(alias="from")  # Size at the start of the run, in pixels a side.
+    to: Pixels  # Size from `until` on, and in evaluation, in pixels a side.
+    until: Duration  # When the last size is reached, from the start of the run.
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Progressive:
+        if self.from_ >= self.to or (self.to - self.from_) % SIZE_STEP:
+            raise ValueError(
+                f"from {self.from_} to {self.to} is not a rise in steps of {SIZE_STEP} pixels: set from to "
+                f"{self.to} minus a multiple of {SIZE_STEP}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _with_keys_of_yaml(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name.rstrip("_"): value for name, value in serialize(self).items()}
+
+
 class Data(Section):
     """WebDataset shards, how they are read, and what the networks see of each image (docs/data.md)."""
 
@@ -123,7 +157,9 @@ class Data(Section):
     # Number of classes: labels are 0 to num_classes - 1. The heads of both networks must have as many
     # outputs.
     num_classes: Annotated[PositiveInt, Field(le=MAX_CLASSES)]
-    image_size: Pixels = 224  # Height and width of the input of both networks, in pixels.
+    # Height and width of the input of both networks, in pixels; `{from: 128, to: 224, until: 70 percent}` for
+    # one that grows during the run.
+    image_size: Pixels | Progressive = 224
     # Samples per optimizer step, summed over all ranks and accumulation steps.
     global_batch: Images
     # Number of streams that each epoch's order is cut into. It must be divisible by the world size, and
@@ -169,6 +205,11 @@ class Data(Section):
     # Side of the centre crop of evaluation images, as a fraction of the resized shorter side. `auto` takes
     # crop_pct and crop_mode from the same `pretrained_cfg` as `eval_interpolation`.
     eval_crop: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+
+    @property
+    def full_size(self) -> int:
+        """`image_size`, or the size that it grows to, in pixels."""
+        return self.image_size.to if isinstance(self.image_size, Progressive) else self.image_size
 
     @model_validator(mode="after")
     def _check_stream(self) -> Data:

@@ -29,6 +29,7 @@ from indistill.config.sections import (
     Model,
     Optimizer,
     Precision,
+    Progressive,
     Schedule,
     Targets,
     Teacher,
@@ -145,6 +146,16 @@ class Config(Section):
                         f"kd.losses: {loss.name} needs teacher.heads, the heads.safetensors of a run with "
                         "stage: heads"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Config:
+        has_heads = self.stage == "heads" or (self.teacher is not None and self.teacher.heads)
+        if has_heads and isinstance(self.data.image_size, Progressive):
+            raise ValueError(
+                "data.image_size: intermediate classifiers (stage: heads, teacher.heads) take images of one "
+                "size: set one number"
+            )
         return self
 
     @model_validator(mode="after")
@@ -271,5 +282,5 @@ def difference(old: Config, new: Config) -> str | None:
 
 
 def input_size(settings: Config) -> tuple[int, int, int]:
-    """Return the shape [C, H, W] of the input of both networks."""
-    return (3, settings.data.image_size, settings.data.image_size)
+    """Return the shape [C, H, W] of the input of both networks, at its full size."""
+    return (3, settings.data.full_size, settings.data.full_size)

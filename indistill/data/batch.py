@@ -28,6 +28,7 @@ class Request(NamedTuple):
     fields: tuple[str, ...] = ()  # stored targets to read with the images
     stand_ins: bool = True  # False: a sample that cannot be decoded becomes a black image with id -1
     views: int | np.ndarray = 0  # number of the view of all samples, or of each: int64 [B]
+    size: int | None = None  # of the images, in pixels a side; None: their full size
 
 
 class StoredTargets(Protocol):

@@ -74,10 +74,10 @@ class ImageDataset(Dataset):
     def __getitem__(self, request: Request) -> Batch:
         ids = np.array(request.ids)  # a copy: samples that cannot be decoded are replaced in it
         draws = augment.uniforms(self.seed, request.views, ids)  # [B, DRAWS]
+        size = request.size or self.section.full_size
         if self.order is not None and self.memory is not None:
-            images, labels, rows = self._views_from_memory(self.memory, ids, draws)
+            images, labels, rows = self._views_from_memory(self.memory, ids, draws=draws, size=size)
         else:
-            size = self.section.image_size
             images = np.empty((len(ids), 3, size, size), dtype=np.uint8)
             labels = np.empty(len(ids), dtype=np.int64)
             rows = list(range(len(ids)))
@@ -87,7 +87,7 @@ class ImageDataset(Dataset):
             if row in finished:
                 continue
             try:
-                images[row], labels[row] = self._view(int(ids[row]), draws[row])
+                images[row], labels[row] = self._view(int(ids[row]), draws[row], size)
             except BadImage as bad:
                 if self.order is None:
                     raise
@@ -122,7 +122,7 @@ class ImageDataset(Dataset):
         )
 
     def _views_from_memory(
-        self, memory: _Decoded, ids: np.ndarray, draws: np.ndarray
+        self, memory: _Decoded, ids: np.ndarray, *, draws: np.ndarray, size: int
     ) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """The augmented views [B, 3, S, S] and labels [B], and the rows whose image could not be decoded."""
         section = self.section
@@ -130,13 +130,13 @@ class ImageDataset(Dataset):
             memory.images[ids],
             draws,
             recipe=section.augment,
-            size=section.image_size,
+            size=size,
             interpolation=section.interpolation,
         )
         bad_rows = [row for row, sample_id in enumerate(ids) if sample_id in memory.bad] if memory.bad else []
         return views, memory.labels[ids], bad_rows
 
-    def _view(self, sample_id: int, draws: np.ndarray) -> tuple[np.ndarray, int]:
+    def _view(self, sample_id: int, draws: np.ndarray, size: int) -> tuple[np.ndarray, int]:
         """The training or evaluation view [3, S, S] of a sample, and its label. Raises BadImage."""
         image, label = self._image_and_label(sample_id)
         section = self.section
@@ -145,7 +145,7 @@ class ImageDataset(Dataset):
             assert self.view is not None  # a data set without an order has a view
             pixels = augment.eval_view(
                 image,
-                section.image_size,
+                size,
                 view=self.view,
                 where=where,
                 max_pixels=section.max_image_pixels,
@@ -155,7 +155,7 @@ class ImageDataset(Dataset):
                 image,
                 draws,
                 recipe=section.augment,
-                size=section.image_size,
+                size=size,
                 where=where,
                 interpolation=section.interpolation,
                 max_pixels=section.max_image_pixels,
@@ -175,12 +175,14 @@ class ImageDataset(Dataset):
             request.step, request.first_row + rows.start, self.section.global_batch
         )
         views = np.broadcast_to(request.views, len(request.ids))[rows.start : rows.stop]
+        size = request.size or self.section.full_size
         for later in range(index + count, index + order.span, count):
             ids = np.array([order.stream_sample(request.epoch, stream, later + i) for i in range(count)])
             draws = augment.uniforms(self.seed, views, ids)
             try:
                 return {
-                    other: (int(ids[i]), *self._view(int(ids[i]), draws[i])) for i, other in enumerate(rows)
+                    other: (int(ids[i]), *self._view(int(ids[i]), draws[i], size))
+                    for i, other in enumerate(rows)
                 }
             except BadImage as bad:
                 replaced.append(str(bad))

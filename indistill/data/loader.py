@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from indistill import config
 from indistill.config import UserError
+from indistill.curriculum import ImageSizes
 from indistill.data import augment
 from indistill.data.batch import Batch, Request, StoredTargets
 from indistill.data.dataset import ImageDataset, open_shards
@@ -46,6 +47,7 @@ class IndexedTraining:
         self.order.check(section.global_batch, world)
         check_accumulation(section, world, accumulation, mix)
         self.dataset = ImageDataset(shards, section, seed=seed, order=self.order, mix=mix)
+        self.sizes = ImageSizes(section.full_size, section.full_size)
         self.steps_per_epoch = self.order.steps_per_epoch(section.global_batch)
         self.fingerprint = shards.fingerprint
         self.fields_at: Callable[[int], tuple[str, ...]] = lambda step: ()
@@ -71,11 +73,13 @@ class IndexedTraining:
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             fields = self.fields_at(step)
             ids = self._ids(self.order, step)
-            views = self._views(epoch)
+            views, size = self._views(epoch), self.sizes.at(step)
             for begin in range(0, rank_batch, micro_batch):
                 first_row = self.rank * rank_batch + begin
                 rows = slice(begin, begin + micro_batch)
-                yield Request(epoch, step_of_epoch, first_row, ids[rows], fields, views=views[rows])
+                yield Request(
+                    epoch, step_of_epoch, first_row, ids[rows], fields, views=views[rows], size=size
+                )
 
     def _prefetch(self, order: SampleOrder, step: int) -> None:
         """Fetch the remote shards and stored targets of one step in the background."""

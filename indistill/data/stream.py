@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from indistill import config
 from indistill.config import UserError, printable, redacted
 from indistill.config.limits import MAX_BAD_IN_A_ROW
+from indistill.curriculum import ImageSizes
 from indistill.data import augment, mixing, remote, shards
 from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
@@ -63,6 +64,7 @@ class StreamedTraining:
         self.urls = shards.expand(section.train, section.root)
         check_accumulation(section, world, accumulation, mix)
         self.mix = mix
+        self.sizes = ImageSizes(section.full_size, section.full_size)
         readers = world * max(section.workers, 1)
         if len(self.urls) < readers:
             raise UserError(
@@ -121,8 +123,9 @@ class StreamedImages(IterableDataset):
         rng = random.Random(f"{self.training.seed} {reader} {self.first_step}")  # nosec B311
         samples = self._samples(reader, readers)
         samples = wds.shuffle(self.training.section.shuffle_buffer, rng=rng)(samples)
-        for _ in range(number, self.batches, workers):  # the loader takes batches from the workers in turn
-            yield self._batch(samples)
+        for i in range(number, self.batches, workers):  # the loader takes batches from the workers in turn
+            step = self.first_step + i // self.training.accumulation
+            yield self._batch(samples, self.training.sizes.at(step))
 
     def _samples(self, reader: int, readers: int) -> Iterator[_Sample]:
         """Read this reader's shards without end, from the shard that the first step falls into.
@@ -163,14 +166,14 @@ class StreamedImages(IterableDataset):
         if others.problem and epoch == 0:
             log.warning("%s", printable(f"{url}: {others.problem}"))
 
-    def _batch(self, samples: Iterator[_Sample]) -> Batch:
+    def _batch(self, samples: Iterator[_Sample], size: int) -> Batch:
         """Decode and augment the next micro-batch; the next samples replace those that cannot be decoded.
 
         Raises UserError if too many in a row cannot: their shards would be read for ever.
         """
         training, section = self.training, self.training.section
         count = section.global_batch // (training.world * training.accumulation)
-        images = np.empty((count, 3, section.image_size, section.image_size), dtype=np.uint8)
+        images = np.empty((count, 3, size, size), dtype=np.uint8)
         labels = np.empty(count, dtype=np.int64)
         numbers, views = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         replaced: list[str] = []
@@ -182,7 +185,7 @@ class StreamedImages(IterableDataset):
             labels[row] = sample.label
             numbers[row], views[row] = sample.number, augment.view_of(section, sample.epoch, 0)
             try:
-                pixels = self._view(sample, where)
+                pixels = self._view(sample, where, size)
             except BadImage as bad:
                 replaced.append(str(bad))
                 bad_in_a_row += 1
@@ -196,13 +199,11 @@ class StreamedImages(IterableDataset):
             row += 1
         mix = None
         if training.mix is not None:
-            mix = mixing.coefficients(
-                training.mix, training.seed, view=views, ids=numbers, size=section.image_size
-            )
+            mix = mixing.coefficients(training.mix, training.seed, view=views, ids=numbers, size=size)
         no_ids = torch.full((count,), -1)
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), no_ids, replaced, {}, mix)
 
-    def _view(self, sample: _Sample, where: str) -> np.ndarray:
+    def _view(self, sample: _Sample, where: str, size: int) -> np.ndarray:
         """The augmented view [S, S, 3] of a sample. Raises BadImage."""
         training, section = self.training, self.training.section
         view = augment.view_of(section, sample.epoch, 0)
@@ -210,7 +211,7 @@ class StreamedImages(IterableDataset):
             sample.image,
             augment.uniforms(training.seed, view, np.array([sample.number]))[0],
             recipe=section.augment,
-            size=section.image_size,
+            size=size,
             where=where,
             interpolation=section.interpolation,
             max_pixels=section.max_image_pixels,

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from indistill.config import Config, Data
+from indistill.curriculum import ImageSizes
 from indistill.data.batch import StoredTargets
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.data.loader import IndexedTraining
@@ -22,6 +23,7 @@ class TrainingData(Protocol):
     """The training images of one rank, read through an index or streamed."""
 
     section: Data
+    sizes: ImageSizes
     steps_per_epoch: int
     fingerprint: str  # of the shards; the same on all ranks
 
@@ -56,6 +58,7 @@ def open_training(accelerator: Accelerator, settings: Config) -> TrainingData:
         accumulation=settings.grad_accumulation,
         mix=settings.kd.mixing,
     )
+    training.sizes = ImageSizes.of(settings, training.steps_per_epoch)
     agree({"data": training.fingerprint})  # before any loop over it that contains a collective
     return training
 

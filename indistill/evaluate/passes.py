@@ -83,7 +83,7 @@ def each_batch(
                     raise
                 mistake = error
             if together and counts[rank] < max(counts):
-                size = dataset.section.image_size
+                size = dataset.section.full_size
                 black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
                 yield black, torch.zeros(0, dtype=torch.int64, device=device)
         _end_together(accelerator, mistake)

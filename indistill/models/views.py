@@ -63,7 +63,7 @@ def own_view(section: config.Model, data: config.Data, role: str) -> EvalView:
 
 def view_by_record(record: Mapping[str, Any], data: config.Data) -> EvalView:
     """How images are resized and cropped by this `pretrained_cfg`, where the config is auto."""
-    size = (data.image_size, data.image_size)
+    size = (data.full_size, data.full_size)
     # timm records a second input size for some networks, at which they are best, with a crop of its own.
     test_size = tuple(record.get("test_input_size") or ())[1:]
     use_test_size = size == test_size != tuple(record.get("input_size") or ())[1:]

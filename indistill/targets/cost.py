@@ -207,6 +207,8 @@ def decide(settings: Config, works: Mapping[Phase, Work], timetable: Timetable) 
         teacher = work.teacher_flops / machine.flops_per_second  # seconds per image, like all that follow
         student = work.student_flops / machine.flops_per_second
         reading = size * machine.devices_per_node / machine.read_bytes_per_second
+        if isinstance(settings.data.image_size, config.Progressive):  # a size is read in its own epochs
+            stored_images = min(stored_images, trained_images)
         to_decode = decoding * (2 if settings.kd.mixing else 1)
         live = trained_images * max(student + teacher, decoding)
         cached = trained_images * max(student, decoding, reading) + stored_images * max(teacher, to_decode)

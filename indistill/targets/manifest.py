@@ -8,6 +8,8 @@ only the fields that it needs, and a remote cache fetches no others. Fields are
     stage2, ...         unpruned maps of teacher stages that KD reads
     embedding, logits, head1, head2, ...
 
+With progressive resolution they are of one size of the images each: logits-128px, logits-160px, ...
+
 A record ends with the CRC-32 of its other bytes. The record of a sample that could not be decoded is all
 zeros, which is never a valid record; training does not read it, since the loader replaces the sample by
 another.
@@ -32,10 +34,12 @@ from indistill.config.run_dir import RunDir
 from indistill.data import class_names, remote
 from indistill.data.class_names import Names
 from indistill.prune import Plan
-from indistill.targets.records import Field, wanted_format
+from indistill.targets.records import Field, bare, wanted_format
 
 VERSION = 1
-FieldName = Annotated[str, Bounds(pattern=r"^(embedding|logits|(pair|stage|head)\d{1,4})\z")]  # of a folder
+FieldName = Annotated[
+    str, Bounds(pattern=r"^(embedding|logits|(pair|stage|head)\d{1,4})(-\d{1,5}px)?\z")
+]  # of a folder
 
 # The end of every error message about stored targets that have to be computed again.
 AGAIN = "run `indistill targets CONFIG` again"
@@ -114,7 +118,7 @@ class Manifest(BaseModel):
         classes = self.config.get("data.num_classes")
         for name, field in self.fields.items():
             is_map = name.startswith(("pair", "stage"))
-            width = widths.get(name) if is_map or name == "embedding" else classes
+            width = widths.get(bare(name)) if is_map or bare(name) == "embedding" else classes
             if field.shape[0] != width or (len(field.shape) == 3) != is_map:
                 raise ValueError(f"fields: {name} has shape {field.shape}, not {width} channels")
             if any(view >= views for view in field.views):
@@ -145,7 +149,7 @@ class Manifest(BaseModel):
     @property
     def heads(self) -> int:
         """The number of intermediate classifiers whose logits are stored."""
-        return sum(name.startswith("head") for name in self.fields)
+        return len({bare(name) for name in self.fields if name.startswith("head")})
 
     def table(self) -> str:
         """The bytes of each field, per record and in total, as text."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from indistill import config
 from indistill.config.limits import MAX_CHANNELS, MAX_TARGET_RECORD_BYTES, MAX_VIEWS
+from indistill.curriculum import ImageSizes
 
 Format = Literal["float32", "bf16", "int8", "top_k"]
 _TINY = torch.finfo(torch.float32).tiny  # replaces a probability of 0: its logarithm is -87
@@ -154,9 +155,25 @@ def wanted_format(name: str, is_map: bool, section: config.Targets) -> tuple[For
     """The config's format and top_k of a field. An embedding is small, and always stored as float32."""
     if is_map:
         return section.features, None
-    if name == "embedding" or section.top_k is None:
+    if bare(name) == "embedding" or section.top_k is None:
         return "float32", None
     return "top_k", section.top_k
+
+
+def sized(name: str, size: int, sizes: ImageSizes) -> str:
+    """The field with the targets `name` of images of this size: with it, if images grow during the run."""
+    return f"{name}-{size}px" if sizes.rises else name
+
+
+def bare(field: str) -> str:
+    """The name of a field's targets, without the size of the images."""
+    return field.partition("-")[0]
+
+
+def size_of(field: str) -> int | None:
+    """The size of the images of a field; None if all fields are of one size."""
+    size = field.partition("-")[2].removesuffix("px")
+    return int(size) if size else None
 
 
 def rows_of(records: np.ndarray) -> np.ndarray:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from indistill import config
-from indistill.curriculum import Phase, Timetable
+from indistill.curriculum import ImageSizes, Phase, Timetable
 from indistill.data.augment import view_of
 from indistill.data.training import TrainingData
 from indistill.losses.objective import teaches
 from indistill.models.outputs import Targets
 from indistill.targets.live import LiveTargets
 from indistill.targets.reader import Reader
+from indistill.targets.records import sized
 
 
 class CachedTargets:
@@ -38,6 +39,7 @@ class CachedTargets:
         self.kd_stages = list(kd_stages)
         self.live = live
         self.phases = phases
+        self.sizes = ImageSizes(0, 0)  # until `bring_along` knows those of the run
         self.teacher = None if live is None else live.teacher
         self.fingerprint = reader.manifest.teacher.fingerprint
         if live and any(field.format != "float32" for field in reader.manifest.fields.values()):
@@ -49,9 +51,15 @@ class CachedTargets:
         Raises UserError if the targets are of other data, or lack a field.
         """
         samples = training.dataset.shards.sizes if training.dataset else None
-        fields = needed(timetable, self._fields, training.section)
+        fields = needed(timetable, self._fields, training)
         self.reader.check(training.fingerprint, samples, fields)
-        training.bring_along(self.reader, lambda step: self._fields(timetable.curriculum.at(step)))
+        self.sizes = sizes = training.sizes
+
+        def fields_at(step: int) -> tuple[str, ...]:
+            names = self._fields(timetable.curriculum.at(step))
+            return tuple(sized(name, sizes.at(step), sizes) for name in names)
+
+        training.bring_along(self.reader, fields_at)
 
     def hold_weights(self) -> None:
         """Convert the live teacher's weights to its precision, if there is one."""
@@ -64,9 +72,10 @@ class CachedTargets:
             return self.live(images, phase)
         tensors = {}
         for name in self._fields(phase):
-            field = self.reader.manifest.fields[name]
+            stored = sized(name, images.shape[-1], self.sizes)
+            field = self.reader.manifest.fields[stored]
             if records:
-                tensors[name] = field.decode(records[name].to(images.device, non_blocking=True))
+                tensors[name] = field.decode(records[stored].to(images.device, non_blocking=True))
             else:
                 tensors[name] = field.blank(len(images), images.device)
         return targets_from(tensors)
@@ -103,14 +112,15 @@ def targets_from(fields: Mapping[str, Tensor]) -> Targets:
 
 
 def needed(
-    timetable: Timetable, fields: Callable[[Phase], Sequence[str]], section: config.Data
+    timetable: Timetable, fields: Callable[[Phase], Sequence[str]], training: TrainingData
 ) -> dict[str, set[int]]:
     """The fields of the stored targets that a run reads, with the views in which it reads them."""
+    section, sizes = training.section, training.sizes
     views_of_fields: dict[str, set[int]] = {}
     for phase in timetable.curriculum.phases():
-        epochs = {step // timetable.steps_per_epoch for step in timetable.steps_of(phase)}
-        for field in fields(phase):
-            views_of_fields.setdefault(field, set()).update(
-                view_of(section, epoch, repeat) for epoch in epochs for repeat in range(section.repeats)
-            )
+        steps = timetable.steps_of(phase)
+        for epoch, size in sorted({(step // timetable.steps_per_epoch, sizes.at(step)) for step in steps}):
+            views = {view_of(section, epoch, repeat) for repeat in range(section.repeats)}
+            for field in fields(phase):
+                views_of_fields.setdefault(sized(field, size, sizes), set()).update(views)
     return views_of_fields

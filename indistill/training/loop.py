@@ -178,7 +178,8 @@ class Run:
     def _blank_loss(self, phase: Phase, samples: int = 2, dtype: torch.dtype = torch.uint8) -> Tensor:
         """Compute a phase's loss on black images; its graph contains the parameters that it trains."""
         device = self.accelerator.device
-        images = torch.zeros(samples, *config.input_size(self.settings), dtype=dtype, device=device)
+        size = self.training.sizes.at(int(phase.start))
+        images = torch.zeros(samples, 3, size, size, dtype=dtype, device=device)
         labels = torch.zeros(samples, dtype=torch.int64, device=device)
         targets = self.targets_of(images, phase)
         output = self.student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from indistill import config, prune
-from indistill.config import Config, UserError
+from indistill.config import Config, UserError, in_one_line
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.config.tree import input_size
@@ -136,7 +136,7 @@ class _Builder:
         settings = self.settings
         student, kd_stages = self.student(teacher.net, plan)
         teacher.stages = [pair.teacher_stage for pair in plan.pairs]
-        cohort = Heads.load(section.heads, teacher, settings.data.image_size) if section.heads else None
+        cohort = Heads.load(section.heads, teacher, settings.data.full_size) if section.heads else None
         check_cohort(settings.kd.losses, len(cohort.stages) if cohort else 0)
         targets = LiveTargets(
             teacher,
@@ -189,7 +189,7 @@ def check_fit(settings: Config) -> None:
     settings = settings.model_copy(update={"student": settings.student.model_copy(update=bare)})
     student = create_student(settings)
     teacher = timm_model.create(
-        teacher_section, settings.data.num_classes, settings.data.image_size, "teacher"
+        teacher_section, settings.data.num_classes, settings.data.full_size, "teacher"
     )
     if reads(settings.kd.losses, "features"):
         choose_pairs(settings, teacher, student)
@@ -214,17 +214,39 @@ def trainable(settings: Config, student: Network) -> Network:
 def create_student(settings: Config) -> TimmModel:
     """Create the bare timm model. Raises UserError if a loss needs a distillation token that it lacks."""
     assert settings.student is not None  # the config requires it unless stage is heads
-    net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
+    net = timm_model.create(settings.student, settings.data.num_classes, settings.data.full_size, "student")
     for loss in settings.kd.losses:
         if "token" in loss.reads and not hasattr(net, "set_distilled_training"):
             raise UserError(
                 f"kd.losses: {loss.name} needs a student with a distillation token, {settings.student.name} "
                 "has none: choose one such as deit_tiny_distilled_patch16_224"
             )
+    check_sizes(settings, net, "student")
     if has_single_images(settings):
         with refusing_single_values(settings), torch.random.fork_rng(devices=[]):
             copy.deepcopy(net).train()(torch.zeros(1, *input_size(settings)))
     return net
+
+
+@torch.no_grad()
+def check_sizes(settings: Config, net: TimmModel, role: str) -> None:
+    """Raise UserError if a network cannot take images of every size of progressive resolution."""
+    section = settings.data.image_size
+    if isinstance(section, int):
+        return
+    example = next(net.parameters())
+    training = net.training
+    net.eval()
+    for size in range(section.from_, section.to, config.SIZE_STEP):
+        try:
+            net(torch.zeros(1, 3, size, size, device=example.device, dtype=example.dtype))
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{role}: cannot take {size} px images (data.image_size: from {section.from_} to "
+                f"{section.to}): {in_one_line(error, 200)}: choose another network or other sizes; a ViT of "
+                f"timm takes several with {role}.kwargs: {{dynamic_img_size: true}}"
+            ) from None
+    net.train(training)
 
 
 def has_single_images(settings: Config) -> bool:
@@ -258,7 +280,8 @@ def create_teacher(settings: Config) -> Network:
     assert section is not None  # a teacher is created only for a config that has one
     if section.checkpoint:
         class_names.check_weights(class_names.of_weights(section.checkpoint), settings.data, "teacher")
-    net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "teacher")
+    net = timm_model.create(section, settings.data.num_classes, settings.data.full_size, "teacher")
+    check_sizes(settings, net, "teacher")
     if section.pretrained:
         names = class_names.of_pretrained(net.pretrained_cfg, section.name)
         class_names.check_weights(names, settings.data, "teacher")
@@ -276,7 +299,7 @@ def heads(accelerator: Accelerator, settings: Config) -> Heads:
     stages = settings.heads.stages
     if stages == "auto":
         stages = [stage for stage, _ in match_stages(teacher.net, teacher.net)]
-    return Heads(teacher, stages, settings.heads.pool, settings.data.image_size).to(accelerator.device)
+    return Heads(teacher, stages, settings.heads.pool, settings.data.full_size).to(accelerator.device)
 
 
 def choose_pairs(

@@ -32,7 +32,7 @@ def checkpoints(here: Here) -> Said:
         if here.rank or settings.student is None:
             continue
         section = settings.student.model_copy(update={"pretrained": False, "checkpoint": None})
-        student = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "student")
+        student = timm_model.create(section, settings.data.num_classes, settings.data.full_size, "student")
         weights = sum(value.nbytes for value in student.state_dict().values())
         one = weights * (1 if settings.ema is None else 2)
         one += state_bytes(optim.create(student, settings.optimizer))

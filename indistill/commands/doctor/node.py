@@ -145,7 +145,7 @@ def shared_memory(here: Here) -> Said:
 def _batches_bytes(settings: Config, world: int) -> int:
     """Bytes of all batches of one rank's loaders; training keeps its batches during an evaluation."""
     section = settings.data
-    image = 3 * section.image_size**2
+    image = 3 * section.full_size**2
     batch = section.global_batch // (world * settings.grad_accumulation)
     size = batch * image
     if section.eval is not None:

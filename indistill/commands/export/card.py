@@ -54,7 +54,7 @@ def card(source: Source, network: Network, *, form: str, command: str, checked: 
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {architecture}, a distilled student",
         _weights(source, net),
-        f"```python\n{_usage(form, architecture, settings.data.image_size)}\n```",
+        f"```python\n{_usage(form, architecture, settings.data.full_size)}\n```",
         f"**Input.** {_input(source, network, form)}",
         f"**Teacher.** {_teacher(settings)}",
         f"**Method.** {_method(source)}",
@@ -105,7 +105,7 @@ def _input(source: Source, network: Network, form: str) -> str:
         images = "uint8 RGB images, resized and cropped; it normalises them itself"
     preprocessing = find_preprocessing(network, source)
     view = evaluation_view(source.settings)
-    size = source.settings.data.image_size
+    size = source.settings.data.full_size
     return (
         f"{images}. {_RESIZED[view.crop_mode]} resized to {int(size / view.crop_pct)} pixels "
         f"({view.interpolation}), the centre of {size} x {size} cut out; mean {list(preprocessing['mean'])}, "

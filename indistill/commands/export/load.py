@@ -124,7 +124,7 @@ def load_file(settings: Config, path: Path) -> Network:
     """Load the config's student with the weights of a file."""
     assert settings.student is not None  # the callers refuse runs that train none
     section = settings.student.model_copy(update={"checkpoint": str(path), "pretrained": False})
-    net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "student")
+    net = timm_model.create(section, settings.data.num_classes, settings.data.full_size, "student")
     return Network(net, normalisation(net, section, "student"))
 
 
@@ -146,7 +146,7 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
         raise UserError(
             f"{folder}: has no readable {'onnx' if onnx else 'torch'} export ({reason}): export the run again"
         ) from None
-    size = settings.data.image_size
+    size = settings.data.full_size
     try:
         classes_found = run(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
     except Exception:
@@ -209,7 +209,7 @@ def _onnx_record(session: Any) -> PretrainedConfig:
 def _pretrained(name: str, settings: Config) -> Network:
     """Load a timm model with its own weights."""
     section = _named(name)
-    net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "eval")
+    net = timm_model.create(section, settings.data.num_classes, settings.data.full_size, "eval")
     return Network(net, normalisation(net, section, "eval"))
 
 

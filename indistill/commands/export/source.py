@@ -95,7 +95,7 @@ def find_preprocessing(network: Network, source: Source) -> dict[str, Any]:
         network.net, source.student, "student"
     )  # not the network's, which are rounded to float32
     return {
-        "image_size": source.settings.data.image_size,
+        "image_size": source.settings.data.full_size,
         "crop_pct": view.crop_pct,
         "crop_mode": view.crop_mode,
         "interpolation": view.interpolation,

@@ -135,7 +135,7 @@ def _images(settings: Config) -> tuple[Tensor, str]:
             flush=True,
         )
         random = torch.Generator().manual_seed(0)
-        shape = (_CHECKED_IMAGES, 3, section.image_size, section.image_size)
+        shape = (_CHECKED_IMAGES, 3, section.full_size, section.full_size)
         return torch.randint(256, shape, dtype=torch.uint8, generator=random), "random images"
 
 
@@ -213,7 +213,7 @@ def _write_timm(network: Network, source: Source, folder: Path) -> None:
 
 def _write_onnx(network: Network, source: Source, folder: Path) -> None:
     deployed = _Deployed(network).eval()
-    arguments, dynamic = deployed.arguments(source.settings.data.image_size)
+    arguments, dynamic = deployed.arguments(source.settings.data.full_size)
     with contextlib.redirect_stdout(None):  # torch prints its progress
         program = torch.onnx.export(
             deployed,
@@ -233,7 +233,7 @@ def _write_onnx(network: Network, source: Source, folder: Path) -> None:
 
 def _write_torch(network: Network, source: Source, folder: Path) -> None:
     deployed = _Deployed(network).eval()
-    arguments, dynamic = deployed.arguments(source.settings.data.image_size)
+    arguments, dynamic = deployed.arguments(source.settings.data.full_size)
     program = torch.export.export(deployed, arguments, dynamic_shapes=dynamic)
     metadata = json.dumps(_metadata(network, source))
     torch.export.save(program, str(folder / FILES["torch"]), extra_files={"metadata.json": metadata})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from indistill.commands.plan.network import BUCKET, communication_seconds, step_
 from indistill.commands.plan.result import Estimate, Pair, PhaseCost, Scale
 from indistill.config import Config
 from indistill.config.run_dir import RunDir, weights_file
-from indistill.curriculum import Phase, Timetable
+from indistill.curriculum import ImageSizes, Phase, Timetable
 from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
 from indistill.data.stream import StreamedTraining
 from indistill.distributed import environment
@@ -37,6 +37,7 @@ from indistill.models.timm_model import NoWeights
 from indistill.models.trainable import Trainable
 from indistill.targets.cost import SEEN, Choice, Work, decide, measure, phase_steps, record_bytes
 from indistill.targets.live import LiveTargets
+from indistill.targets.records import sized
 from indistill.training import optim, parts
 
 NODES = (1, 2, 8, 64)
@@ -131,13 +132,21 @@ class _Costs:
     def measured(cls, settings: Config, built: _Built, timetable: Timetable, world: int) -> _Costs:
         """Measure the work of all phases that have steps."""
         objective = Objective(settings.kd.losses, timetable.steps_per_epoch, settings.kd.relational_scope)
-        works = {
-            phase: measure(
-                settings, built.student, targets_of=built.targets_of, objective=objective, phase=phase
-            )
-            for phase in timetable.curriculum.phases()
-            if phase_steps(phase, timetable)
-        }
+        sizes = ImageSizes.of(settings, timetable.steps_per_epoch)
+        works = {}
+        for phase in timetable.curriculum.phases():
+            steps = timetable.steps_of(phase)
+            for part, size in sizes.parts(phase, steps) if steps else ():
+                data = settings.data.model_copy(update={"image_size": size})
+                work = measure(
+                    settings.model_copy(update={"data": data}),
+                    built.student,
+                    targets_of=built.targets_of,
+                    objective=objective,
+                    phase=part,
+                )
+                targets = {sized(name, size, sizes): shape for name, shape in work.targets.items()}
+                works[part] = replace(work, targets=targets)
         return cls(settings, built, timetable, world, works, decide(settings, works, timetable))
 
     @property

@@ -70,7 +70,7 @@ def size(section: config.Model, data: config.Data) -> dict[str, int]:
     with torch.device("meta"), torch.no_grad():
         net = _create(section, data)
         with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, 3, data.image_size, data.image_size))
+            net(torch.empty(1, 3, data.full_size, data.full_size))
     return {"parameters": sum(p.numel() for p in net.parameters()), "flops": counter.get_total_flops()}
 
 
@@ -96,7 +96,7 @@ def speed(sections: Mapping[str, config.Model], settings: Config) -> dict[str, A
         }
     nets = {role: net.to(device).eval() for role, net in nets.items()}
     batch = _BATCH[device.type]
-    side = settings.data.image_size
+    side = settings.data.full_size
     images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
     with torch.inference_mode(), torch.autocast(device.type, DTYPES[precision], enabled=precision != "no"):
         rounds = _rounds(nets, images)
