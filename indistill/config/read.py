@@ -79,6 +79,8 @@ def _message(errors: list[Any]) -> str:
     """
     texts = []
     words: list[str] = []
+    # Where a number or a section may stand, only the errors of the one that is there help.
+    errors = [error for error in errors if error["type"] not in ("model_type", "int_type")] or errors
     for error in errors:
         text = error["msg"].removeprefix("Value error, ")
         match error["type"]:

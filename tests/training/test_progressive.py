@@ -189,6 +189,8 @@ def test_plan_counts_each_size(growing):
         ),
         ({"from": 128, "to": 224}, "data.image_size.until: Field required"),
         ({"form": 128, "to": 224, "until": 1}, "unknown key 'form'; the nearest valid key is 'from'"),
+        (9999, "data.image_size: Input should be less than or equal to 8192"),
+        ({"from": 32, "to": 64, "until": 1, "x": 2}, "data.image_size: unknown key 'x'"),
         ({"from": True, "to": 224, "until": 1}, "data.image_size.from: Input should be a valid number"),
         (
             {"from": 128, "to": 224, "until": "some time"},

@@ -32,6 +32,7 @@ from indistill.commands.doctor.findings import (
 )
 from indistill.config import Config, UserError, in_one_line
 from indistill.config.run_dir import weights_file
+from indistill.curriculum import ImageSizes
 from indistill.data import class_names, overlap, remote, shards
 from indistill.data.dataset import open_shards
 from indistill.data.index import index_files, load_index
@@ -156,6 +157,8 @@ def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str
         known_sizes = sizes if complete else [2**40]  # more than any batch needs
         order = sample_order(section, settings.seed, known_sizes, settings.kd.mixing)
         order.check(section.global_batch, here.world)
+        if complete:
+            ImageSizes.of(settings, order.steps_per_epoch(section.global_batch))
     if not damaged:
         what = f"{len(paths)} {counted_word('shard', paths)}"
         if complete:
