@@ -53,8 +53,10 @@ def compressed(path: str) -> bool:
 
 
 # --- the index ----------------------------------------------------------------------------------------------
-def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None = None) -> Index:
-    """Load the shard's index; build and save it first if there is none.
+def load_index(
+    path: str, cache_dir: str | None = None, cache: ShardCache | None = None, *, save: bool = True
+) -> Index:
+    """Load the shard's index; build it first if there is none, and `save` it.
 
     Raises UserError if it does not fit.
     """
@@ -68,7 +70,7 @@ def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None
             problem = changed(path, f"it has {size} bytes, its index {file} says {index.bytes}")
     if problem:
         raise UserError(problem)
-    return build_index(path, cache_dir, cache)
+    return build_index(path, cache_dir, cache, save=save)
 
 
 def _stored_index(path: str, file: str, cache: ShardCache | None) -> Index | None:
@@ -83,7 +85,12 @@ def _stored_index(path: str, file: str, cache: ShardCache | None) -> Index | Non
 
 
 def build_index(
-    path: str, cache_dir: str | None = None, cache: ShardCache | None = None, *, hashed: bool = False
+    path: str,
+    cache_dir: str | None = None,
+    cache: ShardCache | None = None,
+    *,
+    hashed: bool = False,
+    save: bool = True,
 ) -> Index:
     """Index a shard and save the index. Raises UserError if the tar is damaged or a label is malformed.
 
@@ -104,7 +111,8 @@ def build_index(
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: cannot be indexed: {error}") from None
-    _save_index(index_files(path, cache_dir)[0], index)
+    if save:
+        _save_index(index_files(path, cache_dir)[0], index)
     return index
 
 
@@ -202,10 +210,13 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
     if type(stored["bytes"]) is not int:
         raise ValueError("bytes is not an integer")
     index = make_index(stored["bytes"], **lists, sha256=stored.get("sha256"))
-    ends = index.offsets + index.sizes
+    order = np.argsort(index.offsets, kind="stable")  # links lead to bytes elsewhere, and several to the same
+    begins = index.offsets[order]
+    ends = begins + index.sizes[order]
+    same = (begins[1:] == begins[:-1]) & (ends[1:] == ends[:-1])
     if index.sizes.min() < 0 or index.sizes.max() > MAX_IMAGE_BYTES:
         raise ValueError(f"a size is not from 0 to {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)")
-    if index.offsets[0] < BLOCK or (index.offsets[1:] < ends[:-1] + BLOCK).any():
+    if begins[0] < BLOCK or not (same | (begins[1:] >= ends[:-1] + BLOCK)).all():
         raise ValueError("the images overlap")
     if not packed and ends[-1] > index.bytes:
         raise ValueError("an image ends behind the end of the shard")
@@ -249,10 +260,10 @@ def malformed_label(key: str, content: bytes) -> str:
     return f"{key}.cls holds {content[:20]!r}: a label is a non-negative integer"
 
 
-def label_problem(label: int, num_classes: int) -> str | None:
+def label_problem(key: str, label: int, num_classes: int) -> str | None:
     """Why training rejects a sample with this label (-1: no label); None if it accepts it."""
     if label < 0:
-        return f"has no label: {LABEL_REMEDY}"
+        return f"has no label, because there is no {key}.cls: {LABEL_REMEDY}"
     if label >= num_classes:
         return f"label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
     return None
@@ -269,7 +280,7 @@ class Others:
 
     def __init__(self) -> None:
         self.extensions = Counter[str]()  # of members that are neither images nor labels
-        self.problem = ""  # describes members that look like images or labels; set when all are read
+        self.unread: list[str] = []  # members that look like images or labels; set when all are read
         self._alike: dict[str, str] = {}  # name that ends like that of an image or a label -> key
 
     def add(self, key: str, name: str, extension: str) -> None:
@@ -283,27 +294,20 @@ class Others:
         if alike and len(self._alike) < MAX_SHARD_SAMPLES:
             self._alike[name] = key
 
-    def end(self, keys: Container[str], links: Sequence[str]) -> None:
+    def end(self, keys: Container[str]) -> None:
         """Find what looks like images or labels and belongs to none of the samples `keys`."""
-        parts = []
-        if names := [name for name, key in self._alike.items() if key not in keys]:
-            parts.append(
-                f"{len(names)} images or labels belong to no sample, because the key of a name ends at its "
-                f"first dot ({shown(names)}): rename them, with one dot each"
-            )
-        if problem := links_problem(links):
-            parts.append(problem)
-        self.problem = "; ".join(parts)
+        self.unread = [name for name, key in self._alike.items() if key not in keys]
 
-
-def links_problem(links: Sequence[str]) -> str | None:
-    """Describe the links among a tar's members that have the names of images or labels, if there are any."""
-    if not (links := [link for link in links if link.lower().endswith((*IMAGE_EXTENSIONS, ".cls"))]):
-        return None
-    return (
-        f"{len(links)} images or labels are links, which are not read ({shown(links)}): write the tar again "
-        "with `tar --dereference --hard-dereference`"
-    )
+    @property
+    def problem(self) -> str:
+        """Describes `unread`; empty if there is none."""
+        if not self.unread:
+            return ""
+        return (
+            f"{len(self.unread)} images or labels belong to no sample, because the key of a name ends at its "
+            f"first dot ({shown(self.unread)}): rename them, with one dot each, or let `indistill shards pack` "
+            "do so"
+        )
 
 
 # --- reading tars -------------------------------------------------------------------------------------------
@@ -317,7 +321,7 @@ class ImageOrLabel(NamedTuple):
 
     key: str
     extension: str
-    offset: int  # of the content
+    offset: int  # of the content; -1: of an image that is reported already
     size: int
     content: bytes  # b"" for an image that is not loaded; of a label at most MAX_LABEL_BYTES + 1 bytes
 
@@ -365,19 +369,13 @@ def samples_of(
         if len(seen) > MAX_SHARD_SAMPLES:
             refuse("", _TOO_MANY)
         image, label = _image_and_label(key, group, report, repeated)
-        if image is not None:
+        if image is not None and image.offset >= 0:
             yield key, (image.offset, image.size), image.content, -1 if label is None else label
-        elif label is not None:
-            report(key, _no_image(key, tar.links))
-    others.end(seen, tar.links)
+        elif image is None and label is not None:
+            report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
+    others.end(seen)
     if not seen and (others.problem or not may_be_empty):
         refuse("", f"holds no sample: {others.problem or SAMPLE}")
-
-
-def _no_image(key: str, links: Sequence[str]) -> str:
-    """The problem of a sample that has only a label."""
-    problem = links_problem([link for link in links if link.startswith(f"{key}.")])
-    return f"sample '{key}' has a .cls but no image ({problem or ', '.join(IMAGE_EXTENSIONS)})"
 
 
 def _image_and_label(
@@ -410,21 +408,30 @@ def images_and_labels(
 ) -> Iterator[ImageOrLabel]:
     """Yield every image and label; without `load`, images have no content.
 
-    report: called with the key and the problem of an image that is too large, which is left out.
+    report: called with the key and the problem of an image that is too large and of a link that cannot be
+        followed; the image then has the offset -1, and the label is left out.
     others: counts all other files.
     """
-    for name, offset, size in tar:
+    for member in tar:
         # WebDataset's rule: the key ends at the first dot of the base name, and the rest is the extension.
-        folder, slash, base = name.rpartition("/")
+        folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         extension = extension.lower()
         key = f"{folder}{slash}{stem}"
-        if not stem or _META.match(name) or (extension != "cls" and extension not in IMAGE_EXTENSIONS):
+        is_label = extension == "cls"
+        if not stem or _META.match(member.name) or not (is_label or extension in IMAGE_EXTENSIONS):
             if others is not None:
-                others.add(key, name, extension)
-        elif extension == "cls":
-            yield ImageOrLabel(key, extension, offset, size, tar.content(MAX_LABEL_BYTES + 1))
-        elif size > MAX_IMAGE_BYTES:
-            report(key, f"{key}.{extension} has {size} bytes, more than {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)")
-        else:
-            yield ImageOrLabel(key, extension, offset, size, tar.content(size) if load else b"")
+                others.add(key, member.name, extension)
+            continue
+        try:
+            _, offset, size, _ = tar.follow(member)
+            if size > MAX_IMAGE_BYTES and not is_label:
+                size_limit = f"more than {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)"
+                raise LookupError(f"{key}.{extension} has {size} bytes, {size_limit}")
+        except LookupError as error:
+            report(key, str(error))
+            if not is_label:
+                yield ImageOrLabel(key, extension, -1, 0, b"")
+            continue
+        most = MAX_LABEL_BYTES + 1 if is_label else size if load else 0
+        yield ImageOrLabel(key, extension, offset, size, tar.content(most))

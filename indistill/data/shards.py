@@ -18,7 +18,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -100,10 +100,7 @@ class ShardSet:
         index = self._indices[shard]
         row = sample_id - self._first_ids[shard]
         if compressed(path):
-            raise UserError(
-                f"{path}: a compressed shard cannot be read at random: set data.in_memory: true, "
-                "or pack it again with `indistill shards pack`"
-            )
+            refuse_compressed(path)
         offset = int(index.offsets[row])
         size = int(index.sizes[row])
         key = decoded(index.keys[row])
@@ -214,6 +211,14 @@ class ShardSet:
                 self._files.pop(oldest, None)  # closed when the last thread that reads from it drops it
             self._files[shard] = file
         return file
+
+
+def refuse_compressed(path: str) -> NoReturn:
+    """Raise UserError for a shard in which single samples cannot be found."""
+    raise UserError(
+        f"{path}: a compressed shard cannot be read at random: set data.in_memory: true, "
+        "or pack it again with `indistill shards pack`"
+    )
 
 
 def expand(urls: str | Sequence[str], root: str | None = None) -> list[str]:

@@ -5,6 +5,7 @@ import gzip
 import io
 import logging
 import lzma
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 from tars import picture, write_tar
 
 from indistill.config import UserError
-from indistill.data import verify
-from indistill.data.index import build_index, load_index
-from indistill.data.shards import expand
+from indistill.data import packing, verify
+from indistill.data.index import build_index, load_index, samples_of
+from indistill.data.shards import ShardSet, expand
+from indistill.data.stream import read_shard
 from indistill.data.tar import Tar
 
 
@@ -24,19 +26,18 @@ def members(keys, dotted=()):
     return pairs + [(name, b"x") for name in dotted]
 
 
-def tar_with_links(path, targets):
-    """A tar with the image 0.jpg, links to it, and a label for each. Hard links are what GNU tar writes."""
-    with tarfile.open(path, "w") as tar:
-        for name, kind in {"0": tarfile.REGTYPE, **targets}.items():
-            for extension, content in (("jpg", picture(0)), ("cls", b"1")):
-                member = tarfile.TarInfo(f"{name}.{extension}")
-                if extension == "jpg" and kind != tarfile.REGTYPE:
-                    member.type = kind
-                    member.linkname = "0.jpg"
-                    tar.addfile(member)
-                else:
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+SOFT, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
+
+
+def tar_with_links(path, links, form=tarfile.PAX_FORMAT, files=("0.jpg", "0.cls")):
+    """A tar with files, and links of (name, kind, target)."""
+    contents = {"jpg": picture(0), "cls": b"1"}
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, kind, target in [(name, tarfile.REGTYPE, "") for name in files] + links:
+            member = tarfile.TarInfo(name)
+            content = contents.get(name[-3:], b"") if kind == tarfile.REGTYPE else b""
+            member.type, member.linkname, member.size = kind, target, len(content)
+            tar.addfile(member, io.BytesIO(content))
     return str(path)
 
 
@@ -82,17 +83,117 @@ def test_a_shard_whose_names_all_have_several_dots_says_so(tmp_path):
     assert len(verify.verify(path).bad) == 1
 
 
-@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_links_are_named_with_a_remedy(tmp_path, kind):
-    path = tar_with_links(tmp_path / "x.tar", {"1": kind})
-    message = r"sample '1' has a \.cls but no image .1 images or labels are links, .*--hard-dereference"
+LONG = "far/" + 40 * "folder/" + "image.jpg"
+LINKS = [
+    ("1.jpg", HARD, "0.jpg"),  # as GNU tar writes a second name of a file
+    ("1.cls", HARD, "./0.cls"),
+    ("d/2.jpg", SOFT, "../0.jpg"),
+    ("d/2.cls", SOFT, "3.cls"),  # to a file behind it
+    ("d/3.jpg", SOFT, "2.jpg"),  # through another link
+]
+FILES = ("0.jpg", "0.cls", "blobs/8f3a", LONG)
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_links_in_a_tar_are_followed_as_tarfile_does(tmp_path, form):
+    path = tmp_path / "x.tar"
+    links = [*LINKS, ("d/3.cls", HARD, "0.cls"), ("4.jpg", HARD, LONG), ("4.cls", SOFT, "0.cls")]
+    tar_with_links(path, links, form, FILES)
+    expected = []
+    with tarfile.open(path) as tar:
+        for key in ("0", "1", "d/2", "d/3", "4"):
+            image, label = (tar.extractfile(f"{key}.{kind}").read() for kind in ("jpg", "cls"))
+            expected.append((key, image, int(label)))
+    expected.insert(1, (LONG[:-4], picture(0), -1))
+    for _ in range(2):  # the second time from the stored index
+        assert list(ShardSet(str(path)).iterate()) == expected
+    content = verify.verify(str(path))
+    assert (content.bad, content.images, content.labels) == ([], 6, {1: 5})
+
+    packed = packing.pack_source(str(path), tmp_path / "packed")
+    assert packed["samples"] == 6
+    with tarfile.open(tmp_path / "packed" / "shard-000000.tar") as tar:
+        assert all(member.isreg() for member in tar)
+    assert list(ShardSet(str(tmp_path / "packed" / "*.tar")).iterate()) == expected
+
+
+def test_links_in_a_stream_are_followed_where_it_can_go_back(tmp_path):
+    links = [*LINKS, ("d/3.cls", HARD, "0.cls")]
+    path = tar_with_links(tmp_path / "x.tar", links, files=FILES[:2])
+    expected = [(sample.key, sample.image, sample.label) for sample in ShardSet(path).iterate()]
+    assert len(expected) == 4
+    assert list(read_shard(path, 2)) == expected
+    Path(f"{path}.gz").write_bytes(gzip.compress(Path(path).read_bytes()))
+    message = r"1\.jpg is a link, .*not compressed: decompress it$"
     with pytest.raises(UserError, match=message):
-        build_index(path)
-    problems = [bad.problem for bad in verify.verify(path).bad]
-    assert len(problems) == 2
-    assert all(
-        "1 images or labels are links, which are not read ('1.jpg')" in problem for problem in problems
+        list(read_shard(f"{path}.gz", 2))
+    with pytest.raises(UserError, match=message):
+        build_index(f"{path}.gz")
+    with (
+        open(path, "rb") as stream,
+        pytest.raises(UserError, match=r"1\.jpg is a link, .* shards pack` on it"),
+    ):
+        list(samples_of(Tar(path, OneWay(stream), strict=False)))
+
+
+class OneWay(io.RawIOBase):
+    """What comes from a server or a command."""
+
+    def __init__(self, stream):
+        self.read = stream.read
+
+    def seekable(self):
+        return False
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        [("1.jpg", SOFT, "gone.jpg")],
+        [("1.jpg", HARD, "gone.jpg")],
+        [("1.jpg", SOFT, "../0.jpg")],  # out of the tar
+        [("1.jpg", SOFT, "/etc/passwd")],
+        [("1.jpg", SOFT, "2.txt"), ("2.txt", SOFT, "1.jpg")],  # in a circle
+        [("1.jpg", SOFT, "1.jpg")],
+        [("1.jpg", SOFT, "d"), ("d", tarfile.DIRTYPE, "")],
+    ],
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_links_that_lead_to_no_file_of_the_tar_are_refused_alike(tmp_path, links, labelled):
+    path = tar_with_links(tmp_path / "x.tar", links, files=("0.jpg", "0.cls", *["1.cls"] * labelled))
+    message = r"x\.tar: 1\.jpg is a link to \S+, which is no file in this tar: write .*--dereference"
+    for read in (build_index, ShardSet, lambda path: list(read_shard(path, 2))):
+        with pytest.raises(UserError, match=message):
+            read(path)
+    with pytest.raises(UserError, match=message):
+        packing.pack_source(path, tmp_path / "packed")
+    (bad,) = verify.verify(path).bad
+    assert bad.key == "1"
+    assert bad.problem.startswith("1.jpg is a link to ")
+
+
+def test_links_that_are_no_images_or_labels_may_lead_anywhere(tmp_path):
+    links = [("README.md", SOFT, "/docs/README.md"), ("d/._a.jpg", SOFT, "gone"), ("latest", SOFT, "gone")]
+    path = tar_with_links(tmp_path / "x.tar", links)
+    assert len(build_index(path).keys) == 1
+    assert verify.verify(path).bad == []
+
+
+@pytest.mark.parametrize("program", ["--format=gnu", "--format=posix"])
+def test_sparse_members_are_named(tmp_path, program):
+    path = tmp_path / "x.tar"
+    with open(tmp_path / "hole.jpg", "wb") as file:
+        file.write(picture(0))
+        file.truncate(10_000_000)
+    subprocess.run(
+        ["tar", program, "--sparse", "-C", tmp_path, "-cf", path, "hole.jpg"], check=True, timeout=60
     )
+    message = r"x\.tar: hole\.jpg is a sparse member at byte \d+: write the tar without --sparse"
+    for read in (build_index, lambda path: list(read_shard(path, 2))):
+        with pytest.raises(UserError, match=message):
+            read(str(path))
+    (bad,) = verify.verify(str(path)).bad
+    assert "hole.jpg is a sparse member" in bad.problem
 
 
 @pytest.mark.parametrize(

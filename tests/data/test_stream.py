@@ -138,7 +138,7 @@ def test_a_shard_cut_inside_a_member_is_named(section, tmp_path):
     ("members", "message"),
     [
         ([("k.cls", b"0;1")], r"bad-0\.tar: k\.cls holds b'0;1': a label is a non-negative integer"),
-        ([("k.txt", b"1")], r"sample k: has no label: write it into KEY\.cls"),
+        ([("k.txt", b"1")], r"sample k: has no label, because there is no k\.cls: write it into KEY\.cls"),
         ([("k.cls", b"10")], r"sample k: label 10 is none of the data\.num_classes, 0 to 9"),
     ],
 )
