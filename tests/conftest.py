@@ -226,7 +226,9 @@ def _stacks():
     return tempfile.NamedTemporaryFile("r")
 
 
-def _main(function: Callable, arguments: tuple, rank: int | None, world: int, port: int, stacks: str) -> None:
+def _main(
+    function: Callable, arguments: tuple, rank: int | None, world: int, port: int, stacks: str
+) -> None:
     faulthandler.enable(open(stacks, "a"))
     if rank is not None:
         os.environ.update(

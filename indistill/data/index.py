@@ -1,5 +1,6 @@
 """Index a shard: the offset, size and label of each of its samples."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -7,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -60,6 +61,14 @@ def load_index(
 
     Raises UserError if it does not fit.
     """
+    index = _fitting_index(path, cache_dir, cache)
+    if index is None:
+        index = build_index(path, cache_dir, cache) if save else read_index(path, cache)
+    return index
+
+
+def _fitting_index(path: str, cache_dir: str | None, cache: ShardCache | None) -> Index | None:
+    """The shard's index that is saved, if any. Raises UserError if it does not fit."""
     problem = None
     remote_cache = cache if is_remote(path) else None
     for file in index_files(path, cache_dir):
@@ -70,7 +79,7 @@ def load_index(
             problem = changed(path, f"it has {size} bytes, its index {file} says {index.bytes}")
     if problem:
         raise UserError(problem)
-    return build_index(path, cache_dir, cache, save=save)
+    return None
 
 
 def _stored_index(path: str, file: str, cache: ShardCache | None) -> Index | None:
@@ -90,30 +99,73 @@ def build_index(
     cache: ShardCache | None = None,
     *,
     hashed: bool = False,
-    save: bool = True,
 ) -> Index:
     """Index a shard and save the index. Raises UserError if the tar is damaged or a label is malformed.
 
     hashed: record the shard's SHA-256, so that it is checked when the shard is fetched.
     """
+    index = read_index(path, cache, hashed=hashed)
+    _save_index(index_files(path, cache_dir)[0], index)
+    return index
+
+
+def read_index(path: str, cache: ShardCache | None, *, hashed: bool = False) -> Index:
+    """The index of a shard, read from the shard as `build_index` does, but not saved."""
+    with _errors_named(path, cache), open_shard(path, cache) as stream:
+        others = Others()
+        rows = _rows(read_samples(path, stream, load=False, others=others))
+        if others.problem:
+            log.warning("%s", printable(f"{path}: {others.problem}"))
+        sha256 = sha256_of(stream) if hashed else None
+        return index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
+
+
+def index_to_pack(path: str, cache_dir: str | None, cache: ShardCache | None) -> tuple[Index, dict[str, str]]:
+    """A shard's index, also of images and labels that belong to no sample because of dots in their names.
+
+    Returns the keys of the latter in it, too, by name. The index is read from the shard, and not saved.
+    """
+    stored = _fitting_index(path, cache_dir, cache)
+    size, sha256 = (None, None) if stored is None else (stored.bytes, stored.sha256)
+    with _errors_named(path, cache), open_shard(path, cache, size, sha256) as stream:
+        others = Others()
+        rows = _rows(read_samples(path, stream, load=False, others=others, may_be_empty=True))
+        keys = _keys_without_dots(others.unread, {key for key, *_ in rows})
+        if keys or not rows:
+            stream.seek(0)
+            rows = _rows(read_samples(path, stream, load=False, keys=keys))
+        return index_of(os.fstat(stream.fileno()).st_size, rows, sha256), keys
+
+
+def _keys_without_dots(names: Iterable[str], taken: set[str]) -> dict[str, str]:
+    """A key for each name of an image or a label that differs from those `taken`."""
+    keys: dict[str, str] = {}  # name without its extension -> key
+    for stem in (name.rpartition(".")[0] for name in names):
+        if stem not in keys:
+            folder, slash, base = stem.rpartition("/")
+            key = folder + slash + base.replace(".", "_")
+            while key in taken:
+                key += "_"
+            taken.add(key)
+            keys[stem] = key
+    return {name: keys[name.rpartition(".")[0]] for name in names}
+
+
+@contextlib.contextmanager
+def _errors_named(path: str, cache: ShardCache | None) -> Iterator[None]:
+    """Name a shard that cannot be indexed; its copy in the cache is deleted."""
     try:
-        with open_shard(path, cache) as stream:
-            others = Others()
-            samples = read_samples(path, stream, load=False, others=others)
-            rows = [(key, *span, label) for key, span, _, label in samples]
-            if others.problem:
-                log.warning("%s", printable(f"{path}: {others.problem}"))
-            sha256 = sha256_of(stream) if hashed else None
-            index = index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
+        yield
     except (UserError, ValueError, OSError) as error:
         if cache:
             cache.discard(path)  # so that it is fetched again once it has been repaired
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: cannot be indexed: {error}") from None
-    if save:
-        _save_index(index_files(path, cache_dir)[0], index)
-    return index
+
+
+def _rows(samples: Iterable[tuple[str, tuple[int, int], bytes, int]]) -> list[tuple[str, int, int, int]]:
+    return [(key, *span, label) for key, span, _, label in samples]
 
 
 def sha256_of(stream: IO[bytes]) -> str:
@@ -304,9 +356,9 @@ class Others:
         if not self.unread:
             return ""
         return (
-            f"{len(self.unread)} images or labels belong to no sample, because the key of a name ends at its "
-            f"first dot ({shown(self.unread)}): rename them, with one dot each, or let `indistill shards pack` "
-            "do so"
+            "images or labels belong to no sample, because the key of a name ends at its first dot: "
+            f"{len(self.unread)} ({shown(self.unread)}): rename them, with one dot each, or run "
+            "`indistill shards pack` on the shard, which does so"
         )
 
 
@@ -333,10 +385,12 @@ def read_samples(
     load: bool = True,
     report: Callable[[str, str], None] | None = None,
     others: Others | None = None,
+    may_be_empty: bool = False,
+    keys: Mapping[str, str] = {},
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield the samples of a shard from its file, as `samples_of` does."""
     tar = Tar(path, stream, gzipped=compressed(path), strict=True)
-    return samples_of(tar, load=load, report=report, others=others)
+    return samples_of(tar, load=load, report=report, others=others, may_be_empty=may_be_empty, keys=keys)
 
 
 def samples_of(
@@ -346,12 +400,14 @@ def samples_of(
     report: Callable[[str, str], None] | None = None,
     others: Others | None = None,
     may_be_empty: bool = False,
+    keys: Mapping[str, str] = {},
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield (key, (offset, size) of the image, image, label) of every sample of a shard, in one pass.
 
     load: whether to read images; without it they are b"". A sample without a label has -1.
     report: called with the key and the problem of every malformed sample; by default UserError is raised.
     others: counts the members that belong to no sample.
+    keys: of images and labels, by name, that would belong to none.
 
     Raises UserError for a damaged tar and, unless it `may_be_empty`, for one without samples.
     """
@@ -362,7 +418,7 @@ def samples_of(
     report = report or refuse
     others = others or Others()
     seen = set()
-    members = images_and_labels(tar, load=load, report=report, others=others)
+    members = images_and_labels(tar, load=load, report=report, others=others, keys=keys)
     for key, group in itertools.groupby(members, lambda member: member.key):
         repeated = key in seen
         seen.add(key)
@@ -374,7 +430,7 @@ def samples_of(
         elif image is None and label is not None:
             report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
     others.end(seen)
-    if not seen and (others.problem or not may_be_empty):
+    if not seen and not may_be_empty:
         refuse("", f"holds no sample: {others.problem or SAMPLE}")
 
 
@@ -404,13 +460,19 @@ def _image_and_label(
 
 
 def images_and_labels(
-    tar: Tar, *, load: bool, report: Callable[[str, str], None], others: Others | None = None
+    tar: Tar,
+    *,
+    load: bool,
+    report: Callable[[str, str], None],
+    others: Others | None = None,
+    keys: Mapping[str, str] = {},
 ) -> Iterator[ImageOrLabel]:
     """Yield every image and label; without `load`, images have no content.
 
     report: called with the key and the problem of an image that is too large and of a link that cannot be
         followed; the image then has the offset -1, and the label is left out.
     others: counts all other files.
+    keys: as for `samples_of`.
     """
     for member in tar:
         # WebDataset's rule: the key ends at the first dot of the base name, and the rest is the extension.
@@ -418,6 +480,8 @@ def images_and_labels(
         stem, _, extension = base.partition(".")
         extension = extension.lower()
         key = f"{folder}{slash}{stem}"
+        if member.name in keys:
+            key, extension = keys[member.name], extension.rpartition(".")[2]
         is_label = extension == "cls"
         if not stem or _META.match(member.name) or not (is_label or extension in IMAGE_EXTENSIONS):
             if others is not None:

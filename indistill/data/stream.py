@@ -82,20 +82,24 @@ class StreamedTraining:
 
 
 def read_shard(
-    url: str, num_classes: int, others: Others | None = None, *, load: bool = True
+    url: str, num_classes: int, others: Others, *, load: bool = True
 ) -> Iterator[tuple[str, bytes, int]]:
     """Yield key, image and label of each sample of a streamed shard. `doctor` calls this, too.
 
     Without `load`, images are b"". Raises UserError for a shard that cannot be read, and for a label that is
     not a class.
     """
+    empty = True
     try:
         with remote.open_stream(url) as stream:
             tar = Tar(url, stream, strict=False)
             for key, _, image, label in samples_of(tar, load=load, others=others, may_be_empty=True):
                 if problem := label_problem(key, label, num_classes):
                     raise UserError(f"{url}: sample {key}: {problem}")
+                empty = False
                 yield key, image, label
+        if empty and others.problem:
+            raise UserError(f"{url}: holds no sample: {others.problem}")
     except (OSError, EOFError) as error:
         raise UserError(f"{url}: cannot be read to its end: {error}") from None
 

@@ -2,8 +2,8 @@
 
 `tarfile` does what a header says: it expands sparse files, goes back where a size is negative, follows chains
 of headers as long as they are, and searches PAX headers in quadratic time. This reader takes only what shards
-consist of, files with ordinary or long names and links to them, and refuses the rest. A header's fields and its
-checksum are parsed by `tarfile`.
+consist of, files with ordinary or long names and links to them, and refuses the rest. A header's fields and
+its checksum are parsed by `tarfile`.
 """
 
 from __future__ import annotations
@@ -121,20 +121,21 @@ class Tar:
             file = self._members(member.name).get(file.target)
         if file is None or file.target is not None:
             raise LookupError(
-                f"{member.name} is a link to {member.target}, which is no file in this tar: write the tar again "
-                "with `tar --dereference`, or leave the link out"
+                f"{member.name} is a link to {member.target}, which is no file in this tar: write the tar "
+                "again with `tar --dereference`, or leave the link out"
             )
         self._skip_to(file.offset)
         self._left = file.size
         return file
 
     def _members(self, link: str) -> dict[str, Member]:
-        """All members by name, to follow a `link`. A regular file comes before a link, a later one before an earlier one."""
+        """All members by name, to follow a `link`. Of those with one name, the last regular file counts."""
         if self._named is None:
             if self._size is None:
                 remedy = "decompress it" if self._compressed else "run `indistill shards pack` on it"
                 raise LookupError(
-                    f"{link} is a link, which is followed only in a tar on a disk that is not compressed: {remedy}"
+                    f"{link} is a link, which is followed only in a tar on a disk that is not compressed: "
+                    f"{remedy}"
                 )
             self._named = {}
             for member in Tar(self.path, self._stream, gzipped=False, strict=False):

@@ -119,7 +119,7 @@ def test_names_without_extension_are_found_below_images(tmp_path, capsys):
     packed, summary = pack(tmp_path, tmp_path / "list.csv", images=str(tmp_path / "images"))
     assert packed == dict(zip(content[:2], (0, 1)))
     assert summary["ignored_files"] == 2
-    assert "images: 2 images are not in the list and are left out ('y/3.jpg'" in capsys.readouterr().err
+    assert "images: images that are not in the list, left out: 2 ('y/3.jpg'" in capsys.readouterr().err
     for row, message in (
         ("3,cat", r"line 1: 3 is the name of .*y/3\.jpg and .*z/3\.jpg"),
         ("4,cat", r"line 1: .*images/4 is not an image file .* or --images"),

@@ -10,11 +10,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tars import picture, write_tar
+from tars import picture, tree, write_tar
 
 from indistill.config import UserError
 from indistill.data import packing, verify
-from indistill.data.index import build_index, load_index, samples_of
+from indistill.data.index import Others, build_index, load_index, samples_of
 from indistill.data.shards import ShardSet, expand
 from indistill.data.stream import read_shard
 from indistill.data.tar import Tar
@@ -44,15 +44,55 @@ def tar_with_links(path, links, form=tarfile.PAX_FORMAT, files=("0.jpg", "0.cls"
 def test_names_with_several_dots_are_counted_and_named(tmp_path, caplog):
     path = write_tar(tmp_path / "x.tar", members(["a", "b"], ["s0_0.5.jpg", "s0_0.5.cls", "d.e/s1_1.5.PNG"]))
     (bad,) = verify.verify(path).bad
-    assert bad.problem.startswith("3 images or labels belong to no sample")
-    assert "('s0_0.5.jpg', 's0_0.5.cls', 'd.e/s1_1.5.PNG'): rename them" in bad.problem
+    assert bad.problem.startswith("images or labels belong to no sample, because")
+    assert "first dot: 3 ('s0_0.5.jpg', 's0_0.5.cls', 'd.e/s1_1.5.PNG'): rename them" in bad.problem
     with caplog.at_level(logging.WARNING):
         assert verify.index(path) == {path: 2}
-        assert "x.tar: 3 images or labels belong to no sample" in caplog.text
+        assert "x.tar: images or labels belong to no sample" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_index(path)  # the stored one: each open of a shard does not repeat it
         assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_packing_rewrites_keys_with_dots(tmp_path, capsys, name, indexed, plain):
+    stems = ["s000_0.5", "s000_0.75", "d.e/s1_1.5", "t.1", "v.1.0", "v_1.0"]
+    kinds = ("JPG", "cls")
+    dotted = [
+        (f"{stem}.{kind}", picture(i) if kind == "JPG" else b"%d" % i)
+        for i, stem in enumerate(stems)
+        for kind in kinds
+    ]
+    beside = [("README.v1.md", b"x"), ("__meta__/s.0.jpg", picture(8))]
+    if plain:
+        beside += [*members(["a", "t_1"]), ("a.seg.png", picture(9))]
+    path = write_tar(tmp_path / name, beside + dotted, "w:gz" if name.endswith("gz") else "w")
+    if indexed and plain:
+        load_index(path)
+    before = tree(tmp_path)
+    packed_dir = tmp_path.with_name(f"{tmp_path.name}-packed")
+    packed = packing.pack_source(path, packed_dir)
+    assert tree(tmp_path) == before
+    note = (
+        f"{name}: images and labels with several dots in their names, which are packed with _ instead: 12 ("
+    )
+    assert note in capsys.readouterr().err
+    assert packed["samples"] == 6 + 2 * plain
+    tars = str(packed_dir / "*.tar")
+    samples = {sample.key: sample for sample in ShardSet(tars).iterate()}
+    keys = ["s000_0_5", "s000_0_75", "d.e/s1_1_5", "t_1_" if plain else "t_1", "v_1_0", "v_1_0_"]
+    assert [(samples[key].image, samples[key].label) for key in keys] == [(picture(i), i) for i in range(6)]
+    assert len(samples) == packed["samples"]
+    assert verify.verify(tars).bad == []
+
+
+def test_packing_says_nothing_of_keys_without_dots(tmp_path, capsys):
+    path = write_tar(tmp_path / "x.tar", members(["a", "b"], ["a.seg.png", "b.json"]))
+    assert packing.pack_source(path, tmp_path / "packed")["samples"] == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_other_members_of_a_sample_are_none_of_them(tmp_path, caplog):
@@ -77,7 +117,9 @@ def test_other_members_of_a_sample_are_none_of_them(tmp_path, caplog):
 
 def test_a_shard_whose_names_all_have_several_dots_says_so(tmp_path):
     path = write_tar(tmp_path / "x.tar", members([], ["s0_0.5.jpg", "s0_0.5.cls"]))
-    message = r"x\.tar: holds no sample: 2 images or labels belong to no sample, .*first dot \('s0_0\.5\.jpg'"
+    message = (
+        r"x\.tar: holds no sample: images or labels belong to no sample, .*first dot: 2 \('s0_0\.5\.jpg'"
+    )
     with pytest.raises(UserError, match=message):
         build_index(path)
     assert len(verify.verify(path).bad) == 1
@@ -122,11 +164,11 @@ def test_links_in_a_stream_are_followed_where_it_can_go_back(tmp_path):
     path = tar_with_links(tmp_path / "x.tar", links, files=FILES[:2])
     expected = [(sample.key, sample.image, sample.label) for sample in ShardSet(path).iterate()]
     assert len(expected) == 4
-    assert list(read_shard(path, 2)) == expected
+    assert list(read_shard(path, 2, Others())) == expected
     Path(f"{path}.gz").write_bytes(gzip.compress(Path(path).read_bytes()))
     message = r"1\.jpg is a link, .*not compressed: decompress it$"
     with pytest.raises(UserError, match=message):
-        list(read_shard(f"{path}.gz", 2))
+        list(read_shard(f"{path}.gz", 2, Others()))
     with pytest.raises(UserError, match=message):
         build_index(f"{path}.gz")
     with (
@@ -162,7 +204,7 @@ class OneWay(io.RawIOBase):
 def test_links_that_lead_to_no_file_of_the_tar_are_refused_alike(tmp_path, links, labelled):
     path = tar_with_links(tmp_path / "x.tar", links, files=("0.jpg", "0.cls", *["1.cls"] * labelled))
     message = r"x\.tar: 1\.jpg is a link to \S+, which is no file in this tar: write .*--dereference"
-    for read in (build_index, ShardSet, lambda path: list(read_shard(path, 2))):
+    for read in (build_index, ShardSet, lambda path: list(read_shard(path, 2, Others()))):
         with pytest.raises(UserError, match=message):
             read(path)
     with pytest.raises(UserError, match=message):
@@ -189,7 +231,7 @@ def test_sparse_members_are_named(tmp_path, program):
         ["tar", program, "--sparse", "-C", tmp_path, "-cf", path, "hole.jpg"], check=True, timeout=60
     )
     message = r"x\.tar: hole\.jpg is a sparse member at byte \d+: write the tar without --sparse"
-    for read in (build_index, lambda path: list(read_shard(path, 2))):
+    for read in (build_index, lambda path: list(read_shard(path, 2, Others()))):
         with pytest.raises(UserError, match=message):
             read(str(path))
     (bad,) = verify.verify(str(path)).bad

@@ -34,7 +34,7 @@ from indistill.config import Config, UserError, in_one_line
 from indistill.config.run_dir import weights_file
 from indistill.data import class_names, overlap, remote, shards
 from indistill.data.dataset import check_shard, open_shards
-from indistill.data.index import Index, index_files, load_index, parse_index
+from indistill.data.index import Index, Others, index_files, load_index, parse_index
 from indistill.data.loader import IndexedTraining, check_accumulation
 from indistill.data.stream import StreamedTraining, read_shard
 from indistill.data.training import TrainingData
@@ -220,12 +220,15 @@ def _while_time_lasts(paths: Sequence[str]) -> Iterator[str]:
 
 
 def _streamed(section: config.Data, paths: Sequence[str]) -> tuple[int, list[str]]:
-    """Read as many local shards as time allows, as a run streams them; returns their number, and the problems."""
+    """Read as many local shards as time allows, as a run streams them.
+
+    Returns their number, and the problems.
+    """
     checked, damaged = 0, []
     for path in _while_time_lasts([path for path in paths if not remote.is_remote(path)]):
         checked += 1
         try:
-            for _ in read_shard(path, section.num_classes, load=False):
+            for _ in read_shard(path, section.num_classes, Others(), load=False):
                 pass
         except UserError as error:
             damaged.append(str(error))
