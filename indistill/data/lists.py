@@ -15,7 +15,7 @@ from typing import IO
 from indistill.config import UserError
 from indistill.config.files import open_regular
 from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
-from indistill.data import imagenet
+from indistill.data import encodings, imagenet
 from indistill.data.folders import Walk, extension, note
 from indistill.data.index import IMAGE_EXTENSIONS, shown
 
@@ -167,8 +167,8 @@ def _csv_rows(file: Path, encoding: str | None) -> Iterator[tuple[int, list[str]
 
     number = 0
     try:
-        with open_regular(file) as binary:
-            _check_encoding(file, binary.peek(4)[:4], encoding)
+        with encodings.errors_named(file, encoding), open_regular(file) as binary:
+            encodings.check(file, binary.peek(4)[:4], encoding)
             stream = io.TextIOWrapper(binary, encoding=encoding or "utf-8-sig", newline="")
             all_lines = lines(stream)
             begin = list(itertools.islice(all_lines, 2))
@@ -183,27 +183,6 @@ def _csv_rows(file: Path, encoding: str | None) -> Iterator[tuple[int, list[str]
         raise UserError(f"{file}: no such file: correct the path") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}): correct the path") from None
-    except LookupError:
-        raise UserError(
-            f"--encoding {encoding!r}: is not an encoding that Python knows: choose one such as cp1252"
-        ) from None
-    except UnicodeError:
-        guess = "it may be cp1252, which older programs of Windows write: set --encoding cp1252"
-        remedy = guess if encoding is None else "set another --encoding"
-        raise UserError(f"{file}: is not text in {encoding or 'UTF-8'}: {remedy}") from None
-
-
-def _check_encoding(file: Path, begin: bytes, encoding: str | None) -> None:
-    """Raise UserError for a file in UTF-16 that is to be read as UTF-8."""
-    name = None
-    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
-        name = "utf-16"
-    elif any(begin) and not any(begin[1::2]):
-        name = "utf-16-le"
-    elif any(begin) and not any(begin[::2]):
-        name = "utf-16-be"
-    if encoding is None and name is not None and len(begin) == 4:
-        raise UserError(f"{file}: is not text in UTF-8 but seems to be UTF-16: set --encoding {name}")
 
 
 def _delimiter(lines: Sequence[str]) -> str:
