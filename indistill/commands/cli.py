@@ -416,7 +416,7 @@ def _add_pack(parser: usage.Parser) -> None:
     parser.add_argument(
         "--encoding",
         metavar="NAME",
-        help="encoding of a list, of images or classes, such as cp1252 or utf-16 (default: UTF-8)",
+        help="encoding of a list, also of classes, such as cp1252 or utf-16 (default: UTF-8)",
     )
     parser.add_argument(
         "--take",

@@ -69,9 +69,9 @@ def test_encodings_are_named_and_chosen(tmp_path, encoding):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "cp1252"])
 @pytest.mark.parametrize("name", ["classes.txt", "classes.json"])
 def test_encodings_of_class_lists_are_named_and_chosen(tmp_path, capsys, encoding, name):
-    for number, folder in enumerate(("the", "th\u00e9", "caf\u00e9")):
-        (tmp_path / "images" / folder).mkdir(parents=True)
-        (tmp_path / "images" / folder / "0.png").write_bytes(picture(number, "png"))
+    for number, class_name in enumerate(("the", "th\u00e9", "caf\u00e9")):
+        (tmp_path / "images" / class_name).mkdir(parents=True)
+        (tmp_path / "images" / class_name / "0.png").write_bytes(picture(number, "png"))
     names = ["th\u00e9", "the", "caf\u00e9"]
     file = tmp_path / name
     text = "\r\n".join(names) if name.endswith("txt") else json.dumps(names, ensure_ascii=False)
