@@ -49,8 +49,8 @@ class Index(NamedTuple):
 
 
 def compressed(path: str) -> bool:
-    """Whether a shard is compressed with gzip, by its name."""
-    return base_name(path).endswith((".gz", ".tgz")) and not path.startswith("pipe:")
+    """Whether a shard is compressed with gzip or zstd, by its name."""
+    return base_name(path).endswith((".gz", ".tgz", ".zst")) and not path.startswith("pipe:")
 
 
 # --- the index ----------------------------------------------------------------------------------------------

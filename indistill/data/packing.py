@@ -342,7 +342,7 @@ def _find_source(
 
 def _tars_in(folder: Path, take: Take | None) -> list[Path]:
     """The shards in a source folder; none if its class folders are to be packed."""
-    patterns = ("*.tar", "*.tar.gz", "*.tgz")
+    patterns = ("*.tar", "*.tar.gz", "*.tgz", "*.tar.zst")
     tars = [path for pattern in patterns for path in folder.glob(pattern) if not folders.hidden(path.name)]
     if take == "folders":
         return []

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import IO, Any, NamedTuple, NoReturn, cast
 
 from indistill.config import UserError
+from indistill.config.extras import need
 from indistill.config.limits import (
     MAX_EXPANSION,
     MAX_NAME_BYTES,
@@ -61,7 +62,8 @@ class Tar:
     path: for messages.
     stream: the tar from its begin. It is read from front to end; contents that are not read are skipped
         without reading them if it can seek and `gzipped` is False.
-    gzipped: whether it is compressed. None: its first bytes tell, and bzip2 and xz are possible, too.
+    gzipped: whether it is compressed, with gzip or zstd. None: its first bytes tell, and bzip2 and xz are
+            possible, too.
     strict: whether a tar without its end, a block of zeros, or with anything but zeros behind it is damaged.
         Otherwise a tar may end behind any member, and what follows the end is not read.
 
@@ -76,7 +78,9 @@ class Tar:
         self._stream = stream
         self._compressed = gzipped is not False
         if gzipped:
-            self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=io.BufferedReader(self._source, _PIECE)))
+            buffered = io.BufferedReader(self._source, _PIECE)
+            zstd = buffered.peek(4).startswith(_ZSTD)
+            self._stream = cast(IO[bytes], _Zstd(path, buffered) if zstd else gzip.GzipFile(fileobj=buffered))
         elif gzipped is None:
             self._stream, self._compressed = _opened(path, self._source)
         elif stream.seekable():
@@ -286,15 +290,34 @@ class _Source(io.RawIOBase):
         return len(content)
 
 
+class _Zstd:
+    """A stream that is compressed with zstd. Reading raises EOFError where it is damaged."""
+
+    def __init__(self, path: str, stream: IO[bytes]) -> None:
+        need("zstd", f"{path}: is compressed with zstd, which")
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        # Without a size of its own, it takes windows of at most 128 MiB.
+        self._reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+
+    def read(self, size: int) -> bytes:
+        """Read at most `size` bytes."""
+        try:
+            return self._reader.read(size)
+        except self._error as error:
+            raise EOFError(str(error)) from None
+
+
 def _refuse_compressed(path: str, first: bytes) -> None:
     """Raise UserError for a shard that is compressed otherwise than its name says, by its first bytes."""
-    if first.startswith(_GZIP):
-        raise UserError(
-            f"{path}: is compressed with gzip, but its name does not say so: rename it to end with .tar.gz, "
-            "or decompress it with gunzip"
-        )
+    for magic, name, ending, program in ((_GZIP, "gzip", "gz", "gunzip"), (_ZSTD, "zstd", "zst", "unzstd")):
+        if first.startswith(magic):
+            raise UserError(
+                f"{path}: is compressed with {name}, but its name does not say so: rename it to end with "
+                f".tar.{ending}, or decompress it with {program}"
+            )
     for magic, name, program in (
-        (_ZSTD, "zstd", "unzstd"),
         (_XZ, "xz", "unxz"),
         (_BZIP2, "bzip2", "bunzip2"),
     ):
@@ -309,7 +332,7 @@ def _opened(path: str, source: _Source) -> tuple[IO[bytes], bool]:
     buffered = io.BufferedReader(source, _PIECE)
     first = buffered.peek(6)
     if first.startswith(_ZSTD):
-        raise UserError(f"{path}: is compressed with zstd, which is not read: decompress it with unzstd")
+        return cast(IO[bytes], _Zstd(path, buffered)), True
     if first.startswith(_GZIP):
         return cast(IO[bytes], gzip.GzipFile(fileobj=buffered)), True
     if first.startswith(_BZIP2):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tars import picture, tree, write_tar
 
-from indistill.config import UserError
+from indistill.config import UserError, extras
 from indistill.data import packing, verify
 from indistill.data.index import Others, build_index, load_index, samples_of
 from indistill.data.shards import ShardSet, expand
@@ -26,6 +26,7 @@ def members(keys, dotted=()):
     return pairs + [(name, b"x") for name in dotted]
 
 
+ZSTD = b"\x28\xb5\x2f\xfd" + bytes(9)
 SOFT, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
 
 
@@ -244,7 +245,7 @@ def test_sparse_members_are_named(tmp_path, program):
         ("x.tar", gzip.compress, r"is compressed with gzip, .* rename it to end with \.tar\.gz"),
         ("x.tar.bz2", bz2.compress, "is compressed with bzip2, .*: decompress it with bunzip2"),
         ("x.tar.xz", lzma.compress, "is compressed with xz, .*: decompress it with unxz"),
-        ("x.tar.zst", lambda _: b"\x28\xb5\x2f\xfd" + bytes(9), "is compressed with zstd, .* with unzstd"),
+        ("x.tar", lambda _: ZSTD, r"is compressed with zstd, .* rename it to end with \.tar\.zst"),
     ],
 )
 def test_compression_that_the_name_does_not_say_is_named(tmp_path, name, compress, message):
@@ -253,12 +254,53 @@ def test_compression_that_the_name_does_not_say_is_named(tmp_path, name, compres
     path.write_bytes(compress(Path(plain).read_bytes()))
     with pytest.raises(UserError, match=message):
         build_index(str(path))
-    if name == "x.tar":  # the remedy works
+    if compress is gzip.compress:  # the remedy works
         path.rename(tmp_path / "x.tar.gz")
         assert len(build_index(str(tmp_path / "x.tar.gz")).keys) == 1
-    if name == "x.tar.zst":
-        with open(path, "rb") as stream, pytest.raises(UserError, match="with zstd, which is not read"):
-            Tar(str(path), stream, strict=False)
+
+
+def test_zstd_without_its_package_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "x.tar.zst"
+    path.write_bytes(ZSTD)
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    message = r"x\.tar\.zst: is compressed with zstd, which needs zstandard: pip install 'indistill\[zstd\]'"
+    for read in (build_index, lambda path: list(read_shard(path, 2, Others()))):
+        with pytest.raises(UserError, match=message):
+            read(str(path))
+    with pytest.raises(UserError, match=message):
+        packing.pack_source(str(tmp_path), tmp_path.with_name(f"{tmp_path.name}-packed"))
+    (bad,) = verify.verify(str(path)).bad
+    assert "which needs zstandard: pip install" in bad.problem
+
+
+def test_zstd_is_read_as_gzip_is(tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="pip install -e '.[zstd]'")
+    plain = write_tar(tmp_path / "plain.tar", members(["a", "b"]))
+    content = Path(plain).read_bytes()
+    path = tmp_path / "x.tar.zst"
+    half = len(content) // 2  # in two frames, as pzstd writes
+    frames = [zstandard.compress(part) for part in (content[:half], content[half:])]
+    path.write_bytes(b"".join(frames))
+    expected = list(ShardSet(plain).iterate())
+    for _ in range(2):
+        assert list(ShardSet(str(path)).iterate()) == expected
+    assert [image for _, image, _ in read_shard(str(path), 2, Others())] == [one.image for one in expected]
+    assert verify.verify(str(path)).bad == []
+    packing.pack_source(str(path), tmp_path / "packed")
+    assert [one.image for one in ShardSet(str(tmp_path / "packed/*.tar")).iterate()] == [
+        one.image for one in expected
+    ]
+
+    damaged = tmp_path / "y.tar.zst"
+    damaged.write_bytes(frames[0] + b"\xff" * 100)
+    with pytest.raises(UserError, match=r"y\.tar\.zst: the tar is cut or damaged \("):
+        build_index(str(damaged))
+    damaged.write_bytes(frames[0][:-20])
+    with pytest.raises(UserError, match=r"y\.tar\.zst: the tar is cut or damaged \("):
+        build_index(str(damaged))
+    damaged.write_bytes(zstandard.compress(content + bytes(2**27)))
+    with pytest.raises(UserError, match="MAX_TAR_END_BYTES"):
+        build_index(str(damaged))
 
 
 def test_a_folder_and_brackets_in_paths(tmp_path):
