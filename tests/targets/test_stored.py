@@ -487,11 +487,11 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     part = with_(stored, f"targets.dir={tmp_path}/part")
     write_shard, written = targets.write_shard, []
 
-    def stopping(job, view, *, shard, batches, bar):
+    def stopping(job, view, *, shard, batches, count):
         if len(written) == 4:
             next(batches)
             raise Stopped
-        write_shard(job, view, shard=shard, batches=batches, bar=bar)
+        write_shard(job, view, shard=shard, batches=batches, count=count)
         written.append((view, shard))
 
     monkeypatch.setattr(targets, "write_shard", stopping)

@@ -44,7 +44,8 @@ from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
 LOOK_SECONDS = 2.0  # for a measurement
-SHARDS_SECONDS = 20.0  # to check the shards of a set
+SHARDS_SECONDS = 15.0  # to check the shards of a set
+MOST_UNINDEXED_BYTES = 2 * 10**9  # of a shard that is read to its end, because it has no index
 MOST_INDEX_BYTES = 5 * 10**8  # of the indices that are loaded: ten million images, ten seconds
 OVERLAP_SECONDS = 20.0  # to search the training images for evaluation images
 FETCH_SECONDS = 20.0  # for a remote shard, which a run fetches whole
@@ -185,20 +186,21 @@ def _indices(section: config.Data, paths: Sequence[str]) -> tuple[list[int], lis
             known = any(map(os.path.exists, files))
             try:
                 if not remote.is_remote(path):
+                    if not known:
+                        missing.append(path)
+                        if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
+                            continue
                     index = load_index(path, section.cache_dir, save=False)
                 elif known:
                     index = parse_index(files[0])
                 elif (fetched := _remote_index(section, path, directory)) is not None:
                     index = fetched
-                    known = True
                 else:
                     continue
                 check_shard(section, path, index)
                 sizes.append(len(index.keys))
             except UserError as error:
                 damaged.append(str(error))
-            if not known:
-                missing.append(path)
     return sizes, sorted(missing), sorted(damaged)
 
 
@@ -226,6 +228,8 @@ def _streamed(section: config.Data, paths: Sequence[str]) -> tuple[int, list[str
     """
     checked, damaged = 0, []
     for path in _while_time_lasts([path for path in paths if not remote.is_remote(path)]):
+        if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
+            continue
         checked += 1
         try:
             for _ in read_shard(path, section.num_classes, Others(), load=False):
