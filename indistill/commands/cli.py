@@ -416,7 +416,9 @@ def _add_pack(parser: usage.Parser) -> None:
         "--images", metavar="FOLDER", help="folder with the images of a list (default: that of the list)"
     )
     parser.add_argument(
-        "--encoding", metavar="NAME", help="encoding of a list, such as cp1252 or utf-16 (default: UTF-8)"
+        "--encoding",
+        metavar="NAME",
+        help="encoding of a list, also of classes, such as cp1252 or utf-16 (default: UTF-8)",
     )
     parser.add_argument(
         "--take",
@@ -430,8 +432,14 @@ def _add_pack(parser: usage.Parser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from indistill.data import class_names, packing
+    from indistill.data import class_names, lists, packing
 
+    encoding = arguments.encoding
+    classes = None
+    if arguments.classes is not None:
+        classes = class_names.read(arguments.classes, encoding)
+        if os.path.isfile(arguments.classes) and not lists.is_list(arguments.source):
+            encoding = None  # it is that of the classes alone
     content = packing.pack_source(
         arguments.source,
         arguments.destination,
@@ -443,9 +451,9 @@ def _pack(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         cache_dir=arguments.cache_dir,
         progress=True,
-        classes=None if arguments.classes is None else class_names.read(arguments.classes),
+        classes=classes,
         follow_links=arguments.follow_links,
-        reading=packing.Reading(images=arguments.images, encoding=arguments.encoding, take=arguments.take),
+        reading=packing.Reading(images=arguments.images, encoding=encoding, take=arguments.take),
     )
     if content["classes"] is not None:
         print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)

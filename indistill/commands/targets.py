@@ -18,6 +18,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +78,7 @@ from indistill.training.start import start_accelerator
 # Relative to a record's largest value: more than one step of its rounding, less than another image differs
 # by.
 TOLERANCE = 0.01
+PLAIN_SECONDS = 10.0  # between lines of progress in a log
 _MANIFESTS = ("manifest.json", "manifest.partial.json")
 _TIMEOUT_MINUTES = 24 * 60.0  # the ranks wait for each other only at the end, for hours
 
@@ -130,12 +132,9 @@ def write(settings: Config) -> Manifest:
     mine = missing[rank :: job.accelerator.num_processes]
     batches = job.batches(requests_of(job, mine))
     samples = sum(manifest.samples[shard] for _, shard in mine)
-    # Without a terminal, print a line every 10 s.
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(total=samples, unit="image", disable=rank != 0, mininterval=interval)
-    with errors_of_this_rank(), bar:
+    with errors_of_this_rank(), Count(samples, shown=rank == 0) as count:
         for view, shard in mine:
-            write_shard(job, view, shard=shard, batches=batches, bar=bar)
+            write_shard(job, view, shard=shard, batches=batches, count=count)
     job.accelerator.wait_for_everyone()
     engine.on_main(job.accelerator, lambda: end(job, items))
     job.accelerator.end_training()
@@ -203,7 +202,7 @@ def is_stored(job: Job, view: int, shard: int) -> bool:
     return False
 
 
-def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], bar: tqdm) -> None:
+def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], count: Count) -> None:
     """Write one file per field; all of them appear at the end."""
     fields = job.manifest.fields_in(view)
     paths = {name: Path(records_path(str(job.root), view, name, shard)) for name in fields}
@@ -225,7 +224,32 @@ def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], ba
                 records[undecoded] = np.zeros((), records.dtype)
                 files[name].write(records.tobytes())
             left -= len(batch.ids)
-            bar.update(len(batch.ids))
+            count.add(len(batch.ids))
+
+
+class Count(contextlib.AbstractContextManager):
+    """Shows how many of `total` images are done: a bar in a terminal, a line every 10 s in a log."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self.total = total
+        self.done = 0
+        self.bar = tqdm(total=total, unit="image", disable=None if shown else True)  # None: in a log
+        self._plain = shown and self.bar.disable
+        self._printed = time.monotonic()
+
+    def add(self, images: int) -> None:
+        """Count images."""
+        self.done += images
+        self.bar.update(images)
+        now = time.monotonic()
+        if self._plain and (now - self._printed >= PLAIN_SECONDS or self.done == self.total):
+            self._printed = now
+            print(
+                f"indistill: targets of {self.done:,} of {self.total:,} images", file=sys.stderr, flush=True
+            )
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from indistill import config
 from indistill.config import UserError, printable
-from indistill.config.files import read_bytes, read_json, read_text, replace_text
+from indistill.config.files import read_bytes, read_json, replace_text
 from indistill.config.limits import MAX_CLASS_FILE_BYTES
 from indistill.config.records import first_problem
 from indistill.config.run_dir import RunDir
-from indistill.data import remote
+from indistill.data import encodings, remote
 from indistill.data.braces import expand_braces
 from indistill.data.folders import class_folders
 from indistill.data.index import MOST_SHOWN, shown
@@ -67,11 +67,12 @@ def folders_in(folder: Path) -> list[str]:
 
 
 # --- lists that are given -----------------------------------------------------------------------------------
-def read(path: str | Path) -> list[str]:
+def read(path: str | Path, encoding: str | None = None) -> list[str]:
     """Read the class names for `shards pack --classes` from a file or folder, in the order of the labels.
 
     A file is text with one name per line, or JSON: a list, a mapping from name to label, or a `dataset.json`.
-    A folder contains one folder per class, or shards with their `dataset.json`. Raises UserError for anything
+    A folder contains one folder per class, or shards with their `dataset.json`. `encoding` is that of a file
+    (None: UTF-8). Raises UserError for anything
     else.
     """
     path = Path(path)
@@ -84,8 +85,9 @@ def read(path: str | Path) -> list[str]:
                 )
             return names
         path = path / RECORD
+        encoding = None
     try:
-        text = read_text(path, MAX_CLASS_FILE_BYTES)
+        text = encodings.read_text(path, MAX_CLASS_FILE_BYTES, encoding)
     except OSError as error:
         reason = error.strerror
         raise UserError(f"{path}: cannot be read ({reason}): name a file or folder with classes") from None

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, printable
 from indistill.data import augment
 from indistill.data.batch import Batch, Request, StoredTargets
 from indistill.data.decode import BadImage, decode
-from indistill.data.index import label_problem
-from indistill.data.shards import ShardSet
+from indistill.data.index import Index, compressed, decoded, label_problem
+from indistill.data.remote import base_name
+from indistill.data.shards import ShardSet, refuse_compressed
 from indistill.models.views import EvalView
 from indistill.order import SampleOrder
 
@@ -210,7 +211,7 @@ def _in_memory(count: int, shape: tuple[int, ...]) -> np.ndarray:
 def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
     """Open shards.
 
-    Raises UserError for missing, cut or malformed ones and for labels that are not a class.
+    Raises UserError for missing, cut or malformed ones and like `check_shard`.
     """
     shards = ShardSet(
         urls,
@@ -218,7 +219,19 @@ def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
         cache_dir=section.cache_dir,
         cache_bytes=int(section.cache_bytes),
     )
-    labels = shards.labels
-    for sample_id in np.flatnonzero((labels < 0) | (labels >= section.num_classes))[:1]:
-        raise UserError(f"{shards.where(sample_id)}: {label_problem(labels[sample_id], section.num_classes)}")
+    for path, index in zip(shards.paths, shards._indices):
+        check_shard(section, path, index)
     return shards
+
+
+def check_shard(section: config.Data, path: str, index: Index) -> None:
+    """Raise UserError for a label that is not a class, and for a shard that cannot be read at random.
+
+    Whatever reads shards by index refuses them here, and `doctor` checks them here before a run.
+    """
+    if compressed(path) and not section.in_memory:
+        refuse_compressed(path)
+    for row in np.flatnonzero((index.labels < 0) | (index.labels >= section.num_classes))[:1]:
+        key = decoded(index.keys[row])
+        problem = label_problem(key, index.labels[row], section.num_classes)
+        raise UserError(printable(f"{base_name(path)}: sample {key}: {problem}"))

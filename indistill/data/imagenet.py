@@ -126,7 +126,7 @@ def _of_archive(file: Path) -> dict[str, bytes]:
         tar = Tar(str(file), stream, strict=False)
         for member in tar:
             name = os.path.basename(member.name)
-            if name in _LIMITS:
+            if name in _LIMITS and member.target is None:
                 if member.size > _LIMITS[name]:
                     raise UserError(f"{file}: {name} has more than {_LIMITS[name]} bytes: download it again")
                 found[name] = tar.content(member.size)

@@ -18,7 +18,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from indistill.config import UserError, printable
 from indistill.config.files import denied
 from indistill.config.limits import MAX_SHARDS
 from indistill.data.braces import expand_braces
-from indistill.data.index import BLOCK, compressed, decoded, load_index, read_samples
+from indistill.data.index import BLOCK, Index, compressed, decoded, index_to_pack, load_index, read_samples
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
 from indistill.data.urls import check_url
 from indistill.data.wildcards import expand_wildcards
@@ -49,6 +49,8 @@ class ShardSet:
         shards need the directory.
     cache_bytes: limit for remote shards in the cache. It should fit the shards of one window of the sample
         order.
+    rewrite_keys: also read images and labels that belong to no sample, because of dots in their names.
+        `rewritten` has their keys then, by name.
 
     Safe after fork, in threads and with pickle: reads state their offset, and open files are not pickled.
     Raises UserError for a missing, cut, damaged or changed shard and for malformed labels, naming the shard.
@@ -61,16 +63,23 @@ class ShardSet:
         *,
         cache_dir: str | None = None,
         cache_bytes: int = CACHE_BYTES,
+        rewrite_keys: bool = False,
     ):
         self.paths = expand(urls, root)
         self._cache = cache_for(self.paths, cache_dir, cache_bytes)
+
+        def load(path: str) -> tuple[Index, dict[str, str]]:
+            if rewrite_keys:
+                return index_to_pack(path, cache_dir, self._cache)
+            return load_index(path, cache_dir, self._cache), {}
+
         # Each process builds missing indices in another order, so processes that start together share the
         # work.
         shuffled = random.SystemRandom().sample(self.paths, len(self.paths))
         with ThreadPoolExecutor(16 if self._cache else 1) as pool:
-            indices = pool.map(lambda path: load_index(path, cache_dir, self._cache), shuffled)
-            loaded = dict(zip(shuffled, indices))
-        self._indices = [loaded[path] for path in self.paths]
+            loaded = dict(zip(shuffled, pool.map(load, shuffled)))
+        self._indices = [loaded[path][0] for path in self.paths]
+        self.rewritten = [loaded[path][1] for path in self.paths]  # of each shard
         self.sizes = [len(index.keys) for index in self._indices]  # samples per shard
         digest = hashlib.sha256()
         for path, index in zip(self.paths, self._indices):
@@ -100,10 +109,7 @@ class ShardSet:
         index = self._indices[shard]
         row = sample_id - self._first_ids[shard]
         if compressed(path):
-            raise UserError(
-                f"{path}: a compressed shard cannot be read at random: set data.in_memory: true, "
-                "or pack it again with `indistill shards pack`"
-            )
+            refuse_compressed(path)
         offset = int(index.offsets[row])
         size = int(index.sizes[row])
         key = decoded(index.keys[row])
@@ -136,7 +142,8 @@ class ShardSet:
         indexed = list(zip(index.offsets.tolist(), index.sizes.tolist(), index.labels.tolist()))
         row = -1
         with open_shard(path, self._cache, index.bytes, index.sha256) as stream:
-            for row, (key, span, image, label) in enumerate(read_samples(path, stream)):
+            samples = read_samples(path, stream, keys=self.rewritten[shard])
+            for row, (key, span, image, label) in enumerate(samples):
                 if row >= len(indexed) or indexed[row] != (*span, label):
                     raise UserError(changed(path, f"sample '{key}' is not where the index says"))
                 yield Sample(key, image, label)
@@ -192,6 +199,7 @@ class ShardSet:
         part.paths = self.paths[low : high + 1]
         part.sizes = self.sizes[low : high + 1]
         part._indices = self._indices[low : high + 1]
+        part.rewritten = self.rewritten[low : high + 1]
         part._first_ids = self._first_ids[low : high + 2]
         return part
 
@@ -214,6 +222,14 @@ class ShardSet:
                 self._files.pop(oldest, None)  # closed when the last thread that reads from it drops it
             self._files[shard] = file
         return file
+
+
+def refuse_compressed(path: str) -> NoReturn:
+    """Raise UserError for a shard in which single samples cannot be found."""
+    raise UserError(
+        f"{path}: a compressed shard cannot be read at random: set data.in_memory: true, "
+        "or pack it again with `indistill shards pack`"
+    )
 
 
 def expand(urls: str | Sequence[str], root: str | None = None) -> list[str]:

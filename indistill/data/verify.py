@@ -132,7 +132,7 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                 if label >= 0:
                     labels[label] += 1
                 malformed = bool(bad) and bad[-1].key == key  # it is reported already
-                problem = None if num_classes is None or malformed else label_problem(label, num_classes)
+                problem = None if num_classes is None or malformed else label_problem(key, label, num_classes)
                 if problem:
                     report(key, problem)
                 try:

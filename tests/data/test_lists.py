@@ -1,5 +1,6 @@
 """Lists of images with labels: how they are written by spreadsheets, pandas, Caffe, Kaggle and ImageNet."""
 
+import json
 import tarfile
 from importlib import resources
 
@@ -10,8 +11,9 @@ from scipy.io import savemat
 from tars import folder, picture, write_tar
 from torchvision.datasets import imagenet
 
+from indistill.commands import cli
 from indistill.config import UserError
-from indistill.data import lists, packing
+from indistill.data import class_names, lists, packing
 from indistill.data.shards import ShardSet
 
 
@@ -62,6 +64,32 @@ def test_encodings_are_named_and_chosen(tmp_path, encoding):
         pack(tmp_path, tmp_path / "list.csv")
     packed, summary = pack(tmp_path, tmp_path / "list.csv", encoding=encoding)
     assert (packed, summary["classes"]) == ({one: 0}, ["th\u00e9"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+@pytest.mark.parametrize("name", ["classes.txt", "classes.json"])
+def test_encodings_of_class_lists_are_named_and_chosen(tmp_path, capsys, encoding, name):
+    for number, class_name in enumerate(("the", "th\u00e9", "caf\u00e9")):
+        (tmp_path / "images" / class_name).mkdir(parents=True)
+        (tmp_path / "images" / class_name / "0.png").write_bytes(picture(number, "png"))
+    names = ["th\u00e9", "the", "caf\u00e9"]
+    file = tmp_path / name
+    text = "\r\n".join(names) if name.endswith("txt") else json.dumps(names, ensure_ascii=False)
+    file.write_bytes(text.encode(encoding))
+    message = rf"{name}: is not text in UTF-8.*: set --encoding {encoding}$"
+    with pytest.raises(UserError, match=message):
+        class_names.read(file)
+    assert class_names.read(file, encoding) == names
+    with pytest.raises(UserError, match=r"'utf-17': is not an encoding that Python knows"):
+        class_names.read(file, "utf-17")
+
+    arguments = ["shards", "pack", str(tmp_path / "images"), str(tmp_path / "a"), "--workers", "1"]
+    cli.main([*arguments, "--classes", str(file), "--encoding", encoding])
+    assert json.loads(capsys.readouterr().out)["samples"] == 3
+    assert class_names.read(tmp_path / "a") == names
+    with pytest.raises(SystemExit):  # a folder of classes has no encoding
+        cli.main([*arguments, "--classes", str(tmp_path / "a"), "--encoding", encoding])
+    assert "is not a list of labels: leave out --images and --encoding" in capsys.readouterr().err
 
 
 def test_encodings_that_do_not_fit(tmp_path):
@@ -119,7 +147,7 @@ def test_names_without_extension_are_found_below_images(tmp_path, capsys):
     packed, summary = pack(tmp_path, tmp_path / "list.csv", images=str(tmp_path / "images"))
     assert packed == dict(zip(content[:2], (0, 1)))
     assert summary["ignored_files"] == 2
-    assert "images: 2 images are not in the list and are left out ('y/3.jpg'" in capsys.readouterr().err
+    assert "images: images that are not in the list, left out: 2 ('y/3.jpg'" in capsys.readouterr().err
     for row, message in (
         ("3,cat", r"line 1: 3 is the name of .*y/3\.jpg and .*z/3\.jpg"),
         ("4,cat", r"line 1: .*images/4 is not an image file .* or --images"),

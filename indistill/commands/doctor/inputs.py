@@ -33,10 +33,10 @@ from indistill.commands.doctor.findings import (
 from indistill.config import Config, UserError, in_one_line
 from indistill.config.run_dir import weights_file
 from indistill.data import class_names, overlap, remote, shards
-from indistill.data.dataset import open_shards
-from indistill.data.index import index_files, load_index
+from indistill.data.dataset import check_shard, open_shards
+from indistill.data.index import Index, Others, index_files, load_index, parse_index
 from indistill.data.loader import IndexedTraining, check_accumulation
-from indistill.data.stream import StreamedTraining
+from indistill.data.stream import StreamedTraining, read_shard
 from indistill.data.training import TrainingData
 from indistill.evaluate.ranking import check_retrieval
 from indistill.models import timm_model
@@ -44,6 +44,8 @@ from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
 LOOK_SECONDS = 2.0  # for a measurement
+SHARDS_SECONDS = 15.0  # to check the shards of a set
+MOST_UNINDEXED_BYTES = 2 * 10**9  # of a shard that is read to its end, because it has no index
 MOST_INDEX_BYTES = 5 * 10**8  # of the indices that are loaded: ten million images, ten seconds
 OVERLAP_SECONDS = 20.0  # to search the training images for evaluation images
 FETCH_SECONDS = 20.0  # for a remote shard, which a run fetches whole
@@ -129,8 +131,14 @@ def data_shards(here: Here) -> Said:
                 world=here.world,
                 accumulation=settings.grad_accumulation,
             )
+            checked, damaged = _streamed(section, streamed.urls)
+            for problem in damaged[:MOST_SHOWN]:
+                yield FAIL, f"data.train: {problem}"
             counts = f"{len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch"
-            yield OK, f"data.train: {counts}"
+            if checked < len(streamed.urls):
+                counts += f", {checked} of them checked"
+            if not damaged:
+                yield OK, f"data.train: {counts}"
         else:
             yield from _indexed_shards(here, settings, "data.train", section.train)
         if section.eval is not None:
@@ -140,7 +148,7 @@ def data_shards(here: Here) -> Said:
 def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str]) -> Said:
     section = settings.data
     paths = shards.expand(urls, section.root)
-    sizes, missing, damaged = _indices(paths, section.cache_dir)
+    sizes, missing, damaged = _indices(section, paths)
     for problem in damaged[:MOST_SHOWN]:
         yield FAIL, f"{key}: {problem}"
     if missing:
@@ -160,26 +168,75 @@ def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str
         what = f"{len(paths)} {counted_word('shard', paths)}"
         if complete:
             what += f", {sum(sizes):,} samples"
-        elif sizes:
+        else:
             what += f", {len(sizes)} of them checked"
         yield OK, f"{key}: {what}"
 
 
-def _indices(paths: Sequence[str], directory: str | None) -> tuple[list[int], list[str], list[str]]:
-    """Check as many local shards as time allows: their sizes, the shards without index, and the problems."""
+def _indices(section: config.Data, paths: Sequence[str]) -> tuple[list[int], list[str], list[str]]:
+    """Check as many shards as time allows, as a run does when it opens them; nothing is saved.
+
+    Returns their sizes, the shards without index, and the problems. A remote shard without index is not
+    fetched.
+    """
     sizes, missing, damaged = [], [], []
-    end = time.monotonic() + 2 * LOOK_SECONDS
-    for path in np.random.permutation(paths).tolist():  # the checked ones are a random sample
-        if remote.is_remote(path) or time.monotonic() > end:
+    with tempfile.TemporaryDirectory(prefix=".indistill-doctor-") as directory:
+        for path in _while_time_lasts(paths):
+            files = index_files(path, section.cache_dir)
+            known = any(map(os.path.exists, files))
+            try:
+                if not remote.is_remote(path):
+                    if not known:
+                        missing.append(path)
+                        if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
+                            continue
+                    index = load_index(path, section.cache_dir, save=False)
+                elif known:
+                    index = parse_index(files[0])
+                elif (fetched := _remote_index(section, path, directory)) is not None:
+                    index = fetched
+                else:
+                    continue
+                check_shard(section, path, index)
+                sizes.append(len(index.keys))
+            except UserError as error:
+                damaged.append(str(error))
+    return sizes, sorted(missing), sorted(damaged)
+
+
+def _remote_index(section: config.Data, path: str, directory: str) -> Index | None:
+    """The index beside a remote shard, if there is one."""
+    cache = remote.cache_for([path], section.cache_dir and directory)
+    if cache is None or path.startswith("pipe:"):
+        return None
+    return cache.fetch_index(path, index_files(path, directory)[0], parse_index)
+
+
+def _while_time_lasts(paths: Sequence[str]) -> Iterator[str]:
+    """Yield the shards in random order for a while, so that those that are checked are a random sample."""
+    end = time.monotonic() + SHARDS_SECONDS
+    for path in np.random.permutation(paths).tolist():
+        if time.monotonic() > end:
+            return
+        yield path
+
+
+def _streamed(section: config.Data, paths: Sequence[str]) -> tuple[int, list[str]]:
+    """Read as many local shards as time allows, as a run streams them.
+
+    Returns their number, and the problems.
+    """
+    checked, damaged = 0, []
+    for path in _while_time_lasts([path for path in paths if not remote.is_remote(path)]):
+        if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
             continue
-        if not any(map(os.path.exists, index_files(path, directory))):
-            missing.append(path)
-            continue
+        checked += 1
         try:
-            sizes.append(len(load_index(path, directory).keys))
+            for _ in read_shard(path, section.num_classes, Others(), load=False):
+                pass
         except UserError as error:
             damaged.append(str(error))
-    return sizes, sorted(missing), sorted(damaged)
+    return checked, sorted(damaged)
 
 
 def class_lists(here: Here) -> Said:
