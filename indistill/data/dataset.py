@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -207,8 +207,10 @@ def _in_memory(count: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.empty((count, *shape), dtype=np.uint8)
 
 
-def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
-    """Open shards.
+def open_shards(
+    section: config.Data, urls: str | list[str], label_map: Sequence[int] | None = None
+) -> ShardSet:
+    """Open shards, with their labels read by a map, if any.
 
     Raises UserError for missing, cut or malformed ones and for labels that are not a class.
     """
@@ -218,6 +220,8 @@ def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
         cache_dir=section.cache_dir,
         cache_bytes=int(section.cache_bytes),
     )
+    if label_map is not None:
+        shards.relabel(label_map)
     labels = shards.labels
     for sample_id in np.flatnonzero((labels < 0) | (labels >= section.num_classes))[:1]:
         raise UserError(f"{shards.where(sample_id)}: {label_problem(labels[sample_id], section.num_classes)}")

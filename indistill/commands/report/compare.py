@@ -13,6 +13,8 @@ from indistill.commands.report.charts import Chart, Series, number
 from indistill.commands.report.markup import Page, duration, percent
 from indistill.commands.report.read import STATES, Run
 from indistill.commands.report.results import Row, result_rows, teacher_over_student
+from indistill.config import metric_names
+from indistill.config.metric_names import eval_key
 
 
 def add_comparison(page: Page, runs: Sequence[Run]) -> None:
@@ -22,16 +24,25 @@ def add_comparison(page: Page, runs: Sequence[Run]) -> None:
         charts.table(["", *(run.name for run in runs)], _side_by_side(runs), "Comparison"),
     )
 
+    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
+    accuracies = [key for key in keys if metric_names.split(key)[1] in ("top1", "knn_top1")]
+
     def overlaid(title: str, unit: str, key: str, **how: Any) -> Chart:
         return Chart(title, unit, [Series(run.name, run.points(key), i) for i, run in enumerate(runs)], **how)
 
     page.draw([
         overlaid("Loss", "sum of each run's losses", "loss", may_be_log=True),
-        overlaid("Top-1", "% of data.eval", "top1", percent=True),
+        *(overlaid(*_title(key), key, percent=True) for key in accuracies),
         overlaid("Divergence of the information flow", "", "information_flow_divergence", may_be_log=True),
         overlaid("Throughput", "images/s, all processes", "images_per_second", from_zero=True),
     ])  # fmt: skip
     page.add("<h2>Differences between the configs</h2>", *_differences(runs))
+
+
+def _title(key: str) -> tuple[str, str]:
+    """Return title and unit of the chart of an accuracy."""
+    name, score = metric_names.split(key)
+    return {"top1": "Top-1", "knn_top1": "Top-1 of k-NN"}[score], f"% of {eval_key(name)}"
 
 
 def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
@@ -66,7 +77,10 @@ def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
     row("images/s", lambda run, _: number(run.summary.get("images_per_second")))
     row("last loss", lambda run, _: number(next((line["loss"] for line in run.steps[::-1]), None)))
     scores = dict.fromkeys(
-        key for run in runs for key in run.scores if key.startswith(("top", "map_", "precision_"))
+        key
+        for run in runs
+        for key in run.scores
+        if metric_names.is_accuracy(key) or metric_names.split(key)[1].startswith(("map_", "precision_"))
     )
     for key in scores:
         row(f"{key} %", partial(_score, key))
