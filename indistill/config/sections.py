@@ -460,7 +460,8 @@ class Evaluate(Section):
 
     every: Duration | None = None  # Time between two evaluations; None: only at the end of the run.
     batch: Images = 256  # Images per rank in a forward pass.
-    # At the end, also compute the mAP of the embeddings, with `data.eval` as queries and the bank as database.
+    # At the end, also compute the mAP of the embeddings, with `data.eval` as queries and the bank as
+    # database.
     retrieval: bool = False
     # At each evaluation, also classify by the nearest neighbours in the bank, `{}` with its defaults; None:
     # not used. Each time, the student computes the embeddings of the whole bank.
@@ -471,8 +472,8 @@ class Evaluate(Section):
     # Labelled shards, like `data.train`, that are the bank of knn, linear_probe and retrieval; they are never
     # augmented. None: the training set.
     bank: str | list[str] | None = None
-    # Number of images of `data.eval`, of its first set, on which teacher and student stages are compared (CKA, information
-    # flow); 0: no comparison.
+    # Number of images of `data.eval`, of its first set, on which teacher and student stages are compared
+    # (CKA, information flow); 0: no comparison.
     similarity_samples: Annotated[int, Field(ge=0)] = 512
 
     @property

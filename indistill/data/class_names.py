@@ -276,14 +276,17 @@ def read_label_map(path: str, section: config.Data) -> list[int]:
     names = read(path)
     training = of_training(section)
     labels = {} if training is None else {name: label for label, name in enumerate(training.names)}
-    where = "the classes of data.train" if training is None else training.where
-    if not labels.keys() >= set(names) and all(map(str.isdecimal, names)):
-        count = section.num_classes or MAX_CLASSES  # without classes of its own, the bank has to have them
-        labels = {name: int(name) for name in names if len(name) < 9 and int(name) < count}
-        where = f"the data.num_classes, 0 to {count - 1}"
+    known = [] if training is None else [f"the names in {training.where}"]
+    if training is None or not all(map(str.isdecimal, training.names)):  # else numbers are names
+        count = section.num_classes or MAX_CLASSES  # of a headless student, the bank has to have the classes
+        numbers = {name: int(name) for name in names if name.isdecimal() and len(name) < 9}
+        labels = {name: label for name, label in numbers.items() if label < count} | labels
+        known = [f"the data.num_classes, 0 to {count - 1}", *known]
     for name in names:
         if name not in labels:
-            raise UserError(f"{path}: the class {name!r} is none of {where}: correct the file")
+            raise UserError(
+                f"{path}: the class {name!r} is none of {', or of '.join(known)}: correct the file"
+            )
     return [labels[name] for name in names]
 
 

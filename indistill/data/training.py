@@ -101,7 +101,10 @@ def open_bank(settings: Config, training: ImageDataset | None = None) -> ImageDa
 
 
 def bank_shards(settings: Config) -> ShardSet:
-    """Open the shards of the bank. Raises UserError for unusable ones, and for other classes than data.train's."""
+    """Open the shards of the bank.
+
+    Raises UserError for unusable ones, and if they number the classes otherwise than data.train.
+    """
     if settings.evaluate.bank is None:
         return open_shards(settings.data, settings.data.train)
     try:

@@ -30,15 +30,7 @@ def check_bank(settings: Config, bank: ShardSet, sets: Mapping[str, ShardSet]) -
     """
     section = settings.evaluate
     name = "data.train" if section.bank is None else "evaluate.bank"
-    key = section.on_bank[-1]  # for messages
-    off = f"set evaluate.{key}={'false' if key == 'retrieval' else 'null'}"
-    for where, shards in [(name, bank), *((eval_key(one), shards) for one, shards in sets.items())]:
-        for sample_id in np.flatnonzero(shards.labels < 0)[:1]:
-            remedy = "name labelled shards in evaluate.bank" if where == name else f"label {where}"
-            raise UserError(
-                f"evaluate.{key}: {where} has images without a label ({shards.where(sample_id)}): {remedy}, "
-                f"or {off}"
-            )
+    _check_labels(section, name, bank, sets)
     if section.knn is not None and section.knn.k > len(bank):
         raise UserError(
             f"evaluate.knn.k: {section.knn.k} neighbours are more than the {len(bank)} images of {name}: "
@@ -49,6 +41,19 @@ def check_bank(settings: Config, bank: ShardSet, sets: Mapping[str, ShardSet]) -
             f"evaluate.linear_probe: {name} has {len(bank)} images, and a probe needs {_FEWEST_OF_PROBE}: "
             "name more shards in evaluate.bank"
         )
+
+
+def _check_labels(section: Evaluate, name: str, bank: ShardSet, sets: Mapping[str, ShardSet]) -> None:
+    """Raise UserError for an image without a label, and for a class that only an evaluation set has."""
+    key = section.on_bank[-1]  # for messages
+    off = f"set evaluate.{key}={'false' if key == 'retrieval' else 'null'}"
+    for where, shards in [(name, bank), *((eval_key(one), shards) for one, shards in sets.items())]:
+        for sample_id in np.flatnonzero(shards.labels < 0)[:1]:
+            remedy = "name labelled shards in evaluate.bank" if shards is bank else f"label {where}"
+            raise UserError(
+                f"evaluate.{key}: {where} has images without a label ({shards.where(sample_id)}): {remedy}, "
+                f"or {off}"
+            )
     for one, shards in sets.items():
         absent = np.setdiff1d(shards.labels, bank.labels)
         if len(absent):
@@ -81,31 +86,46 @@ def bank_scores(
     if not _all_finite(accelerator, [of_bank, *queries.values()]):
         problem = f"evaluate.{keys[-1]}: an embedding is not finite"
         if list(keys) != ["knn"]:
-            raise UserError.of_all_ranks(problem)
+            raise UserError(problem)
         if accelerator.is_main_process:
             print(f"indistill: {problem}, and the score is left out", flush=True)
         return {name: {} for name in sets}
-    candidates = {name: _candidates(one, of_bank.labels.device) for name, one in sets.items()}
+    classes = {name: _candidates(one, of_bank.labels.device) for name, one in sets.items()}
     scores: dict[str, dict[str, float]] = {name: {} for name in sets}
-    if "knn" in keys and section.knn is not None:
-        k, temperature = section.knn.k, section.knn.temperature
+    if section.knn is not None and "knn" in keys:
         for name, one in queries.items():
             scores[name] |= neighbours(
-                accelerator, of_bank, one, k=k, temperature=temperature, classes=candidates[name]
+                accelerator, of_bank, queries=one, settings=section.knn, classes=classes[name]
             )
-    if not {"linear_probe", "retrieval"} & set(keys):
-        return scores
-    everywhere = whole(accelerator, of_bank)  # [N, D]
+    if list(keys) != ["knn"]:
+        more = _whole_scores(
+            accelerator, of_bank, section=section, keys=keys, queries=queries, classes=classes
+        )
+        scores = {name: own | more[name] for name, own in scores.items()}
+    return scores
+
+
+def _whole_scores(
+    accelerator: Accelerator,
+    bank: Embedded,
+    *,
+    section: Evaluate,
+    keys: Sequence[str],
+    queries: Mapping[str, Embedded],
+    classes: Mapping[str, Tensor | None],
+) -> dict[str, dict[str, float]]:
+    """The scores for which every rank needs the whole bank: of a linear probe, and of retrieval."""
+    x = whole(accelerator, bank)  # [N, D]
     probe = None
-    if "linear_probe" in keys and section.linear_probe is not None:
-        probe = linear_probe(accelerator, everywhere, of_bank.labels, section.linear_probe.l2)
+    if section.linear_probe is not None and "linear_probe" in keys:
+        probe = linear_probe(accelerator, x, bank.labels, section.linear_probe.l2)
+    scores: dict[str, dict[str, float]] = {}
     for name, one in queries.items():
-        x = whole(accelerator, one)  # [Q, D]
-        if probe is not None:
-            top1, top5 = probe.accuracy(x, one.labels, candidates[name])
-            scores[name] |= {"probe_top1": top1, "probe_top5": top5, "probe_l2": probe.l2}
+        everywhere = whole(accelerator, one)  # [Q, D]
+        scores[name] = {} if probe is None else probe.scores(everywhere, one.labels, classes[name])
         if "retrieval" in keys:
-            scores[name] |= ranked(accelerator, everywhere, of_bank.labels, x, one.labels)
+            labels = {"db_labels": bank.labels, "query_labels": one.labels}
+            scores[name] |= ranked(accelerator, x, queries=everywhere, **labels)
     return scores
 
 

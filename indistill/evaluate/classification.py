@@ -19,8 +19,9 @@ def accuracy(
     """Top-1 and top-5 accuracy over the whole set, in [0, 1]; {} for a network whose classifier no loss
     trains, and for one without classifier.
 
-    If the set has a label map, only its classes are candidates. With intermediate classifier heads (`Output.cohort`) also their `top1_head1`, `top1_head2`, ...
-    Collective; pass the network without its training wrapper.
+    If the set has a label map, only its classes are candidates. With intermediate classifier heads
+    (`Output.cohort`) also their `top1_head1`, `top1_head2`, ... Collective; pass the network without its
+    training wrapper.
     """
     if not network.with_logits:
         return {}

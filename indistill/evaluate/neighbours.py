@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from indistill.config import Knn
 from indistill.evaluate.passes import Embedded, whole
 from indistill.evaluate.ranking import unit_rows
 
@@ -18,6 +19,7 @@ _FARTHEST = torch.iinfo(torch.int64).max  # the key of no entry
 def knn(
     bank: Tensor,
     bank_labels: Tensor,
+    *,
     queries: Tensor,
     query_labels: Tensor,
     k: int = 20,
@@ -33,29 +35,31 @@ def knn(
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}, and the bank has {len(bank)} entries")
     keys = _nearest(bank, queries, k, first=0)
-    return _scores(keys, bank_labels, query_labels, temperature)
+    return _scores(keys, bank_labels, query_labels=query_labels, temperature=temperature)
 
 
 @torch.no_grad()
 def neighbours(
     accelerator: Accelerator,
     bank: Embedded,
-    queries: Embedded,
     *,
-    k: int,
-    temperature: float,
+    queries: Embedded,
+    settings: Knn,
     classes: Tensor | None = None,
 ) -> dict[str, float]:
     """`knn` over all ranks, each of which searches its share of the bank. Collective; the same on all ranks.
 
     classes: labels of the only classes that are candidates.
     """
+    k = settings.k
     everywhere = whole(accelerator, queries)  # [Q, D]
     keys = _nearest(bank.share, everywhere, k, first=bank.first)  # [Q, k]
     if accelerator.num_processes > 1:
         gathered = accelerator.gather(keys).view(-1, *keys.shape)  # [ranks, Q, k]
         keys = gathered.transpose(0, 1).flatten(1).sort(dim=1).values[:, :k]
-    return _scores(keys, bank.labels, queries.labels, temperature, classes)
+    return _scores(
+        keys, bank.labels, query_labels=queries.labels, temperature=settings.temperature, classes=classes
+    )
 
 
 def _nearest(bank: Tensor, queries: Tensor, k: int, first: int) -> Tensor:
@@ -81,6 +85,7 @@ def _nearest(bank: Tensor, queries: Tensor, k: int, first: int) -> Tensor:
 def _scores(
     keys: Tensor,
     bank_labels: Tensor,
+    *,
     query_labels: Tensor,
     temperature: float,
     classes: Tensor | None = None,
@@ -95,7 +100,7 @@ def _scores(
         best = votes.argsort(dim=1, descending=True, stable=True)[:, :5]
         right = (best == query_labels[block, None]) & (votes.gather(1, best) > 0)
         hits += torch.stack([right[:, 0].sum(), right.sum()])
-    top1, top5 = (hits / len(keys)).tolist()
+    top1, top5 = (count / len(keys) for count in hits.tolist())
     return {"knn_top1": top1, "knn_top5": top5}
 
 

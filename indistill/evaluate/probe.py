@@ -1,4 +1,4 @@
-"""A linear classifier on frozen embeddings: logistic regression by L-BFGS, regularised by a fifth of its data."""
+"""A linear classifier on frozen embeddings: logistic regression by L-BFGS, over a grid of regularisations."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from indistill.distributed import watchdog
 _ENTRIES = 2**24  # of a block of embeddings or logits in float64: 128 MiB
 _HELD_OUT = 5  # one of so many entries chooses l2
 _MOST_ITERATIONS = 1000
+
+_Part = tuple[Tensor, Tensor, Tensor]
+"""Embeddings [n, D], the index of each one's class int64 [n], and its weight float64 [n]."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,14 @@ class Probe:
             logits = logits.masked_fill(~torch.isin(self.classes, classes), -torch.inf)
         return self.classes[logits.argsort(dim=1, descending=True, stable=True)[:, :5]]
 
-    def accuracy(self, x: Tensor, labels: Tensor, classes: Tensor | None = None) -> tuple[float, float]:
-        """Top-1 and top-5 accuracy, in [0, 1], on embeddings [N, D] with labels int64 [N]."""
+    def scores(self, x: Tensor, labels: Tensor, classes: Tensor | None = None) -> dict[str, float]:
+        """Top-1 and top-5 accuracy, in [0, 1], on embeddings [N, D] with labels int64 [N], and l2."""
         hits = torch.zeros(2, dtype=torch.int64, device=x.device)
         for part, truth in zip(x.split(_rows(x, self)), labels.split(_rows(x, self))):
             right = self.best(part, classes) == truth[:, None]
             hits += torch.stack([right[:, 0].sum(), right.sum()])
-        top1, top5 = (hits / len(x)).tolist()
-        return top1, top5
+        top1, top5 = (count / len(x) for count in hits.tolist())
+        return {"probe_top1": top1, "probe_top5": top5, "probe_l2": self.l2}
 
 
 def _rows(x: Tensor, probe: Probe) -> int:
@@ -68,7 +71,7 @@ def linear_probe(accelerator: Accelerator, x: Tensor, labels: Tensor, l2s: Seque
         own = []
         for candidate in l2s[accelerator.process_index :: accelerator.num_processes]:
             probe = fit(x, labels, candidate, (~held_out).double())
-            own.append((probe.accuracy(x[held_out], labels[held_out])[0], candidate))
+            own.append((probe.scores(x[held_out], labels[held_out])["probe_top1"], candidate))
         l2 = max(gather_object(own))[1]
     return fit(x, labels, l2)
 
@@ -81,50 +84,51 @@ def fit(x: Tensor, labels: Tensor, l2: float, counts: Tensor | None = None) -> P
     dimensions; a dimension that is constant is left out. counts: float64 [N], how often each entry counts.
     """
     classes, targets = labels.unique(return_inverse=True)
-    mean, scale = _moments(x)
     counts = x.new_ones(len(x), dtype=torch.float64) if counts is None else counts
-    counts = counts / counts.sum()
+    rows = max(1, _ENTRIES // max(x.shape[1], len(classes)))
+    parts = list(zip(x.split(rows), targets.split(rows), (counts / counts.sum()).split(rows)))
+    mean, scale = _moments(parts)
     weight = torch.zeros(len(classes), x.shape[1], dtype=torch.float64, device=x.device)
     bias = torch.zeros(len(classes), dtype=torch.float64, device=x.device)
-    optimizer = torch.optim.LBFGS(
+
+    @torch.no_grad()
+    def objective() -> Tensor:
+        watchdog.alive()
+        raw = weight * scale  # of embeddings that are not standardised
+        loss, gradient, bias.grad = _cross_entropy(parts, raw, bias - raw @ mean)
+        weight.grad = (gradient - bias.grad[:, None] * mean) * scale + l2 * weight
+        return loss + l2 / 2 * weight.square().sum()
+
+    torch.optim.LBFGS(
         [weight, bias],
         max_iter=_MOST_ITERATIONS,
         tolerance_grad=1e-7,
         tolerance_change=1e-12,
         history_size=20,
         line_search_fn="strong_wolfe",
-    )
-    rows = max(1, _ENTRIES // max(x.shape[1], len(classes)))
-    parts = list(zip(x.split(rows), targets.split(rows), counts.split(rows)))
-
-    def objective() -> Tensor:
-        watchdog.alive()
-        raw = weight * scale  # of embeddings that are not standardised
-        offset = bias - raw @ mean
-        loss = l2 / 2 * weight.square().sum()
-        gradient, of_bias = torch.zeros_like(raw), torch.zeros_like(offset)
-        for part, target, count in parts:
-            log_p = functional.log_softmax(part.double() @ raw.T + offset, dim=1)  # [n, K]
-            loss = loss - (count * log_p.gather(1, target[:, None])[:, 0]).sum()
-            error = log_p.exp_()
-            error[torch.arange(len(target), device=x.device), target] -= 1
-            error *= count[:, None]
-            gradient += error.T @ part.double()
-            of_bias += error.sum(dim=0)
-        weight.grad = (gradient - of_bias[:, None] * mean) * scale + l2 * weight
-        bias.grad = of_bias
-        return loss
-
-    optimizer.step(torch.no_grad()(objective))
+    ).step(objective)
     raw = weight * scale
     return Probe(classes, raw, bias - raw @ mean, l2)
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(parts: Sequence[_Part], weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted sum of the cross-entropy over all parts, and its gradients [K, D] and [K]."""
+    loss, of_weight, of_bias = weight.new_zeros(()), torch.zeros_like(weight), torch.zeros_like(bias)
+    for part, target, count in parts:
+        x = part.double()
+        log_p = functional.log_softmax(x @ weight.T + bias, dim=1)  # [n, K]
+        loss -= (count * log_p.gather(1, target[:, None])[:, 0]).sum()
+        error = log_p.exp_() - functional.one_hot(target, len(bias))
+        error *= count[:, None]
+        of_weight += error.T @ x
+        of_bias += error.sum(dim=0)
+    return loss, of_weight, of_bias
+
+
+def _moments(parts: Sequence[_Part]) -> tuple[Tensor, Tensor]:
     """The mean of each dimension, and one over its standard deviation, 0 for one that is constant."""
-    parts = x.split(max(1, _ENTRIES // x.shape[1]))
-    mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
-    squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0)
-    deviation = (squares / len(x)).sqrt()
-    constant = deviation <= torch.finfo(x.dtype).eps * mean.abs().clamp_min(torch.finfo(x.dtype).tiny)
+    mean = torch.stack([count @ x.double() for x, _, count in parts]).sum(dim=0)
+    squares = torch.stack([count @ (x.double() - mean).square() for x, _, count in parts]).sum(dim=0)
+    deviation = squares.sqrt()
+    constant = deviation <= torch.finfo(torch.float32).eps * mean.abs()
     return mean, torch.where(constant, 0.0, 1 / deviation)

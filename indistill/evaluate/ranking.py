@@ -32,12 +32,13 @@ def retrieval(
     Raises UserError for embeddings that are not finite and for query classes that the database lacks.
     """
     database = database.for_evaluation(queries.view)
-    tensors = [x for dataset in (database, queries) for x in embeddings(accelerator, network, dataset, batch)]
-    return ranked(accelerator, *tensors)
+    db, db_labels = embeddings(accelerator, network, database, batch)
+    x, labels = embeddings(accelerator, network, queries, batch)
+    return ranked(accelerator, db, db_labels=db_labels, queries=x, query_labels=labels)
 
 
 def ranked(
-    accelerator: Accelerator, db: Tensor, db_labels: Tensor, queries: Tensor, query_labels: Tensor
+    accelerator: Accelerator, db: Tensor, *, db_labels: Tensor, queries: Tensor, query_labels: Tensor
 ) -> dict[str, float]:
     """The scores of `retrieval`, from embeddings that every rank has. Collective; raises the same."""
     outcome: list = [None, None]  # scores, error message: broadcast, so that no rank is left waiting

@@ -459,7 +459,7 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
 
 
 def _top1(path: Path) -> float | None:
-    """The top-1 of a checkpoint, by classifier or k-NN; None if it was not evaluated, or its `state.json` is damaged."""
+    """The top-1 of a checkpoint, by classifier or k-NN; None if it was not evaluated or is damaged."""
     try:
         return metric_names.deciding(read_state(path).scores or {})
     except UserError:

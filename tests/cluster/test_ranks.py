@@ -130,8 +130,8 @@ def score(tree: dict[str, Any], weights: str, destination: str) -> None:
 
 @pytest.mark.portable
 def test_evaluation_counts_every_sample_once(tree, tmp_path):
-    """51 images on 1, 2 and 3 ranks: the same scores, top-1 and retrieval, from the same weights."""
-    tree["evaluate"] = {"retrieval": True, "batch": 7}
+    """51 images on 1, 2 and 3 ranks: the same scores of all kinds, from the same weights."""
+    tree["evaluate"] = {"retrieval": True, "knn": {}, "linear_probe": {}, "batch": 7}
     run(tree)
     weights, records = f"{tree['run_dir']}/student.safetensors", {}
     for world in (1, 2, 3):
@@ -141,6 +141,7 @@ def test_evaluation_counts_every_sample_once(tree, tmp_path):
         assert len(records[world]) == world
     (expected,) = records[1]
     assert (expected["top1"] * 51) == pytest.approx(round(expected["top1"] * 51), abs=1e-9)
+    assert {"knn_top1", "knn_top5", "probe_top1", "probe_top5", "probe_l2", "map_cosine"} <= expected.keys()
     for scores in records[2] + records[3]:
         assert scores == pytest.approx(expected, rel=1e-10)
 

@@ -24,19 +24,22 @@ def add_comparison(page: Page, runs: Sequence[Run]) -> None:
         charts.table(["", *(run.name for run in runs)], _side_by_side(runs), "Comparison"),
     )
 
-    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
-    accuracies = [key for key in keys if metric_names.split(key)[1] in ("top1", "knn_top1")]
-
     def overlaid(title: str, unit: str, key: str, **how: Any) -> Chart:
         return Chart(title, unit, [Series(run.name, run.points(key), i) for i, run in enumerate(runs)], **how)
 
     page.draw([
         overlaid("Loss", "sum of each run's losses", "loss", may_be_log=True),
-        *(overlaid(*_title(key), key, percent=True) for key in accuracies),
+        *(overlaid(*_title(key), key, percent=True) for key in _accuracies(runs)),
         overlaid("Divergence of the information flow", "", "information_flow_divergence", may_be_log=True),
         overlaid("Throughput", "images/s, all processes", "images_per_second", from_zero=True),
     ])  # fmt: skip
     page.add("<h2>Differences between the configs</h2>", *_differences(runs))
+
+
+def _accuracies(runs: Sequence[Run]) -> list[str]:
+    """Return the names of the top-1 of all evaluation sets in the logs."""
+    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
+    return [key for key in keys if metric_names.split(key)[1] in ("top1", "knn_top1")]
 
 
 def _title(key: str) -> tuple[str, str]:
@@ -76,17 +79,22 @@ def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
     )
     row("images/s", lambda run, _: number(run.summary.get("images_per_second")))
     row("last loss", lambda run, _: number(next((line["loss"] for line in run.steps[::-1]), None)))
-    scores = dict.fromkeys(
-        key
-        for run in runs
-        for key in run.scores
-        if metric_names.is_accuracy(key) or metric_names.split(key)[1].startswith(("map_", "precision_"))
-    )
-    for key in scores:
+    for key in _score_names(runs):
         row(f"{key} %", partial(_score, key))
     row("bad samples", lambda run, _: number(run.steps[-1].get("bad_samples", 0) if run.steps else 0))
     row("starts", lambda run, _: number(sum(line["event"] == "start" for line in run.history) or None))
     return rows
+
+
+def _score_names(runs: Sequence[Run]) -> list[str]:
+    """Return the names of all accuracies, and of the scores of retrieval."""
+    keys = dict.fromkeys(key for run in runs for key in run.scores)
+    retrieval = ("map_", "precision_")
+    return [
+        key
+        for key in keys
+        if metric_names.is_accuracy(key) or metric_names.split(key)[1].startswith(retrieval)
+    ]
 
 
 def _score(key: str, run: Run, _: dict[str, Row]) -> str:
