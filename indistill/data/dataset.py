@@ -37,7 +37,8 @@ class ImageDataset(Dataset):
 
     With an `order` it is for training: images are augmented, and an image that cannot be decoded is replaced
     by the next sample of its stream, the same one on any number of ranks. With a `view` instead it is for
-    evaluation, where such an image is an error, because scores on different samples would not be comparable.
+    evaluation, where such an image is an error, because scores on different samples would not be comparable;
+    a request without stand-ins gets it black, with id and label -1.
     """
 
     def __init__(
@@ -83,12 +84,12 @@ class ImageDataset(Dataset):
             try:
                 images[row], labels[row] = self._view(int(ids[row]), draws[row])
             except BadImage as bad:
-                if self.order is None:
+                if self.order is None and request.stand_ins:
                     raise
                 replaced.append(str(bad))
-                ids[row], images[row], labels[row] = (
-                    self._stand_in(self.order, request, row, replaced) if request.stand_ins else (-1, 0, -1)
-                )
+                ids[row], images[row], labels[row] = -1, 0, -1
+                if self.order is not None and request.stand_ins:
+                    ids[row], images[row], labels[row] = self._stand_in(self.order, request, row, replaced)
         records: Mapping[str, Tensor] = {}
         if request.fields:
             assert self.stored is not None  # fields are requested only after `bring_along`

@@ -77,11 +77,13 @@ def bank_scores(
 ) -> dict[str, dict[str, float]]:
     """Scores in [0, 1] of the embeddings, by evaluation set: k-NN, a linear probe and retrieval.
 
-    keys: those of `section.on_bank` to compute. Collective; the same on all ranks. Raises UserError for
+    keys: those of `section.on_bank` to compute. Images of the bank that cannot be decoded are left out of it,
+    because training goes on without them, too. Collective; the same on all ranks. Raises UserError for
     embeddings that are not finite; k-NN alone, as during training, is then left out with a message.
     """
     view = next(iter(sets.values())).view
-    of_bank = embed(accelerator, network, bank.for_evaluation(view), section.batch)
+    of_bank = embed(accelerator, network, bank.for_evaluation(view), section.batch, blank_bad=True)
+    _report_bad(accelerator, of_bank)
     queries = {name: embed(accelerator, network, one, section.batch) for name, one in sets.items()}
     if not _all_finite(accelerator, [of_bank, *queries.values()]):
         problem = f"evaluate.{keys[-1]}: an embedding is not finite"
@@ -115,16 +117,17 @@ def _whole_scores(
     classes: Mapping[str, Tensor | None],
 ) -> dict[str, dict[str, float]]:
     """The scores for which every rank needs the whole bank: of a linear probe, and of retrieval."""
-    x = whole(accelerator, bank)  # [N, D]
+    known = bank.labels >= 0
+    x, bank_labels = whole(accelerator, bank)[known], bank.labels[known]  # [N, D], [N]
     probe = None
     if section.linear_probe is not None and "linear_probe" in keys:
-        probe = linear_probe(accelerator, x, bank.labels, section.linear_probe.l2)
+        probe = linear_probe(accelerator, x, bank_labels, section.linear_probe.l2)
     scores: dict[str, dict[str, float]] = {}
     for name, one in queries.items():
         everywhere = whole(accelerator, one)  # [Q, D]
         scores[name] = {} if probe is None else probe.scores(everywhere, one.labels, classes[name])
         if "retrieval" in keys:
-            labels = {"db_labels": bank.labels, "query_labels": one.labels}
+            labels = {"db_labels": bank_labels, "query_labels": one.labels}
             scores[name] |= ranked(accelerator, x, queries=everywhere, **labels)
     return scores
 
@@ -133,6 +136,15 @@ def _candidates(dataset: ImageDataset, device: torch.device) -> Tensor | None:
     """The labels int64 [K] of the classes of a set that has a label map."""
     label_map = dataset.shards.label_map
     return None if label_map is None else torch.from_numpy(label_map).to(device)
+
+
+def _report_bad(accelerator: Accelerator, bank: Embedded) -> None:
+    """Say how many images of the bank cannot be decoded. Raises UserError if none can."""
+    bad = int((bank.labels < 0).sum())
+    if bad == len(bank.labels):
+        raise UserError("evaluate: no image of the bank can be decoded: run `indistill shards verify` on it")
+    if bad and accelerator.is_main_process:
+        print(f"indistill: {bad} images of the bank cannot be decoded, and are left out of it", flush=True)
 
 
 def _all_finite(accelerator: Accelerator, sets: Sequence[Embedded]) -> bool:

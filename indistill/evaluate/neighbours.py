@@ -34,7 +34,7 @@ def knn(
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}, and the bank has {len(bank)} entries")
-    keys = _nearest(bank, queries, k, first=0)
+    keys = _nearest(bank, queries, k=k)
     return _scores(keys, bank_labels, query_labels=query_labels, temperature=temperature)
 
 
@@ -53,7 +53,8 @@ def neighbours(
     """
     k = settings.k
     everywhere = whole(accelerator, queries)  # [Q, D]
-    keys = _nearest(bank.share, everywhere, k, first=bank.first)  # [Q, k]
+    known = bank.labels[bank.first : bank.first + len(bank.share)] >= 0
+    keys = _nearest(bank.share, everywhere, k=k, first=bank.first, known=known)  # [Q, k]
     if accelerator.num_processes > 1:
         gathered = accelerator.gather(keys).view(-1, *keys.shape)  # [ranks, Q, k]
         keys = gathered.transpose(0, 1).flatten(1).sort(dim=1).values[:, :k]
@@ -62,8 +63,12 @@ def neighbours(
     )
 
 
-def _nearest(bank: Tensor, queries: Tensor, k: int, first: int) -> Tensor:
+def _nearest(
+    bank: Tensor, queries: Tensor, *, k: int, first: int = 0, known: Tensor | None = None
+) -> Tensor:
     """Keys int64 [Q, k] of the nearest entries, nearest first, _FARTHEST where the bank has fewer.
+
+    known: bool [N], the entries that are images.
 
     A key has the distance 1 - cosine as float32 in its upper half, and in the lower one the entry's position,
     counted from `first`. The bits of float32 values that are not negative sort like the values.
@@ -77,6 +82,8 @@ def _nearest(bank: Tensor, queries: Tensor, k: int, first: int) -> Tensor:
             block = slice(start, start + _QUERIES)
             distances = 1 - unit_rows(queries[block].double()) @ part.T  # [B, n]
             keys = distances.clamp_min_(0).float().view(torch.int32).long() << 32 | positions
+            if known is not None:
+                keys.masked_fill_(~known[begin : begin + entries], _FARTHEST)
             found = torch.cat([nearest[block], keys], dim=1).topk(k, largest=False, sorted=True)
             nearest[block] = found.values
     return nearest
@@ -107,8 +114,8 @@ def _scores(
 def _votes(keys: Tensor, bank_labels: Tensor, temperature: float) -> Tensor:
     """The weight float64 [B, K] of each class, of which the nearest neighbour adds 1."""
     distances = (keys >> 32).int().view(torch.float32).double()  # [B, k]
-    weights = torch.exp((distances[:, :1] - distances) / temperature)
-    labels = bank_labels[keys & 0xFFFFFFFF]
+    weights = torch.exp((distances[:, :1] - distances) / temperature).masked_fill_(keys == _FARTHEST, 0)
+    labels = bank_labels[(keys & 0xFFFFFFFF).clamp_max(len(bank_labels) - 1)].clamp_min(0)
     votes = weights.new_zeros(len(keys), int(bank_labels.max()) + 1)
     rows = torch.arange(len(keys), device=keys.device)
     for i in range(keys.shape[1]):  # one by one: the order in which a GPU would add several is not fixed

@@ -24,13 +24,23 @@ class Embedded(NamedTuple):
 
     share: Tensor  # float32 [n, D], on this rank's device
     first: int  # position in the set of the share's first
-    labels: Tensor  # int64 [N], on this rank's device
+    labels: Tensor  # int64 [N], on this rank's device; -1: not decoded, and no embedding of an image
 
 
 @torch.no_grad()
-def embed(accelerator: Accelerator, network: Trainable, dataset: ImageDataset, batch: int) -> Embedded:
-    """Compute the embeddings of the whole set, each rank those of its share. Collective."""
-    batches = each_batch(accelerator, dataset, batch, network)
+def embed(
+    accelerator: Accelerator,
+    network: Trainable,
+    dataset: ImageDataset,
+    batch: int,
+    *,
+    blank_bad: bool = False,
+) -> Embedded:
+    """Compute the embeddings of the whole set, each rank those of its share. Collective.
+
+    blank_bad: give an image that cannot be decoded the label -1, instead of raising UserError.
+    """
+    batches = each_batch(accelerator, dataset, batch, network, blank_bad=blank_bad)
     rows = [[network(images).embedding.float(), labels] for images, labels in batches]
     own, labels = _own_columns(accelerator, rows)
     share = eval_shares(len(dataset), accelerator.num_processes)[accelerator.process_index]
@@ -81,7 +91,11 @@ def _joined(accelerator: Accelerator, column: Tensor, samples: int) -> Tensor:
 
 
 def each_batch(
-    accelerator: Accelerator, dataset: ImageDataset, batch: int, *networks: nn.Module
+    accelerator: Accelerator,
+    dataset: ImageDataset,
+    batch: int,
+    *networks: nn.Module,
+    blank_bad: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's images and labels on its device, with the networks in eval mode, in the run's
     precision.
@@ -97,8 +111,9 @@ def each_batch(
     counts = [math.ceil(len(share) / batch) for share in shares]  # batches of each rank
     rank = accelerator.process_index
     device = accelerator.device
+    world = accelerator.num_processes
     loader = eval_loader(
-        dataset.for_evaluation(), batch, rank=rank, world=accelerator.num_processes, device=device
+        dataset.for_evaluation(), batch, rank=rank, world=world, device=device, blank_bad=blank_bad
     )
     mistake: UserError | None = None
     with _evaluating(accelerator, networks):

@@ -80,7 +80,7 @@ def test_a_k_larger_than_the_bank_is_refused():
 
 def test_a_share_with_fewer_entries_than_neighbours_leaves_room(example):
     bank, labels, queries, _ = map(torch.from_numpy, example)
-    shares = [neighbours._nearest(bank[a:b], queries, 20, first=a) for a, b in ((0, 3), (3, 3), (3, 300))]
+    shares = [neighbours._nearest(bank[a:b], queries, k=20, first=a) for a, b in ((0, 3), (3, 3), (3, 300))]
     joined = torch.cat(shares, dim=1).sort(dim=1).values[:, :20]
-    assert joined.equal(neighbours._nearest(bank, queries, 20, first=0))
+    assert joined.equal(neighbours._nearest(bank, queries, k=20))
     assert len(labels) == 300
