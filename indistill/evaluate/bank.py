@@ -82,9 +82,11 @@ def bank_scores(
     embeddings that are not finite; k-NN alone, as during training, is then left out with a message.
     """
     view = next(iter(sets.values())).view
-    of_bank = embed(accelerator, network, bank.for_evaluation(view), section.batch, blank_bad=True)
+    batch = section.batch
+    seen = bank.for_evaluation(view)
+    of_bank = embed(accelerator, network, dataset=seen, batch=batch, blank_bad=True)
     _report_bad(accelerator, of_bank)
-    queries = {name: embed(accelerator, network, one, section.batch) for name, one in sets.items()}
+    queries = {name: embed(accelerator, network, dataset=one, batch=batch) for name, one in sets.items()}
     if not _all_finite(accelerator, [of_bank, *queries.values()]):
         problem = f"evaluate.{keys[-1]}: an embedding is not finite"
         if list(keys) != ["knn"]:

@@ -63,9 +63,7 @@ def neighbours(
     )
 
 
-def _nearest(
-    bank: Tensor, queries: Tensor, *, k: int, first: int = 0, known: Tensor | None = None
-) -> Tensor:
+def _nearest(bank: Tensor, queries: Tensor, *, k: int, first: int = 0, known: Tensor | None = None) -> Tensor:
     """Keys int64 [Q, k] of the nearest entries, nearest first, _FARTHEST where the bank has fewer.
 
     known: bool [N], the entries that are images.

@@ -31,9 +31,9 @@ class Embedded(NamedTuple):
 def embed(
     accelerator: Accelerator,
     network: Trainable,
+    *,
     dataset: ImageDataset,
     batch: int,
-    *,
     blank_bad: bool = False,
 ) -> Embedded:
     """Compute the embeddings of the whole set, each rank those of its share. Collective.
@@ -58,7 +58,7 @@ def embeddings(
     """Embeddings float32 [N, D] and labels int64 [N] of the whole set, in its order, on every rank.
     Collective.
     """
-    embedded = embed(accelerator, network, dataset, batch)
+    embedded = embed(accelerator, network, dataset=dataset, batch=batch)
     return whole(accelerator, embedded), embedded.labels
 
 
@@ -97,8 +97,7 @@ def each_batch(
     *networks: nn.Module,
     blank_bad: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's images and labels on its device, with the networks in eval mode, in the run's
-    precision.
+    """Yield this rank's images and labels; the networks are in eval mode, and in the run's precision.
 
     A rank that is asked to stop, or cannot read an image, stops early. At the end all ranks raise Preempted
     if any was asked, and UserError if any could not read.
@@ -111,10 +110,8 @@ def each_batch(
     counts = [math.ceil(len(share) / batch) for share in shares]  # batches of each rank
     rank = accelerator.process_index
     device = accelerator.device
-    world = accelerator.num_processes
-    loader = eval_loader(
-        dataset.for_evaluation(), batch, rank=rank, world=world, device=device, blank_bad=blank_bad
-    )
+    part = {"rank": rank, "world": accelerator.num_processes}
+    loader = eval_loader(dataset.for_evaluation(), batch, **part, device=device, blank_bad=blank_bad)
     mistake: UserError | None = None
     with _evaluating(accelerator, networks):
         with accelerator.autocast():
@@ -129,10 +126,14 @@ def each_batch(
                     raise
                 mistake = error
             if together and counts[rank] < max(counts):
-                size = dataset.section.image_size
-                black = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
-                yield black, torch.zeros(0, dtype=torch.int64, device=device)
+                yield _black_image(dataset.section.image_size, device)
         _end_together(accelerator, mistake)
+
+
+def _black_image(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """An image uint8 [1, 3, S, S] that is no sample, and no label."""
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+    return image, torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def _end_together(accelerator: Accelerator, mistake: UserError | None) -> None:

@@ -219,6 +219,52 @@ def test_without_a_classifier_embeddings_are_scored_alone(supervised):
     assert {"probe_top1", "map_cosine"} <= scores.keys()
 
 
+def test_without_classes_labels_are_those_of_the_bank(supervised, data_dir, tmp_path):
+    """As for a student and a teacher without classifiers: training reads no label, the scores do."""
+    settings = parsed(supervised | {"evaluate": {"knn": {}, "linear_probe": {}}})
+    headless = settings.data.model_copy(update={"num_classes": 0})
+    settings = settings.model_copy(update={"data": headless})
+    bank, sets = training.bank_shards(settings), {"": training.eval_shards(headless, "")}
+    evaluate.check_bank(settings, bank, sets)
+    none = headless.model_copy(update={"train": unlabelled(data_dir, tmp_path / "none")})
+    settings = settings.model_copy(update={"data": none})
+    with pytest.raises(
+        config.UserError, match=r"probe: data.train has images without a label .*in evaluate.bank"
+    ):
+        evaluate.check_bank(settings, training.bank_shards(settings), sets)
+
+
+def test_images_of_the_bank_that_cannot_be_decoded_are_left_out(supervised, data_dir, tmp_path, capsys):
+    """As in training, which goes on without them. The scores are those of a bank that never had them."""
+    images = [
+        (one.key, one.image, "png", one.label) for one in ShardSet(str(data_dir / "train-*.tar")).iterate()
+    ]
+    bad = [(f"bad{i}", b"no image", "png", i) for i in range(2)]
+    packing.pack([*images[:90], bad[0], *images[90:], bad[1]], tmp_path / "bad", "bad", samples_per_shard=100)
+    keys = {"knn": {}, "linear_probe": {"l2": [0.01]}, "retrieval": True}
+    run_dir = loop.train(parsed(supervised)) and supervised["run_dir"]
+    scores = []
+    for in_memory in (True, False):
+        supervised["data"] |= {"in_memory": in_memory, "workers": 0}
+        for bank in ({}, {"bank": str(tmp_path / "bad" / "bad-*.tar")}):
+            scores.append(evaluate_checkpoint(parsed(supervised | {"evaluate": keys | bank}), run_dir))
+    assert scores[0] == scores[1] == scores[2] == scores[3]
+    assert "2 images of the bank cannot be decoded" in capsys.readouterr().out
+    packing.pack(bad, tmp_path / "none", "none", samples_per_shard=100)
+    only = {"knn": {"k": 1}, "bank": str(tmp_path / "none" / "none-*.tar")}
+    labels = [0, 1]
+    supervised["data"]["eval"] = one_of_each(data_dir, tmp_path / "two", labels)
+    with pytest.raises(config.UserError, match="no image of the bank can be decoded"):
+        evaluate_checkpoint(parsed(supervised | {"evaluate": only}), run_dir)
+
+
+def one_of_each(data_dir: Path, folder: Path, labels: list[int]) -> str:
+    samples = ShardSet(str(data_dir / "eval-*.tar")).iterate()
+    packed = [(one.key, one.image, "png", one.label) for one in samples if one.label in labels]
+    packing.pack(packed, folder, "two", samples_per_shard=100)
+    return str(folder / "two-*.tar")
+
+
 def requests(count: int) -> list[Any]:
     return [Request(0, 0, 0, np.array([i])) for i in range(count)]
 
