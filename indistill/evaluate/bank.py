@@ -81,21 +81,16 @@ def bank_scores(
     because training goes on without them, too. Collective; the same on all ranks. Raises UserError for
     embeddings that are not finite; k-NN alone, as during training, is then left out with a message.
     """
-    view = next(iter(sets.values())).view
-    batch = section.batch
-    seen = bank.for_evaluation(view)
-    of_bank = embed(accelerator, network, dataset=seen, batch=batch, blank_bad=True)
+    seen = bank.for_evaluation(next(iter(sets.values())).view)
+    of_bank = embed(accelerator, network, dataset=seen, batch=section.batch, blank_bad=True)
     _report_bad(accelerator, of_bank)
-    queries = {name: embed(accelerator, network, dataset=one, batch=batch) for name, one in sets.items()}
-    if not _all_finite(accelerator, [of_bank, *queries.values()]):
-        problem = f"evaluate.{keys[-1]}: an embedding is not finite"
-        if list(keys) != ["knn"]:
-            raise UserError(problem)
-        if accelerator.is_main_process:
-            print(f"indistill: {problem}, and the score is left out", flush=True)
-        return {name: {} for name in sets}
-    classes = {name: _candidates(one, of_bank.labels.device) for name, one in sets.items()}
+    queries = {
+        name: embed(accelerator, network, dataset=one, batch=section.batch) for name, one in sets.items()
+    }
     scores: dict[str, dict[str, float]] = {name: {} for name in sets}
+    if not _check_finite(accelerator, [of_bank, *queries.values()], keys):
+        return scores
+    classes = {name: _candidates(one, accelerator.device) for name, one in sets.items()}
     if section.knn is not None and "knn" in keys:
         for name, one in queries.items():
             scores[name] |= neighbours(
@@ -149,6 +144,14 @@ def _report_bad(accelerator: Accelerator, bank: Embedded) -> None:
         print(f"indistill: {bad} images of the bank cannot be decoded, and are left out of it", flush=True)
 
 
-def _all_finite(accelerator: Accelerator, sets: Sequence[Embedded]) -> bool:
+def _check_finite(accelerator: Accelerator, sets: Sequence[Embedded], keys: Sequence[str]) -> bool:
+    """Whether all embeddings are finite. Raises UserError if not, unless only k-NN is to be computed."""
     bad = torch.stack([~one.share.isfinite().all() for one in sets]).any()
-    return not accelerator.reduce(bad.float(), reduction="sum").item()
+    if not accelerator.reduce(bad.float(), reduction="sum").item():
+        return True
+    problem = f"evaluate.{keys[-1]}: an embedding is not finite"
+    if list(keys) != ["knn"]:
+        raise UserError(problem)
+    if accelerator.is_main_process:
+        print(f"indistill: {problem}, and the score is left out", flush=True)
+    return False
