@@ -67,6 +67,7 @@ def run_and_hash(tree: dict[str, Any], folder: str) -> None:
 
 @pytest.mark.portable
 def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
+    vit_tree["evaluate"] = {"every": "6 steps", "knn": {}, "linear_probe": {}, "batch": 16}
     records: dict[int, list[dict[str, Any]]] = {}
     trees = {}
     for world in (1, 2):
@@ -83,9 +84,8 @@ def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
     assert losses(trees[2]["run_dir"]) == pytest.approx(losses(trees[1]["run_dir"]), rel=LOGGED)
     one, two = (json.loads((tmp_path / f"run{w}" / "summary.json").read_text()) for w in (1, 2))
     assert (one["world_size"], two["world_size"]) == (1, 2)
-    assert [two["metrics"][key] for key in ("top1", "top5")] == [
-        one["metrics"][key] for key in ("top1", "top5")
-    ]
+    exact = ("top1", "top5", "knn_top1", "knn_top5", "probe_top1", "probe_top5", "probe_l2")
+    assert [two["metrics"][key] for key in exact] == [one["metrics"][key] for key in exact]
     assert two["metrics"] == pytest.approx(one["metrics"], rel=LOGGED)  # maps are compared in float32
 
 

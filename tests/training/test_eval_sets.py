@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import CLASSES, pack_images, refused, train_until
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from indistill import config, evaluate
 from indistill.commands.cli import main
@@ -21,7 +22,7 @@ from indistill.commands.evaluate import evaluate_checkpoint
 from indistill.commands.export.load import load_for_eval
 from indistill.commands.export.write import export
 from indistill.commands.report import page
-from indistill.config import metric_names
+from indistill.config import metric_names, runs
 from indistill.config.files import read_lines
 from indistill.config.records import Summary
 from indistill.data import packing, training
@@ -31,6 +32,7 @@ from indistill.data.shards import ShardSet
 from indistill.models.network import Network
 from indistill.models.timm_model import TimmModel
 from indistill.training import loop
+from indistill.training import runs as train_runs
 from indistill.training.start import start_accelerator
 
 FEW = [7, 2, 5]  # classes of a set that numbers them from 0
@@ -69,7 +71,8 @@ def parsed(tree: dict[str, Any]) -> config.Config:
     return config.parse(tree, "test")
 
 
-def test_each_set_has_its_own_scores(several, few, data_dir, tmp_path, capsys):
+def test_each_set_has_its_own_scores(several, capsys):
+    several["trackers"] = ["tensorboard"]
     metrics = loop.train(parsed(several))["metrics"]
     run_dir = Path(several["run_dir"])
     printed = capsys.readouterr().out.splitlines()
@@ -85,6 +88,13 @@ def test_each_set_has_its_own_scores(several, few, data_dir, tmp_path, capsys):
         assert [line.split()[5] for line in shown if "knn_top1" in line] == ["3/6", "6/6"]
         assert "probe_top1" in shown[-1]
         assert {f"{name}/probe_top1", f"{name}/probe_l2", f"{name}/map_cosine"} <= metrics.keys()
+
+    # And the same for trackers, which group by the part before the stroke.
+    folders = sorted({path.parent for path in (run_dir / "tensorboard").rglob("events.*")})
+    events = EventAccumulator(str(folders[0])).Reload()  # a folder in it has the hyperparameters
+    for key in ("val/top1", "val/knn_top1", "few/top1", "few/knn_top1"):
+        logged = {line["step"]: line[key] for line in lines if key in line}
+        assert {one.step: one.value for one in events.Scalars(key)} == pytest.approx(logged)
 
     # The scores of the first set are those of a run that has no other, under names without it.
     alone = {**several["data"], "eval": "eval-*.tar"}
@@ -104,6 +114,39 @@ def test_each_set_has_its_own_scores(several, few, data_dir, tmp_path, capsys):
             logits = network(images).logits
         hits += [max(FEW, key=lambda one: row[one]) == label for row, label in zip(logits.tolist(), labels)]
     assert metrics["few/top1"] == sum(hits) / len(hits)
+
+
+def test_students_of_one_teacher_and_stages_of_a_chain_are_scored_alike(several, tmp_path):
+    del several["student"]
+    several["evaluate"] = {"knn": {}}
+    several |= {"teacher": {"name": "cnn32_auxiliary", "random": True}, "kd": {"losses": [{"name": "kd"}]}}
+    several["students"] = [{"name": name, "student": {"name": "cnn32_student"}} for name in ("a", "b")]
+    (tmp_path / "students.yaml").write_text(json.dumps(several))
+    own = train_runs.run(runs.load(tmp_path / "students.yaml"))
+    assert own["a"]["metrics"] == own["b"]["metrics"]
+    assert {"val/knn_top1", "few/knn_top1", "cka_embedding"} <= own["a"]["metrics"].keys()
+
+    del several["students"]
+    stages = [
+        {"name": "heads", "stage": "heads", "kd": {"losses": [{"name": "ce"}]}, "evaluate": {"knn": None}}
+    ]
+    stages += [{"name": "student", "student": {"name": "cnn32_student"}}]
+    (tmp_path / "stages.yaml").write_text(
+        json.dumps({**several, "stages": stages, "run_dir": str(tmp_path / "chain")})
+    )
+    chained = train_runs.run(runs.load(tmp_path / "stages.yaml"))
+    assert {"val/top1_head1", "few/top1_head1"} <= chained["heads"]["metrics"].keys()
+    assert {"val/knn_top1", "few/knn_top1"} <= chained["student"]["metrics"].keys()
+    assert "top1_head1" not in chained["heads"]["metrics"]
+    text = page.write([tmp_path / "chain"], measure=False).read_text()
+    assert "val/head1" in text
+    stages[1]["evaluate"] = {"knn": {"k": 1000}}
+    (tmp_path / "late.yaml").write_text(
+        json.dumps({**several, "stages": stages, "run_dir": str(tmp_path / "late")})
+    )
+    with pytest.raises(config.UserError, match=r"stage student: evaluate.knn.k: 1000 neighbours are more"):
+        train_runs.run(runs.load(tmp_path / "late.yaml"))  # before the first stage begins
+    assert not (tmp_path / "late" / "heads" / "metrics.jsonl").exists()
 
 
 def load(settings: config.Config) -> Network:
