@@ -371,7 +371,8 @@ class Run:
         scores: dict[str, float] = {}
         for name, of_set in by_set.items():
             named = metric_names.of_set(name, of_set)
-            self.log.write(self.done, dict(filter(lambda item: "probe_" in item[0], named.items())))
+            of_probe = [key for key in of_set if key.startswith("probe_")]
+            self.log.write(self.done, metric_names.of_set(name, {key: of_set[key] for key in of_probe}))
             scores |= named
         return scores
 
