@@ -511,7 +511,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(json.dumps(metrics))
         return
     width = max(map(len, metrics), default=0)
-    print("\n".join(f"{name:{width}}  {100 * value:6.2f} %" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        text = f"{value:6g}" if name.endswith("probe_l2") else f"{100 * value:6.2f} %"
+        print(f"{name:{width}}  {text}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -80,7 +80,10 @@ class Trainer:
         return summaries if self.several else summaries[""]
 
     def evaluate(self, what: str | Path | None = None) -> dict[str, float]:
-        """Score a network on `data.eval`; returns top1, top5 and, with `evaluate.retrieval`, mAP, in [0, 1].
+        """Score a network on `data.eval`; returns top1, top5 and what `evaluate` adds, in [0, 1], by name.
+
+        With `evaluate.knn`, knn_top1 and knn_top5, with `evaluate.linear_probe`, probe_top1, probe_top5 and
+        probe_l2, with `evaluate.retrieval`, mAP; of several named sets, val/top1 and so on.
 
         what: a run, checkpoint or weights file of the config's student, an exported folder, or the name of a
         timm model; None: this run's student.

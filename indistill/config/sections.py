@@ -5,12 +5,21 @@ The comment of each key is its description in docs/configuration.md.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from indistill.config import plugins
-from indistill.config.base import Duration, Folder, Probability, Section, nearest
+from indistill.config.base import Duration, Folder, Probability, Section, nearest, no_command
 from indistill.config.limits import (
     MAX_BATCH,
     MAX_CLASSES,
@@ -113,12 +122,33 @@ def _with_ranges(section: _Ranged) -> _Ranged:
     return section
 
 
+_SET_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
+
+
+class EvalSet(Section):
+    """One of several named evaluation sets; a path, URL or list alone is short for its `shards`."""
+
+    shards: str | list[str]  # Its shards: paths or URLs, like `train`.
+    # File with the student's class of each label of this set, in the order of these labels: a class per line,
+    # by its name in `data.train` or by its label there, or what `shards pack --classes` takes. Only these
+    # classes are then candidates. None: the set has the labels of `data.train`.
+    label_map: Annotated[str, AfterValidator(no_command)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shards_alone(cls, values: Any) -> Any:
+        return {"shards": values} if isinstance(values, str | list) else values
+
+
 class Data(Section):
     """WebDataset shards, how they are read, and what the networks see of each image (docs/data.md)."""
 
     # Shards of the training set: paths or URLs. Braces (`{000..127}`) expand, and `*` in local paths.
     train: str | list[str]
-    eval: str | list[str] | None = None  # Shards of the evaluation set, like `train`; None: no evaluation.
+    # Shards of the evaluation set, like `train`; or several sets by name, `{val: SHARDS, v2: SHARDS}`, whose
+    # scores are logged as `val/top1`. The first set decides which checkpoints are the best. None: no
+    # evaluation.
+    eval: str | list[str] | dict[str, EvalSet] | None = None
     root: Folder | None = None  # Folder or URL that is put before relative shard paths.
     # Number of classes: labels are 0 to num_classes - 1. The heads of both networks must have as many
     # outputs.
@@ -166,6 +196,27 @@ class Data(Section):
     # Side of the centre crop of evaluation images, as a fraction of the resized shorter side. `auto` takes
     # crop_pct and crop_mode from the same `pretrained_cfg` as `eval_interpolation`.
     eval_crop: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+
+    @field_validator("eval")
+    @classmethod
+    def _check_set_names(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            if not value:
+                raise ValueError("has no set: name at least one, or set it to null")
+            for name in value:
+                if not _SET_NAME.fullmatch(name):
+                    raise ValueError(
+                        f"{name[:100]!r} is no name of a set: use up to 64 letters, digits, '_' and '-', of "
+                        "which the first is a letter or digit"
+                    )
+        return value
+
+    @property
+    def eval_sets(self) -> dict[str, EvalSet]:
+        """The evaluation sets by name; that of a set without a name is ""."""
+        if self.eval is None:
+            return {}
+        return self.eval if isinstance(self.eval, dict) else {"": EvalSet(shards=self.eval)}
 
     @model_validator(mode="after")
     def _check_stream(self) -> Data:
@@ -383,17 +434,52 @@ class Ema(Section):
     warmup: bool = True  # Increase the decay gradually to its value, for short runs.
 
 
+class Knn(Section):
+    """Classification by the nearest neighbours of the embedding in the bank, as DINO's.
+
+    Each neighbour votes for its class with the weight exp(cosine / temperature).
+    """
+
+    k: PositiveInt = 20  # Number of neighbours.
+    temperature: PositiveFloat = 0.07  # Lower values give the nearest ones more weight.
+
+
+class LinearProbe(Section):
+    """Logistic regression on the frozen embeddings of the bank, each dimension standardised.
+
+    It minimises the mean cross-entropy plus l2 / 2 times the sum of the squared weights, the bias apart.
+    """
+
+    # Candidates for l2. The one with the best top-1 on a fifth of the bank, of several the largest, is fitted
+    # again on the whole bank.
+    l2: Annotated[list[PositiveFloat], Field(min_length=1)] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+
+
 class Evaluate(Section):
     """Evaluation on `data.eval`: accuracy, and how similar the stages of student and teacher are."""
 
     every: Duration | None = None  # Time between two evaluations; None: only at the end of the run.
     batch: Images = 256  # Images per rank in a forward pass.
-    # At the end, also compute the mAP of the embeddings, with `data.eval` as queries and `data.train` as
+    # At the end, also compute the mAP of the embeddings, with `data.eval` as queries and the bank as
     # database.
     retrieval: bool = False
-    # Number of images of `data.eval` on which teacher and student stages are compared (CKA, information
-    # flow); 0: no comparison.
+    # At each evaluation, also classify by the nearest neighbours in the bank, `{}` with its defaults; None:
+    # not used. Each time, the student computes the embeddings of the whole bank.
+    knn: Knn | None = None
+    # At the end, also train a linear classifier on the embeddings of the bank, `{}` with its defaults; None:
+    # not used.
+    linear_probe: LinearProbe | None = None
+    # Labelled shards, like `data.train`, that are the bank of knn, linear_probe and retrieval; they are never
+    # augmented. None: the training set.
+    bank: str | list[str] | None = None
+    # Number of images of `data.eval`, of its first set, on which teacher and student stages are compared
+    # (CKA, information flow); 0: no comparison.
     similarity_samples: Annotated[int, Field(ge=0)] = 512
+
+    @property
+    def on_bank(self) -> list[str]:
+        """The keys of the evaluations that are on, and read a bank."""
+        return [key for key in ("knn", "linear_probe", "retrieval") if getattr(self, key)]
 
 
 class Checkpoint(Section):
@@ -404,8 +490,8 @@ class Checkpoint(Section):
     # Also save this many minutes after the last checkpoint, at the next logged step; None: not by time.
     every_minutes: PositiveFloat | None = None
     keep_last: PositiveInt = 2  # Number of the newest checkpoints that are kept.
-    # Number of the checkpoints with the highest top-1 on `data.eval` that are kept besides; 0: save none for
-    # its score.
+    # Number of the checkpoints with the highest top-1 on `data.eval` that are kept besides, of a student
+    # without classifier the highest top-1 of `evaluate.knn`; 0: save none for its score.
     keep_best: Annotated[int, Field(ge=0)] = 1
 
 

@@ -119,10 +119,10 @@ class Config(Section):
                 raise ValueError("stage: heads needs a teacher: add the section teacher")
             unused = [key for key in ("student", "warmup") if getattr(self, key) is not None]
             supervised = all(not loss.teaches and loss.reads <= {"logits", "labels"} for loss in losses)
-            if unused or not supervised or self.evaluate.retrieval or self.teacher.heads:
-                what = (
-                    unused[0] if unused else "kd.losses other than ce, evaluate.retrieval and teacher.heads"
-                )
+            if unused or not supervised or self.evaluate.on_bank or self.teacher.heads:
+                keys = [f"evaluate.{key}" for key in self.evaluate.on_bank or ["retrieval"]]
+                rest = f"kd.losses other than ce, {', '.join(keys)} and teacher.heads"
+                what = unused[0] if unused else rest
                 raise ValueError(f"stage: heads trains classifiers on the teacher alone: remove {what}")
             if self.teacher.shard:
                 raise ValueError(
@@ -171,10 +171,14 @@ class Config(Section):
     def _check_evaluation(self) -> Config:
         if self.evaluate.every is not None and self.data.eval is None:
             raise ValueError("evaluate.every needs shards to evaluate on: set data.eval")
-        if self.evaluate.retrieval and self.data.eval is None:
-            raise ValueError("evaluate.retrieval needs query shards: set data.eval")
-        if self.evaluate.retrieval and self.data.access == "stream":
-            raise ValueError("evaluate.retrieval needs the training set by index: set data.access: index")
+        for key in self.evaluate.on_bank:
+            if self.data.eval is None:
+                raise ValueError(f"evaluate.{key} needs query shards: set data.eval")
+            if self.data.access == "stream" and self.evaluate.bank is None:
+                raise ValueError(
+                    f"evaluate.{key} needs the training set by index: set data.access: index, or name shards "
+                    "in evaluate.bank"
+                )
         return self
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +38,8 @@ class ImageDataset(Dataset):
 
     With an `order` it is for training: images are augmented, and an image that cannot be decoded is replaced
     by the next sample of its stream, the same one on any number of ranks. With a `view` instead it is for
-    evaluation, where such an image is an error, because scores on different samples would not be comparable.
+    evaluation, where such an image is an error, because scores on different samples would not be comparable;
+    a request without stand-ins gets it black, with id and label -1.
     """
 
     def __init__(
@@ -84,12 +85,12 @@ class ImageDataset(Dataset):
             try:
                 images[row], labels[row] = self._view(int(ids[row]), draws[row])
             except BadImage as bad:
-                if self.order is None:
+                if self.order is None and request.stand_ins:
                     raise
                 replaced.append(str(bad))
-                ids[row], images[row], labels[row] = (
-                    self._stand_in(self.order, request, row, replaced) if request.stand_ins else (-1, 0, -1)
-                )
+                ids[row], images[row], labels[row] = -1, 0, -1
+                if self.order is not None and request.stand_ins:
+                    ids[row], images[row], labels[row] = self._stand_in(self.order, request, row, replaced)
         records: Mapping[str, Tensor] = {}
         if request.fields:
             assert self.stored is not None  # fields are requested only after `bring_along`
@@ -208,8 +209,10 @@ def _in_memory(count: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.empty((count, *shape), dtype=np.uint8)
 
 
-def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
-    """Open shards.
+def open_shards(
+    section: config.Data, urls: str | list[str], label_map: Sequence[int] | None = None
+) -> ShardSet:
+    """Open shards, with their labels read by a map, if any.
 
     Raises UserError for missing, cut or malformed ones and like `check_shard`.
     """
@@ -220,18 +223,24 @@ def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
         cache_bytes=int(section.cache_bytes),
     )
     for path, index in zip(shards.paths, shards._indices):
-        check_shard(section, path, index)
+        check_shard(section, path, index, mapped=label_map is not None)
+    if label_map is not None:
+        shards.relabel(label_map)
     return shards
 
 
-def check_shard(section: config.Data, path: str, index: Index) -> None:
+def check_shard(section: config.Data, path: str, index: Index, *, mapped: bool = False) -> None:
     """Raise UserError for a label that is not a class, and for a shard that cannot be read at random.
 
-    Whatever reads shards by index refuses them here, and `doctor` checks them here before a run.
+    Whatever reads shards by index refuses them here, and `doctor` checks them here before a run. mapped: a
+    label map gives the classes.
     """
     if compressed(path) and not section.in_memory:
         refuse_compressed(path)
-    for row in np.flatnonzero((index.labels < 0) | (index.labels >= section.num_classes))[:1]:
+    if not section.num_classes:  # labels are for scores of embeddings alone, which check them
+        return
+    outside = (index.labels >= section.num_classes) & (not mapped)
+    for row in np.flatnonzero((index.labels < 0) | outside)[:1]:
         key = decoded(index.keys[row])
         problem = label_problem(key, index.labels[row], section.num_classes)
         raise UserError(printable(f"{base_name(path)}: sample {key}: {problem}"))

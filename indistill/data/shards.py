@@ -90,6 +90,17 @@ class ShardSet:
         self.fingerprint = digest.hexdigest()
         self._first_ids = np.cumsum([0, *self.sizes])  # [shards + 1]
         self._files: dict[int, IO[bytes]] = {}
+        self.label_map: np.ndarray | None = None  # int64: what each label of the shards is read as
+
+    def relabel(self, label_map: Sequence[int]) -> None:
+        """Read each label as its entry in `label_map`. Raises UserError for a label that has none."""
+        labels = self.labels
+        for sample_id in np.flatnonzero(labels >= len(label_map))[:1]:
+            raise UserError(
+                f"{self.where(sample_id)}: label {labels[sample_id]} has no entry among the "
+                f"{len(label_map)} of the label map: complete the map"
+            )
+        self.label_map = np.array(label_map, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._first_ids[-1])
@@ -119,7 +130,7 @@ class ShardSet:
         with contextlib.suppress(tarfile.HeaderError):
             header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
             if header.size == size == len(data) - BLOCK:
-                return Sample(key, data[BLOCK:], int(index.labels[row]))
+                return Sample(key, data[BLOCK:], self._read_as(int(index.labels[row])))
         raise UserError(changed(path, f"sample '{key}' is not where the index says"))
 
     def iterate(self, begin: int = 0, end: int | None = None) -> Iterator[Sample]:
@@ -146,7 +157,7 @@ class ShardSet:
             for row, (key, span, image, label) in enumerate(samples):
                 if row >= len(indexed) or indexed[row] != (*span, label):
                     raise UserError(changed(path, f"sample '{key}' is not where the index says"))
-                yield Sample(key, image, label)
+                yield Sample(key, image, self._read_as(label))
         if row + 1 < len(indexed):
             raise UserError(changed(path, f"it has {row + 1} samples, its index says {len(indexed)}"))
 
@@ -171,7 +182,11 @@ class ShardSet:
     @property
     def labels(self) -> np.ndarray:
         """Labels, -1 for none: int64 [samples]."""
-        return np.concatenate([index.labels for index in self._indices])
+        labels = np.concatenate([index.labels for index in self._indices])
+        return labels if self.label_map is None else np.where(labels < 0, -1, self.label_map[labels])
+
+    def _read_as(self, label: int) -> int:
+        return label if self.label_map is None or label < 0 else int(self.label_map[label])
 
     def where(self, sample_id: int) -> str:
         """The sample's shard and key, for messages."""

@@ -70,7 +70,7 @@ class Network(Trainable):
         if self.with_token:
             net.set_distilled_training(True)
         # DDP would wait for the gradients of outputs that no loss reads, so these are not returned.
-        self.with_logits = "logits" in reads
+        self.with_logits = "logits" in reads and net.num_classes > 0
         self.with_embedding = self.with_logits or "embedding" in reads
         # Convolutions and pools are faster in this format: twice on CPUs, and on GPUs in half precision.
         self.to(memory_format=torch.channels_last)

@@ -325,7 +325,9 @@ class Sources:
     # Of the student's progress line, if other processes write to the terminal too.
     position: int | None = None
 
-    def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
+    def data(
+        self, accelerator: Accelerator, settings: Config
+    ) -> tuple[TrainingData, dict[str, ImageDataset]]:
         """Open the training and evaluation images. Raises UserError for unusable shards and batch sizes."""
         return open_data(accelerator, settings)
 

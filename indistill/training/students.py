@@ -75,7 +75,7 @@ class Shared(Sources):
 
     def __init__(self, settings: Config, students: int) -> None:
         self.accumulation = settings.grad_accumulation
-        self.opened: tuple[TrainingData, ImageDataset | None] | None = None
+        self.opened: tuple[TrainingData, dict[str, ImageDataset]] | None = None
         # Micro-batches are counted from the start of the run.
         self.positions = [0] * students  # the micro-batch at which each student is
         self.loaded: dict[int, Batch] = {}  # micro-batches that a student still needs
@@ -83,7 +83,9 @@ class Shared(Sources):
         self.network: Network | None = None  # the teacher as created; each student's copy has its own stages
         self.teacher_pass: TeacherPass | None = None
 
-    def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
+    def data(
+        self, accelerator: Accelerator, settings: Config
+    ) -> tuple[TrainingData, dict[str, ImageDataset]]:
         self.opened = self.opened or super().data(accelerator, settings)
         return self.opened
 
@@ -115,9 +117,12 @@ class _Share(Sources):
         self.student = student  # its index
         self.name = name
 
-    def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
-        training, eval_set = self.shared.data(accelerator, settings)
-        return training, eval_set and eval_set.for_evaluation(evaluation_view(settings))
+    def data(
+        self, accelerator: Accelerator, settings: Config
+    ) -> tuple[TrainingData, dict[str, ImageDataset]]:
+        training, eval_sets = self.shared.data(accelerator, settings)
+        view = evaluation_view(settings) if eval_sets else None
+        return training, {name: one.for_evaluation(view) for name, one in eval_sets.items()}
 
     def teacher(self, settings: Config) -> Network:
         return self.shared.teacher(settings)

@@ -15,7 +15,8 @@ PUBLIC = {
     "random_importance top_channels unpruned writers",
     curriculum: "Curriculum Pace Phase Timetable flattened",
     order: "SampleOrder",
-    evaluate: "accuracy embeddings precision_at retrieval retrieval_map similarity",
+    evaluate: "accuracy bank_scores check_bank embeddings knn linear_probe precision_at retrieval "
+    "retrieval_map similarity",
 }
 
 

@@ -31,14 +31,15 @@ from indistill.commands.doctor.findings import (
     size_text,
 )
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.metric_names import eval_key
 from indistill.config.run_dir import weights_file
 from indistill.data import class_names, overlap, remote, shards
 from indistill.data.dataset import check_shard, open_shards
 from indistill.data.index import Index, Others, index_files, load_index, parse_index
 from indistill.data.loader import IndexedTraining, check_accumulation
 from indistill.data.stream import StreamedTraining, read_shard
-from indistill.data.training import TrainingData
-from indistill.evaluate.ranking import check_retrieval
+from indistill.data.training import TrainingData, bank_shards, eval_shards
+from indistill.evaluate.bank import check_bank
 from indistill.models import timm_model
 from indistill.order import SampleOrder
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
@@ -141,14 +142,20 @@ def data_shards(here: Here) -> Said:
                 yield OK, f"data.train: {counts}"
         else:
             yield from _indexed_shards(here, settings, "data.train", section.train)
-        if section.eval is not None:
-            yield from _indexed_shards(here, settings, "data.eval", section.eval)
+        for name, one in section.eval_sets.items():
+            mapped = one.label_map is not None
+            yield from _indexed_shards(here, settings, eval_key(name), one.shards, mapped=mapped)
+    for settings in {str(one.evaluate.bank): one for one in here.settings}.values():
+        if settings.evaluate.on_bank and settings.evaluate.bank is not None:
+            yield from _indexed_shards(here, settings, "evaluate.bank", settings.evaluate.bank)
 
 
-def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str]) -> Said:
+def _indexed_shards(
+    here: Here, settings: Config, key: str, urls: str | list[str], *, mapped: bool = False
+) -> Said:
     section = settings.data
     paths = shards.expand(urls, section.root)
-    sizes, missing, damaged = _indices(section, paths)
+    sizes, missing, damaged = _indices(section, paths, mapped=mapped)
     for problem in damaged[:MOST_SHOWN]:
         yield FAIL, f"{key}: {problem}"
     if missing:
@@ -173,7 +180,9 @@ def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str
         yield OK, f"{key}: {what}"
 
 
-def _indices(section: config.Data, paths: Sequence[str]) -> tuple[list[int], list[str], list[str]]:
+def _indices(
+    section: config.Data, paths: Sequence[str], *, mapped: bool
+) -> tuple[list[int], list[str], list[str]]:
     """Check as many shards as time allows, as a run does when it opens them; nothing is saved.
 
     Returns their sizes, the shards without index, and the problems. A remote shard without index is not
@@ -197,7 +206,7 @@ def _indices(section: config.Data, paths: Sequence[str]) -> tuple[list[int], lis
                     index = fetched
                 else:
                     continue
-                check_shard(section, path, index)
+                check_shard(section, path, index, mapped=mapped)
                 sizes.append(len(index.keys))
             except UserError as error:
                 damaged.append(str(error))
@@ -258,10 +267,14 @@ def class_lists(here: Here) -> Said:
             )
             continue
         what = f"data.train has {len(names.names)} class names"
-        if section.eval is not None and class_names.beside(section.eval, section.root):
-            what += ", data.eval has the same"
-        elif section.eval is not None:
-            what += f", data.eval has none ({class_names.RECORD}) to compare them with"
+        for name, one in section.eval_sets.items():
+            key = eval_key(name)
+            if one.label_map is not None:
+                what += f", {key} has a label map"
+            elif class_names.beside(one.shards, section.root):
+                what += f", {key} has the same"
+            else:
+                what += f", {key} has none ({class_names.RECORD}) to compare them with"
         if len(names.names) != section.num_classes:
             yield WARN, what, f"set data.num_classes, which is {section.num_classes}, to their number"
         else:
@@ -284,31 +297,49 @@ def evaluation_images(here: Here) -> Said:
         return
     for settings in here.by_data:
         section = settings.data
-        if section.eval is None:
-            continue
         training = _with_index(section, section.train)
-        evaluation = _with_index(section, section.eval)
-        if training is None or evaluation is None:
-            limit = f"less than {MOST_INDEX_BYTES / 1e9:g} GB of indices"
-            yield OK, f"not compared with the training images, which needs local shards with {limit}"
-            continue
-        if any(one.evaluate.retrieval for one in here.settings if one.data == section):
-            try:
-                check_retrieval(training, evaluation)
-            except UserError as error:
-                yield FAIL, str(error)
-        found = overlap.find(training, evaluation, OVERLAP_SECONDS)
-        compared = f"{found.looked_at:,} images"
-        if found.looked_at < len(evaluation):
-            compared += f", a random sample of {len(evaluation):,}"
-        if found.compared < 1:
-            compared += f", compared with {found.compared:.0%} of the training images"
-        if found.shared:
-            what = f"data.eval: {found.shared:,} of {compared}, are in data.train too, byte for byte"
-            remedy = "their scores say nothing about new images: remove them from one set, and pack it again"
-            yield WARN, what, remedy
-        else:
-            yield OK, f"data.eval: of {compared}, none is in data.train"
+        for name, one in section.eval_sets.items():
+            key = eval_key(name)
+            yield from _overlap(key, training, _with_index(section, one.shards))
+    yield from dict.fromkeys(item for settings in here.settings for item in _bank(settings))
+
+
+def _overlap(key: str, training: shards.ShardSet | None, evaluation: shards.ShardSet | None) -> Said:
+    """Search the training images for those of one evaluation set."""
+    if training is None or evaluation is None:
+        limit = f"less than {MOST_INDEX_BYTES / 1e9:g} GB of indices"
+        named = "" if key == "data.eval" else f"{key}: "
+        yield OK, f"{named}not compared with the training images, which needs local shards with {limit}"
+        return
+    found = overlap.find(training, evaluation, OVERLAP_SECONDS)
+    compared = f"{found.looked_at:,} images"
+    if found.looked_at < len(evaluation):
+        compared += f", a random sample of {len(evaluation):,}"
+    if found.compared < 1:
+        compared += f", compared with {found.compared:.0%} of the training images"
+    if found.shared:
+        what = f"{key}: {found.shared:,} of {compared}, are in data.train too, byte for byte"
+        remedy = "their scores say nothing about new images: remove them from one set, and pack it again"
+        yield WARN, what, remedy
+    else:
+        yield OK, f"{key}: of {compared}, none is in data.train"
+
+
+def _bank(settings: Config) -> Said:
+    """Check the label maps, and what k-NN, linear probe and retrieval need, as a run does before its first
+    step.
+    """
+    section = settings.data
+    urls = [one.shards for one in section.eval_sets.values()]
+    bank = settings.evaluate.bank or section.train if settings.evaluate.on_bank else None
+    if any(_with_index(section, one) is None for one in [*urls, *([] if bank is None else [bank])]):
+        return  # reported by data_shards, or too much to read
+    try:
+        sets = {name: eval_shards(section, name) for name in section.eval_sets}
+        if bank is not None:
+            check_bank(settings, bank_shards(settings), sets)
+    except UserError as error:
+        yield FAIL, str(error)
 
 
 def _with_index(section: config.Data, urls: str | list[str]) -> shards.ShardSet | None:

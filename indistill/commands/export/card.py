@@ -58,13 +58,21 @@ def card(source: Source, network: Network, *, form: str, command: str, checked: 
         f"**Input.** {_input(source, network, form)}",
         f"**Teacher.** {_teacher(settings)}",
         f"**Method.** {_method(source)}",
-        f"**Data.** Trained on `{settings.data.train}`, evaluated on `{settings.data.eval}`.",
+        f"**Data.** Trained on `{settings.data.train}`, evaluated on {_evaluated_on(settings)}.",
         f"**Metrics.** {_metrics(source)}",
         f"**Exported by** `{command}`. {checked} Trained by `indistill train config.yaml run_dir=RUN "
         "data.root=SHARDS`, where config.yaml is",
         f"```yaml\n{recipe(settings)}```",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _evaluated_on(settings: Config) -> str:
+    """The evaluation sets, in the order of their scores."""
+    data = settings.data
+    if not isinstance(data.eval, dict):
+        return f"`{data.eval}`"
+    return ", ".join(f"{name}: `{one.shards}`" for name, one in data.eval.items())
 
 
 def _weights(source: Source, net: Any) -> str:
@@ -162,4 +170,7 @@ def recipe(settings: Config) -> str:
             tree[section][key] = Path(tree[section][key]).name
         if section in tree:
             tree[section]["name"] = _public_name(tree[section]["name"])
+    for one in settings.data.eval_sets:
+        if one and (path := tree["data"]["eval"][one].get("label_map")):
+            tree["data"]["eval"][one]["label_map"] = Path(path).name
     return yaml.safe_dump(tree, sort_keys=False)

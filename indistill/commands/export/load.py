@@ -81,8 +81,8 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
         path = weights
     names = class_names.of_weights(path)
     class_names.check_weights(names, settings.data, "eval")
-    # Without names of their own the weights have those of data.train, which retrieval searches.
-    if names is None or settings.evaluate.retrieval:
+    # Without names of their own the weights have those of data.train, with which retrieval compares.
+    if names is None or settings.evaluate.on_bank:
         class_names.check(settings.data)
     return load_file(settings, path), evaluation_view(settings)
 
@@ -110,7 +110,7 @@ def _what_there_is(folder: Path) -> str:
 
 def _check_classes(network: Network | Program, what: str, settings: Config) -> None:
     """Raise UserError if an export, or a timm model with class names, has other classes than the data."""
-    if settings.evaluate.retrieval:
+    if settings.evaluate.on_bank:
         class_names.check(settings.data)
     if isinstance(network, Program):
         names = class_names.Names(what, network.classes) if network.classes else None

@@ -29,9 +29,8 @@ from indistill.commands.export.source import Source, find, find_class_names, fin
 from indistill.config import Config, UserError, in_one_line, printable
 from indistill.config.ranks import Ranks
 from indistill.data.batch import Request
-from indistill.data.dataset import ImageDataset, open_shards
+from indistill.data.training import open_eval_set
 from indistill.models.network import Network
-from indistill.models.views import evaluation_view
 
 TOLERANCE = 1e-4  # relative to the largest logit: float32 sums in another order
 _CHECKED_IMAGES = 16
@@ -120,13 +119,14 @@ def _write_checked(folder: Path, source: Source, form: str, command: str) -> str
 
 
 def _images(settings: Config) -> tuple[Tensor, str]:
-    """Images uint8 [B, 3, S, S] for the comparison, evenly spaced over data.eval, and their description."""
+    """Images uint8 [B, 3, S, S] for the comparison, evenly spaced over the first set of data.eval, and what
+    they are.
+    """
     section = settings.data.model_copy(update={"in_memory": False})
     try:
         if section.eval is None:
             raise UserError("data.eval is not set")
-        shards = open_shards(section, section.eval)
-        dataset = ImageDataset(shards, section, seed=settings.seed, view=evaluation_view(settings))
+        dataset = open_eval_set(settings.model_copy(update={"data": section}))
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:
