@@ -189,6 +189,9 @@ class Model(Section):
     pretrained: bool = False
     # File with the model's weights: `.safetensors`, or `.pt`, read with `weights_only`. None: no file.
     checkpoint: str | None = None
+    # 0: a network without a classifier, which gives embeddings and feature maps, but no logits. None: its
+    # classifier has data.num_classes outputs, or its pretrained weights have none.
+    num_classes: Literal[0] | None = None
     # Further arguments of `timm.create_model`, except those that name files or choose other weights.
     kwargs: dict[str, Any] = {}
     # Mean of the input per channel, with pixels in [0, 1]; None: as in timm's `pretrained_cfg`.

@@ -70,8 +70,8 @@ class Network(Trainable):
         if self.with_token:
             net.set_distilled_training(True)
         # DDP would wait for the gradients of outputs that no loss reads, so these are not returned.
-        self.with_logits = "logits" in reads
-        self.with_embedding = self.with_logits or "embedding" in reads
+        self.with_embedding = "logits" in reads or "embedding" in reads
+        self.with_logits = "logits" in reads and net.num_classes > 0
         # Convolutions and pools are faster in this format: twice on CPUs, and on GPUs in half precision.
         self.to(memory_format=torch.channels_last)
         mean, std = normalisation
@@ -127,8 +127,11 @@ class Network(Trainable):
         return stage_maps(self.net, self.normalise(images), stages)
 
     def _classify(self, final: Tensor, embedding: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Logits [B, K] and, if a loss reads them, the logits [B, K] of the distillation token."""
-        if self.training and not self.with_logits:
+        """Logits [B, K] and, if a loss reads them, the logits [B, K] of the distillation token.
+
+        None without a classifier.
+        """
+        if not self.net.num_classes or (self.training and not self.with_logits):
             return None, None
         if self.with_token and self.training:
             return self.net.forward_head(final)

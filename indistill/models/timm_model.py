@@ -68,20 +68,22 @@ class NoWeights(UserError):
 def create(section: config.Model, num_classes: int, image_size: int, role: str) -> TimmModel:
     """Create the bare timm model that a `student` or `teacher` section describes.
 
-    Raises UserError for an unknown name, weights that cannot be loaded or do not fit, a head of another size
-    than `num_classes`, and a head that does not follow timm's interface. No weight is left random without an
-    error.
+    It has no classifier if the section says so, or if its pretrained weights have none. Raises UserError for
+    an unknown name, weights that cannot be loaded or do not fit, a head of another size than `num_classes`,
+    and a head that does not follow timm's interface. No weight is left random without an error.
     """
     check_name(section, role)
     # Given another number of classes, timm would replace a pretrained head by a random one.
     kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
+    if section.num_classes == 0:
+        kwargs["num_classes"] = 0
     net = _create(section, kwargs, role)
-    if net.num_classes != num_classes:
+    if net.num_classes not in (0, num_classes):
         raise UserError(
             f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is "
             f"{num_classes}: use weights trained for this data set"
         )
-    if role == "teacher" and section.pretrained and "num_classes" in kwargs:
+    if role == "teacher" and section.pretrained and "num_classes" in section.kwargs:
         raise UserError(
             "teacher.kwargs.num_classes: timm would replace the head of another size by a random one: remove "
             "it, and use weights trained for this data set"
@@ -144,6 +146,8 @@ def _load_weights(net: TimmModel, path: str, role: str) -> None:
         key.removeprefix("net."): value for key, value in read.items() if not key.startswith(_TRAINING_PARTS)
     }
     expected = net.state_dict()
+    if not net.num_classes:
+        own = {key: value for key, value in own.items() if not key.startswith(_classifier(net))}
     try:
         state, more_notes = renamed(own, expected)
     except UserError as error:
@@ -164,6 +168,12 @@ def _load_weights(net: TimmModel, path: str, role: str) -> None:
     if (notes := notes + more_notes) and Ranks.from_environment().is_main_process:
         how = "; ".join(notes)
         print(printable(f"indistill: {role}.checkpoint: {path} is loaded {how}"), file=sys.stderr, flush=True)
+
+
+def _classifier(net: TimmModel) -> tuple[str, ...]:
+    """How the names of a classifier's weights begin, by timm's record: DeiT has two classifiers."""
+    names = (net.pretrained_cfg or {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def _check_finite(net: nn.Module, section: config.Model, role: str) -> None:

@@ -21,7 +21,7 @@ from indistill import config, prune
 from indistill.config import Config, UserError
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
-from indistill.config.tree import input_size
+from indistill.config.tree import head_problem, input_size
 from indistill.curriculum import Timetable
 from indistill.data import class_names
 from indistill.data.batch import Batch
@@ -215,6 +215,7 @@ def create_student(settings: Config) -> TimmModel:
     """Create the bare timm model. Raises UserError if a loss needs a distillation token that it lacks."""
     assert settings.student is not None  # the config requires it unless stage is heads
     net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
+    _check_head(settings, net, "student")
     for loss in settings.kd.losses:
         if "token" in loss.reads and not hasattr(net, "set_distilled_training"):
             raise UserError(
@@ -225,6 +226,12 @@ def create_student(settings: Config) -> TimmModel:
         with refusing_single_values(settings), torch.random.fork_rng(devices=[]):
             copy.deepcopy(net).train()(torch.zeros(1, *input_size(settings)))
     return net
+
+
+def _check_head(settings: Config, net: TimmModel, role: str) -> None:
+    """Raise UserError if a network without a classifier needs one."""
+    if not net.num_classes and (problem := head_problem(settings, role)):
+        raise UserError(problem)
 
 
 def has_single_images(settings: Config) -> bool:
@@ -256,10 +263,11 @@ def create_teacher(settings: Config) -> Network:
     """Create the teacher with its weights, on the CPU. Raises UserError if they are missing or do not fit."""
     section = settings.teacher
     assert section is not None  # a teacher is created only for a config that has one
-    if section.checkpoint:
+    if section.checkpoint and section.num_classes != 0:
         class_names.check_weights(class_names.of_weights(section.checkpoint), settings.data, "teacher")
     net = timm_model.create(section, settings.data.num_classes, settings.data.image_size, "teacher")
-    if section.pretrained:
+    _check_head(settings, net, "teacher")
+    if section.pretrained and net.num_classes:
         names = class_names.of_pretrained(net.pretrained_cfg, section.name)
         class_names.check_weights(names, settings.data, "teacher")
     return Network(net, normalisation(net, section, "teacher"))
