@@ -239,7 +239,7 @@ OPERATIONAL_KEYS = (
 )
 # Keys that earlier versions did not have. Without a value they are no part of a run's identity, so that runs
 # and stored targets of these versions still load.
-LATER_KEYS = ("student.num_classes", "teacher.num_classes")
+LATER_KEYS = ("student.num_classes", "teacher.num_classes", "teacher.image_size")
 # Keys that may differ between the nodes of a run.
 NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")
 
@@ -293,5 +293,5 @@ def difference(old: Config, new: Config) -> str | None:
 
 
 def input_size(settings: Config) -> tuple[int, int, int]:
-    """Return the shape [C, H, W] of the input of both networks."""
+    """Return the shape [C, H, W] of the student's input, which the teacher's is resized from."""
     return (3, settings.data.image_size, settings.data.image_size)

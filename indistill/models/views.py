@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import timm.data
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.models import load_model_config_from_hf, resolve_pretrained_cfg
 
@@ -38,6 +38,7 @@ class PretrainedConfig(BaseModel):
     std: _Three[FiniteFloat] | None = None
     label_names: list[str] | None = None
     classes: list[str] | None = None  # in onnx and torch files
+    num_classes: NonNegativeInt | None = None  # 0: without a classifier
 
 
 def evaluation_view(settings: config.Config) -> EvalView:

@@ -28,6 +28,7 @@ class LiveTargets:
     - shard_on: this rank's device, over which and all other ranks' a teacher on the CPU is sharded; all ranks
       must then run it together.
     - precision: of the teacher's forward pass, independent of the caller's autocast.
+    - tokens: whether a loss reads the teacher's patch tokens.
     - run: called instead of the teacher, for example the compiled teacher.
     - pool: maps of more than this many pixels a side are averaged down to it.
 
@@ -45,6 +46,7 @@ class LiveTargets:
         shard_on: torch.device | None = None,
         precision: str = "no",
         run: Callable[..., Output] | None = None,
+        tokens: bool = False,
         pool: int | None = None,
     ) -> None:
         self.pool = pool
@@ -58,6 +60,7 @@ class LiveTargets:
             return
         self._run: Callable[..., Output] = teacher if run is None else run
         teacher.eval().requires_grad_(False)
+        teacher.with_tokens = tokens
         teacher.kd_stages = sorted({*kd_stages, *(heads.stages if heads else ())})
         if plan.mode == "paper_bn":
             stages = [pair.teacher_stage for pair in plan.pairs]
@@ -94,7 +97,8 @@ class LiveTargets:
         features = tuple(pooled(_copy(fields[f"stage{stage}"]), self.pool) for stage in self.kd_stages)
         logits = _copy(fields["logits"]) if "logits" in fields else None  # a teacher may have no classifier
         cohort = tuple(_copy(tensor) for name, tensor in fields.items() if name.startswith("head"))
-        return Targets(features, _copy(fields["embedding"]), logits, cohort)
+        tokens = _copy(fields["tokens"]) if "tokens" in fields else None
+        return Targets(features, _copy(fields["embedding"]), logits, cohort, tokens)
 
     def everything(self, images: Tensor, pairs: Sequence[int]) -> dict[str, Tensor]:
         """The targets of these pairs and of KD, by field (targets/manifest.py), in one teacher pass."""
@@ -126,10 +130,18 @@ class LiveTargets:
                 return [self._published_map(teacher, images, pair) for pair in pairs]
             return self._run(images, upto=max(pairs), pairs=pairs).features
 
-    def _full_pass(self, teacher: Network, images: Tensor) -> dict[str, Tensor]:
-        """The unpruned maps of the teacher's `kd_stages`, heads' logits, embedding and logits, by field."""
+    def calibration(self, images: Tensor) -> dict[str, Tensor]:
+        """The outputs that KD reads, by field. It runs the teacher itself: a shared pass keeps its output."""
+        teacher = self._loaded()
+        fields = self._full_pass(teacher, images, run=teacher)
+        return {name: pooled(x, self.pool) if x.dim() == 4 else x for name, x in fields.items()}
+
+    def _full_pass(
+        self, teacher: Network, images: Tensor, run: Callable[..., Output] | None = None
+    ) -> dict[str, Tensor]:
+        """The unpruned maps of the teacher's `kd_stages`, heads' logits, embedding and the rest, by field."""
         with self.without_gradient():
-            output = self._run(images)
+            output = (run or self._run)(images)
             assert output.embedding is not None  # in eval mode a full pass computes it
             maps = dict(zip(teacher.kd_stages, output.features))
             cohort: tuple[Tensor, ...] = ()
@@ -138,6 +150,8 @@ class LiveTargets:
         fields = {f"stage{stage}": feature for stage, feature in maps.items()}
         fields |= {f"head{i}": logits for i, logits in enumerate(cohort, start=1)}
         fields["embedding"] = output.embedding
+        if output.tokens is not None:
+            fields["tokens"] = pooled(output.tokens, self.pool)
         return fields if output.logits is None else fields | {"logits": output.logits}
 
     def _prune(self, feature: Tensor, pair: int) -> Tensor:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +42,8 @@ from indistill.targets.live import LiveTargets
 from indistill.targets.reader import open_targets
 from indistill.targets.source import TargetSource
 from indistill.targets.stored import CachedTargets
+from indistill.training import features
+from indistill.training.features import Grids
 from indistill.training.pruning import agree_on_plan, stored_plan
 
 NO_PLAN = Plan("none", "none", [])
@@ -108,7 +111,7 @@ class _Builder:
             plan = stored_plan(
                 self.accelerator, self.settings.warmup, files=files, reader=reader, student=self.net
             )
-        student, kd_stages = self.student(teacher, plan)
+        student, kd_stages = self.student(teacher, plan, partial(features.of_manifest, reader.manifest))
         check_cohort(losses, reader.manifest.heads)
         return self.finish(student), CachedTargets(reader, losses, kd_stages=kd_stages), plan
 
@@ -134,27 +137,37 @@ class _Builder:
     ) -> Parts:
         """Build the student and the live targets of a teacher."""
         settings = self.settings
-        student, kd_stages = self.student(teacher.net, plan)
+        side = teacher.image_size or settings.data.image_size
+        losses = settings.kd.losses
+        grids = partial(features.of_network, teacher.net, side, losses=losses)
+        student, kd_stages = self.student(teacher.net, plan, grids)
         teacher.stages = [pair.teacher_stage for pair in plan.pairs]
         cohort = Heads.load(section.heads, teacher, settings.data.image_size) if section.heads else None
-        check_cohort(settings.kd.losses, len(cohort.stages) if cohort else 0)
+        check_cohort(losses, len(cohort.stages) if cohort else 0)
         targets = LiveTargets(
             teacher,
             plan,
-            input_size=input_size(settings),
+            input_size=teacher.input_size(settings.data.image_size),
             kd_stages=kd_stages,
             heads=cohort,
             shard_on=self.shard_device(section),
             precision=section.precision or settings.mixed_precision,
             run=run_teacher(teacher, settings),
+            tokens=teaches(losses, "tokens"),
             pool=settings.targets.pool,
         )
         return self.finish(student), targets, plan
 
-    def student(self, teacher: TimmModel | Architecture, plan: Plan) -> tuple[Network, list[int]]:
-        """Create the student; return it and the teacher's stages whose whole maps KD reads."""
+    def student(
+        self, teacher: TimmModel | Architecture, plan: Plan, grids: Callable[[Sequence[int]], Grids]
+    ) -> tuple[Network, list[int]]:
+        """Create the student; return it and the teacher's stages whose whole maps KD reads.
+
+        `grids` returns the shapes of the teacher's features, given the stages that losses read.
+        """
         settings, losses = self.settings, self.settings.kd.losses
         kd_pairs = choose_pairs(settings, teacher, self.net) if reads(losses, "features") else []
+        shape = self._feature_shape(teacher, kd_pairs, grids([stage for stage, _ in kd_pairs]))
         student = Network(
             self.net,
             self.normalisation,
@@ -164,12 +177,32 @@ class _Builder:
                 for i, pair in enumerate(plan.pairs)
                 if pair.student_width > pair.teacher_width
             },
-            reads=[what for what in ("logits", "embedding", "token") if reads(losses, what)],
+            reads=[what for what in ("logits", "embedding", "tokens", "token") if reads(losses, what)],
             kd_stages=[student_stage for _, student_stage in kd_pairs],
-            projectors=create_layers(losses, projector_shape(teacher, self.net, kd_pairs)),
+            projectors=create_layers(losses, shape),
         )
         kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs] if teaches(losses, "features") else []
         return student, kd_stages
+
+    def _feature_shape(
+        self, teacher: TimmModel | Architecture, kd_pairs: Sequence[tuple[int, int]], of_teacher: Grids
+    ) -> Shape:
+        """Return the widths that losses translate between. Raises UserError for features that do not fit."""
+        settings, losses = self.settings, self.settings.kd.losses
+        stages = [stage for _, stage in kd_pairs]
+        of_student = features.of_network(self.net, settings.data.image_size, stages, losses)
+        shape = projector_shape(teacher, self.net, kd_pairs)
+        if of_student.tokens and of_teacher.tokens:
+            shape = shape._replace(
+                student_token_width=of_student.tokens[0], teacher_token_width=of_teacher.tokens[0]
+            )
+        widths = {
+            "embedding": [shape.teacher_dim],
+            "maps": shape.teacher_widths,
+            "tokens": [shape.teacher_token_width],
+        }
+        features.check(settings, of_student, of_teacher, widths)
+        return shape
 
     def finish(self, student: Network) -> Network:
         """Return the student, ready to be wrapped, on its device."""
@@ -197,7 +230,8 @@ def check_fit(settings: Config) -> None:
         pairs = match_stages(teacher, student) if warmup.pairs == "auto" else warmup.pairs
         criterion = warmup.prune.criterion
         criterion = "random" if criterion in prune.NEEDS_DATA else criterion
-        prune.plan(teacher, student, pairs, input_size(settings), criterion, adapter=warmup.adapter)
+        side = timm_model.input_side(teacher, teacher_section, settings.data.image_size)
+        prune.plan(teacher, student, pairs, (3, side, side), criterion, adapter=warmup.adapter)
 
 
 def check_cohort(losses: Sequence[config.Loss], heads: int) -> None:
@@ -270,7 +304,8 @@ def create_teacher(settings: Config) -> Network:
     if section.pretrained and net.num_classes:
         names = class_names.of_pretrained(net.pretrained_cfg, section.name)
         class_names.check_weights(names, settings.data, "teacher")
-    return Network(net, normalisation(net, section, "teacher"))
+    size = timm_model.input_side(net, section, settings.data.image_size)
+    return Network(net, normalisation(net, section, "teacher"), image_size=size)
 
 
 def compiled(teacher: Network, settings: Config) -> Forward:

@@ -93,6 +93,7 @@ def of_run(
         micro_batch=costs.micro_batch,
         precision=settings.mixed_precision,
         teacher_parameters=sum(p.numel() for p in built.teacher.parameters()) if built.teacher else 0,
+        teacher_image_size=_own_size(settings, built.teacher),
         student_parameters=sum(p.numel() for p in built.student.parameters()),
         targets=settings.targets.model_dump(),
         views=settings.data.augment.views,
@@ -103,6 +104,11 @@ def of_run(
         network_bytes={engine: sum(costs.sent(last, engine, world).values()) for engine in ENGINES},
         scaling=[costs.on_nodes(nodes) for nodes in NODES],
     )
+
+
+def _own_size(settings: Config, teacher: Network | None) -> int | None:
+    size = teacher.image_size if teacher else None
+    return None if size == settings.data.image_size else size
 
 
 # --- costs --------------------------------------------------------------------------------------------------
