@@ -45,6 +45,9 @@ def phi_s(mean: Tensor, covariance: Tensor) -> Standard:
     variance 1, and distances between samples keep their proportions. Raises ValueError if no such H is known.
     """
     values, vectors = torch.linalg.eigh(covariance)
+    # The sign of an eigenvector is arbitrary: that of its largest entry is made positive.
+    signs = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+    vectors = vectors * signs
     phi = values.clamp_min(0).mean().sqrt()
     rotation = hadamard(len(mean)).to(covariance) / math.sqrt(len(mean))
     return Standard(mean, rotation @ vectors.T / torch.where(phi > 0, phi, 1.0))
