@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -93,6 +94,20 @@ def own_record(section: config.Model, role: str) -> dict[str, Any]:
             f"{role}: timm's pretrained_cfg of {section.name} cannot be loaded "
             f"({in_one_line(error, 200)}): set data.eval_interpolation and data.eval_crop"
         ) from None
+
+
+def without_weights(section: config.Model, role: str) -> dict[str, Any]:
+    """The changes that make a section one of a network with random weights, of the same shape.
+
+    It has no classifier if the weights have none. If their record cannot be loaded, the section alone
+    decides.
+    """
+    changes: dict[str, Any] = {"pretrained": False, "checkpoint": None}
+    if section.pretrained:
+        with contextlib.suppress(UserError):
+            if own_record(section, role).get("num_classes") == 0:
+                changes["num_classes"] = 0
+    return changes
 
 
 class EvalView(NamedTuple):

@@ -37,6 +37,7 @@ from indistill.models.outputs import Output
 from indistill.models.stages import Architecture, check_stages, find_stages, match_stages
 from indistill.models.timm_model import TimmModel
 from indistill.models.trainable import Trainable
+from indistill.models.views import without_weights
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets
 from indistill.targets.reader import open_targets
@@ -217,9 +218,11 @@ def check_fit(settings: Config) -> None:
     if settings.stage == "heads" or settings.teacher is None:
         return
     assert settings.student is not None  # the config requires it unless stage is heads
-    bare = {"pretrained": False, "checkpoint": None}
-    teacher_section = settings.teacher.model_copy(update=bare)
-    settings = settings.model_copy(update={"student": settings.student.model_copy(update=bare)})
+    teacher_section, student_section = (
+        section.model_copy(update=without_weights(section, role))
+        for section, role in ((settings.teacher, "teacher"), (settings.student, "student"))
+    )
+    settings = settings.model_copy(update={"student": student_section})
     student = create_student(settings)
     teacher = timm_model.create(
         teacher_section, settings.data.num_classes, settings.data.image_size, "teacher"

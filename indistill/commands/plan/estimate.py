@@ -35,6 +35,7 @@ from indistill.models.network import Network
 from indistill.models.stages import find_stages
 from indistill.models.timm_model import NoWeights
 from indistill.models.trainable import Trainable
+from indistill.models.views import without_weights
 from indistill.order import SampleOrder
 from indistill.targets.cost import SEEN, Choice, Work, decide, measure, phase_steps, record_bytes
 from indistill.targets.live import LiveTargets
@@ -293,7 +294,8 @@ def _build(settings: Config, earlier: Mapping[str, Config]) -> _Built:
                 student, targets_of, plan = parts.networks(accelerator, settings, files=RunDir(Path(folder)))
                 break
             except NoWeights as error:
-                section = getattr(settings, error.role).model_copy(update={"pretrained": False})
+                section = getattr(settings, error.role)
+                section = section.model_copy(update=without_weights(section, error.role))
                 settings = settings.model_copy(update={error.role: section})
                 notes.append(f"without pretrained weights, by architecture alone: {error}")
                 if error.role == "teacher" and settings.warmup:

@@ -58,8 +58,10 @@ def _or_reason(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _create(section: config.Model, data: config.Data) -> TimmModel:
     """Create the timm model of a section, without its weights."""
     from indistill.models.timm_model import build, timm_model  # `models` registers the small networks
+    from indistill.models.views import without_weights
 
-    classes = data.num_classes if section.num_classes is None else section.num_classes
+    bare = without_weights(section, "network").get("num_classes", section.num_classes)
+    classes = data.num_classes if bare is None else bare
     return timm_model(build(section, {"num_classes": classes, **section.kwargs}, "network").eval())
 
 
