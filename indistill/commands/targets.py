@@ -382,27 +382,28 @@ def prepare(settings: Config) -> Job:
     )
     agree({"teacher": targets_of.fingerprint, "plan": plan.hash})
     stored = engine.on_main(accelerator, lambda: claim(Path(root), manifest))
-    missing = missing_standards(accelerator, settings, Path(root), targets_of=targets_of, training=training)
+    missing = missing_standards(accelerator, settings, stored=root, targets_of=targets_of, training=training)
     return Job(accelerator, Path(root), training.dataset, targets_of, pairs, stored, missing)
 
 
 def missing_standards(
     accelerator: Accelerator,
     settings: Config,
-    root: Path,
     *,
+    stored: str,
     targets_of: LiveTargets,
     training: IndexedTraining,
 ) -> dict[str, Standard]:
     """What the config's losses standardise by, with what is stored; {} if nothing is missing."""
     names = standards.wanted(settings.kd.losses, targets_of.kd_stages)
     every = sorted({name for of_loss in names.values() for name in of_loss})
-    stored = engine.on_main(accelerator, lambda: standards.read_all(root / standards.FILE, REMEDY))
-    if stored.keys() >= set(every):
+    path = f"{stored}/{standards.FILE}"
+    known = engine.on_main(accelerator, lambda: standards.read_all(path, REMEDY))
+    if known.keys() >= set(every):
         return {}
-    new = [name for name in every if name not in stored]
+    new = [name for name in every if name not in known]
     calibration = partial(training.loader, 0, device=accelerator.device)
-    return stored | compute(accelerator, new, targets_of, calibration)
+    return known | compute(accelerator, new, targets_of, calibration)
 
 
 def check_storable(settings: Config, world: int) -> str:

@@ -93,7 +93,8 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
         _load_weights(net, section.checkpoint, role)
     if section.checkpoint or section.pretrained:
         _check_finite(net, section, role)
-    _check_interface(net, section.name, fit_input(net, section, image_size), image_size=image_size, role=role)
+    side = fit_input(net, section, image_size)
+    _check_interface(net, section.name, side=side, image_size=image_size, role=role)
     return net
 
 
@@ -277,7 +278,7 @@ def _is_state_dict(content: object) -> bool:
 
 
 @torch.no_grad()
-def _check_interface(net: TimmModel, name: str, side: int, *, image_size: int, role: str) -> None:
+def _check_interface(net: TimmModel, name: str, *, side: int, image_size: int, role: str) -> None:
     """Run a small forward pass: the input size must fit, and classifier(embedding) be the model's output."""
     images = torch.zeros(1, 3, side, side)
     same = False

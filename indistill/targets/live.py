@@ -28,7 +28,6 @@ class LiveTargets:
     - shard_on: this rank's device, over which and all other ranks' a teacher on the CPU is sharded; all ranks
       must then run it together.
     - precision: of the teacher's forward pass, independent of the caller's autocast.
-    - tokens: whether a loss reads the teacher's patch tokens.
     - run: called instead of the teacher, for example the compiled teacher.
     - pool: maps of more than this many pixels a side are averaged down to it.
 
@@ -46,7 +45,6 @@ class LiveTargets:
         shard_on: torch.device | None = None,
         precision: str = "no",
         run: Callable[..., Output] | None = None,
-        tokens: bool = False,
         pool: int | None = None,
     ) -> None:
         self.pool = pool
@@ -60,7 +58,6 @@ class LiveTargets:
             return
         self._run: Callable[..., Output] = teacher if run is None else run
         teacher.eval().requires_grad_(False)
-        teacher.with_tokens = tokens
         teacher.kd_stages = sorted({*kd_stages, *(heads.stages if heads else ())})
         if plan.mode == "paper_bn":
             stages = [pair.teacher_stage for pair in plan.pairs]

@@ -143,6 +143,7 @@ class _Builder:
         grids = partial(features.of_network, teacher.net, side, losses=losses)
         student, kd_stages = self.student(teacher.net, plan, grids)
         teacher.stages = [pair.teacher_stage for pair in plan.pairs]
+        teacher.with_tokens = teaches(losses, "tokens")
         cohort = Heads.load(section.heads, teacher, settings.data.image_size) if section.heads else None
         check_cohort(losses, len(cohort.stages) if cohort else 0)
         targets = LiveTargets(
@@ -154,7 +155,6 @@ class _Builder:
             shard_on=self.shard_device(section),
             precision=section.precision or settings.mixed_precision,
             run=run_teacher(teacher, settings),
-            tokens=teaches(losses, "tokens"),
             pool=settings.targets.pool,
         )
         return self.finish(student), targets, plan

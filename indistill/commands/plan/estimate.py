@@ -76,15 +76,16 @@ def of_run(
     built = _build(settings, earlier or {})
     timetable = Timetable.of(settings, steps_per_epoch, pairs=len(built.plan.pairs))
     costs = _Costs.measured(settings, built, timetable, world)
+    last = [*costs.works][-1]
     pairs = _pairs(settings, built)
     optimizer = optim.create(built.student, settings.optimizer)
     optim.PhaseOptim(optimizer, settings, timetable)  # raises UserError as in training
     state = state_bytes(optimizer)
 
-    notes = built.notes
     if timetable.curriculum.order == "auto":
-        notes = [*notes, "warmup.curriculum: auto: the durations of the warm-up are the longest it can take"]
-    *_, last = costs.works
+        built.notes.append(
+            "warmup.curriculum: auto: the durations of the warm-up are the longest it can take"
+        )
     return Estimate(
         machine=settings.machine.model_dump(),
         world=world,
@@ -98,7 +99,7 @@ def of_run(
         student_parameters=sum(p.numel() for p in built.student.parameters()),
         targets=settings.targets.model_dump(),
         views=settings.data.augment.views,
-        notes=notes,
+        notes=built.notes,
         pairs=pairs,
         phases=[costs.of_phase(phase) for phase in costs.works],
         memory={engine: costs.memory(engine, state) for engine in ENGINES},
