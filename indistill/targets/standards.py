@@ -18,12 +18,13 @@ from torch import Tensor
 from indistill.config import Loss, UserError, in_one_line
 from indistill.config.files import read_bytes, replacing
 from indistill.config.limits import MAX_STANDARDS_BYTES
+from indistill.config.run_dir import RunDir
 from indistill.data import remote
 from indistill.losses import standard
 from indistill.losses.feature_loss import FeatureLoss
 from indistill.losses.standard import Standard
 
-FILE = "standards.safetensors"  # in the folder of stored targets
+FILE = RunDir(Path()).standards.name  # in the folder of stored targets, too
 _ROWS_ENTRIES = 2**24  # values that are converted to float64 at once
 
 

@@ -42,6 +42,7 @@ from indistill.targets.live import LiveTargets
 from indistill.training import optim, parts
 
 NODES = (1, 2, 8, 64)
+_LONGEST = "warmup.curriculum: auto: the durations of the warm-up are the longest it can take"
 
 
 def of_chain(
@@ -77,15 +78,12 @@ def of_run(
     timetable = Timetable.of(settings, steps_per_epoch, pairs=len(built.plan.pairs))
     costs = _Costs.measured(settings, built, timetable, world)
     last = [*costs.works][-1]
-    pairs = _pairs(settings, built)
     optimizer = optim.create(built.student, settings.optimizer)
     optim.PhaseOptim(optimizer, settings, timetable)  # raises UserError as in training
     state = state_bytes(optimizer)
 
     if timetable.curriculum.order == "auto":
-        built.notes.append(
-            "warmup.curriculum: auto: the durations of the warm-up are the longest it can take"
-        )
+        built.notes.append(_LONGEST)
     return Estimate(
         machine=settings.machine.model_dump(),
         world=world,
@@ -100,7 +98,7 @@ def of_run(
         targets=settings.targets.model_dump(),
         views=settings.data.augment.views,
         notes=built.notes,
-        pairs=pairs,
+        pairs=_pairs(settings, built),
         phases=[costs.of_phase(phase) for phase in costs.works],
         memory={engine: costs.memory(engine, state) for engine in ENGINES},
         network_bytes={engine: sum(costs.sent(last, engine, world).values()) for engine in ENGINES},
