@@ -48,10 +48,11 @@ from indistill.data.loader import IndexedTraining, loader
 from indistill.distributed import engine
 from indistill.distributed.agree import agree
 from indistill.losses.objective import Objective
+from indistill.losses.standard import Standard
 from indistill.models.network import Network
 from indistill.models.stages import find_stages
 from indistill.prune import Plan
-from indistill.targets import records
+from indistill.targets import records, standards
 from indistill.targets.live import LiveTargets
 from indistill.targets.manifest import (
     REMEDY,
@@ -73,6 +74,7 @@ from indistill.targets.records import Field
 from indistill.targets.stored import fields_of, needed
 from indistill.training import parts
 from indistill.training.choose import cheaper_stored
+from indistill.training.features import compute
 from indistill.training.start import start_accelerator
 
 # Relative to a record's largest value: more than one step of its rounding, less than another image differs
@@ -102,6 +104,7 @@ class Job:
     targets_of: LiveTargets
     pairs: list[int]  # the pairs that the warm-up trains
     manifest: Manifest
+    standards: dict[str, Standard]  # what losses standardise by, that is not stored yet
 
     def tensors(self, images: Tensor) -> dict[str, Tensor]:
         """Compute every field of uint8 images [B, 3, S, S]: [B, ...] each."""
@@ -187,6 +190,8 @@ def end(job: Job, items: list[tuple[int, int]]) -> None:
                 f"{path}: another process has written it, but it is not visible here: put targets.dir on a "
                 "file system that all nodes share"
             )
+    if job.standards:
+        standards.write(job.root / standards.FILE, job.standards)
     save_manifest(job.root / "manifest.json", job.manifest)
     (job.root / "manifest.partial.json").unlink(missing_ok=True)
 
@@ -401,7 +406,28 @@ def prepare(settings: Config) -> Job:
     )
     agree({"teacher": targets_of.fingerprint, "plan": plan.hash})
     stored = engine.on_main(accelerator, lambda: claim(Path(root), manifest))
-    return Job(accelerator, Path(root), training.dataset, targets_of, pairs, stored)
+    missing = missing_standards(accelerator, settings, stored=root, targets_of=targets_of, training=training)
+    return Job(accelerator, Path(root), training.dataset, targets_of, pairs, stored, missing)
+
+
+def missing_standards(
+    accelerator: Accelerator,
+    settings: Config,
+    *,
+    stored: str,
+    targets_of: LiveTargets,
+    training: IndexedTraining,
+) -> dict[str, Standard]:
+    """What the config's losses standardise by, with what is stored; {} if nothing is missing."""
+    names = standards.wanted(settings.kd.losses, targets_of.kd_stages)
+    every = sorted({name for of_loss in names.values() for name in of_loss})
+    path = f"{stored}/{standards.FILE}"
+    known = engine.on_main(accelerator, lambda: standards.read_all(path, REMEDY))
+    if known.keys() >= set(every):
+        return {}
+    new = [name for name in every if name not in known]
+    calibration = partial(training.loader, 0, device=accelerator.device)
+    return known | compute(accelerator, new, targets_of, calibration)
 
 
 def check_storable(settings: Config, world: int) -> str:

@@ -65,6 +65,7 @@ class RunDir(_Folder):
     student = _Entry("student.safetensors")  # of a finished run: the student's weights under timm's names
     heads = _Entry("heads.safetensors")  # with `stage: heads`: the intermediate classifiers
     pruning_plan = _Entry("prune_plan.json")  # the teacher channels that the warm-up teaches
+    standards = _Entry("standards.safetensors")  # what standardises the teacher's features
     classes = _Entry("classes.json")  # class names, where the data has them
     inputs = _Entry("inputs.json")  # of a chain's stage: SHA-256 of the weights that it began with
     checkpoints = _Entry("checkpoints")

@@ -153,7 +153,8 @@ class Data(Section):
     # Number of classes: labels are 0 to num_classes - 1. The heads of both networks must have as many
     # outputs.
     num_classes: Annotated[PositiveInt, Field(le=MAX_CLASSES)]
-    image_size: Pixels = 224  # Height and width of the input of both networks, in pixels.
+    # Height and width of the input, in pixels: of both networks, unless `teacher.image_size` says otherwise.
+    image_size: Pixels = 224
     # Samples per optimizer step, summed over all ranks and accumulation steps.
     global_batch: Images
     # Number of streams that each epoch's order is cut into. It must be divisible by the world size, and
@@ -240,6 +241,9 @@ class Model(Section):
     pretrained: bool = False
     # File with the model's weights: `.safetensors`, or `.pt`, read with `weights_only`. None: no file.
     checkpoint: str | None = None
+    # 0: a network without a classifier, which gives embeddings and feature maps, but no logits. None: its
+    # classifier has data.num_classes outputs, or its pretrained weights have none.
+    num_classes: Literal[0] | None = None
     # Further arguments of `timm.create_model`, except those that name files or choose other weights.
     kwargs: dict[str, Any] = {}
     # Mean of the input per channel, with pixels in [0, 1]; None: as in timm's `pretrained_cfg`.
@@ -258,6 +262,10 @@ class Model(Section):
 
 
 class Teacher(Model):
+    # Height and width of the teacher's input, in pixels: it sees the student's view of each image, resized on
+    # the device (bicubic). None: `data.image_size` for a teacher with a classifier; for one without, the size
+    # that timm's `pretrained_cfg` names, rounded down to whole patches.
+    image_size: Pixels | None = None
     # File `heads.safetensors` of a run with `stage: heads`, for the loss `dih`. None: no intermediate
     # classifiers.
     heads: str | None = None

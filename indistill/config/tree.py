@@ -148,6 +148,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_heads(self) -> Config:
+        for role, section in (("student", self.student), ("teacher", self.teacher)):
+            if section is not None and section.num_classes == 0 and (problem := head_problem(self, role)):
+                raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _whole_labels(self) -> Config:
         mixed = self.kd.mix is not None and (self.kd.mix.mixup or self.kd.mix.cutmix)
         for loss in self.kd.losses:
@@ -180,6 +187,20 @@ class Config(Section):
                     "in evaluate.bank"
                 )
         return self
+
+
+def head_problem(config: Config, role: str) -> str | None:
+    """Return what needs the classifier that the student or the teacher lacks; None if nothing does."""
+    if config.stage == "heads":
+        return "stage: heads needs a teacher with a classifier: use weights that have one"
+    for loss in config.kd.losses:
+        wanted = loss.reads if role == "student" else loss.teaches
+        if wanted & {"logits", "token", "heads"}:
+            return (
+                f"kd.losses: {loss.name} reads the {role}'s logits, but this {role} has no classifier "
+                f"({role}.num_classes: 0, or weights without one): remove the loss, or use another {role}"
+            )
+    return None
 
 
 def why_not_stored(config: Config) -> str | None:
@@ -220,6 +241,9 @@ OPERATIONAL_KEYS = (
     "machine",
     "targets.dir",
 )
+# Keys that earlier versions did not have. Without a value they are no part of a run's identity, so that runs
+# and stored targets of these versions still load.
+LATER_KEYS = ("student.num_classes", "teacher.num_classes", "teacher.image_size")
 # Keys that may differ between the nodes of a run.
 NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")
 
@@ -234,7 +258,7 @@ def flatten(config: Config, without: Collection[str] | None = None) -> dict[str,
         without = OPERATIONAL_KEYS if config.targets.lossy else (*OPERATIONAL_KEYS, "targets.source")
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if prefix in without:
+        if prefix in without or (value is None and prefix in LATER_KEYS):
             return
         if isinstance(value, dict) and value:
             for key, child in value.items():
@@ -273,5 +297,5 @@ def difference(old: Config, new: Config) -> str | None:
 
 
 def input_size(settings: Config) -> tuple[int, int, int]:
-    """Return the shape [C, H, W] of the input of both networks."""
+    """Return the shape [C, H, W] of the student's input, which the teacher's is resized from."""
     return (3, settings.data.image_size, settings.data.image_size)

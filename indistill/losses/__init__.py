@@ -11,6 +11,7 @@ from indistill.losses.crd_loss import crd
 from indistill.losses.dih_loss import dih
 from indistill.losses.dist_loss import dist
 from indistill.losses.dkd_loss import dkd
+from indistill.losses.feature_loss import feature
 from indistill.losses.hint_loss import hint
 from indistill.losses.kd_loss import kd
 from indistill.losses.pkt_loss import Divergence, Kernel, Scale, pkt
@@ -33,6 +34,7 @@ __all__ = [
     "dih",
     "dist",
     "dkd",
+    "feature",
     "hint",
     "kd",
     "pkt",

@@ -159,6 +159,8 @@ def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Ta
         return {f"pair{pair + 1}": target for pair, target in zip(phase.pairs, targets.features)}
     losses = settings.kd.losses
     fields = {f"stage{stage}": target for stage, target in zip(targets_of.kd_stages, targets.features)}
+    if targets.tokens is not None and teaches(losses, "tokens"):
+        fields["tokens"] = targets.tokens
     if targets.embedding is not None and teaches(losses, "embedding"):
         fields["embedding"] = targets.embedding
     if targets.logits is not None and teaches(losses, "logits"):

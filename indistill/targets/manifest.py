@@ -6,6 +6,7 @@ only the fields that it needs, and a remote cache fetches no others. Fields are
 
     pair1, pair2, ...   pruned maps of the warm-up's pairs
     stage2, ...         unpruned maps of teacher stages that KD reads
+    tokens              the last patch tokens, on their grid
     embedding, logits, head1, head2, ...
 
 A record ends with the CRC-32 of its other bytes. The record of a sample that could not be decoded is all
@@ -35,7 +36,9 @@ from indistill.prune import Plan
 from indistill.targets.records import Field, wanted_format
 
 VERSION = 1
-FieldName = Annotated[str, Bounds(pattern=r"^(embedding|logits|(pair|stage|head)\d{1,4})\z")]  # of a folder
+FieldName = Annotated[
+    str, Bounds(pattern=r"^(embedding|logits|tokens|(pair|stage|head)\d{1,4})\z")
+]  # of a folder
 
 # The end of every error message about stored targets that have to be computed again.
 AGAIN = "run `indistill targets CONFIG` again"
@@ -109,11 +112,13 @@ class Manifest(BaseModel):
         plan = self.pruning()
         of_stage = {f"stage{i}": stage["num_chs"] for i, stage in enumerate(self.teacher.feature_info)}
         widths = of_stage | {"embedding": self.teacher.head_hidden_size}
+        if "tokens" in self.fields:
+            widths["tokens"] = self.fields["tokens"].shape[0]  # which nothing else records
         for i, pair in enumerate(plan.pairs, start=1):
             widths[f"pair{i}"] = pair.teacher_width if pair.kept is None else len(pair.kept)
         classes = self.config.get("data.num_classes")
         for name, field in self.fields.items():
-            is_map = name.startswith(("pair", "stage"))
+            is_map = name.startswith(("pair", "stage", "tokens"))
             width = widths.get(name) if is_map or name == "embedding" else classes
             if field.shape[0] != width or (len(field.shape) == 3) != is_map:
                 raise ValueError(f"fields: {name} has shape {field.shape}, not {width} channels")

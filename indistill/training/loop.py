@@ -36,6 +36,7 @@ from indistill.training import guard, optim, parts
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.checkpoint import Checkpoints
 from indistill.training.choose import choose
+from indistill.training.features import agree_on_standards
 from indistill.training.guard import Buffers
 from indistill.training.mix import make_mix
 from indistill.training.parts import Sources
@@ -129,7 +130,19 @@ class Run:
         )
         self.timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(self.plan.pairs))
         self.pace = Pace(self.timetable, settings.warmup, partial(mean_over_ranks, accelerator))
-        self.objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
+        self.standards = agree_on_standards(
+            accelerator,
+            settings,
+            files=self.files,
+            targets_of=targets_of,
+            calibration=partial(training.loader, 0, device=accelerator.device),
+        )
+        self.objective = Objective(
+            settings.kd.losses,
+            training.steps_per_epoch,
+            settings.kd.relational_scope,
+            self.standards.of_loss,
+        )
         if settings.targets.source == "auto":
             targets_of = choose(
                 accelerator,
@@ -203,6 +216,7 @@ class Run:
             "data": self.training.fingerprint,
             "teacher": self.targets_of.fingerprint,
             "engine": self.engine.describe(),
+            **({"standards": self.standards.fingerprint} if self.standards.fingerprint else {}),
             **plugins.source_hashes([loss.name for loss in settings.kd.losses]),
         }
         agree(identity)

@@ -153,7 +153,10 @@ class _Share(Sources):
 
         def forward(images: Tensor, upto: int | None = None, pairs: Sequence[int] = ()) -> Output:
             stages = teacher.kd_stages if upto is None else [teacher.stages[pair] for pair in pairs]
-            return teacher_pass(images, shared.positions[self.student], stages=stages, whole=upto is None)
+            position = shared.positions[self.student]
+            whole = upto is None
+            tokens = whole and teacher.with_tokens
+            return teacher_pass(images, position, stages=stages, whole=whole, tokens=tokens)
 
         return forward
 
@@ -175,8 +178,16 @@ class TeacherPass:
         self.output: Output | None = None
         self.maps: dict[int, Tensor] = {}
 
-    def __call__(self, images: Tensor, position: int, *, stages: Sequence[int], whole: bool) -> Output:
-        """Return the maps [B, C, H, W] of the stages and, if `whole`, the embedding and logits too."""
+    def __call__(
+        self, images: Tensor, position: int, *, stages: Sequence[int], whole: bool, tokens: bool = False
+    ) -> Output:
+        """Return the maps [B, C, H, W] of the stages and, if `whole`, the embedding and logits too.
+
+        Once a student has asked for patch tokens, every such pass gives them.
+        """
+        if tokens and not self.network.with_tokens:
+            self.network.with_tokens = True
+            self.output = None
         stages_before: set[int] = set()
         whole_before = False
         if self.batch != (position, images.dtype):

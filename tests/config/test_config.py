@@ -279,6 +279,8 @@ def test_files_that_are_no_configs(tmp_path):
             "student: pretrained and checkpoint exclude",
         ),
         (["student=null"], "student: missing: add the section student"),
+        (["teacher.num_classes=0"], "kd.losses: kd reads the teacher's logits, but this teacher has no"),
+        (["student.num_classes=0"], "kd.losses: ce reads the student's logits, but this student has no"),
         (["kd.losses=[{name: dih}]"], "kd.losses: dih needs teacher.heads"),
         (["kd.losses=[{name: dkd}]", "kd.mix={mixup: 0.2}"], "kd.losses: dkd reads the class of each sample"),
         (

@@ -263,8 +263,9 @@ def test_rounded_targets_are_the_live_ones_rounded(stored, tmp_path, monkeypatch
         )
 
     def rounding_call(*arguments):
-        features, embedding, logits, cohort = call(*arguments)
+        features, embedding, logits, cohort, tokens = call(*arguments)
         assert not cohort
+        assert tokens is None
         maps = tuple(rounded("pair1", feature) for feature in features)
         return outputs.Targets(maps, rounded("embedding", embedding), rounded("logits", logits))
 

@@ -287,7 +287,7 @@ def _check_other_lists(settings: Config, names: class_names.Names | None) -> Non
     teacher = settings.teacher
     if settings.targets.source == "cached" and os.path.exists(f"{root}/manifest.json"):
         check_classes(root, load_manifest(root), names)
-    elif teacher is not None and teacher.checkpoint:
+    elif teacher is not None and teacher.checkpoint and teacher.num_classes != 0:
         class_names.check_weights(class_names.of_weights(teacher.checkpoint), settings.data, "teacher")
 
 
