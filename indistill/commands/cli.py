@@ -105,7 +105,10 @@ def _add_config(parser: usage.Parser, *, config_help: str = "YAML file", optiona
 
 
 def _add_overrides(parser: usage.Parser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the file")
+    # Without a default, argparse names them among the arguments that are required.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace values of the file"
+    )
     _add_plugin(parser)
     _add_allow_pipe(parser)
 
@@ -568,15 +571,17 @@ def _targets(arguments: argparse.Namespace) -> None:
 
 def _init(arguments: argparse.Namespace) -> None:
     from indistill.commands import init
-    from indistill.config import printable
+    from indistill.config import UserError, printable
 
+    options = ("slurm", "kubernetes", "nodes", "partition", "account", "data")
+    values = {name: getattr(arguments, name) for name in options}
     if arguments.recipe is None:
+        if given := next((name for name, value in values.items() if value), None):
+            raise UserError(f"--{given} is for a recipe: name one (`indistill init` lists them)")
         found = init.recipes()
         width = max(map(len, found))
         print("\n".join(f"{name:{width}}  {title}" for name, title in found.items()))
         return
-    options = ("slurm", "kubernetes", "nodes", "partition", "account", "data")
-    values = {name: getattr(arguments, name) for name in options}
     commands = init.write(arguments.recipe, arguments.folder, **values)
     print(f"Next, in {printable(shlex.quote(arguments.folder))}:", *commands, sep="\n    ")
 

@@ -91,7 +91,7 @@ class Trainer:
         settings = self.settings  # raises UserError before the imports, which take seconds
         from indistill.commands.evaluate import evaluate_checkpoint
 
-        return evaluate_checkpoint(settings, str(what or settings.run_dir))
+        return evaluate_checkpoint(settings, str(settings.run_dir if what is None else what))
 
     def student(self, what: str | Path | None = None) -> Network | Program:
         """Load the network that `evaluate(what)` scores, in eval mode on the CPU.
@@ -102,7 +102,7 @@ class Trainer:
         """
         from indistill.commands.export.load import load_for_eval
 
-        network, _ = load_for_eval(self.settings, str(what or self.settings.run_dir))
+        network, _ = load_for_eval(self.settings, str(self.settings.run_dir if what is None else what))
         return network.eval()
 
     def export(

@@ -254,6 +254,8 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _check_weights(self) -> Model:
+        if self.checkpoint == "":  # as of a shell variable that is not set
+            raise ValueError("checkpoint is empty: name a file, or set null for none")
         if self.pretrained and self.checkpoint:
             raise ValueError("pretrained and checkpoint exclude each other: keep one")
         if (self.mean is None) != (self.std is None):

@@ -73,8 +73,7 @@ def read(path: str | Path, encoding: str | None = None) -> list[str]:
 
     A file is text with one name per line, or JSON: a list, a mapping from name to label, or a `dataset.json`.
     A folder contains one folder per class, or shards with their `dataset.json`. `encoding` is that of a file
-    (None: UTF-8). Raises UserError for anything
-    else.
+    that is not UTF-8, as when a list in another encoding is packed. Raises UserError for anything else.
     """
     path = Path(path)
     if path.is_dir():
@@ -86,9 +85,13 @@ def read(path: str | Path, encoding: str | None = None) -> list[str]:
                 )
             return names
         path = path / RECORD
-        encoding = None
     try:
-        text = encodings.read_text(path, MAX_CLASS_FILE_BYTES, encoding)
+        try:
+            text = encodings.read_text(path, MAX_CLASS_FILE_BYTES, None)
+        except UserError:
+            if encoding is None:
+                raise
+            text = encodings.read_text(path, MAX_CLASS_FILE_BYTES, encoding)
     except OSError as error:
         reason = error.strerror
         raise UserError(f"{path}: cannot be read ({reason}): name a file or folder with classes") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,13 +41,17 @@ def errors_named(file: Path, encoding: str | None) -> Iterator[None]:
 
 
 def check(file: Path, begin: bytes, encoding: str | None) -> None:
-    """Raise UserError for a file in UTF-16 that is to be read as UTF-8, by its first 4 bytes."""
+    """Raise UserError for a file in UTF-16 or UTF-32 that is to be read as UTF-8, by its first 4 bytes."""
     name = None
-    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if begin in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        name = "utf-32"
+    elif begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         name = "utf-16"
     elif any(begin) and not any(begin[1::2]):
         name = "utf-16-le"
     elif any(begin) and not any(begin[::2]):
         name = "utf-16-be"
     if encoding is None and name is not None and len(begin) == 4:
-        raise UserError(f"{file}: is not text in UTF-8 but seems to be UTF-16: set --encoding {name}")
+        raise UserError(
+            f"{file}: is not text in UTF-8 but seems to be {name[:6].upper()}: set --encoding {name}"
+        )

@@ -442,7 +442,8 @@ def _image_and_label(
     repeated: other members with this key came earlier, before those of another sample.
     """
     if repeated:
-        report(key, f"the members of sample '{key}' are not next to each other: pack it again")
+        remedy = "unpack the shard, and write it again with `tar --sort=name`"
+        report(key, f"the members of sample '{key}' are not next to each other: {remedy}")
     image, label = None, None
     for member in members:
         if member.extension == "cls":

@@ -22,7 +22,7 @@ from indistill.data.index import IMAGE_EXTENSIONS, shown
 _DELIMITERS = (",", ";", "\t", " ")  # the last one as in Caffe's lists
 _WHOLE = re.compile(r"\d+(\.0*)?", re.ASCII)  # pandas writes integers like this after an empty cell
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?|nan", re.ASCII | re.IGNORECASE)
-_WORDS = re.compile(r"[A-Za-z_ ]+")
+_WORDS = re.compile(r"([^\W\d]|[ _-])+")
 
 _Row = tuple[str, str, str]  # path or name of an image, label, line for messages
 
@@ -253,7 +253,7 @@ def _refuse_several_labels(
                 f"{line}: {name!r} looks like several labels, but an image has one: keep one; if it is "
                 "the name of one class, list it in a file for --classes"
             )
-        earlier = first.setdefault(path, row)
+        earlier = first.setdefault(os.path.normpath(path), row)
         if names[earlier] != name:
             raise UserError(
                 f"{line}: {path} has the label {name!r} here and {names[earlier]!r} above "

@@ -79,7 +79,14 @@ class Tar:
         self._compressed = gzipped is not False
         if gzipped:
             buffered = io.BufferedReader(self._source, _PIECE)
-            zstd = buffered.peek(4).startswith(_ZSTD)
+            first = buffered.peek(6)
+            zstd = first.startswith(_ZSTD)
+            if first and not zstd and not first.startswith(_GZIP):
+                _refuse_compressed(path, first)
+                raise UserError(
+                    f"{path}: is not compressed with gzip or zstd, as its name says: rename it to end with "
+                    ".tar, or fetch it again"
+                )
             self._stream = cast(IO[bytes], _Zstd(path, buffered) if zstd else gzip.GzipFile(fileobj=buffered))
         elif gzipped is None:
             self._stream, self._compressed = _opened(path, self._source)
@@ -315,7 +322,7 @@ def _refuse_compressed(path: str, first: bytes) -> None:
         if first.startswith(magic):
             raise UserError(
                 f"{path}: is compressed with {name}, but its name does not say so: rename it to end with "
-                f".tar.{ending}, or decompress it with {program}"
+                f".tar.{ending}, or decompress it with `{program} < OLD > NEW`"
             )
     for magic, name, program in (
         (_XZ, "xz", "unxz"),
@@ -323,7 +330,8 @@ def _refuse_compressed(path: str, first: bytes) -> None:
     ):
         if first.startswith(magic):
             raise UserError(
-                f"{path}: is compressed with {name}, of which no index is made: decompress it with {program}"
+                f"{path}: is compressed with {name}, of which no index is made: decompress it with "
+                f"`{program} < OLD > NEW`"
             )
 
 

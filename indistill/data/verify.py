@@ -64,7 +64,7 @@ class Content(NamedTuple):
             counts = [f"{count} {name or 'without extension'}" for name, count in sorted(self.others.items())]
             line += f"; other members: {', '.join(counts)}"
         if self.images > labelled:
-            line += f"\ntraining refuses unlabelled images: {LABEL_REMEDY}"
+            line += f"\ntraining refuses images without a label: {LABEL_REMEDY}"
         return line
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import yaml
 from conftest import pack_images
@@ -276,20 +277,55 @@ def test_a_cache_dir(tree, tmp_path, monkeypatch):
 # --- what a run reads ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"duration": "0 steps"}, "duration is less than one step (an epoch has 6): raise it"),
+        ({"evaluate": {"every": "0.01 epochs"}}, "evaluate.every is less than one step"),
+        (
+            {"warmup": {"pairs": [(0, 0)], "durations": ["0.01 epochs"]}},
+            "warmup.durations: 0.01 epochs for pair 1 is less than one step",
+        ),
+    ],
+)
+def test_durations_are_refused_as_by_a_run(tree, change, message):
+    tree = tree | {"duration": "24 steps"} | change
+    verify.index("train-*.tar", tree["data"]["root"])
+    (line,) = (line for line in look(inputs.data_shards, tree) if line.level == FAIL)
+    assert message in line.what
+    with pytest.raises(UserError, match=re.escape(message)):
+        loop.train(config.parse(tree, "test"))
+
+
+def test_single_images_are_refused_as_by_a_run(tree):
+    student = {"name": "test_resnet"}
+    (line,) = look(disks.checkpoints, with_data(tree, global_batch=1, streams=1) | {"student": student})
+    assert line.level == FAIL  # its last map has one pixel
+    assert "data.global_batch: 1 leaves one image to each rank and accumulation step" in line.what
+    (line,) = look(disks.checkpoints, tree | {"student": student})
+    assert line.level == OK
+
+
 def test_weights(tree, tmp_path):
-    whole, cut, objects = (tmp_path / name for name in ("whole.safetensors", "cut.safetensors", "objects.pt"))
-    save_file({"weight": torch.zeros(1000)}, whole)
+    names = ("whole.safetensors", "cut.safetensors", "objects.pt", "other.pt", "diverged.pt")
+    whole, cut, objects, other, diverged = (tmp_path / name for name in names)
+    state = timm.create_model("cnn32_auxiliary", num_classes=tree["data"]["num_classes"]).state_dict()
+    save_file(state, whole)
+    torch.save({"weight": torch.zeros(1000)}, other)
+    torch.save({name: value * float("nan") for name, value in state.items()}, diverged)
     cut.write_bytes(whole.read_bytes()[:-1])
     torch.save({"path": Path("object")}, objects)
     levels = {}
-    for path in (whole, cut, objects, tmp_path / "gone.pt"):
+    for path in (whole, cut, objects, other, diverged, tmp_path / "gone.pt"):
         (line,) = look(
             inputs.weights, tree | {"teacher": {"name": "cnn32_auxiliary", "checkpoint": str(path)}}
         )
         levels[path.name] = line.level
         assert line.what.startswith("teacher.checkpoint: ")
         assert str(path) in line.what
-    assert levels == {"whole.safetensors": OK, "cut.safetensors": FAIL, "objects.pt": FAIL, "gone.pt": FAIL}
+    assert levels.pop("whole.safetensors") == OK
+    assert set(levels) == {"cut.safetensors", "objects.pt", "other.pt", "diverged.pt", "gone.pt"}
+    assert set(levels.values()) == {FAIL}
     made = f"{tree['run_dir']}/student.safetensors"  # by an earlier stage
     assert not look(inputs.weights, tree, tree | {"teacher": {"name": "cnn32_student", "checkpoint": made}})
     (line,) = look(

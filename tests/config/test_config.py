@@ -404,6 +404,12 @@ def test_a_teacher_is_random_or_has_weights(file, weights):
     assert config.load(file, [f"teacher={{name: resnet18, {weights}}}"]).teacher.random is False
 
 
+def test_an_empty_checkpoint_is_not_taken_for_none(file):
+    """As that of a shell variable that is not set: the student would begin with random weights."""
+    message = refusal(file, ["student.checkpoint=''"])
+    assert message.endswith("student: checkpoint is empty: name a file, or set null for none")
+
+
 def test_a_control_says_so_and_a_student_needs_not(file):
     control = config.load(file, ["teacher={name: resnet18, pretrained: false, random: true}"])
     assert control.teacher.random

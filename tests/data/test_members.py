@@ -5,6 +5,7 @@ import gzip
 import io
 import logging
 import lzma
+import re
 import subprocess
 import tarfile
 from pathlib import Path
@@ -243,9 +244,12 @@ def test_sparse_members_are_named(tmp_path, program):
     ("name", "compress", "message"),
     [
         ("x.tar", gzip.compress, r"is compressed with gzip, .* rename it to end with \.tar\.gz"),
-        ("x.tar.bz2", bz2.compress, "is compressed with bzip2, .*: decompress it with bunzip2"),
-        ("x.tar.xz", lzma.compress, "is compressed with xz, .*: decompress it with unxz"),
+        ("x.tar.bz2", bz2.compress, "is compressed with bzip2, .*: decompress it with `bunzip2 < OLD > NEW`"),
+        ("x.tar.xz", lzma.compress, "is compressed with xz, .*: decompress it with `unxz < OLD > NEW`"),
+        ("x.tar.gz", bz2.compress, "is compressed with bzip2, .*: decompress it with `bunzip2 < OLD > NEW`"),
         ("x.tar", lambda _: ZSTD, r"is compressed with zstd, .* rename it to end with \.tar\.zst"),
+        ("x.tar.gz", bytes, r"is not compressed with gzip or zstd, as its name says: rename it to end with"),
+        ("x.tar.zst", bytes, r"is not compressed with gzip or zstd, as its name says: rename it to end with"),
     ],
 )
 def test_compression_that_the_name_does_not_say_is_named(tmp_path, name, compress, message):
@@ -254,9 +258,17 @@ def test_compression_that_the_name_does_not_say_is_named(tmp_path, name, compres
     path.write_bytes(compress(Path(plain).read_bytes()))
     with pytest.raises(UserError, match=message):
         build_index(str(path))
-    if compress is gzip.compress:  # the remedy works
-        path.rename(tmp_path / "x.tar.gz")
-        assert len(build_index(str(tmp_path / "x.tar.gz")).keys) == 1
+    if "rename" in message and compress is not bytes:  # the remedies work
+        other = path.rename(tmp_path / f"x.tar.{'gz' if compress is gzip.compress else 'zst'}")
+    elif compress is bytes:
+        other = path.rename(tmp_path / "renamed.tar")
+    else:
+        other = tmp_path / "decompressed.tar"
+        program = re.search(r"`(\w+) <", message)[1]
+        with path.open("rb") as old, other.open("wb") as new:
+            subprocess.run([program], stdin=old, stdout=new, check=True, timeout=60)
+    if compress in (gzip.compress, bz2.compress, lzma.compress, bytes):  # ZSTD holds no shard
+        assert len(build_index(str(other)).keys) == 1
 
 
 def test_zstd_without_its_package_is_named(tmp_path, monkeypatch):

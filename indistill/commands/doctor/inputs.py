@@ -33,6 +33,7 @@ from indistill.commands.doctor.findings import (
 from indistill.config import Config, UserError, in_one_line
 from indistill.config.metric_names import eval_key
 from indistill.config.run_dir import weights_file
+from indistill.curriculum import Timetable
 from indistill.data import class_names, overlap, remote, shards
 from indistill.data.dataset import check_shard, open_shards
 from indistill.data.index import Index, Others, index_files, load_index, parse_index
@@ -68,7 +69,10 @@ def weights(here: Here) -> Said:
             for key in ("checkpoint", "heads"):
                 path = getattr(section, key, None)
                 if path and (path not in made or os.path.exists(path)):
-                    yield _weights_file(f"{role}.{key}", path)
+                    item = _weights_file(f"{role}.{key}", path)
+                    if section and key == "checkpoint" and item[0] == OK and not here.rank:
+                        item = _fitting(item, settings, section, role)
+                    yield item
             if section is not None and section.pretrained:
                 yield _pretrained(role, section)
 
@@ -95,6 +99,15 @@ def _weights_file(key: str, path: str) -> Item:
         reason = in_one_line(error, 200)
         return FAIL, f"{key}: {path} is not a readable checkpoint: {reason}", "copy or save it again"
     return OK, f"{key}: {path}, {size_text(os.path.getsize(path))}"
+
+
+def _fitting(item: Item, settings: config.Config, section: config.Model, role: str) -> Item:
+    """The item of a file of weights if they fit the network, and else the reason why a run refuses them."""
+    try:
+        timm_model.create(section, settings.data.num_classes, settings.data.image_size, role)
+    except UserError as error:
+        return FAIL, str(error)
+    return item
 
 
 def _pretrained(role: str, section: config.Model) -> Item:
@@ -171,6 +184,8 @@ def _indexed_shards(
         known_sizes = sizes if complete else [2**40]  # more than any batch needs
         order = SampleOrder(known_sizes, settings.seed, section.streams, section.window)
         order.check(section.global_batch, here.world)
+        if complete and not damaged:
+            _check_durations(settings, order.steps_per_epoch(section.global_batch))
     if not damaged:
         what = f"{len(paths)} {counted_word('shard', paths)}"
         if complete:
@@ -178,6 +193,14 @@ def _indexed_shards(
         else:
             what += f", {len(sizes)} of them checked"
         yield OK, f"{key}: {what}"
+
+
+def _check_durations(settings: config.Config, steps_per_epoch: int) -> None:
+    """Raise UserError for durations that a run refuses; of a warm-up only if its pairs are listed."""
+    warmup = settings.warmup
+    if warmup is not None and warmup.pairs == "auto":
+        settings, warmup = settings.model_copy(update={"warmup": None}), None
+    Timetable.of(settings, steps_per_epoch, pairs=0 if warmup is None else len(warmup.pairs))
 
 
 def _indices(
