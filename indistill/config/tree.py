@@ -216,6 +216,15 @@ OPERATIONAL_KEYS = (
     "machine",
     "targets.dir",
 )
+# Keys that earlier versions did not have, with the value that stands for what these did. With it they are no
+# part of a run's identity, so that runs and stored targets of these versions still load.
+LATER_KEYS: dict[str, Any] = {
+    "data.augment.vertical_flip": 0.0,
+    "data.augment.auto_augment": None,
+    "data.augment.augmix": None,
+    "data.augment.grayscale": 0.0,
+    "data.augment.blur": 0.0,
+}
 # Keys that may differ between the nodes of a run.
 NODE_KEYS = ("data.root", "data.cache_dir", "data.cache_bytes", "data.workers")
 
@@ -230,7 +239,7 @@ def flatten(config: Config, without: Collection[str] | None = None) -> dict[str,
         without = OPERATIONAL_KEYS if config.targets.lossy else (*OPERATIONAL_KEYS, "targets.source")
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if prefix in without:
+        if prefix in without or (prefix in LATER_KEYS and value == LATER_KEYS[prefix]):
             return
         if isinstance(value, dict) and value:
             for key, child in value.items():
