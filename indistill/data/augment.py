@@ -26,8 +26,8 @@ from torchvision.transforms.v2 import functional as tv
 from indistill.config import (
     MAX_AUGMIX,
     MAX_RAND_AUGMENT_OPS,
-    AugMix,
     Augment,
+    AugMix,
     ColorJitter,
     RandAugment,
     RandomErasing,
