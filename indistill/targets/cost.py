@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from indistill import config
@@ -38,6 +41,8 @@ class Work:
     batch_bytes: int  # kept once per batch: mostly weights in half precision
     targets: dict[str, tuple[int, ...]]  # shape of each target that the phase reads
     compared: list[Rows]  # what losses that compare samples gather from all ranks
+    # Results within the largest block that the backward pass computes again (grad_checkpointing).
+    recomputed_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def measure(
         batch_bytes=fewer.kept_bytes - SEEN[0] * activation_bytes,
         targets={name: tuple(target.shape[1:]) for name, target in fields.items()},
         compared=more.compared,
+        recomputed_bytes=(more.recomputed_bytes - fewer.recomputed_bytes) // (SEEN[1] - SEEN[0]),
     )
 
 
@@ -88,6 +94,31 @@ class _Run:
     kept_bytes: int  # that the student keeps for the backward pass
     targets: Targets
     compared: list[Rows]  # what losses that compare samples gather
+    recomputed_bytes: int  # of the largest block that the backward pass computes again
+
+
+class _Recomputed(TorchDispatchMode):
+    """Adds up the bytes that a backward pass computes anew with gradients, block by block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.block: dict[int, int] = {}  # bytes by storage
+
+    def next_block(self) -> None:
+        self.largest = max(self.largest, sum(self.block.values()))
+        self.block = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if torch.is_grad_enabled():  # only where a forward pass is repeated
+            for result in tree_leaves(results):
+                if isinstance(result, Tensor):
+                    storage = result.untyped_storage()
+                    self.block[storage._cdata] = storage.nbytes()
+        return results
 
 
 def _run(
@@ -110,6 +141,12 @@ def _run(
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    again = _Recomputed()
+
+    def use(tensor: Tensor) -> Tensor:
+        again.next_block()  # a block begins with the use of its inputs
+        return tensor
+
     student.train()
     with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True):
         images, labels = _batch(settings, phase, batch, device=parameter.device)
@@ -117,18 +154,21 @@ def _run(
             targets = targets_of(images, phase)
         backward = {torch.ops.aten.convolution_backward: _convolution_backward}
         with FlopCounterMode(display=False, custom_mapping=backward) as learning:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(keep, use):
                 run = convert_outputs_to_fp32(autocast(student.forward))
                 output = run(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
                 loss, _ = objective(output, targets, labels=labels, phase=phase, step=int(phase.start))
             trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-            torch.autograd.grad(loss, trained, allow_unused=True)
+            with again if settings.grad_checkpointing else contextlib.nullcontext():
+                torch.autograd.grad(loss, trained, allow_unused=True)
+            again.next_block()
     return _Run(
         teacher_flops=teaching.get_total_flops(),
         student_flops=learning.get_total_flops(),
         kept_bytes=sum(kept.values()),
         targets=targets,
         compared=[] if phase.pairs else objective.compared(output, targets, labels),
+        recomputed_bytes=again.largest,
     )
 
 

@@ -46,6 +46,8 @@ def memory(
 ) -> dict[str, int]:
     """Return the bytes on a rank's device at the end of a forward pass, by purpose.
 
+    With grad_checkpointing those of the largest block are added, which the backward pass computes again.
+
     `works` are those of all phases; the largest decides. `state` is the size of the whole optimizer state.
     """
     stage = ENGINES.index(engine)
@@ -63,6 +65,8 @@ def memory(
         "activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works),
         "images": micro_batch * math.prod(config.input_size(settings)) * (1 + FLOAT * inputs),  # 1: uint8
     }
+    if settings.grad_checkpointing:
+        sizes["largest block, computed again"] = micro_batch * max(work.recomputed_bytes for work in works)
     if teacher is not None:
         sizes["teacher"] = _teacher_bytes(settings, teacher, world)
     if settings.ema:
