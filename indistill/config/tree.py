@@ -75,8 +75,8 @@ class Config(Section):
     # phase.
     compile: bool = False
     # Keep only the inputs of the student's blocks, and compute the blocks again in the backward pass (timm's
-    # `set_grad_checkpointing`): less memory for activations, and about a third more operations of the student.
-    # The results are the same, so a run may resume with another value.
+    # `set_grad_checkpointing`): less memory, and up to a third more operations of the student. The results
+    # are the same, so a run may resume with another value.
     grad_checkpointing: bool = False
     # Micro-batches per optimizer step: more need less memory, for the same `data.global_batch`.
     grad_accumulation: PositiveInt = 1

@@ -1,4 +1,4 @@
-"""Undo what a skipped step, or a repeated forward pass, changed: buffers and the moving average of weights."""
+"""Undo what a skipped step or a repeated forward pass changed: buffers and the average of weights."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_the_plan_has_the_bytes_that_a_forward_pass_keeps(tree, name):
         )
 
 
-# --- what cannot be ------------------------------------------------------------------------------------------
+# --- what cannot be -----------------------------------------------------------------------------------------
 
 
 def test_a_network_without_it_is_one_line(tree):
