@@ -408,7 +408,7 @@ def _augmix(image: Image.Image, draws: np.ndarray, recipe: AugMix, interpolation
         operations, resamples = _chain(chain[1:], recipe, interpolation)
         mixed += weight * np.asarray(_apply(image, operations, resamples), dtype=np.float32)
     mixture = Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
-    return Image.blend(image, mixture, np.float32(draws[0]))
+    return Image.blend(image, mixture, float(np.float32(draws[0])))
 
 
 def _chain(

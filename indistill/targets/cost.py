@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,27 +96,38 @@ class _Run:
     recomputed_bytes: int  # of the largest block that the backward pass computes again
 
 
-class _Recomputed(TorchDispatchMode):
-    """Adds up the bytes that a backward pass computes anew with gradients, block by block."""
+class _Memory(TorchDispatchMode):
+    """Adds up the bytes that a step keeps for its backward pass, and those that this computes again.
+
+    `keep` and `use` are hooks of saved tensors. The mode is for the backward pass.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0
-        self.block: dict[int, int] = {}  # bytes by storage
+        self.kept: dict[int, int] = {}  # bytes by storage
+        self.block: dict[int, int] = {}  # of the block that is being computed again
+        self.largest_block = 0
 
-    def next_block(self) -> None:
-        self.largest = max(self.largest, sum(self.block.values()))
-        self.block = {}
+    def keep(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            self.kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def use(self, tensor: Tensor) -> Tensor:
+        self.block = {}  # a block begins with the use of its inputs
+        return tensor
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         results = func(*args, **(kwargs or {}))
-        if torch.is_grad_enabled():  # only where a forward pass is repeated
+        if torch.is_grad_enabled():  # in a backward pass, only where it repeats a forward pass
             for result in tree_leaves(results):
                 if isinstance(result, Tensor):
                     storage = result.untyped_storage()
                     self.block[storage._cdata] = storage.nbytes()
+            self.largest_block = max(self.largest_block, sum(self.block.values()))
         return results
 
 
@@ -133,20 +143,7 @@ def _run(
     parameter = next(student.parameters())
     dtype = DTYPES[settings.mixed_precision]
     autocast = torch.autocast(parameter.device.type, dtype, enabled=settings.mixed_precision != "no")
-    kept: dict[int, int] = {}  # bytes by storage
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    again = _Recomputed()
-
-    def use(tensor: Tensor) -> Tensor:
-        again.next_block()  # a block begins with the use of its inputs
-        return tensor
-
+    memory = _Memory()
     student.train()
     with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True):
         images, labels = _batch(settings, phase, batch, device=parameter.device)
@@ -154,21 +151,20 @@ def _run(
             targets = targets_of(images, phase)
         backward = {torch.ops.aten.convolution_backward: _convolution_backward}
         with FlopCounterMode(display=False, custom_mapping=backward) as learning:
-            with torch.autograd.graph.saved_tensors_hooks(keep, use):
+            with torch.autograd.graph.saved_tensors_hooks(memory.keep, memory.use):
                 run = convert_outputs_to_fp32(autocast(student.forward))
                 output = run(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
                 loss, _ = objective(output, targets, labels=labels, phase=phase, step=int(phase.start))
             trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-            with again if settings.grad_checkpointing else contextlib.nullcontext():
+            with memory:
                 torch.autograd.grad(loss, trained, allow_unused=True)
-            again.next_block()
     return _Run(
         teacher_flops=teaching.get_total_flops(),
         student_flops=learning.get_total_flops(),
-        kept_bytes=sum(kept.values()),
+        kept_bytes=sum(memory.kept.values()),
         targets=targets,
         compared=[] if phase.pairs else objective.compared(output, targets, labels),
-        recomputed_bytes=again.largest,
+        recomputed_bytes=memory.largest_block,
     )
 
 

@@ -46,8 +46,6 @@ def memory(
 ) -> dict[str, int]:
     """Return the bytes on a rank's device at the end of a forward pass, by purpose.
 
-    With grad_checkpointing those of the largest block are added, which the backward pass computes again.
-
     `works` are those of all phases; the largest decides. `state` is the size of the whole optimizer state.
     """
     stage = ENGINES.index(engine)
@@ -62,11 +60,9 @@ def memory(
         "weights": share(parameters, 3),
         "gradients": share(trained, 2),
         "optimizer state": share(state, 1),
-        "activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works),
+        **_activations(works, micro_batch),
         "images": micro_batch * math.prod(config.input_size(settings)) * (1 + FLOAT * inputs),  # 1: uint8
     }
-    if settings.grad_checkpointing:
-        sizes["largest block, computed again"] = micro_batch * max(work.recomputed_bytes for work in works)
     if teacher is not None:
         sizes["teacher"] = _teacher_bytes(settings, teacher, world)
     if settings.ema:
@@ -75,6 +71,14 @@ def memory(
         sizes["ZeRO's own part of the weights"] = share(trained, 1)
         sizes["ZeRO's buckets"] = _zero_buckets(settings, stage, trained)
         sizes["whole copy for checkpoints"] = parameters
+    return sizes
+
+
+def _activations(works: Sequence[Work], micro_batch: int) -> dict[str, int]:
+    """Return the bytes kept for the backward pass and, with grad_checkpointing, what this computes again."""
+    sizes = {"activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works)}
+    if again := max(work.recomputed_bytes for work in works):
+        sizes["largest block, computed again"] = micro_batch * again
     return sizes
 
 
