@@ -35,6 +35,7 @@ Images = Annotated[PositiveInt, Field(le=MAX_BATCH)]  # in a batch
 
 # --- data ---------------------------------------------------------------------------------------------------
 MAX_RAND_AUGMENT_OPS = 4
+MAX_AUGMIX = 8  # chains, and operations in a chain
 
 
 class RandAugment(Section):
@@ -48,6 +49,16 @@ class RandAugment(Section):
     num_ops: Annotated[int, Field(ge=1, le=MAX_RAND_AUGMENT_OPS)] = 2
     mstd: Annotated[float, Field(ge=0)] = 0.0  # Standard deviation of the magnitude; 0: always `magnitude`.
     probability: Probability = 0.5  # Probability that a drawn operation is applied.
+
+
+class AugMix(Section):
+    """timm's `augmix-m{magnitude}-w{width}-d{depth}` (arXiv 1912.02781), without its consistency loss."""
+
+    # Largest strength of the operations; that of each is uniform from 0 to this.
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 3
+    width: Annotated[int, Field(ge=1, le=MAX_AUGMIX)] = 3  # Number of chains of operations that are mixed.
+    # Number of operations in each chain; None: 1 to 3, drawn for each chain.
+    depth: Annotated[int, Field(ge=1, le=MAX_AUGMIX)] | None = None
 
 
 class ColorJitter(Section):
@@ -83,8 +94,9 @@ class RandomErasing(Section):
 class Augment(Section):
     """Augmentation of training images.
 
-    Applied in this order: recipe, flip, rand_augment, color_jitter, random_erasing. Evaluation does not
-    augment: it resizes and crops by `data.eval_interpolation` and `data.eval_crop`.
+    Applied in timm's order: recipe, flip, vertical_flip, then rand_augment, auto_augment or augmix, then
+    color_jitter, grayscale, blur, random_erasing. Evaluation does not augment: it resizes and crops by
+    `data.eval_interpolation` and `data.eval_crop`.
     """
 
     # How an image is cropped. `random_resized_crop`: a random part, resized, as usual for ImageNet;
@@ -97,8 +109,18 @@ class Augment(Section):
     # Smallest and largest aspect ratio of `random_resized_crop`, width / height.
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
 
+    vertical_flip: Probability = 0.0  # Probability that an image is flipped vertically.
+
     rand_augment: RandAugment | None = None  # RandAugment, `{}` with its defaults; None: not used.
+    # AutoAugment, with timm's policy of this name. `original`: that of the paper for ImageNet
+    # (arXiv 1805.09501); `3a`: grayscale, solarize or Gaussian blur (arXiv 2204.07118), which DeiT III uses
+    # with `color_jitter: {brightness: 0.3, contrast: 0.3, saturation: 0.3}`. None: not used.
+    auto_augment: Literal["original", "3a"] | None = None
+    augmix: AugMix | None = None  # AugMix, `{}` with its defaults; None: not used.
     color_jitter: ColorJitter | None = None  # Colour jitter, `{}` with its defaults; None: not used.
+    grayscale: Probability = 0.0  # Probability that an image loses its colours.
+    # Probability of a Gaussian blur, with a standard deviation of 0.1 to 2 pixels (Pillow's).
+    blur: Probability = 0.0
     # Random erasing, `{}` with its defaults; None: not used.
     random_erasing: RandomErasing | None = None
 
@@ -109,6 +131,19 @@ class Augment(Section):
     @model_validator(mode="after")
     def _check_ranges(self) -> Augment:
         return _with_ranges(self)
+
+    @model_validator(mode="after")
+    def _check_policies(self) -> Augment:
+        policies = ("rand_augment", "auto_augment", "augmix")
+        if len(used := [key for key in policies if getattr(self, key) is not None]) > 1:
+            raise ValueError(f"{' and '.join(used)} exclude each other: keep one of them")
+        return self
+
+    @property
+    def resizes(self) -> bool:
+        """Whether any part reads between pixels, so that `data.interpolation` matters."""
+        turns = self.rand_augment is not None or self.auto_augment == "original" or self.augmix is not None
+        return turns or self.recipe != "pad_crop"
 
 
 _Ranged = TypeVar("_Ranged", Augment, RandomErasing)

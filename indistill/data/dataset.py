@@ -72,7 +72,7 @@ class ImageDataset(Dataset):
     def __getitem__(self, request: Request) -> Batch:
         ids = np.array(request.ids)  # a copy: samples that cannot be decoded are replaced in it
         view = augment.view_of(self.section.augment, request.epoch)
-        draws = augment.uniforms(self.seed, view, ids)  # [B, DRAWS]
+        draws = augment.uniforms(self.seed, view, ids, augment.draws_of(self.section.augment))
         if self.order is not None and self.memory is not None:
             images, labels, rows = self._views_from_memory(self.memory, ids, draws)
         else:
@@ -148,9 +148,10 @@ class ImageDataset(Dataset):
         stream, row_of_stream = divmod(request.first_row + row, per_stream)
         index = request.step * per_stream + row_of_stream
         view = augment.view_of(self.section.augment, request.epoch)
+        count = augment.draws_of(self.section.augment)
         for later in range(index + 1, index + order.span):
             sample_id = order.stream_sample(request.epoch, stream, later)
-            draws = augment.uniforms(self.seed, view, np.array([sample_id]))[0]
+            draws = augment.uniforms(self.seed, view, np.array([sample_id]), count)[0]
             try:
                 return sample_id, *self._view(sample_id, draws)
             except BadImage as bad:

@@ -202,7 +202,7 @@ class StreamedImages(IterableDataset):
         view = augment.view_of(section.augment, sample.epoch)
         return augment.train_view(
             sample.image,
-            augment.uniforms(training.seed, view, np.array([number]))[0],
+            augment.uniforms(training.seed, view, np.array([number]), augment.draws_of(section.augment))[0],
             recipe=section.augment,
             size=section.image_size,
             where=where,

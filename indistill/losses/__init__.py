@@ -6,6 +6,7 @@ arguments: the caller decides what is frozen. Shapes are never broadcast; a mism
 
 from indistill.config import Inputs, Loss, Shape
 from indistill.losses.at_loss import at
+from indistill.losses.bce_loss import bce
 from indistill.losses.ce_loss import cross_entropy
 from indistill.losses.crd_loss import crd
 from indistill.losses.dih_loss import dih
@@ -29,6 +30,7 @@ __all__ = [
     "Scale",
     "Shape",
     "at",
+    "bce",
     "crd",
     "cross_entropy",
     "dih",

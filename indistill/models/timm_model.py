@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import set_reentrant_ckpt
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -49,6 +50,7 @@ class TimmModel(nn.Module):
     # Only some models have these.
     set_distilled_training: Callable[[bool], None]
     set_input_size: Callable[..., None]
+    set_grad_checkpointing: Callable[[bool], None]  # which may refuse with an AssertionError
     group_matcher: Callable[..., Any]
     no_weight_decay: Callable[[], set[str]]
 
@@ -139,6 +141,21 @@ def _patch(net: TimmModel) -> int:
     """The side of a vision transformer's patches in pixels; 1 for other networks."""
     size = getattr(getattr(net, "patch_embed", None), "patch_size", 1)
     return max(size) if isinstance(size, (tuple, list)) else size
+
+
+def checkpoint_gradients(net: TimmModel, name: str) -> None:
+    """Make a student compute its blocks again in the backward pass, instead of keeping what is in them.
+
+    Raises UserError if timm cannot do so with this network.
+    """
+    # The reentrant kind hides parameters from DDP, from ZeRO and from the estimates.
+    set_reentrant_ckpt(False)
+    try:
+        net.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"grad_checkpointing: timm has none for {name}: remove it, or choose another student.name"
+        ) from None
 
 
 def check_name(section: config.Model, role: str) -> None:

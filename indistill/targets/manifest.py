@@ -187,9 +187,8 @@ def decisive_config(settings: Config) -> dict[str, Any]:
         for key, value in config.flatten(settings).items()
         if f"{key}.".startswith(prefixes) and key not in _EXCLUDED
     }
-    augment = settings.data.augment
-    if augment.recipe == "pad_crop" and augment.rand_augment is None:
-        del values["data.interpolation"]  # nothing is resized
+    if not settings.data.augment.resizes:
+        del values["data.interpolation"]
     return values | {"teacher.precision": settings.teacher.precision or settings.mixed_precision}
 
 

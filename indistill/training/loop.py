@@ -5,6 +5,7 @@ Read `Run.step` first; it calls everything else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -277,7 +278,7 @@ class Run:
         targets = self.targets_of(images, phase, batch.records)
         output = self.wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
         loss, terms = self.objective(output, targets, labels=labels, phase=phase, step=step)
-        self.accelerator.backward(loss)
+        self._backward(loss)
         if self.accelerator.sync_gradients and self.settings.clip_grad_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip_grad_norm)
         # Accelerate lets only the last micro-batch of a step through to the optimizer.
@@ -285,6 +286,10 @@ class Run:
         self.optimizer.zero_grad()
         self.log.add({"loss": loss.detach(), **terms}, weight=1 / self.settings.grad_accumulation)
         return loss.detach()
+
+    def _backward(self, loss: Tensor) -> None:
+        with self.buffers.unchanged() if self.settings.grad_checkpointing else contextlib.nullcontext():
+            self.accelerator.backward(loss)
 
     def _after_step(self, phase: Phase, line: dict[str, Any] | None) -> None:
         """Evaluate, save and stop where that is due. `line` is the step's logged line, if it has one."""

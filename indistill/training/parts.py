@@ -253,6 +253,8 @@ def create_student(settings: Config) -> TimmModel:
     assert settings.student is not None  # the config requires it unless stage is heads
     net = timm_model.create(settings.student, settings.data.num_classes, settings.data.image_size, "student")
     _check_head(settings, net, "student")
+    if settings.grad_checkpointing:
+        timm_model.checkpoint_gradients(net, settings.student.name)
     for loss in settings.kd.losses:
         if "token" in loss.reads and not hasattr(net, "set_distilled_training"):
             raise UserError(

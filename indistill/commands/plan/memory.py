@@ -62,7 +62,7 @@ def memory(
         "weights": share(parameters, 3),
         "gradients": share(trained, 2),
         "optimizer state": share(state, 1),
-        "activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works),
+        **_activations(works, micro_batch),
         "images": micro_batch * (pixels + FLOAT * (pixels + of_teacher)),  # uint8, and a normalised copy each
     }
     if teacher is not None:
@@ -73,6 +73,14 @@ def memory(
         sizes["ZeRO's own part of the weights"] = share(trained, 1)
         sizes["ZeRO's buckets"] = _zero_buckets(settings, stage, trained)
         sizes["whole copy for checkpoints"] = parameters
+    return sizes
+
+
+def _activations(works: Sequence[Work], micro_batch: int) -> dict[str, int]:
+    """Return the bytes kept for the backward pass and, with grad_checkpointing, what this computes again."""
+    sizes = {"activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works)}
+    if again := max(work.recomputed_bytes for work in works):
+        sizes["largest block, computed again"] = micro_batch * again
     return sizes
 
 
