@@ -22,7 +22,7 @@ JOB = "launch/kubernetes/job.yaml"
 TRAIN_JOB = "launch/kubernetes/trainjob.yaml"  # the same with Kubeflow Trainer
 STARTERS = ("launch/torchrun.sh", "launch/torchrun.py")  # what all of them run
 SCHEMA = "configs/schema.json"  # which a recipe names for editors
-_CACHE_DIR = "/tmp/indistill"  # of each node
+_CACHE_DIR = "/tmp/indistill"  # nosec B108  # of each node; a cache checks who owns it
 _NODES = {  # the lines with the number of nodes
     JOB: (
         ("completions: ", "2 # edit: number of nodes", "{}"),
