@@ -154,17 +154,17 @@ def data_shards(here: Here) -> Said:
             if not damaged:
                 yield OK, f"data.train: {counts}"
         else:
-            yield from _indexed_shards(here, settings, "data.train", section.train)
+            yield from _indexed_shards(here, settings, key="data.train", urls=section.train)
         for name, one in section.eval_sets.items():
             mapped = one.label_map is not None
-            yield from _indexed_shards(here, settings, eval_key(name), one.shards, mapped=mapped)
+            yield from _indexed_shards(here, settings, key=eval_key(name), urls=one.shards, mapped=mapped)
     for settings in {str(one.evaluate.bank): one for one in here.settings}.values():
         if settings.evaluate.on_bank and settings.evaluate.bank is not None:
-            yield from _indexed_shards(here, settings, "evaluate.bank", settings.evaluate.bank)
+            yield from _indexed_shards(here, settings, key="evaluate.bank", urls=settings.evaluate.bank)
 
 
 def _indexed_shards(
-    here: Here, settings: Config, key: str, urls: str | list[str], *, mapped: bool = False
+    here: Here, settings: Config, *, key: str, urls: str | list[str], mapped: bool = False
 ) -> Said:
     section = settings.data
     paths = shards.expand(urls, section.root)
@@ -180,12 +180,7 @@ def _indexed_shards(
         yield WARN, f"{what}: the first start builds them", f"indistill shards index {shlex.join(words)}"
     complete = len(sizes) == len(paths)
     if key == "data.train":
-        check_accumulation(section, here.world, settings.grad_accumulation)
-        known_sizes = sizes if complete else [2**40]  # more than any batch needs
-        order = SampleOrder(known_sizes, settings.seed, section.streams, section.window)
-        order.check(section.global_batch, here.world)
-        if complete and not damaged:
-            _check_durations(settings, order.steps_per_epoch(section.global_batch))
+        _check_order(here, settings, sizes if complete else None)
     if not damaged:
         what = f"{len(paths)} {counted_word('shard', paths)}"
         if complete:
@@ -195,12 +190,22 @@ def _indexed_shards(
         yield OK, f"{key}: {what}"
 
 
-def _check_durations(settings: config.Config, steps_per_epoch: int) -> None:
-    """Raise UserError for durations that a run refuses; of a warm-up only if its pairs are listed."""
-    warmup = settings.warmup
+def _check_order(here: Here, settings: Config, sizes: Sequence[int] | None) -> None:
+    """Raise UserError for batches and durations that a run refuses.
+
+    `sizes` has the samples of each shard; None if they are not known. A warm-up's durations are checked only
+    if its pairs are listed.
+    """
+    section, warmup = settings.data, settings.warmup
+    check_accumulation(section, here.world, settings.grad_accumulation)
+    known_sizes = sizes or [2**40]  # more than any batch needs
+    order = SampleOrder(known_sizes, settings.seed, section.streams, section.window)
+    order.check(section.global_batch, here.world)
     if warmup is not None and warmup.pairs == "auto":
         settings, warmup = settings.model_copy(update={"warmup": None}), None
-    Timetable.of(settings, steps_per_epoch, pairs=0 if warmup is None else len(warmup.pairs))
+    if sizes:
+        steps_per_epoch = order.steps_per_epoch(section.global_batch)
+        Timetable.of(settings, steps_per_epoch, pairs=0 if warmup is None else len(warmup.pairs))
 
 
 def _indices(
