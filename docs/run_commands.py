@@ -36,6 +36,7 @@ import yaml
 
 from indistill.commands import cli
 from indistill.config import runs
+from indistill.config.from_yaml import load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = "README.md"
@@ -152,7 +153,7 @@ def load_configs(block: Block) -> int:
     Raises UserError, or YAMLError.
     """
     if block.language == "yaml":
-        tree = yaml.safe_load(block.text)
+        tree = load_yaml(block.text)
         if not {"data", "optimizer"} <= tree.keys():
             tree = runs.merge(yaml.safe_load(BASE.read_text()), tree)
         with tempfile.TemporaryDirectory() as folder:

@@ -75,6 +75,8 @@ def values(schema: dict[str, Any], heads: dict[str, str]) -> str:
             return "`true`, `false`"
         case "string":
             return "text"
+        case "object" if isinstance(schema.get("additionalProperties"), dict):
+            return f"mapping to {values(schema['additionalProperties'], heads)}"
         case "object":
             return "mapping"
         case "array" if "prefixItems" in schema:

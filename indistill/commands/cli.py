@@ -105,7 +105,10 @@ def _add_config(parser: usage.Parser, *, config_help: str = "YAML file", optiona
 
 
 def _add_overrides(parser: usage.Parser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the file")
+    # Without a default, argparse names them among the arguments that are required.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace values of the file"
+    )
     _add_plugin(parser)
     _add_allow_pipe(parser)
 
@@ -416,7 +419,9 @@ def _add_pack(parser: usage.Parser) -> None:
         "--images", metavar="FOLDER", help="folder with the images of a list (default: that of the list)"
     )
     parser.add_argument(
-        "--encoding", metavar="NAME", help="encoding of a list, such as cp1252 or utf-16 (default: UTF-8)"
+        "--encoding",
+        metavar="NAME",
+        help="encoding of a list, also of classes, such as cp1252 or utf-16 (default: UTF-8)",
     )
     parser.add_argument(
         "--take",
@@ -430,8 +435,14 @@ def _add_pack(parser: usage.Parser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from indistill.data import class_names, packing
+    from indistill.data import class_names, lists, packing
 
+    encoding = arguments.encoding
+    classes = None
+    if arguments.classes is not None:
+        classes = class_names.read(arguments.classes, encoding)
+        if os.path.isfile(arguments.classes) and not lists.is_list(arguments.source):
+            encoding = None  # it is that of the classes alone
     content = packing.pack_source(
         arguments.source,
         arguments.destination,
@@ -443,9 +454,9 @@ def _pack(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         cache_dir=arguments.cache_dir,
         progress=True,
-        classes=None if arguments.classes is None else class_names.read(arguments.classes),
+        classes=classes,
         follow_links=arguments.follow_links,
-        reading=packing.Reading(images=arguments.images, encoding=arguments.encoding, take=arguments.take),
+        reading=packing.Reading(images=arguments.images, encoding=encoding, take=arguments.take),
     )
     if content["classes"] is not None:
         print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
@@ -503,7 +514,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(json.dumps(metrics))
         return
     width = max(map(len, metrics), default=0)
-    print("\n".join(f"{name:{width}}  {100 * value:6.2f} %" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        text = f"{value:6g}" if name.endswith("probe_l2") else f"{100 * value:6.2f} %"
+        print(f"{name:{width}}  {text}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -558,15 +571,17 @@ def _targets(arguments: argparse.Namespace) -> None:
 
 def _init(arguments: argparse.Namespace) -> None:
     from indistill.commands import init
-    from indistill.config import printable
+    from indistill.config import UserError, printable
 
+    options = ("slurm", "kubernetes", "nodes", "partition", "account", "data")
+    values = {name: getattr(arguments, name) for name in options}
     if arguments.recipe is None:
+        if given := next((name for name, value in values.items() if value), None):
+            raise UserError(f"--{given} is for a recipe: name one (`indistill init` lists them)")
         found = init.recipes()
         width = max(map(len, found))
         print("\n".join(f"{name:{width}}  {title}" for name, title in found.items()))
         return
-    options = ("slurm", "kubernetes", "nodes", "partition", "account", "data")
-    values = {name: getattr(arguments, name) for name in options}
     commands = init.write(arguments.recipe, arguments.folder, **values)
     print(f"Next, in {printable(shlex.quote(arguments.folder))}:", *commands, sep="\n    ")
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from indistill import evaluate
 from indistill.commands.export.load import Program, load_for_eval
-from indistill.config import Config, UserError
-from indistill.data.dataset import ImageDataset, open_shards
-from indistill.data.training import open_eval_set
-from indistill.evaluate.ranking import check_retrieval
+from indistill.config import Config, UserError, metric_names
+from indistill.data.training import open_bank, open_eval_sets
+from indistill.evaluate.bank import check_bank
 from indistill.models.network import Network
 from indistill.training.start import start_accelerator
 
@@ -16,27 +15,36 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     """Score a checkpoint (its moving average, if any), an export or a timm model on `data.eval`.
 
     `checkpoint` is what `load_for_eval` accepts. Returns scores in [0, 1] by name. Raises UserError without
-    `data.eval`, and for an ONNX export with `evaluate.retrieval`.
+    `data.eval`, and for an ONNX export with an evaluation that reads embeddings.
     """
+    section = settings.evaluate
     if settings.data.eval is None:
         raise UserError("eval needs shards to evaluate on: set data.eval")
     accelerator = start_accelerator(settings)
     network, view = load_for_eval(settings, checkpoint)
     network = network.to(accelerator.device)
-    if settings.evaluate.retrieval and isinstance(network, Program):
-        raise UserError(
-            f"{checkpoint}: has no embeddings for retrieval: set evaluate.retrieval=false, or evaluate a "
-            "timm export"
-        )
-    eval_set = open_eval_set(settings, view)
-    database: ImageDataset | None = None
-    if settings.evaluate.retrieval:
-        shards = open_shards(settings.data, settings.data.train)
-        database = ImageDataset(shards, settings.data, seed=settings.seed)
-        check_retrieval(shards, eval_set.shards)
-    scores = evaluate.accuracy(accelerator, network, eval_set, settings.evaluate.batch)
-    if database is not None:
+    if section.on_bank and isinstance(network, Program):
+        key = section.on_bank[-1]
+        off = f"set evaluate.{key}={'false' if key == 'retrieval' else 'null'}"
+        what = "retrieval" if key == "retrieval" else f"evaluate.{key}"
+        raise UserError(f"{checkpoint}: has no embeddings for {what}: {off}, or evaluate a timm export")
+    sets = open_eval_sets(settings, view)
+    bank = open_bank(settings)
+    if bank is not None:
+        check_bank(settings, bank.shards, {name: dataset.shards for name, dataset in sets.items()})
+    by_set = {
+        name: evaluate.accuracy(accelerator, network, dataset, section.batch)
+        for name, dataset in sets.items()
+    }
+    if bank is not None:
         assert isinstance(network, Network)  # a Program is refused above
-        scores |= evaluate.retrieval(accelerator, network, database, eval_set, settings.evaluate.batch)
+        others = evaluate.bank_scores(
+            accelerator, network, section=section, keys=section.on_bank, bank=bank, sets=sets
+        )
+        by_set = {name: scores | others[name] for name, scores in by_set.items()}
     accelerator.end_training()
-    return scores
+    return {
+        key: score
+        for name, of_set in by_set.items()
+        for key, score in metric_names.of_set(name, of_set).items()
+    }

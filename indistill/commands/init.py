@@ -21,6 +21,8 @@ SBATCH = "launch/slurm/train.sbatch"
 JOB = "launch/kubernetes/job.yaml"
 TRAIN_JOB = "launch/kubernetes/trainjob.yaml"  # the same with Kubeflow Trainer
 STARTERS = ("launch/torchrun.sh", "launch/torchrun.py")  # what all of them run
+SCHEMA = "configs/schema.json"  # which a recipe names for editors
+_CACHE_DIR = "/tmp/indistill"  # nosec B108  # of each node; a cache checks who owns it
 _NODES = {  # the lines with the number of nodes
     JOB: (
         ("completions: ", "2 # edit: number of nodes", "{}"),
@@ -84,6 +86,8 @@ def write(
         ]
     if slurm or kubernetes:
         files |= {starter: (PACKAGE / starter).read_text() for starter in STARTERS}
+    if not os.path.lexists(Path(folder, SCHEMA)):  # that of another version serves too
+        files[SCHEMA] = (PACKAGE / "recipes" / "schema.json").read_text()
     _write_new(Path(folder), files)
     return [f"indistill doctor {config}", *commands]
 
@@ -133,7 +137,7 @@ def _config(recipe: Path, data: str | None) -> str:
     _check_data(recipe, data)
     lines = f"  root: {json.dumps(data)}"  # a JSON string is a YAML one
     if is_remote(data) and "\n  cache_dir:" not in text:
-        lines += "\n  cache_dir: /tmp/indistill # edit: on a disk of each node, for fetched shards"
+        lines += f"\n  cache_dir: {_CACHE_DIR} # edit: on a disk of each node, for fetched shards"
     (root,) = re.findall(r"^  root: .*$", text, re.MULTILINE)
     return _replaced(text, {root: lines})
 
@@ -147,9 +151,12 @@ def _sbatch(nodes: int | None, *, partition: str | None, account: str | None) ->
 
 def _job(job: str, name: str, *, tree: dict[str, Any], nodes: int | None, data: str | None) -> str:
     root = data or f"/{tree['data']['root']}"
+    overrides = json.dumps(f"data.root={root}")
+    if is_remote(root) and "cache_dir" not in tree["data"]:  # the image may have the recipe as it was
+        overrides += f", data.cache_dir={_CACHE_DIR}"
     changes = {
         "[configs/imagenet_r34_r18.yaml, run_dir=/runs/r34_r18, data.root=/data/imagenet]": (
-            f"[configs/{name}.yaml, run_dir=/{tree['run_dir']}, {json.dumps(f'data.root={root}')}]"
+            f"[configs/{name}.yaml, run_dir=/{tree['run_dir']}, {overrides}]"
         )
     }
     if nodes is not None:

@@ -75,10 +75,15 @@ def of_config() -> dict[str, Any]:
 
 
 def _allow_short_forms(tree: dict[str, Any]) -> None:
-    """Add what a file may have in place of a section: the word of `targets`, and losses of plugins."""
+    """Add what a file may have in place of a section: the word of `targets`, the shards of an evaluation set,
+    and losses of plugins.
+    """
     source = tree["$defs"]["Targets"]["properties"]["source"]
     targets = tree["properties"]["targets"]
     targets["anyOf"] = [{"$ref": targets.pop("$ref")}, {"enum": source["enum"]}]
+    (sets,) = (one for one in tree["$defs"]["Data"]["properties"]["eval"]["anyOf"] if one["type"] == "object")
+    shards = tree["$defs"]["EvalSet"]["properties"]["shards"]["anyOf"]
+    sets["additionalProperties"] = {"anyOf": [sets["additionalProperties"], *shards]}
     other = {"type": "string", "not": {"enum": plugins.built_in()}}
     of_plugin = {"type": "object", "properties": {"name": other}, "required": ["name"]}
     tree["$defs"]["KD"]["properties"]["losses"]["items"]["oneOf"].append(of_plugin)

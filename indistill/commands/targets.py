@@ -18,6 +18,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,10 +50,11 @@ from indistill.data.training import open_training
 from indistill.distributed import engine
 from indistill.distributed.agree import agree
 from indistill.losses.objective import Objective
+from indistill.losses.standard import Standard
 from indistill.models.network import Network
 from indistill.models.stages import find_stages
 from indistill.prune import Plan
-from indistill.targets import records
+from indistill.targets import records, standards
 from indistill.targets.live import LiveTargets
 from indistill.targets.manifest import (
     REMEDY,
@@ -74,11 +76,13 @@ from indistill.targets.records import Field
 from indistill.targets.stored import fields_of, needed
 from indistill.training import parts
 from indistill.training.choose import cheaper_stored
+from indistill.training.features import compute
 from indistill.training.start import start_accelerator
 
 # Relative to a record's largest value: more than one step of its rounding, less than another image differs
 # by.
 TOLERANCE = 0.01
+PLAIN_SECONDS = 10.0  # between lines of progress in a log
 _MANIFESTS = ("manifest.json", "manifest.partial.json")
 _TIMEOUT_MINUTES = 24 * 60.0  # the ranks wait for each other only at the end, for hours
 
@@ -117,6 +121,7 @@ class Job:
     targets_of: LiveTargets
     pairs: list[int]  # the pairs that the warm-up trains
     manifest: Manifest
+    standards: dict[str, Standard]  # what losses standardise by, that is not stored yet
     partners: tuple[int, np.ndarray] | None = None  # the last view, and the partners of all samples in it
 
     def batches(self, requests: Iterable[Samples]) -> Iterator[Batch]:
@@ -145,7 +150,7 @@ class Job:
         of_warmup = [name for name in names if name.startswith("pair")]  # only KD mixes
         of_kd = [name for name in names if name not in of_warmup]
         classes = self.dataset.section.num_classes
-        images, _ = mixed(batch.images, batch.labels, batch.mix, classes)
+        images, _ = mixed(batch.images, batch.labels.clamp(min=0), batch.mix, classes)
         either = undecoded[::2] | undecoded[1::2]
         return self._outputs(batch.images[::2], undecoded[::2], of_warmup) | self._outputs(
             images[::2], either, of_kd
@@ -177,12 +182,9 @@ def write(settings: Config) -> Manifest:
     mine = missing[rank :: job.accelerator.num_processes]
     batches = job.batches(requests_of(job, mine))
     samples = sum(len(by_size(manifest, view)) * manifest.samples[shard] for view, shard in mine)
-    # Without a terminal, print a line every 10 s.
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(total=samples, unit="image", disable=rank != 0, mininterval=interval)
-    with errors_of_this_rank(), bar:
+    with errors_of_this_rank(), Count(samples, shown=rank == 0) as count:
         for view, shard in mine:
-            write_shard(job, view, shard=shard, batches=batches, bar=bar)
+            write_shard(job, view, shard=shard, batches=batches, count=count)
     job.accelerator.wait_for_everyone()
     engine.on_main(job.accelerator, lambda: end(job, items))
     job.accelerator.end_training()
@@ -244,6 +246,8 @@ def end(job: Job, items: list[tuple[int, int]]) -> None:
                 f"{path}: another process has written it, but it is not visible here: put targets.dir on a "
                 "file system that all nodes share"
             )
+    if job.standards:
+        standards.write(job.root / standards.FILE, job.standards)
     save_manifest(job.root / "manifest.json", job.manifest)
     (job.root / "manifest.partial.json").unlink(missing_ok=True)
 
@@ -259,7 +263,7 @@ def is_stored(job: Job, view: int, shard: int) -> bool:
     return False
 
 
-def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], bar: tqdm) -> None:
+def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], count: Count) -> None:
     """Write one file per field; all of them appear at the end."""
     fields = job.manifest.fields_in(view)
     paths = {name: Path(records_path(str(job.root), view, name, shard)) for name in fields}
@@ -281,9 +285,34 @@ def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], ba
                     encoded = fields[name].encode(computed.values)
                     encoded[computed.undecoded] = np.zeros((), encoded.dtype)
                     files[name].write(encoded.tobytes())
-                    count = len(computed.values)
-                left -= count
-                bar.update(count)
+                    done = len(computed.values)
+                left -= done
+                count.add(done)
+
+
+class Count(contextlib.AbstractContextManager):
+    """Shows how many of `total` images are done: a bar in a terminal, a line every 10 s in a log."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self.total = total
+        self.done = 0
+        self.bar = tqdm(total=total, unit="image", disable=None if shown else True)  # None: in a log
+        self._plain = shown and self.bar.disable
+        self._printed = time.monotonic()
+
+    def add(self, images: int) -> None:
+        """Count images."""
+        self.done += images
+        self.bar.update(images)
+        now = time.monotonic()
+        if self._plain and (now - self._printed >= PLAIN_SECONDS or self.done == self.total):
+            self._printed = now
+            print(
+                f"indistill: targets of {self.done:,} of {self.total:,} images", file=sys.stderr, flush=True
+            )
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
 
 
 @contextlib.contextmanager
@@ -435,7 +464,28 @@ def prepare(settings: Config) -> Job:
     )
     agree({"teacher": targets_of.fingerprint, "plan": plan.hash})
     stored = engine.on_main(accelerator, lambda: claim(Path(root), manifest))
-    return Job(accelerator, Path(root), training.dataset, targets_of, pairs, stored)
+    missing = missing_standards(accelerator, settings, stored=root, targets_of=targets_of, training=training)
+    return Job(accelerator, Path(root), training.dataset, targets_of, pairs, stored, missing)
+
+
+def missing_standards(
+    accelerator: Accelerator,
+    settings: Config,
+    *,
+    stored: str,
+    targets_of: LiveTargets,
+    training: IndexedTraining,
+) -> dict[str, Standard]:
+    """What the config's losses standardise by, with what is stored; {} if nothing is missing."""
+    names = standards.wanted(settings.kd.losses, targets_of.kd_stages)
+    every = sorted({name for of_loss in names.values() for name in of_loss})
+    path = f"{stored}/{standards.FILE}"
+    known = engine.on_main(accelerator, lambda: standards.read_all(path, REMEDY))
+    if known.keys() >= set(every):
+        return {}
+    new = [name for name in every if name not in known]
+    calibration = partial(training.loader, 0, device=accelerator.device)
+    return known | compute(accelerator, new, targets_of, calibration)
 
 
 def check_storable(settings: Config, world: int) -> str:

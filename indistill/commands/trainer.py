@@ -80,7 +80,10 @@ class Trainer:
         return summaries if self.several else summaries[""]
 
     def evaluate(self, what: str | Path | None = None) -> dict[str, float]:
-        """Score a network on `data.eval`; returns top1, top5 and, with `evaluate.retrieval`, mAP, in [0, 1].
+        """Score a network on `data.eval`; returns top1, top5 and what `evaluate` adds, in [0, 1], by name.
+
+        With `evaluate.knn`, knn_top1 and knn_top5, with `evaluate.linear_probe`, probe_top1, probe_top5 and
+        probe_l2, with `evaluate.retrieval`, mAP; of several named sets, val/top1 and so on.
 
         what: a run, checkpoint or weights file of the config's student, an exported folder, or the name of a
         timm model; None: this run's student.
@@ -88,7 +91,7 @@ class Trainer:
         settings = self.settings  # raises UserError before the imports, which take seconds
         from indistill.commands.evaluate import evaluate_checkpoint
 
-        return evaluate_checkpoint(settings, str(what or settings.run_dir))
+        return evaluate_checkpoint(settings, str(settings.run_dir if what is None else what))
 
     def student(self, what: str | Path | None = None) -> Network | Program:
         """Load the network that `evaluate(what)` scores, in eval mode on the CPU.
@@ -99,7 +102,7 @@ class Trainer:
         """
         from indistill.commands.export.load import load_for_eval
 
-        network, _ = load_for_eval(self.settings, str(what or self.settings.run_dir))
+        network, _ = load_for_eval(self.settings, str(self.settings.run_dir if what is None else what))
         return network.eval()
 
     def export(

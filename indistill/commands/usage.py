@@ -117,4 +117,4 @@ def _docs(page: str) -> str:
     except metadata.PackageNotFoundError:
         urls = []
     site = next((url.split(",", 1)[1].strip() for url in urls if url.startswith("Documentation,")), None)
-    return f"docs/{page}" if site is None else f"docs/{page} ({site})"
+    return f"docs/{page}" if site is None else f"docs/{page} ({site.removesuffix('README.md')}{page})"

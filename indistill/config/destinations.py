@@ -41,7 +41,13 @@ def remove_parts(folder: Path, is_ours: Callable[[str], bool]) -> None:
     is_ours: whether the caller writes a file of this name there. All other files stay.
     """
     for path in folder.iterdir():
-        match = _PART.fullmatch(path.name)
-        if match and is_ours(match[1]):
+        name = finished_name(path.name)
+        if name != path.name and is_ours(name):
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 path.unlink()
+
+
+def finished_name(name: str) -> str:
+    """Return the name that an unfinished file (`files.replacing`) will have; other names stay as they are."""
+    match = _PART.fullmatch(name)
+    return match[1] if match else name

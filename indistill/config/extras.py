@@ -11,6 +11,7 @@ EXTRAS = {
     "s3": {"s3fs": "s3fs"},
     "gcs": {"gcsfs": "gcsfs"},
     "hf": {"huggingface_hub": "huggingface-hub"},
+    "zstd": {"zstandard": "zstandard"},
     "demo": {"sklearn": "scikit-learn"},
     "deepspeed": {"deepspeed": "deepspeed", "transformers": "transformers"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},

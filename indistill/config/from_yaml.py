@@ -62,6 +62,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
                 continue
+            if key.tag == f"{_TAG}bool":  # YAML reads a bare `on` as true, and keys are names
+                key.tag = f"{_TAG}str"
             if (key.tag, key.value) in seen:
                 raise _refusal(key.start_mark, f"the key {key.value!r} is given twice: keep one")
             seen.add((key.tag, key.value))

@@ -15,8 +15,8 @@ from indistill.config.base import Section
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-READS = frozenset({"logits", "embedding", "features", "token", "labels"})
-TEACHES = frozenset({"logits", "embedding", "features", "heads"})
+READS = frozenset({"logits", "embedding", "features", "tokens", "token", "labels"})
+TEACHES = frozenset({"logits", "embedding", "features", "tokens", "heads"})
 
 
 class Inputs(SimpleNamespace):
@@ -28,6 +28,7 @@ class Inputs(SimpleNamespace):
     logits: Tensor  # [B, K]
     embedding: Tensor  # [B, D], the classifier's input
     features: tuple[Tensor, ...]  # [B, C, H, W] of each pair of `kd.pairs`
+    tokens: Tensor  # [B, C, H, W], the last patch tokens of a vision transformer
     token: Tensor  # [B, K], of the student's distillation token
     heads: tuple[Tensor, ...]  # [B, K] of each of the teacher's intermediate heads
     projected: tuple[Tensor, ...]  # what the loss's own layers returned; of the student
@@ -45,14 +46,17 @@ class Shape(NamedTuple):
     teacher_widths: Sequence[int]
     student_dim: int  # width of the embedding
     teacher_dim: int
+    student_token_width: int = 0  # of patch tokens, where a loss reads them
+    teacher_token_width: int = 0
 
 
 class Loss(Section):
     """A loss: its keys in `kd.losses`, what it needs, and its formula. A subclass states its `name`.
 
-    reads: what it needs of the student ("logits", "embedding", "features", "token") and whether it needs
-    "labels". What no loss reads is not computed. teaches: what it needs of the teacher ("logits",
-    "embedding", "features", "heads"); by default what it reads. What no loss needs is not stored. compares:
+    reads: what it needs of the student ("logits", "embedding", "features", "tokens", "token") and whether it
+    needs "labels". What no loss reads is not computed. teaches: what it needs of the teacher ("logits",
+    "embedding", "features", "tokens", "heads"); by default what it reads. What no loss needs is not stored.
+    Both may be properties, where they depend on the loss's keys. compares:
     how many samples it relates to each other: 1, or 2 for pairs, 3 for triplets. If more than 1, it is given
     the samples of all ranks, gathered with gradients. whole_labels: whether labels have to be classes, int64
     [B], and not the probabilities [B, K] of mixed images.
@@ -69,12 +73,15 @@ class Loss(Section):
         super().__init_subclass__(**options)
         for key in ("reads", "teaches"):
             declared = getattr(cls, key)
+            if isinstance(declared, property):
+                continue
             if not isinstance(declared, AbstractSet):
                 raise ValueError(f'{cls.__qualname__}.{key}: {declared!r} is no set: write {{"logits"}}')
         if "reads" in cls.__dict__ and "teaches" not in cls.__dict__:
             cls.teaches = cls.reads & TEACHES
         for key, known in (("reads", READS), ("teaches", TEACHES)):
-            if unknown := sorted(getattr(cls, key) - known):
+            declared = getattr(cls, key)
+            if not isinstance(declared, property) and (unknown := sorted(declared - known)):
                 raise ValueError(
                     f"{cls.__qualname__}.{key}: {unknown[0]!r} is none of {', '.join(sorted(known))}"
                 )

@@ -136,7 +136,8 @@ def _value(text: str, keys: list[str]) -> Any:
     """Return the value of an override. Raises yaml.YAMLError for a malformed one of a key that is not a text.
 
     A text is taken as it is, because `#`, `: ` and `no` mean something else in YAML than in a path. Only
-    quotes around it, and what the key takes besides a text, remain YAML: a list, null, or `{stage: NAME}`.
+    quotes around it, and what the key takes besides a text, remain YAML: a list, null, `{stage: NAME}`, or
+    a mapping in braces.
     """
     kinds = _kinds(keys[2:] if keys[0] in ("stages", "students") else keys)
     if str not in kinds or int in kinds or float in kinds:
@@ -148,8 +149,10 @@ def _value(text: str, keys: list[str]) -> Any:
     quoted = isinstance(value, str) and text[0] == text[-1] and text[0] in "\"'"
     listed = isinstance(value, list) and any(get_origin(kind) is list for kind in kinds)
     absent = value is None and NoneType in kinds
+    mapped = isinstance(value, dict) and any(get_origin(kind) is dict for kind in kinds)
+    mapped = mapped and text[0] == "{" and None not in value.values()  # {a,b} is of a path
     reference = isinstance(value, dict) and "stage" in value
-    return value if quoted or listed or absent or reference else text
+    return value if quoted or listed or absent or mapped or reference else text
 
 
 def _kinds(keys: list[str]) -> list[Any]:
@@ -160,6 +163,8 @@ def _kinds(keys: list[str]) -> list[Any]:
         for kind in kinds:
             if get_origin(kind) is list and key.isdecimal():
                 children += alternatives(get_args(kind)[0])
+            elif get_origin(kind) is dict:
+                children += alternatives(get_args(kind)[1])
             elif isinstance(kind, type) and issubclass(kind, BaseModel) and key in kind.model_fields:
                 children += alternatives(kind.model_fields[key].annotation)
         kinds = children

@@ -22,6 +22,7 @@ from typing import Any
 
 from indistill.config import tree
 from indistill.config.base import UserError, in_one_line, printable
+from indistill.config.destinations import finished_name
 from indistill.config.files import read_bytes, read_json
 from indistill.config.limits import MAX_RECORD_BYTES
 from indistill.config.ranks import Ranks
@@ -64,6 +65,7 @@ class RunDir(_Folder):
     student = _Entry("student.safetensors")  # of a finished run: the student's weights under timm's names
     heads = _Entry("heads.safetensors")  # with `stage: heads`: the intermediate classifiers
     pruning_plan = _Entry("prune_plan.json")  # the teacher channels that the warm-up teaches
+    standards = _Entry("standards.safetensors")  # what standardises the teacher's features
     classes = _Entry("classes.json")  # class names, where the data has them
     inputs = _Entry("inputs.json")  # of a chain's stage: SHA-256 of the weights that it began with
     checkpoints = _Entry("checkpoints")
@@ -157,7 +159,8 @@ def refuse_foreign(path: Path, runs: Collection[str] = ()) -> None:
     Hidden files, notes and logs may be there before the run. `runs` are the names of runs in it.
     """
     try:
-        names = os.listdir(path)
+        # Another rank, which has just created the folder, may be writing the first file.
+        names = {finished_name(name) for name in os.listdir(path)}
     except FileNotFoundError:
         return
     except OSError as error:
@@ -167,10 +170,10 @@ def refuse_foreign(path: Path, runs: Collection[str] = ()) -> None:
     signs = {file.name for file in (files.config, files.status, files.history, files.metrics)}
     foreign = [
         name
-        for name in sorted({*names} - known - {*runs} - {"lost+found"})
+        for name in sorted(names - known - {*runs} - {"lost+found"})
         if not name.startswith(".") and not name.endswith(_LOGS)
     ]
-    if foreign and not signs & {*names}:
+    if foreign and not signs & names:
         raise UserError(
             f"run_dir {path}: is not empty, and no run of indistill (it contains {foreign[0]!r}): choose "
             "another run_dir"

@@ -5,20 +5,23 @@ The comment of each key is its description in docs/configuration.md.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from indistill.config import plugins
-from indistill.config.base import Duration, Folder, Probability, Section, nearest
+from indistill.config.base import Duration, Folder, Probability, Section, nearest, no_command
 from indistill.config.limits import (
     MAX_BATCH,
     MAX_CLASSES,
@@ -35,6 +38,7 @@ Images = Annotated[PositiveInt, Field(le=MAX_BATCH)]  # in a batch
 
 # --- data ---------------------------------------------------------------------------------------------------
 MAX_RAND_AUGMENT_OPS = 4
+MAX_AUGMIX = 8  # chains, and operations in a chain
 
 
 class RandAugment(Section):
@@ -48,6 +52,16 @@ class RandAugment(Section):
     num_ops: Annotated[int, Field(ge=1, le=MAX_RAND_AUGMENT_OPS)] = 2
     mstd: Annotated[float, Field(ge=0)] = 0.0  # Standard deviation of the magnitude; 0: always `magnitude`.
     probability: Probability = 0.5  # Probability that a drawn operation is applied.
+
+
+class AugMix(Section):
+    """timm's `augmix-m{magnitude}-w{width}-d{depth}` (arXiv 1912.02781), without its consistency loss."""
+
+    # Largest strength of the operations; that of each is uniform from 0 to this.
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 3
+    width: Annotated[int, Field(ge=1, le=MAX_AUGMIX)] = 3  # Number of chains of operations that are mixed.
+    # Number of operations in each chain; None: 1 to 3, drawn for each chain.
+    depth: Annotated[int, Field(ge=1, le=MAX_AUGMIX)] | None = None
 
 
 class ColorJitter(Section):
@@ -83,8 +97,9 @@ class RandomErasing(Section):
 class Augment(Section):
     """Augmentation of training images.
 
-    Applied in this order: recipe, flip, rand_augment, color_jitter, random_erasing. Evaluation does not
-    augment: it resizes and crops by `data.eval_interpolation` and `data.eval_crop`.
+    Applied in timm's order: recipe, flip, vertical_flip, then rand_augment, auto_augment or augmix, then
+    color_jitter, grayscale, blur, random_erasing. Evaluation does not augment: it resizes and crops by
+    `data.eval_interpolation` and `data.eval_crop`.
     """
 
     # How an image is cropped. `random_resized_crop`: a random part, resized, as usual for ImageNet;
@@ -97,8 +112,18 @@ class Augment(Section):
     # Smallest and largest aspect ratio of `random_resized_crop`, width / height.
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
 
+    vertical_flip: Probability = 0.0  # Probability that an image is flipped vertically.
+
     rand_augment: RandAugment | None = None  # RandAugment, `{}` with its defaults; None: not used.
+    # AutoAugment, with timm's policy of this name. `original`: that of the paper for ImageNet
+    # (arXiv 1805.09501); `3a`: grayscale, solarize or Gaussian blur (arXiv 2204.07118), which DeiT III uses
+    # with `color_jitter: {brightness: 0.3, contrast: 0.3, saturation: 0.3}`. None: not used.
+    auto_augment: Literal["original", "3a"] | None = None
+    augmix: AugMix | None = None  # AugMix, `{}` with its defaults; None: not used.
     color_jitter: ColorJitter | None = None  # Colour jitter, `{}` with its defaults; None: not used.
+    grayscale: Probability = 0.0  # Probability that an image loses its colours.
+    # Probability of a Gaussian blur, with a standard deviation of 0.1 to 2 pixels (Pillow's).
+    blur: Probability = 0.0
     # Random erasing, `{}` with its defaults; None: not used.
     random_erasing: RandomErasing | None = None
 
@@ -109,6 +134,19 @@ class Augment(Section):
     @model_validator(mode="after")
     def _check_ranges(self) -> Augment:
         return _with_ranges(self)
+
+    @model_validator(mode="after")
+    def _check_policies(self) -> Augment:
+        policies = ("rand_augment", "auto_augment", "augmix")
+        if len(used := [key for key in policies if getattr(self, key) is not None]) > 1:
+            raise ValueError(f"{' and '.join(used)} exclude each other: keep one of them")
+        return self
+
+    @property
+    def resizes(self) -> bool:
+        """Whether any part reads between pixels, so that `data.interpolation` matters."""
+        turns = self.rand_augment is not None or self.auto_augment == "original" or self.augmix is not None
+        return turns or self.recipe != "pad_crop"
 
 
 _Ranged = TypeVar("_Ranged", Augment, RandomErasing)
@@ -147,18 +185,39 @@ class Progressive(Section):
         return {name.rstrip("_"): value for name, value in serialize(self).items()}
 
 
+_SET_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
+
+
+class EvalSet(Section):
+    """One of several named evaluation sets; a path, URL or list alone is short for its `shards`."""
+
+    shards: str | list[str]  # Its shards: paths or URLs, like `train`.
+    # File with the student's class of each label of this set, in the order of these labels: a class per line,
+    # by its name in `data.train` or by its label there, or what `shards pack --classes` takes. Only these
+    # classes are then candidates. None: the set has the labels of `data.train`.
+    label_map: Annotated[str, AfterValidator(no_command)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shards_alone(cls, values: Any) -> Any:
+        return {"shards": values} if isinstance(values, str | list) else values
+
+
 class Data(Section):
     """WebDataset shards, how they are read, and what the networks see of each image (docs/data.md)."""
 
     # Shards of the training set: paths or URLs. Braces (`{000..127}`) expand, and `*` in local paths.
     train: str | list[str]
-    eval: str | list[str] | None = None  # Shards of the evaluation set, like `train`; None: no evaluation.
+    # Shards of the evaluation set, like `train`; or several sets by name, `{val: SHARDS, v2: SHARDS}`, whose
+    # scores are logged as `val/top1`. The first set decides which checkpoints are the best. None: no
+    # evaluation.
+    eval: str | list[str] | dict[str, EvalSet] | None = None
     root: Folder | None = None  # Folder or URL that is put before relative shard paths.
     # Number of classes: labels are 0 to num_classes - 1. The heads of both networks must have as many
     # outputs.
     num_classes: Annotated[PositiveInt, Field(le=MAX_CLASSES)]
-    # Height and width of the input of both networks, in pixels; `{from: 128, to: 224, until: 70 percent}` for
-    # one that grows during the run.
+    # Height and width of the input, in pixels: of both networks, unless `teacher.image_size` says otherwise.
+    # `{from: 128, to: 224, until: 70 percent}` for one that grows during the run.
     image_size: Pixels | Progressive = 224
     # Samples per optimizer step, summed over all ranks and accumulation steps.
     global_batch: Images
@@ -211,6 +270,27 @@ class Data(Section):
         """`image_size`, or the size that it grows to, in pixels."""
         return self.image_size.to if isinstance(self.image_size, Progressive) else self.image_size
 
+    @field_validator("eval")
+    @classmethod
+    def _check_set_names(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            if not value:
+                raise ValueError("has no set: name at least one, or set it to null")
+            for name in value:
+                if not _SET_NAME.fullmatch(name):
+                    raise ValueError(
+                        f"{name[:100]!r} is no name of a set: use up to 64 letters, digits, '_' and '-', of "
+                        "which the first is a letter or digit"
+                    )
+        return value
+
+    @property
+    def eval_sets(self) -> dict[str, EvalSet]:
+        """The evaluation sets by name; that of a set without a name is ""."""
+        if self.eval is None:
+            return {}
+        return self.eval if isinstance(self.eval, dict) else {"": EvalSet(shards=self.eval)}
+
     @model_validator(mode="after")
     def _check_stream(self) -> Data:
         if self.access == "stream" and self.epoch_samples is None:
@@ -244,6 +324,9 @@ class Model(Section):
     pretrained: bool = False
     # File with the model's weights: `.safetensors`, or `.pt`, read with `weights_only`. None: no file.
     checkpoint: str | None = None
+    # 0: a network without a classifier, which gives embeddings and feature maps, but no logits. None: its
+    # classifier has data.num_classes outputs, or its pretrained weights have none.
+    num_classes: Literal[0] | None = None
     # Further arguments of `timm.create_model`, except those that name files or choose other weights.
     kwargs: dict[str, Any] = {}
     # Mean of the input per channel, with pixels in [0, 1]; None: as in timm's `pretrained_cfg`.
@@ -254,6 +337,8 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _check_weights(self) -> Model:
+        if self.checkpoint == "":  # as of a shell variable that is not set
+            raise ValueError("checkpoint is empty: name a file, or set null for none")
         if self.pretrained and self.checkpoint:
             raise ValueError("pretrained and checkpoint exclude each other: keep one")
         if (self.mean is None) != (self.std is None):
@@ -262,6 +347,10 @@ class Model(Section):
 
 
 class Teacher(Model):
+    # Height and width of the teacher's input, in pixels: it sees the student's view of each image, resized on
+    # the device (bicubic). None: `data.image_size` for a teacher with a classifier; for one without, the size
+    # that timm's `pretrained_cfg` names, rounded down to whole patches.
+    image_size: Pixels | None = None
     # File `heads.safetensors` of a run with `stage: heads`, for the loss `dih`. None: no intermediate
     # classifiers.
     heads: str | None = None
@@ -446,17 +535,52 @@ class Ema(Section):
     warmup: bool = True  # Increase the decay gradually to its value, for short runs.
 
 
+class Knn(Section):
+    """Classification by the nearest neighbours of the embedding in the bank, as DINO's.
+
+    Each neighbour votes for its class with the weight exp(cosine / temperature).
+    """
+
+    k: PositiveInt = 20  # Number of neighbours.
+    temperature: PositiveFloat = 0.07  # Lower values give the nearest ones more weight.
+
+
+class LinearProbe(Section):
+    """Logistic regression on the frozen embeddings of the bank, each dimension standardised.
+
+    It minimises the mean cross-entropy plus l2 / 2 times the sum of the squared weights, the bias apart.
+    """
+
+    # Candidates for l2. The one with the best top-1 on a fifth of the bank, of several the largest, is fitted
+    # again on the whole bank.
+    l2: Annotated[list[PositiveFloat], Field(min_length=1)] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+
+
 class Evaluate(Section):
     """Evaluation on `data.eval`: accuracy, and how similar the stages of student and teacher are."""
 
     every: Duration | None = None  # Time between two evaluations; None: only at the end of the run.
     batch: Images = 256  # Images per rank in a forward pass.
-    # At the end, also compute the mAP of the embeddings, with `data.eval` as queries and `data.train` as
+    # At the end, also compute the mAP of the embeddings, with `data.eval` as queries and the bank as
     # database.
     retrieval: bool = False
-    # Number of images of `data.eval` on which teacher and student stages are compared (CKA, information
-    # flow); 0: no comparison.
+    # At each evaluation, also classify by the nearest neighbours in the bank, `{}` with its defaults; None:
+    # not used. Each time, the student computes the embeddings of the whole bank.
+    knn: Knn | None = None
+    # At the end, also train a linear classifier on the embeddings of the bank, `{}` with its defaults; None:
+    # not used.
+    linear_probe: LinearProbe | None = None
+    # Labelled shards, like `data.train`, that are the bank of knn, linear_probe and retrieval; they are never
+    # augmented. None: the training set.
+    bank: str | list[str] | None = None
+    # Number of images of `data.eval`, of its first set, on which teacher and student stages are compared
+    # (CKA, information flow); 0: no comparison.
     similarity_samples: Annotated[int, Field(ge=0)] = 512
+
+    @property
+    def on_bank(self) -> list[str]:
+        """The keys of the evaluations that are on, and read a bank."""
+        return [key for key in ("knn", "linear_probe", "retrieval") if getattr(self, key)]
 
 
 class Checkpoint(Section):
@@ -467,8 +591,8 @@ class Checkpoint(Section):
     # Also save this many minutes after the last checkpoint, at the next logged step; None: not by time.
     every_minutes: PositiveFloat | None = None
     keep_last: PositiveInt = 2  # Number of the newest checkpoints that are kept.
-    # Number of the checkpoints with the highest top-1 on `data.eval` that are kept besides; 0: save none for
-    # its score.
+    # Number of the checkpoints with the highest top-1 on `data.eval` that are kept besides, of a student
+    # without classifier the highest top-1 of `evaluate.knn`; 0: save none for its score.
     keep_best: Annotated[int, Field(ge=0)] = 1
 
 

@@ -17,15 +17,17 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from timm.data import create_transform
-from timm.data.auto_augment import NAME_TO_OP
+from timm.data.auto_augment import NAME_TO_OP, auto_augment_policy
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as tv
 
 from indistill.config import (
+    MAX_AUGMIX,
     MAX_RAND_AUGMENT_OPS,
     Augment,
+    AugMix,
     ColorJitter,
     Data,
     RandAugment,
@@ -48,6 +50,13 @@ _RESAMPLE = slice(
     _ERASING.stop, _ERASING.stop + 1 + MAX_RAND_AUGMENT_OPS
 )  # of the crop, then of each operation
 DRAWS = _RESAMPLE.stop
+# Those of the other parts are made only for recipes that use one of them.
+_VERTICAL_FLIP = DRAWS
+_GRAYSCALE = DRAWS + 1
+_BLUR = slice(DRAWS + 2, DRAWS + 4)
+_AUTO_AUGMENT = slice(_BLUR.stop, _BLUR.stop + 1 + 2 * 2)  # of the two operations at most of a policy
+_AUGMIX = slice(_AUTO_AUGMENT.stop, _AUTO_AUGMENT.stop + 1 + MAX_AUGMIX * (2 + 4 * MAX_AUGMIX))
+ALL_DRAWS = _AUGMIX.stop
 
 _LARGE = 2**22  # pixels of a padded image above which images are padded and cropped one by one
 
@@ -71,6 +80,12 @@ def view_of(section: Data, epoch: int, repeat: _Number) -> _Number:
     """The number of the view that an epoch shows in the given repeat of a sample (`data.repeats`), from 0."""
     view = epoch * section.repeats + repeat
     return view if section.augment.views is None else view % section.augment.views
+
+
+def draws_of(recipe: Augment) -> range:
+    """Which of a sample's random numbers a view of this recipe needs: the first DRAWS, or all."""
+    more = recipe.vertical_flip or recipe.auto_augment or recipe.augmix or recipe.grayscale or recipe.blur
+    return range(ALL_DRAWS if more else DRAWS)
 
 
 def uniforms(seed: int, view: int | np.ndarray, ids: np.ndarray, draws: range = range(DRAWS)) -> np.ndarray:
@@ -106,17 +121,16 @@ def train_view(
     interpolation: str = "bilinear",
     max_pixels: int = limits.MAX_IMAGE_PIXELS,
 ) -> np.ndarray:
-    """Augment an image with its draws [DRAWS]: uint8 [size, size, 3].
+    """Augment an image with its draws [ALL_DRAWS], or [DRAWS] if it needs no more: uint8 [size, size, 3].
 
     image: uint8 [H, W, 3], or a file, of which only the rows that the view needs are decoded.
     interpolation: bilinear, bicubic or random (one of both), as in timm.
 
     Raises BadImage, naming `where` the file came from, if it cannot be decoded or has more than `max_pixels`.
     """
-    resamples = _resamples(draws[_RESAMPLE], interpolation)
     if recipe.recipe == "random_resized_crop":
         crop = _random_crop(image, draws[_CROP], recipe=recipe, where=where, max_pixels=max_pixels)
-        pixels = _resize(crop, size, resamples[0])
+        pixels = _resize(crop, size, _resamples(draws[_RESAMPLE], interpolation)[0])
     elif recipe.recipe == "pad_crop":
         pixels = decode(image, where, max_pixels) if isinstance(image, bytes) else image
         pixels = _pad_crop(pixels, draws, recipe.padding, size)
@@ -126,20 +140,19 @@ def train_view(
         pixels = eval_view(image, size, view=view, where=where, max_pixels=max_pixels)
     if recipe.flip and draws[_FLIP] < 0.5:
         pixels = pixels[:, ::-1]
-    if recipe.rand_augment or recipe.color_jitter:
+    if recipe.vertical_flip and draws[_VERTICAL_FLIP] < recipe.vertical_flip:
+        pixels = pixels[::-1]
+    if _needs_pillow(recipe):
         picture = Image.fromarray(np.ascontiguousarray(pixels))
-        if recipe.rand_augment:
-            picture = _rand_augment(picture, draws[_RAND_AUGMENT], recipe.rand_augment, resamples[1:])
-        if recipe.color_jitter:
-            picture = _color_jitter(picture, draws[_JITTER], recipe.color_jitter)
-        pixels = np.asarray(picture)
+        pixels = np.asarray(_with_pillow(picture, draws, recipe, interpolation=interpolation))
     return _erase(pixels, draws[_ERASING], recipe.random_erasing) if recipe.random_erasing else pixels
 
 
 def train_views(
     images: np.ndarray, draws: np.ndarray, *, recipe: Augment, size: int, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """Augment images [B, H, W, 3] of one size with their draws [B, DRAWS]: uint8 [B, 3, size, size].
+    """Augment images [B, H, W, 3] of one size with their draws, [B, ALL_DRAWS] or [B, DRAWS]: uint8
+    [B, 3, size, size].
 
     Small images are padded, cropped and flipped together: one by one, numpy's calls take longer than the
     pixels.
@@ -147,7 +160,7 @@ def train_views(
     _, height, width, _ = images.shape
     large = (height + 2 * size) * (width + 2 * size) > _LARGE  # padding whole images takes too much memory
     single = recipe.recipe != "pad_crop" or large
-    if single or recipe.rand_augment or recipe.color_jitter or recipe.random_erasing:
+    if single or recipe.random_erasing or _needs_pillow(recipe):
         single_views = [
             train_view(image, row, recipe=recipe, size=size, interpolation=interpolation)
             for image, row in zip(images, draws)
@@ -157,6 +170,9 @@ def train_views(
     if recipe.flip:
         flipped = draws[:, _FLIP] < 0.5
         views[flipped] = views[flipped, ..., ::-1]
+    if recipe.vertical_flip:
+        flipped = draws[:, _VERTICAL_FLIP] < recipe.vertical_flip
+        views[flipped] = views[flipped, :, ::-1]
     return views
 
 
@@ -252,6 +268,34 @@ def _resized_crop_box(shape: tuple[int, int], draws: np.ndarray, recipe: Augment
 
 
 # --- timm's recipes -----------------------------------------------------------------------------------------
+def _needs_pillow(recipe: Augment) -> bool:
+    """Whether `_with_pillow` changes anything."""
+    policy = recipe.rand_augment or recipe.auto_augment or recipe.augmix
+    return bool(policy or recipe.color_jitter or recipe.grayscale or recipe.blur)
+
+
+def _with_pillow(
+    image: Image.Image, draws: np.ndarray, recipe: Augment, *, interpolation: str
+) -> Image.Image:
+    """Apply the parts of a recipe between the flips and random erasing, in timm's order."""
+    resamples = _resamples(draws[_RESAMPLE], interpolation)[1:]
+    if recipe.rand_augment:
+        image = _rand_augment(image, draws[_RAND_AUGMENT], recipe.rand_augment, resamples)
+    elif recipe.auto_augment:
+        image = _apply(image, _policy_operations(draws[_AUTO_AUGMENT], recipe.auto_augment), resamples)
+    elif recipe.augmix:
+        image = _augmix(image, draws[_AUGMIX], recipe.augmix, interpolation)
+    if recipe.color_jitter:
+        image = _color_jitter(image, draws[_JITTER], recipe.color_jitter)
+    if recipe.grayscale and draws[_GRAYSCALE] < recipe.grayscale:
+        image = image.convert("L").convert("RGB")
+    if recipe.blur:
+        chance, radius = draws[_BLUR]
+        if chance < recipe.blur:
+            image = image.filter(ImageFilter.GaussianBlur(_blur_radius(radius)))
+    return image
+
+
 # Operation -> its arguments at a strength from 0 to 1; `signed` is the strength with a random sign.
 _ARGUMENTS: dict[str, Callable[[float, float], tuple[float, ...]]] = {
     "AutoContrast": lambda strength, signed: (),
@@ -272,19 +316,46 @@ _ARGUMENTS: dict[str, Callable[[float, float], tuple[float, ...]]] = {
     **{f"Translate{axis}Rel": lambda strength, signed: (0.45 * signed,) for axis in "XY"},
 }
 _OPERATIONS = list(_ARGUMENTS)
+# The same for the operations of policies that RandAugment has in another form.
+_POLICY_ARGUMENTS = _ARGUMENTS | {
+    "PosterizeOriginal": lambda strength, signed: (int(4 * strength) + 4,),
+    "Solarize": lambda strength, signed: (int(256 * strength),),
+    **{
+        name: lambda strength, signed: (1.8 * strength + 0.1,)
+        for name in ("Color", "Contrast", "Brightness", "Sharpness")
+    },
+    "Desaturate": lambda strength, signed: (0.5 + 0.5 * strength,),
+}
+_AUGMIX_ARGUMENTS = _ARGUMENTS | {
+    f"Translate{axis}Rel": lambda strength, signed: (0.3 * signed,) for axis in "XY"
+}
+_AUGMIX_OPERATIONS = [
+    "AutoContrast",
+    *(f"{name}Increasing" for name in ("Color", "Contrast", "Brightness", "Sharpness")),
+    *("Equalize", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing"),
+    *("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
+]
+_Operation = tuple[str, tuple[float, ...]]  # timm's name, and the arguments
 
 
-def _rand_augment(
-    image: Image.Image, draws: np.ndarray, recipe: RandAugment, resamples: Sequence[Image.Resampling]
+def _apply(
+    image: Image.Image, operations: Sequence[_Operation], resamples: Sequence[Image.Resampling]
 ) -> Image.Image:
-    """Apply the operations that the draws select (RandAugment, 1909.13719), with timm's implementation."""
-    for (name, argument), resample in zip(_operations(draws, recipe), resamples):
+    """Apply timm's operations, one after the other."""
+    for (name, argument), resample in zip(operations, resamples):
         operation: Any = NAME_TO_OP[name]  # the operations have different signatures
         image = operation(image, *argument, resample=resample, fillcolor=_MEAN_COLOUR)
     return image
 
 
-def _operations(draws: np.ndarray, recipe: RandAugment) -> list[tuple[str, tuple[float, ...]]]:
+def _rand_augment(
+    image: Image.Image, draws: np.ndarray, recipe: RandAugment, resamples: Sequence[Image.Resampling]
+) -> Image.Image:
+    """Apply the operations that the draws select (RandAugment, 1909.13719)."""
+    return _apply(image, _operations(draws, recipe), resamples)
+
+
+def _operations(draws: np.ndarray, recipe: RandAugment) -> list[_Operation]:
     """timm's names of the operations that the draws select, and their arguments."""
     chosen = []
     for which, chance, deviation, sign in draws.reshape(-1, 4)[: recipe.num_ops]:
@@ -297,6 +368,68 @@ def _operations(draws: np.ndarray, recipe: RandAugment) -> list[tuple[str, tuple
             name = _OPERATIONS[int(which * len(_OPERATIONS))]
             chosen.append((name, _ARGUMENTS[name](strength, strength if sign < 0.5 else -strength)))
     return chosen
+
+
+def _policy_operations(draws: np.ndarray, policy: str) -> list[_Operation]:
+    """The operations that the draws select of timm's policy (AutoAugment, 1805.09501; DeiT III, 2204.07118).
+
+    The first draw chooses a part of the policy; each of its operations has two.
+    """
+    chosen: list[_Operation] = []
+    part = _policy(policy)[int(draws[0] * len(_policy(policy)))]
+    for (name, probability, magnitude), (chance, value) in zip(part, draws[1:].reshape(-1, 2)):
+        if chance >= probability:
+            continue
+        if name == "GaussianBlurRand":  # timm draws the radius within the operation
+            chosen.append(("GaussianBlur", (_blur_radius(value),)))
+        else:
+            strength = magnitude / 10
+            signed = strength if value < 0.5 else -strength
+            chosen.append((name, _POLICY_ARGUMENTS[name](strength, signed)))
+    return chosen
+
+
+@cache
+def _policy(name: str) -> list[list[tuple[str, float, float]]]:
+    """The parts of timm's policy, one of which is chosen: name, probability and magnitude of operations."""
+    return [[(one.name, one.prob, one.magnitude) for one in part] for part in auto_augment_policy(name)]
+
+
+def _blur_radius(draw: float) -> float:
+    """The standard deviation of a Gaussian blur in pixels, uniform from 0.1 to 2."""
+    return 0.1 + (2.0 - 0.1) * float(draw)  # Pillow does not take numpy's numbers
+
+
+def _augmix(image: Image.Image, draws: np.ndarray, recipe: AugMix, interpolation: str) -> Image.Image:
+    """Mix the image with a mixture of chains of operations (AugMix, 1912.02781), as timm does.
+
+    The first draw is the weight of the mixture, of the distribution Beta(1, 1). Each chain then has one for
+    its weight, one for its depth, and four for each operation.
+    """
+    chains = draws[1:].reshape(MAX_AUGMIX, -1)[: recipe.width]
+    # Exponential variables, divided by their sum, have the distribution Dirichlet(1, ..., 1).
+    weights = -np.log1p(-np.maximum(chains[:, 0], 2.0**-54))
+    weights = (weights / weights.sum()).astype(np.float32)
+    mixed = np.zeros((image.height, image.width, 3), dtype=np.float32)
+    for weight, chain in zip(weights, chains):
+        operations, resamples = _chain(chain[1:], recipe, interpolation)
+        mixed += weight * np.asarray(_apply(image, operations, resamples), dtype=np.float32)
+    mixture = Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
+    return Image.blend(image, mixture, float(np.float32(draws[0])))
+
+
+def _chain(
+    draws: np.ndarray, recipe: AugMix, interpolation: str
+) -> tuple[list[_Operation], list[Image.Resampling]]:
+    """The operations of a chain of AugMix, and the interpolation of each."""
+    depth = recipe.depth or 1 + int(3 * draws[0])
+    drawn = draws[1:].reshape(-1, 4)[:depth]
+    operations: list[_Operation] = []
+    for which, level, sign, _ in drawn:
+        strength = recipe.magnitude * level / 10
+        name = _AUGMIX_OPERATIONS[int(which * len(_AUGMIX_OPERATIONS))]
+        operations.append((name, _AUGMIX_ARGUMENTS[name](strength, strength if sign < 0.5 else -strength)))
+    return operations, _resamples(drawn[:, 3], interpolation)
 
 
 def _color_jitter(image: Image.Image, draws: np.ndarray, recipe: ColorJitter) -> Image.Image:

@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from indistill import config
 from indistill.config import UserError, printable
-from indistill.config.files import read_bytes, read_json, read_text, replace_text
-from indistill.config.limits import MAX_CLASS_FILE_BYTES
+from indistill.config.files import read_bytes, read_json, replace_text
+from indistill.config.limits import MAX_CLASS_FILE_BYTES, MAX_CLASSES
+from indistill.config.metric_names import eval_key
 from indistill.config.records import first_problem
 from indistill.config.run_dir import RunDir
-from indistill.data import remote
+from indistill.data import encodings, remote
 from indistill.data.braces import expand_braces
 from indistill.data.folders import class_folders
 from indistill.data.index import MOST_SHOWN, shown
@@ -67,12 +68,12 @@ def folders_in(folder: Path) -> list[str]:
 
 
 # --- lists that are given -----------------------------------------------------------------------------------
-def read(path: str | Path) -> list[str]:
+def read(path: str | Path, encoding: str | None = None) -> list[str]:
     """Read the class names for `shards pack --classes` from a file or folder, in the order of the labels.
 
     A file is text with one name per line, or JSON: a list, a mapping from name to label, or a `dataset.json`.
-    A folder contains one folder per class, or shards with their `dataset.json`. Raises UserError for anything
-    else.
+    A folder contains one folder per class, or shards with their `dataset.json`. `encoding` is that of a file
+    that is not UTF-8, as when a list in another encoding is packed. Raises UserError for anything else.
     """
     path = Path(path)
     if path.is_dir():
@@ -85,7 +86,12 @@ def read(path: str | Path) -> list[str]:
             return names
         path = path / RECORD
     try:
-        text = read_text(path, MAX_CLASS_FILE_BYTES)
+        try:
+            text = encodings.read_text(path, MAX_CLASS_FILE_BYTES, None)
+        except UserError:
+            if encoding is None:
+                raise
+            text = encodings.read_text(path, MAX_CLASS_FILE_BYTES, encoding)
     except OSError as error:
         reason = error.strerror
         raise UserError(f"{path}: cannot be read ({reason}): name a file or folder with classes") from None
@@ -255,14 +261,38 @@ def of_training(section: config.Data) -> Names | None:
 def check(section: config.Data) -> Names | None:
     """The class names of data.train, if known.
 
-    Raises UserError if data.eval numbers its classes differently.
+    Raises UserError if data.eval numbers its classes differently, unless a label map translates them.
     """
     reference = of_training(section)
-    if reference is not None and section.eval is not None:
-        remedy = f"pack data.eval again with `shards pack --classes {reference.where}`"
-        for names in beside(section.eval, section.root):
-            refuse_difference(names, reference, "data.eval", remedy)
+    if reference is not None:
+        for name, one in section.eval_sets.items():
+            key = eval_key(name)
+            remedy = f"pack {key} again with `shards pack --classes {reference.where}`"
+            for names in [] if one.label_map else beside(one.shards, section.root):
+                refuse_difference(names, reference, key, remedy)
     return reference
+
+
+def read_label_map(path: str, section: config.Data) -> list[int]:
+    """Read the label in data.train of each class that a file lists, by its name there or by its label.
+
+    Raises UserError, naming the class, for one that data.train does not have.
+    """
+    names = read(path)
+    training = of_training(section)
+    labels = {} if training is None else {name: label for label, name in enumerate(training.names)}
+    known = [] if training is None else [f"the names in {training.where}"]
+    if training is None or not all(map(str.isdecimal, training.names)):  # else numbers are names
+        count = section.num_classes or MAX_CLASSES  # of a headless student, the bank has to have the classes
+        numbers = {name: int(name) for name in names if name.isdecimal() and len(name) < 9}
+        labels = {name: label for name, label in numbers.items() if label < count} | labels
+        known = [f"the data.num_classes, 0 to {count - 1}", *known]
+    for name in names:
+        if name not in labels:
+            raise UserError(
+                f"{path}: the class {name!r} is none of {', or of '.join(known)}: correct the file"
+            )
+    return [labels[name] for name in names]
 
 
 def check_weights(weights: Names | None, section: config.Data, role: str) -> None:
@@ -273,13 +303,15 @@ def check_weights(weights: Names | None, section: config.Data, role: str) -> Non
     """
     if weights is None:
         return
-    key, lists = "data.eval", []
-    if role != "teacher" and section.eval is not None:
-        lists = beside(section.eval, section.root)
+    lists: list[tuple[str, Names]] = []
+    if role != "teacher":
+        sets = section.eval_sets.items()
+        own = [(eval_key(name), one.shards) for name, one in sets if one.label_map is None]
+        lists = [(key, names) for key, shards in own for names in beside(shards, section.root)]
     if not lists and (training := of_training(section)) is not None:
-        key, lists = "data.train", [training]
-    remedy = f"use weights made for these classes, or pack {key} with `shards pack --classes`"
-    for names in lists:
+        lists = [("data.train", training)]
+    for key, names in lists:
+        remedy = f"use weights made for these classes, or pack {key} with `shards pack --classes`"
         refuse_difference(names, weights, key, remedy)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from indistill import config
-from indistill.config import UserError
+from indistill.config import UserError, printable
 from indistill.data import augment, mixing
 from indistill.data.batch import Batch, Request, StoredTargets
 from indistill.data.decode import BadImage, decode
-from indistill.data.index import label_problem
-from indistill.data.shards import ShardSet
+from indistill.data.index import Index, compressed, decoded, label_problem
+from indistill.data.remote import base_name
+from indistill.data.shards import ShardSet, refuse_compressed
 from indistill.models.views import EvalView
 from indistill.order import SampleOrder
 
@@ -38,7 +39,8 @@ class ImageDataset(Dataset):
     With an `order` it is for training: images are augmented, and an image that cannot be decoded is replaced
     by the next sample of its stream, the same one on any number of ranks; with its partner, if the order has
     pairs. With a `view` instead it is for evaluation, where such an image is an error, because scores on
-    different samples would not be comparable.
+    different samples would not be comparable; a request without stand-ins gets it black, with id and label
+    -1.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ImageDataset(Dataset):
         self.seed = seed
         self.order = order
         self.view = view
+        self.draws = augment.draws_of(section.augment)
         self.mix = mix  # how training batches are to be mixed
         self.memory = self._decode_all() if section.in_memory else None
         self.stored: StoredTargets | None = None  # a request's fields are read from it
@@ -73,7 +76,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, request: Request) -> Batch:
         ids = np.array(request.ids)  # a copy: samples that cannot be decoded are replaced in it
-        draws = augment.uniforms(self.seed, request.views, ids)  # [B, DRAWS]
+        draws = augment.uniforms(self.seed, request.views, ids, self.draws)  # [B, draws]
         size = request.size or self.section.full_size
         if self.order is not None and self.memory is not None:
             images, labels, rows = self._views_from_memory(self.memory, ids, draws=draws, size=size)
@@ -89,11 +92,11 @@ class ImageDataset(Dataset):
             try:
                 images[row], labels[row] = self._view(int(ids[row]), draws[row], size)
             except BadImage as bad:
-                if self.order is None:
+                if self.order is None and request.stand_ins:
                     raise
                 replaced.append(str(bad))
-                if not request.stand_ins:
-                    ids[row], images[row], labels[row] = -1, 0, 0
+                if self.order is None or not request.stand_ins:
+                    ids[row], images[row], labels[row] = -1, 0, -1
                     continue
                 for other, stand_in in self._stand_ins(self.order, request, row, replaced).items():
                     ids[other], images[other], labels[other] = stand_in
@@ -178,7 +181,7 @@ class ImageDataset(Dataset):
         size = request.size or self.section.full_size
         for later in range(index + count, index + order.span, count):
             ids = np.array([order.stream_sample(request.epoch, stream, later + i) for i in range(count)])
-            draws = augment.uniforms(self.seed, views, ids)
+            draws = augment.uniforms(self.seed, views, ids, self.draws)
             try:
                 return {
                     other: (int(ids[i]), *self._view(int(ids[i]), draws[i], size))
@@ -240,10 +243,12 @@ def _in_memory(count: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.empty((count, *shape), dtype=np.uint8)
 
 
-def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
-    """Open shards.
+def open_shards(
+    section: config.Data, urls: str | list[str], label_map: Sequence[int] | None = None
+) -> ShardSet:
+    """Open shards, with their labels read by a map, if any.
 
-    Raises UserError for missing, cut or malformed ones and for labels that are not a class.
+    Raises UserError for missing, cut or malformed ones and like `check_shard`.
     """
     shards = ShardSet(
         urls,
@@ -251,7 +256,25 @@ def open_shards(section: config.Data, urls: str | list[str]) -> ShardSet:
         cache_dir=section.cache_dir,
         cache_bytes=int(section.cache_bytes),
     )
-    labels = shards.labels
-    for sample_id in np.flatnonzero((labels < 0) | (labels >= section.num_classes))[:1]:
-        raise UserError(f"{shards.where(sample_id)}: {label_problem(labels[sample_id], section.num_classes)}")
+    for path, index in zip(shards.paths, shards._indices):
+        check_shard(section, path, index, mapped=label_map is not None)
+    if label_map is not None:
+        shards.relabel(label_map)
     return shards
+
+
+def check_shard(section: config.Data, path: str, index: Index, *, mapped: bool = False) -> None:
+    """Raise UserError for a label that is not a class, and for a shard that cannot be read at random.
+
+    Whatever reads shards by index refuses them here, and `doctor` checks them here before a run. mapped: a
+    label map gives the classes.
+    """
+    if compressed(path) and not section.in_memory:
+        refuse_compressed(path)
+    if not section.num_classes:  # labels are for scores of embeddings alone, which check them
+        return
+    outside = (index.labels >= section.num_classes) & (not mapped)
+    for row in np.flatnonzero((index.labels < 0) | outside)[:1]:
+        key = decoded(index.keys[row])
+        problem = label_problem(key, index.labels[row], section.num_classes)
+        raise UserError(printable(f"{base_name(path)}: sample {key}: {problem}"))

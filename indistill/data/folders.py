@@ -22,6 +22,11 @@ _OF_SYSTEMS = {
 }
 
 
+def note(text: str) -> None:
+    """Print a line about what is packed on stderr."""
+    print(f"indistill: {printable(text)}", file=sys.stderr, flush=True)
+
+
 def hidden(name: str) -> bool:
     """Whether a file or folder belongs to the system or a program, and so to no data set."""
     return name.startswith(".") or name in _OF_SYSTEMS
@@ -124,25 +129,25 @@ class Walk:
 
     def links_out(self) -> str | None:
         """Describe the links that lead out of the folder, if there are any."""
-        return next((note for note in self.notes() if "lead out" in note), None)
+        return next((text for text in self.notes() if "lead out" in text), None)
 
     def print_notes(self) -> None:
         """Print on stderr what was left out."""
-        for note in self.notes():
-            print(f"indistill: {printable(note)}", file=sys.stderr, flush=True)
+        for text in self.notes():
+            note(text)
 
     def notes(self) -> Iterator[str]:
         """Describe what was left out, one line for each reason."""
-        for reason, text in (
-            ("outside", "{} links lead out of it and are left out: set --follow-links to pack them"),
-            ("nowhere", "{} links lead nowhere and are left out: restore what they lead to, or delete them"),
-            ("again", "{} links lead to a folder that contains them or is packed already, and are left out"),
-            ("outside of classes", "{} images are in none of the class folders and are left out"),
-            ("empty", "{} class folders contain no image that is packed; they keep their labels"),
-            ("hidden", "{} names that begin with a dot or belong to the system are left out"),
+        for reason, text, remedy in (
+            ("outside", "links that lead out of it, left out", ": set --follow-links to pack them"),
+            ("nowhere", "links that lead nowhere, left out", ": restore what they lead to, or delete them"),
+            ("again", "links to a folder that contains them or is packed already, left out", ""),
+            ("outside of classes", "images in none of the class folders, left out", ""),
+            ("empty", "class folders without an image that is packed, which keep their labels", ""),
+            ("hidden", "names that begin with a dot or belong to the system, left out", ""),
         ):
             if paths := self._left_out[reason]:
-                yield f"{self.folder}: {text.format(len(paths))} ({shown(paths)})"
+                yield f"{self.folder}: {text}: {len(paths)} ({shown(paths)}){remedy}"
 
     def _followed(self, link: str) -> bool:
         """Whether a link is followed; one that is not is kept for `notes`."""

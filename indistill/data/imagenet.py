@@ -6,6 +6,7 @@ timm and torchvision use.
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import re
@@ -21,6 +22,8 @@ _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _META = "meta.mat"
 _LIMITS = {_TRUTH: MAX_CLASS_FILE_BYTES, _META: MAX_META_BYTES}
 _WNID = r"n\d{8}"
+_NUMBER = r"\d{1,4}"
+_MARK = codecs.BOM_UTF8
 _BOX = rf"{_WNID}(?: \d+){{4}}"  # Kaggle's lists have a class and a box for each object
 
 
@@ -55,7 +58,8 @@ def ground_truth(file: Path) -> Iterator[tuple[str, str, str]] | None:
         return None
     if _TRUTH not in found:
         raise UserError(f"{file}: does not contain {_TRUTH}: download the development kit again")
-    return _rows(file, found[_TRUTH].decode("ascii", "replace").split(), found.get(_META))
+    lines = found[_TRUTH].removeprefix(_MARK).decode("ascii", "replace").rstrip().splitlines()
+    return _rows(file, [line.strip() for line in lines], found.get(_META))
 
 
 def _rows(file: Path, labels: list[str], meta: bytes | None) -> Iterator[tuple[str, str, str]]:
@@ -63,6 +67,11 @@ def _rows(file: Path, labels: list[str], meta: bytes | None) -> Iterator[tuple[s
     for number, label in enumerate(labels, 1):
         line = f"{file}: line {number}"
         if not re.fullmatch(_WNID, label):
+            if not re.fullmatch(_NUMBER, label):
+                raise UserError(
+                    f"{line}: {label!r} is not one class number or WordNet id, as each line of this list "
+                    "must be: correct the line"
+                )
             if wnids is None:
                 if meta is None:
                     raise UserError(
@@ -100,10 +109,10 @@ def _is_column(file: Path) -> bool:
     """Whether the first line is a class number or a WordNet id alone."""
     try:
         with open_regular(file) as stream:
-            first = stream.read(32).split(b"\n")[0].strip()
+            first = stream.read(32).removeprefix(_MARK).split(b"\n")[0].strip()
     except OSError:
         return False  # reading it as a list names the reason
-    return re.fullmatch(rb"\d{1,4}|" + _WNID.encode(), first) is not None
+    return re.fullmatch(f"{_NUMBER}|{_WNID}".encode(), first) is not None
 
 
 def _of_folder(folder: Path) -> dict[str, bytes]:
@@ -126,7 +135,7 @@ def _of_archive(file: Path) -> dict[str, bytes]:
         tar = Tar(str(file), stream, strict=False)
         for member in tar:
             name = os.path.basename(member.name)
-            if name in _LIMITS:
+            if name in _LIMITS and member.target is None:
                 if member.size > _LIMITS[name]:
                     raise UserError(f"{file}: {name} has more than {_LIMITS[name]} bytes: download it again")
                 found[name] = tar.content(member.size)

@@ -1,5 +1,6 @@
 """Index a shard: the offset, size and label of each of its samples."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -7,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -48,16 +49,26 @@ class Index(NamedTuple):
 
 
 def compressed(path: str) -> bool:
-    """Whether a shard is compressed with gzip, by its name."""
-    return base_name(path).endswith((".gz", ".tgz")) and not path.startswith("pipe:")
+    """Whether a shard is compressed with gzip or zstd, by its name."""
+    return base_name(path).endswith((".gz", ".tgz", ".zst")) and not path.startswith("pipe:")
 
 
 # --- the index ----------------------------------------------------------------------------------------------
-def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None = None) -> Index:
-    """Load the shard's index; build and save it first if there is none.
+def load_index(
+    path: str, cache_dir: str | None = None, cache: ShardCache | None = None, *, save: bool = True
+) -> Index:
+    """Load the shard's index; build it first if there is none, and `save` it.
 
     Raises UserError if it does not fit.
     """
+    index = _fitting_index(path, cache_dir, cache)
+    if index is None:
+        index = build_index(path, cache_dir, cache) if save else read_index(path, cache)
+    return index
+
+
+def _fitting_index(path: str, cache_dir: str | None, cache: ShardCache | None) -> Index | None:
+    """The shard's index that is saved, if any. Raises UserError if it does not fit."""
     problem = None
     remote_cache = cache if is_remote(path) else None
     for file in index_files(path, cache_dir):
@@ -68,7 +79,7 @@ def load_index(path: str, cache_dir: str | None = None, cache: ShardCache | None
             problem = changed(path, f"it has {size} bytes, its index {file} says {index.bytes}")
     if problem:
         raise UserError(problem)
-    return build_index(path, cache_dir, cache)
+    return None
 
 
 def _stored_index(path: str, file: str, cache: ShardCache | None) -> Index | None:
@@ -83,29 +94,78 @@ def _stored_index(path: str, file: str, cache: ShardCache | None) -> Index | Non
 
 
 def build_index(
-    path: str, cache_dir: str | None = None, cache: ShardCache | None = None, *, hashed: bool = False
+    path: str,
+    cache_dir: str | None = None,
+    cache: ShardCache | None = None,
+    *,
+    hashed: bool = False,
 ) -> Index:
     """Index a shard and save the index. Raises UserError if the tar is damaged or a label is malformed.
 
     hashed: record the shard's SHA-256, so that it is checked when the shard is fetched.
     """
+    index = read_index(path, cache, hashed=hashed)
+    _save_index(index_files(path, cache_dir)[0], index)
+    return index
+
+
+def read_index(path: str, cache: ShardCache | None, *, hashed: bool = False) -> Index:
+    """The index of a shard, read from the shard as `build_index` does, but not saved."""
+    with _errors_named(path, cache), open_shard(path, cache) as stream:
+        others = Others()
+        rows = _rows(read_samples(path, stream, load=False, others=others))
+        if others.problem:
+            log.warning("%s", printable(f"{path}: {others.problem}"))
+        sha256 = sha256_of(stream) if hashed else None
+        return index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
+
+
+def index_to_pack(path: str, cache_dir: str | None, cache: ShardCache | None) -> tuple[Index, dict[str, str]]:
+    """A shard's index, also of images and labels that belong to no sample because of dots in their names.
+
+    Returns the keys of the latter in it, too, by name. The index is read from the shard, and not saved.
+    """
+    stored = _fitting_index(path, cache_dir, cache)
+    size, sha256 = (None, None) if stored is None else (stored.bytes, stored.sha256)
+    with _errors_named(path, cache), open_shard(path, cache, size, sha256) as stream:
+        others = Others()
+        rows = _rows(read_samples(path, stream, load=False, others=others, may_be_empty=True))
+        keys = _keys_without_dots(others.unread, {key for key, *_ in rows})
+        if keys or not rows:
+            stream.seek(0)
+            rows = _rows(read_samples(path, stream, load=False, keys=keys))
+        return index_of(os.fstat(stream.fileno()).st_size, rows, sha256), keys
+
+
+def _keys_without_dots(names: Iterable[str], taken: set[str]) -> dict[str, str]:
+    """A key for each name of an image or a label that differs from those `taken`."""
+    keys: dict[str, str] = {}  # name without its extension -> key
+    for stem in (name.rpartition(".")[0] for name in names):
+        if stem not in keys:
+            folder, slash, base = stem.rpartition("/")
+            key = folder + slash + base.replace(".", "_")
+            while key in taken:
+                key += "_"
+            taken.add(key)
+            keys[stem] = key
+    return {name: keys[name.rpartition(".")[0]] for name in names}
+
+
+@contextlib.contextmanager
+def _errors_named(path: str, cache: ShardCache | None) -> Iterator[None]:
+    """Name a shard that cannot be indexed; its copy in the cache is deleted."""
     try:
-        with open_shard(path, cache) as stream:
-            others = Others()
-            samples = read_samples(path, stream, load=False, others=others)
-            rows = [(key, *span, label) for key, span, _, label in samples]
-            if others.problem:
-                log.warning("%s", printable(f"{path}: {others.problem}"))
-            sha256 = sha256_of(stream) if hashed else None
-            index = index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
+        yield
     except (UserError, ValueError, OSError) as error:
         if cache:
             cache.discard(path)  # so that it is fetched again once it has been repaired
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: cannot be indexed: {error}") from None
-    _save_index(index_files(path, cache_dir)[0], index)
-    return index
+
+
+def _rows(samples: Iterable[tuple[str, tuple[int, int], bytes, int]]) -> list[tuple[str, int, int, int]]:
+    return [(key, *span, label) for key, span, _, label in samples]
 
 
 def sha256_of(stream: IO[bytes]) -> str:
@@ -202,10 +262,13 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
     if type(stored["bytes"]) is not int:
         raise ValueError("bytes is not an integer")
     index = make_index(stored["bytes"], **lists, sha256=stored.get("sha256"))
-    ends = index.offsets + index.sizes
+    order = np.argsort(index.offsets, kind="stable")  # links lead to bytes elsewhere, and several to the same
+    begins = index.offsets[order]
+    ends = begins + index.sizes[order]
+    same = (begins[1:] == begins[:-1]) & (ends[1:] == ends[:-1])
     if index.sizes.min() < 0 or index.sizes.max() > MAX_IMAGE_BYTES:
         raise ValueError(f"a size is not from 0 to {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)")
-    if index.offsets[0] < BLOCK or (index.offsets[1:] < ends[:-1] + BLOCK).any():
+    if begins[0] < BLOCK or not (same | (begins[1:] >= ends[:-1] + BLOCK)).all():
         raise ValueError("the images overlap")
     if not packed and ends[-1] > index.bytes:
         raise ValueError("an image ends behind the end of the shard")
@@ -249,10 +312,10 @@ def malformed_label(key: str, content: bytes) -> str:
     return f"{key}.cls holds {content[:20]!r}: a label is a non-negative integer"
 
 
-def label_problem(label: int, num_classes: int) -> str | None:
+def label_problem(key: str, label: int, num_classes: int) -> str | None:
     """Why training rejects a sample with this label (-1: no label); None if it accepts it."""
     if label < 0:
-        return f"has no label: {LABEL_REMEDY}"
+        return f"has no label, because there is no {key}.cls: {LABEL_REMEDY}"
     if label >= num_classes:
         return f"label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
     return None
@@ -269,7 +332,7 @@ class Others:
 
     def __init__(self) -> None:
         self.extensions = Counter[str]()  # of members that are neither images nor labels
-        self.problem = ""  # describes members that look like images or labels; set when all are read
+        self.unread: list[str] = []  # members that look like images or labels; set when all are read
         self._alike: dict[str, str] = {}  # name that ends like that of an image or a label -> key
 
     def add(self, key: str, name: str, extension: str) -> None:
@@ -283,27 +346,20 @@ class Others:
         if alike and len(self._alike) < MAX_SHARD_SAMPLES:
             self._alike[name] = key
 
-    def end(self, keys: Container[str], links: Sequence[str]) -> None:
+    def end(self, keys: Container[str]) -> None:
         """Find what looks like images or labels and belongs to none of the samples `keys`."""
-        parts = []
-        if names := [name for name, key in self._alike.items() if key not in keys]:
-            parts.append(
-                f"{len(names)} images or labels belong to no sample, because the key of a name ends at its "
-                f"first dot ({shown(names)}): rename them, with one dot each"
-            )
-        if problem := links_problem(links):
-            parts.append(problem)
-        self.problem = "; ".join(parts)
+        self.unread = [name for name, key in self._alike.items() if key not in keys]
 
-
-def links_problem(links: Sequence[str]) -> str | None:
-    """Describe the links among a tar's members that have the names of images or labels, if there are any."""
-    if not (links := [link for link in links if link.lower().endswith((*IMAGE_EXTENSIONS, ".cls"))]):
-        return None
-    return (
-        f"{len(links)} images or labels are links, which are not read ({shown(links)}): write the tar again "
-        "with `tar --dereference --hard-dereference`"
-    )
+    @property
+    def problem(self) -> str:
+        """Describes `unread`; empty if there is none."""
+        if not self.unread:
+            return ""
+        return (
+            "images or labels belong to no sample, because the key of a name ends at its first dot: "
+            f"{len(self.unread)} ({shown(self.unread)}): rename them, with one dot each, or run "
+            "`indistill shards pack` on the shard, which does so"
+        )
 
 
 # --- reading tars -------------------------------------------------------------------------------------------
@@ -317,7 +373,7 @@ class ImageOrLabel(NamedTuple):
 
     key: str
     extension: str
-    offset: int  # of the content
+    offset: int  # of the content; -1: of an image that is reported already
     size: int
     content: bytes  # b"" for an image that is not loaded; of a label at most MAX_LABEL_BYTES + 1 bytes
 
@@ -329,10 +385,12 @@ def read_samples(
     load: bool = True,
     report: Callable[[str, str], None] | None = None,
     others: Others | None = None,
+    may_be_empty: bool = False,
+    keys: Mapping[str, str] = {},
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield the samples of a shard from its file, as `samples_of` does."""
     tar = Tar(path, stream, gzipped=compressed(path), strict=True)
-    return samples_of(tar, load=load, report=report, others=others)
+    return samples_of(tar, load=load, report=report, others=others, may_be_empty=may_be_empty, keys=keys)
 
 
 def samples_of(
@@ -342,12 +400,14 @@ def samples_of(
     report: Callable[[str, str], None] | None = None,
     others: Others | None = None,
     may_be_empty: bool = False,
+    keys: Mapping[str, str] = {},
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield (key, (offset, size) of the image, image, label) of every sample of a shard, in one pass.
 
     load: whether to read images; without it they are b"". A sample without a label has -1.
     report: called with the key and the problem of every malformed sample; by default UserError is raised.
     others: counts the members that belong to no sample.
+    keys: of images and labels, by name, that would belong to none.
 
     Raises UserError for a damaged tar and, unless it `may_be_empty`, for one without samples.
     """
@@ -358,26 +418,20 @@ def samples_of(
     report = report or refuse
     others = others or Others()
     seen = set()
-    members = images_and_labels(tar, load=load, report=report, others=others)
+    members = images_and_labels(tar, load=load, report=report, others=others, keys=keys)
     for key, group in itertools.groupby(members, lambda member: member.key):
         repeated = key in seen
         seen.add(key)
         if len(seen) > MAX_SHARD_SAMPLES:
             refuse("", _TOO_MANY)
         image, label = _image_and_label(key, group, report, repeated)
-        if image is not None:
+        if image is not None and image.offset >= 0:
             yield key, (image.offset, image.size), image.content, -1 if label is None else label
-        elif label is not None:
-            report(key, _no_image(key, tar.links))
-    others.end(seen, tar.links)
-    if not seen and (others.problem or not may_be_empty):
+        elif image is None and label is not None:
+            report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
+    others.end(seen)
+    if not seen and not may_be_empty:
         refuse("", f"holds no sample: {others.problem or SAMPLE}")
-
-
-def _no_image(key: str, links: Sequence[str]) -> str:
-    """The problem of a sample that has only a label."""
-    problem = links_problem([link for link in links if link.startswith(f"{key}.")])
-    return f"sample '{key}' has a .cls but no image ({problem or ', '.join(IMAGE_EXTENSIONS)})"
 
 
 def _image_and_label(
@@ -388,7 +442,8 @@ def _image_and_label(
     repeated: other members with this key came earlier, before those of another sample.
     """
     if repeated:
-        report(key, f"the members of sample '{key}' are not next to each other: pack it again")
+        remedy = "unpack the shard, and write it again with `tar --sort=name`"
+        report(key, f"the members of sample '{key}' are not next to each other: {remedy}")
     image, label = None, None
     for member in members:
         if member.extension == "cls":
@@ -406,25 +461,42 @@ def _image_and_label(
 
 
 def images_and_labels(
-    tar: Tar, *, load: bool, report: Callable[[str, str], None], others: Others | None = None
+    tar: Tar,
+    *,
+    load: bool,
+    report: Callable[[str, str], None],
+    others: Others | None = None,
+    keys: Mapping[str, str] = {},
 ) -> Iterator[ImageOrLabel]:
     """Yield every image and label; without `load`, images have no content.
 
-    report: called with the key and the problem of an image that is too large, which is left out.
+    report: called with the key and the problem of an image that is too large and of a link that cannot be
+        followed; the image then has the offset -1, and the label is left out.
     others: counts all other files.
+    keys: as for `samples_of`.
     """
-    for name, offset, size in tar:
+    for member in tar:
         # WebDataset's rule: the key ends at the first dot of the base name, and the rest is the extension.
-        folder, slash, base = name.rpartition("/")
+        folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         extension = extension.lower()
         key = f"{folder}{slash}{stem}"
-        if not stem or _META.match(name) or (extension != "cls" and extension not in IMAGE_EXTENSIONS):
+        if member.name in keys:
+            key, extension = keys[member.name], extension.rpartition(".")[2]
+        is_label = extension == "cls"
+        if not stem or _META.match(member.name) or not (is_label or extension in IMAGE_EXTENSIONS):
             if others is not None:
-                others.add(key, name, extension)
-        elif extension == "cls":
-            yield ImageOrLabel(key, extension, offset, size, tar.content(MAX_LABEL_BYTES + 1))
-        elif size > MAX_IMAGE_BYTES:
-            report(key, f"{key}.{extension} has {size} bytes, more than {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)")
-        else:
-            yield ImageOrLabel(key, extension, offset, size, tar.content(size) if load else b"")
+                others.add(key, member.name, extension)
+            continue
+        try:
+            _, offset, size, _ = tar.follow(member)
+            if size > MAX_IMAGE_BYTES and not is_label:
+                size_limit = f"more than {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)"
+                raise LookupError(f"{key}.{extension} has {size} bytes, {size_limit}")
+        except LookupError as error:
+            report(key, str(error))
+            if not is_label:
+                yield ImageOrLabel(key, extension, -1, 0, b"")
+            continue
+        most = MAX_LABEL_BYTES + 1 if is_label else size if load else 0
+        yield ImageOrLabel(key, extension, offset, size, tar.content(most))

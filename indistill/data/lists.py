@@ -7,23 +7,22 @@ import io
 import itertools
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from indistill.config import UserError, printable
+from indistill.config import UserError
 from indistill.config.files import open_regular
 from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
-from indistill.data import imagenet
-from indistill.data.folders import Walk, extension
+from indistill.data import encodings, imagenet
+from indistill.data.folders import Walk, extension, note
 from indistill.data.index import IMAGE_EXTENSIONS, shown
 
 _DELIMITERS = (",", ";", "\t", " ")  # the last one as in Caffe's lists
 _WHOLE = re.compile(r"\d+(\.0*)?", re.ASCII)  # pandas writes integers like this after an empty cell
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?|nan", re.ASCII | re.IGNORECASE)
-_WORDS = re.compile(r"[A-Za-z_ ]+")
+_WORDS = re.compile(r"([^\W\d]|[ _-])+")
 
 _Row = tuple[str, str, str]  # path or name of an image, label, line for messages
 
@@ -103,7 +102,7 @@ class _Images:
         left_out = [path for path in self._paths if os.path.realpath(path) not in known]
         if left_out:
             names = shown([os.path.relpath(path, self.folder) for path in left_out])
-            _note(f"{self.folder}: {len(left_out)} images are not in the list and are left out ({names})")
+            note(f"{self.folder}: images that are not in the list, left out: {len(left_out)} ({names})")
         self._walk.print_notes()
         return len(left_out) + self._walk.ignored
 
@@ -126,10 +125,6 @@ def _path_of(name: str, line: str, folder: Path, found: _Images | None) -> str:
     return paths[0]
 
 
-def _note(text: str) -> None:
-    print(f"indistill: {printable(text)}", file=sys.stderr, flush=True)
-
-
 # --- lines --------------------------------------------------------------------------------------------------
 def _rows(file: Path, encoding: str | None, found: _Images | None) -> Iterator[_Row]:
     """The rows of a list."""
@@ -145,7 +140,7 @@ def _rows(file: Path, encoding: str | None, found: _Images | None) -> Iterator[_
             raise UserError(f"{line}: holds {len(row)} columns instead of path,label: correct the line")
         name, label = (cell.strip().removeprefix("\ufeff") for cell in row)
         if first and _is_header(name, label, file.parent, found):
-            _note(f"{line}: is taken for the names of the columns ({name}, {label})")
+            note(f"{line}: is taken for the names of the columns ({name}, {label})")
         elif [name.lower(), label.lower()] != ["path", "label"]:
             yield name, imagenet.class_of(label), line
         first = False
@@ -172,8 +167,8 @@ def _csv_rows(file: Path, encoding: str | None) -> Iterator[tuple[int, list[str]
 
     number = 0
     try:
-        with open_regular(file) as binary:
-            _check_encoding(file, binary.peek(4)[:4], encoding)
+        with encodings.errors_named(file, encoding), open_regular(file) as binary:
+            encodings.check(file, binary.peek(4)[:4], encoding)
             stream = io.TextIOWrapper(binary, encoding=encoding or "utf-8-sig", newline="")
             all_lines = lines(stream)
             begin = list(itertools.islice(all_lines, 2))
@@ -188,27 +183,6 @@ def _csv_rows(file: Path, encoding: str | None) -> Iterator[tuple[int, list[str]
         raise UserError(f"{file}: no such file: correct the path") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}): correct the path") from None
-    except LookupError:
-        raise UserError(
-            f"--encoding {encoding!r}: is not an encoding that Python knows: choose one such as cp1252"
-        ) from None
-    except UnicodeError:
-        guess = "it may be cp1252, which older programs of Windows write: set --encoding cp1252"
-        remedy = guess if encoding is None else "set another --encoding"
-        raise UserError(f"{file}: is not text in {encoding or 'UTF-8'}: {remedy}") from None
-
-
-def _check_encoding(file: Path, begin: bytes, encoding: str | None) -> None:
-    """Raise UserError for a file in UTF-16 that is to be read as UTF-8."""
-    name = None
-    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
-        name = "utf-16"
-    elif any(begin) and not any(begin[1::2]):
-        name = "utf-16-le"
-    elif any(begin) and not any(begin[::2]):
-        name = "utf-16-be"
-    if encoding is None and name is not None and len(begin) == 4:
-        raise UserError(f"{file}: is not text in UTF-8 but seems to be UTF-16: set --encoding {name}")
 
 
 def _delimiter(lines: Sequence[str]) -> str:
@@ -279,7 +253,7 @@ def _refuse_several_labels(
                 f"{line}: {name!r} looks like several labels, but an image has one: keep one; if it is "
                 "the name of one class, list it in a file for --classes"
             )
-        earlier = first.setdefault(path, row)
+        earlier = first.setdefault(os.path.normpath(path), row)
         if names[earlier] != name:
             raise UserError(
                 f"{line}: {path} has the label {name!r} here and {names[earlier]!r} above "

@@ -136,10 +136,22 @@ def eval_shares(samples: int, world: int) -> list[range]:
     return [range(samples * rank // world, samples * (rank + 1) // world) for rank in range(world)]
 
 
-def eval_loader(dataset: ImageDataset, batch: int, *, rank: int, world: int, device: torch.device) -> Loader:
-    """Load one rank's share of the set, in order."""
+def eval_loader(
+    dataset: ImageDataset,
+    batch: int,
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+    blank_bad: bool = False,
+) -> Loader:
+    """Load one rank's share of the set, in order.
+
+    blank_bad: make an image that cannot be decoded black, with the label -1, instead of raising UserError.
+    """
     share = eval_shares(len(dataset), world)[rank]
-    requests = (Request(0, 0, i, np.array(share[i : i + batch])) for i in range(0, len(share), batch))
+    parts = (np.array(share[i : i + batch]) for i in range(0, len(share), batch))
+    requests = (Request(0, 0, int(ids[0] - share[0]), ids, stand_ins=not blank_bad) for ids in parts)
     return loader(dataset, requests, device)
 
 

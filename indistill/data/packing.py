@@ -24,7 +24,7 @@ from indistill.config.files import replace_text, replacing
 from indistill.config.limits import MAX_CLASSES, MAX_IMAGE_BYTES
 from indistill.data import class_names, folders, lists
 from indistill.data.decode import BadImage, decode
-from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_index
+from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_index, shown
 from indistill.data.lists import label_in
 from indistill.data.shards import ShardSet
 from indistill.data.verify import parallel
@@ -324,7 +324,12 @@ def _find_source(
             return _list_files(*_read_folder(folder, given, follow_links), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
         source = sorted(os.path.join(source, path.name) for path in tars)
-    shards = ShardSet(source, cache_dir=cache_dir)
+    shards = ShardSet(source, cache_dir=cache_dir, rewrite_keys=True)
+    if rewritten := list(itertools.chain.from_iterable(shards.rewritten)):
+        folders.note(
+            f"{shards.paths[0]}: images and labels with several dots in their names, which are packed with _ "
+            f"instead: {len(rewritten)} ({shown(rewritten)})"
+        )
     for sample_id in np.flatnonzero(shards.labels >= MAX_CLASSES)[:1]:  # classes are counted in a list
         label = shards.labels[sample_id]
         raise UserError(f"{shards.where(sample_id)}: label {label} is not below {MAX_CLASSES} (MAX_CLASSES)")
@@ -337,7 +342,7 @@ def _find_source(
 
 def _tars_in(folder: Path, take: Take | None) -> list[Path]:
     """The shards in a source folder; none if its class folders are to be packed."""
-    patterns = ("*.tar", "*.tar.gz", "*.tgz")
+    patterns = ("*.tar", "*.tar.gz", "*.tgz", "*.tar.zst")
     tars = [path for pattern in patterns for path in folder.glob(pattern) if not folders.hidden(path.name)]
     if take == "folders":
         return []

@@ -18,7 +18,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from indistill.config import UserError, printable
 from indistill.config.files import denied
 from indistill.config.limits import MAX_SHARDS
 from indistill.data.braces import expand_braces
-from indistill.data.index import BLOCK, compressed, decoded, load_index, read_samples
+from indistill.data.index import BLOCK, Index, compressed, decoded, index_to_pack, load_index, read_samples
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
 from indistill.data.urls import check_url
 from indistill.data.wildcards import expand_wildcards
@@ -49,6 +49,8 @@ class ShardSet:
         shards need the directory.
     cache_bytes: limit for remote shards in the cache. It should fit the shards of one window of the sample
         order.
+    rewrite_keys: also read images and labels that belong to no sample, because of dots in their names.
+        `rewritten` has their keys then, by name.
 
     Safe after fork, in threads and with pickle: reads state their offset, and open files are not pickled.
     Raises UserError for a missing, cut, damaged or changed shard and for malformed labels, naming the shard.
@@ -61,16 +63,23 @@ class ShardSet:
         *,
         cache_dir: str | None = None,
         cache_bytes: int = CACHE_BYTES,
+        rewrite_keys: bool = False,
     ):
         self.paths = expand(urls, root)
         self._cache = cache_for(self.paths, cache_dir, cache_bytes)
+
+        def load(path: str) -> tuple[Index, dict[str, str]]:
+            if rewrite_keys:
+                return index_to_pack(path, cache_dir, self._cache)
+            return load_index(path, cache_dir, self._cache), {}
+
         # Each process builds missing indices in another order, so processes that start together share the
         # work.
         shuffled = random.SystemRandom().sample(self.paths, len(self.paths))
         with ThreadPoolExecutor(16 if self._cache else 1) as pool:
-            indices = pool.map(lambda path: load_index(path, cache_dir, self._cache), shuffled)
-            loaded = dict(zip(shuffled, indices))
-        self._indices = [loaded[path] for path in self.paths]
+            loaded = dict(zip(shuffled, pool.map(load, shuffled)))
+        self._indices = [loaded[path][0] for path in self.paths]
+        self.rewritten = [loaded[path][1] for path in self.paths]  # of each shard
         self.sizes = [len(index.keys) for index in self._indices]  # samples per shard
         digest = hashlib.sha256()
         for path, index in zip(self.paths, self._indices):
@@ -81,6 +90,17 @@ class ShardSet:
         self.fingerprint = digest.hexdigest()
         self._first_ids = np.cumsum([0, *self.sizes])  # [shards + 1]
         self._files: dict[int, IO[bytes]] = {}
+        self.label_map: np.ndarray | None = None  # int64: what each label of the shards is read as
+
+    def relabel(self, label_map: Sequence[int]) -> None:
+        """Read each label as its entry in `label_map`. Raises UserError for a label that has none."""
+        labels = self.labels
+        for sample_id in np.flatnonzero(labels >= len(label_map))[:1]:
+            raise UserError(
+                f"{self.where(sample_id)}: label {labels[sample_id]} has no entry among the "
+                f"{len(label_map)} of the label map: complete the map"
+            )
+        self.label_map = np.array(label_map, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._first_ids[-1])
@@ -100,10 +120,7 @@ class ShardSet:
         index = self._indices[shard]
         row = sample_id - self._first_ids[shard]
         if compressed(path):
-            raise UserError(
-                f"{path}: a compressed shard cannot be read at random: set data.in_memory: true, "
-                "or pack it again with `indistill shards pack`"
-            )
+            refuse_compressed(path)
         offset = int(index.offsets[row])
         size = int(index.sizes[row])
         key = decoded(index.keys[row])
@@ -113,7 +130,7 @@ class ShardSet:
         with contextlib.suppress(tarfile.HeaderError):
             header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
             if header.size == size == len(data) - BLOCK:
-                return Sample(key, data[BLOCK:], int(index.labels[row]))
+                return Sample(key, data[BLOCK:], self._read_as(int(index.labels[row])))
         raise UserError(changed(path, f"sample '{key}' is not where the index says"))
 
     def iterate(self, begin: int = 0, end: int | None = None) -> Iterator[Sample]:
@@ -136,10 +153,11 @@ class ShardSet:
         indexed = list(zip(index.offsets.tolist(), index.sizes.tolist(), index.labels.tolist()))
         row = -1
         with open_shard(path, self._cache, index.bytes, index.sha256) as stream:
-            for row, (key, span, image, label) in enumerate(read_samples(path, stream)):
+            samples = read_samples(path, stream, keys=self.rewritten[shard])
+            for row, (key, span, image, label) in enumerate(samples):
                 if row >= len(indexed) or indexed[row] != (*span, label):
                     raise UserError(changed(path, f"sample '{key}' is not where the index says"))
-                yield Sample(key, image, label)
+                yield Sample(key, image, self._read_as(label))
         if row + 1 < len(indexed):
             raise UserError(changed(path, f"it has {row + 1} samples, its index says {len(indexed)}"))
 
@@ -164,7 +182,11 @@ class ShardSet:
     @property
     def labels(self) -> np.ndarray:
         """Labels, -1 for none: int64 [samples]."""
-        return np.concatenate([index.labels for index in self._indices])
+        labels = np.concatenate([index.labels for index in self._indices])
+        return labels if self.label_map is None else np.where(labels < 0, -1, self.label_map[labels])
+
+    def _read_as(self, label: int) -> int:
+        return label if self.label_map is None or label < 0 else int(self.label_map[label])
 
     def where(self, sample_id: int) -> str:
         """The sample's shard and key, for messages."""
@@ -192,6 +214,7 @@ class ShardSet:
         part.paths = self.paths[low : high + 1]
         part.sizes = self.sizes[low : high + 1]
         part._indices = self._indices[low : high + 1]
+        part.rewritten = self.rewritten[low : high + 1]
         part._first_ids = self._first_ids[low : high + 2]
         return part
 
@@ -214,6 +237,14 @@ class ShardSet:
                 self._files.pop(oldest, None)  # closed when the last thread that reads from it drops it
             self._files[shard] = file
         return file
+
+
+def refuse_compressed(path: str) -> NoReturn:
+    """Raise UserError for a shard in which single samples cannot be found."""
+    raise UserError(
+        f"{path}: a compressed shard cannot be read at random: set data.in_memory: true, "
+        "or pack it again with `indistill shards pack`"
+    )
 
 
 def expand(urls: str | Sequence[str], root: str | None = None) -> list[str]:

@@ -93,6 +93,29 @@ class StreamedTraining:
         )
 
 
+def read_shard(
+    url: str, num_classes: int, others: Others, *, load: bool = True
+) -> Iterator[tuple[str, bytes, int]]:
+    """Yield key, image and label of each sample of a streamed shard. `doctor` calls this, too.
+
+    Without `load`, images are b"". Raises UserError for a shard that cannot be read, and for a label that is
+    not a class.
+    """
+    empty = True
+    try:
+        with remote.open_stream(url) as stream:
+            tar = Tar(url, stream, strict=False)
+            for key, _, image, label in samples_of(tar, load=load, others=others, may_be_empty=True):
+                if problem := label_problem(key, label, num_classes):
+                    raise UserError(f"{url}: sample {key}: {problem}")
+                empty = False
+                yield key, image, label
+        if empty and others.problem:
+            raise UserError(f"{url}: holds no sample: {others.problem}")
+    except (OSError, EOFError) as error:
+        raise UserError(f"{url}: cannot be read to its end: {error}") from None
+
+
 class _Sample(NamedTuple):
     epoch: int
     url: str
@@ -152,17 +175,9 @@ class StreamedImages(IterableDataset):
 
     def _read(self, epoch: int, url: str) -> Iterator[_Sample]:
         """The samples of a shard, from front to end."""
-        num_classes = self.training.section.num_classes
         others = Others()
-        try:
-            with remote.open_stream(url) as stream:
-                tar = Tar(url, stream, strict=False)
-                for key, _, image, label in samples_of(tar, others=others, may_be_empty=True):
-                    if problem := label_problem(label, num_classes):
-                        raise UserError(f"{url}: sample {key}: {problem}")
-                    yield _Sample(epoch, url, key, image, label)
-        except (OSError, EOFError) as error:
-            raise UserError(f"{url}: cannot be read to its end: {error}") from None
+        for key, image, label in read_shard(url, self.training.section.num_classes, others):
+            yield _Sample(epoch, url, key, image, label)
         if others.problem and epoch == 0:
             log.warning("%s", printable(f"{url}: {others.problem}"))
 
@@ -209,7 +224,9 @@ class StreamedImages(IterableDataset):
         view = augment.view_of(section, sample.epoch, 0)
         return augment.train_view(
             sample.image,
-            augment.uniforms(training.seed, view, np.array([sample.number]))[0],
+            augment.uniforms(
+                training.seed, view, np.array([sample.number]), augment.draws_of(section.augment)
+            )[0],
             recipe=section.augment,
             size=size,
             where=where,

@@ -9,11 +9,14 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from indistill.config import Config, Data
+from indistill.config import Config, Data, UserError
+from indistill.config.metric_names import eval_key
 from indistill.curriculum import ImageSizes
+from indistill.data import class_names
 from indistill.data.batch import StoredTargets
 from indistill.data.dataset import ImageDataset, open_shards
 from indistill.data.loader import IndexedTraining
+from indistill.data.shards import ShardSet
 from indistill.data.stream import StreamedTraining
 from indistill.distributed.agree import agree
 from indistill.models.views import EvalView, evaluation_view
@@ -38,13 +41,13 @@ class TrainingData(Protocol):
         """Return a loader of the micro-batches of the steps [first_step, last_step)."""
 
 
-def open_data(accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
-    """Open this rank's training data and the evaluation set, if there is one. Call on all ranks.
+def open_data(accelerator: Accelerator, settings: Config) -> tuple[TrainingData, dict[str, ImageDataset]]:
+    """Open this rank's training data and the evaluation sets, by name. Call on all ranks.
 
     Raises UserError if the ranks have different training data.
     """
     training = open_training(accelerator, settings)
-    return training, open_eval_set(settings) if settings.data.eval is not None else None
+    return training, open_eval_sets(settings)
 
 
 def open_training(accelerator: Accelerator, settings: Config) -> TrainingData:
@@ -63,8 +66,63 @@ def open_training(accelerator: Accelerator, settings: Config) -> TrainingData:
     return training
 
 
+def open_eval_sets(settings: Config, view: EvalView | None = None) -> dict[str, ImageDataset]:
+    """Open the images of all sets of `data.eval`, by name; the name of a single one is "".
+
+    `view` None: the view of this config's student.
+    """
+    if settings.data.eval is None:
+        return {}
+    view = view or evaluation_view(settings)
+    shards = {name: eval_shards(settings.data, name) for name in settings.data.eval_sets}
+    return {
+        name: ImageDataset(one, settings.data, seed=settings.seed, view=view) for name, one in shards.items()
+    }
+
+
 def open_eval_set(settings: Config, view: EvalView | None = None) -> ImageDataset:
-    """Open the images of `data.eval`, which must be set. `view` None: the view of this config's student."""
+    """Open the images of the first set of `data.eval`, which must be set."""
     assert settings.data.eval is not None  # the callers check it
-    shards = open_shards(settings.data, settings.data.eval)
+    name = next(iter(settings.data.eval_sets))
+    shards = eval_shards(settings.data, name)
     return ImageDataset(shards, settings.data, seed=settings.seed, view=view or evaluation_view(settings))
+
+
+def eval_shards(section: Data, name: str) -> ShardSet:
+    """Open the shards of one set of `data.eval`. Raises UserError, naming the set, for unusable ones."""
+    one = section.eval_sets[name]
+    try:
+        label_map = class_names.read_label_map(one.label_map, section) if one.label_map else None
+        return open_shards(section, one.shards, label_map)
+    except UserError as error:
+        raise UserError(f"{eval_key(name)}: {error}" if name else str(error)) from None
+
+
+def open_bank(settings: Config, training: ImageDataset | None = None) -> ImageDataset | None:
+    """Open the images of the bank of `evaluate`; None if no evaluation reads it.
+
+    training: the training set, if it is open. Use the bank by its `for_evaluation`, which does not augment.
+    """
+    section = settings.evaluate
+    if not section.on_bank:
+        return None
+    if section.bank is None and training is not None:
+        return training
+    return ImageDataset(bank_shards(settings), settings.data, seed=settings.seed)
+
+
+def bank_shards(settings: Config) -> ShardSet:
+    """Open the shards of the bank.
+
+    Raises UserError for unusable ones, and if they number the classes otherwise than data.train.
+    """
+    if settings.evaluate.bank is None:
+        return open_shards(settings.data, settings.data.train)
+    try:
+        if (reference := class_names.of_training(settings.data)) is not None:
+            for names in class_names.beside(settings.evaluate.bank, settings.data.root):
+                remedy = f"pack it again with `shards pack --classes {reference.where}`"
+                class_names.refuse_difference(names, reference, names.where, remedy)
+        return open_shards(settings.data, settings.evaluate.bank)
+    except UserError as error:
+        raise UserError(f"evaluate.bank: {error}") from None

@@ -64,7 +64,7 @@ class Content(NamedTuple):
             counts = [f"{count} {name or 'without extension'}" for name, count in sorted(self.others.items())]
             line += f"; other members: {', '.join(counts)}"
         if self.images > labelled:
-            line += f"\ntraining refuses unlabelled images: {LABEL_REMEDY}"
+            line += f"\ntraining refuses images without a label: {LABEL_REMEDY}"
         return line
 
 
@@ -132,7 +132,7 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                 if label >= 0:
                     labels[label] += 1
                 malformed = bool(bad) and bad[-1].key == key  # it is reported already
-                problem = None if num_classes is None or malformed else label_problem(label, num_classes)
+                problem = None if num_classes is None or malformed else label_problem(key, label, num_classes)
                 if problem:
                     report(key, problem)
                 try:

@@ -2,6 +2,7 @@
 
 from itertools import zip_longest
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -16,19 +17,22 @@ def accuracy(
     accelerator: Accelerator, network: nn.Module, dataset: ImageDataset, batch: int
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy over the whole set, in [0, 1]; {} for a network whose classifier no loss
-    trains.
+    trains, and for one without classifier.
 
-    With intermediate classifier heads (`Output.cohort`) also their `top1_head1`, `top1_head2`, ...
-    Collective; pass the network without its training wrapper.
+    If the set has a label map, only its classes are candidates. With intermediate classifier heads
+    (`Output.cohort`) also their `top1_head1`, `top1_head2`, ... Collective; pass the network without its
+    training wrapper.
     """
     if not network.with_logits:
         return {}
     counts: Tensor | int = 0  # samples; right in the best 5; right; right by each head
+    classes = dataset.shards.label_map
     for images, labels in each_batch(accelerator, dataset, batch, network):
         output = network(images)
-        best = output.logits.topk(min(5, output.logits.shape[1]), dim=1).indices  # [B, 5]
+        logits = _candidates(output.logits, classes)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
         hits = best == labels[:, None]
-        heads = [(logits.argmax(dim=1) == labels).sum() for logits in output.cohort]
+        heads = [(_candidates(logits, classes).argmax(dim=1) == labels).sum() for logits in output.cohort]
         seen = labels.new_tensor(len(labels))
         counts = counts + torch.stack([seen, hits.sum(), hits[:, 0].sum(), *heads])
     mine = counts.tolist() if isinstance(counts, Tensor) else []  # a rank may have no sample of a small set
@@ -37,3 +41,11 @@ def accuracy(
         raise RuntimeError(f"evaluation counted {total} of {len(dataset)} samples")
     top5, top1, *heads = (count / total for count in correct)
     return {"top1": top1, "top5": top5} | {f"top1_head{i}": score for i, score in enumerate(heads, start=1)}
+
+
+def _candidates(logits: Tensor, classes: np.ndarray | None) -> Tensor:
+    """The logits [B, K], with minus infinity for all but these classes; None: as they are."""
+    if classes is None:
+        return logits
+    kept = torch.from_numpy(classes).to(logits.device)
+    return torch.full_like(logits, -torch.inf).index_copy_(1, kept, logits[:, kept])

@@ -11,25 +11,12 @@ from torch import Tensor
 
 from indistill.config import UserError, in_one_line
 from indistill.data.dataset import ImageDataset
-from indistill.data.shards import ShardSet
 from indistill.evaluate.passes import embeddings
 from indistill.models.trainable import Trainable
 
 PRECISION_AT = (1, 10, 100)  # nearest entries
 _AUTHORS_BATCH = 128  # queries
-_MOST_SHOWN = 5  # labels in a message
 _BLOCK_ENTRIES = 2**24  # query-database pairs held at once: 128 MiB for each int64 tensor
-
-
-def check_retrieval(database: ShardSet, queries: ShardSet) -> None:
-    """Raise UserError if a query's class is absent from the database, without reading an image."""
-    absent = np.setdiff1d(queries.labels, database.labels)
-    if len(absent):
-        labels = ", ".join(map(str, absent[:_MOST_SHOWN])) + (", ..." if len(absent) > _MOST_SHOWN else "")
-        raise UserError(
-            f"evaluate.retrieval: data.train has no image of {len(absent)} of data.eval's classes (label "
-            f"{labels}): set evaluate.retrieval=false, or evaluate on classes that are trained"
-        )
 
 
 @torch.no_grad()
@@ -45,11 +32,19 @@ def retrieval(
     Raises UserError for embeddings that are not finite and for query classes that the database lacks.
     """
     database = database.for_evaluation(queries.view)
-    tensors = [x for dataset in (database, queries) for x in embeddings(accelerator, network, dataset, batch)]
+    db, db_labels = embeddings(accelerator, network, database, batch)
+    x, labels = embeddings(accelerator, network, queries, batch)
+    return ranked(accelerator, db, db_labels=db_labels, queries=x, query_labels=labels)
+
+
+def ranked(
+    accelerator: Accelerator, db: Tensor, *, db_labels: Tensor, queries: Tensor, query_labels: Tensor
+) -> dict[str, float]:
+    """The scores of `retrieval`, from embeddings that every rank has. Collective; raises the same."""
     outcome: list = [None, None]  # scores, error message: broadcast, so that no rank is left waiting
     if accelerator.is_main_process:
         try:
-            outcome[0] = _retrieval_scores(*tensors)
+            outcome[0] = _retrieval_scores(db, db_labels, queries, query_labels)
         except Exception as error:  # also of a device that is full: the other ranks wait for the outcome
             reason = in_one_line(error, 500, with_type=not isinstance(error, ValueError))
             outcome[1] = f"evaluate.retrieval: {reason}"
@@ -160,13 +155,13 @@ def _task(db: Tensor, db_labels: Tensor, *, queries: Tensor, query_labels: Tenso
     if len(absent):
         raise ValueError(f"query label {absent[0].item()} is absent from the database")
     if metric == "cosine":
-        db = _unit_rows(db)
-        queries = _unit_rows(queries)
+        db = unit_rows(db)
+        queries = unit_rows(queries)
     query_class = torch.searchsorted(classes, query_labels)
     return _Task(metric, db, db_labels, queries, query_labels, class_sizes, query_class)
 
 
-def _unit_rows(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """Rows of length 1; a zero vector stays zero: its cosine distance to all vectors is 1."""
     return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 

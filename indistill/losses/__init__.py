@@ -6,11 +6,13 @@ arguments: the caller decides what is frozen. Shapes are never broadcast; a mism
 
 from indistill.config import Inputs, Loss, Shape
 from indistill.losses.at_loss import at
+from indistill.losses.bce_loss import bce
 from indistill.losses.ce_loss import cross_entropy
 from indistill.losses.crd_loss import crd
 from indistill.losses.dih_loss import dih
 from indistill.losses.dist_loss import dist
 from indistill.losses.dkd_loss import dkd
+from indistill.losses.feature_loss import feature
 from indistill.losses.hint_loss import hint
 from indistill.losses.kd_loss import kd
 from indistill.losses.pkt_loss import Divergence, Kernel, Scale, pkt
@@ -28,11 +30,13 @@ __all__ = [
     "Scale",
     "Shape",
     "at",
+    "bce",
     "crd",
     "cross_entropy",
     "dih",
     "dist",
     "dkd",
+    "feature",
     "hint",
     "kd",
     "pkt",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,16 +13,21 @@ from indistill.curriculum import Phase
 from indistill.losses.common import same_size, sum_of
 from indistill.losses.gather import Rows, gather_inputs, groups
 from indistill.losses.hint_loss import hint
+from indistill.losses.standard import Standard
 from indistill.models.outputs import Output, Targets
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses of a run; `scope` selects the samples that losses compare (losses/gather.py)."""
+    """The losses of a run; `scope` selects the samples that losses compare (losses/gather.py).
+
+    `standards` has what standardises each of the teacher's features that a loss reads, by the loss's index.
+    """
 
     losses: Sequence[Loss]
     steps_per_epoch: int
     scope: str = "auto"
+    standards: Mapping[int, Sequence[Standard]] = field(default_factory=dict)
 
     def __call__(
         self, output: Output, targets: Targets, *, labels: Tensor, phase: Phase, step: int
@@ -91,19 +96,31 @@ class Objective:
             "logits": output.logits,
             "embedding": output.embedding,
             "features": output.features,
+            "tokens": output.tokens,
             "token": output.token_logits,
         }
         of_teacher = {
             "logits": targets.logits,
             "embedding": targets.embedding,
             "features": targets.features,
+            "tokens": targets.tokens,
             "heads": targets.cohort,
         }
         student = Inputs(**{name: value for name, value in of_student.items() if name in loss.reads})
         teacher = Inputs(**{name: value for name, value in of_teacher.items() if name in loss.teaches})
+        if index in self.standards:
+            _standardise(teacher, self.standards[index])
         if projected is not None:
             student.projected = projected
         return student, teacher, own_labels
+
+
+def _standardise(teacher: Inputs, standards: Sequence[Standard]) -> None:
+    for name, value in vars(teacher).items():
+        if isinstance(value, tuple):
+            setattr(teacher, name, tuple(standard(x) for standard, x in zip(standards, value)))
+        else:
+            setattr(teacher, name, standards[0](value))
 
 
 def create_layers(losses: Sequence[Loss], shape: Shape) -> dict[str, nn.Module]:
@@ -120,10 +137,10 @@ def term_names(losses: Sequence[Loss]) -> list[str]:
 
 
 def reads(losses: Sequence[Loss], what: str) -> bool:
-    """Whether any loss reads the student's "logits", "embedding", "features" or distillation "token"."""
+    """Whether any loss reads the student's "logits", "embedding", "features", "tokens" or "token"."""
     return any(what in loss.reads for loss in losses)
 
 
 def teaches(losses: Sequence[Loss], what: str) -> bool:
-    """Whether any loss needs the teacher's "logits", "embedding", "features" or intermediate "heads"."""
+    """Whether any loss needs the teacher's "logits", "embedding", "features", "tokens" or "heads"."""
     return any(what in loss.teaches for loss in losses)

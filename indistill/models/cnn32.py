@@ -42,7 +42,7 @@ class CNN32(nn.Module):
             self.feature_info.append({"module": f"conv{i}_bn", "num_chs": width, "reduction": 2**i})
             previous = width
         self.fc1 = nn.Linear(4 * widths[-1], hidden)  # a 32x32 image leaves a 2x2 map
-        self.fc2 = nn.Linear(hidden, num_classes)
+        self.fc2 = nn.Linear(hidden, num_classes) if num_classes else nn.Identity()
         self.pretrained_cfg = self.default_cfg = _CNN32_CFG
 
     def _stage(self, i: int, x: Tensor) -> Tensor:

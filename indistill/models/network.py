@@ -19,12 +19,13 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from indistill import config
 from indistill.config import UserError
 from indistill.config.files import give_usual_mode, sort_metadata
 from indistill.models.outputs import Output, Targets
-from indistill.models.stages import stage_maps, stage_maps_and_final
+from indistill.models.stages import patch_tokens, stage_maps, stage_maps_and_final
 from indistill.models.timm_model import TimmModel
 from indistill.models.trainable import Trainable
 
@@ -41,8 +42,8 @@ class Network(Trainable):
     training exactly once; the teacher is another, frozen. `stages` gives the stage of each warm-up pair,
     shallow to deep, and `adapters` maps a pair to the module that lifts its map to the teacher's width.
     `kd_stages` are the stages whose maps KD reads, `reads` the student's other outputs that it reads
-    ("logits", "embedding", "token"), and `projectors` maps a KD loss to its trainable layers
-    (`Loss.layers`).
+    ("logits", "embedding", "tokens", "token"), and `projectors` maps a KD loss to its trainable layers
+    (`Loss.layers`). Images of another size than `image_size`, if it is given, are resized.
     """
 
     mean: Tensor  # [1, 3, 1, 1], in 0..255
@@ -58,9 +59,11 @@ class Network(Trainable):
         reads: Collection[str] = ("logits",),
         kd_stages: Sequence[int] = (),
         projectors: Mapping[str, nn.Module] | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.image_size = image_size
         self.stages = list(stages)
         self.kd_stages = list(kd_stages)
         self.adapters = nn.ModuleDict({str(pair): module for pair, module in (adapters or {}).items()})
@@ -70,8 +73,9 @@ class Network(Trainable):
         if self.with_token:
             net.set_distilled_training(True)
         # DDP would wait for the gradients of outputs that no loss reads, so these are not returned.
-        self.with_logits = "logits" in reads
-        self.with_embedding = self.with_logits or "embedding" in reads
+        self.with_embedding = "logits" in reads or "embedding" in reads
+        self.with_logits = "logits" in reads and net.num_classes > 0
+        self.with_tokens = "tokens" in reads
         # Convolutions and pools are faster in this format: twice on CPUs, and on GPUs in half precision.
         self.to(memory_format=torch.channels_last)
         mean, std = normalisation
@@ -101,12 +105,16 @@ class Network(Trainable):
             pairs = range(upto + 1) if pairs is None else pairs
             features = stage_maps(self.net, x, [self.stages[pair] for pair in pairs])
             return Output(tuple(self._adapt(pair, feature) for pair, feature in zip(pairs, features)))
-        if self.training and not self.with_embedding:
+        with_embedding = self.with_embedding or not self.training
+        if not (with_embedding or self.with_tokens):
             return self._project(Output(tuple(stage_maps(self.net, x, self.kd_stages))), targets)
         final, features = stage_maps_and_final(self.net, x, self.kd_stages)
-        embedding = self.net.forward_head(final, pre_logits=True)  # [B, D]
-        logits, token_logits = self._classify(final, embedding)
-        return self._project(Output(tuple(features), embedding, logits, token_logits), targets)
+        output = Output(tuple(features), tokens=patch_tokens(self.net, final) if self.with_tokens else None)
+        if with_embedding:
+            embedding = self.net.forward_head(final, pre_logits=True)  # [B, D]
+            logits, token_logits = self._classify(final, embedding)
+            output = output._replace(embedding=embedding, logits=logits, token_logits=token_logits)
+        return self._project(output, targets)
 
     def _project(self, output: Output, targets: Targets | None) -> Output:
         if targets is None or not self.projectors:
@@ -119,16 +127,28 @@ class Network(Trainable):
         save_network(self, section, path)
 
     def normalise(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] as the network reads them: float32, of its own size, mean and deviation."""
+        images = images.float()
+        if self.image_size not in (None, images.shape[-1]):
+            images = F.interpolate(images, self.image_size, mode="bicubic", antialias=True).clamp(0, 255)
         # Set the memory format here too: sharded weights, and weights a layer recomputes (NFNet), lack it.
-        return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def input_size(self, image_size: int) -> tuple[int, int, int]:
+        """The shape [C, H, W] of what the timm model reads, of images with `image_size` pixels a side."""
+        side = self.image_size or image_size
+        return (3, side, side)
 
     def maps(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
         """The unadapted maps [B, C, H, W] of any stages (ascending); computes nothing beyond the last."""
         return stage_maps(self.net, self.normalise(images), stages)
 
     def _classify(self, final: Tensor, embedding: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Logits [B, K] and, if a loss reads them, the logits [B, K] of the distillation token."""
-        if self.training and not self.with_logits:
+        """Logits [B, K] and, if a loss reads them, the logits [B, K] of the distillation token.
+
+        None without a classifier.
+        """
+        if not self.net.num_classes or (self.training and not self.with_logits):
             return None, None
         if self.with_token and self.training:
             return self.net.forward_head(final)

@@ -16,6 +16,7 @@ class Output(NamedTuple):
     logits: Tensor | None = None  # [B, K]
     token_logits: Tensor | None = None  # [B, K], of a distillation token
     cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head
+    tokens: Tensor | None = None  # [B, C, H, W], the last patch tokens of a vision transformer
     projected: Mapping[str, tuple[Tensor, ...]] = {}  # what each trainable part of a loss made of all this
 
 
@@ -26,3 +27,4 @@ class Targets(NamedTuple):
     embedding: Tensor | None = None  # [B, D_t]
     logits: Tensor | None = None  # [B, K]
     cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head
+    tokens: Tensor | None = None  # [B, C, H_t, W_t], the last patch tokens of a vision transformer

@@ -64,6 +64,27 @@ def stage_maps_and_final(
     return net.forward_intermediates(images, indices=list(indices), stop_early=False, output_fmt="NCHW")
 
 
+def patch_tokens(net: TimmModel, final: Tensor) -> Tensor:
+    """The patch tokens [B, C, H, W] of what `forward_features` returned, without class and register tokens.
+
+    Raises UserError for a network without patch tokens, or if they have no square grid.
+    """
+    prefix = getattr(net, "num_prefix_tokens", None)
+    name = type(net).__name__
+    if prefix is None or final.dim() != 3:
+        raise UserError(
+            f"kd.losses: feature: {name} has no patch tokens, as vision transformers have: set on: maps"
+        )
+    patches = final[:, prefix:]  # [B, N, C]
+    side = math.isqrt(patches.shape[1])
+    if side * side != patches.shape[1]:
+        raise UserError(
+            f"kd.losses: feature: the {patches.shape[1]} patch tokens of {name} are no square grid, and "
+            "cannot be aligned: set on: embedding"
+        )
+    return patches.transpose(1, 2).unflatten(2, (side, side))
+
+
 def check_stages(
     pairs: Sequence[tuple[int, int]],
     teacher: nn.Module | Architecture,

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import set_reentrant_ckpt
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -48,6 +49,8 @@ class TimmModel(nn.Module):
     get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]  # DeiT has two
     # Only some models have these.
     set_distilled_training: Callable[[bool], None]
+    set_input_size: Callable[..., None]
+    set_grad_checkpointing: Callable[[bool], None]  # which may refuse with an AssertionError
     group_matcher: Callable[..., Any]
     no_weight_decay: Callable[[], set[str]]
 
@@ -68,20 +71,22 @@ class NoWeights(UserError):
 def create(section: config.Model, num_classes: int, image_size: int, role: str) -> TimmModel:
     """Create the bare timm model that a `student` or `teacher` section describes.
 
-    Raises UserError for an unknown name, weights that cannot be loaded or do not fit, a head of another size
-    than `num_classes`, and a head that does not follow timm's interface. No weight is left random without an
-    error.
+    It has no classifier if the section says so, or if its pretrained weights have none. Raises UserError for
+    an unknown name, weights that cannot be loaded or do not fit, a head of another size than `num_classes`,
+    and a head that does not follow timm's interface. No weight is left random without an error.
     """
     check_name(section, role)
     # Given another number of classes, timm would replace a pretrained head by a random one.
     kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
+    if section.num_classes == 0:
+        kwargs["num_classes"] = 0
     net = _create(section, kwargs, role)
-    if net.num_classes != num_classes:
+    if net.num_classes not in (0, num_classes):
         raise UserError(
             f"{role}: the head of {section.name} has {net.num_classes} classes, data.num_classes is "
             f"{num_classes}: use weights trained for this data set"
         )
-    if role == "teacher" and section.pretrained and "num_classes" in kwargs:
+    if role == "teacher" and section.pretrained and "num_classes" in section.kwargs:
         raise UserError(
             "teacher.kwargs.num_classes: timm would replace the head of another size by a random one: remove "
             "it, and use weights trained for this data set"
@@ -90,8 +95,75 @@ def create(section: config.Model, num_classes: int, image_size: int, role: str) 
         _load_weights(net, section.checkpoint, role)
     if section.checkpoint or section.pretrained:
         _check_finite(net, section, role)
-    _check_interface(net, section.name, image_size, role)
+    side = fit_input(net, section, image_size)
+    _check_interface(net, section.name, side=side, image_size=image_size, role=role)
     return net
+
+
+def fit_input(net: TimmModel, section: config.Model, image_size: int) -> int:
+    """Make a network take images of its own `input_side`, and return that.
+
+    timm resamples position embeddings, and changes windows. Networks without such a method take every size,
+    and so do those with `dynamic_img_size`.
+    """
+    side = input_side(net, section, image_size)
+    wanted = side != image_size or (isinstance(section, config.Teacher) and section.image_size is not None)
+    if wanted and hasattr(net, "set_input_size") and not getattr(net, "dynamic_img_size", False):
+        # `_check_interface` says better why a network cannot take a size.
+        with contextlib.suppress(AssertionError, RuntimeError, ValueError):
+            net.set_input_size(img_size=(side, side))
+    return side
+
+
+def input_side(net: TimmModel, section: config.Model, image_size: int) -> int:
+    """Return the side of a network's input in pixels; `image_size` is the student's, and the default.
+
+    Raises UserError for a teacher's that is not of whole patches.
+    """
+    return own_side(net, section) or image_size
+
+
+def own_side(net: TimmModel, section: config.Model) -> int | None:
+    """Return the side of a teacher's input where it does not follow the student's, in pixels.
+
+    Raises UserError for one that is not of whole patches.
+    """
+    if not isinstance(section, config.Teacher):
+        return None
+    patch = _patch(net)
+    if section.image_size is not None:
+        if section.image_size % patch:
+            fitting = max(section.image_size // patch, 1) * patch
+            raise UserError(
+                f"teacher.image_size: {section.image_size} is no multiple of {patch}, the patch size of "
+                f"{section.name}: set {fitting} or {fitting + patch}"
+            )
+        return section.image_size
+    own = section.kwargs.get("img_size") or ((net.pretrained_cfg or {}).get("input_size") or [None])[-1]
+    if net.num_classes or not isinstance(own, int):
+        return None
+    return max(own // patch, 1) * patch
+
+
+def _patch(net: TimmModel) -> int:
+    """The side of a vision transformer's patches in pixels; 1 for other networks."""
+    size = getattr(getattr(net, "patch_embed", None), "patch_size", 1)
+    return max(size) if isinstance(size, (tuple, list)) else size
+
+
+def checkpoint_gradients(net: TimmModel, name: str) -> None:
+    """Make a student compute its blocks again in the backward pass, instead of keeping what is in them.
+
+    Raises UserError if timm cannot do so with this network.
+    """
+    # The reentrant kind hides parameters from DDP, from ZeRO and from the estimates.
+    set_reentrant_ckpt(False)
+    try:
+        net.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"grad_checkpointing: timm has none for {name}: remove it, or choose another student.name"
+        ) from None
 
 
 def check_name(section: config.Model, role: str) -> None:
@@ -144,6 +216,8 @@ def _load_weights(net: TimmModel, path: str, role: str) -> None:
         key.removeprefix("net."): value for key, value in read.items() if not key.startswith(_TRAINING_PARTS)
     }
     expected = net.state_dict()
+    if not net.num_classes:
+        own = {key: value for key, value in own.items() if not key.startswith(_classifier(net))}
     try:
         state, more_notes = renamed(own, expected)
     except UserError as error:
@@ -164,6 +238,12 @@ def _load_weights(net: TimmModel, path: str, role: str) -> None:
     if (notes := notes + more_notes) and Ranks.from_environment().is_main_process:
         how = "; ".join(notes)
         print(printable(f"indistill: {role}.checkpoint: {path} is loaded {how}"), file=sys.stderr, flush=True)
+
+
+def _classifier(net: TimmModel) -> tuple[str, ...]:
+    """How the names of a classifier's weights begin, by timm's record: DeiT has two classifiers."""
+    names = (net.pretrained_cfg or {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def _check_finite(net: nn.Module, section: config.Model, role: str) -> None:
@@ -223,9 +303,9 @@ def _is_state_dict(content: object) -> bool:
 
 
 @torch.no_grad()
-def _check_interface(net: TimmModel, name: str, image_size: int, role: str) -> None:
+def _check_interface(net: TimmModel, name: str, *, side: int, image_size: int, role: str) -> None:
     """Run a small forward pass: the input size must fit, and classifier(embedding) be the model's output."""
-    images = torch.zeros(1, 3, image_size, image_size)
+    images = torch.zeros(1, 3, side, side)
     same = False
     training = net.training
     net.eval()
@@ -240,9 +320,8 @@ def _check_interface(net: TimmModel, name: str, image_size: int, role: str) -> N
             same = torch.allclose(own, logits)
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         reason = in_one_line(error, 200)
-        raise UserError(
-            f"{role}: {name} cannot take {image_size} px images (data.image_size): {reason}"
-        ) from None
+        key = "data.image_size" if side == image_size else "teacher.image_size"
+        raise UserError(f"{role}: {name} cannot take {side} px images ({key}): {reason}") from None
     finally:
         net.train(training)
     if not same:

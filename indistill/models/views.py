@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import timm.data
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.models import load_model_config_from_hf, resolve_pretrained_cfg
 
@@ -38,6 +39,7 @@ class PretrainedConfig(BaseModel):
     std: _Three[FiniteFloat] | None = None
     label_names: list[str] | None = None
     classes: list[str] | None = None  # in onnx and torch files
+    num_classes: NonNegativeInt | None = None  # 0: without a classifier
 
 
 def evaluation_view(settings: config.Config) -> EvalView:
@@ -92,6 +94,20 @@ def own_record(section: config.Model, role: str) -> dict[str, Any]:
             f"{role}: timm's pretrained_cfg of {section.name} cannot be loaded "
             f"({in_one_line(error, 200)}): set data.eval_interpolation and data.eval_crop"
         ) from None
+
+
+def without_weights(section: config.Model, role: str) -> dict[str, Any]:
+    """The changes that make a section one of a network with random weights, of the same shape.
+
+    It has no classifier if the weights have none. If their record cannot be loaded, the section alone
+    decides.
+    """
+    changes: dict[str, Any] = {"pretrained": False, "checkpoint": None}
+    if section.pretrained:
+        with contextlib.suppress(UserError):
+            if own_record(section, role).get("num_classes") == 0:
+                changes["num_classes"] = 0
+    return changes
 
 
 class EvalView(NamedTuple):

@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from indistill import config
@@ -38,6 +40,8 @@ class Work:
     batch_bytes: int  # kept once per batch: mostly weights in half precision
     targets: dict[str, tuple[int, ...]]  # shape of each target that the phase reads
     compared: list[Rows]  # what losses that compare samples gather from all ranks
+    # Results within the largest block that the backward pass computes again (grad_checkpointing).
+    recomputed_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def measure(
         batch_bytes=fewer.kept_bytes - SEEN[0] * activation_bytes,
         targets={name: tuple(target.shape[1:]) for name, target in fields.items()},
         compared=more.compared,
+        recomputed_bytes=(more.recomputed_bytes - fewer.recomputed_bytes) // (SEEN[1] - SEEN[0]),
     )
 
 
@@ -88,6 +93,42 @@ class _Run:
     kept_bytes: int  # that the student keeps for the backward pass
     targets: Targets
     compared: list[Rows]  # what losses that compare samples gather
+    recomputed_bytes: int  # of the largest block that the backward pass computes again
+
+
+class _Memory(TorchDispatchMode):
+    """Adds up the bytes that a step keeps for its backward pass, and those that this computes again.
+
+    `keep` and `use` are hooks of saved tensors. The mode is for the backward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, int] = {}  # bytes by storage
+        self.block: dict[int, int] = {}  # of the block that is being computed again
+        self.largest_block = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            self.kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def use(self, tensor: Tensor) -> Tensor:
+        self.block = {}  # a block begins with the use of its inputs
+        return tensor
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if torch.is_grad_enabled():  # in a backward pass, only where it repeats a forward pass
+            for result in tree_leaves(results):
+                if isinstance(result, Tensor):
+                    storage = result.untyped_storage()
+                    self.block[storage._cdata] = storage.nbytes()
+            self.largest_block = max(self.largest_block, sum(self.block.values()))
+        return results
 
 
 def _run(
@@ -102,14 +143,7 @@ def _run(
     parameter = next(student.parameters())
     dtype = DTYPES[settings.mixed_precision]
     autocast = torch.autocast(parameter.device.type, dtype, enabled=settings.mixed_precision != "no")
-    kept: dict[int, int] = {}  # bytes by storage
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
+    memory = _Memory()
     student.train()
     with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True):
         images, labels = _batch(settings, phase, batch, device=parameter.device)
@@ -117,18 +151,20 @@ def _run(
             targets = targets_of(images, phase)
         backward = {torch.ops.aten.convolution_backward: _convolution_backward}
         with FlopCounterMode(display=False, custom_mapping=backward) as learning:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(memory.keep, memory.use):
                 run = convert_outputs_to_fp32(autocast(student.forward))
                 output = run(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
                 loss, _ = objective(output, targets, labels=labels, phase=phase, step=int(phase.start))
             trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-            torch.autograd.grad(loss, trained, allow_unused=True)
+            with memory:
+                torch.autograd.grad(loss, trained, allow_unused=True)
     return _Run(
         teacher_flops=teaching.get_total_flops(),
         student_flops=learning.get_total_flops(),
-        kept_bytes=sum(kept.values()),
+        kept_bytes=sum(memory.kept.values()),
         targets=targets,
         compared=[] if phase.pairs else objective.compared(output, targets, labels),
+        recomputed_bytes=memory.largest_block,
     )
 
 
@@ -159,6 +195,8 @@ def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Ta
         return {f"pair{pair + 1}": target for pair, target in zip(phase.pairs, targets.features)}
     losses = settings.kd.losses
     fields = {f"stage{stage}": target for stage, target in zip(targets_of.kd_stages, targets.features)}
+    if targets.tokens is not None and teaches(losses, "tokens"):
+        fields["tokens"] = targets.tokens
     if targets.embedding is not None and teaches(losses, "embedding"):
         fields["embedding"] = targets.embedding
     if targets.logits is not None and teaches(losses, "logits"):

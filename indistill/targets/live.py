@@ -92,8 +92,10 @@ class LiveTargets:
             return Targets(tuple(self._prune(feature, pair) for feature, pair in zip(maps, phase.pairs)))
         fields = self._full_pass(self.teacher, images)
         features = tuple(pooled(_copy(fields[f"stage{stage}"]), self.pool) for stage in self.kd_stages)
+        logits = _copy(fields["logits"]) if "logits" in fields else None  # a teacher may have no classifier
         cohort = tuple(_copy(tensor) for name, tensor in fields.items() if name.startswith("head"))
-        return Targets(features, _copy(fields["embedding"]), _copy(fields["logits"]), cohort)
+        tokens = _copy(fields["tokens"]) if "tokens" in fields else None
+        return Targets(features, _copy(fields["embedding"]), logits, cohort, tokens)
 
     def everything(self, images: Tensor, pairs: Sequence[int]) -> dict[str, Tensor]:
         """The targets of these pairs and of KD, by field (targets/manifest.py), in one teacher pass."""
@@ -125,19 +127,29 @@ class LiveTargets:
                 return [self._published_map(teacher, images, pair) for pair in pairs]
             return self._run(images, upto=max(pairs), pairs=pairs).features
 
-    def _full_pass(self, teacher: Network, images: Tensor) -> dict[str, Tensor]:
-        """The unpruned maps of the teacher's `kd_stages`, heads' logits, embedding and logits, by field."""
+    def calibration(self, images: Tensor) -> dict[str, Tensor]:
+        """The outputs that KD reads, by field. It runs the teacher itself: a shared pass keeps its output."""
+        teacher = self._loaded()
+        fields = self._full_pass(teacher, images, run=teacher)
+        return {name: pooled(x, self.pool) if x.dim() == 4 else x for name, x in fields.items()}
+
+    def _full_pass(
+        self, teacher: Network, images: Tensor, run: Callable[..., Output] | None = None
+    ) -> dict[str, Tensor]:
+        """The unpruned maps of the teacher's `kd_stages`, heads' logits, embedding and the rest, by field."""
         with self.without_gradient():
-            output = self._run(images)
-            assert output.embedding is not None  # in eval mode a full pass computes both
-            assert output.logits is not None
+            output = (run or self._run)(images)
+            assert output.embedding is not None  # in eval mode a full pass computes it
             maps = dict(zip(teacher.kd_stages, output.features))
             cohort: tuple[Tensor, ...] = ()
             if self.heads:
                 cohort = self.heads.classify([maps[stage].float() for stage in self.heads.stages])
         fields = {f"stage{stage}": feature for stage, feature in maps.items()}
         fields |= {f"head{i}": logits for i, logits in enumerate(cohort, start=1)}
-        return fields | {"embedding": output.embedding, "logits": output.logits}
+        fields["embedding"] = output.embedding
+        if output.tokens is not None:
+            fields["tokens"] = pooled(output.tokens, self.pool)
+        return fields if output.logits is None else fields | {"logits": output.logits}
 
     def _prune(self, feature: Tensor, pair: int) -> Tensor:
         kept = self.kept[pair]

@@ -6,6 +6,7 @@ only the fields that it needs, and a remote cache fetches no others. Fields are
 
     pair1, pair2, ...   pruned maps of the warm-up's pairs
     stage2, ...         unpruned maps of teacher stages that KD reads
+    tokens              the last patch tokens, on their grid
     embedding, logits, head1, head2, ...
 
 With progressive resolution they are of one size of the images each: logits-128px, logits-160px, ...
@@ -38,7 +39,7 @@ from indistill.targets.records import Field, bare, wanted_format
 
 VERSION = 1
 FieldName = Annotated[
-    str, Bounds(pattern=r"^(embedding|logits|(pair|stage|head)\d{1,4})(-\d{1,5}px)?\z")
+    str, Bounds(pattern=r"^(embedding|logits|tokens|(pair|stage|head)\d{1,4})(-\d{1,5}px)?\z")
 ]  # of a folder
 
 # The end of every error message about stored targets that have to be computed again.
@@ -113,11 +114,13 @@ class Manifest(BaseModel):
         plan = self.pruning()
         of_stage = {f"stage{i}": stage["num_chs"] for i, stage in enumerate(self.teacher.feature_info)}
         widths = of_stage | {"embedding": self.teacher.head_hidden_size}
+        if "tokens" in self.fields:
+            widths["tokens"] = self.fields["tokens"].shape[0]  # which nothing else records
         for i, pair in enumerate(plan.pairs, start=1):
             widths[f"pair{i}"] = pair.teacher_width if pair.kept is None else len(pair.kept)
         classes = self.config.get("data.num_classes")
         for name, field in self.fields.items():
-            is_map = name.startswith(("pair", "stage"))
+            is_map = name.startswith(("pair", "stage", "tokens"))
             width = widths.get(bare(name)) if is_map or bare(name) == "embedding" else classes
             if field.shape[0] != width or (len(field.shape) == 3) != is_map:
                 raise ValueError(f"fields: {name} has shape {field.shape}, not {width} channels")
@@ -191,9 +194,8 @@ def decisive_config(settings: Config) -> dict[str, Any]:
         values |= {key: value for key, value in flat.items() if key.startswith("kd.mix.")}
         data = settings.data
         values |= {"data.streams": data.streams, "data.window": data.window, "data.repeats": data.repeats}
-    augment = settings.data.augment
-    if augment.recipe == "pad_crop" and augment.rand_augment is None:
-        del values["data.interpolation"]  # nothing is resized
+    if not settings.data.augment.resizes:
+        del values["data.interpolation"]
     return values | {"teacher.precision": settings.teacher.precision or settings.mixed_precision}
 
 

@@ -95,6 +95,8 @@ def fields_of(
     if phase.pairs:
         return tuple(f"pair{pair + 1}" for pair in phase.pairs)
     fields = [f"stage{stage}" for stage in kd_stages]
+    if teaches(losses, "tokens"):
+        fields.append("tokens")
     if teaches(losses, "embedding"):
         fields.append("embedding")
     if teaches(losses, "logits"):
@@ -108,7 +110,7 @@ def targets_from(fields: Mapping[str, Tensor]) -> Targets:
     """The targets of a phase from its fields, in the order of `fields_of`."""
     features = tuple(tensor for name, tensor in fields.items() if name.startswith(("pair", "stage")))
     cohort = tuple(tensor for name, tensor in fields.items() if name.startswith("head"))
-    return Targets(features, fields.get("embedding"), fields.get("logits"), cohort)
+    return Targets(features, fields.get("embedding"), fields.get("logits"), cohort, fields.get("tokens"))
 
 
 def needed(

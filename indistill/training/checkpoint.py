@@ -27,7 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
 from indistill import config
-from indistill.config import UserError, in_one_line, records
+from indistill.config import UserError, in_one_line, metric_names, records
 from indistill.config.files import give_usual_mode, sha256
 from indistill.config.records import CHECKPOINT_VERSION, State
 from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
@@ -220,7 +220,7 @@ class Checkpoints:
 
         For `every_minutes` rank 0's clock counts, broadcast to all ranks, and only at logged steps.
         """
-        if self.section.keep_best and scores.get("top1", -1.0) > self.best_top1:
+        if self.section.keep_best and _score(scores) > self.best_top1:
             return True
         if self.section.every_steps and step % self.section.every_steps == 0:
             return True
@@ -242,7 +242,7 @@ class Checkpoints:
                 f"{self.folder}: the last {MOST_FAILURES} checkpoints could not be written ({self.failure}): "
                 "make room or mend the disk, and start again"
             )
-        self.best_top1 = max(self.best_top1, (scores or {}).get("top1", -1.0))
+        self.best_top1 = max(self.best_top1, _score(scores))
         state = {
             "format_version": CHECKPOINT_VERSION,
             "step": step,
@@ -459,8 +459,14 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
 
 
 def _top1(path: Path) -> float | None:
-    """The top-1 of a checkpoint; None if it was not evaluated, or its `state.json` is damaged."""
+    """The top-1 of a checkpoint, by classifier or k-NN; None if it was not evaluated or is damaged."""
     try:
-        return (read_state(path).scores or {}).get("top1")
+        return metric_names.deciding(read_state(path).scores or {})
     except UserError:
         return None
+
+
+def _score(scores: Mapping[str, float] | None) -> float:
+    """The score that decides which checkpoints are the best; -1 without one."""
+    score = metric_names.deciding(scores or {})
+    return -1.0 if score is None else score

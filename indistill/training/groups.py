@@ -25,6 +25,7 @@ from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
 from indistill.data.training import TrainingData
 from indistill.distributed import engine
+from indistill.losses.objective import teaches
 from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
 from indistill.prune import PairPlan, Plan
@@ -220,6 +221,8 @@ class ExchangedTargets:
         self.sources = sources
         self.students = students
         self.dtype = DTYPES[precision]
+        if live.teacher is not None:
+            live.teacher.with_tokens = any(teaches(student.losses, "tokens") for student in students)
         self.teacher = live.teacher
         self.fingerprint = live.fingerprint
         self.kd_stages = live.kd_stages

@@ -1,6 +1,9 @@
-"""Undo what a skipped step changed: buffers and the moving average of weights."""
+"""Undo what a skipped step or a repeated forward pass changed: buffers and the average of weights."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from timm.utils import ModelEmaV3
@@ -29,6 +32,18 @@ class Buffers:
         """Restore the copies if `skipped`, a bool [] that is not read from the device, is true."""
         for buffer, kept in zip(self.buffers, self.kept):
             torch.where(skipped, kept, buffer, out=buffer)
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Restore the buffers at the end.
+
+        A backward pass that computes blocks again (grad_checkpointing) would update the running statistics of
+        batch norm a second time.
+        """
+        before = [buffer.clone() for buffer in self.buffers]
+        yield
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, before)
 
 
 class Ema(ModelEmaV3):

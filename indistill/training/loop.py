@@ -5,9 +5,10 @@ Read `Run.step` first; it calls everything else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from indistill import config, evaluate
-from indistill.config import Config, UserError, in_one_line, plugins, run_lock
+from indistill.config import Config, UserError, in_one_line, metric_names, plugins, run_lock
 from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir, append_end, append_start, weights_file
 from indistill.curriculum import Pace, Phase, Timetable
 from indistill.data.dataset import ImageDataset
+from indistill.data.training import open_bank
 from indistill.distributed import engine, watchdog
 from indistill.distributed.agree import agree, software_versions
 from indistill.distributed.preemption import Agreement, Preempted
-from indistill.evaluate.ranking import check_retrieval
 from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.trainable import Trainable
@@ -36,6 +37,7 @@ from indistill.training import guard, optim, parts
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.checkpoint import Checkpoints
 from indistill.training.choose import choose
+from indistill.training.features import agree_on_standards
 from indistill.training.guard import Buffers
 from indistill.training.mix import make_mix
 from indistill.training.parts import Sources
@@ -111,10 +113,11 @@ class Run:
         self.accelerator = self.engine.accelerator
         self.files: RunDir = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
         self.run_dir: Path = self.files.path
-        self.training, self.eval_set = self.sources.data(self.accelerator, self.settings)
-        if self.settings.evaluate.retrieval:
-            database, queries = self._retrieval_sets()
-            check_retrieval(database.shards, queries.shards)
+        self.training, self.eval_sets = self.sources.data(self.accelerator, self.settings)
+        self.bank = open_bank(self.settings, self.training.dataset)
+        if self.bank is not None:
+            sets = {name: dataset.shards for name, dataset in self.eval_sets.items()}
+            evaluate.check_bank(self.settings, self.bank.shards, sets)
 
     def _build_networks(self) -> None:
         accelerator, settings, training = self.accelerator, self.settings, self.training
@@ -128,7 +131,19 @@ class Run:
         )
         self.timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(self.plan.pairs))
         self.pace = Pace(self.timetable, settings.warmup, partial(mean_over_ranks, accelerator))
-        self.objective = Objective(settings.kd.losses, training.steps_per_epoch, settings.kd.relational_scope)
+        self.standards = agree_on_standards(
+            accelerator,
+            settings,
+            files=self.files,
+            targets_of=targets_of,
+            calibration=partial(training.loader, 0, device=accelerator.device),
+        )
+        self.objective = Objective(
+            settings.kd.losses,
+            training.steps_per_epoch,
+            settings.kd.relational_scope,
+            self.standards.of_loss,
+        )
         if settings.targets.source == "auto":
             targets_of = choose(
                 accelerator,
@@ -226,6 +241,7 @@ class Run:
             "data": self.training.fingerprint,
             "teacher": self.targets_of.fingerprint,
             "engine": self.engine.describe(),
+            **({"standards": self.standards.fingerprint} if self.standards.fingerprint else {}),
             **plugins.source_hashes([loss.name for loss in settings.kd.losses]),
         }
         if settings.kd.mixing:
@@ -272,7 +288,7 @@ class Run:
         targets = self.targets_of(images, phase, batch.records)
         output = self.wrapped(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
         loss, terms = self.objective(output, targets, labels=labels, phase=phase, step=step)
-        self.accelerator.backward(loss)
+        self._backward(loss)
         if self.accelerator.sync_gradients and self.settings.clip_grad_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip_grad_norm)
         # Accelerate lets only the last micro-batch of a step through to the optimizer.
@@ -281,13 +297,17 @@ class Run:
         self.log.add({"loss": loss.detach(), **terms}, weight=1 / self.settings.grad_accumulation)
         return loss.detach()
 
+    def _backward(self, loss: Tensor) -> None:
+        with self.buffers.unchanged() if self.settings.grad_checkpointing else contextlib.nullcontext():
+            self.accelerator.backward(loss)
+
     def _after_step(self, phase: Phase, line: dict[str, Any] | None) -> None:
         """Evaluate, save and stop where that is due. `line` is the step's logged line, if it has one."""
         for callback in self.callbacks:
             callback.on_step(self, phase, line)
         leaving = self.stop.reached(self.done, self.log.agreed)
         self.scores = {}
-        if self.eval_set and self.timetable.evaluate_at(self.done):
+        if self.eval_sets and self.timetable.evaluate_at(self.done):
             self.scores = None if leaving else self._evaluate()
         if leaving or self.finished or self.checkpoints.due(self.done, line is not None, self.scores or {}):
             self._save()
@@ -297,15 +317,15 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         """Score the student after this step. If a preemption stops it, the resumed run begins with it."""
-        assert self.eval_set is not None  # or no evaluation would be due
         try:
             with self.log.off_the_clock("evaluating"):
-                scores = evaluation(
+                by_set = evaluation(
                     self.accelerator,
                     self.settings,
                     student=self._scored_network(),
                     teacher=self.targets_of.teacher,
-                    eval_set=self.eval_set,
+                    eval_sets=self.eval_sets,
+                    bank=self.bank,
                 )
         except Preempted:
             self.scores = None
@@ -316,7 +336,10 @@ class Run:
             if not self._does_without(error):
                 raise
             return {}
-        self.log.write(self.done, scores)
+        scores: dict[str, float] = {}
+        for of_set in by_set:
+            self.log.write(self.done, of_set)
+            scores |= of_set
         for callback in self.callbacks:
             callback.on_evaluation(self, scores)
         return scores
@@ -347,8 +370,7 @@ class Run:
         self.checkpoints.close()
         network = self._scored_network()
         scores = self.scores or {}
-        if self.settings.evaluate.retrieval:
-            scores |= self._retrieval(network)
+        scores |= self._final_scores(network)
         summary = self._summary(scores)
         if self.accelerator.is_main_process:
             self._write_result(network, summary)
@@ -361,20 +383,27 @@ class Run:
         watchdog.close()
         return summary
 
-    def _retrieval_sets(self) -> tuple[ImageDataset, ImageDataset]:
-        """The database and the queries."""
-        assert self.training.dataset is not None  # the config requires both of retrieval
-        assert self.eval_set is not None
-        return self.training.dataset, self.eval_set
-
-    def _retrieval(self, network: Trainable) -> dict[str, float]:
+    def _final_scores(self, network: Trainable) -> dict[str, float]:
+        """Score what is measured at the end alone: a linear probe, and retrieval."""
+        section = self.settings.evaluate
+        keys = [key for key in section.on_bank if key != "knn"]
+        if self.bank is None or not keys:
+            return {}
         try:
-            batch = self.settings.evaluate.batch
-            return evaluate.retrieval(self.accelerator, network, *self._retrieval_sets(), batch)
+            by_set = evaluate.bank_scores(
+                self.accelerator, network, section=section, keys=keys, bank=self.bank, sets=self.eval_sets
+            )
         except Exception as error:
             if not self._does_without(error):
                 raise
             return {}
+        scores: dict[str, float] = {}
+        for name, of_set in by_set.items():
+            named = metric_names.of_set(name, of_set)
+            of_probe = [key for key in of_set if key.startswith("probe_")]
+            self.log.write(self.done, metric_names.of_set(name, {key: of_set[key] for key in of_probe}))
+            scores |= named
+        return scores
 
     def _does_without(self, error: Exception) -> bool:
         """Whether the run ends without a score that failed, and say so: what was trained is good without it.
@@ -433,19 +462,30 @@ def evaluation(
     *,
     student: Trainable,
     teacher: Network | None,
-    eval_set: ImageDataset,
-) -> dict[str, float]:
-    """Measure accuracy and, beside a teacher, how similar their stages are, whether trained to be or not."""
+    eval_sets: Mapping[str, ImageDataset],
+    bank: ImageDataset | None,
+) -> list[dict[str, float]]:
+    """Measure each set's accuracy, by the classifier and by k-NN, under the names of the log.
+
+    On the first set also measure, beside a teacher, how similar the stages of both networks are, whether
+    trained to be or not.
+    """
     section = settings.evaluate
-    scores = evaluate.accuracy(accelerator, student, eval_set, section.batch)
-    if teacher is None or not section.similarity_samples:
-        return scores
-    assert isinstance(student, Network)  # heads hold their teacher themselves and have no other
-    pairs = parts.comparable_pairs(settings, teacher.net, student.net)
-    samples = section.similarity_samples
-    return scores | evaluate.similarity(
-        accelerator, student, teacher, pairs, eval_set, section.batch, samples
-    )
+    by_set = {
+        name: evaluate.accuracy(accelerator, student, one, section.batch) for name, one in eval_sets.items()
+    }
+    if section.knn is not None and bank is not None:
+        neighbours = evaluate.bank_scores(
+            accelerator, student, section=section, keys=["knn"], bank=bank, sets=eval_sets
+        )
+        by_set = {name: scores | neighbours[name] for name, scores in by_set.items()}
+    lines = [metric_names.of_set(name, scores) for name, scores in by_set.items()]
+    if teacher is not None and section.similarity_samples:
+        assert isinstance(student, Network)  # heads hold their teacher themselves and have no other
+        pairs = parts.comparable_pairs(settings, teacher.net, student.net)
+        first, samples = next(iter(eval_sets.values())), section.similarity_samples
+        lines[0] |= evaluate.similarity(accelerator, student, teacher, pairs, first, section.batch, samples)
+    return lines
 
 
 def mean_over_ranks(accelerator: Accelerator, value: Tensor | float) -> float:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from indistill import config, prune
 from indistill.config import Config, UserError, in_one_line
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
-from indistill.config.tree import input_size
+from indistill.config.tree import head_problem, input_size
 from indistill.curriculum import Timetable
 from indistill.data import class_names
 from indistill.data.batch import Batch
@@ -36,11 +37,14 @@ from indistill.models.outputs import Output
 from indistill.models.stages import Architecture, check_stages, find_stages, match_stages
 from indistill.models.timm_model import TimmModel
 from indistill.models.trainable import Trainable
+from indistill.models.views import without_weights
 from indistill.prune import Plan
 from indistill.targets.live import LiveTargets
 from indistill.targets.reader import open_targets
 from indistill.targets.source import TargetSource
 from indistill.targets.stored import CachedTargets
+from indistill.training import features
+from indistill.training.features import Grids
 from indistill.training.pruning import agree_on_plan, stored_plan
 
 NO_PLAN = Plan("none", "none", [])
@@ -108,7 +112,7 @@ class _Builder:
             plan = stored_plan(
                 self.accelerator, self.settings.warmup, files=files, reader=reader, student=self.net
             )
-        student, kd_stages = self.student(teacher, plan)
+        student, kd_stages = self.student(teacher, plan, partial(features.of_manifest, reader.manifest))
         check_cohort(losses, reader.manifest.heads)
         return self.finish(student), CachedTargets(reader, losses, kd_stages=kd_stages), plan
 
@@ -134,14 +138,18 @@ class _Builder:
     ) -> Parts:
         """Build the student and the live targets of a teacher."""
         settings = self.settings
-        student, kd_stages = self.student(teacher.net, plan)
+        side = teacher.image_size or settings.data.full_size
+        losses = settings.kd.losses
+        grids = partial(features.of_network, teacher.net, side, losses=losses)
+        student, kd_stages = self.student(teacher.net, plan, grids)
         teacher.stages = [pair.teacher_stage for pair in plan.pairs]
+        teacher.with_tokens = teaches(losses, "tokens")
         cohort = Heads.load(section.heads, teacher, settings.data.full_size) if section.heads else None
-        check_cohort(settings.kd.losses, len(cohort.stages) if cohort else 0)
+        check_cohort(losses, len(cohort.stages) if cohort else 0)
         targets = LiveTargets(
             teacher,
             plan,
-            input_size=input_size(settings),
+            input_size=teacher.input_size(settings.data.full_size),
             kd_stages=kd_stages,
             heads=cohort,
             shard_on=self.shard_device(section),
@@ -151,10 +159,16 @@ class _Builder:
         )
         return self.finish(student), targets, plan
 
-    def student(self, teacher: TimmModel | Architecture, plan: Plan) -> tuple[Network, list[int]]:
-        """Create the student; return it and the teacher's stages whose whole maps KD reads."""
+    def student(
+        self, teacher: TimmModel | Architecture, plan: Plan, grids: Callable[[Sequence[int]], Grids]
+    ) -> tuple[Network, list[int]]:
+        """Create the student; return it and the teacher's stages whose whole maps KD reads.
+
+        `grids` returns the shapes of the teacher's features, given the stages that losses read.
+        """
         settings, losses = self.settings, self.settings.kd.losses
         kd_pairs = choose_pairs(settings, teacher, self.net) if reads(losses, "features") else []
+        shape = self._feature_shape(teacher, kd_pairs, grids([stage for stage, _ in kd_pairs]))
         student = Network(
             self.net,
             self.normalisation,
@@ -164,12 +178,32 @@ class _Builder:
                 for i, pair in enumerate(plan.pairs)
                 if pair.student_width > pair.teacher_width
             },
-            reads=[what for what in ("logits", "embedding", "token") if reads(losses, what)],
+            reads=[what for what in ("logits", "embedding", "tokens", "token") if reads(losses, what)],
             kd_stages=[student_stage for _, student_stage in kd_pairs],
-            projectors=create_layers(losses, projector_shape(teacher, self.net, kd_pairs)),
+            projectors=create_layers(losses, shape),
         )
         kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs] if teaches(losses, "features") else []
         return student, kd_stages
+
+    def _feature_shape(
+        self, teacher: TimmModel | Architecture, kd_pairs: Sequence[tuple[int, int]], of_teacher: Grids
+    ) -> Shape:
+        """Return the widths that losses translate between. Raises UserError for features that do not fit."""
+        settings, losses = self.settings, self.settings.kd.losses
+        stages = [stage for _, stage in kd_pairs]
+        of_student = features.of_network(self.net, settings.data.full_size, stages, losses)
+        shape = projector_shape(teacher, self.net, kd_pairs)
+        if of_student.tokens and of_teacher.tokens:
+            shape = shape._replace(
+                student_token_width=of_student.tokens[0], teacher_token_width=of_teacher.tokens[0]
+            )
+        widths = {
+            "embedding": [shape.teacher_dim],
+            "maps": shape.teacher_widths,
+            "tokens": [shape.teacher_token_width],
+        }
+        features.check(settings, of_student, of_teacher, widths)
+        return shape
 
     def finish(self, student: Network) -> Network:
         """Return the student, ready to be wrapped, on its device."""
@@ -184,9 +218,11 @@ def check_fit(settings: Config) -> None:
     if settings.stage == "heads" or settings.teacher is None:
         return
     assert settings.student is not None  # the config requires it unless stage is heads
-    bare = {"pretrained": False, "checkpoint": None}
-    teacher_section = settings.teacher.model_copy(update=bare)
-    settings = settings.model_copy(update={"student": settings.student.model_copy(update=bare)})
+    teacher_section, student_section = (
+        section.model_copy(update=without_weights(section, role))
+        for section, role in ((settings.teacher, "teacher"), (settings.student, "student"))
+    )
+    settings = settings.model_copy(update={"student": student_section})
     student = create_student(settings)
     teacher = timm_model.create(
         teacher_section, settings.data.num_classes, settings.data.full_size, "teacher"
@@ -197,7 +233,8 @@ def check_fit(settings: Config) -> None:
         pairs = match_stages(teacher, student) if warmup.pairs == "auto" else warmup.pairs
         criterion = warmup.prune.criterion
         criterion = "random" if criterion in prune.NEEDS_DATA else criterion
-        prune.plan(teacher, student, pairs, input_size(settings), criterion, adapter=warmup.adapter)
+        side = timm_model.input_side(teacher, teacher_section, settings.data.full_size)
+        prune.plan(teacher, student, pairs, (3, side, side), criterion, adapter=warmup.adapter)
 
 
 def check_cohort(losses: Sequence[config.Loss], heads: int) -> None:
@@ -215,6 +252,9 @@ def create_student(settings: Config) -> TimmModel:
     """Create the bare timm model. Raises UserError if a loss needs a distillation token that it lacks."""
     assert settings.student is not None  # the config requires it unless stage is heads
     net = timm_model.create(settings.student, settings.data.num_classes, settings.data.full_size, "student")
+    _check_head(settings, net, "student")
+    if settings.grad_checkpointing:
+        timm_model.checkpoint_gradients(net, settings.student.name)
     for loss in settings.kd.losses:
         if "token" in loss.reads and not hasattr(net, "set_distilled_training"):
             raise UserError(
@@ -230,9 +270,10 @@ def create_student(settings: Config) -> TimmModel:
 
 @torch.no_grad()
 def check_sizes(settings: Config, net: TimmModel, role: str) -> None:
-    """Raise UserError if a network cannot take images of every size of progressive resolution."""
+    """Raise UserError if a network without an input size of its own cannot take all of `data.image_size`."""
     section = settings.data.image_size
-    if isinstance(section, int):
+    network = settings.teacher if role == "teacher" else settings.student
+    if isinstance(section, int) or (network is not None and timm_model.own_side(net, network) is not None):
         return
     example = next(net.parameters())
     training = net.training
@@ -247,6 +288,12 @@ def check_sizes(settings: Config, net: TimmModel, role: str) -> None:
                 f"timm takes several with {role}.kwargs: {{dynamic_img_size: true}}"
             ) from None
     net.train(training)
+
+
+def _check_head(settings: Config, net: TimmModel, role: str) -> None:
+    """Raise UserError if a network without a classifier needs one."""
+    if not net.num_classes and (problem := head_problem(settings, role)):
+        raise UserError(problem)
 
 
 def has_single_images(settings: Config) -> bool:
@@ -278,14 +325,16 @@ def create_teacher(settings: Config) -> Network:
     """Create the teacher with its weights, on the CPU. Raises UserError if they are missing or do not fit."""
     section = settings.teacher
     assert section is not None  # a teacher is created only for a config that has one
-    if section.checkpoint:
+    if section.checkpoint and section.num_classes != 0:
         class_names.check_weights(class_names.of_weights(section.checkpoint), settings.data, "teacher")
     net = timm_model.create(section, settings.data.num_classes, settings.data.full_size, "teacher")
+    _check_head(settings, net, "teacher")
     check_sizes(settings, net, "teacher")
-    if section.pretrained:
+    if section.pretrained and net.num_classes:
         names = class_names.of_pretrained(net.pretrained_cfg, section.name)
         class_names.check_weights(names, settings.data, "teacher")
-    return Network(net, normalisation(net, section, "teacher"))
+    size = timm_model.own_side(net, section)
+    return Network(net, normalisation(net, section, "teacher"), image_size=size)
 
 
 def compiled(teacher: Network, settings: Config) -> Forward:
@@ -348,7 +397,9 @@ class Sources:
     # Of the student's progress line, if other processes write to the terminal too.
     position: int | None = None
 
-    def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
+    def data(
+        self, accelerator: Accelerator, settings: Config
+    ) -> tuple[TrainingData, dict[str, ImageDataset]]:
         """Open the training and evaluation images. Raises UserError for unusable shards and batch sizes."""
         return open_data(accelerator, settings)
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from indistill.config import metric_names
 from indistill.curriculum import Phase, Timetable
 
 _PLAIN_SECONDS = 10.0  # between plain lines
@@ -64,10 +65,12 @@ class Progress:
             self.printed = time.perf_counter()
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
-        """Print the accuracies among the scores."""
-        texts = [f"{name} {100 * score:.2f} %" for name, score in scores.items() if name.startswith("top")]
+        """Print the accuracies among the scores, which are those of one evaluation set."""
+        accuracies = {name: score for name, score in scores.items() if metric_names.is_accuracy(name)}
+        texts = [f"{metric_names.split(name)[1]} {100 * one:.2f} %" for name, one in accuracies.items()]
         if texts:
-            title = f"evaluation at step {step}/{self.timetable.total_steps}"
+            name, _ = metric_names.split(next(iter(accuracies)))
+            title = f"evaluation{f' on {name}' if name else ''} at step {step}/{self.timetable.total_steps}"
             self._print(_row(self.name, title, *texts), sys.stdout)
 
     def say(self, message: str) -> None:

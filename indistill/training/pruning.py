@@ -13,7 +13,6 @@ from indistill import config, prune
 from indistill.config import Config, UserError
 from indistill.config.files import replace_text
 from indistill.config.run_dir import RunDir
-from indistill.config.tree import input_size
 from indistill.distributed import engine
 from indistill.models.network import Network
 from indistill.models.stages import check_stages, find_stages, match_stages
@@ -52,7 +51,8 @@ def agree_on_plan(
             expected = prune.unpruned(teacher.net, student, pairs, warmup.adapter)
             return _read(path, list(expected))
         how = (section.criterion, section.mode, warmup.adapter, importance, settings.seed)
-        plan = prune.plan(teacher.net, student, pairs, input_size(settings), *how)
+        size = teacher.input_size(settings.data.full_size)
+        plan = prune.plan(teacher.net, student, pairs, size, *how)
         replace_text(path, plan.to_json())
         return plan
 

@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 
-from indistill import config
 from indistill.config import Config, UserError, records
 from indistill.config.files import replace_text, sha256
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, has_begun, refuse_foreign
 from indistill.config.runs import Students
-from indistill.data.dataset import open_shards
+from indistill.data.training import bank_shards, eval_shards
 from indistill.distributed import environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
-from indistill.evaluate.ranking import check_retrieval
+from indistill.evaluate.bank import check_bank
 from indistill.training import parts
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.groups import train_groups
@@ -113,15 +112,16 @@ def _check_stages(stages: list[tuple[str, Config]], begun: set[str], finished: s
         if name not in begun:
             try:
                 parts.check_fit(settings)
-                _check_retrieval(settings.data, settings.evaluate)
+                _check_bank(settings)
             except UserError as error:
                 raise UserError(f"stage {name}: {error}") from None
 
 
-def _check_retrieval(data: config.Data, section: config.Evaluate) -> None:
-    """Raise UserError if a score at the end could not be computed from these images."""
-    if section.retrieval and data.eval is not None:
-        check_retrieval(open_shards(data, data.train), open_shards(data, data.eval))
+def _check_bank(settings: Config) -> None:
+    """Raise UserError if a score could not be computed from these images."""
+    if settings.evaluate.on_bank:
+        sets = {name: eval_shards(settings.data, name) for name in settings.data.eval_sets}
+        check_bank(settings, bank_shards(settings), sets)
 
 
 def _is_chain(stages: list[tuple[str, Config]]) -> bool:

@@ -75,7 +75,7 @@ class Shared(Sources):
 
     def __init__(self, settings: Config, students: int) -> None:
         self.accumulation = settings.grad_accumulation
-        self.opened: tuple[TrainingData, ImageDataset | None] | None = None
+        self.opened: tuple[TrainingData, dict[str, ImageDataset]] | None = None
         # Micro-batches are counted from the start of the run.
         self.positions = [0] * students  # the micro-batch at which each student is
         self.loaded: dict[int, Batch] = {}  # micro-batches that a student still needs
@@ -83,7 +83,9 @@ class Shared(Sources):
         self.network: Network | None = None  # the teacher as created; each student's copy has its own stages
         self.teacher_pass: TeacherPass | None = None
 
-    def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
+    def data(
+        self, accelerator: Accelerator, settings: Config
+    ) -> tuple[TrainingData, dict[str, ImageDataset]]:
         self.opened = self.opened or super().data(accelerator, settings)
         return self.opened
 
@@ -115,9 +117,12 @@ class _Share(Sources):
         self.student = student  # its index
         self.name = name
 
-    def data(self, accelerator: Accelerator, settings: Config) -> tuple[TrainingData, ImageDataset | None]:
-        training, eval_set = self.shared.data(accelerator, settings)
-        return training, eval_set and eval_set.for_evaluation(evaluation_view(settings))
+    def data(
+        self, accelerator: Accelerator, settings: Config
+    ) -> tuple[TrainingData, dict[str, ImageDataset]]:
+        training, eval_sets = self.shared.data(accelerator, settings)
+        view = evaluation_view(settings) if eval_sets else None
+        return training, {name: one.for_evaluation(view) for name, one in eval_sets.items()}
 
     def teacher(self, settings: Config) -> Network:
         return self.shared.teacher(settings)
@@ -148,7 +153,10 @@ class _Share(Sources):
 
         def forward(images: Tensor, upto: int | None = None, pairs: Sequence[int] = ()) -> Output:
             stages = teacher.kd_stages if upto is None else [teacher.stages[pair] for pair in pairs]
-            return teacher_pass(images, shared.positions[self.student], stages=stages, whole=upto is None)
+            position = shared.positions[self.student]
+            whole = upto is None
+            tokens = whole and teacher.with_tokens
+            return teacher_pass(images, position, stages=stages, whole=whole, tokens=tokens)
 
         return forward
 
@@ -170,8 +178,16 @@ class TeacherPass:
         self.output: Output | None = None
         self.maps: dict[int, Tensor] = {}
 
-    def __call__(self, images: Tensor, position: int, *, stages: Sequence[int], whole: bool) -> Output:
-        """Return the maps [B, C, H, W] of the stages and, if `whole`, the embedding and logits too."""
+    def __call__(
+        self, images: Tensor, position: int, *, stages: Sequence[int], whole: bool, tokens: bool = False
+    ) -> Output:
+        """Return the maps [B, C, H, W] of the stages and, if `whole`, the embedding and logits too.
+
+        Once a student has asked for patch tokens, every such pass gives them.
+        """
+        if tokens and not self.network.with_tokens:
+            self.network.with_tokens = True
+            self.output = None
         stages_before: set[int] = set()
         whole_before = False
         if self.batch != (position, images.dtype):

@@ -67,6 +67,7 @@ def run_and_hash(tree: dict[str, Any], folder: str) -> None:
 
 @pytest.mark.portable
 def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
+    vit_tree["evaluate"] = {"every": "6 steps", "knn": {}, "linear_probe": {}, "batch": 16}
     records: dict[int, list[dict[str, Any]]] = {}
     trees = {}
     for world in (1, 2):
@@ -83,9 +84,8 @@ def test_two_ranks_do_the_run_of_one(vit_tree, tmp_path):
     assert losses(trees[2]["run_dir"]) == pytest.approx(losses(trees[1]["run_dir"]), rel=LOGGED)
     one, two = (json.loads((tmp_path / f"run{w}" / "summary.json").read_text()) for w in (1, 2))
     assert (one["world_size"], two["world_size"]) == (1, 2)
-    assert [two["metrics"][key] for key in ("top1", "top5")] == [
-        one["metrics"][key] for key in ("top1", "top5")
-    ]
+    exact = ("top1", "top5", "knn_top1", "knn_top5", "probe_top1", "probe_top5", "probe_l2")
+    assert [two["metrics"][key] for key in exact] == [one["metrics"][key] for key in exact]
     assert two["metrics"] == pytest.approx(one["metrics"], rel=LOGGED)  # maps are compared in float32
 
 
@@ -151,8 +151,8 @@ def score(tree: dict[str, Any], weights: str, destination: str) -> None:
 
 @pytest.mark.portable
 def test_evaluation_counts_every_sample_once(tree, tmp_path):
-    """51 images on 1, 2 and 3 ranks: the same scores, top-1 and retrieval, from the same weights."""
-    tree["evaluate"] = {"retrieval": True, "batch": 7}
+    """51 images on 1, 2 and 3 ranks: the same scores of all kinds, from the same weights."""
+    tree["evaluate"] = {"retrieval": True, "knn": {}, "linear_probe": {}, "batch": 7}
     run(tree)
     weights, records = f"{tree['run_dir']}/student.safetensors", {}
     for world in (1, 2, 3):
@@ -162,6 +162,7 @@ def test_evaluation_counts_every_sample_once(tree, tmp_path):
         assert len(records[world]) == world
     (expected,) = records[1]
     assert (expected["top1"] * 51) == pytest.approx(round(expected["top1"] * 51), abs=1e-9)
+    assert {"knn_top1", "knn_top5", "probe_top1", "probe_top5", "probe_l2", "map_cosine"} <= expected.keys()
     for scores in records[2] + records[3]:
         assert scores == pytest.approx(expected, rel=1e-10)
 

@@ -200,10 +200,10 @@ def run(*trees: dict[str, Any]) -> None:
     evaluation = loop.evaluation
     for tree in trees:
 
-        def checking_evaluation(accelerator, settings, *, student, teacher, eval_set):
+        def checking_evaluation(accelerator, settings, *, student, teacher, **sets):
             pieces = [hasattr(parameter, "to_local") for parameter in teacher.parameters()]
             assert pieces == [settings.teacher.shard and accelerator.num_processes == 2] * len(pieces)
-            return evaluation(accelerator, settings, student=student, teacher=teacher, eval_set=eval_set)
+            return evaluation(accelerator, settings, student=student, teacher=teacher, **sets)
 
         loop.evaluation = checking_evaluation
         loop.train(config.parse(tree, "test"))

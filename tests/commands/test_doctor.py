@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
+import subprocess
 import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import yaml
 from conftest import pack_images
 from safetensors.torch import save_file
+from tars import picture, write_tar
 from torch.utils.data import DataLoader
 
 from indistill import config
@@ -26,7 +31,11 @@ from indistill.commands.doctor import run as doctor_run
 from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Line
 from indistill.commands.doctor.node import PREFETCH
 from indistill.commands.doctor.run import _look, merged, run, text
+from indistill.config import UserError
 from indistill.data import overlap, packing, shards, verify
+from indistill.data.dataset import open_shards
+from indistill.data.index import Others, load_index
+from indistill.data.stream import read_shard
 from indistill.training import loop
 
 
@@ -268,20 +277,55 @@ def test_a_cache_dir(tree, tmp_path, monkeypatch):
 # --- what a run reads ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"duration": "0 steps"}, "duration is less than one step (an epoch has 6): raise it"),
+        ({"evaluate": {"every": "0.01 epochs"}}, "evaluate.every is less than one step"),
+        (
+            {"warmup": {"pairs": [(0, 0)], "durations": ["0.01 epochs"]}},
+            "warmup.durations: 0.01 epochs for pair 1 is less than one step",
+        ),
+    ],
+)
+def test_durations_are_refused_as_by_a_run(tree, change, message):
+    tree = tree | {"duration": "24 steps"} | change
+    verify.index("train-*.tar", tree["data"]["root"])
+    (line,) = (line for line in look(inputs.data_shards, tree) if line.level == FAIL)
+    assert message in line.what
+    with pytest.raises(UserError, match=re.escape(message)):
+        loop.train(config.parse(tree, "test"))
+
+
+def test_single_images_are_refused_as_by_a_run(tree):
+    student = {"name": "test_resnet"}
+    (line,) = look(disks.checkpoints, with_data(tree, global_batch=1, streams=1) | {"student": student})
+    assert line.level == FAIL  # its last map has one pixel
+    assert "data.global_batch: 1 leaves one image to each rank and accumulation step" in line.what
+    (line,) = look(disks.checkpoints, tree | {"student": student})
+    assert line.level == OK
+
+
 def test_weights(tree, tmp_path):
-    whole, cut, objects = (tmp_path / name for name in ("whole.safetensors", "cut.safetensors", "objects.pt"))
-    save_file({"weight": torch.zeros(1000)}, whole)
+    names = ("whole.safetensors", "cut.safetensors", "objects.pt", "other.pt", "diverged.pt")
+    whole, cut, objects, other, diverged = (tmp_path / name for name in names)
+    state = timm.create_model("cnn32_auxiliary", num_classes=tree["data"]["num_classes"]).state_dict()
+    save_file(state, whole)
+    torch.save({"weight": torch.zeros(1000)}, other)
+    torch.save({name: value * float("nan") for name, value in state.items()}, diverged)
     cut.write_bytes(whole.read_bytes()[:-1])
     torch.save({"path": Path("object")}, objects)
     levels = {}
-    for path in (whole, cut, objects, tmp_path / "gone.pt"):
+    for path in (whole, cut, objects, other, diverged, tmp_path / "gone.pt"):
         (line,) = look(
             inputs.weights, tree | {"teacher": {"name": "cnn32_auxiliary", "checkpoint": str(path)}}
         )
         levels[path.name] = line.level
         assert line.what.startswith("teacher.checkpoint: ")
         assert str(path) in line.what
-    assert levels == {"whole.safetensors": OK, "cut.safetensors": FAIL, "objects.pt": FAIL, "gone.pt": FAIL}
+    assert levels.pop("whole.safetensors") == OK
+    assert set(levels) == {"cut.safetensors", "objects.pt", "other.pt", "diverged.pt", "gone.pt"}
+    assert set(levels.values()) == {FAIL}
     made = f"{tree['run_dir']}/student.safetensors"  # by an earlier stage
     assert not look(inputs.weights, tree, tree | {"teacher": {"name": "cnn32_student", "checkpoint": made}})
     (line,) = look(
@@ -328,6 +372,86 @@ def test_shards(tree, data_dir, tmp_path, monkeypatch):
     assert f"data.train: 1 of 3 shards have no index ({unindexed})" in lines[1].what
     assert lines[1].remedy == f"indistill shards index '{moved}/train-*.tar'"
     assert everything(moved) == before
+
+
+REFUSED = {
+    "no label": ([("a.jpg", picture(0))], r"sample a: has no label, because there is no a\.cls: "),
+    "label": (
+        [("a.jpg", picture(0)), ("a.cls", b"10")],
+        "sample a: label 10 is none of the data.num_classes",
+    ),
+    "word": ([("a.jpg", picture(0)), ("a.cls", b"cat")], r"a\.cls holds b'cat': a label is a non-negative"),
+    "no image": ([("a.cls", b"1")], r"sample 'a' has a \.cls but no image"),
+    "twice": ([("a.jpg", picture(0)), ("a.png", picture(1)), ("a.cls", b"1")], "sample 'a' has two images"),
+    "dots": ([("s_0.5.jpg", picture(0)), ("s_0.5.cls", b"1")], "images or labels belong to no sample"),
+    "no member": ([], "hold"),
+    "sparse": (None, "a.jpg is a sparse member"),
+}
+
+
+@pytest.mark.parametrize(("members", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("key", ["data.train", "data.eval", "streamed"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_what_train_refuses_fails(tree, tmp_path, members, message, key, indexed):
+    path = tmp_path / "bad.tar"
+    if members is None:
+        (tmp_path / "a.jpg").write_bytes(b"")
+        os.truncate(tmp_path / "a.jpg", 10**6)
+        subprocess.run(["tar", "-C", tmp_path, "--sparse", "-cf", path, "a.jpg"], check=True, timeout=60)
+    else:
+        write_tar(path, members)
+    keys = {"eval" if key == "data.eval" else "train": str(path)}
+    if key == "streamed":
+        keys |= {"access": "stream", "epoch_samples": 192, "in_memory": False, "workers": 0}
+    tree = with_data(tree, **keys)
+    settings = config.parse(tree, "test")
+    if indexed:
+        with contextlib.suppress(UserError):  # what has no index is refused before
+            load_index(str(path))
+    before = everything(tmp_path)
+    failed = [line.what for line in look(inputs.data_shards, tree) if line.level == FAIL]
+    assert everything(tmp_path) == before
+    if members == [] and key == "streamed":  # other shards may hold samples
+        assert failed == []
+        return
+    (what,) = failed
+    assert re.search(message, what)
+
+    def train():
+        if key == "streamed":
+            return list(read_shard(str(path), settings.data.num_classes, Others()))
+        return open_shards(settings.data, str(path))
+
+    with pytest.raises(UserError, match=message):
+        train()
+
+
+def test_a_compressed_shard_that_is_read_at_random_fails(tree, tmp_path):
+    content = Path(write_tar(tmp_path / "a.tar", [("a.jpg", picture(0)), ("a.cls", b"1")])).read_bytes()
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(content))
+    lines = look(inputs.data_shards, with_data(tree, eval=str(path), in_memory=False))
+    (what,) = (line.what for line in lines if line.level == FAIL)
+    assert what.startswith(f"data.eval: {path}: a compressed shard cannot be read at random")
+    settings = config.parse(with_data(tree, eval=str(path), in_memory=False), "test")
+    with pytest.raises(UserError, match="a compressed shard cannot be read at random"):
+        open_shards(settings.data, str(path))
+
+
+def test_the_index_of_a_remote_shard_is_checked(tree, tmp_path):
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", picture(0)), ("a.cls", b"10")])
+    load_index(path)
+    for name in ("a.tar", "a.tar.index.json"):
+        files.pipe(f"/doctor/{name}", (tmp_path / name).read_bytes())
+    files.pipe("/doctor/b.tar", (tmp_path / "a.tar").read_bytes())  # without an index, it is not fetched
+    cache = tmp_path / "cache"
+    far = {"train": "memory://doctor/{a,b}.tar", "cache_dir": str(cache)}
+    (line,) = (line for line in look(inputs.data_shards, with_data(tree, **far)) if line.level == FAIL)
+    assert line.what.startswith("data.train: a.tar: sample a: label 10 is none of the data.num_classes")
+    assert not cache.exists()
 
 
 SLOW = {"machine": {"decode_images_per_second": 1.0}}  # which any machine surpasses

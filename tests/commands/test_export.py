@@ -89,6 +89,52 @@ def told(capsys) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
+@pytest.mark.parametrize("form", ["timm", "onnx", "torch"])
+def test_a_student_without_a_classifier(data_dir, tmp_path, capsys, form):
+    """Its embeddings are those of the run, in every format; timm loads it with num_classes=0."""
+    run_dir, folder = tmp_path / "run", tmp_path / "student"
+    tree = yaml.safe_load(HEADLESS.format(run_dir=run_dir, data_dir=data_dir))
+    train(config.parse(tree, "test"))
+    main(["export", str(run_dir), str(folder), "--format", form])
+    assert "On 16 images of data.eval its embeddings are within" in capsys.readouterr().out
+    network = load_for_eval(settings_of(run_dir), str(run_dir))[0].eval()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        expected = network(images)
+    assert expected.logits is None
+    card = (folder / "README.md").read_text()
+    assert ModelCard(card).data.pipeline_tag == "image-feature-extraction"
+    assert "without a classifier" in card
+    if form == "timm":
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+        with torch.no_grad():
+            assert torch.equal(net(network.normalise(images)), expected.embedding)
+        assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 0
+    elif form == "onnx":
+        session = onnxruntime.InferenceSession(folder / "model.onnx")
+        (embeddings,) = session.run(["embeddings"], {"images": images.numpy()})
+        np.testing.assert_allclose(embeddings, expected.embedding, rtol=1e-4, atol=1e-5)
+    if form != "torch":  # a program of torch is not loaded for evaluation
+        loaded = load_for_eval(settings_of(run_dir), str(folder))[0].eval()
+        assert torch.allclose(loaded(images).embedding, expected.embedding, rtol=1e-4, atol=1e-5)
+        assert evaluate_checkpoint(settings_of(run_dir), str(folder)) == {}
+
+
+HEADLESS = """
+run_dir: {run_dir}
+duration: 2 steps
+data:
+  {{root: {data_dir}, train: train-*.tar, eval: eval-*.tar, num_classes: 10, image_size: 32, global_batch: 32,
+   streams: 8, in_memory: true, eval_crop: 1.0}}
+student: {{name: cnn32_student, num_classes: 0}}
+teacher: {{name: test_vit, num_classes: 0, random: true, image_size: 48}}
+kd: {{losses: [{{name: feature}}]}}
+optimizer: {{name: adamw, lr: 1.0e-2}}
+evaluate: {{similarity_samples: 0}}
+trackers: []
+"""
+
+
 def test_timm_loads_it(trained, tmp_path, capsys):
     """By timm alone: classes, normalisation, preprocessing and top-1 are those of the evaluation."""
     folder = tmp_path / "deep" / "student"

@@ -45,7 +45,7 @@ def test_every_recipe_can_be_filled_in_for_every_cluster(name, tmp_path):
     init.write(name, str(tmp_path), **SLURM, kubernetes=True, data="s3://bucket/a=b/images")
     files = written(tmp_path)
     config = f"configs/{name}.yaml"
-    assert set(files) == {config, init.SBATCH, init.JOB, init.TRAIN_JOB, *init.STARTERS}
+    assert set(files) == {config, init.SCHEMA, init.SBATCH, init.JOB, init.TRAIN_JOB, *init.STARTERS}
     expected = runs.load(REPOSITORY / config, ["data.root=s3://bucket/a=b/images"])
     found = runs.load(tmp_path / config)
     cache_dir = found[0][1].data.cache_dir
@@ -58,13 +58,18 @@ def test_every_recipe_can_be_filled_in_for_every_cluster(name, tmp_path):
     (container,) = job["spec"]["template"]["spec"]["containers"]
     run_dir = yaml.safe_load(files[config])["run_dir"]
     for program in (container, train_job["spec"]["trainer"]):
-        assert program["args"] == [config, f"run_dir=/{run_dir}", "data.root=s3://bucket/a=b/images"]
+        # With the recipe as it is in the image, too.
+        found_there = runs.load(REPOSITORY / program["args"][0], program["args"][1:])
+        assert [one.data for _, one in found_there] == [one.data for _, one in found]
+        assert program["args"][1] == f"run_dir=/{run_dir}"
 
 
 def test_a_recipe_alone_is_the_repositorys(tmp_path):
     commands = init.write("imagenet_r34_r18", str(tmp_path / "new" / "folder"))
     original = (REPOSITORY / "configs" / "imagenet_r34_r18.yaml").read_text()
-    assert written(tmp_path / "new" / "folder") == {"configs/imagenet_r34_r18.yaml": original}
+    schema = (REPOSITORY / "configs" / "schema.json").read_text()  # the recipe names it for editors
+    files = {"configs/imagenet_r34_r18.yaml": original, "configs/schema.json": schema}
+    assert written(tmp_path / "new" / "folder") == files
     assert commands == [f"indistill {word} configs/imagenet_r34_r18.yaml" for word in ("doctor", "train")]
 
 
@@ -187,7 +192,8 @@ def test_what_is_there_is_never_changed(kind, tmp_path):
 def test_a_second_recipe_joins_the_first(tmp_path):
     for name in ("imagenet_r34_r18", "imagenet_r34_r18_dkd", "imagenet_r34_r18"):
         init.write(name, str(tmp_path), **SLURM)
-    assert len(list((tmp_path / "configs").iterdir())) == 2
+        (tmp_path / init.SCHEMA).write_text("of another version")
+    assert len(list((tmp_path / "configs").iterdir())) == 3
 
 
 def test_a_name_that_is_no_recipe_names_the_nearest(capsys, tmp_path):

@@ -30,6 +30,8 @@ def test_plan_train_score_and_take_home(config_file, tree, tmp_path):
     summary = trainer.train()
     assert summary == json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     assert trainer.evaluate() == summary["metrics"]
+    with pytest.raises(UserError, match=r"^\.: is neither a run nor an export"):
+        trainer.evaluate("")  # as of a shell variable that is not set
 
     samples = list(shards.ShardSet(f"{tree['data']['root']}/eval-*.tar").iterate())
     images = np.stack(

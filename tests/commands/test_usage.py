@@ -32,11 +32,21 @@ def shown(capsys, *arguments: str, code: int) -> str:
 )
 def test_help_ends_with_two_examples_and_a_page_that_exists(capsys, command):
     text = shown(capsys, *command, "--help", code=0)
-    examples, page = re.search(r"examples:\n(.*)\n\ndocumentation: (\S+)", text, re.DOTALL).groups()
+    examples, page, address = re.search(
+        r"examples:\n(.*)\n\ndocumentation: (\S+) \((\S+)\)", text, re.DOTALL
+    ).groups()
     lines = examples.splitlines()
     assert len(lines) == 2
     assert all("indistill" in line for line in lines)
     assert (ROOT / page).is_file()
+    assert re.fullmatch(rf"https://.*/{page}", address)
+
+
+def test_only_what_is_missing_is_named(capsys):
+    text = shown(capsys, "eval", code=2)
+    assert text.endswith("error: the following arguments are required: config, checkpoint\n")
+    text = shown(capsys, "init", "--slurm", "--nodes", "2", code=2)
+    assert text == "indistill: error: --slurm is for a recipe: name one (`indistill init` lists them)\n"
 
 
 def test_the_help_has_the_words_that_people_search_for(capsys):

@@ -279,6 +279,8 @@ def test_files_that_are_no_configs(tmp_path):
             "student: pretrained and checkpoint exclude",
         ),
         (["student=null"], "student: missing: add the section student"),
+        (["teacher.num_classes=0"], "kd.losses: kd reads the teacher's logits, but this teacher has no"),
+        (["student.num_classes=0"], "kd.losses: ce reads the student's logits, but this student has no"),
         (["kd.losses=[{name: dih}]"], "kd.losses: dih needs teacher.heads"),
         (
             ["data.repeats=3", "data.augment.views=4"],
@@ -413,6 +415,12 @@ def test_a_teacher_is_random_or_has_weights(file, weights):
     message = refusal(file, [f"teacher={{name: resnet18, random: true, {weights}}}"])
     assert message.endswith("teacher: random: true excludes pretrained: true and checkpoint: keep one")
     assert config.load(file, [f"teacher={{name: resnet18, {weights}}}"]).teacher.random is False
+
+
+def test_an_empty_checkpoint_is_not_taken_for_none(file):
+    """As that of a shell variable that is not set: the student would begin with random weights."""
+    message = refusal(file, ["student.checkpoint=''"])
+    assert message.endswith("student: checkpoint is empty: name a file, or set null for none")
 
 
 def test_a_control_says_so_and_a_student_needs_not(file):

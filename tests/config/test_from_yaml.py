@@ -34,6 +34,10 @@ def test_values_are_those_of_pyyaml(text):
     assert load_yaml(text) == yaml.safe_load(text)
 
 
+def test_a_key_is_a_name_even_if_yaml_reads_it_as_true():
+    assert load_yaml("{on: maps, off: on, a: {no: 1}}") == {"on": "maps", "off": True, "a": {"no": 1}}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,5 +1,6 @@
 """Lists of images with labels: how they are written by spreadsheets, pandas, Caffe, Kaggle and ImageNet."""
 
+import json
 import tarfile
 from importlib import resources
 
@@ -10,8 +11,9 @@ from scipy.io import savemat
 from tars import folder, picture, write_tar
 from torchvision.datasets import imagenet
 
+from indistill.commands import cli
 from indistill.config import UserError
-from indistill.data import lists, packing
+from indistill.data import class_names, lists, packing
 from indistill.data.shards import ShardSet
 
 
@@ -54,7 +56,7 @@ def test_class_folders_beside_tars_are_refused_with_the_option_that_chooses(tmp_
 
 
 # --- spreadsheets and pandas --------------------------------------------------------------------------------
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
 def test_encodings_are_named_and_chosen(tmp_path, encoding):
     (one,) = images(tmp_path, ["caf\u00e9.jpg"])
     (tmp_path / "list.csv").write_bytes("path,label\ncaf\u00e9.jpg,th\u00e9\n".encode(encoding))
@@ -62,6 +64,34 @@ def test_encodings_are_named_and_chosen(tmp_path, encoding):
         pack(tmp_path, tmp_path / "list.csv")
     packed, summary = pack(tmp_path, tmp_path / "list.csv", encoding=encoding)
     assert (packed, summary["classes"]) == ({one: 0}, ["th\u00e9"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+@pytest.mark.parametrize("name", ["classes.txt", "classes.json"])
+def test_encodings_of_class_lists_are_named_and_chosen(tmp_path, capsys, encoding, name):
+    for number, class_name in enumerate(("the", "th\u00e9", "caf\u00e9")):
+        (tmp_path / "images" / class_name).mkdir(parents=True)
+        (tmp_path / "images" / class_name / "0.png").write_bytes(picture(number, "png"))
+    names = ["th\u00e9", "the", "caf\u00e9"]
+    file = tmp_path / name
+    text = "\r\n".join(names) if name.endswith("txt") else json.dumps(names, ensure_ascii=False)
+    file.write_bytes(text.encode(encoding))
+    message = rf"{name}: is not text in UTF-8.*: set --encoding {encoding}$"
+    with pytest.raises(UserError, match=message):
+        class_names.read(file)
+    assert class_names.read(file, encoding) == names
+    with pytest.raises(UserError, match=r"'utf-17': is not an encoding that Python knows"):
+        class_names.read(file, "utf-17")
+
+    arguments = ["shards", "pack", str(tmp_path / "images"), str(tmp_path / "a"), "--workers", "1"]
+    cli.main([*arguments, "--classes", str(file), "--encoding", encoding])
+    file.write_text(text, encoding="utf-8")  # beside a list in another encoding
+    assert class_names.read(file, encoding) == names
+    assert json.loads(capsys.readouterr().out)["samples"] == 3
+    assert class_names.read(tmp_path / "a") == names
+    with pytest.raises(SystemExit):  # a folder of classes has no encoding
+        cli.main([*arguments, "--classes", str(tmp_path / "a"), "--encoding", encoding])
+    assert "is not a list of labels: leave out --images and --encoding" in capsys.readouterr().err
 
 
 def test_encodings_that_do_not_fit(tmp_path):
@@ -79,7 +109,7 @@ def test_encodings_that_do_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", " "])
-@pytest.mark.parametrize("header", ["path{}label", "Filename{}Class", None])
+@pytest.mark.parametrize("header", ["path{}label", "Filename{}Class", "Schl\u00fcssel{}class-id", None])
 def test_delimiters_and_headers(tmp_path, capsys, delimiter, header):
     content = images(tmp_path, ["a,b.jpg" if delimiter != "," else "a;b.jpg", "c.jpg"])
     names = sorted(path.name for path in tmp_path.glob("*.jpg"))
@@ -87,8 +117,8 @@ def test_delimiters_and_headers(tmp_path, capsys, delimiter, header):
     text = "\r\n".join(([header.format(delimiter)] if header else []) + rows)
     (tmp_path / "list.csv").write_bytes(text.encode())
     assert pack(tmp_path, tmp_path / "list.csv")[0] == dict(zip(content, (5, 2)))
-    note = "line 1: is taken for the names of the columns (Filename, Class)"
-    assert (note in capsys.readouterr().err) == (header == "Filename{}Class")
+    note = "line 1: is taken for the names of the columns ("
+    assert (note in capsys.readouterr().err) == (header not in ("path{}label", None))
 
 
 def test_labels_that_pandas_wrote_are_integers(tmp_path):
@@ -113,13 +143,20 @@ def test_integers_with_a_point_are_integers_unless_they_are_names(tmp_path):
     assert pack(tmp_path, tmp_path / "list.csv", classes=["0", "x", "1.0"])[0] == dict(zip(content, (2, 0)))
 
 
+def test_an_image_has_one_label_however_its_path_is_written(tmp_path):
+    images(tmp_path, ["a/0.jpg"])
+    (tmp_path / "list.csv").write_text("a/0.jpg,1\n./a/../a/0.jpg,2\n")
+    with pytest.raises(UserError, match=r"line 2: .*has the label '2' here and '1' above"):
+        pack(tmp_path, tmp_path / "list.csv")
+
+
 def test_names_without_extension_are_found_below_images(tmp_path, capsys):
     content = images(tmp_path / "images", ["x/1.jpg", "y/2.jpg", "y/3.jpg", "z/3.jpg"])
     (tmp_path / "list.csv").write_text("id,cat\n1,cat\ny/2.jpg,dog\n")
     packed, summary = pack(tmp_path, tmp_path / "list.csv", images=str(tmp_path / "images"))
     assert packed == dict(zip(content[:2], (0, 1)))
     assert summary["ignored_files"] == 2
-    assert "images: 2 images are not in the list and are left out ('y/3.jpg'" in capsys.readouterr().err
+    assert "images: images that are not in the list, left out: 2 ('y/3.jpg'" in capsys.readouterr().err
     for row, message in (
         ("3,cat", r"line 1: 3 is the name of .*y/3\.jpg and .*z/3\.jpg"),
         ("4,cat", r"line 1: .*images/4 is not an image file .* or --images"),
@@ -230,3 +267,18 @@ def test_lists_of_the_validation_images_give_the_labels_of_timm(tmp_path):
     (tmp_path / "val.txt").write_text(column + f"{SYNSETS[3]}\n")
     with pytest.raises(UserError, match=r"line 5: .*ILSVRC2012_val_00000005 is not an image file"):
         pack(tmp_path, tmp_path / "val.txt", images=str(tmp_path / "val"), classes=SYNSETS)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("begin", ["", "\ufeff"])
+def test_a_column_of_labels_has_one_on_each_line(tmp_path, begin, end):
+    """A label too many or too few would give all later images the label of another one."""
+    content = validation(tmp_path)
+    list_, options = tmp_path / "val.txt", {"images": str(tmp_path / "val"), "classes": SYNSETS}
+    lines = [SYNSETS[label] for label in CHOSEN]
+    list_.write_bytes((begin + end.join([*lines, ""])).encode())
+    assert pack(tmp_path, list_, **options)[0] == dict(zip(content, CHOSEN))
+    for wrong in ("", f"{lines[1]} {lines[2]}"):
+        list_.write_bytes((begin + end.join([lines[0], wrong, *lines[2:], ""])).encode())
+        with pytest.raises(UserError, match=rf"line 2: '{wrong}' is not one class number or WordNet id"):
+            pack(tmp_path, list_, **options)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -162,6 +163,18 @@ def test_malformed_samples_are_named(tmp_path, members, message):
         ShardSet(path)
 
 
+def test_the_remedy_for_members_apart_works(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x"), ("b.jpg", b"x"), ("a.cls", b"1"), ("b.cls", b"2")])
+    with pytest.raises(UserError, match=r"unpack the shard, and write it again with `tar --sort=name`"):
+        ShardSet(path)
+    with tarfile.open(path) as tar:
+        tar.extractall(tmp_path / "files", filter="data")
+    again = tmp_path / "again.tar"
+    command = ["tar", "--sort=name", "-C", str(tmp_path / "files"), "-cf", str(again), "."]
+    subprocess.run(command, check=True, timeout=60)
+    assert [sample.label for sample in ShardSet(str(again)).iterate()] == [1, 2]
+
+
 def test_index_goes_to_the_cache_directory(tmp_path):
     for name in ("a", "b"):  # two shards of one name
         pack(samples(5, first=ord(name)), tmp_path / name, "x", 5)
@@ -265,7 +278,7 @@ def test_verify_finds_the_labels_that_training_refuses(tmp_path):
     expected_lines = {
         "json": [
             "2 images, 0 labelled, 2 unlabelled; other members: 2 json",
-            "training refuses unlabelled images: ",
+            "training refuses images without a label: ",
         ],
         "txt": [
             "1 images, 0 labelled, 1 unlabelled; other members: 1 without extension, 1 txt",
@@ -273,7 +286,7 @@ def test_verify_finds_the_labels_that_training_refuses(tmp_path):
         ],
         "part": [
             "2 images, 1 labelled (2 to 2, 1 different), 1 unlabelled",
-            "training refuses unlabelled images: ",
+            "training refuses images without a label: ",
         ],
         "large": ["2 images, 2 labelled (0 to 3, 2 different), 0 unlabelled"],
         "right": ["2 images, 2 labelled (0 to 2, 2 different), 0 unlabelled; other members: 1 wnid"],

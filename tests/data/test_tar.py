@@ -48,7 +48,7 @@ def theirs(content):
 
 def ours(content, **options):
     tar = Tar("x.tar", io.BytesIO(content), **options)
-    return [(*member, tar.content(2**30)) for member in tar]
+    return [(*member[:3], tar.content(2**30)) for member in tar if member.target is None]
 
 
 def samples_of(path, content, load):

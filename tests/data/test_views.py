@@ -220,11 +220,11 @@ def test_students_at_once_are_each_evaluated_by_their_own(parsed):
     settings = parsed()
     whole = ImageDataset(open_shards(settings.data, settings.data.eval), settings.data, seed=0, view=LITE)
     shared = Shared(settings, 2)
-    shared.opened = ("training", whole)
+    shared.opened = ("training", {"": whole})
     views = []
     for student in (LITE0, R34):
-        _, eval_set = _Share(shared, 0, "a").data(None, parsed(f"student={student}"))
-        views.append(eval_set.view)
+        _, eval_sets = _Share(shared, 0, "a").data(None, parsed(f"student={student}"))
+        views.append(eval_sets[""].view)
     assert views == [LITE, TORCHVISION]
     assert training.open_eval_set(parsed(f"student={R34}")).view == TORCHVISION
 

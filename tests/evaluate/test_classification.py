@@ -49,6 +49,7 @@ def all_scores(tree: dict, small: str) -> dict:
     student.train()
     whole = training.open_eval_set(settings)
     one = training.open_eval_set(config.parse({**tree, "data": {**tree["data"], "root": small}}, "test"))
+    section = config.Evaluate(knn=config.Knn(k=150), linear_probe=config.LinearProbe(), retrieval=True)
     embedding, labels = evaluate.embeddings(accelerator, student, one, batch=4)
     with pytest.raises(config.UserError) as mistake:  # found by rank 0, raised by all
         evaluate.retrieval(accelerator, student, one, whole, 7)
@@ -58,6 +59,14 @@ def all_scores(tree: dict, small: str) -> dict:
         "accuracy of one": evaluate.accuracy(accelerator, student, one, 7),
         "embeddings of one": {"embedding": embedding.tolist(), "labels": labels.tolist()},
         "retrieval": evaluate.retrieval(accelerator, student, whole, one, 7),
+        "of the bank": evaluate.bank_scores(
+            accelerator,
+            student,
+            section=section,
+            keys=section.on_bank,
+            bank=training.open_bank(settings.model_copy(update={"evaluate": section})),
+            sets={"all": whole, "one": one},
+        ),
         "similarity": evaluate.similarity(accelerator, student, teacher, PAIRS, whole, 7, SAMPLES),
         "similarity of one": evaluate.similarity(accelerator, student, teacher, PAIRS, one, 7),
         "modes": [student.training, teacher.training],

@@ -33,6 +33,8 @@ TEXTS = {
 }
 # Overrides, and what the line says.
 OVERRIDES = {
+    "grad_checkpointing=true": "grad_checkpointing: timm has none for cnn32_student",
+    "data.augment={augmix: {}, auto_augment: 3a}": "auto_augment and augmix exclude each other",
     "duration=1e999999999 steps": "duration '1e999999999 steps'",
     "duration=1e99 steps": "more than 1,000,000,000,000,000",
     f"duration={'9' * 5000} steps": "duration",

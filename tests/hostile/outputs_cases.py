@@ -96,7 +96,7 @@ CASES = [
         after=nothing_is_outside,
     ),
     Case(
-        "links out of an image folder", pack_links, output="images: 2 links lead out of it and are left out"
+        "links out of an image folder", pack_links, output="images: links that lead out of it, left out: 2 "
     ),
     Case(
         "links out of an image folder to be followed",

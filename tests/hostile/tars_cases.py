@@ -24,6 +24,13 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
+def link(name: str, target: str) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.SYMTYPE
+    member.linkname = target
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
 def extended(kind: bytes, content: bytes) -> bytes:
     """A header that extends the next one, with its content."""
     return header("x", len(content), kind) + content + bytes(-len(content) % 512)
@@ -67,6 +74,16 @@ TARS: dict[str, tuple[bytes, str]] = {
     "500 long links": (
         extended(tarfile.GNUTYPE_LONGLINK, b"x" * 200) * 500 + PIXEL + END,
         "16 headers of one member",
+    ),
+    "a link to itself": (link("a.jpg", "a.jpg") + END, "a link to a.jpg, which is no file in this tar"),
+    "a link out of the tar": (link("a.jpg", "/dev/zero") + END, "a link to /dev/zero, which is no file"),
+    "a link to a name of 100,000 folders": (
+        pax("linkpath", "a/" * 100_000) + link("a.jpg", "x") + END,
+        "MAX_NAME_BYTES",
+    ),
+    "a chain of 10,000 links": (
+        b"".join(link(f"{i}.jpg", f"{i + 1}.jpg") for i in range(10_000)) + END,
+        "0.jpg is a link to 1.jpg, which is no file in this tar",
     ),
     "headers without a member": (pax("comment", "x") + END, "unexpected end of data"),
     "a header of 8 GB": (header("x", 2**33 - 1, tarfile.GNUTYPE_LONGNAME), "MAX_TAR_HEADER_BYTES"),

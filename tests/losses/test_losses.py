@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import EPS, move
 
 from indistill import config, losses
 from indistill.config import plugins
+from indistill.config.from_yaml import load_yaml
 from indistill.losses import Shape
 from indistill.losses.crd_loss import Contrast
 from indistill.models.outputs import Output, Targets
@@ -874,7 +874,7 @@ def test_the_documented_defaults_are_those_of_the_config():
     page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
     table = page.partition("## Published settings")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| .+ \| `([^`]+)`[^`|]* \|$", table, re.MULTILINE)
-    documented = {name: yaml.safe_load("{" + defaults + "}") for name, defaults in rows}
+    documented = {name: load_yaml("{" + defaults + "}") for name, defaults in rows}
     sections = config.KD(losses=[{"name": name} for name in plugins.built_in()]).losses
     assert documented == {section.name: section.model_dump(exclude={"name"}) for section in sections}
 

@@ -54,6 +54,21 @@ def test_an_unknown_argument_is_refused(name):
     assert f"timm could not create {name}: " in refusal(name, kwargs={"widht": 3})
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "cnn32_student"])
+def test_a_network_without_a_classifier(name, tmp_path):
+    size = 32 if name == "cnn32_student" else 160
+    whole = create(name, 10, size)
+    network = Network(whole, (STATISTICS["mean"], STATISTICS["std"])).eval()
+    save_network(network, config.Model(name=name), tmp_path / "whole.safetensors")
+    section = config.Model(name=name, num_classes=0, checkpoint=str(tmp_path / "whole.safetensors"))
+    bare = timm_model.create(section, 10, size, "teacher")
+    assert bare.num_classes == 0
+    images = pictures(size=size)
+    output = Network(bare, (STATISTICS["mean"], STATISTICS["std"])).eval()(images)
+    assert output.logits is None
+    assert torch.equal(output.embedding, network(images).embedding)
+
+
 def test_a_head_of_another_size():
     message = refusal("test_resnet", kwargs={"num_classes": 7})
     assert "the head of test_resnet has 7 classes, data.num_classes is 10" in message
@@ -323,7 +338,7 @@ def test_weights_that_are_not_the_networks(tmp_path, weights, saved, error):
     assert error in message
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_torchvisions_resnets_are_timms_key_by_key(tmp_path, name):
     """`layer1.0.downsample.0.weight`, `fc.weight`: the same names, and the same function."""
     torch.manual_seed(4)

@@ -193,7 +193,7 @@ def test_the_extras_have_the_packages_that_messages_name():
         if extra not in ("docs", "dev")
     }
     assert listed == {extra: set(packages.values()) for extra, packages in EXTRAS.items()}
-    assert set(extras) == {"s3", "gcs", "hf", "demo", "deepspeed", "export", "docs", "dev"}
+    assert set(extras) == {"s3", "gcs", "hf", "zstd", "demo", "deepspeed", "export", "docs", "dev"}
 
 
 # The demo as it is, but for the length of its runs.

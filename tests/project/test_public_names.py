@@ -10,12 +10,13 @@ import indistill
 from indistill import curriculum, evaluate, losses, order, prune
 
 PUBLIC = {
-    losses: "at crd cross_entropy dih dist dkd hint kd pkt reviewkd rkd sp token vid",
+    losses: "at bce crd cross_entropy dih dist dkd feature hint kd pkt reviewkd rkd sp token vid",
     prune: "PairPlan Plan Writer calibrate filter_importance l1_importance plan published_norm "
     "random_importance top_channels unpruned writers",
     curriculum: "Curriculum Pace Phase Timetable flattened",
     order: "SampleOrder",
-    evaluate: "accuracy embeddings precision_at retrieval retrieval_map similarity",
+    evaluate: "accuracy bank_scores check_bank embeddings knn linear_probe precision_at retrieval "
+    "retrieval_map similarity",
 }
 
 

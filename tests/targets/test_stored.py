@@ -8,6 +8,7 @@ import copy
 import functools
 import http.server
 import re
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -262,8 +263,9 @@ def test_rounded_targets_are_the_live_ones_rounded(stored, tmp_path, monkeypatch
         )
 
     def rounding_call(*arguments):
-        features, embedding, logits, cohort = call(*arguments)
+        features, embedding, logits, cohort, tokens = call(*arguments)
         assert not cohort
+        assert tokens is None
         maps = tuple(rounded("pair1", feature) for feature in features)
         return outputs.Targets(maps, rounded("embedding", embedding), rounded("logits", logits))
 
@@ -562,11 +564,11 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
     part = with_(stored, f"targets.dir={tmp_path}/part")
     write_shard, written = targets.write_shard, []
 
-    def stopping(job, view, *, shard, batches, bar):
+    def stopping(job, view, *, shard, batches, count):
         if len(written) == 4:
             next(batches)
             raise Stopped
-        write_shard(job, view, shard=shard, batches=batches, bar=bar)
+        write_shard(job, view, shard=shard, batches=batches, count=count)
         written.append((view, shard))
 
     monkeypatch.setattr(targets, "write_shard", stopping)
@@ -628,7 +630,10 @@ def test_the_command(stored, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(stored))
     cli.main(["targets", str(path), "targets.top_k=4"])
-    told = capsys.readouterr().out
+    told, said = capsys.readouterr()
+    assert "\r" not in said  # there is no terminal
+    assert said.splitlines()[-1] == "indistill: targets of 384 of 384 images"
+    assert said.endswith("\n")
     assert re.search(r"^logits +32 B a sample +2 views", told, re.MULTILINE)
     assert "192 samples: 0.010 GB" in told
     cli.main(["targets", str(path), "targets.top_k=4", "--verify", "30"])
@@ -666,6 +671,22 @@ def test_the_command(stored, tmp_path, capsys):
             line for line in capsys.readouterr().err.splitlines() if line.startswith("indistill: error")
         ]
         assert message in line
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_whole_lines_in_a_log_and_a_bar_in_a_terminal(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(targets, "PLAIN_SECONDS", 0.0)
+    with targets.Count(3000, shown=True) as count, targets.Count(3000, shown=False) as other:
+        for _ in range(2):
+            count.add(1500)
+            other.add(1500)
+    said = capsys.readouterr().err
+    if terminal:
+        assert "\r100%|" in said
+        assert "3000/3000" in said
+    else:
+        assert said == "".join(f"indistill: targets of {n} of 3,000 images\n" for n in ("1,500", "3,000"))
 
 
 def test_a_record_of_another_image_is_wrong(stored):

@@ -336,6 +336,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_as_it_is(short_tree, tmp_pa
     assert names(run_dir) == ["thesis.tex"]
     (run_dir / "thesis.tex").rename(run_dir / ".thesis.tex")
     (run_dir / "slurm-17.out").write_text("of the scheduler")
+    (run_dir / "status.27248.0491f58d.part").write_text("failed")  # another rank writes it, or was killed
     run(short_tree)
 
 

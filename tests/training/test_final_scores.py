@@ -137,9 +137,10 @@ def test_what_only_reads_may_change_at_a_restart(tree, tmp_path):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(tree, monkeypatch):
-    """It has a fingerprint to which `evaluate` belonged, but for `evaluate.batch`."""
+    """It has a fingerprint to which `evaluate` belonged, but for `evaluate.batch` and keys that are newer."""
     tree["evaluate"] = {"every": "5 steps"}
-    earlier = [key if key != "evaluate" else "evaluate.batch" for key in config.OPERATIONAL_KEYS]
+    others = [f"evaluate.{key}" for key in ("batch", "knn", "linear_probe", "bank")]
+    earlier = [key for key in config.OPERATIONAL_KEYS if key != "evaluate"] + others
     with monkeypatch.context() as patch:
         patch.setattr(config.tree, "OPERATIONAL_KEYS", tuple(earlier))
         settings = config.parse(tree, "test")

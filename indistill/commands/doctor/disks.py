@@ -11,8 +11,7 @@ from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Said, size_
 from indistill.commands.plan.memory import state_bytes
 from indistill.config.run_dir import has_begun
 from indistill.data import remote
-from indistill.models import timm_model
-from indistill.training import optim
+from indistill.training import optim, parts
 
 
 def run_dir(here: Here) -> Said:
@@ -32,7 +31,7 @@ def checkpoints(here: Here) -> Said:
         if here.rank or settings.student is None:
             continue
         section = settings.student.model_copy(update={"pretrained": False, "checkpoint": None})
-        student = timm_model.create(section, settings.data.num_classes, settings.data.full_size, "student")
+        student = parts.create_student(settings.model_copy(update={"student": section}))
         weights = sum(value.nbytes for value in student.state_dict().values())
         one = weights * (1 if settings.ema is None else 2)
         one += state_bytes(optim.create(student, settings.optimizer))

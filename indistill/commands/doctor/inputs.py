@@ -31,19 +31,22 @@ from indistill.commands.doctor.findings import (
     size_text,
 )
 from indistill.config import Config, UserError, in_one_line
+from indistill.config.metric_names import eval_key
 from indistill.config.run_dir import weights_file
-from indistill.curriculum import ImageSizes
+from indistill.curriculum import ImageSizes, Timetable
 from indistill.data import class_names, overlap, remote, shards
-from indistill.data.dataset import open_shards
-from indistill.data.index import index_files, load_index
+from indistill.data.dataset import check_shard, open_shards
+from indistill.data.index import Index, Others, index_files, load_index, parse_index
 from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
-from indistill.data.stream import StreamedTraining
-from indistill.data.training import TrainingData
-from indistill.evaluate.ranking import check_retrieval
+from indistill.data.stream import StreamedTraining, read_shard
+from indistill.data.training import TrainingData, bank_shards, eval_shards
+from indistill.evaluate.bank import check_bank
 from indistill.models import timm_model
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
 
 LOOK_SECONDS = 2.0  # for a measurement
+SHARDS_SECONDS = 15.0  # to check the shards of a set
+MOST_UNINDEXED_BYTES = 2 * 10**9  # of a shard that is read to its end, because it has no index
 MOST_INDEX_BYTES = 5 * 10**8  # of the indices that are loaded: ten million images, ten seconds
 OVERLAP_SECONDS = 20.0  # to search the training images for evaluation images
 FETCH_SECONDS = 20.0  # for a remote shard, which a run fetches whole
@@ -65,7 +68,10 @@ def weights(here: Here) -> Said:
             for key in ("checkpoint", "heads"):
                 path = getattr(section, key, None)
                 if path and (path not in made or os.path.exists(path)):
-                    yield _weights_file(f"{role}.{key}", path)
+                    item = _weights_file(f"{role}.{key}", path)
+                    if section and key == "checkpoint" and item[0] == OK and not here.rank:
+                        item = _fitting(item, settings, section, role)
+                    yield item
             if section is not None and section.pretrained:
                 yield _pretrained(role, section)
 
@@ -92,6 +98,15 @@ def _weights_file(key: str, path: str) -> Item:
         reason = in_one_line(error, 200)
         return FAIL, f"{key}: {path} is not a readable checkpoint: {reason}", "copy or save it again"
     return OK, f"{key}: {path}, {size_text(os.path.getsize(path))}"
+
+
+def _fitting(item: Item, settings: config.Config, section: config.Model, role: str) -> Item:
+    """The item of a file of weights if they fit the network, and else the reason why a run refuses them."""
+    try:
+        timm_model.create(section, settings.data.num_classes, settings.data.full_size, role)
+    except UserError as error:
+        return FAIL, str(error)
+    return item
 
 
 def _pretrained(role: str, section: config.Model) -> Item:
@@ -130,18 +145,30 @@ def data_shards(here: Here) -> Said:
                 accumulation=settings.grad_accumulation,
                 mix=settings.kd.mixing,
             )
+            checked, damaged = _streamed(section, streamed.urls)
+            for problem in damaged[:MOST_SHOWN]:
+                yield FAIL, f"data.train: {problem}"
             counts = f"{len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch"
-            yield OK, f"data.train: {counts}"
+            if checked < len(streamed.urls):
+                counts += f", {checked} of them checked"
+            if not damaged:
+                yield OK, f"data.train: {counts}"
         else:
-            yield from _indexed_shards(here, settings, "data.train", section.train)
-        if section.eval is not None:
-            yield from _indexed_shards(here, settings, "data.eval", section.eval)
+            yield from _indexed_shards(here, settings, key="data.train", urls=section.train)
+        for name, one in section.eval_sets.items():
+            mapped = one.label_map is not None
+            yield from _indexed_shards(here, settings, key=eval_key(name), urls=one.shards, mapped=mapped)
+    for settings in {str(one.evaluate.bank): one for one in here.settings}.values():
+        if settings.evaluate.on_bank and settings.evaluate.bank is not None:
+            yield from _indexed_shards(here, settings, key="evaluate.bank", urls=settings.evaluate.bank)
 
 
-def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str]) -> Said:
+def _indexed_shards(
+    here: Here, settings: Config, *, key: str, urls: str | list[str], mapped: bool = False
+) -> Said:
     section = settings.data
     paths = shards.expand(urls, section.root)
-    sizes, missing, damaged = _indices(paths, section.cache_dir)
+    sizes, missing, damaged = _indices(section, paths, mapped=mapped)
     for problem in damaged[:MOST_SHOWN]:
         yield FAIL, f"{key}: {problem}"
     if missing:
@@ -153,36 +180,101 @@ def _indexed_shards(here: Here, settings: Config, key: str, urls: str | list[str
         yield WARN, f"{what}: the first start builds them", f"indistill shards index {shlex.join(words)}"
     complete = len(sizes) == len(paths)
     if key == "data.train":
-        check_accumulation(section, here.world, settings.grad_accumulation, settings.kd.mixing)
-        known_sizes = sizes if complete else [2**40]  # more than any batch needs
-        order = sample_order(section, settings.seed, known_sizes, settings.kd.mixing)
-        order.check(section.global_batch, here.world)
-        if complete:
-            ImageSizes.of(settings, order.steps_per_epoch(section.global_batch))
+        _check_order(here, settings, sizes if complete else None)
     if not damaged:
         what = f"{len(paths)} {counted_word('shard', paths)}"
         if complete:
             what += f", {sum(sizes):,} samples"
-        elif sizes:
+        else:
             what += f", {len(sizes)} of them checked"
         yield OK, f"{key}: {what}"
 
 
-def _indices(paths: Sequence[str], directory: str | None) -> tuple[list[int], list[str], list[str]]:
-    """Check as many local shards as time allows: their sizes, the shards without index, and the problems."""
+def _check_order(here: Here, settings: Config, sizes: Sequence[int] | None) -> None:
+    """Raise UserError for batches and durations that a run refuses.
+
+    `sizes` has the samples of each shard; None if they are not known. A warm-up's durations are checked only
+    if its pairs are listed.
+    """
+    section, warmup = settings.data, settings.warmup
+    check_accumulation(section, here.world, settings.grad_accumulation, settings.kd.mixing)
+    known_sizes = sizes or [2**40]  # more than any batch needs
+    order = sample_order(section, settings.seed, known_sizes, settings.kd.mixing)
+    order.check(section.global_batch, here.world)
+    if warmup is not None and warmup.pairs == "auto":
+        settings, warmup = settings.model_copy(update={"warmup": None}), None
+    if sizes:
+        steps_per_epoch = order.steps_per_epoch(section.global_batch)
+        Timetable.of(settings, steps_per_epoch, pairs=0 if warmup is None else len(warmup.pairs))
+        ImageSizes.of(settings, steps_per_epoch)
+
+
+def _indices(
+    section: config.Data, paths: Sequence[str], *, mapped: bool
+) -> tuple[list[int], list[str], list[str]]:
+    """Check as many shards as time allows, as a run does when it opens them; nothing is saved.
+
+    Returns their sizes, the shards without index, and the problems. A remote shard without index is not
+    fetched.
+    """
     sizes, missing, damaged = [], [], []
-    end = time.monotonic() + 2 * LOOK_SECONDS
-    for path in np.random.permutation(paths).tolist():  # the checked ones are a random sample
-        if remote.is_remote(path) or time.monotonic() > end:
+    with tempfile.TemporaryDirectory(prefix=".indistill-doctor-") as directory:
+        for path in _while_time_lasts(paths):
+            files = index_files(path, section.cache_dir)
+            known = any(map(os.path.exists, files))
+            try:
+                if not remote.is_remote(path):
+                    if not known:
+                        missing.append(path)
+                        if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
+                            continue
+                    index = load_index(path, section.cache_dir, save=False)
+                elif known:
+                    index = parse_index(files[0])
+                elif (fetched := _remote_index(section, path, directory)) is not None:
+                    index = fetched
+                else:
+                    continue
+                check_shard(section, path, index, mapped=mapped)
+                sizes.append(len(index.keys))
+            except UserError as error:
+                damaged.append(str(error))
+    return sizes, sorted(missing), sorted(damaged)
+
+
+def _remote_index(section: config.Data, path: str, directory: str) -> Index | None:
+    """The index beside a remote shard, if there is one."""
+    cache = remote.cache_for([path], section.cache_dir and directory)
+    if cache is None or path.startswith("pipe:"):
+        return None
+    return cache.fetch_index(path, index_files(path, directory)[0], parse_index)
+
+
+def _while_time_lasts(paths: Sequence[str]) -> Iterator[str]:
+    """Yield the shards in random order for a while, so that those that are checked are a random sample."""
+    end = time.monotonic() + SHARDS_SECONDS
+    for path in np.random.permutation(paths).tolist():
+        if time.monotonic() > end:
+            return
+        yield path
+
+
+def _streamed(section: config.Data, paths: Sequence[str]) -> tuple[int, list[str]]:
+    """Read as many local shards as time allows, as a run streams them.
+
+    Returns their number, and the problems.
+    """
+    checked, damaged = 0, []
+    for path in _while_time_lasts([path for path in paths if not remote.is_remote(path)]):
+        if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
             continue
-        if not any(map(os.path.exists, index_files(path, directory))):
-            missing.append(path)
-            continue
+        checked += 1
         try:
-            sizes.append(len(load_index(path, directory).keys))
+            for _ in read_shard(path, section.num_classes, Others(), load=False):
+                pass
         except UserError as error:
             damaged.append(str(error))
-    return sizes, sorted(missing), sorted(damaged)
+    return checked, sorted(damaged)
 
 
 def class_lists(here: Here) -> Said:
@@ -204,10 +296,14 @@ def class_lists(here: Here) -> Said:
             )
             continue
         what = f"data.train has {len(names.names)} class names"
-        if section.eval is not None and class_names.beside(section.eval, section.root):
-            what += ", data.eval has the same"
-        elif section.eval is not None:
-            what += f", data.eval has none ({class_names.RECORD}) to compare them with"
+        for name, one in section.eval_sets.items():
+            key = eval_key(name)
+            if one.label_map is not None:
+                what += f", {key} has a label map"
+            elif class_names.beside(one.shards, section.root):
+                what += f", {key} has the same"
+            else:
+                what += f", {key} has none ({class_names.RECORD}) to compare them with"
         if len(names.names) != section.num_classes:
             yield WARN, what, f"set data.num_classes, which is {section.num_classes}, to their number"
         else:
@@ -220,7 +316,7 @@ def _check_other_lists(settings: Config, names: class_names.Names | None) -> Non
     teacher = settings.teacher
     if settings.targets.source == "cached" and os.path.exists(f"{root}/manifest.json"):
         check_classes(root, load_manifest(root), names)
-    elif teacher is not None and teacher.checkpoint:
+    elif teacher is not None and teacher.checkpoint and teacher.num_classes != 0:
         class_names.check_weights(class_names.of_weights(teacher.checkpoint), settings.data, "teacher")
 
 
@@ -230,31 +326,49 @@ def evaluation_images(here: Here) -> Said:
         return
     for settings in here.by_data:
         section = settings.data
-        if section.eval is None:
-            continue
         training = _with_index(section, section.train)
-        evaluation = _with_index(section, section.eval)
-        if training is None or evaluation is None:
-            limit = f"less than {MOST_INDEX_BYTES / 1e9:g} GB of indices"
-            yield OK, f"not compared with the training images, which needs local shards with {limit}"
-            continue
-        if any(one.evaluate.retrieval for one in here.settings if one.data == section):
-            try:
-                check_retrieval(training, evaluation)
-            except UserError as error:
-                yield FAIL, str(error)
-        found = overlap.find(training, evaluation, OVERLAP_SECONDS)
-        compared = f"{found.looked_at:,} images"
-        if found.looked_at < len(evaluation):
-            compared += f", a random sample of {len(evaluation):,}"
-        if found.compared < 1:
-            compared += f", compared with {found.compared:.0%} of the training images"
-        if found.shared:
-            what = f"data.eval: {found.shared:,} of {compared}, are in data.train too, byte for byte"
-            remedy = "their scores say nothing about new images: remove them from one set, and pack it again"
-            yield WARN, what, remedy
-        else:
-            yield OK, f"data.eval: of {compared}, none is in data.train"
+        for name, one in section.eval_sets.items():
+            key = eval_key(name)
+            yield from _overlap(key, training, _with_index(section, one.shards))
+    yield from dict.fromkeys(item for settings in here.settings for item in _bank(settings))
+
+
+def _overlap(key: str, training: shards.ShardSet | None, evaluation: shards.ShardSet | None) -> Said:
+    """Search the training images for those of one evaluation set."""
+    if training is None or evaluation is None:
+        limit = f"less than {MOST_INDEX_BYTES / 1e9:g} GB of indices"
+        named = "" if key == "data.eval" else f"{key}: "
+        yield OK, f"{named}not compared with the training images, which needs local shards with {limit}"
+        return
+    found = overlap.find(training, evaluation, OVERLAP_SECONDS)
+    compared = f"{found.looked_at:,} images"
+    if found.looked_at < len(evaluation):
+        compared += f", a random sample of {len(evaluation):,}"
+    if found.compared < 1:
+        compared += f", compared with {found.compared:.0%} of the training images"
+    if found.shared:
+        what = f"{key}: {found.shared:,} of {compared}, are in data.train too, byte for byte"
+        remedy = "their scores say nothing about new images: remove them from one set, and pack it again"
+        yield WARN, what, remedy
+    else:
+        yield OK, f"{key}: of {compared}, none is in data.train"
+
+
+def _bank(settings: Config) -> Said:
+    """Check the label maps, and what k-NN, linear probe and retrieval need, as a run does before its first
+    step.
+    """
+    section = settings.data
+    urls = [one.shards for one in section.eval_sets.values()]
+    bank = settings.evaluate.bank or section.train if settings.evaluate.on_bank else None
+    if any(_with_index(section, one) is None for one in [*urls, *([] if bank is None else [bank])]):
+        return  # reported by data_shards, or too much to read
+    try:
+        sets = {name: eval_shards(section, name) for name in section.eval_sets}
+        if bank is not None:
+            check_bank(settings, bank_shards(settings), sets)
+    except UserError as error:
+        yield FAIL, str(error)
 
 
 def _with_index(section: config.Data, urls: str | list[str]) -> shards.ShardSet | None:

@@ -19,17 +19,17 @@ from indistill.prune import PairPlan, Plan
 _USE = {
     "timm": """import timm
 {register}
-net = timm.create_model("local-dir:FOLDER", pretrained=True).eval()    # or "hf-hub:YOU/NAME" once pushed
+net = timm.create_model("local-dir:FOLDER", pretrained=True{bare}).eval()    # or hf-hub:YOU/NAME once pushed
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
-logits = net(transform(image).unsqueeze(0))    # image: PIL, RGB""",
+{output} = net(transform(image).unsqueeze(0))    # image: PIL, RGB""",
     "onnx": """import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-logits = session.run(["logits"], {{"images": images}})[0]    # images: uint8 [batch, 3, {size}, {size}]""",
+{output} = session.run(["{output}"], {{"images": images}})[0]  # images: uint8 [batch, 3, {size}, {size}]""",
     "torch": """import torch
 
 program = torch.export.load("FOLDER/model.pt2").module()    # a program: load only files that you trust
-logits = program(images)    # images: uint8 [batch, 3, {size}, {size}]""",
+{output} = program(images)  # images: uint8 [batch, 3, {size}, {size}]""",
 }
 # By crop_mode.
 _RESIZED = {"center": "The shorter side is", "squash": "Each side is", "border": "The longer side is"}
@@ -46,19 +46,20 @@ def card(source: Source, network: Network, *, form: str, command: str, checked: 
     settings = source.settings
     net: Any = network.net  # nn.Module does not declare timm's attributes
     architecture: str = net.pretrained_cfg["architecture"]
-    tags = ["image-classification", "knowledge-distillation", "indistill"]
+    task = "image-classification" if net.num_classes else "image-feature-extraction"
+    tags = [task, "knowledge-distillation", "indistill"]
     if form == "timm":
         tags.append("timm")
-    front = {"library_name": _LIBRARY[form], "pipeline_tag": "image-classification", "tags": tags}
+    front = {"library_name": _LIBRARY[form], "pipeline_tag": task, "tags": tags}
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {architecture}, a distilled student",
         _weights(source, net),
-        f"```python\n{_usage(form, architecture, settings.data.full_size)}\n```",
+        f"```python\n{_usage(form, net, settings.data.full_size)}\n```",
         f"**Input.** {_input(source, network, form)}",
         f"**Teacher.** {_teacher(settings)}",
         f"**Method.** {_method(source)}",
-        f"**Data.** Trained on `{settings.data.train}`, evaluated on `{settings.data.eval}`.",
+        f"**Data.** Trained on `{settings.data.train}`, evaluated on {_evaluated_on(settings)}.",
         f"**Metrics.** {_metrics(source)}",
         f"**Exported by** `{command}`. {checked} Trained by `indistill train config.yaml run_dir=RUN "
         "data.root=SHARDS`, where config.yaml is",
@@ -67,13 +68,22 @@ def card(source: Source, network: Network, *, form: str, command: str, checked: 
     return "\n\n".join(lines) + "\n"
 
 
+def _evaluated_on(settings: Config) -> str:
+    """The evaluation sets, in the order of their scores."""
+    data = settings.data
+    if not isinstance(data.eval, dict):
+        return f"`{data.eval}`"
+    return ", ".join(f"{name}: `{one.shards}`" for name, one in data.eval.items())
+
+
 def _weights(source: Source, net: Any) -> str:
     parameters = sum(parameter.numel() for parameter in net.parameters())
     weights = "as trained"
     if source.weights == "ema" and source.settings.ema is not None:
         weights = f"moving average (decay {source.settings.ema.decay})"
     training = "of training." if source.finished else "of a run that had not finished."
-    text = f"{parameters:,} parameters, {net.num_classes} classes. "
+    classes = f"{net.num_classes} classes" if net.num_classes else "without a classifier"
+    text = f"{parameters:,} parameters, {classes}. "
     text += f"Weights: {weights}, after {source.step:,} steps {training}"
     if source.student.pretrained or source.student.checkpoint:
         text += f" Training started {_initial_weights(source.student)}."
@@ -90,12 +100,13 @@ def _initial_weights(section: Model) -> str:
     return "with random weights"
 
 
-def _usage(form: str, architecture: str, image_size: int) -> str:
+def _usage(form: str, net: Any, image_size: int) -> str:
     """Python code that loads and runs the export."""
-    register = ""
+    architecture, register = net.pretrained_cfg["architecture"], ""
     if timm.model_entrypoint(architecture).__module__ == cnn32.__name__:
         register = "import indistill.models    # registers the network with timm\n"
-    return _USE[form].format(register=register, size=image_size)
+    bare, output = ("", "logits") if net.num_classes else (", num_classes=0", "embeddings")
+    return _USE[form].format(register=register, size=image_size, bare=bare, output=output)
 
 
 def _input(source: Source, network: Network, form: str) -> str:
@@ -162,4 +173,7 @@ def recipe(settings: Config) -> str:
             tree[section][key] = Path(tree[section][key]).name
         if section in tree:
             tree[section]["name"] = _public_name(tree[section]["name"])
+    for one in settings.data.eval_sets:
+        if one and (path := tree["data"]["eval"][one].get("label_map")):
+            tree["data"]["eval"][one]["label_map"] = Path(path).name
     return yaml.safe_dump(tree, sort_keys=False)

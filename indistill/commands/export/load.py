@@ -33,16 +33,17 @@ class Program(nn.Module):
     It runs on the CPU and in float32, whatever the run's precision.
     """
 
-    with_logits = True
-
-    def __init__(self, run: Callable[[Tensor], Tensor], classes: list[str] | None = None) -> None:
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], classes: list[str] | None = None, *, with_logits: bool = True
+    ) -> None:
         super().__init__()
-        self.run, self.classes = run, classes
+        self.run, self.classes, self.with_logits = run, classes, with_logits
 
     def forward(self, images: Tensor) -> Output:
-        """Compute the logits [B, K] of uint8 images [B, 3, S, S]."""
+        """Compute the logits [B, K], or without a classifier the embeddings, of uint8 images [B, 3, S, S]."""
         with torch.autocast(images.device.type, enabled=False):
-            return Output((), None, self.run(images.cpu()).to(images.device))
+            output = self.run(images.cpu()).to(images.device)
+        return Output((), None, output) if self.with_logits else Output((), output)
 
 
 def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalView]:
@@ -81,8 +82,8 @@ def load_for_eval(settings: Config, what: str) -> tuple[Network | Program, EvalV
         path = weights
     names = class_names.of_weights(path)
     class_names.check_weights(names, settings.data, "eval")
-    # Without names of their own the weights have those of data.train, which retrieval searches.
-    if names is None or settings.evaluate.retrieval:
+    # Without names of their own the weights have those of data.train, with which retrieval compares.
+    if names is None or settings.evaluate.on_bank:
         class_names.check(settings.data)
     return load_file(settings, path), evaluation_view(settings)
 
@@ -110,7 +111,7 @@ def _what_there_is(folder: Path) -> str:
 
 def _check_classes(network: Network | Program, what: str, settings: Config) -> None:
     """Raise UserError if an export, or a timm model with class names, has other classes than the data."""
-    if settings.evaluate.retrieval:
+    if settings.evaluate.on_bank:
         class_names.check(settings.data)
     if isinstance(network, Program):
         names = class_names.Names(what, network.classes) if network.classes else None
@@ -140,7 +141,7 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
     if onnx:
         need_onnx()
     try:
-        run, classes = (_run_onnx if onnx else _run_torch)(folder)
+        run, record = (_run_onnx if onnx else _run_torch)(folder)
     except Exception as error:  # each library raises its own types
         reason = in_one_line(error, 200)
         raise UserError(
@@ -148,22 +149,23 @@ def load_folder(folder: Path, settings: Config) -> Network | Program:
         ) from None
     size = settings.data.full_size
     try:
-        classes_found = run(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
+        outputs = run(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
     except Exception:
         raise UserError(
             f"{folder}: was exported for images of another size than data.image_size ({size}): set it to "
             "that size"
         ) from None
-    if classes_found != settings.data.num_classes:
+    with_logits = record.num_classes != 0
+    if with_logits and outputs != settings.data.num_classes:
         raise UserError(
-            f"{folder}: has {classes_found} classes, data.num_classes is {settings.data.num_classes}: "
+            f"{folder}: has {outputs} classes, data.num_classes is {settings.data.num_classes}: "
             "evaluate it on data with its classes"
         )
-    return Program(run, classes)
+    return Program(run, record.classes, with_logits=with_logits)
 
 
-def _run_onnx(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | None]:
-    """Load an ONNX export; returns a function from images to logits, and the class names."""
+def _run_onnx(folder: Path) -> tuple[Callable[[Tensor], Tensor], PretrainedConfig]:
+    """Load an ONNX export; returns a function from images to its output, and its metadata."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -171,17 +173,17 @@ def _run_onnx(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | Non
     session = onnxruntime.InferenceSession(
         folder / FILES["onnx"], options, providers=["CPUExecutionProvider"]
     )
-    classes = _onnx_record(session).classes
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), classes
+    record = _onnx_record(session)
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), record
 
 
-def _run_torch(folder: Path) -> tuple[Callable[[Tensor], Tensor], list[str] | None]:
-    """Load a torch.export file; returns a function from images to logits, and the class names."""
+def _run_torch(folder: Path) -> tuple[Callable[[Tensor], Tensor], PretrainedConfig]:
+    """Load a torch.export file; returns a function from images to its output, and its metadata."""
     metadata = {"metadata.json": ""}
     program = torch.export.load(folder / FILES["torch"], extra_files=metadata).module()
-    classes = PretrainedConfig.model_validate(json.loads(metadata["metadata.json"])).classes
+    record = PretrainedConfig.model_validate(json.loads(metadata["metadata.json"]))
     # A function: Program would register a module as its child, and this one refuses eval().
-    return lambda images: program(images), classes
+    return lambda images: program(images), record
 
 
 def _named(name: str) -> config.Model:

@@ -107,5 +107,7 @@ def find_preprocessing(network: Network, source: Source) -> dict[str, Any]:
 def find_class_names(source: Source) -> list[str] | None:
     """The class name of each output, from the run or else from its training shards; None if unknown."""
     section = source.settings.data
+    if source.student.num_classes == 0:
+        return None
     names = class_names.of_weights(source.file) or class_names.of_training(section)
     return names.names if names and len(names.names) == section.num_classes else None

@@ -29,9 +29,8 @@ from indistill.commands.export.source import Source, find, find_class_names, fin
 from indistill.config import Config, UserError, in_one_line, printable
 from indistill.config.ranks import Ranks
 from indistill.data.batch import Request
-from indistill.data.dataset import ImageDataset, open_shards
+from indistill.data.training import open_eval_set
 from indistill.models.network import Network
-from indistill.models.views import evaluation_view
 
 TOLERANCE = 1e-4  # relative to the largest logit: float32 sums in another order
 _CHECKED_IMAGES = 16
@@ -50,7 +49,8 @@ def export(
     """Write a run's student to the folder `destination`, which is created; returns what was exported.
 
     form: timm (`model.safetensors` and `config.json`), onnx or torch; the last two are programs from uint8
-        images [B, 3, S, S] to logits [B, K] that normalise their input, for any B.
+        images [B, 3, S, S] to logits [B, K], or without a classifier to embeddings [B, D], that normalise
+        their input, for any B.
     weights: ema, the moving average, or raw; None: the average if the run has one.
     step: the name of a checkpoint; None: the end of the run, or the newest checkpoint of an unfinished one.
 
@@ -113,20 +113,21 @@ def _write_checked(folder: Path, source: Source, form: str, command: str) -> str
     _write(form, network, source, folder)
     exported = load_folder(folder, source.settings).eval()
     difference = _check(network, exported, images, exact=form == "timm")
-    checked = f"On {len(images)} {origin} its logits are within {difference:.1e} of the run's."
+    checked = f"On {len(images)} {origin} its {_output(network)} are within {difference:.1e} of the run's."
     text = printable(card(source, network, form=form, command=command, checked=checked), lines=True)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return checked
 
 
 def _images(settings: Config) -> tuple[Tensor, str]:
-    """Images uint8 [B, 3, S, S] for the comparison, evenly spaced over data.eval, and their description."""
+    """Images uint8 [B, 3, S, S] for the comparison, evenly spaced over the first set of data.eval, and what
+    they are.
+    """
     section = settings.data.model_copy(update={"in_memory": False})
     try:
         if section.eval is None:
             raise UserError("data.eval is not set")
-        shards = open_shards(section, section.eval)
-        dataset = ImageDataset(shards, section, seed=settings.seed, view=evaluation_view(settings))
+        dataset = open_eval_set(settings.model_copy(update={"data": section}))
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:
@@ -141,22 +142,31 @@ def _images(settings: Config) -> tuple[Tensor, str]:
 
 @torch.no_grad()
 def _check(network: Network, exported: nn.Module, images: Tensor, exact: bool) -> float:
-    """The largest difference of a logit, on batches of two sizes. Raises UserError if it is too large."""
+    """The largest difference of an output, on batches of two sizes. Raises UserError if it is too large."""
     largest = 0.0
     for batch in (images[:1], images[1:]):
-        ours = network(batch).logits  # [B, K]
-        theirs = exported(batch).logits  # [B, K]
+        ours, theirs = (  # logits [B, K], or embeddings [B, D]
+            output.embedding if output.logits is None else output.logits
+            for output in (network(batch), exported(batch))
+        )
         difference = (ours - theirs).abs().max().item()
         limit = 0.0 if exact else TOLERANCE * ours.abs().max().item()
         if ours.shape != theirs.shape or not difference <= limit:
-            raise UserError(f"nothing exported: a logit would differ from the run's by {difference:.1e}")
+            raise UserError(
+                f"nothing exported: its {_output(network)} would differ from the run's by {difference:.1e}"
+            )
         largest = max(largest, difference)
     return largest
 
 
+def _output(network: Network) -> str:
+    """What the exported network gives, by its name in programs."""
+    return "logits" if network.net.num_classes else "embeddings"
+
+
 # --- the formats --------------------------------------------------------------------------------------------
 class _Deployed(nn.Module):
-    """The program in onnx and torch files, from uint8 images [B, 3, S, S] to logits [B, K]."""
+    """The program in onnx and torch files, from uint8 images [B, 3, S, S] to logits [B, K] or embeddings."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -221,7 +231,7 @@ def _write_onnx(network: Network, source: Source, folder: Path) -> None:
             dynamo=True,
             dynamic_shapes=dynamic,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=[_output(network)],
             verbose=False,
         )
     assert program is not None  # as documented for dynamo=True
@@ -245,7 +255,7 @@ def _metadata(network: Network, source: Source) -> dict[str, Any]:
     return {
         "input": "images: uint8 RGB [batch, 3, image_size, image_size], resized and cropped; "
         "normalised inside",
-        "output": "logits: float32 [batch, num_classes]",
+        "output": f"{_output(network)}: float32 [batch, {'num_classes' if net.num_classes else 'width'}]",
         "num_classes": net.num_classes,
         "classes": find_class_names(source),
         **find_preprocessing(network, source),

@@ -35,12 +35,14 @@ from indistill.models.network import Network
 from indistill.models.stages import find_stages
 from indistill.models.timm_model import NoWeights
 from indistill.models.trainable import Trainable
+from indistill.models.views import without_weights
 from indistill.targets.cost import SEEN, Choice, Work, decide, measure, phase_steps, record_bytes
 from indistill.targets.live import LiveTargets
 from indistill.targets.records import sized
 from indistill.training import optim, parts
 
 NODES = (1, 2, 8, 64)
+_LONGEST = "warmup.curriculum: auto: the durations of the warm-up are the longest it can take"
 
 
 def of_chain(
@@ -75,15 +77,13 @@ def of_run(
     built = _build(settings, earlier or {})
     timetable = Timetable.of(settings, steps_per_epoch, pairs=len(built.plan.pairs))
     costs = _Costs.measured(settings, built, timetable, world)
-    pairs = _pairs(settings, built)
+    last = [*costs.works][-1]
     optimizer = optim.create(built.student, settings.optimizer)
     optim.PhaseOptim(optimizer, settings, timetable)  # raises UserError as in training
     state = state_bytes(optimizer)
 
-    notes = built.notes
     if timetable.curriculum.order == "auto":
-        notes = [*notes, "warmup.curriculum: auto: the durations of the warm-up are the longest it can take"]
-    *_, last = costs.works
+        built.notes.append(_LONGEST)
     return Estimate(
         machine=settings.machine.model_dump(),
         world=world,
@@ -93,16 +93,22 @@ def of_run(
         micro_batch=costs.micro_batch,
         precision=settings.mixed_precision,
         teacher_parameters=sum(p.numel() for p in built.teacher.parameters()) if built.teacher else 0,
+        teacher_image_size=_own_size(settings, built.teacher),
         student_parameters=sum(p.numel() for p in built.student.parameters()),
         targets=settings.targets.model_dump(),
         views=settings.data.augment.views,
-        notes=notes,
-        pairs=pairs,
+        notes=built.notes,
+        pairs=_pairs(settings, built),
         phases=[costs.of_phase(phase) for phase in costs.works],
         memory={engine: costs.memory(engine, state) for engine in ENGINES},
         network_bytes={engine: sum(costs.sent(last, engine, world).values()) for engine in ENGINES},
         scaling=[costs.on_nodes(nodes) for nodes in NODES],
     )
+
+
+def _own_size(settings: Config, teacher: Network | None) -> int | None:
+    size = teacher.image_size if teacher else None
+    return None if size == settings.data.full_size else size
 
 
 # --- costs --------------------------------------------------------------------------------------------------
@@ -295,7 +301,8 @@ def _build(settings: Config, earlier: Mapping[str, Config]) -> _Built:
                 student, targets_of, plan = parts.networks(accelerator, settings, files=RunDir(Path(folder)))
                 break
             except NoWeights as error:
-                section = getattr(settings, error.role).model_copy(update={"pretrained": False})
+                section = getattr(settings, error.role)
+                section = section.model_copy(update=without_weights(section, error.role))
                 settings = settings.model_copy(update={error.role: section})
                 notes.append(f"without pretrained weights, by architecture alone: {error}")
                 if error.role == "teacher" and settings.warmup:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from indistill import config
 from indistill.config import Config
+from indistill.models.network import Network
 from indistill.targets.cost import Work
 
 ENGINES = ("ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3")
@@ -37,7 +38,7 @@ def memory(
     settings: Config,
     student: nn.Module,
     *,
-    teacher: nn.Module | None,
+    teacher: Network | None,
     state: int,
     works: Sequence[Work],
     engine: str,
@@ -55,13 +56,14 @@ def memory(
     def share(size: int, from_stage: int) -> int:
         return math.ceil(size / world) if stage >= from_stage else size
 
-    inputs = 1 if teacher is None else 2  # one normalised copy for each network
+    pixels = math.prod(config.input_size(settings))
+    of_teacher = 0 if teacher is None else math.prod(teacher.input_size(settings.data.full_size))
     sizes = {
         "weights": share(parameters, 3),
         "gradients": share(trained, 2),
         "optimizer state": share(state, 1),
-        "activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works),
-        "images": micro_batch * math.prod(config.input_size(settings)) * (1 + FLOAT * inputs),  # 1: uint8
+        **_activations(works, micro_batch),
+        "images": micro_batch * (pixels + FLOAT * (pixels + of_teacher)),  # uint8, and a normalised copy each
     }
     if teacher is not None:
         sizes["teacher"] = _teacher_bytes(settings, teacher, world)
@@ -71,6 +73,14 @@ def memory(
         sizes["ZeRO's own part of the weights"] = share(trained, 1)
         sizes["ZeRO's buckets"] = _zero_buckets(settings, stage, trained)
         sizes["whole copy for checkpoints"] = parameters
+    return sizes
+
+
+def _activations(works: Sequence[Work], micro_batch: int) -> dict[str, int]:
+    """Return the bytes kept for the backward pass and, with grad_checkpointing, what this computes again."""
+    sizes = {"activations": max(micro_batch * work.activation_bytes + work.batch_bytes for work in works)}
+    if again := max(work.recomputed_bytes for work in works):
+        sizes["largest block, computed again"] = micro_batch * again
     return sizes
 
 

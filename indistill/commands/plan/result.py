@@ -65,6 +65,9 @@ class Estimate:
     micro_batch: int  # per rank and accumulation step
     precision: str
     teacher_parameters: int
+    teacher_image_size: (
+        int | None
+    )  # side of the teacher's input in pixels, if it is another than the student's
     student_parameters: int
     targets: dict[str, Any]  # the config's section
     views: int | None
@@ -97,6 +100,8 @@ def _overview(estimate: Estimate) -> str:
     teacher = "no teacher"
     if estimate.teacher_parameters:
         teacher = f"teacher {estimate.teacher_parameters / 1e6:.2f} M"
+        if estimate.teacher_image_size:
+            teacher += f" at {estimate.teacher_image_size} px"
     return (
         f"{processes}, {estimate.steps_per_epoch:,} steps per epoch of {estimate.samples:,} images, "
         f"{estimate.global_batch:,} images per step, {estimate.micro_batch} per process and micro-batch\n"

@@ -13,6 +13,8 @@ from indistill.commands.report.charts import Chart, Series, number
 from indistill.commands.report.markup import Page, duration, percent
 from indistill.commands.report.read import STATES, Run
 from indistill.commands.report.results import Row, result_rows, teacher_over_student
+from indistill.config import metric_names
+from indistill.config.metric_names import eval_key
 
 
 def add_comparison(page: Page, runs: Sequence[Run]) -> None:
@@ -27,11 +29,23 @@ def add_comparison(page: Page, runs: Sequence[Run]) -> None:
 
     page.draw([
         overlaid("Loss", "sum of each run's losses", "loss", may_be_log=True),
-        overlaid("Top-1", "% of data.eval", "top1", percent=True),
+        *(overlaid(*_title(key), key, percent=True) for key in _accuracies(runs)),
         overlaid("Divergence of the information flow", "", "information_flow_divergence", may_be_log=True),
         overlaid("Throughput", "images/s, all processes", "images_per_second", from_zero=True),
     ])  # fmt: skip
     page.add("<h2>Differences between the configs</h2>", *_differences(runs))
+
+
+def _accuracies(runs: Sequence[Run]) -> list[str]:
+    """Return the names of the top-1 of all evaluation sets in the logs."""
+    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
+    return [key for key in keys if metric_names.split(key)[1] in ("top1", "knn_top1")]
+
+
+def _title(key: str) -> tuple[str, str]:
+    """Return title and unit of the chart of an accuracy."""
+    name, score = metric_names.split(key)
+    return {"top1": "Top-1", "knn_top1": "Top-1 of k-NN"}[score], f"% of {eval_key(name)}"
 
 
 def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
@@ -65,14 +79,22 @@ def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
     )
     row("images/s", lambda run, _: number(run.summary.get("images_per_second")))
     row("last loss", lambda run, _: number(next((line["loss"] for line in run.steps[::-1]), None)))
-    scores = dict.fromkeys(
-        key for run in runs for key in run.scores if key.startswith(("top", "map_", "precision_"))
-    )
-    for key in scores:
+    for key in _score_names(runs):
         row(f"{key} %", partial(_score, key))
     row("bad samples", lambda run, _: number(run.steps[-1].get("bad_samples", 0) if run.steps else 0))
     row("starts", lambda run, _: number(sum(line["event"] == "start" for line in run.history) or None))
     return rows
+
+
+def _score_names(runs: Sequence[Run]) -> list[str]:
+    """Return the names of all accuracies, and of the scores of retrieval."""
+    keys = dict.fromkeys(key for run in runs for key in run.scores)
+    retrieval = ("map_", "precision_")
+    return [
+        key
+        for key in keys
+        if metric_names.is_accuracy(key) or metric_names.split(key)[1].startswith(retrieval)
+    ]
 
 
 def _score(key: str, run: Run, _: dict[str, Row]) -> str:

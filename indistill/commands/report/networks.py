@@ -58,8 +58,11 @@ def _or_reason(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _create(section: config.Model, data: config.Data) -> TimmModel:
     """Create the timm model of a section, without its weights."""
     from indistill.models.timm_model import build, timm_model  # `models` registers the small networks
+    from indistill.models.views import without_weights
 
-    return timm_model(build(section, {"num_classes": data.num_classes, **section.kwargs}, "network").eval())
+    bare = without_weights(section, "network").get("num_classes", section.num_classes)
+    classes = data.num_classes if bare is None else bare
+    return timm_model(build(section, {"num_classes": classes, **section.kwargs}, "network").eval())
 
 
 def size(section: config.Model, data: config.Data) -> dict[str, int]:
@@ -67,10 +70,13 @@ def size(section: config.Model, data: config.Data) -> dict[str, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from indistill.models.timm_model import fit_input
+
     with torch.device("meta"), torch.no_grad():
         net = _create(section, data)
+        side = fit_input(net, section, data.full_size)
         with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, 3, data.full_size, data.full_size))
+            net(torch.empty(1, 3, side, side))
     return {"parameters": sum(p.numel() for p in net.parameters()), "flops": counter.get_total_flops()}
 
 
@@ -84,16 +90,17 @@ def speed(sections: Mapping[str, config.Model], settings: Config) -> dict[str, A
 
     from indistill.distributed import engine
     from indistill.models.network import DTYPES, Network
-    from indistill.models.timm_model import timm_model
+    from indistill.models.timm_model import fit_input
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = settings.mixed_precision if device.type == "cuda" else "no"
     half = (0.5, 0.5, 0.5)
     with torch.random.fork_rng():
-        nets = {
-            role: Network(timm_model(_create(section, settings.data)), (half, half))
-            for role, section in sections.items()
-        }
+        nets = {}
+        for role, section in sections.items():
+            net = _create(section, settings.data)
+            own_side = fit_input(net, section, settings.data.full_size)
+            nets[role] = Network(net, (half, half), image_size=own_side)
     nets = {role: net.to(device).eval() for role, net in nets.items()}
     batch = _BATCH[device.type]
     side = settings.data.full_size

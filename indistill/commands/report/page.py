@@ -23,9 +23,10 @@ from indistill.commands.report.markup import Page, duration, finite, moment, per
 from indistill.commands.report.networks import networks
 from indistill.commands.report.read import STATES, Run, read, run_dirs, short_names
 from indistill.commands.report.results import Row, result_rows, results_table, teacher_over_student
-from indistill.config import Config, UserError, in_one_line, printable, records
+from indistill.config import Config, UserError, in_one_line, metric_names, printable, records
 from indistill.config.destinations import check_kind
 from indistill.config.files import replace_text
+from indistill.config.metric_names import eval_key
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
 from indistill.training.callbacks import Callback, TrainingRun
@@ -172,9 +173,11 @@ def _trained(settings: Config) -> str:
 
 def _cards(run: Run, rows: Sequence[Row]) -> str:
     cards = []
-    if (top1 := run.scores.get("top1")) is not None:
+    if (top1 := metric_names.first(run.scores, "top1")) is not None:
         label = "top-1 of the deepest head" if run.settings.stage == "heads" else "top-1 of the student"
         cards.append((percent(top1), label))
+    elif (neighbours := metric_names.first(run.scores, "knn_top1")) is not None:
+        cards.append((percent(neighbours), "top-1 of k-NN on the student's embeddings"))
     of_teacher = next((row.top1 for row in rows if row.role == "teacher"), None)
     if top1 is not None and of_teacher is not None:
         cards.append((f"{100 * (top1 - of_teacher):+.2f}", "points compared with the teacher"))
@@ -221,7 +224,7 @@ def _losses(run: Run, bands: Sequence[Band]) -> Chart:
 
 
 def _accuracy(run: Run, bands: Sequence[Band]) -> Chart:
-    keys = sorted({key for line in run.lines for key in line if key.startswith("top")})
+    keys = sorted({key for line in run.lines for key in line if metric_names.is_accuracy(key)})
     return Chart(
         "Accuracy",
         "% of data.eval",
@@ -238,7 +241,8 @@ def _rate(run: Run, bands: Sequence[Band]) -> Chart:
 def _similarities(run: Run, bands: Sequence[Band]) -> list[Chart]:
     keys = dict.fromkeys(key for line in run.lines for key in line)
     layers = [key.removeprefix("cka_") for key in keys if key.startswith("cka_")]
-    samples = f"Computed on at most {run.settings.evaluate.similarity_samples} images of data.eval."
+    first = eval_key(next(iter(run.settings.data.eval_sets), ""))
+    samples = f"Computed on at most {run.settings.evaluate.similarity_samples} images of {first}."
     alignment = [Series(layer, run.points(f"cka_{layer}")) for layer in layers]
     divergence = [Series("divergence", run.points("information_flow_divergence"))]
     information = [Series(layer, run.points(f"information_student_{layer}")) for layer in layers]
@@ -339,7 +343,7 @@ def _checkpoints(run: Run) -> list[str]:
             one["name"],
             number(one["step"]),
             f"{one['bytes'] / 1e6:,.1f}",
-            percent(one["scores"].get("top1"), ""),
+            percent(metric_names.deciding(one["scores"]), ""),
         ]
         for one in run.checkpoints[-_MOST_NAMES:]
     ]

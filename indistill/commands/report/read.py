@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from indistill import config
 from indistill.commands.report import charts
-from indistill.config import Config, UserError, records
+from indistill.config import Config, UserError, metric_names, records
 from indistill.config.files import denied
 from indistill.config.limits import MAX_METRIC_NAMES, MAX_REPORTED_BYTES
 from indistill.config.run_dir import CheckpointDir, RunDir
@@ -58,7 +58,7 @@ class Run(NamedTuple):
         """The latest scores, as fractions of 1; those of the end of the run if it has ended."""
         latest: dict[str, float] = {}
         for line in self.lines:
-            latest |= {key: value for key, value in line.items() if key.startswith("top")}
+            latest |= {key: value for key, value in line.items() if metric_names.is_accuracy(key)}
         return latest | self.summary.get("metrics", {})
 
 

@@ -12,6 +12,7 @@ from indistill.commands.report import charts
 from indistill.commands.report.charts import number
 from indistill.commands.report.markup import percent
 from indistill.commands.report.read import Run, record
+from indistill.config import metric_names
 from indistill.config.records import Summary
 from indistill.config.run_dir import RunDir
 
@@ -56,8 +57,8 @@ def _row(run: Run, role: str, section: config.Model, scores: dict[str, float]) -
         parameters=counted.get("parameters"),
         flops=counted.get("flops"),
         seconds=run.networks.get("speed", {}).get("seconds", {}).get(role),
-        top1=scores.get("top1"),
-        map=scores.get("map_cosine"),
+        top1=metric_names.first(scores, "top1"),
+        map=metric_names.first(scores, "map_cosine"),
     )
 
 
@@ -85,13 +86,47 @@ def results_table(run: Run, rows: Sequence[Row]) -> list[str]:
         shown = [f"{ratio:.2f}×" if ratio else "–" for ratio in ratios]
         table.append(["teacher / student", "", "", *shown, ""])
     if run.settings.stage == "heads":
-        heads = {key: value for key, value in run.scores.items() if key.startswith("top1_head")}
-        table += [[key.removeprefix("top1_"), percent(value, ""), *"–––––"] for key, value in heads.items()]
+        heads = {key: value for key, value in run.scores.items() if "top1_head" in key}
+        table += [[key.replace("top1_", ""), percent(value, ""), *"–––––"] for key, value in heads.items()]
     return [
         "<h2>Results</h2>",
         charts.table(columns, table, "Results"),
+        *_backbone_table(run),
         f'<p class="note">{escape(" ".join(_notes(run, rows)))}</p>',
     ]
+
+
+_COLUMNS = {
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "knn_top1": "k-NN top-1 %",
+    "knn_top5": "k-NN top-5 %",
+    "probe_top1": "linear probe top-1 %",
+    "probe_top5": "linear probe top-5 %",
+    "map_cosine": "mAP %",
+}
+
+
+def _backbone_table(run: Run) -> list[str]:
+    """Return the table of the student's scores on each evaluation set, if it says more than the results."""
+    sets = dict.fromkeys(metric_names.split(key)[0] for key in run.scores)
+    of_set = {
+        name: {
+            score: run.scores[key]
+            for score in _COLUMNS
+            if (key := f"{name}/{score}".lstrip("/")) in run.scores
+        }
+        for name in sets
+    }
+    keys = [key for key in _COLUMNS if any(key in scores for scores in of_set.values())]
+    if not any(of_set) and not any(key.startswith(("knn_", "probe_")) for key in keys):
+        return []
+    rows = [
+        [name or "data.eval", *(percent(scores.get(key), "") for key in keys)]
+        for name, scores in of_set.items()
+        if scores
+    ]
+    return [charts.table(["evaluated on", *(_COLUMNS[key] for key in keys)], rows, "Evaluation sets")]
 
 
 def _cells(row: Row, batch: int | None) -> list[str]:
