@@ -324,5 +324,5 @@ def difference(old: Config, new: Config) -> str | None:
 
 
 def input_size(settings: Config) -> tuple[int, int, int]:
-    """Return the shape [C, H, W] of the student's input at its full size; the teacher's is resized from it."""
+    """Return the shape [C, H, W] of the student's input at full size; the teacher's is resized from it."""
     return (3, settings.data.full_size, settings.data.full_size)

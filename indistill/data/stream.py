@@ -222,11 +222,11 @@ class StreamedImages(IterableDataset):
         """The augmented view [S, S, 3] of a sample. Raises BadImage."""
         training, section = self.training, self.training.section
         view = augment.view_of(section, sample.epoch, 0)
+        parts = augment.draws_of(section.augment)
+        draws = augment.uniforms(training.seed, view, np.array([sample.number]), parts)[0]
         return augment.train_view(
             sample.image,
-            augment.uniforms(
-                training.seed, view, np.array([sample.number]), augment.draws_of(section.augment)
-            )[0],
+            draws,
             recipe=section.augment,
             size=size,
             where=where,

@@ -114,8 +114,9 @@ class Manifest(BaseModel):
         plan = self.pruning()
         of_stage = {f"stage{i}": stage["num_chs"] for i, stage in enumerate(self.teacher.feature_info)}
         widths = of_stage | {"embedding": self.teacher.head_hidden_size}
-        if "tokens" in self.fields:
-            widths["tokens"] = self.fields["tokens"].shape[0]  # which nothing else records
+        for name, field in self.fields.items():
+            if bare(name) == "tokens":
+                widths.setdefault("tokens", field.shape[0])  # which nothing else records
         for i, pair in enumerate(plan.pairs, start=1):
             widths[f"pair{i}"] = pair.teacher_width if pair.kept is None else len(pair.kept)
         classes = self.config.get("data.num_classes")

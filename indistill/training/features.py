@@ -23,6 +23,7 @@ from indistill.models.timm_model import TimmModel
 from indistill.targets import standards
 from indistill.targets.live import LiveTargets
 from indistill.targets.manifest import REMEDY, Manifest
+from indistill.targets.records import bare, size_of
 from indistill.targets.source import TargetSource
 from indistill.targets.stored import CachedTargets
 
@@ -57,8 +58,12 @@ def of_network(net: TimmModel, side: int, stages: Sequence[int], losses: Sequenc
 
 
 def of_manifest(manifest: Manifest, stages: Sequence[int]) -> Grids:
-    """The shapes of stored features; () for those that are not stored, which is found when they are read."""
-    fields = manifest.fields
+    """The shapes of stored features, of the largest images if these grow.
+
+    It is () for features that are not stored, which is found when they are read.
+    """
+    by_size = sorted(manifest.fields.items(), key=lambda item: size_of(item[0]) or 0)
+    fields = {bare(name): field for name, field in by_size}
     maps = [fields[f"stage{stage}"].shape if f"stage{stage}" in fields else () for stage in stages]
     return Grids(maps, fields["tokens"].shape if "tokens" in fields else None)
 

@@ -108,7 +108,7 @@ def of_run(
 
 def _own_size(settings: Config, teacher: Network | None) -> int | None:
     size = teacher.image_size if teacher else None
-    return None if size == settings.data.full_size else size
+    return None if size == settings.data.image_size else size
 
 
 # --- costs --------------------------------------------------------------------------------------------------
