@@ -176,6 +176,70 @@ def test_plan_counts_each_size(growing):
     assert "kd at 64 px" in str(found)
 
 
+# --- a teacher without a classifier, with an input size of its own ------------------------------------------
+
+
+FEATURES = [
+    {"name": "feature", "standardise": "phi_s", "distance": "mse"},
+    {"name": "feature", "on": "maps", "standardise": "channel", "distance": "smooth_l1"},
+    {"name": "feature", "on": "tokens", "standardise": "channel", "batches": 6},
+]
+
+
+@pytest.fixture(params=[48, 96], ids=["own size", "own size is the last"])
+def headless(growing: dict[str, Any], request: pytest.FixtureRequest) -> dict[str, Any]:
+    vit = {"patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 3, "dynamic_img_size": True}
+    growing["student"] = {"name": "test_vit", "num_classes": 0, "kwargs": vit | {"img_size": 96}}
+    growing["teacher"] = {"name": "test_vit2", "random": True, "num_classes": 0, "image_size": request.param}
+    growing["kd"] = {"losses": FEATURES, "pairs": [[0, 0], [1, 2]]}
+    growing["warmup"] = None
+    return growing
+
+
+def test_a_teacher_with_its_own_size_sees_no_other(headless, tmp_path, monkeypatch):
+    side = headless["teacher"]["image_size"]
+    seen: set[int] = set()
+    create = timm_model.create
+
+    def telling(section, classes, size, role):
+        net = create(section, classes, size, role)
+        if role == "teacher":
+            net.patch_embed.register_forward_pre_hook(lambda _, x: seen.add(x[0].shape[-1]))
+        return net
+
+    with monkeypatch.context() as patched:
+        patched.setattr(timm_model, "create", telling)
+        loop.train(config.parse(with_(headless, tmp_path / "live"), "test"))
+    assert seen == {side}
+    live = terms(tmp_path / "live")
+    assert len(live) == 15
+
+    train_until(with_(headless, tmp_path / "resumed"), 7)
+    train_until(with_(headless, tmp_path / "resumed"))
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "live")
+
+    manifest = targets.write(config.parse(headless, "test"))
+    assert set(manifest.fields) == {
+        f"{name}-{size}px" for name in ("stage0", "stage1", "tokens", "embedding") for size in (32, 64, 96)
+    }
+    assert len({field.shape for name, field in manifest.fields.items() if name.startswith("tokens")}) == 1
+    assert targets.verify(config.parse(headless, "test"), 1000)
+    loop.train(config.parse(with_(headless, tmp_path / "cached", "cached"), "test"))
+    assert terms(tmp_path / "cached") == live
+
+
+def test_plan_counts_such_a_teacher_alike_at_each_size(headless):
+    side = headless["teacher"]["image_size"]
+    found = estimate.of_run(config.parse(headless, "test"), world=1)
+    assert len({phase.work.teacher_flops for phase in found.phases}) == 1
+    assert f" M at {side} px, student" in str(found)
+    # uint8 images, and two normalised copies in float32: of the student's last size, of the teacher's
+    assert found.memory["ddp"]["images"] == 32 * 3 * (96**2 * 5 + side**2 * 4)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("image_size", "message"),
     [

@@ -43,6 +43,7 @@ from indistill.data.training import TrainingData, bank_shards, eval_shards
 from indistill.evaluate.bank import check_bank
 from indistill.models import timm_model
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
+from indistill.training import parts
 
 LOOK_SECONDS = 2.0  # for a measurement
 SHARDS_SECONDS = 15.0  # to check the shards of a set
@@ -103,7 +104,8 @@ def _weights_file(key: str, path: str) -> Item:
 def _fitting(item: Item, settings: config.Config, section: config.Model, role: str) -> Item:
     """The item of a file of weights if they fit the network, and else the reason why a run refuses them."""
     try:
-        timm_model.create(section, settings.data.num_classes, settings.data.full_size, role)
+        net = timm_model.create(section, settings.data.num_classes, settings.data.full_size, role)
+        parts.check_sizes(settings, net, role)
     except UserError as error:
         return FAIL, str(error)
     return item
