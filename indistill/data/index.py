@@ -23,8 +23,10 @@ from indistill.config.limits import (
     MAX_INDEX_NUMBERS,
     MAX_KEYS_BYTES,
     MAX_LABEL_BYTES,
+    MAX_LINE_CHARACTERS,
     MAX_SHARD_SAMPLES,
 )
+from indistill.config.ranks import Ranks
 from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
 from indistill.data.tar import BLOCK, Tar
 
@@ -46,6 +48,7 @@ class Index(NamedTuple):
     sizes: np.ndarray  # int64, bytes of the image
     labels: np.ndarray  # int64, -1 for none
     sha256: str | None = None  # of the shard, in hexadecimal; None: not recorded
+    problem: str = ""  # what looks like a sample in the shard and is none (`Others.problem`)
 
 
 def compressed(path: str) -> bool:
@@ -63,8 +66,14 @@ def load_index(
     """
     index = _fitting_index(path, cache_dir, cache)
     if index is None:
-        index = build_index(path, cache_dir, cache) if save else read_index(path, cache)
+        return build_index(path, cache_dir, cache) if save else read_index(path, cache)
+    if index.problem and Ranks.from_environment().is_main_process:
+        _warn(path, index.problem)
     return index
+
+
+def _warn(path: str, problem: str) -> None:
+    log.warning("%s", printable(f"{path}: {problem}"))
 
 
 def _fitting_index(path: str, cache_dir: str | None, cache: ShardCache | None) -> Index | None:
@@ -115,9 +124,9 @@ def read_index(path: str, cache: ShardCache | None, *, hashed: bool = False) -> 
         others = Others()
         rows = _rows(read_samples(path, stream, load=False, others=others))
         if others.problem:
-            log.warning("%s", printable(f"{path}: {others.problem}"))
+            _warn(path, others.problem)
         sha256 = sha256_of(stream) if hashed else None
-        return index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
+        return index_of(os.fstat(stream.fileno()).st_size, rows, sha256)._replace(problem=others.problem)
 
 
 def index_to_pack(path: str, cache_dir: str | None, cache: ShardCache | None) -> tuple[Index, dict[str, str]]:
@@ -202,9 +211,9 @@ def make_index(
             f"its keys, padded to the longest, have {padded} bytes, more than {MAX_KEYS_BYTES} "
             "(MAX_KEYS_BYTES)"
         )
-    columns = {"offsets": offsets, "sizes": sizes, "labels": labels}
-    arrays = {name: np.array(numbers, dtype=np.int64) for name, numbers in columns.items()}
-    return Index(bytes, np.array(encoded, dtype=np.bytes_), **arrays, sha256=sha256)
+    names = np.array(encoded, dtype=np.bytes_)
+    starts, lengths, classes = (np.array(column, dtype=np.int64) for column in (offsets, sizes, labels))
+    return Index(bytes, names, starts, lengths, classes, sha256)
 
 
 def decoded(key: bytes) -> str:
@@ -248,8 +257,11 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
     packed: the shard is compressed, and offsets are those of the uncompressed tar.
     """
     names = ("keys", "offsets", "sizes", "labels")
-    if stored.keys() - {"sha256"} != {"bytes", *names}:
+    if stored.keys() - {"sha256", "problem"} != {"bytes", *names}:
         raise ValueError(f"its keys are not version, bytes, {', '.join(names)}")
+    problem = stored.get("problem", "")
+    if type(problem) is not str or len(problem) > MAX_LINE_CHARACTERS:
+        raise ValueError(f"problem is no text of at most {MAX_LINE_CHARACTERS} characters")
     lists = {name: stored[name] for name in names}
     for name, column in lists.items():
         kind = str if name == "keys" else int
@@ -272,7 +284,7 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
         raise ValueError("the images overlap")
     if not packed and ends[-1] > index.bytes:
         raise ValueError("an image ends behind the end of the shard")
-    return index
+    return index._replace(problem=problem)
 
 
 def _save_index(file: str, index: Index) -> None:
@@ -280,6 +292,8 @@ def _save_index(file: str, index: Index) -> None:
     keys = [decoded(key) for key in index.keys.tolist()]
     if index.sha256 is not None:
         columns["sha256"] = index.sha256
+    if index.problem:
+        columns["problem"] = index.problem[:MAX_LINE_CHARACTERS]
     content = json.dumps({"version": INDEX_VERSION, "bytes": index.bytes, "keys": keys, **columns})
     if len(content) > MAX_INDEX_BYTES:
         raise UserError(
