@@ -52,6 +52,7 @@ def test_names_with_several_dots_are_counted_and_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert verify.index(path) == {path: 2}
         assert "x.tar: images or labels belong to no sample" in caplog.text
+    assert verify.verify(path).bad == [bad]  # and nothing of its index, which fits
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_index(path)  # the stored one, with which another run would leave out as much
