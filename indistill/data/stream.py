@@ -27,8 +27,8 @@ from indistill.config.limits import MAX_BAD_IN_A_ROW
 from indistill.data import augment, remote, shards
 from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
-from indistill.data.index import Others, label_problem, samples_of
 from indistill.data.loader import Loader, check_accumulation
+from indistill.data.samples import Others, label_problem, samples_of
 from indistill.data.tar import Tar
 from indistill.distributed import preemption
 

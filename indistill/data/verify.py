@@ -17,20 +17,9 @@ from tqdm import tqdm
 from indistill.config import UserError, in_one_line
 from indistill.config.destinations import check_kind
 from indistill.data.decode import BadImage, decode
-from indistill.data.index import (
-    LABEL_REMEDY,
-    MARK,
-    Index,
-    Others,
-    build_index,
-    index_files,
-    index_of,
-    label_problem,
-    parse_index,
-    read_samples,
-    sha256_of,
-)
+from indistill.data.index import MARK, Index, build_index, index_files, index_of, parse_index, sha256_of
 from indistill.data.remote import cache_for, open_shard
+from indistill.data.samples import LABEL_REMEDY, Others, label_problem, read_samples
 from indistill.data.shards import expand
 from indistill.distributed import preemption
 

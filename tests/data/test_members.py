@@ -16,7 +16,8 @@ from tars import picture, tree, write_tar
 
 from indistill.config import UserError, extras
 from indistill.data import packing, verify
-from indistill.data.index import Others, build_index, load_index, samples_of
+from indistill.data.index import build_index, load_index
+from indistill.data.samples import Others, samples_of
 from indistill.data.shards import ShardSet, expand
 from indistill.data.stream import read_shard
 from indistill.data.tar import Tar

@@ -29,6 +29,7 @@ WITHOUT_TORCH = [
     "config",
     "data.shards",
     "data.index",
+    "data.samples",
     "data.verify",
     "data.packing",
     "data.remote",
