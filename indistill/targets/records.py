@@ -141,6 +141,7 @@ class Field(BaseModel):
 def describe(name: str, tensor: Tensor, section: config.Targets) -> Field:
     """The field that stores tensors like this one [B, ...] in the config's format."""
     kind, top_k = wanted_format(name, tensor.dim() == 4, section)
+    tensor = tensor.clone()  # as a live run copies it, which closes gaps, such as that of a class token
     channels_last = (
         tensor.dim() == 4
         and not tensor.is_contiguous()
