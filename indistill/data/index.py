@@ -169,7 +169,7 @@ def _rows(samples: Iterable[tuple[str, tuple[int, int], bytes, int]]) -> list[tu
 def sha256_of(stream: IO[bytes]) -> str:
     """The SHA-256 of a whole file, in hexadecimal."""
     stream.seek(0)
-    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # IO lacks readinto
 
 
 def index_of(size: int, rows: Sequence[tuple[str, int, int, int]], sha256: str | None = None) -> Index:
