@@ -308,6 +308,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         for file in getattr(arguments, "plugin", ()):
             plugins.load_file(file)
         arguments.run(arguments)
+        _end_process_group()
     except preemption.Preempted as stopped:
         if ranks.is_main_process:
             print(f"indistill: {stopped}: run the same command again to continue from there", file=sys.stderr)
@@ -327,6 +328,16 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
             raise
         traceback.print_exc()
         _leave(1)
+
+
+def _end_process_group() -> None:
+    """End the process group of the ranks in order: NCCL warns of one that a process leaves behind.
+
+    A program that uses `Trainer` keeps it for its next call: under torchrun it cannot be made twice.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _refuse(ranks: Ranks, message: str, *, everywhere: bool) -> NoReturn:
