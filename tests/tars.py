@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from indistill.data.index import IMAGE_EXTENSIONS
+from indistill.data.samples import IMAGE_EXTENSIONS
 from indistill.data.shards import Sample
 
 

@@ -12,9 +12,9 @@ import shlex
 import signal
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from indistill.commands import usage
+from indistill.commands import shards, usage
 
 if TYPE_CHECKING:
     from indistill.commands.trainer import Trainer
@@ -74,7 +74,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         ("doctor", _add_doctor, "check whether a run will work on this machine or these nodes"),
         ("report", _add_report, "write one HTML file about a run, or about several side by side"),
         ("targets", _add_targets, "compute and store the teacher's targets, for targets: cached"),
-        ("shards", _add_shards, "pack, index and verify WebDataset shards of images"),
+        ("shards", shards.add, "pack, index and verify WebDataset shards of images"),
         ("init", _add_init, "list the recipes, or write one with the files of a cluster"),
         ("schema", _add_schema, "print the JSON Schema of a config, for editors"),
         ("demo", _add_demo, "distil on scikit-learn's digits, here, in two minutes"),
@@ -110,7 +110,7 @@ def _add_overrides(parser: usage.Parser) -> None:
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="replace values of the file"
     )
     _add_plugin(parser)
-    _add_allow_pipe(parser)
+    usage.add_allow_pipe(parser)
 
 
 def _add_plugin(parser: usage.Parser) -> None:
@@ -120,12 +120,6 @@ def _add_plugin(parser: usage.Parser) -> None:
         default=[],
         metavar="FILE",
         help="run a Python file that defines losses of your own (docs/losses.md); may be repeated",
-    )
-
-
-def _add_allow_pipe(parser: usage.Parser) -> None:
-    parser.add_argument(
-        "--allow-pipe", action="store_true", help="let pipe: URLs of shards run their commands"
     )
 
 
@@ -188,10 +182,16 @@ def _add_export(parser: usage.Parser) -> None:
 def _add_plan(parser: usage.Parser) -> None:
     _add_config(parser)
     parser.add_argument(
-        "--world", type=_count, metavar="N", help="number of processes (default: machine.devices_per_node)"
+        "--world",
+        type=usage.count,
+        metavar="N",
+        help="number of processes (default: machine.devices_per_node)",
     )
     parser.add_argument(
-        "--samples", type=_count, metavar="N", help="number of training images, if their shards are elsewhere"
+        "--samples",
+        type=usage.count,
+        metavar="N",
+        help="number of training images, if their shards are elsewhere",
     )
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.examples(
@@ -263,7 +263,7 @@ def _add_init(parser: usage.Parser) -> None:
     parser.add_argument(
         "--kubernetes", action="store_true", help="also write a Kubernetes Job, and the same as a TrainJob"
     )
-    parser.add_argument("--nodes", type=_count, metavar="N", help="number of nodes of the job")
+    parser.add_argument("--nodes", type=usage.count, metavar="N", help="number of nodes of the job")
     parser.add_argument("--partition", metavar="NAME", help="partition of the SLURM job")
     parser.add_argument("--account", metavar="NAME", help="account of the SLURM job")
     parser.add_argument("--data", metavar="URL", help="folder of the shards, a path or URL (data.root)")
@@ -308,6 +308,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         for file in getattr(arguments, "plugin", ()):
             plugins.load_file(file)
         arguments.run(arguments)
+        _end_process_group()
     except preemption.Preempted as stopped:
         if ranks.is_main_process:
             print(f"indistill: {stopped}: run the same command again to continue from there", file=sys.stderr)
@@ -329,6 +330,16 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         _leave(1)
 
 
+def _end_process_group() -> None:
+    """End the process group of the ranks in order: NCCL warns of one that a process leaves behind.
+
+    A program that uses `Trainer` keeps it for its next call: under torchrun it cannot be made twice.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _refuse(ranks: Ranks, message: str, *, everywhere: bool) -> NoReturn:
     """Exit for a user's mistake; `everywhere`: print the message on this rank, whichever it is."""
     if ranks.is_main_process or everywhere:
@@ -345,150 +356,6 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     preemption.exit_at_once(code)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-_PACKING = (
-    "indistill shards pack train/ shards/train/ --prefix mine-train --resize 256",
-    "indistill shards verify 'shards/train/*.tar' --num-classes 1000",
-)
-
-
-def _add_shards(parser: usage.Parser) -> None:
-    parser.examples(*_PACKING, page="data.md")
-    actions = parser.add_subparsers(dest="action", required=True)
-    _add_pack(
-        actions.add_parser("pack", help="write shards from an image folder, a CSV of path,label, or shards")
-    )
-    for name, run, purpose in (
-        ("index", _index, "rebuild the index of every shard"),
-        ("verify", _verify, "read and decode every image; exit code 1 if any is bad"),
-    ):
-        action = actions.add_parser(name, help=purpose)
-        action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
-        action.set_defaults(run=run)
-    actions.choices["index"].add_argument(
-        "--hash",
-        action="store_true",
-        help="record the SHA-256 of every shard, which is checked whenever the shard is fetched",
-    )
-    actions.choices["verify"].add_argument(
-        "--num-classes",
-        type=_count,
-        metavar="N",
-        help="number of classes (data.num_classes): an image whose label is missing or not below it is bad",
-    )
-    for action in actions.choices.values():
-        action.set_defaults(parser=action)
-        action.examples(*_PACKING, page="data.md")
-        _add_allow_pipe(action)
-        action.add_argument(
-            "--workers", type=int, default=os.cpu_count(), help="number of processes (default: one per core)"
-        )
-        action.add_argument("--cache-dir", help="directory for indices and remote shards (data.cache_dir)")
-
-
-def _add_pack(parser: usage.Parser) -> None:
-    parser.add_argument(
-        "source",
-        help="a folder of class folders, a list of path,label (CSV) or of ImageNet's validation labels, or "
-        "shards (braces expand)",
-    )
-    parser.add_argument(
-        "destination", help="folder to write; if a packing was interrupted there, it continues"
-    )
-    parser.add_argument("--prefix", default="shard", help="shards are named PREFIX-000000.tar and so on")
-    parser.add_argument("--shard-megabytes", type=float, default=100.0, help="size of a shard (default: 100)")
-    parser.add_argument(
-        "--resize", type=int, metavar="PIXELS", help="reduce the shorter side to this length and write JPEG"
-    )
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize (default: 90)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle of image files (default: 0)")
-    parser.add_argument(
-        "--classes",
-        metavar="FILE|FOLDER",
-        help="number the classes like another split: its folder of class folders, its packed folder, a text "
-        "file with one name per line, or a JSON file (a list, a mapping from name to label, a dataset.json)",
-    )
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="folder with the images of a list (default: that of the list)"
-    )
-    parser.add_argument(
-        "--encoding",
-        metavar="NAME",
-        help="encoding of a list, also of classes, such as cp1252 or utf-16 (default: UTF-8)",
-    )
-    parser.add_argument(
-        "--take",
-        choices=("folders", "tars"),
-        help="which of the two to pack of a folder that has both class folders and tars",
-    )
-    parser.add_argument(
-        "--follow-links", action="store_true", help="also pack what links in a folder name outside of it"
-    )
-    parser.set_defaults(run=_pack)
-
-
-def _pack(arguments: argparse.Namespace) -> None:
-    from indistill.data import class_names, lists, packing
-
-    encoding = arguments.encoding
-    classes = None
-    if arguments.classes is not None:
-        classes = class_names.read(arguments.classes, encoding)
-        if os.path.isfile(arguments.classes) and not lists.is_list(arguments.source):
-            encoding = None  # it is that of the classes alone
-    content = packing.pack_source(
-        arguments.source,
-        arguments.destination,
-        prefix=arguments.prefix,
-        shard_bytes=int(arguments.shard_megabytes * 1e6),
-        resize=arguments.resize,
-        quality=arguments.quality,
-        seed=arguments.seed,
-        workers=arguments.workers,
-        cache_dir=arguments.cache_dir,
-        progress=True,
-        classes=classes,
-        follow_links=arguments.follow_links,
-        reading=packing.Reading(images=arguments.images, encoding=encoding, take=arguments.take),
-    )
-    if content["classes"] is not None:
-        print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
-    printed = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
-    print(json.dumps({key: content[key] for key in printed}))
-
-
-def _index(arguments: argparse.Namespace) -> None:
-    from indistill.data import verify
-
-    counts = verify.index(arguments.urls, **_read_options(arguments), hashed=arguments.hash)
-    print(f"{sum(counts.values())} samples in {len(counts)} shards")
-
-
-def _verify(arguments: argparse.Namespace) -> None:
-    from indistill.config import printable
-    from indistill.data import verify
-
-    content = verify.verify(arguments.urls, **_read_options(arguments), num_classes=arguments.num_classes)
-    for member in content.bad:
-        where = f"{member.shard}: {member.key}" if member.key else member.shard
-        print(printable(f"{where}: {member.problem.removeprefix(f'{member.shard}: ')}"))
-    print(f"{content.summary()}\n{len(content.bad)} bad members")
-    sys.exit(1 if content.bad else 0)
-
-
-def _read_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "cache_dir": arguments.cache_dir,
-        "workers": arguments.workers,
-        "progress": True,
-    }
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -42,7 +42,6 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
             accelerator, network, section=section, keys=section.on_bank, bank=bank, sets=sets
         )
         by_set = {name: scores | others[name] for name, scores in by_set.items()}
-    accelerator.end_training()
     return {
         key: score
         for name, of_set in by_set.items()

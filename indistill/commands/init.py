@@ -9,14 +9,13 @@ import difflib
 import json
 import os
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from indistill.config import UserError, printable, read, redacted, runs
 from indistill.data.urls import check_url, is_remote
 
-PACKAGE = Path(str(resources.files("indistill")))
+FOLDER = Path(__file__).parent  # with recipes/ and launch/, links in the repository
 SBATCH = "launch/slurm/train.sbatch"
 JOB = "launch/kubernetes/job.yaml"
 TRAIN_JOB = "launch/kubernetes/trainjob.yaml"  # the same with Kubeflow Trainer
@@ -38,7 +37,7 @@ _FOLDER = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~:@%+=,-]*")
 
 def recipes() -> dict[str, str]:
     """Return what each recipe trains, by its name: the first sentence of its comment."""
-    return {path.stem: _title(path) for path in sorted((PACKAGE / "recipes").glob("*.yaml"))}
+    return {path.stem: _title(path) for path in sorted((FOLDER / "recipes").glob("*.yaml"))}
 
 
 def recipe_file(name: str) -> Path:
@@ -49,7 +48,7 @@ def recipe_file(name: str) -> Path:
         raise UserError(
             f"{name}: is not a recipe; the nearest one is {nearest} (`indistill init` lists all of them)"
         )
-    return PACKAGE / "recipes" / f"{name}.yaml"
+    return FOLDER / "recipes" / f"{name}.yaml"
 
 
 def write(
@@ -85,9 +84,9 @@ def write(
             f"kubectl apply -f {TRAIN_JOB}  # instead, with Kubeflow Trainer",
         ]
     if slurm or kubernetes:
-        files |= {starter: (PACKAGE / starter).read_text() for starter in STARTERS}
+        files |= {starter: (FOLDER / starter).read_text() for starter in STARTERS}
     if not os.path.lexists(Path(folder, SCHEMA)):  # that of another version serves too
-        files[SCHEMA] = (PACKAGE / "recipes" / "schema.json").read_text()
+        files[SCHEMA] = (FOLDER / "recipes" / "schema.json").read_text()
     _write_new(Path(folder), files)
     return [f"indistill doctor {config}", *commands]
 
@@ -146,7 +145,7 @@ def _sbatch(nodes: int | None, *, partition: str | None, account: str | None) ->
     lines = [f"#SBATCH --nodes={nodes or 1}"]
     lines += [f"#SBATCH --partition={partition}"] if partition else []
     lines += [f"#SBATCH --account={account}"] if account else []
-    return _replaced((PACKAGE / SBATCH).read_text(), {"#SBATCH --nodes=1": "\n".join(lines)})
+    return _replaced((FOLDER / SBATCH).read_text(), {"#SBATCH --nodes=1": "\n".join(lines)})
 
 
 def _job(job: str, name: str, *, tree: dict[str, Any], nodes: int | None, data: str | None) -> str:
@@ -161,7 +160,7 @@ def _job(job: str, name: str, *, tree: dict[str, Any], nodes: int | None, data: 
     }
     if nodes is not None:
         changes |= {key + old: key + new.format(nodes) for key, old, new in _NODES[job]}
-    text = _replaced((PACKAGE / job).read_text(), changes)
+    text = _replaced((FOLDER / job).read_text(), changes)
     return _without_data(text) if is_remote(root) else text
 
 

@@ -187,7 +187,6 @@ def write(settings: Config) -> Manifest:
             write_shard(job, view, shard=shard, batches=batches, count=count)
     job.accelerator.wait_for_everyone()
     engine.on_main(job.accelerator, lambda: end(job, items))
-    job.accelerator.end_training()
     return manifest
 
 
@@ -356,7 +355,6 @@ def verify(settings: Config, count: int) -> bool:
             f"{recomputed} records recomputed: {exact} are the same bit for bit, the others differ by at "
             f"most {largest:.1e} of their largest value, {len(wrong)} are wrong"
         )
-    job.accelerator.end_training()
     return not wrong
 
 

@@ -106,6 +106,20 @@ def add_version_and_completion(parser: Parser) -> None:
     )
 
 
+def add_allow_pipe(parser: Parser) -> None:
+    """Add the permission to run the commands of pipe: URLs."""
+    parser.add_argument(
+        "--allow-pipe", action="store_true", help="let pipe: URLs of shards run their commands"
+    )
+
+
+def count(text: str) -> int:
+    """Read a positive integer, as the type of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
 def _nearest(word: str, words: Iterable[str]) -> str:
     return difflib.get_close_matches(word[:100], words, n=1, cutoff=0.0)[0]
 

@@ -56,10 +56,10 @@ class Loss(Section):
     reads: what it needs of the student ("logits", "embedding", "features", "tokens", "token") and whether it
     needs "labels". What no loss reads is not computed. teaches: what it needs of the teacher ("logits",
     "embedding", "features", "tokens", "heads"); by default what it reads. What no loss needs is not stored.
-    Both may be properties, where they depend on the loss's keys. compares:
-    how many samples it relates to each other: 1, or 2 for pairs, 3 for triplets. If more than 1, it is given
-    the samples of all ranks, gathered with gradients. whole_labels: whether labels have to be classes, int64
-    [B], and not the probabilities [B, K] of mixed images.
+    Both may be properties, where they depend on the loss's keys. compares: how many samples it relates to
+    each other: 1, or 2 for pairs, 3 for triplets. If more than 1, it is given the samples of all ranks,
+    gathered with gradients. whole_labels: whether labels have to be classes, int64 [B], and not the
+    probabilities [B, K] of mixed images.
     """
 
     reads: ClassVar[AbstractSet[str]] = frozenset()
@@ -86,6 +86,8 @@ class Loss(Section):
                     f"{cls.__qualname__}.{key}: {unknown[0]!r} is none of {', '.join(sorted(known))}"
                 )
         if name is not None:
+            if cls.__call__ is Loss.__call__:
+                raise ValueError(f"{cls.__qualname__}: has no formula: define __call__ (docs/losses.md)")
             cls.__annotations__["name"] = Literal[name]
 
     @classmethod
@@ -108,7 +110,7 @@ class Loss(Section):
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
         """Return the loss, a scalar. `labels` are None unless it reads them; `epoch` counts from 0 in KD."""
-        raise NotImplementedError(f"{type(self).__qualname__} has no __call__")
+        raise TypeError(f"the loss {self.name!r} is known by its record alone")
 
 
 class RecordedLoss(Loss):

@@ -26,7 +26,7 @@ from indistill.config.run_dir import RunDir
 from indistill.data import encodings, remote
 from indistill.data.braces import expand_braces
 from indistill.data.folders import class_folders
-from indistill.data.index import MOST_SHOWN, shown
+from indistill.data.samples import MOST_SHOWN, shown
 from indistill.data.wildcards import expand_wildcards
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ from indistill.config import UserError, printable
 from indistill.data import augment, mixing
 from indistill.data.batch import Batch, Request, StoredTargets
 from indistill.data.decode import BadImage, decode
-from indistill.data.index import Index, compressed, decoded, label_problem
+from indistill.data.index import Index, decoded
 from indistill.data.remote import base_name
+from indistill.data.samples import compressed, label_problem
 from indistill.data.shards import ShardSet, refuse_compressed
 from indistill.models.views import EvalView
 from indistill.order import SampleOrder

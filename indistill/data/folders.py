@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from indistill.config import UserError, printable
-from indistill.data.index import IMAGE_EXTENSIONS, shown
+from indistill.data.samples import IMAGE_EXTENSIONS, shown
 
 # Folders that operating systems, archives and network storage add.
 _OF_SYSTEMS = {

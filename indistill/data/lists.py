@@ -17,7 +17,7 @@ from indistill.config.files import open_regular
 from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
 from indistill.data import encodings, imagenet
 from indistill.data.folders import Walk, extension, note
-from indistill.data.index import IMAGE_EXTENSIONS, shown
+from indistill.data.samples import IMAGE_EXTENSIONS, shown
 
 _DELIMITERS = (",", ";", "\t", " ")  # the last one as in Caffe's lists
 _WHOLE = re.compile(r"\d+(\.0*)?", re.ASCII)  # pandas writes integers like this after an empty cell

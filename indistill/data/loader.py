@@ -168,8 +168,7 @@ class _Requests(Sampler):
 class Loader(DataLoader):
     """A DataLoader whose workers no signal can end before `preemption.in_worker` has run in them."""
 
-    # torch declares a private iterator class; callers only need batches.
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch declares a private iterator class
         with preemption.signals_blocked():
             return super().__iter__()
 

@@ -24,9 +24,11 @@ from indistill.config.files import replace_text, replacing
 from indistill.config.limits import MAX_CLASSES, MAX_IMAGE_BYTES
 from indistill.data import class_names, folders, lists
 from indistill.data.decode import BadImage, decode
-from indistill.data.index import BLOCK, IMAGE_EXTENSIONS, build_index, load_index, shown
+from indistill.data.index import build_index, load_index
 from indistill.data.lists import label_in
+from indistill.data.samples import IMAGE_EXTENSIONS, shown
 from indistill.data.shards import ShardSet
+from indistill.data.tar import BLOCK
 from indistill.data.verify import parallel
 
 _PREFIX = re.compile(r"[^/\\{}:.~][^/\\{}:]{0,199}")  # with the rest of a part's name at most 255 characters

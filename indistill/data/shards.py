@@ -26,8 +26,10 @@ from indistill.config import UserError, printable
 from indistill.config.files import denied
 from indistill.config.limits import MAX_SHARDS
 from indistill.data.braces import expand_braces
-from indistill.data.index import BLOCK, Index, compressed, decoded, index_to_pack, load_index, read_samples
+from indistill.data.index import Index, decoded, index_to_pack, load_index
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
+from indistill.data.samples import compressed, read_samples
+from indistill.data.tar import BLOCK
 from indistill.data.urls import check_url
 from indistill.data.wildcards import expand_wildcards
 

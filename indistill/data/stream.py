@@ -28,8 +28,8 @@ from indistill.curriculum import ImageSizes
 from indistill.data import augment, mixing, remote, shards
 from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
-from indistill.data.index import Others, label_problem, samples_of
 from indistill.data.loader import Loader, check_accumulation
+from indistill.data.samples import Others, label_problem, samples_of
 from indistill.data.tar import Tar
 from indistill.distributed import preemption
 

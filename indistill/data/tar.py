@@ -63,7 +63,7 @@ class Tar:
     stream: the tar from its begin. It is read from front to end; contents that are not read are skipped
         without reading them if it can seek and `gzipped` is False.
     gzipped: whether it is compressed, with gzip or zstd. None: its first bytes tell, and bzip2 and xz are
-            possible, too.
+        possible, too.
     strict: whether a tar without its end, a block of zeros, or with anything but zeros behind it is damaged.
         Otherwise a tar may end behind any member, and what follows the end is not read.
 
@@ -171,9 +171,8 @@ class Tar:
 
     def _next(self) -> Member | None:
         """The next regular file or link; None at the end."""
-        records: dict[
-            bytes, bytes
-        ] = {}  # of the headers that extend the next one; the first to say it counts
+        # Of the headers that extend the next one; the first to say something counts.
+        records: dict[bytes, bytes] = {}
         extended = 0
         while (header := self._header()) is not None:
             if header.type not in _EXTENDING:

@@ -17,20 +17,9 @@ from tqdm import tqdm
 from indistill.config import UserError, in_one_line
 from indistill.config.destinations import check_kind
 from indistill.data.decode import BadImage, decode
-from indistill.data.index import (
-    LABEL_REMEDY,
-    MARK,
-    Index,
-    Others,
-    build_index,
-    index_files,
-    index_of,
-    label_problem,
-    parse_index,
-    read_samples,
-    sha256_of,
-)
+from indistill.data.index import MARK, Index, build_index, index_files, index_of, parse_index, sha256_of
 from indistill.data.remote import cache_for, open_shard
+from indistill.data.samples import LABEL_REMEDY, Others, label_problem, read_samples
 from indistill.data.shards import expand
 from indistill.distributed import preemption
 
@@ -158,7 +147,8 @@ def _indices_that_differ(
     stored = {file: parse_index(file) for file in index_files(path, cache_dir) if os.path.exists(file)}
     sha256 = sha256_of(stream) if any(index.sha256 for index in stored.values()) else None
     for file, index in stored.items():
-        actual = index_of(size, rows, sha256 if index.sha256 else None)
+        # An index of an earlier version does not name what looks like a sample and is none.
+        actual = index_of(size, rows, sha256 if index.sha256 else None)._replace(problem=index.problem)
         if not all(np.array_equal(getattr(index, name), getattr(actual, name)) for name in Index._fields):
             yield file
 

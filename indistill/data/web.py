@@ -94,7 +94,7 @@ class _Response(http.client.HTTPResponse):
 
     def _read_and_discard_trailer(self) -> None:
         self._paced.left = limits.MAX_RESPONSE_HEADER_BYTES
-        super()._read_and_discard_trailer()  # type: ignore[misc]
+        super()._read_and_discard_trailer()  # type: ignore[misc]  # typeshed lacks it
 
     def read(self, amt: int | None = None) -> bytes:
         with _as_os_error():

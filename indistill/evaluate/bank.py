@@ -13,6 +13,7 @@ from indistill.config import Config, Evaluate, UserError
 from indistill.config.metric_names import eval_key
 from indistill.data.dataset import ImageDataset
 from indistill.data.shards import ShardSet
+from indistill.evaluate.classification import label_map
 from indistill.evaluate.neighbours import neighbours
 from indistill.evaluate.passes import Embedded, embed, whole
 from indistill.evaluate.probe import linear_probe
@@ -90,7 +91,7 @@ def bank_scores(
     scores: dict[str, dict[str, float]] = {name: {} for name in sets}
     if not _check_finite(accelerator, [of_bank, *queries.values()], keys):
         return scores
-    classes = {name: _candidates(one, accelerator.device) for name, one in sets.items()}
+    classes = {name: label_map(one, accelerator.device) for name, one in sets.items()}
     if section.knn is not None and "knn" in keys:
         for name, one in queries.items():
             scores[name] |= neighbours(
@@ -127,12 +128,6 @@ def _whole_scores(
             labels = {"db_labels": bank_labels, "query_labels": one.labels}
             scores[name] |= ranked(accelerator, x, queries=everywhere, **labels)
     return scores
-
-
-def _candidates(dataset: ImageDataset, device: torch.device) -> Tensor | None:
-    """The labels int64 [K] of the classes of a set that has a label map."""
-    label_map = dataset.shards.label_map
-    return None if label_map is None else torch.from_numpy(label_map).to(device)
 
 
 def _report_bad(accelerator: Accelerator, bank: Embedded) -> None:

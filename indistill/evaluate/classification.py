@@ -2,7 +2,6 @@
 
 from itertools import zip_longest
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -26,7 +25,7 @@ def accuracy(
     if not network.with_logits:
         return {}
     counts: Tensor | int = 0  # samples; right in the best 5; right; right by each head
-    classes = dataset.shards.label_map
+    classes = label_map(dataset, accelerator.device)
     for images, labels in each_batch(accelerator, dataset, batch, network):
         output = network(images)
         logits = _candidates(output.logits, classes)
@@ -43,9 +42,14 @@ def accuracy(
     return {"top1": top1, "top5": top5} | {f"top1_head{i}": score for i, score in enumerate(heads, start=1)}
 
 
-def _candidates(logits: Tensor, classes: np.ndarray | None) -> Tensor:
+def label_map(dataset: ImageDataset, device: torch.device) -> Tensor | None:
+    """The labels int64 [K] of the only classes that are candidates for a set; None: all are."""
+    classes = dataset.shards.label_map
+    return None if classes is None else torch.from_numpy(classes).to(device)
+
+
+def _candidates(logits: Tensor, classes: Tensor | None) -> Tensor:
     """The logits [B, K], with minus infinity for all but these classes; None: as they are."""
     if classes is None:
         return logits
-    kept = torch.from_numpy(classes).to(logits.device)
-    return torch.full_like(logits, -torch.inf).index_copy_(1, kept, logits[:, kept])
+    return torch.full_like(logits, -torch.inf).index_copy_(1, classes, logits[:, classes])

@@ -45,7 +45,7 @@ class FeatureLoss(Loss, name="feature"):
         return frozenset({"features" if self.on == "maps" else self.on})
 
     @property
-    def teaches(self) -> AbstractSet[str]:  # type: ignore[override]
+    def teaches(self) -> AbstractSet[str]:  # type: ignore[override]  # depends on a key
         return self.reads
 
     def layers(self, shape: Shape) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from indistill import config
 from indistill.models.outputs import Output, Targets
 
 
-class Trainable(nn.Module):
+class Trainable(nn.Module, ABC):
     """What a run trains: a student (`Network`), or intermediate classifiers on a frozen teacher (`Heads`).
 
     A class rather than a protocol, since it has to be a module as well.
@@ -19,6 +20,7 @@ class Trainable(nn.Module):
 
     with_logits: bool  # whether a loss trains the logits, so that accuracy is worth measuring
 
+    @abstractmethod
     def forward(
         self,
         images: Tensor,
@@ -27,8 +29,7 @@ class Trainable(nn.Module):
         targets: Targets | None = None,
     ) -> Output:
         """Compute what the phase reads of images [B, 3, H, W], uint8 or float in 0..255."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, path: Path, section: config.Model | None) -> None:
         """Write the trained weights as safetensors; `section` describes a student."""
-        raise NotImplementedError

@@ -38,9 +38,8 @@ from indistill.prune import Plan
 from indistill.targets.records import Field, bare, wanted_format
 
 VERSION = 1
-FieldName = Annotated[
-    str, Bounds(pattern=r"^(embedding|logits|tokens|(pair|stage|head)\d{1,4})(-\d{1,5}px)?\z")
-]  # of a folder
+_FIELD = r"^(embedding|logits|tokens|(pair|stage|head)\d{1,4})(-\d{1,5}px)?\z"
+FieldName = Annotated[str, Bounds(pattern=_FIELD)]  # of a folder
 
 # The end of every error message about stored targets that have to be computed again.
 AGAIN = "run `indistill targets CONFIG` again"

@@ -66,7 +66,9 @@ def train_groups(
         exchange = groups.begin(timeout)
         resume = _common_checkpoint(groups, resume)
         summary = train(settings, resume, _GroupSources(groups, exchange), callbacks)
-        return groups.gather("summary", summary)
+        summaries = groups.gather("summary", summary)
+        distributed.destroy_process_group()  # a later run is one of all ranks
+        return summaries
     except UserError as error:
         error.found_by_one_rank = place == 0  # of its group
         raise
@@ -102,6 +104,8 @@ class _Groups:
         if on_gpus:
             torch.cuda.set_device(Ranks.from_environment().local_rank)
         backend = "nccl" if on_gpus else "gloo"
+        if distributed.is_initialized():  # by an earlier run of this process
+            distributed.destroy_process_group()
         distributed.init_process_group(
             backend, store=own, rank=self.rank, world_size=self.size, timeout=timeout
         )

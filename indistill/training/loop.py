@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -413,6 +414,8 @@ class Run:
         alone = self.accelerator.num_processes == 1
         if not self.finished or not (isinstance(error, UserError) or alone):
             return False
+        if not isinstance(error, UserError):  # a fault of ours, or a full device
+            traceback.print_exception(error)
         if self.accelerator.is_main_process or getattr(error, "found_by_one_rank", False):
             reason = in_one_line(error, 500, with_type=not isinstance(error, UserError))
             print(

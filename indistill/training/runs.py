@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from indistill.config import Config, UserError, records
 from indistill.config.files import replace_text, sha256
 from indistill.config.ranks import Ranks
@@ -59,10 +57,7 @@ def _run_students(
         environment.check(settings)
         has_begun(settings)
     train_all = train_groups if students.groups == "disjoint" else train_students
-    summaries = train_all(students, resume, callbacks)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return summaries
+    return train_all(students, resume, callbacks)
 
 
 def _run_stages(
@@ -97,9 +92,6 @@ def _run_stages(
                 raise Preempted(f"stopped before stage {name}")
             _say(f"{label}: {'goes on' if name in begun else 'begins'} in {settings.run_dir}")
         summaries[name] = train(settings, resume, callbacks=callbacks)
-    if torch.distributed.is_initialized():
-        # It was shared by all stages: under torchrun it cannot be made twice.
-        torch.distributed.destroy_process_group()
     return summaries
 
 

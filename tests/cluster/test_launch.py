@@ -62,6 +62,44 @@ def test_targets_by_accelerate_launch(tree, tmp_path: Path):
     assert Trainer(path, *overrides).verify_targets(64)
 
 
+# A program under a launcher, as docs/api.md has it.
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+
+from indistill import Trainer
+
+trainer = Trainer(*sys.argv[1:], "duration=6 steps", "warmup=null")
+summary = trainer.train()
+scores = [trainer.evaluate(), trainer.evaluate(trainer.settings.run_dir + "/checkpoints/step-00000006")]
+trainer.write_targets()
+told = [summary["world_size"], summary["metrics"], scores, trainer.verify_targets(8)]
+(Path(sys.argv[1]).parent / f"rank{os.environ['RANK']}.json").write_text(json.dumps(told))
+"""
+
+
+def test_a_program_calls_one_command_after_the_other(tree, tmp_path: Path):
+    path, program = tmp_path / "config.yaml", tmp_path / "program.py"
+    path.write_text(json.dumps(tree))
+    program.write_text(PROGRAM)
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(unused_port())]
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, str(program), str(path), "data.augment.views=1"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in range(2):
+        world_size, metrics, scores, agree = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert world_size == 2
+        assert agree
+        for of_call in scores:
+            assert of_call.items() <= metrics.items()
+            assert "top1" in of_call
+
+
 def test_torchrun_tells_of_a_mistake_by_its_exit_code(tree, tmp_path: Path):
     """The exit code tells a scheduler not to start the run again."""
     path = tmp_path / "config.yaml"

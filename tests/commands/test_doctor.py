@@ -34,7 +34,8 @@ from indistill.commands.doctor.run import _look, merged, run, text
 from indistill.config import UserError
 from indistill.data import overlap, packing, shards, verify
 from indistill.data.dataset import open_shards
-from indistill.data.index import Others, load_index
+from indistill.data.index import load_index
+from indistill.data.samples import Others
 from indistill.data.stream import read_shard
 from indistill.training import loop
 

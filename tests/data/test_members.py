@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import json
 import logging
 import lzma
 import re
@@ -15,7 +16,8 @@ from tars import picture, tree, write_tar
 
 from indistill.config import UserError, extras
 from indistill.data import packing, verify
-from indistill.data.index import Others, build_index, load_index, samples_of
+from indistill.data.index import build_index, load_index
+from indistill.data.samples import Others, samples_of
 from indistill.data.shards import ShardSet, expand
 from indistill.data.stream import read_shard
 from indistill.data.tar import Tar
@@ -51,10 +53,27 @@ def test_names_with_several_dots_are_counted_and_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert verify.index(path) == {path: 2}
         assert "x.tar: images or labels belong to no sample" in caplog.text
+    assert verify.verify(path).bad == [bad]  # and nothing of its index, which fits
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        load_index(path)  # the stored one: each open of a shard does not repeat it
+        load_index(path)  # the stored one, with which another run would leave out as much
+        assert caplog.text.count("x.tar: images or labels belong to no sample") == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        load_index(write_tar(tmp_path / "y.tar", members(["a", "b"], [])))
+        load_index(str(tmp_path / "y.tar"))
         assert caplog.text == ""
+
+
+def test_the_problem_in_an_index_is_a_short_text(tmp_path):
+    path = write_tar(tmp_path / "x.tar", members(["a"], ["s0_0.5.jpg"]))
+    load_index(path)
+    file = Path(f"{path}.index.json")
+    stored = json.loads(file.read_text())
+    for problem in (1, None, "x" * 4001):
+        file.write_text(json.dumps(stored | {"problem": problem}))
+        with pytest.raises(UserError, match="problem is no text of at most 4000 characters"):
+            load_index(path)
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])

@@ -14,8 +14,9 @@ from indistill import config
 from indistill.config import UserError
 from indistill.data import index, shards, verify
 from indistill.data.dataset import open_shards
-from indistill.data.index import build_index, read_samples
+from indistill.data.index import build_index
 from indistill.data.packing import pack
+from indistill.data.samples import read_samples
 from indistill.data.shards import Sample, ShardSet
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from tars import picture, write_tar
 
 from indistill.config import UserError, limits
-from indistill.data import index
-from indistill.data.index import build_index, parse_index, read_samples
+from indistill.data import index, samples
+from indistill.data.index import build_index, parse_index
+from indistill.data.samples import read_samples
 from indistill.data.shards import ShardSet
 from indistill.data.tar import Tar
 
@@ -168,9 +169,9 @@ def test_keys_are_those_of_webdataset(name):
 
     key, extension = base_plus_ext(name)
     tar = Tar("x.tar", io.BytesIO(tar_of([(name, b"1")])), strict=True, gzipped=False)
-    found = [member[:2] for member in index.images_and_labels(tar, load=False, report=pytest.fail)]
+    found = [member[:2] for member in samples.images_and_labels(tar, load=False, report=pytest.fail)]
     hidden = name.rpartition("/")[2].startswith(".")  # a key that ends with its folder: no sample here
-    known = extension and extension.lower() in ("cls", *index.IMAGE_EXTENSIONS)
+    known = extension and extension.lower() in ("cls", *samples.IMAGE_EXTENSIONS)
     assert found == ([(key, extension.lower())] if known and not hidden else [])
 
 
@@ -197,13 +198,17 @@ def test_a_compressed_shard_must_fit_its_index(tmp_path):
 
 def test_limits_of_what_a_shard_holds(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", [(f"{'k' * 50 * i}{i}.jpg", b"1") for i in range(4)])
-    for name, value in (("MAX_SHARD_SAMPLES", 3), ("MAX_KEYS_BYTES", 600), ("MAX_INDEX_BYTES", 100)):
+    for module, name, value in (
+        (samples, "MAX_SHARD_SAMPLES", 3),
+        (index, "MAX_KEYS_BYTES", 600),
+        (index, "MAX_INDEX_BYTES", 100),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(index, name, value)
+            patch.setattr(module, name, value)
             with pytest.raises(UserError, match=rf"x\.tar.*{name}"):
                 build_index(path)
     others = write_tar(tmp_path / "others.tar", [("a.jpg", b"1"), *((f"a.{i}", b"") for i in range(300))])
-    counted = index.Others()
+    counted = samples.Others()
     with open(others, "rb") as stream:
         list(read_samples(others, stream, others=counted))
     assert len(counted.extensions) == limits.MAX_EXTENSIONS + 1

@@ -346,7 +346,8 @@ def test_a_recorded_config_is_read_without_torch_and_without_the_loss(tree, tmp_
     )
 
 
-LOSS = "from indistill.losses import Loss\n\nclass Mine(Loss, name={name!r}):\n    {body}\n"
+BARE = "from indistill.losses import Loss\n\nclass Mine(Loss, name={name!r}):\n    {body}\n"
+LOSS = BARE + "    def __call__(self, student, teacher, labels, epoch): ...\n"
 
 
 @pytest.mark.parametrize(
@@ -360,6 +361,10 @@ LOSS = "from indistill.losses import Loss\n\nclass Mine(Loss, name={name!r}):\n 
         (
             LOSS.format(name="mine", body="reads = {'maps'}"),
             "line 3: ValueError: Mine.reads: 'maps' is none of",
+        ),
+        (
+            BARE.format(name="mine", body="sharp: float = 1.0"),
+            "line 3: ValueError: Mine: has no formula: define __call__",
         ),
         ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("x = (\n", "line 1: SyntaxError: '(' was never closed"),

@@ -33,7 +33,7 @@ MODULES = {
 }
 # Recipes and launch files have their name in the package, and their place in the repository.
 DATA = {
-    f"indistill/{name}/{path.relative_to(REPOSITORY / folder).as_posix()}": path
+    f"indistill/commands/{name}/{path.relative_to(REPOSITORY / folder).as_posix()}": path
     for name, folder in (("recipes", "configs"), ("launch", "launch"))
     for path in (REPOSITORY / folder).rglob("*")
     if path.is_file() and "__pycache__" not in path.parts

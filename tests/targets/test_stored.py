@@ -131,6 +131,15 @@ def test_float32_gives_back_what_the_teacher_gave(dtype, layout, samples):
     assert back.is_contiguous(memory_format=layout)
 
 
+def test_patch_tokens_keep_the_layout_of_live_ones():
+    """They are views between class tokens; another layout changes the last bits of a convolution."""
+    tokens = torch.randn(3, 1 + 16, 8)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))  # [B, C, H, W]
+    field = targets_records.describe("tokens", tokens, config.Targets())
+    back = there_and_back(field, tokens)
+    assert torch.equal(back, tokens)
+    assert back.stride() == tokens.clone().stride()
+
+
 def test_bf16_rounds_to_eight_bits():
     values = maps()
     field = targets_records.describe("stage2", values, config.Targets(features="bf16"))

@@ -61,7 +61,9 @@ def test_a_last_evaluation_that_fails_leaves_the_trained_student(tree, error, mo
     assert len(calls) == 2
     assert (Path(tree["run_dir"]) / "student.safetensors").exists()
     assert (Path(tree["run_dir"]) / "checkpoints" / "step-00000003").exists()
-    assert f"{error}: training has finished" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert f"{error}: training has finished" in told
+    assert ("Traceback" in told) == isinstance(error, RuntimeError)  # a mistake needs none, a fault does
 
 
 def run_quietly(tree: dict[str, Any], errors: str) -> None:

@@ -36,8 +36,9 @@ from indistill.config.run_dir import weights_file
 from indistill.curriculum import ImageSizes, Timetable
 from indistill.data import class_names, overlap, remote, shards
 from indistill.data.dataset import check_shard, open_shards
-from indistill.data.index import Index, Others, index_files, load_index, parse_index
+from indistill.data.index import Index, index_files, load_index, parse_index
 from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
+from indistill.data.samples import Others
 from indistill.data.stream import StreamedTraining, read_shard
 from indistill.data.training import TrainingData, bank_shards, eval_shards
 from indistill.evaluate.bank import check_bank

@@ -65,9 +65,7 @@ class Estimate:
     micro_batch: int  # per rank and accumulation step
     precision: str
     teacher_parameters: int
-    teacher_image_size: (
-        int | None
-    )  # side of the teacher's input in pixels, if it is another than the student's
+    teacher_image_size: int | None  # side of its input in pixels, if that is another than the student's
     student_parameters: int
     targets: dict[str, Any]  # the config's section
     views: int | None

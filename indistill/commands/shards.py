@@ -1,0 +1,149 @@
+"""`indistill shards`: pack, index and verify WebDataset shards. Imports nothing heavy before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from indistill.commands import usage
+
+_PACKING = (
+    "indistill shards pack train/ shards/train/ --prefix mine-train --resize 256",
+    "indistill shards verify 'shards/train/*.tar' --num-classes 1000",
+)
+
+
+def add(parser: usage.Parser) -> None:
+    """Add the subcommands and their options."""
+    parser.examples(*_PACKING, page="data.md")
+    actions = parser.add_subparsers(dest="action", required=True)
+    _add_pack(
+        actions.add_parser("pack", help="write shards from an image folder, a CSV of path,label, or shards")
+    )
+    for name, run, purpose in (
+        ("index", _index, "rebuild the index of every shard"),
+        ("verify", _verify, "read and decode every image; exit code 1 if any is bad"),
+    ):
+        action = actions.add_parser(name, help=purpose)
+        action.add_argument("urls", nargs="+", help="paths or URLs; braces expand")
+        action.set_defaults(run=run)
+    actions.choices["index"].add_argument(
+        "--hash",
+        action="store_true",
+        help="record the SHA-256 of every shard, which is checked whenever the shard is fetched",
+    )
+    actions.choices["verify"].add_argument(
+        "--num-classes",
+        type=usage.count,
+        metavar="N",
+        help="number of classes (data.num_classes): an image whose label is missing or not below it is bad",
+    )
+    for action in actions.choices.values():
+        action.set_defaults(parser=action)
+        action.examples(*_PACKING, page="data.md")
+        usage.add_allow_pipe(action)
+        action.add_argument(
+            "--workers", type=int, default=os.cpu_count(), help="number of processes (default: one per core)"
+        )
+        action.add_argument("--cache-dir", help="directory for indices and remote shards (data.cache_dir)")
+
+
+def _add_pack(parser: usage.Parser) -> None:
+    parser.add_argument(
+        "source",
+        help="a folder of class folders, a list of path,label (CSV) or of ImageNet's validation labels, or "
+        "shards (braces expand)",
+    )
+    parser.add_argument(
+        "destination", help="folder to write; if a packing was interrupted there, it continues"
+    )
+    parser.add_argument("--prefix", default="shard", help="shards are named PREFIX-000000.tar and so on")
+    parser.add_argument("--shard-megabytes", type=float, default=100.0, help="size of a shard (default: 100)")
+    parser.add_argument(
+        "--resize", type=int, metavar="PIXELS", help="reduce the shorter side to this length and write JPEG"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize (default: 90)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle of image files (default: 0)")
+    parser.add_argument(
+        "--classes",
+        metavar="FILE|FOLDER",
+        help="number the classes like another split: its folder of class folders, its packed folder, a text "
+        "file with one name per line, or a JSON file (a list, a mapping from name to label, a dataset.json)",
+    )
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder with the images of a list (default: that of the list)"
+    )
+    parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="encoding of a list, also of classes, such as cp1252 or utf-16 (default: UTF-8)",
+    )
+    parser.add_argument(
+        "--take",
+        choices=("folders", "tars"),
+        help="which of the two to pack of a folder that has both class folders and tars",
+    )
+    parser.add_argument(
+        "--follow-links", action="store_true", help="also pack what links in a folder name outside of it"
+    )
+    parser.set_defaults(run=_pack)
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from indistill.data import class_names, lists, packing
+
+    encoding = arguments.encoding
+    classes = None
+    if arguments.classes is not None:
+        classes = class_names.read(arguments.classes, encoding)
+        if os.path.isfile(arguments.classes) and not lists.is_list(arguments.source):
+            encoding = None  # it is that of the classes alone
+    content = packing.pack_source(
+        arguments.source,
+        arguments.destination,
+        prefix=arguments.prefix,
+        shard_bytes=int(arguments.shard_megabytes * 1e6),
+        resize=arguments.resize,
+        quality=arguments.quality,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        cache_dir=arguments.cache_dir,
+        progress=True,
+        classes=classes,
+        follow_links=arguments.follow_links,
+        reading=packing.Reading(images=arguments.images, encoding=encoding, take=arguments.take),
+    )
+    if content["classes"] is not None:
+        print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
+    printed = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
+    print(json.dumps({key: content[key] for key in printed}))
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from indistill.data import verify
+
+    counts = verify.index(arguments.urls, **_read_options(arguments), hashed=arguments.hash)
+    print(f"{sum(counts.values())} samples in {len(counts)} shards")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from indistill.config import printable
+    from indistill.data import verify
+
+    content = verify.verify(arguments.urls, **_read_options(arguments), num_classes=arguments.num_classes)
+    for member in content.bad:
+        where = f"{member.shard}: {member.key}" if member.key else member.shard
+        print(printable(f"{where}: {member.problem.removeprefix(f'{member.shard}: ')}"))
+    print(f"{content.summary()}\n{len(content.bad)} bad members")
+    sys.exit(1 if content.bad else 0)
+
+
+def _read_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "cache_dir": arguments.cache_dir,
+        "workers": arguments.workers,
+        "progress": True,
+    }

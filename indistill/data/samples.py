@@ -1,0 +1,232 @@
+"""Samples in the tars of shards: which members are images and labels, and what belongs to no sample."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import IO, NamedTuple
+
+from indistill.config import UserError
+from indistill.config.limits import (
+    MAX_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    MAX_LABEL_BYTES,
+    MAX_SHARD_SAMPLES,
+)
+from indistill.data.remote import base_name
+from indistill.data.tar import Tar
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MOST_SHOWN = 5  # names in a message
+
+
+# --- labels -------------------------------------------------------------------------------------------------
+LABEL_REMEDY = "write it into KEY.cls, an integer in ASCII, beside the image KEY.jpg"
+
+
+def parse_label(content: bytes) -> int | None:
+    """The label in a .cls file; None if it is not a non-negative integer."""
+    fits = len(content) <= MAX_LABEL_BYTES
+    return int(content) if fits and re.fullmatch(rb"\s*\d{1,9}\s*", content) else None
+
+
+def malformed_label(key: str, content: bytes) -> str:
+    """The error message for a .cls file that `parse_label` rejects."""
+    if len(content) > MAX_LABEL_BYTES:
+        return f"{key}.cls has more than {MAX_LABEL_BYTES} bytes (MAX_LABEL_BYTES): a label is an integer"
+    return f"{key}.cls holds {content[:20]!r}: a label is a non-negative integer"
+
+
+def label_problem(key: str, label: int, num_classes: int) -> str | None:
+    """Why training rejects a sample with this label (-1: no label); None if it accepts it."""
+    if label < 0:
+        return f"has no label, because there is no {key}.cls: {LABEL_REMEDY}"
+    if label >= num_classes:
+        return f"label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
+    return None
+
+
+def shown(names: Sequence[str]) -> str:
+    """List the first few names, for a message."""
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(map(repr, names[:MOST_SHOWN])) + more
+
+
+class Others:
+    """What a shard has beside its samples."""
+
+    def __init__(self) -> None:
+        self.extensions = Counter[str]()  # of members that are neither images nor labels
+        self.unread: list[str] = []  # members that look like images or labels; set when all are read
+        self._alike: dict[str, str] = {}  # name that ends like that of an image or a label -> key
+
+    def add(self, key: str, name: str, extension: str) -> None:
+        """Count a member that is neither an image nor a label by WebDataset's rule."""
+        known = extension in self.extensions or len(self.extensions) < MAX_EXTENSIONS
+        self.extensions[extension if known else "of further kinds"] += 1
+        _, dot, last = extension.rpartition(".")
+        alike = (
+            dot and last in (*IMAGE_EXTENSIONS, "cls") and key.rpartition("/")[2] and not _META.match(name)
+        )
+        if alike and len(self._alike) < MAX_SHARD_SAMPLES:
+            self._alike[name] = key
+
+    def end(self, keys: Container[str]) -> None:
+        """Find what looks like images or labels and belongs to none of the samples `keys`."""
+        self.unread = [name for name, key in self._alike.items() if key not in keys]
+
+    @property
+    def problem(self) -> str:
+        """Describes `unread`; empty if there is none."""
+        if not self.unread:
+            return ""
+        return (
+            "images or labels belong to no sample, because the key of a name ends at its first dot: "
+            f"{len(self.unread)} ({shown(self.unread)}): rename them, with one dot each, or run "
+            "`indistill shards pack` on the shard, which does so"
+        )
+
+
+# --- reading tars -------------------------------------------------------------------------------------------
+_META = re.compile(r"__[^/]*__/")  # WebDataset's folder for what belongs to no sample
+SAMPLE = "a sample is {key}.jpg (jpeg, png, webp) and {key}.cls"
+_TOO_MANY = f"holds more than {MAX_SHARD_SAMPLES} samples (MAX_SHARD_SAMPLES): pack smaller shards"
+
+
+class ImageOrLabel(NamedTuple):
+    """An image or a label in a tar."""
+
+    key: str
+    extension: str
+    offset: int  # of the content; -1: of an image that is reported already
+    size: int
+    content: bytes  # b"" for an image that is not loaded; of a label at most MAX_LABEL_BYTES + 1 bytes
+
+
+def compressed(path: str) -> bool:
+    """Whether a shard is compressed with gzip or zstd, by its name."""
+    return base_name(path).endswith((".gz", ".tgz", ".zst")) and not path.startswith("pipe:")
+
+
+def read_samples(
+    path: str,
+    stream: IO[bytes],
+    *,
+    load: bool = True,
+    report: Callable[[str, str], None] | None = None,
+    others: Others | None = None,
+    may_be_empty: bool = False,
+    keys: Mapping[str, str] = {},
+) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
+    """Yield the samples of a shard from its file, as `samples_of` does."""
+    tar = Tar(path, stream, gzipped=compressed(path), strict=True)
+    return samples_of(tar, load=load, report=report, others=others, may_be_empty=may_be_empty, keys=keys)
+
+
+def samples_of(
+    tar: Tar,
+    *,
+    load: bool = True,
+    report: Callable[[str, str], None] | None = None,
+    others: Others | None = None,
+    may_be_empty: bool = False,
+    keys: Mapping[str, str] = {},
+) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
+    """Yield (key, (offset, size) of the image, image, label) of every sample of a shard, in one pass.
+
+    load: whether to read images; without it they are b"". A sample without a label has -1.
+    report: called with the key and the problem of every malformed sample; by default UserError is raised.
+    others: counts the members that belong to no sample.
+    keys: of images and labels, by name, that would belong to none.
+
+    Raises UserError for a damaged tar and, unless it `may_be_empty`, for one without samples.
+    """
+
+    def refuse(key: str, problem: str) -> None:
+        raise UserError(f"{tar.path}: {problem}")
+
+    report = report or refuse
+    others = others or Others()
+    seen = set()
+    members = images_and_labels(tar, load=load, report=report, others=others, keys=keys)
+    for key, group in itertools.groupby(members, lambda member: member.key):
+        repeated = key in seen
+        seen.add(key)
+        if len(seen) > MAX_SHARD_SAMPLES:
+            refuse("", _TOO_MANY)
+        image, label = _image_and_label(key, group, report, repeated)
+        if image is not None and image.offset >= 0:
+            yield key, (image.offset, image.size), image.content, -1 if label is None else label
+        elif image is None and label is not None:
+            report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
+    others.end(seen)
+    if not seen and not may_be_empty:
+        refuse("", f"holds no sample: {others.problem or SAMPLE}")
+
+
+def _image_and_label(
+    key: str, members: Iterable[ImageOrLabel], report: Callable[[str, str], None], repeated: bool
+) -> tuple[ImageOrLabel | None, int | None]:
+    """The image and the label among a sample's members. The label is None if missing, -1 if malformed.
+
+    repeated: other members with this key came earlier, before those of another sample.
+    """
+    if repeated:
+        remedy = "unpack the shard, and write it again with `tar --sort=name`"
+        report(key, f"the members of sample '{key}' are not next to each other: {remedy}")
+    image, label = None, None
+    for member in members:
+        if member.extension == "cls":
+            if label is not None:
+                report(key, f"sample '{key}' has two labels")
+            label = parse_label(member.content)
+            if label is None:
+                label = -1
+                report(key, malformed_label(key, member.content))
+        elif image is not None:
+            report(key, f"sample '{key}' has two images")
+        else:
+            image = member
+    return image, label
+
+
+def images_and_labels(
+    tar: Tar,
+    *,
+    load: bool,
+    report: Callable[[str, str], None],
+    others: Others | None = None,
+    keys: Mapping[str, str] = {},
+) -> Iterator[ImageOrLabel]:
+    """Yield every image and label; without `load`, images have no content.
+
+    report: called with the key and the problem of an image that is too large and of a link that cannot be
+        followed; the image then has the offset -1, and the label is left out.
+    others: counts all other files.
+    keys: as for `samples_of`.
+    """
+    for member in tar:
+        # WebDataset's rule: the key ends at the first dot of the base name, and the rest is the extension.
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        extension = extension.lower()
+        key = f"{folder}{slash}{stem}"
+        if member.name in keys:
+            key, extension = keys[member.name], extension.rpartition(".")[2]
+        is_label = extension == "cls"
+        if not stem or _META.match(member.name) or not (is_label or extension in IMAGE_EXTENSIONS):
+            if others is not None:
+                others.add(key, member.name, extension)
+            continue
+        try:
+            _, offset, size, _ = tar.follow(member)
+            if size > MAX_IMAGE_BYTES and not is_label:
+                size_limit = f"more than {MAX_IMAGE_BYTES} (MAX_IMAGE_BYTES)"
+                raise LookupError(f"{key}.{extension} has {size} bytes, {size_limit}")
+        except LookupError as error:
+            report(key, str(error))
+            if not is_label:
+                yield ImageOrLabel(key, extension, -1, 0, b"")
+            continue
+        most = MAX_LABEL_BYTES + 1 if is_label else size if load else 0
+        yield ImageOrLabel(key, extension, offset, size, tar.content(most))
