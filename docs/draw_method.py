@@ -74,7 +74,7 @@ class Run(NamedTuple):
     lines: list[dict[str, float]]  # of metrics.jsonl
 
     def student(self, step: int) -> Network:
-        """Return the student after `step` steps; at step 0, initialised as by `parts.networks`."""
+        """Return the student after `step` steps; at step 0, initialised as by `lessons.networks`."""
         if step == 0:
             set_seed(self.settings.seed)
             net = parts.create_student(self.settings)

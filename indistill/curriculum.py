@@ -146,7 +146,7 @@ class Timetable:
         for key, steps in (("duration", total), ("evaluate.every", evaluate_every)):
             if steps is not None and steps < 1:
                 raise UserError(f"{key} is less than one step (an epoch has {steps_per_epoch}): raise it")
-        last = "kd" if settings.teacher else "supervised"
+        last = "kd" if settings.has_teacher else "supervised"
         timetable = cls(steps_per_epoch, batch, total, evaluate_every, Curriculum(0, last=last))
         if settings.warmup is None:
             return timetable

@@ -328,18 +328,18 @@ def run_moved(run: Callable[[dict[str, Any]], Any], tree: dict[str, Any], unit: 
     How far they stray tells how much this training enlarges rounding by `unit` on this processor: evenly, if
     the networks are SMOOTH.
     """
-    from indistill.training import parts
+    from indistill.training import lessons
 
-    networks = parts.networks
+    networks = lessons.networks
     for seed in range(2):
 
         def moving_networks(*arguments: Any, seed: int = seed, **keywords: Any) -> tuple[Any, ...]:
-            student, *others = networks(*arguments, **keywords)
-            move(student.parameters(), unit, seed)
-            return student, *others
+            built = networks(*arguments, **keywords)
+            move(built.student.parameters(), unit, seed)
+            return built
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parts, "networks", moving_networks)
+            patch.setattr(lessons, "networks", moving_networks)
             run({**tree, "run_dir": f"{tree['run_dir']}-moved{seed}"})
 
 

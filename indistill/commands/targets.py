@@ -74,7 +74,7 @@ from indistill.targets.manifest import (
 from indistill.targets.reader import Reader, weights_hashes
 from indistill.targets.records import Field
 from indistill.targets.stored import fields_of, needed
-from indistill.training import parts
+from indistill.training import lessons
 from indistill.training.choose import cheaper_stored
 from indistill.training.features import compute
 from indistill.training.start import start_accelerator
@@ -506,7 +506,7 @@ def create_networks(
     """The student, whose stages choose what is stored, the teacher in its precision, and the pruning plan."""
     calibration = partial(training.loader, 0, device=accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:  # the plan is in the manifest
-        student, targets_of, plan = parts.networks(
+        student, targets_of, plan, _ = lessons.networks(
             accelerator, settings, files=RunDir(Path(scratch)), calibration=calibration
         )
     # check_storable refuses `stage: heads`, and the source is live.

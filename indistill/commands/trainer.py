@@ -125,10 +125,13 @@ class Trainer:
         return page.write([run_dir.parent if self.several else run_dir], output, baseline)
 
     def write_targets(self) -> None:
-        """Compute and store the teacher's targets, for `targets.source: cached` or `auto`."""
+        """Compute and store the targets of each teacher, for `targets.source: cached` or `auto`."""
         from indistill.commands import targets
+        from indistill.training.lessons import naming_teacher
 
-        targets.write(self.settings)
+        for called, one in self.settings.by_teacher.items():
+            with naming_teacher(called):
+                targets.write(one)
 
     def verify_targets(self, records: int) -> bool:
         """Recompute the stored targets of `records` random samples; prints those that differ.
@@ -137,4 +140,5 @@ class Trainer:
         """
         from indistill.commands import targets
 
-        return targets.verify(self.settings, records)
+        results = [targets.verify(one, records) for one in self.settings.by_teacher.values()]
+        return all(results)

@@ -70,7 +70,7 @@ class RunDir(_Folder):
     inputs = _Entry("inputs.json")  # of a chain's stage: SHA-256 of the weights that it began with
     checkpoints = _Entry("checkpoints")
     errors = _Entry("errors")  # tracebacks, by rank
-    targets = _Entry("targets")  # stored targets, unless `targets.dir` names another directory
+    targets = _Entry(tree.TARGETS)  # stored targets, unless `targets.dir` names another directory
     tensorboard = _Entry("tensorboard")
     dvclive = _Entry("dvclive")
     report = _Entry("report.html")
@@ -103,6 +103,10 @@ class RunDir(_Folder):
         except OSError as error:
             raise UserError(f"{self.checkpoints}: cannot be read ({error.strerror}): mend that") from None
         return [self.checkpoints / name for name in names if pattern.fullmatch(name)]
+
+    def standards_of(self, teacher: str) -> Path:
+        """What standardises the features of one of several teachers."""
+        return self.path / f"standards-{teacher}.safetensors"
 
     def traceback(self, rank: str) -> Path:
         """The file for the traceback of a rank's unexpected error."""

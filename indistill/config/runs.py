@@ -25,6 +25,7 @@ _SHARED = (
     "duration",
     "data",
     "teacher",
+    "teachers",
     "stage",
     "mixed_precision",
     "grad_accumulation",
@@ -128,6 +129,11 @@ def _parse_all(tree: dict[str, Any], kind: str, source: str) -> dict[str, Config
             merged["run_dir"] = str(Path(shared["run_dir"]) / name)
         if kind == "stages" and isinstance(merged.get("teacher"), dict):
             merged["teacher"] = _resolve_teacher(merged["teacher"], parsed, where)
+        if kind == "stages" and isinstance(merged.get("teachers"), list):
+            merged["teachers"] = [
+                _resolve_teacher(one, parsed, where) if isinstance(one, dict) else one
+                for one in merged["teachers"]
+            ]
         parsed[name] = parse(merged, where)
     return parsed
 
@@ -143,7 +149,7 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
                 f"{where}: {key} is {own.get(key)}, and {of_first.get(key)} for the first student: set it "
                 "once, for all students"
             )
-    if settings.teacher is None or settings.stage != "distill":
+    if not settings.has_teacher or settings.stage != "distill":
         raise UserError(
             f"{where}: students share a teacher: add the section teacher, and remove stage: heads"
         )
@@ -152,7 +158,7 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
             f"{where}: engine: DeepSpeed trains one student per process: train the students one by one, or "
             "use ddp"
         )
-    if settings.teacher.shard:
+    if any(one.teacher and one.teacher.shard for one in settings.by_teacher.values()):
         raise UserError(
             f"{where}: teacher.shard: students need the whole teacher on every process: remove it"
         )
@@ -166,6 +172,11 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
         raise UserError(
             f"{where}: trackers: {min(one_run)} tracks one run at a time in a process: remove it, train the "
             "students one by one, or set student_groups: disjoint"
+        )
+    if groups == "disjoint" and settings.teachers:
+        raise UserError(
+            f"{where}: teachers: under student_groups: disjoint students share one teacher: set teacher, or "
+            "student_groups: equal"
         )
     if groups == "disjoint":
         _check_known_targets(settings.warmup, where)

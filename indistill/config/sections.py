@@ -374,6 +374,29 @@ class Teacher(Model):
         return self
 
 
+class OneTeacher(Teacher):
+    """One of several teachers, and what the student learns from it."""
+
+    # What messages, log and folders call it; None: the name of the timm model.
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] | None = None
+    # Factor of its losses. Without losses of its own: its weight in the mean of `kd.ensemble`.
+    weight: PositiveFloat = 1.0
+    # Losses that compare the student with this teacher alone. None: it is one of those whose mean `kd.losses`
+    # are given.
+    losses: Annotated[list[AnyLoss], Field(min_length=1)] | None = None
+    # Pairs [teacher stage, student stage] for its losses on feature maps, like `kd.pairs`.
+    pairs: Literal["auto"] | list[tuple[int, int]] | None = None
+
+    @property
+    def called(self) -> str:
+        """`id`, or what the timm model is called."""
+        return self.id or re.sub(r"[^\w.-]", "_", self.name.rstrip("/").rpartition("/")[2], flags=re.ASCII)
+
+    def alone(self) -> Teacher:
+        """The section of a run that has this teacher alone."""
+        return Teacher.model_construct(**{key: getattr(self, key) for key in Teacher.model_fields})
+
+
 class Heads(Section):
     """Linear classifiers that `stage: heads` trains on stages of the frozen teacher (arXiv 2103.00497)."""
 
@@ -459,6 +482,8 @@ class Warmup(PhaseTraining):
     # warm-up; `auto`: sequential, each pair until its loss stops falling.
     curriculum: Literal["sequential", "cumulative", "reversed", "all_at_once", "auto"] = "sequential"
     alpha: Annotated[int, Field(ge=0)] = 2  # Pair i, counted from 0, is trained for alpha + 1 + i epochs.
+    # Which of `teachers` teaches it, by its id; None: the first.
+    teacher: str | None = None
     # Duration of each pair, instead of `alpha`; 0 skips a pair. With `curriculum: auto` the longest it may
     # take. None: by `alpha`.
     durations: list[Duration] | None = None
@@ -489,8 +514,12 @@ class KD(PhaseTraining):
     """The phase after the warm-up, to the end of the run; without a teacher, supervised training."""
 
     lr: PositiveFloat | None = None  # Base learning rate of this phase; None: `optimizer.lr`.
-    # Losses of this phase; their weighted sum is minimised (docs/losses.md).
-    losses: list[AnyLoss] = Field(default_factory=_cross_entropy, min_length=1)
+    # Losses of this phase; their weighted sum is minimised (docs/losses.md). None are needed if `teachers`
+    # have some.
+    losses: list[AnyLoss] = Field(default_factory=_cross_entropy)
+    # What `kd.losses` are given of several teachers without losses of their own. `probabilities`: the
+    # logarithm of the mean of their probabilities; `logits`: the mean of their logits.
+    ensemble: Literal["probabilities", "logits"] = "probabilities"
     # Pairs [teacher stage, student stage] for losses on feature maps; `auto` as in warmup.pairs. None:
     # `warmup.pairs` if there is a warm-up, else auto.
     pairs: Literal["auto"] | list[tuple[int, int]] | None = None

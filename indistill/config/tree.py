@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, Posi
 
 from indistill.config.base import Duration, Section, no_command, run_length
 from indistill.config.limits import MAX_MINUTES
+from indistill.config.loss import Loss
 from indistill.config.redact import redacted
 from indistill.config.sections import (
     KD,
@@ -27,6 +29,7 @@ from indistill.config.sections import (
     Log,
     Machine,
     Model,
+    OneTeacher,
     Optimizer,
     Precision,
     Progressive,
@@ -36,6 +39,8 @@ from indistill.config.sections import (
     Tracker,
     Warmup,
 )
+
+TARGETS = "targets"  # the folder of stored targets in a run directory
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -52,6 +57,8 @@ class Config(Section):
     data: Data  # Training and evaluation data.
     student: Model | None = None  # The network to train; required unless `stage: heads`.
     teacher: Teacher | None = None  # The teacher; None: supervised training without one.
+    # Several teachers instead of one (docs/foundation.md). Each has the keys of `teacher`, and more.
+    teachers: list[OneTeacher] = []
     heads: Heads = Heads()  # The classifiers of `stage: heads`.
     warmup: Warmup | None = None  # InDistill's warm-up; None: none, the KD phase begins at step 0.
     kd: KD = Field(default_factory=KD)  # The phase after the warm-up: losses and training settings.
@@ -97,11 +104,100 @@ class Config(Section):
     # Hardware that `indistill plan` assumes. Only `targets: auto` makes a run depend on it.
     machine: Machine = Machine()
 
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher is not None or bool(self.teachers)
+
+    @property
+    def teacher_sections(self) -> dict[str, Teacher]:
+        """The sections of the teachers by role: `teacher`, or of several `teacher NAME`."""
+        sections = {f"teacher {name}".rstrip(): one.teacher for name, one in self.by_teacher.items()}
+        return {role: section for role, section in sections.items() if section is not None}
+
+    @property
+    def losses(self) -> list[Loss]:
+        """All losses of KD: `kd.losses`, then those of each of several teachers."""
+        return [*self.kd.losses, *(loss for one in self.teachers for loss in one.losses or ())]
+
+    @property
+    def warmup_teacher(self) -> str | None:
+        """Which of several teachers teaches the warm-up, by what it is called."""
+        if self.warmup is None or not self.teachers:
+            return None
+        return self.warmup.teacher or self.teachers[0].called
+
+    @property
+    def by_teacher(self) -> dict[str, Config]:
+        """By what each of several teachers is called, the config of a run that has it alone.
+
+        Its losses are its own, or `kd.losses` if it has none, and it has the warm-up if it teaches that. Of
+        a config without `teachers` it is this one, called "".
+        """
+        return {one.called: self._with(one) for one in self.teachers} or {"": self}
+
+    def _with(self, one: OneTeacher) -> Config:
+        own = {} if one.losses is None else {"losses": one.losses, "pairs": one.pairs}
+        folder = f"{(self.targets.dir or f'{self.run_dir}/{TARGETS}').rstrip('/')}/{one.called}"
+        return self.model_copy(
+            update={
+                "teacher": one.alone(),
+                "teachers": [],
+                "warmup": self.warmup if one.called == self.warmup_teacher else None,
+                "kd": self.kd.model_copy(update=own),
+                "targets": self.targets.model_copy(update={"dir": folder}),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _check_teachers(self) -> Config:
+        names = [one.called for one in self.teachers]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"teachers: two are called {twice}: give one of them another id")
+        if self.teachers and self.teacher is not None:
+            raise ValueError("teacher and teachers exclude each other: move teacher into the list")
+        if self.warmup is not None and self.warmup.teacher not in (None, *names):
+            named = ", ".join(names) or "none"
+            raise ValueError(f"warmup.teacher: {self.warmup.teacher} is none of teachers ({named})")
+        if len(names) > 1 and self.targets.source == "auto":
+            raise ValueError("targets: auto decides for one teacher: set targets: live, or cached")
+        if self.teachers and self.stage == "distill":
+            self._check_ensemble()
+        for one in self.teachers:
+            for loss in one.losses or ():
+                if not loss.teaches:
+                    raise ValueError(
+                        f"teachers: {one.called}: the loss {loss.name} learns from no teacher: move it to "
+                        "kd.losses"
+                    )
+        return self
+
+    def _check_ensemble(self) -> None:
+        """Check that `kd.losses` and the teachers without losses of their own need each other."""
+        members = [one.called for one in self.teachers if one.losses is None]
+        taught = [loss for loss in self.kd.losses if loss.teaches]
+        if taught and not members:
+            raise ValueError(
+                f"kd.losses: {taught[0].name} learns from teachers without losses of their own, and there is "
+                "none: list it under the losses of a teacher, or give one no losses"
+            )
+        idle = [name for name in members if name != self.warmup_teacher]
+        if not taught and idle:
+            raise ValueError(
+                f"teachers: {idle[0]} teaches nothing, as no loss in kd.losses learns from a teacher: give "
+                "it losses, or remove it"
+            )
+        for loss in taught:
+            if len(members) > 1 and loss.teaches != {"logits"}:
+                raise ValueError(
+                    f"kd.losses: {loss.name} needs more than logits, which is all that the ensemble of "
+                    f"{', '.join(members)} has: list it under the losses of a teacher"
+                )
+
     @model_validator(mode="after")
     def _check_compile(self) -> Config:
         if self.compile and self.engine is not None and self.engine.name == "deepspeed":
             raise ValueError("compile: true does not work with engine: deepspeed: remove one of them")
-        if self.compile and self.teacher is not None and self.teacher.shard:
+        if self.compile and any(one.teacher and one.teacher.shard for one in self.by_teacher.values()):
             raise ValueError(
                 "compile: true needs the whole teacher on every process: remove compile or teacher.shard"
             )
@@ -118,10 +214,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _networks_where_needed(self) -> Config:
-        losses = self.kd.losses
+        losses = self.losses
+        if not losses:
+            raise ValueError("kd.losses: is empty: name at least one loss")
         if self.stage == "heads":
             if self.teacher is None:
-                raise ValueError("stage: heads needs a teacher: add the section teacher")
+                raise ValueError("stage: heads needs one teacher: add the section teacher")
             unused = [key for key in ("student", "warmup") if getattr(self, key) is not None]
             supervised = all(not loss.teaches and loss.reads <= {"logits", "labels"} for loss in losses)
             if unused or not supervised or self.evaluate.on_bank or self.teacher.heads:
@@ -139,7 +237,7 @@ class Config(Section):
                 )
         elif self.student is None:
             raise ValueError("student: missing: add the section student, with the name of a timm model")
-        elif self.teacher is None:
+        elif not self.has_teacher:
             if self.warmup is not None:
                 raise ValueError("warmup needs a teacher: add the section teacher, or remove warmup")
             for loss in losses:
@@ -147,9 +245,9 @@ class Config(Section):
                     raise ValueError(
                         f"kd.losses: {loss.name} needs a teacher: add the section teacher, or use ce"
                     )
-        elif self.teacher.heads is None:
-            for loss in losses:
-                if "heads" in loss.teaches:
+        for one in self.by_teacher.values():
+            for loss in one.losses:
+                if one.teacher is not None and one.teacher.heads is None and "heads" in loss.teaches:
                     raise ValueError(
                         f"kd.losses: {loss.name} needs teacher.heads, the heads.safetensors of a run with "
                         "stage: heads"
@@ -158,7 +256,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Config:
-        has_heads = self.stage == "heads" or (self.teacher is not None and self.teacher.heads)
+        has_heads = self.stage == "heads" or any(
+            one.teacher and one.teacher.heads for one in self.by_teacher.values()
+        )
         if has_heads and isinstance(self.data.image_size, Progressive):
             raise ValueError(
                 "data.image_size: intermediate classifiers (stage: heads, teacher.heads) take images of one "
@@ -168,14 +268,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_heads(self) -> Config:
-        for role, section in (("student", self.student), ("teacher", self.teacher)):
-            if section is not None and section.num_classes == 0 and (problem := head_problem(self, role)):
-                raise ValueError(problem)
+        for one in (self, *self.by_teacher.values()):
+            for role, section in (("student", one.student), ("teacher", one.teacher)):
+                if section is not None and section.num_classes == 0 and (problem := head_problem(one, role)):
+                    raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
     def _whole_labels(self) -> Config:
-        for loss in self.kd.losses:
+        for loss in self.losses:
             if self.kd.mixing and loss.whole_labels:
                 raise ValueError(
                     f"kd.losses: {loss.name} reads the class of each sample, kd.mix mixes them: remove one"
@@ -211,7 +312,7 @@ def head_problem(config: Config, role: str) -> str | None:
     """Return what needs the classifier that the student or the teacher lacks; None if nothing does."""
     if config.stage == "heads":
         return "stage: heads needs a teacher with a classifier: use weights that have one"
-    for loss in config.kd.losses:
+    for loss in config.losses:
         wanted = loss.reads if role == "student" else loss.teaches
         if wanted & {"logits", "token", "heads"}:
             return (
@@ -224,7 +325,7 @@ def head_problem(config: Config, role: str) -> str | None:
 def why_not_stored(config: Config) -> str | None:
     """Return why a run's targets cannot be stored, with the remedy; None if they can."""
     warmup = config.warmup
-    if config.stage == "heads" or config.teacher is None:
+    if config.stage == "heads" or not config.has_teacher:
         return "there are no targets without a teacher and a student: add both sections"
     if config.data.augment.views is None:
         return "data.augment.views, the number of views of each sample, is missing: set it"
@@ -261,6 +362,9 @@ OPERATIONAL_KEYS = (
 # part of a run's identity, so that runs and stored targets of these versions still load.
 LATER_KEYS: dict[str, Any] = {
     "data.repeats": 1,
+    "teachers": [],
+    "kd.ensemble": "probabilities",
+    "warmup.teacher": None,
     "student.num_classes": None,
     "teacher.num_classes": None,
     "teacher.image_size": None,
@@ -284,8 +388,11 @@ def flatten(config: Config, without: Collection[str] | None = None) -> dict[str,
         without = OPERATIONAL_KEYS if config.targets.lossy else (*OPERATIONAL_KEYS, "targets.source")
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if prefix in without or (prefix in LATER_KEYS and value == LATER_KEYS[prefix]):
+        key = re.sub(r"^teachers\.\d+", "teacher", prefix)
+        if key in without or (key in LATER_KEYS and value == LATER_KEYS[key]):
             return
+        if prefix == "teachers":
+            value = {str(i): one for i, one in enumerate(value)}
         if isinstance(value, dict) and value:
             for key, child in value.items():
                 yield from walk(f"{prefix}.{key}" if prefix else key, child)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,17 +17,33 @@ from indistill.losses.standard import Standard
 from indistill.models.outputs import Output, Targets
 
 
+class Place(NamedTuple):
+    """Where a loss finds what it compares, if the student has several teachers."""
+
+    teacher: str  # what it is called; "" for the losses of `kd.losses`
+    targets: int  # index into `Targets.each`
+    features: Sequence[int]  # indices into the student's maps
+    weight: float = 1.0  # factor of all losses of this teacher
+
+    def seen(self, output: Output, targets: Targets) -> tuple[Output, Targets]:
+        """Return what the loss is given of both networks' outputs."""
+        features = tuple(output.features[i] for i in self.features)
+        return output._replace(features=features), targets.each[self.targets]
+
+
 @dataclass(frozen=True)
 class Objective:
     """The losses of a run; `scope` selects the samples that losses compare (losses/gather.py).
 
     `standards` has what standardises each of the teacher's features that a loss reads, by the loss's index.
+    `places` are those of all losses if the student has several teachers, else ().
     """
 
     losses: Sequence[Loss]
     steps_per_epoch: int
     scope: str = "auto"
     standards: Mapping[int, Sequence[Standard]] = field(default_factory=dict)
+    places: Sequence[Place] = ()
 
     def __call__(
         self, output: Output, targets: Targets, *, labels: Tensor, phase: Phase, step: int
@@ -44,12 +60,13 @@ class Objective:
             weights = phase.weights
         else:
             epoch = int(step - phase.start) // self.steps_per_epoch
-            names = term_names(self.losses)
+            names = term_names(self.losses, self.places)
             values = [
                 self._term(i, output, targets=targets, labels=labels, epoch=epoch)
                 for i in range(len(self.losses))
             ]
-            weights = [loss.weight for loss in self.losses]
+            of_teacher = [place.weight for place in self.places] or [1.0] * len(self.losses)
+            weights = [loss.weight * factor for loss, factor in zip(self.losses, of_teacher)]
         total = sum_of(weight * value for weight, value in zip(weights, values))
         total = total * (1 + 0 * total.detach())  # times 1, or times nan
         return total, {name: value.detach() for name, value in zip(names, values)}
@@ -88,6 +105,8 @@ class Objective:
     ) -> tuple[Inputs, Inputs, Any]:
         """Return what a loss is given of student and teacher, and the labels if it reads them, else None."""
         loss = self.losses[index]
+        if self.places:
+            output, targets = self.places[index].seen(output, targets)
         own_labels = labels if "labels" in loss.reads else None
         projected = output.projected.get(str(index))
         if projected is not None and loss.compares > 1:
@@ -123,15 +142,35 @@ def _standardise(teacher: Inputs, standards: Sequence[Standard]) -> None:
             setattr(teacher, name, standards[0](value))
 
 
-def create_layers(losses: Sequence[Loss], shape: Shape) -> dict[str, nn.Module]:
+def create_layers(losses: Sequence[tuple[Loss, Shape]], places: Sequence[Place] = ()) -> dict[str, nn.Module]:
     """Create the trainable layers of each loss that has any, keyed by the loss's index."""
-    layers = {str(i): loss.layers(shape) for i, loss in enumerate(losses)}
-    return {index: layer for index, layer in layers.items() if layer is not None}
+    layers = {str(i): loss.layers(shape) for i, (loss, shape) in enumerate(losses)}
+    return {
+        index: _Placed(layer, places[int(index)]) if places else layer
+        for index, layer in layers.items()
+        if layer is not None
+    }
 
 
-def term_names(losses: Sequence[Loss]) -> list[str]:
-    """The names of the losses, with a number from the second of the same name on: kd, kd_2."""
-    names = [loss.name for loss in losses]
+class _Placed(nn.Module):
+    """The layers of a loss, given what the loss is given."""
+
+    def __init__(self, layers: nn.Module, place: Place) -> None:
+        super().__init__()
+        self.layers = layers
+        self.place = place
+
+    def forward(self, output: Output, targets: Targets) -> Any:
+        return self.layers(*self.place.seen(output, targets))
+
+
+def term_names(losses: Sequence[Loss], places: Sequence[Place] = ()) -> list[str]:
+    """The names of the losses, with a number from the second of the same name on: kd, kd_2.
+
+    The name of a teacher's own loss begins with what the teacher is called: clip/feature.
+    """
+    teachers = [place.teacher for place in places] or [""] * len(losses)
+    names = [f"{teacher}/{loss.name}".lstrip("/") for loss, teacher in zip(losses, teachers)]
     counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts)]
 

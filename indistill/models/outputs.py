@@ -28,3 +28,6 @@ class Targets(NamedTuple):
     logits: Tensor | None = None  # [B, K]
     cohort: tuple[Tensor, ...] = ()  # [B, K] of each intermediate classifier head
     tokens: Tensor | None = None  # [B, C, H_t, W_t], the last patch tokens of a vision transformer
+    # In KD with several teachers, instead of all these: the targets of `kd.losses`, then those of each
+    # teacher with losses of its own.
+    each: tuple[Targets, ...] = ()

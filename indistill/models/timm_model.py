@@ -66,6 +66,7 @@ class NoWeights(UserError):
     def __init__(self, message: str, role: str) -> None:
         super().__init__(message)
         self.role = role
+        self.teacher = ""  # which of several teachers, by what it is called
 
 
 def create(section: config.Model, num_classes: int, image_size: int, role: str) -> TimmModel:

@@ -46,9 +46,10 @@ def evaluation_view(settings: config.Config) -> EvalView:
     """How images are resized and cropped for the config's student, by the keys `data.eval_*`.
 
     Where they are auto, the `pretrained_cfg` of the student decides if it begins with weights, else that of
-    the teacher, if there is one. Raises UserError if that record cannot be loaded.
+    the first teacher, if there is one. Raises UserError if that record cannot be loaded.
     """
-    student, teacher = settings.student, settings.teacher
+    student = settings.student
+    teacher = next(iter(settings.teacher_sections.values()), None)
     if teacher is not None and not (student and (student.pretrained or student.checkpoint)):
         return own_view(teacher, settings.data, "teacher")
     assert student is not None  # only `stage: heads` has none, which has a teacher

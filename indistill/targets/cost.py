@@ -24,8 +24,9 @@ from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
 from indistill.models.trainable import Trainable
 from indistill.targets import records
-from indistill.targets.live import LiveTargets
 from indistill.targets.records import Field
+from indistill.targets.several import SeveralTargets
+from indistill.targets.source import TargetSource
 
 SEEN = (2, 4)  # images in two batches: their difference separates bytes per image from bytes per batch
 
@@ -59,7 +60,7 @@ def measure(
     settings: Config,
     student: Trainable,
     *,
-    targets_of: LiveTargets,
+    targets_of: TargetSource,
     objective: Objective,
     phase: Phase,
 ) -> Work:
@@ -135,7 +136,7 @@ def _run(
     settings: Config,
     student: Trainable,
     *,
-    targets_of: LiveTargets,
+    targets_of: TargetSource,
     objective: Objective,
     phase: Phase,
     batch: int,
@@ -189,8 +190,16 @@ def _convolution_backward(
     return sum(output_mask[:2]) * 2 * images[0] * pixels * math.prod(weight)
 
 
-def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Targets) -> dict[str, Tensor]:
-    """The targets that the phase's losses read, by name."""
+def _fields(settings: Config, targets_of: TargetSource, phase: Phase, targets: Targets) -> dict[str, Tensor]:
+    """The targets that the phase's losses read, by name: of several teachers NAME/FIELD."""
+    if isinstance(targets_of, SeveralTargets):
+        several: dict[str, Tensor] = {}
+        for one in [targets_of.first] if phase.pairs else targets_of.members:
+            if phase.pairs or one.place is not None:
+                own = targets if phase.pairs else targets.each[one.place or 0]
+                of_teacher = _fields(settings.by_teacher[one.name], one.source, phase, own)
+                several |= {f"{one.name}/{name}": target for name, target in of_teacher.items()}
+        return several
     if phase.pairs:
         return {f"pair{pair + 1}": target for pair, target in zip(phase.pairs, targets.features)}
     losses = settings.kd.losses
@@ -207,6 +216,7 @@ def _fields(settings: Config, targets_of: LiveTargets, phase: Phase, targets: Ta
 # --- live or stored -----------------------------------------------------------------------------------------
 def record_bytes(name: str, shape: Sequence[int], section: config.Targets) -> int:
     """Bytes of one stored record of target `name` with `shape`, checksum included."""
+    name = name.rpartition("/")[2]  # without that of one of several teachers
     kind, top_k = records.wanted_format(name, len(shape) == 3, section)
     field = Field(format=kind, shape=tuple(shape), dtype="float32", channels_last=False, top_k=top_k)
     return field.record.itemsize
@@ -223,8 +233,8 @@ def uncached(settings: Config, phase: Phase) -> str | None:
     if phase.pairs:
         paper_bn = settings.warmup is not None and settings.warmup.prune.mode == "paper_bn"
         return "prune.mode: paper_bn" if paper_bn else None
-    names = " and ".join(loss.name for loss in settings.kd.losses)
-    return None if any(loss.teaches for loss in settings.kd.losses) else f"{names} alone"
+    names = " and ".join(loss.name for loss in settings.losses)
+    return None if any(loss.teaches for loss in settings.losses) else f"{names} alone"
 
 
 def decide(settings: Config, works: Mapping[Phase, Work], timetable: Timetable) -> dict[str, Choice]:

@@ -22,7 +22,7 @@ class CachedTargets:
     LiveTargets.
 
     There is no teacher, unless `live` is given: then the targets of `phases` are stored, and those of others
-    live.
+    live. Without `warms_up` another teacher gives the targets of the warm-up.
     """
 
     def __init__(
@@ -33,12 +33,14 @@ class CachedTargets:
         kd_stages: Sequence[int],
         live: LiveTargets | None = None,
         phases: Sequence[str] = (),
+        warms_up: bool = True,
     ) -> None:
         self.reader = reader
         self.losses = losses
         self.kd_stages = list(kd_stages)
         self.live = live
         self.phases = phases
+        self.warms_up = warms_up
         self.sizes = ImageSizes(0, 0)  # until `bring_along` knows those of the run
         self.teacher = None if live is None else live.teacher
         self.fingerprint = reader.manifest.teacher.fingerprint
@@ -46,7 +48,11 @@ class CachedTargets:
             self.fingerprint += f" rounded in {', '.join(phases)}"  # a resumed run must read the same targets
 
     def bring_along(self, training: TrainingData, timetable: Timetable) -> None:
-        """Make the loader read the fields of each step's phase.
+        """Make the loader read the fields of each step's phase; raises as `check`."""
+        training.bring_along(self.reader, self.check(training, timetable))
+
+    def check(self, training: TrainingData, timetable: Timetable) -> Callable[[int], tuple[str, ...]]:
+        """Return a function from a step to the fields that it reads.
 
         Raises UserError if the targets are of other data, or lack a field.
         """
@@ -59,7 +65,7 @@ class CachedTargets:
             names = self._fields(timetable.curriculum.at(step))
             return tuple(sized(name, sizes.at(step), sizes) for name in names)
 
-        training.bring_along(self.reader, fields_at)
+        return fields_at
 
     def hold_weights(self) -> None:
         """Convert the live teacher's weights to its precision, if there is one."""
@@ -81,7 +87,7 @@ class CachedTargets:
         return targets_from(tensors)
 
     def _fields(self, phase: Phase) -> tuple[str, ...]:
-        if self.live and phase.name not in self.phases:
+        if (self.live and phase.name not in self.phases) or (phase.pairs and not self.warms_up):
             return ()
         return fields_of(phase, self.losses, self.kd_stages, self.reader.manifest.heads)
 

@@ -48,7 +48,7 @@ def choose(
 
     Call on all ranks. Raises UserError for stored targets that were made with another pruning plan.
     """
-    assert isinstance(live, LiveTargets)  # `parts.networks` returns others for "cached" only
+    assert isinstance(live, LiveTargets)  # `lessons.networks` returns others for "cached" only
     phases: list[str] = []
     if not config.why_not_stored(settings):
         phases = cheaper_stored(settings, student, live=live, objective=objective, timetable=timetable)

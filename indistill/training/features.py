@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from indistill.targets import standards
 from indistill.targets.live import LiveTargets
 from indistill.targets.manifest import REMEDY, Manifest
 from indistill.targets.records import bare, size_of
+from indistill.targets.several import SeveralTargets
 from indistill.targets.source import TargetSource
 from indistill.targets.stored import CachedTargets
 
@@ -125,11 +127,33 @@ def agree_on_standards(
 
     `calibration(n)` loads this rank's share of the first n global batches. Every rank gets the same.
     """
+    if not isinstance(targets_of, SeveralTargets):
+        return _standards(accelerator, settings, files.standards, targets_of, calibration)
+    of_loss: dict[int, Sequence[Standard]] = {}
+    fingerprints = []
+    own = len(settings.kd.losses)  # index of the first loss of the next teacher that has losses
+    for member, one, section in zip(targets_of.members, settings.by_teacher.values(), settings.teachers):
+        path = files.standards_of(member.name)
+        found = _standards(accelerator, one, path, member.source, calibration)
+        first = 0 if section.losses is None else own
+        own += len(section.losses or ())
+        of_loss |= {first + i: of_one for i, of_one in found.of_loss.items()}
+        fingerprints += [found.fingerprint] if found.fingerprint else []
+    return Standards(of_loss, " ".join(fingerprints) or None)
+
+
+def _standards(
+    accelerator: Accelerator,
+    settings: Config,
+    path: Path,
+    targets_of: TargetSource,
+    calibration: Callable[[int], DataLoader],
+) -> Standards:
+    """Return the standards of the losses that learn from one teacher."""
     names = standards.wanted(settings.kd.losses, targets_of.kd_stages)
     every = sorted({name for of_loss in names.values() for name in of_loss})
     if not every:
         return Standards({}, None)
-    path = files.standards
     remedy = "restore it, or start in another run_dir"
 
     def kept() -> dict[str, Standard] | None:

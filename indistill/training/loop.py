@@ -34,7 +34,7 @@ from indistill.distributed.preemption import Agreement, Preempted
 from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.trainable import Trainable
-from indistill.training import guard, optim, parts
+from indistill.training import guard, lessons, optim, parts
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.checkpoint import Checkpoints
 from indistill.training.choose import choose
@@ -122,7 +122,7 @@ class Run:
 
     def _build_networks(self) -> None:
         accelerator, settings, training = self.accelerator, self.settings, self.training
-        self.student, targets_of, self.plan = parts.networks(
+        self.student, targets_of, self.plan, places = lessons.networks(
             accelerator,
             settings,
             files=self.files,
@@ -140,10 +140,11 @@ class Run:
             calibration=partial(training.loader, 0, device=accelerator.device),
         )
         self.objective = Objective(
-            settings.kd.losses,
+            settings.losses,
             training.steps_per_epoch,
             settings.kd.relational_scope,
             self.standards.of_loss,
+            places,
         )
         if settings.targets.source == "auto":
             targets_of = choose(
@@ -243,7 +244,7 @@ class Run:
             "teacher": self.targets_of.fingerprint,
             "engine": self.engine.describe(),
             **({"standards": self.standards.fingerprint} if self.standards.fingerprint else {}),
-            **plugins.source_hashes([loss.name for loss in settings.kd.losses]),
+            **plugins.source_hashes([loss.name for loss in settings.losses]),
         }
         if settings.kd.mixing:
             # Of the way partners and coefficients are drawn: checkpoints without it drew them by rank.

@@ -8,20 +8,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed as seed_everything
 from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torch.utils.data import DataLoader
 
-from indistill import config, prune
+from indistill import config
 from indistill.config import Config, UserError, in_one_line
 from indistill.config.ranks import Ranks
-from indistill.config.run_dir import RunDir
 from indistill.config.tree import head_problem, input_size
 from indistill.curriculum import Timetable
 from indistill.data import class_names
@@ -29,218 +24,16 @@ from indistill.data.batch import Batch
 from indistill.data.dataset import ImageDataset
 from indistill.data.training import TrainingData, open_data
 from indistill.losses import Shape
-from indistill.losses.objective import create_layers, reads, teaches
 from indistill.models import timm_model
 from indistill.models.heads import Heads
-from indistill.models.network import Network, Normalisation, normalisation
+from indistill.models.network import Network, normalisation
 from indistill.models.outputs import Output
 from indistill.models.stages import Architecture, check_stages, find_stages, match_stages
 from indistill.models.timm_model import TimmModel
-from indistill.models.trainable import Trainable
-from indistill.models.views import without_weights
 from indistill.prune import Plan
-from indistill.targets.live import LiveTargets
-from indistill.targets.reader import open_targets
 from indistill.targets.source import TargetSource
-from indistill.targets.stored import CachedTargets
-from indistill.training import features
-from indistill.training.features import Grids
-from indistill.training.pruning import agree_on_plan, stored_plan
 
-NO_PLAN = Plan("none", "none", [])
-Parts = tuple[Trainable, TargetSource, Plan]
 Forward = Callable[..., Output]  # with the arguments of `Network.forward`
-
-
-def networks(
-    accelerator: Accelerator,
-    settings: Config,
-    *,
-    files: RunDir,
-    calibration: Callable[[int], DataLoader] | None = None,
-    make_teacher: Callable[[Config], Network] | None = None,
-    run_teacher: Callable[[Network, Config], Forward] | None = None,
-) -> Parts:
-    """Return the module to train (on the device), the source of its targets, and the pruning plan.
-
-    `calibration(n)` loads this rank's share of n global batches, for a pruning criterion that needs data.
-    `make_teacher` and `run_teacher` replace `create_teacher` and `compiled` for a teacher that several
-    students share. Raises UserError for networks, weights, stored targets or a plan that do not fit each
-    other.
-    """
-    seed_everything(settings.seed)
-    no_targets = LiveTargets(None, NO_PLAN, input_size=input_size(settings))
-    if settings.stage == "heads":
-        return heads(accelerator, settings), no_targets, NO_PLAN
-    net = create_student(settings)
-    assert settings.student is not None  # or `create_student` would have failed
-    builder = _Builder(accelerator, settings, net, normalisation(net, settings.student, "student"))
-    if settings.teacher is None:
-        return builder.finish(Network(net, builder.normalisation)), no_targets, NO_PLAN
-    if settings.targets.source == "cached":
-        return builder.with_stored_targets(files)
-    teacher = builder.load_teacher(settings.teacher, make_teacher or create_teacher)
-    plan = NO_PLAN
-    if settings.warmup is not None:
-        plan = agree_on_plan(
-            accelerator,
-            settings,
-            warmup=settings.warmup,
-            files=files,
-            teacher=teacher,
-            student=net,
-            calibration=calibration,
-        )
-    return builder.with_teacher(settings.teacher, teacher, plan, run_teacher or compiled)
-
-
-@dataclass(frozen=True)
-class _Builder:
-    """Builds the student around its bare timm model `net`, and its targets, once they know the teacher."""
-
-    accelerator: Accelerator
-    settings: Config
-    net: TimmModel
-    normalisation: Normalisation  # of the student's input
-
-    def with_stored_targets(self, files: RunDir) -> Parts:
-        """Build the student and open its stored targets; no teacher is loaded."""
-        reader = open_targets(self.accelerator, self.settings)
-        teacher, losses = reader.manifest.teacher, self.settings.kd.losses
-        plan = NO_PLAN
-        if self.settings.warmup is not None:
-            plan = stored_plan(
-                self.accelerator, self.settings.warmup, files=files, reader=reader, student=self.net
-            )
-        student, kd_stages = self.student(teacher, plan, partial(features.of_manifest, reader.manifest))
-        check_cohort(losses, reader.manifest.heads)
-        return self.finish(student), CachedTargets(reader, losses, kd_stages=kd_stages), plan
-
-    def load_teacher(self, section: config.Teacher, make_teacher: Callable[[Config], Network]) -> Network:
-        """Create the teacher on its device, or on the CPU if it is to be sharded: it may not fit a device."""
-        device = torch.device("cpu") if self.shard_device(section) else self.accelerator.device
-        # The student's new layers start alike, whether or not a teacher is created before them.
-        with torch.random.fork_rng():
-            torch.manual_seed(self.settings.seed)
-            return make_teacher(self.settings).to(device)
-
-    def shard_device(self, section: config.Teacher) -> torch.device | None:
-        """The device over which the teacher is sharded with those of the other ranks; None if it is not."""
-        sharded = section.shard and self.accelerator.num_processes > 1
-        return self.accelerator.device if sharded else None
-
-    def with_teacher(
-        self,
-        section: config.Teacher,
-        teacher: Network,
-        plan: Plan,
-        run_teacher: Callable[[Network, Config], Forward],
-    ) -> Parts:
-        """Build the student and the live targets of a teacher."""
-        settings = self.settings
-        side = teacher.image_size or settings.data.full_size
-        losses = settings.kd.losses
-        grids = partial(features.of_network, teacher.net, side, losses=losses)
-        student, kd_stages = self.student(teacher.net, plan, grids)
-        teacher.stages = [pair.teacher_stage for pair in plan.pairs]
-        teacher.with_tokens = teaches(losses, "tokens")
-        cohort = Heads.load(section.heads, teacher, settings.data.full_size) if section.heads else None
-        check_cohort(losses, len(cohort.stages) if cohort else 0)
-        targets = LiveTargets(
-            teacher,
-            plan,
-            input_size=teacher.input_size(settings.data.full_size),
-            kd_stages=kd_stages,
-            heads=cohort,
-            shard_on=self.shard_device(section),
-            precision=section.precision or settings.mixed_precision,
-            run=run_teacher(teacher, settings),
-            pool=settings.targets.pool,
-        )
-        return self.finish(student), targets, plan
-
-    def student(
-        self, teacher: TimmModel | Architecture, plan: Plan, grids: Callable[[Sequence[int]], Grids]
-    ) -> tuple[Network, list[int]]:
-        """Create the student; return it and the teacher's stages whose whole maps KD reads.
-
-        `grids` returns the shapes of the teacher's features, given the stages that losses read.
-        """
-        settings, losses = self.settings, self.settings.kd.losses
-        kd_pairs = choose_pairs(settings, teacher, self.net) if reads(losses, "features") else []
-        shape = self._feature_shape(teacher, kd_pairs, grids([stage for stage, _ in kd_pairs]))
-        student = Network(
-            self.net,
-            self.normalisation,
-            stages=[pair.student_stage for pair in plan.pairs],
-            adapters={
-                i: nn.Conv2d(pair.student_width, pair.teacher_width, kernel_size=1)
-                for i, pair in enumerate(plan.pairs)
-                if pair.student_width > pair.teacher_width
-            },
-            reads=[what for what in ("logits", "embedding", "tokens", "token") if reads(losses, what)],
-            kd_stages=[student_stage for _, student_stage in kd_pairs],
-            projectors=create_layers(losses, shape),
-        )
-        kd_stages = [teacher_stage for teacher_stage, _ in kd_pairs] if teaches(losses, "features") else []
-        return student, kd_stages
-
-    def _feature_shape(
-        self, teacher: TimmModel | Architecture, kd_pairs: Sequence[tuple[int, int]], of_teacher: Grids
-    ) -> Shape:
-        """Return the widths that losses translate between. Raises UserError for features that do not fit."""
-        settings, losses = self.settings, self.settings.kd.losses
-        stages = [stage for _, stage in kd_pairs]
-        of_student = features.of_network(self.net, settings.data.full_size, stages, losses)
-        shape = projector_shape(teacher, self.net, kd_pairs)
-        if of_student.tokens and of_teacher.tokens:
-            shape = shape._replace(
-                student_token_width=of_student.tokens[0], teacher_token_width=of_teacher.tokens[0]
-            )
-        widths = {
-            "embedding": [shape.teacher_dim],
-            "maps": shape.teacher_widths,
-            "tokens": [shape.teacher_token_width],
-        }
-        features.check(settings, of_student, of_teacher, widths)
-        return shape
-
-    def finish(self, student: Network) -> Network:
-        """Return the student, ready to be wrapped, on its device."""
-        return trainable(self.settings, student).to(self.accelerator.device)
-
-
-def check_fit(settings: Config) -> None:
-    """Raise UserError if the networks of a chain's later stage do not fit each other, judged by their shapes.
-
-    The teacher has no weights yet; weights and data are checked by `networks`.
-    """
-    if settings.stage == "heads" or settings.teacher is None:
-        return
-    assert settings.student is not None  # the config requires it unless stage is heads
-    teacher_section, student_section = (
-        section.model_copy(update=without_weights(section, role))
-        for section, role in ((settings.teacher, "teacher"), (settings.student, "student"))
-    )
-    settings = settings.model_copy(update={"student": student_section})
-    student = create_student(settings)
-    teacher = timm_model.create(
-        teacher_section, settings.data.num_classes, settings.data.full_size, "teacher"
-    )
-    if reads(settings.kd.losses, "features"):
-        choose_pairs(settings, teacher, student)
-    if warmup := settings.warmup:
-        pairs = match_stages(teacher, student) if warmup.pairs == "auto" else warmup.pairs
-        criterion = warmup.prune.criterion
-        criterion = "random" if criterion in prune.NEEDS_DATA else criterion
-        side = timm_model.input_side(teacher, teacher_section, settings.data.full_size)
-        prune.plan(teacher, student, pairs, (3, side, side), criterion, adapter=warmup.adapter)
-
-
-def check_cohort(losses: Sequence[config.Loss], heads: int) -> None:
-    """Raise UserError for a loss that does not fit a teacher with `heads` intermediate heads."""
-    for loss in losses:
-        loss.check(heads)
 
 
 def trainable(settings: Config, student: Network) -> Network:
@@ -255,7 +48,7 @@ def create_student(settings: Config) -> TimmModel:
     _check_head(settings, net, "student")
     if settings.grad_checkpointing:
         timm_model.checkpoint_gradients(net, settings.student.name)
-    for loss in settings.kd.losses:
+    for loss in settings.losses:
         if "token" in loss.reads and not hasattr(net, "set_distilled_training"):
             raise UserError(
                 f"kd.losses: {loss.name} needs a student with a distillation token, {settings.student.name} "

@@ -16,7 +16,7 @@ from indistill.data.training import bank_shards, eval_shards
 from indistill.distributed import environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
 from indistill.evaluate.bank import check_bank
-from indistill.training import parts
+from indistill.training import lessons
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.groups import train_groups
 from indistill.training.loop import train
@@ -103,7 +103,7 @@ def _check_stages(stages: list[tuple[str, Config]], begun: set[str], finished: s
     for name, settings in stages[1:]:
         if name not in begun:
             try:
-                parts.check_fit(settings)
+                lessons.check_fit(settings)
                 _check_bank(settings)
             except UserError as error:
                 raise UserError(f"stage {name}: {error}") from None
@@ -126,12 +126,11 @@ def _check_inputs(name: str, settings: Config, begun: bool) -> None:
     Raises UserError if the weights have changed since, or if the record cannot be written.
     """
     run_dir = RunDir.of(settings)
-    teacher, student = settings.teacher, settings.student
-    files = {
-        "teacher.checkpoint": teacher.checkpoint if teacher else None,
-        "teacher.heads": teacher.heads if teacher else None,
-        "student.checkpoint": student.checkpoint if student else None,
-    }
+    files = {"student.checkpoint": settings.student.checkpoint if settings.student else None}
+    for called, one in settings.by_teacher.items():
+        key = f"teachers.{called}" if called else "teacher"
+        files[f"{key}.checkpoint"] = one.teacher.checkpoint if one.teacher else None
+        files[f"{key}.heads"] = one.teacher.heads if one.teacher else None
     # A missing file is reported by `train`.
     present = {key: Path(file) for key, file in files.items() if file and Path(file).is_file()}
     hashes = {key: sha256(path, ignore_metadata_order=True) for key, path in present.items()}

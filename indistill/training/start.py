@@ -65,7 +65,7 @@ def _start(settings: Config, training: bool) -> Engine:
 def _engine(settings: Config, zero: dict[str, Any] | None, ranks: Ranks) -> Engine:
     # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding,
     # the head.
-    partly_unused = settings.warmup is not None or not reads(settings.kd.losses, "logits")
+    partly_unused = settings.warmup is not None or not reads(settings.losses, "logits")
     ddp = DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)
     dynamo = TorchDynamoPlugin(backend="inductor", dynamic=False) if settings.compile else None
     with environment.without_accumulation():
@@ -93,9 +93,8 @@ def check_devices(settings: Config, world: int) -> None:
     """Raise UserError for a setting that needs a GPU if this node has none."""
     if torch.cuda.is_available():
         return
-    teacher_precision = settings.teacher and settings.teacher.precision
-    precisions = {"mixed_precision": settings.mixed_precision, "teacher.precision": teacher_precision}
-    for key, precision in precisions.items():
+    precisions = {f"{role}.precision": one.precision for role, one in settings.teacher_sections.items()}
+    for key, precision in {"mixed_precision": settings.mixed_precision, **precisions}.items():
         if precision == "fp16":
             raise UserError(f"{key}: fp16 needs a GPU: use bf16 or no")
     if settings.sync_batchnorm and world > 1:

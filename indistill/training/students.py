@@ -80,8 +80,10 @@ class Shared(Sources):
         self.positions = [0] * students  # the micro-batch at which each student is
         self.loaded: dict[int, Batch] = {}  # micro-batches that a student still needs
         self.loader: Iterator[tuple[int, Batch]] | None = None
-        self.network: Network | None = None  # the teacher as created; each student's copy has its own stages
-        self.teacher_pass: TeacherPass | None = None
+        # Of each teacher, by its section as text: the network as created, of which each student's copy has
+        # its own stages, and its pass over the batch.
+        self.networks: dict[str, Network] = {}
+        self.passes: dict[str, TeacherPass] = {}
 
     def data(
         self, accelerator: Accelerator, settings: Config
@@ -90,10 +92,11 @@ class Shared(Sources):
         return self.opened
 
     def teacher(self, settings: Config) -> Network:
-        if self.network is None:
-            self.network = super().teacher(settings)
-            _ = self.network.fingerprint  # cached now, before the weights change their precision
-        return copy.copy(self.network)
+        key = _section(settings)
+        if key not in self.networks:
+            self.networks[key] = super().teacher(settings)
+            _ = self.networks[key].fingerprint  # cached now, before the weights change their precision
+        return copy.copy(self.networks[key])
 
     def batch(self, position: int, training: TrainingData, last_step: int, device: torch.device) -> Batch:
         """Return the micro-batch at a position; the first call's position must be the lowest of all."""
@@ -143,13 +146,13 @@ class _Share(Sources):
         return batches()
 
     def forward(self, teacher: Network, settings: Config) -> Callable[..., Output]:
-        shared = self.shared
-        if shared.teacher_pass is None:
+        shared, key = self.shared, _section(settings)
+        if key not in shared.passes:
             assert settings.teacher is not None  # the config refuses students without a teacher
             common = shared.teacher(settings).eval().requires_grad_(False)
             frozen.run_in(common, settings.teacher.precision or settings.mixed_precision)
-            shared.teacher_pass = TeacherPass(common, super().forward(common, settings))
-        teacher_pass = shared.teacher_pass
+            shared.passes[key] = TeacherPass(common, super().forward(common, settings))
+        teacher_pass = shared.passes[key]
 
         def forward(images: Tensor, upto: int | None = None, pairs: Sequence[int] = ()) -> Output:
             stages = teacher.kd_stages if upto is None else [teacher.stages[pair] for pair in pairs]
@@ -159,6 +162,12 @@ class _Share(Sources):
             return teacher_pass(images, position, stages=stages, whole=whole, tokens=tokens)
 
         return forward
+
+
+def _section(settings: Config) -> str:
+    """Tell teachers apart by their sections."""
+    assert settings.teacher is not None  # of a config of `by_teacher`
+    return settings.teacher.model_dump_json()
 
 
 class TeacherPass:

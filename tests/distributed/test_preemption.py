@@ -282,7 +282,7 @@ def interrupt_in(place: str, number: int, errors: Path, arguments: list[str]) ->
         ("training.parts.Sources.data", signal.SIGTERM, ["train", "CONFIG"]),
         ("training.parts.Sources.data", signal.SIGINT, ["train", "CONFIG"]),
         ("config.runs.load", signal.SIGINT, ["train", "CONFIG"]),
-        ("training.parts.networks", signal.SIGINT, ["targets", "CONFIG", *STORED]),
+        ("training.lessons.networks", signal.SIGINT, ["targets", "CONFIG", *STORED]),
         (
             "commands.targets.Job.tensors",
             signal.SIGINT,

@@ -17,7 +17,7 @@ from indistill.data.batch import Batch
 from indistill.losses.objective import Objective
 from indistill.models import timm_model
 from indistill.models.heads import Heads
-from indistill.training import optim, parts
+from indistill.training import lessons, optim, parts
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SAMPLES = {"imagenet": 1_281_167, "cifar10": 50_000, "digits": 1_437}  # training images
@@ -140,7 +140,7 @@ def check_stage(path, settings, accelerator, run_dir):
     images = torch.randint(256, (SEEN, 3, size, size), dtype=torch.uint8)
     labels = torch.tensor([0, classes - 1])
     batch = Batch(images, labels, labels, [])
-    student, targets_of, plan = parts.networks(
+    student, targets_of, plan, _ = lessons.networks(
         accelerator, settings, files=RunDir(run_dir), calibration=lambda batches: [batch]
     )
 
@@ -152,7 +152,7 @@ def check_stage(path, settings, accelerator, run_dir):
     samples = next(count for prefix, count in SAMPLES.items() if path.stem.startswith(prefix))
     timetable = Timetable.of(settings, samples // settings.data.global_batch, len(plan.pairs))
     *before, last = timetable.curriculum.phases()
-    assert last.name == ("kd" if settings.teacher else "supervised")
+    assert last.name == ("kd" if settings.has_teacher else "supervised")
     assert last.start < timetable.total_steps / 2
     assert bool(before) == bool(warmup)
     assert settings.data.global_batch % settings.data.streams == 0

@@ -14,7 +14,7 @@ from indistill.commands.plan import estimate
 from indistill.config.run_dir import RunDir
 from indistill.curriculum import Timetable
 from indistill.targets.cost import Work, _convolution_backward, decide, measure, record_bytes
-from indistill.training import parts
+from indistill.training import lessons
 
 # Multiply-adds of an image in the small networks: 3x3 convolutions without padding, a 2x2 pool after each.
 STUDENT = [8 * 27 * 30**2, 16 * 72 * 13**2, 32 * 144 * 4**2, 128 * 64 + 64 * 10]
@@ -56,7 +56,7 @@ def test_half_precision_halves_activations_and_holds_weights_once_more(tree, set
 
 def test_pairs_are_those_of_training(settings, found, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    _, _, plan = parts.networks(Accelerator(cpu=True), settings, files=RunDir(tmp_path))
+    _, _, plan, _ = lessons.networks(Accelerator(cpu=True), settings, files=RunDir(tmp_path))
     assert [pair.kept for pair in found.pairs] == [pair.kept for pair in plan.pairs]
     assert [pair.teacher_map for pair in found.pairs] == [(16, 15, 15), (32, 6, 6), (64, 2, 2)]
     assert [pair.student_map for pair in found.pairs] == [(8, 15, 15), (16, 6, 6), (32, 2, 2)]
@@ -66,7 +66,7 @@ def test_pairs_are_those_of_training(settings, found, tmp_path):
 
 def test_measuring_changes_nothing(settings, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    student, targets_of, plan = parts.networks(Accelerator(cpu=True), settings, files=RunDir(tmp_path))
+    student, targets_of, plan, _ = lessons.networks(Accelerator(cpu=True), settings, files=RunDir(tmp_path))
     before = {name: value.clone() for name, value in student.state_dict().items()}
     timetable = Timetable.of(settings, 6, len(plan.pairs))
     for phase in timetable.curriculum.phases():

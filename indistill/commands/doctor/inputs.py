@@ -61,12 +61,13 @@ def weights(here: Here) -> Said:
     made = {weights_file(settings) for settings in here.settings}
     for settings in here.settings:
         cached = settings.targets.source == "cached"  # without the teacher
-        if cached:
-            yield _stored_targets(targets_root(settings))
-        for role, section in (
-            ("teacher", None if cached else settings.teacher),
-            ("student", settings.student),
-        ):
+        sections: list[tuple[str, config.Model | None]] = [("student", settings.student)]
+        for one in reversed(settings.by_teacher.values()):
+            if cached:
+                yield _stored_targets(targets_root(one))
+            else:
+                sections.insert(0, ("teacher", one.teacher))
+        for role, section in sections:
             for key in ("checkpoint", "heads"):
                 path = getattr(section, key, None)
                 if path and (path not in made or os.path.exists(path)):
@@ -315,12 +316,12 @@ def class_lists(here: Here) -> Said:
 
 def _check_other_lists(settings: Config, names: class_names.Names | None) -> None:
     """Raise UserError if stored targets or the teacher have other classes than data.train."""
-    root = targets_root(settings)
-    teacher = settings.teacher
-    if settings.targets.source == "cached" and os.path.exists(f"{root}/manifest.json"):
-        check_classes(root, load_manifest(root), names)
-    elif teacher is not None and teacher.checkpoint and teacher.num_classes != 0:
-        class_names.check_weights(class_names.of_weights(teacher.checkpoint), settings.data, "teacher")
+    for one in settings.by_teacher.values():
+        root, teacher = targets_root(one), one.teacher
+        if settings.targets.source == "cached" and os.path.exists(f"{root}/manifest.json"):
+            check_classes(root, load_manifest(root), names)
+        elif teacher is not None and teacher.checkpoint and teacher.num_classes != 0:
+            class_names.check_weights(class_names.of_weights(teacher.checkpoint), settings.data, "teacher")
 
 
 def evaluation_images(here: Here) -> Said:

@@ -33,7 +33,9 @@ def gpu(here: Here) -> Said:
         what = f"{here.local_world} processes on this node, which has {gpus}"
         yield FAIL, what, f"use torchrun --nproc-per-node {count}"
         return
-    precisions = {p for s in here.settings for p in (s.mixed_precision, s.teacher and s.teacher.precision)}
+    teachers = [one.teacher for settings in here.settings for one in settings.by_teacher.values()]
+    precisions = {settings.mixed_precision for settings in here.settings}
+    precisions |= {teacher.precision for teacher in teachers if teacher and teacher.precision}
     for index in [here.local_rank] if here.ranks.has_local_rank else range(count):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)

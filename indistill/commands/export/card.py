@@ -125,9 +125,10 @@ def _input(source: Source, network: Network, form: str) -> str:
 
 
 def _teacher(settings: Config) -> str:
-    if settings.teacher is None:
+    if not settings.has_teacher:
         return "None: trained on the labels alone."
-    return f"{_public_name(settings.teacher.name)}, {_initial_weights(settings.teacher)}."
+    teachers = settings.teacher_sections.values()
+    return f"{'; '.join(f'{_public_name(one.name)}, {_initial_weights(one)}' for one in teachers)}."
 
 
 def _public_name(name: str) -> str:
@@ -146,7 +147,7 @@ def _method(source: Source) -> str:
             f"InDistill ({settings.warmup.curriculum} warm-up on the teacher's maps, pruned by "
             f"{settings.warmup.prune.criterion}): teacher stage to student stage {pairs}. Then"
         )
-    losses = ", ".join(f"{loss.name} (weight {loss.weight:g})" for loss in settings.kd.losses)
+    losses = ", ".join(f"{loss.name} (weight {loss.weight:g})" for loss in settings.losses)
     duration = settings.duration if isinstance(settings.duration, str) else f"{settings.duration} epochs"
     return " ".join([*parts, f"losses: {losses}; {duration} in all."])
 

@@ -18,18 +18,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from indistill import config, prune
 from indistill.commands.plan.memory import ENGINES, FLOAT, memory, state_bytes
 from indistill.commands.plan.network import BUCKET, communication_seconds, step_seconds, traffic
-from indistill.commands.plan.result import Estimate, Pair, PhaseCost, Scale
+from indistill.commands.plan.result import Estimate, Pair, PhaseCost, Scale, TeacherCost
 from indistill.config import Config
 from indistill.config.run_dir import RunDir, weights_file
 from indistill.curriculum import ImageSizes, Phase, Timetable
 from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
 from indistill.data.stream import StreamedTraining
 from indistill.distributed import environment
-from indistill.losses.objective import Objective
+from indistill.losses.objective import Objective, Place
 from indistill.models.heads import Heads
 from indistill.models.network import Network
 from indistill.models.stages import find_stages
@@ -37,9 +38,10 @@ from indistill.models.timm_model import NoWeights
 from indistill.models.trainable import Trainable
 from indistill.models.views import without_weights
 from indistill.targets.cost import SEEN, Choice, Work, decide, measure, phase_steps, record_bytes
-from indistill.targets.live import LiveTargets
 from indistill.targets.records import sized
-from indistill.training import optim, parts
+from indistill.targets.several import SeveralTargets
+from indistill.targets.source import TargetSource
+from indistill.training import lessons, optim, parts
 
 NODES = (1, 2, 8, 64)
 _LONGEST = "warmup.curriculum: auto: the durations of the warm-up are the longest it can take"
@@ -92,8 +94,9 @@ def of_run(
         global_batch=settings.data.global_batch,
         micro_batch=costs.micro_batch,
         precision=settings.mixed_precision,
-        teacher_parameters=sum(p.numel() for p in built.teacher.parameters()) if built.teacher else 0,
-        teacher_image_size=_own_size(settings, built.teacher),
+        teacher_parameters=sum(_parameters(teacher) for teacher in built.teachers.values()),
+        teacher_image_size=_own_size(settings, built.teachers.get("")),
+        teachers=_teachers(settings, built) if settings.teachers else [],
         student_parameters=sum(p.numel() for p in built.student.parameters()),
         targets=settings.targets.model_dump(),
         views=settings.data.augment.views,
@@ -106,9 +109,24 @@ def of_run(
     )
 
 
+def _parameters(network: Trainable) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def _own_size(settings: Config, teacher: Network | None) -> int | None:
     size = teacher.image_size if teacher else None
     return None if size == settings.data.image_size else size
+
+
+def _teachers(settings: Config, built: _Built) -> list[TeacherCost]:
+    """Describe each of several teachers."""
+    costs = []
+    for name, teacher in built.teachers.items():
+        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+            teacher(torch.zeros(1, *config.input_size(settings), dtype=torch.uint8))
+        flops = counter.get_total_flops()
+        costs.append(TeacherCost(name, _parameters(teacher), _own_size(settings, teacher), flops))
+    return costs
 
 
 # --- costs --------------------------------------------------------------------------------------------------
@@ -116,9 +134,10 @@ class _Built(NamedTuple):
     """What training would build of a run, with random weights where the real ones are not available."""
 
     student: Trainable
-    teacher: Network | None
-    targets_of: LiveTargets
+    teachers: dict[str, Network]  # by what each of several is called; the only one is called ""
+    targets_of: TargetSource
     plan: prune.Plan
+    places: Sequence[Place]  # of the losses
     knows_kept: bool  # whether the plan keeps the channels that training will keep
     notes: list[str]
 
@@ -137,7 +156,8 @@ class _Costs:
     @classmethod
     def measured(cls, settings: Config, built: _Built, timetable: Timetable, world: int) -> _Costs:
         """Measure the work of all phases that have steps."""
-        objective = Objective(settings.kd.losses, timetable.steps_per_epoch, settings.kd.relational_scope)
+        scope = settings.kd.relational_scope
+        objective = Objective(settings.losses, timetable.steps_per_epoch, scope, places=built.places)
         sizes = ImageSizes.of(settings, timetable.steps_per_epoch)
         works = {}
         for phase in timetable.curriculum.phases():
@@ -169,7 +189,7 @@ class _Costs:
         return memory(
             self.settings,
             self.built.student,
-            teacher=self.built.teacher,
+            teachers=self.built.teachers,
             state=state,
             works=list(self.works.values()),
             engine=engine,
@@ -182,7 +202,7 @@ class _Costs:
         return traffic(
             self.settings,
             self.built.student,
-            teacher=self.built.teacher,
+            teachers=self.built.teachers,
             phase=phase,
             work=self.works[phase],
             engine=engine,
@@ -286,30 +306,34 @@ def _build(settings: Config, earlier: Mapping[str, Config]) -> _Built:
     knows_kept = True
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        if settings.teacher and _writer(settings.teacher.checkpoint, earlier):
-            settings = _with_teacher(settings, checkpoint=None)
-            knows_kept = False
-        if settings.teacher and (stage := _writer(settings.teacher.heads, earlier)):
-            heads = RunDir(Path(folder)).heads
-            parts.heads(accelerator, _with_teacher(stage, checkpoint=None, pretrained=False)).save(heads)
-            settings = _with_teacher(settings, heads=str(heads))
+        for name, one in settings.by_teacher.items():
+            if one.teacher and _writer(one.teacher.checkpoint, earlier):
+                settings = _with_teacher(settings, name, checkpoint=None)
+                knows_kept = False
+            if one.teacher and (stage := _writer(one.teacher.heads, earlier)):
+                heads = RunDir(Path(folder) / name).heads
+                heads.parent.mkdir(exist_ok=True)
+                parts.heads(accelerator, _with_teacher(stage, checkpoint=None, pretrained=False)).save(heads)
+                settings = _with_teacher(settings, name, heads=str(heads))
         if settings.warmup and settings.warmup.prune.criterion in prune.NEEDS_DATA:
             settings = _with_random_criterion(settings, settings.warmup)
             knows_kept = False
         while True:
             try:
-                student, targets_of, plan = parts.networks(accelerator, settings, files=RunDir(Path(folder)))
+                student, targets_of, plan, places = lessons.networks(
+                    accelerator, settings, files=RunDir(Path(folder))
+                )
                 break
             except NoWeights as error:
-                section = getattr(settings, error.role)
-                section = section.model_copy(update=without_weights(section, error.role))
-                settings = settings.model_copy(update={error.role: section})
+                settings = _with_random_weights(settings, error)
                 notes.append(f"without pretrained weights, by architecture alone: {error}")
                 if error.role == "teacher" and settings.warmup:
                     knows_kept = knows_kept and settings.warmup.prune.criterion == "random"
-    assert isinstance(targets_of, LiveTargets)  # as set above
-    teacher = student._frozen[0] if isinstance(student, Heads) else targets_of.teacher
-    return _Built(student, teacher, targets_of, plan, knows_kept, notes)
+    teachers = {"": student._frozen[0] if isinstance(student, Heads) else targets_of.teacher}
+    if isinstance(targets_of, SeveralTargets):
+        teachers = {member.name: member.source.teacher for member in targets_of.members}
+    present = {name: teacher for name, teacher in teachers.items() if teacher is not None}
+    return _Built(student, present, targets_of, plan, places, knows_kept, notes)
 
 
 def _writer(file: str | None, earlier: Mapping[str, Config]) -> Config | None:
@@ -317,9 +341,26 @@ def _writer(file: str | None, earlier: Mapping[str, Config]) -> Config | None:
     return earlier.get(file) if file is not None and not Path(file).exists() else None
 
 
-def _with_teacher(settings: Config, **changes: Any) -> Config:
+def _with_teacher(settings: Config, name: str = "", **changes: Any) -> Config:
+    """Change the section of a teacher, by what it is called; the only one is called ""."""
+    if name:
+        teachers = [
+            one.model_copy(update=changes) if one.called == name else one for one in settings.teachers
+        ]
+        return settings.model_copy(update={"teachers": teachers})
     assert settings.teacher is not None  # the callers have checked it, and `stage: heads` requires one
     return settings.model_copy(update={"teacher": settings.teacher.model_copy(update=changes)})
+
+
+def _with_random_weights(settings: Config, error: NoWeights) -> Config:
+    """Change the network whose weights could not be loaded."""
+    if error.role == "student":
+        assert settings.student is not None  # or it would have had no weights to load
+        section = settings.student.model_copy(update=without_weights(settings.student, "student"))
+        return settings.model_copy(update={"student": section})
+    teacher = settings.by_teacher[error.teacher].teacher
+    assert teacher is not None  # or it would have had no weights to load
+    return _with_teacher(settings, error.teacher, **without_weights(teacher, "teacher"))
 
 
 def _with_random_criterion(settings: Config, warmup: config.Warmup) -> Config:
@@ -332,10 +373,9 @@ def _pairs(settings: Config, built: _Built) -> list[Pair]:
     plan = built.plan.pairs
     if not plan:
         return []
-    teacher = built.teacher
+    teacher = built.teachers[settings.warmup_teacher or ""]
     student = built.student
-    assert teacher is not None  # a warm-up has one, and trains a Network
-    assert isinstance(student, Network)
+    assert isinstance(student, Network)  # which a warm-up trains
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         images = torch.zeros(SEEN[0], *config.input_size(settings), dtype=torch.uint8)
         teacher_maps = teacher.maps(images, [pair.teacher_stage for pair in plan])

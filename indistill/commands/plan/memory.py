@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def memory(
     settings: Config,
     student: nn.Module,
     *,
-    teacher: Network | None,
+    teachers: Mapping[str, Network],
     state: int,
     works: Sequence[Work],
     engine: str,
@@ -57,16 +57,20 @@ def memory(
         return math.ceil(size / world) if stage >= from_stage else size
 
     pixels = math.prod(config.input_size(settings))
-    of_teacher = 0 if teacher is None else math.prod(teacher.input_size(settings.data.full_size))
+    side = settings.data.full_size
+    of_teachers = sum(math.prod(teacher.input_size(side)) for teacher in teachers.values())
     sizes = {
         "weights": share(parameters, 3),
         "gradients": share(trained, 2),
         "optimizer state": share(state, 1),
         **_activations(works, micro_batch),
-        "images": micro_batch * (pixels + FLOAT * (pixels + of_teacher)),  # uint8, and a normalised copy each
+        "images": micro_batch * (pixels + FLOAT * (pixels + of_teachers)),  # uint8, and normalised copies
     }
-    if teacher is not None:
-        sizes["teacher"] = _teacher_bytes(settings, teacher, world)
+    for name, teacher in teachers.items():
+        section = settings.by_teacher[name].teacher
+        sharded = section is not None and section.shard
+        size = sum(value.nbytes for value in [*teacher.parameters(), *teacher.buffers()])
+        sizes[f"teacher {name}".rstrip()] = math.ceil(size / world) if sharded else size
     if settings.ema:
         sizes["moving average"] = parameters
     if stage:
@@ -82,12 +86,6 @@ def _activations(works: Sequence[Work], micro_batch: int) -> dict[str, int]:
     if again := max(work.recomputed_bytes for work in works):
         sizes["largest block, computed again"] = micro_batch * again
     return sizes
-
-
-def _teacher_bytes(settings: Config, teacher: nn.Module, world: int) -> int:
-    size = sum(value.nbytes for value in [*teacher.parameters(), *teacher.buffers()])
-    sharded = settings.teacher is not None and settings.teacher.shard
-    return math.ceil(size / world) if sharded else size
 
 
 def _zero_buckets(settings: Config, stage: int, trained: int) -> int:

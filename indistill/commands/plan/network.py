@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from indistill import config
@@ -33,7 +35,7 @@ def traffic(
     settings: Config,
     student: Trainable,
     *,
-    teacher: Network | None,
+    teachers: Mapping[str, Network],
     phase: Phase,
     work: Work,
     engine: str,
@@ -49,9 +51,11 @@ def traffic(
         )
     if settings.sync_batchnorm:
         sent["batch norm over all ranks"] = micro_batches * _sync_batchnorm_bytes(student, world)
-    if teacher is not None and settings.teacher is not None and settings.teacher.shard:
-        weights = sum(parameter.nbytes for parameter in teacher.parameters())
-        sent["teacher"] = micro_batches * all_gather_bytes(weights, world)
+    for name, teacher in teachers.items():
+        section = settings.by_teacher[name].teacher
+        if section is not None and section.shard:
+            weights = sum(parameter.nbytes for parameter in teacher.parameters())
+            sent[f"teacher {name}".rstrip()] = micro_batches * all_gather_bytes(weights, world)
     return {purpose: size for purpose, size in sent.items() if size}
 
 
@@ -66,7 +70,7 @@ def _engine_bytes(settings: Config, student: Trainable, engine: str, world: int)
             "gradients": all_reduce_bytes(weights, world),
             "batch norm statistics": all_gather_bytes(buffers, world),
         }
-        if settings.warmup or not reads(settings.kd.losses, "logits"):
+        if settings.warmup or not reads(settings.losses, "logits"):
             sent["which parameters are used"] = all_reduce_bytes(4 * len(parameters), world)
         return sent
     if engine == "ZeRO 3":  # weights are gathered for forward and backward, gradients scattered

@@ -23,6 +23,16 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class TeacherCost:
+    """One of several teachers; its memory and what it sends are listed with those of the run."""
+
+    name: str
+    parameters: int
+    image_size: int | None  # side of its input in pixels, if that is another than the student's
+    flops: int  # of a whole forward pass, per image
+
+
+@dataclass(frozen=True)
 class PhaseCost:
     """The cost of a phase."""
 
@@ -66,6 +76,7 @@ class Estimate:
     precision: str
     teacher_parameters: int
     teacher_image_size: int | None  # side of its input in pixels, if that is another than the student's
+    teachers: list[TeacherCost]  # if there are several
     student_parameters: int
     targets: dict[str, Any]  # the config's section
     views: int | None
@@ -82,6 +93,7 @@ class Estimate:
         parts = [
             _overview(self),
             "\n".join(f"note: {note}" for note in self.notes),
+            _teachers(self),
             _pairs(self),
             _timetable(self, machine),
             _memory(self, machine),
@@ -97,7 +109,8 @@ def _overview(estimate: Estimate) -> str:
     processes = "1 process" if estimate.world == 1 else f"{estimate.world} processes"
     teacher = "no teacher"
     if estimate.teacher_parameters:
-        teacher = f"teacher {estimate.teacher_parameters / 1e6:.2f} M"
+        word = "teachers" if estimate.teachers else "teacher"
+        teacher = f"{word} {estimate.teacher_parameters / 1e6:.2f} M"
         if estimate.teacher_image_size:
             teacher += f" at {estimate.teacher_image_size} px"
     return (
@@ -106,6 +119,16 @@ def _overview(estimate: Estimate) -> str:
         f"{teacher}, student {estimate.student_parameters / 1e6:.2f} M parameters, "
         f"precision {estimate.precision}"
     )
+
+
+def _teachers(estimate: Estimate) -> str:
+    if not estimate.teachers:
+        return ""
+    rows = [
+        [one.name, f"{one.parameters / 1e6:.2f}", str(one.image_size or "as the student"), _giga(one.flops)]
+        for one in estimate.teachers
+    ]
+    return _table("Teachers", ["", "M parameters", "pixels a side", "GFLOP per image"], rows)
 
 
 def _pairs(estimate: Estimate) -> str:

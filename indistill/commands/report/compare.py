@@ -48,13 +48,17 @@ def _title(key: str) -> tuple[str, str]:
     return {"top1": "Top-1", "knn_top1": "Top-1 of k-NN"}[score], f"% of {eval_key(name)}"
 
 
+def _teachers(run: Run) -> str:
+    return ", ".join(section.name for section in run.settings.teacher_sections.values()) or "–"
+
+
 def _side_by_side(runs: Sequence[Run]) -> list[list[str]]:
     """Return the rows of the table that has a column for each run."""
     results = [{row.role: row for row in result_rows(run, None)} for run in runs]
     rows = [
         ["state", *(STATES.get(run.status, ("not finished", ""))[0] for run in runs)],
         ["student", *(run.settings.student.name if run.settings.student else "–" for run in runs)],
-        ["teacher", *(run.settings.teacher.name if run.settings.teacher else "–" for run in runs)],
+        ["teacher", *(_teachers(run) for run in runs)],
     ]
 
     def row(label: str, text: Callable[[Run, dict[str, Row]], str]) -> None:

@@ -33,8 +33,9 @@ def networks(run: Run, measure: bool) -> dict[str, Any]:
     These are parameters and operations, and with `measure` also the seconds of a forward pass.
     """
     known = dict(run.networks)
-    pairs = (("teacher", run.settings.teacher), ("student", run.settings.student))
-    sections = {role: section for role, section in pairs if section is not None}
+    sections: dict[str, config.Model] = {**run.settings.teacher_sections}
+    if run.settings.student is not None:
+        sections["student"] = run.settings.student
     for role, section in sections.items():
         if "parameters" not in known.get(role, {}):
             sizes = _or_reason(partial(size, section, run.settings.data))

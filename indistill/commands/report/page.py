@@ -165,10 +165,10 @@ def _headline(run: Run) -> str:
 
 def _trained(settings: Config) -> str:
     """Name what a run trains, and its teacher."""
-    teacher = settings.teacher
+    teachers = " and ".join(section.name for section in settings.teacher_sections.values())
     if settings.student is None:  # stage: heads
-        return "intermediate heads" if teacher is None else f"intermediate heads of {teacher.name}"
-    return settings.student.name if teacher is None else f"{settings.student.name} taught by {teacher.name}"
+        return f"intermediate heads of {teachers}"
+    return f"{settings.student.name} taught by {teachers}" if teachers else settings.student.name
 
 
 def _cards(run: Run, rows: Sequence[Row]) -> str:
@@ -212,9 +212,9 @@ def phases(run: Run) -> list[Band]:
 
 def _losses(run: Run, bands: Sequence[Band]) -> Chart:
     """Chart the loss, and those of its terms that differ from it."""
-    names = "|".join(re.escape(loss.name) for loss in run.settings.kd.losses)
+    names = "|".join(re.escape(loss.name) for loss in run.settings.losses)
     keys = dict.fromkeys(key for line in run.steps for key in line)
-    terms = [key for key in keys if re.fullmatch(rf"mse_pair\d+|({names})(_\d+)?", key)]
+    terms = [key for key in keys if re.fullmatch(rf"mse_pair\d+|([\w.-]+/)?({names})(_\d+)?", key)]
     other = [key for key in terms if any(line.get(key) not in (None, line["loss"]) for line in run.steps)]
     series = [Series(key, run.points(key)) for key in ("loss", *other)]
     note = "Terms are shown before they are multiplied by their weights." if other else ""

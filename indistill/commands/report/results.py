@@ -35,8 +35,8 @@ _SAME = ("device", "batch", "precision", "threads", "torch")  # of two speeds th
 def result_rows(run: Run, baseline: Run | None) -> list[Row]:
     """Return the rows of teacher, student and baseline, as far as the run has them."""
     rows = []
-    if run.settings.teacher is not None:
-        rows.append(_row(run, "teacher", run.settings.teacher, _teacher_scores(run)))
+    for role, section in run.settings.teacher_sections.items():
+        rows.append(_row(run, role, section, _scores_of(section)))
     if run.settings.student is not None:
         rows.append(_row(run, "student", run.settings.student, run.scores))
     if baseline is not None and baseline.settings.student is not None:
@@ -62,9 +62,9 @@ def _row(run: Run, role: str, section: config.Model, scores: dict[str, float]) -
     )
 
 
-def _teacher_scores(run: Run) -> dict[str, float]:
+def _scores_of(teacher: config.Teacher) -> dict[str, float]:
     """Return the scores of the run that produced the teacher's weights, if its directory is available."""
-    file = run.settings.teacher.checkpoint if run.settings.teacher else None
+    file = teacher.checkpoint
     if not file or Path(file) != RunDir(Path(file).parent).student:
         return {}
     return record(RunDir(Path(file).parent).summary, Summary).get("metrics", {})
@@ -140,12 +140,12 @@ def _cells(row: Row, batch: int | None) -> list[str]:
 def _notes(run: Run, rows: Sequence[Row]) -> list[str]:
     """Return the sentences below the table."""
     notes = ["GFLOP: of a forward pass; a multiply-add counts as two operations.", _speed_note(run)]
-    for role in ("teacher", "student"):
+    for role in (*run.settings.teacher_sections, "student"):
         if "unknown" in run.networks.get(role, {}):
             notes.append(f"The size of the {role} is not known: {run.networks[role]['unknown']}.")
     teacher = run.settings.teacher
     if teacher is not None and run.settings.stage != "heads":
-        if teacher.checkpoint and _teacher_scores(run):
+        if teacher.checkpoint and _scores_of(teacher):
             notes.append(f"The teacher's scores are those of the run in {Path(teacher.checkpoint).parent}.")
         else:
             notes.append("The teacher's scores were not recorded; `indistill eval` computes them.")
