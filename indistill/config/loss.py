@@ -59,13 +59,14 @@ class Loss(Section):
     Both may be properties, where they depend on the loss's keys. compares: how many samples it relates to
     each other: 1, or 2 for pairs, 3 for triplets. If more than 1, it is given the samples of all ranks,
     gathered with gradients. whole_labels: whether labels have to be classes, int64 [B], and not the
-    probabilities [B, K] of mixed images.
+    probabilities [B, K] of mixed images. by_sample: whether it has `of_each`.
     """
 
     reads: ClassVar[AbstractSet[str]] = frozenset()
     teaches: ClassVar[AbstractSet[str]] = frozenset()
     compares: ClassVar[int] = 1
     whole_labels: ClassVar[bool] = False
+    by_sample: ClassVar[bool] = False
     name: str  # Selects this loss.
     weight: float = 1.0  # Factor of this loss in the sum.
 
@@ -111,6 +112,10 @@ class Loss(Section):
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
         """Return the loss, a scalar. `labels` are None unless it reads them; `epoch` counts from 0 in KD."""
         raise TypeError(f"the loss {self.name!r} is known by its record alone")
+
+    def of_each(self, student: Inputs, teacher: Inputs) -> Tensor:
+        """Return the loss of each sample, [B], of which the loss is the mean."""
+        raise TypeError(f"the loss {self.name!r} has no value for each sample")
 
 
 class RecordedLoss(Loss):

@@ -378,7 +378,7 @@ class OneTeacher(Teacher):
     """One of several teachers, and what the student learns from it."""
 
     # What messages, log and folders call it; None: the name of the timm model.
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] | None = None
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\z")] | None = None
     # Factor of its losses. Without losses of its own: its weight in the mean of `kd.ensemble`.
     weight: PositiveFloat = 1.0
     # Losses that compare the student with this teacher alone. None: it is one of those whose mean `kd.losses`
@@ -520,6 +520,10 @@ class KD(PhaseTraining):
     # What `kd.losses` are given of several teachers without losses of their own. `probabilities`: the
     # logarithm of the mean of their probabilities; `logits`: the mean of their logits.
     ensemble: Literal["probabilities", "logits"] = "probabilities"
+    # Teacher dropping (arXiv 2408.05088), for several teachers whose losses are all `feature`: an image does
+    # without a teacher with this probability, except for the one with the largest loss. The mean over what is
+    # left is then minimised, not the sum over the teachers. None: no dropping.
+    teacher_dropping: Probability | None = None
     # Pairs [teacher stage, student stage] for losses on feature maps; `auto` as in warmup.pairs. None:
     # `warmup.pairs` if there is a warm-up, else auto.
     pairs: Literal["auto"] | list[tuple[int, int]] | None = None

@@ -160,6 +160,8 @@ class Config(Section):
             raise ValueError(f"warmup.teacher: {self.warmup.teacher} is none of teachers ({named})")
         if len(names) > 1 and self.targets.source == "auto":
             raise ValueError("targets: auto decides for one teacher: set targets: live, or cached")
+        if self.kd.teacher_dropping is not None and sum(one.losses is not None for one in self.teachers) < 2:
+            raise ValueError("kd.teacher_dropping needs at least two teachers with losses of their own")
         if self.teachers and self.stage == "distill":
             self._check_ensemble()
         for one in self.teachers:
@@ -186,6 +188,14 @@ class Config(Section):
                 f"teachers: {idle[0]} teaches nothing, as no loss in kd.losses learns from a teacher: give "
                 "it losses, or remove it"
             )
+        own = [(one.called, loss) for one in self.teachers for loss in one.losses or ()]
+        if self.kd.teacher_dropping is not None:
+            for name, loss in own:
+                if not loss.by_sample:
+                    raise ValueError(
+                        f"kd.teacher_dropping: the loss {loss.name} of {name} has no value for each image, "
+                        "as feature has: remove the loss, or teacher_dropping"
+                    )
         for loss in taught:
             if len(members) > 1 and loss.teaches != {"logits"}:
                 raise ValueError(
@@ -364,6 +374,7 @@ LATER_KEYS: dict[str, Any] = {
     "data.repeats": 1,
     "teachers": [],
     "kd.ensemble": "probabilities",
+    "kd.teacher_dropping": None,
     "warmup.teacher": None,
     "student.num_classes": None,
     "teacher.num_classes": None,

@@ -24,6 +24,7 @@ class FeatureLoss(Loss, name="feature"):
     It reads no labels and no logits, so a teacher without a classifier will do.
     """
 
+    by_sample = True
     # What is compared. `embedding`: the classifier's input, which is the pooled map or the class token;
     # `maps`: the maps of every pair of `kd.pairs`; `tokens`: the last patch tokens of two vision
     # transformers, on their grid.
@@ -57,11 +58,17 @@ class FeatureLoss(Loss, name="feature"):
         return Projectors(self.on, widths, hidden=self.projector == "mlp")
 
     def __call__(self, student: Inputs, teacher: Inputs, labels: Tensor, epoch: int) -> Tensor:
-        if self.on == "maps":
-            targets = teacher.features
-        else:
-            targets = (teacher.embedding if self.on == "embedding" else teacher.tokens,)
+        targets = self._targets(teacher)
         return sum_of(feature(s, t, self.distance) for s, t in zip(student.projected, targets))
+
+    def of_each(self, student: Inputs, teacher: Inputs) -> Tensor:
+        pairs = zip(student.projected, self._targets(teacher))
+        return sum_of(distances(s, t, self.distance).flatten(1).mean(1) for s, t in pairs)
+
+    def _targets(self, teacher: Inputs) -> tuple[Tensor, ...]:
+        if self.on == "maps":
+            return teacher.features
+        return (teacher.embedding if self.on == "embedding" else teacher.tokens,)
 
 
 def feature(student: Tensor, teacher: Tensor, distance: Distance = "cosine") -> Tensor:
@@ -75,6 +82,16 @@ def feature(student: Tensor, teacher: Tensor, distance: Distance = "cosine") -> 
     if distance == "cosine":
         return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
     return F.mse_loss(student, teacher) if distance == "mse" else F.smooth_l1_loss(student, teacher)
+
+
+def distances(student: Tensor, teacher: Tensor, distance: Distance) -> Tensor:
+    """What `feature` is the mean of: [B, C, ...], or for `cosine` [B, 1, ...]."""
+    student, teacher = aligned(at_least_float32(student), at_least_float32(teacher))
+    require_equal("feature", student.shape, teacher.shape)
+    if distance == "cosine":
+        return 1 - F.cosine_similarity(student, teacher, dim=1).unsqueeze(1)
+    compare = F.mse_loss if distance == "mse" else F.smooth_l1_loss
+    return compare(student, teacher, reduction="none")
 
 
 def aligned(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

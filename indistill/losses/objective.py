@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from indistill.config import Inputs, Loss, Shape
@@ -44,6 +45,7 @@ class Objective:
     scope: str = "auto"
     standards: Mapping[int, Sequence[Standard]] = field(default_factory=dict)
     places: Sequence[Place] = ()
+    dropping: float | None = None  # `kd.teacher_dropping`
 
     def __call__(
         self, output: Output, targets: Targets, *, labels: Tensor, phase: Phase, step: int
@@ -67,9 +69,39 @@ class Objective:
             ]
             of_teacher = [place.weight for place in self.places] or [1.0] * len(self.losses)
             weights = [loss.weight * factor for loss, factor in zip(self.losses, of_teacher)]
-        total = sum_of(weight * value for weight, value in zip(weights, values))
+        if self.dropping is None or phase.pairs:
+            total = sum_of(weight * value for weight, value in zip(weights, values))
+        else:
+            total = self._with_dropping(output, targets, values, weights, self.dropping)
         total = total * (1 + 0 * total.detach())  # times 1, or times nan
         return total, {name: value.detach() for name, value in zip(names, values)}
+
+    def _with_dropping(
+        self,
+        output: Output,
+        targets: Targets,
+        values: Sequence[Tensor],
+        weights: Sequence[float],
+        probability: float,
+    ) -> Tensor:
+        """Return the loss with teacher dropping (arXiv 2408.05088, section 3.3, and its published code).
+
+        An image keeps the teacher with the largest loss, and each other one by chance. The mean over all kept
+        pairs of image and teacher is added to `kd.losses`. The draws depend on step and rank, as dropout's.
+        """
+        of_teachers: dict[int, Tensor] = {}  # [B] each
+        rest = values[0].new_zeros(())
+        for i, (loss, place) in enumerate(zip(self.losses, self.places)):
+            if not place.teacher:
+                rest = rest + weights[i] * values[i]
+                continue
+            student, teacher, _ = self._inputs(i, output, targets, values[i])
+            of_loss = weights[i] * loss.of_each(student, teacher)
+            of_teachers[place.targets] = of_teachers.get(place.targets, 0) + of_loss
+        rows = torch.stack([*of_teachers.values()])  # [T, B]
+        largest = rows.detach().argmax(0, keepdim=True)
+        kept = (torch.rand_like(rows) >= probability).scatter(0, largest, True)
+        return rest + (rows * kept).sum() / kept.sum()
 
     def _term(self, index: int, output: Output, *, targets: Targets, labels: Tensor, epoch: int) -> Tensor:
         if output.cohort:  # classifier heads that are trained, each by itself

@@ -145,6 +145,7 @@ class Run:
             settings.kd.relational_scope,
             self.standards.of_loss,
             places,
+            settings.kd.teacher_dropping,
         )
         if settings.targets.source == "auto":
             targets_of = choose(
