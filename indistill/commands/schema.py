@@ -63,15 +63,21 @@ def of_file() -> dict[str, Any]:
 
 
 def of_config() -> dict[str, Any]:
-    """Return pydantic's schema of a config, in which `kd.losses` lists every built-in loss."""
+    """Return pydantic's schema of a config, in which lists of losses name every built-in one."""
     tree = config.Config.model_json_schema()
     for loss in losses():
         tree["$defs"][loss.__name__] = loss.model_json_schema()
-    choices = tree["$defs"]["KD"]["properties"]["losses"]
-    choices["items"] = {"oneOf": [{"$ref": f"#/$defs/{loss.__name__}"} for loss in losses()]}
-    choices["default"] = config.KD().model_dump()["losses"]
+    del tree["$defs"]["Loss"]
+    for choices in _lists_of_losses(tree):
+        choices["items"] = {"oneOf": [{"$ref": f"#/$defs/{loss.__name__}"} for loss in losses()]}
+    tree["$defs"]["KD"]["properties"]["losses"]["default"] = config.KD().model_dump()["losses"]
     tree["properties"]["kd"]["default"] = config.KD().model_dump()
     return tree
+
+
+def _lists_of_losses(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    of_teacher = tree["$defs"]["OneTeacher"]["properties"]["losses"]["anyOf"]
+    return [tree["$defs"]["KD"]["properties"]["losses"], of_teacher[0]]
 
 
 def _allow_short_forms(tree: dict[str, Any]) -> None:
@@ -86,7 +92,8 @@ def _allow_short_forms(tree: dict[str, Any]) -> None:
     sets["additionalProperties"] = {"anyOf": [sets["additionalProperties"], *shards]}
     other = {"type": "string", "not": {"enum": plugins.built_in()}}
     of_plugin = {"type": "object", "properties": {"name": other}, "required": ["name"]}
-    tree["$defs"]["KD"]["properties"]["losses"]["items"]["oneOf"].append(of_plugin)
+    for choices in _lists_of_losses(tree):
+        choices["items"]["oneOf"].append(of_plugin)
 
 
 def _parts(whole: dict[str, Any]) -> dict[str, Any]:
@@ -106,9 +113,10 @@ def _parts(whole: dict[str, Any]) -> dict[str, Any]:
                 part = {"$ref": f"#/$defs/{name}/properties/{key}"}
             keys[key] = {"anyOf": [part, _NULL]}
         parts[f"Part.{name}"] = {"type": "object", "properties": keys, "additionalProperties": False}
-    teacher = parts["Part.Teacher"]["properties"]
-    teacher["stage"] = _REFERENCE["properties"]["stage"]
-    teacher["heads"]["anyOf"].append(_REFERENCE)
+    for name in ("Part.Teacher", "Part.OneTeacher"):
+        teacher = parts[name]["properties"]
+        teacher["stage"] = _REFERENCE["properties"]["stage"]
+        teacher["heads"]["anyOf"].append(_REFERENCE)
     return parts
 
 

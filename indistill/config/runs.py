@@ -149,18 +149,11 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
                 f"{where}: {key} is {own.get(key)}, and {of_first.get(key)} for the first student: set it "
                 "once, for all students"
             )
-    if not settings.has_teacher or settings.stage != "distill":
-        raise UserError(
-            f"{where}: students share a teacher: add the section teacher, and remove stage: heads"
-        )
+    _check_teachers(settings, groups, where)
     if settings.engine is not None and settings.engine.name == "deepspeed":
         raise UserError(
             f"{where}: engine: DeepSpeed trains one student per process: train the students one by one, or "
             "use ddp"
-        )
-    if any(one.teacher and one.teacher.shard for one in settings.by_teacher.values()):
-        raise UserError(
-            f"{where}: teacher.shard: students need the whole teacher on every process: remove it"
         )
     if settings.targets.source != "live":
         raise UserError(
@@ -173,13 +166,25 @@ def _check_student(first: Config, settings: Config, groups: str, where: str) -> 
             f"{where}: trackers: {min(one_run)} tracks one run at a time in a process: remove it, train the "
             "students one by one, or set student_groups: disjoint"
         )
+    if groups == "disjoint":
+        _check_known_targets(settings.warmup, where)
+
+
+def _check_teachers(settings: Config, groups: str, where: str) -> None:
+    """Raise UserError for teachers that students cannot share."""
+    if not settings.has_teacher or settings.stage != "distill":
+        raise UserError(
+            f"{where}: students share a teacher: add the section teacher, and remove stage: heads"
+        )
+    if any(section.shard for section in settings.teacher_sections.values()):
+        raise UserError(
+            f"{where}: teacher.shard: students need the whole teacher on every process: remove it"
+        )
     if groups == "disjoint" and settings.teachers:
         raise UserError(
             f"{where}: teachers: under student_groups: disjoint students share one teacher: set teacher, or "
             "student_groups: equal"
         )
-    if groups == "disjoint":
-        _check_known_targets(settings.warmup, where)
 
 
 def _check_known_targets(warmup: Warmup | None, where: str) -> None:

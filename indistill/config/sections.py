@@ -378,7 +378,7 @@ class OneTeacher(Teacher):
     """One of several teachers, and what the student learns from it."""
 
     # What messages, log and folders call it; None: the name of the timm model.
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\z")] | None = None
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     # Factor of its losses. Without losses of its own: its weight in the mean of `kd.ensemble`.
     weight: PositiveFloat = 1.0
     # Losses that compare the student with this teacher alone. None: it is one of those whose mean `kd.losses`
@@ -514,8 +514,8 @@ class KD(PhaseTraining):
     """The phase after the warm-up, to the end of the run; without a teacher, supervised training."""
 
     lr: PositiveFloat | None = None  # Base learning rate of this phase; None: `optimizer.lr`.
-    # Losses of this phase; their weighted sum is minimised (docs/losses.md). None are needed if `teachers`
-    # have some.
+    # Losses of this phase; their weighted sum is minimised (docs/losses.md). The list may be empty if
+    # `teachers` have losses.
     losses: list[AnyLoss] = Field(default_factory=_cross_entropy)
     # What `kd.losses` are given of several teachers without losses of their own. `probabilities`: the
     # logarithm of the mean of their probabilities; `logits`: the mean of their logits.

@@ -57,11 +57,11 @@ class Config(Section):
     data: Data  # Training and evaluation data.
     student: Model | None = None  # The network to train; required unless `stage: heads`.
     teacher: Teacher | None = None  # The teacher; None: supervised training without one.
-    # Several teachers instead of one (docs/foundation.md). Each has the keys of `teacher`, and more.
-    teachers: list[OneTeacher] = []
     heads: Heads = Heads()  # The classifiers of `stage: heads`.
     warmup: Warmup | None = None  # InDistill's warm-up; None: none, the KD phase begins at step 0.
     kd: KD = Field(default_factory=KD)  # The phase after the warm-up: losses and training settings.
+    # Several teachers instead of `teacher` (docs/foundation.md).
+    teachers: list[OneTeacher] = []
     # Where the teacher's outputs come from. A single word sets the source: `targets: cached`.
     targets: Annotated[Targets, BeforeValidator(lambda x: {"source": x} if isinstance(x, str) else x)] = (
         Targets()

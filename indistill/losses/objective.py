@@ -72,7 +72,7 @@ class Objective:
         if self.dropping is None or phase.pairs:
             total = sum_of(weight * value for weight, value in zip(weights, values))
         else:
-            total = self._with_dropping(output, targets, values, weights, self.dropping)
+            total = self._with_dropping(output, targets, [*zip(weights, values)], self.dropping)
         total = total * (1 + 0 * total.detach())  # times 1, or times nan
         return total, {name: value.detach() for name, value in zip(names, values)}
 
@@ -80,8 +80,7 @@ class Objective:
         self,
         output: Output,
         targets: Targets,
-        values: Sequence[Tensor],
-        weights: Sequence[float],
+        weighted: Sequence[tuple[float, Tensor]],
         probability: float,
     ) -> Tensor:
         """Return the loss with teacher dropping (arXiv 2408.05088, section 3.3, and its published code).
@@ -90,13 +89,13 @@ class Objective:
         pairs of image and teacher is added to `kd.losses`. The draws depend on step and rank, as dropout's.
         """
         of_teachers: dict[int, Tensor] = {}  # [B] each
-        rest = values[0].new_zeros(())
-        for i, (loss, place) in enumerate(zip(self.losses, self.places)):
+        rest = weighted[0][1].new_zeros(())
+        for i, (place, (weight, value)) in enumerate(zip(self.places, weighted)):
             if not place.teacher:
-                rest = rest + weights[i] * values[i]
+                rest = rest + weight * value
                 continue
-            student, teacher, _ = self._inputs(i, output, targets, values[i])
-            of_loss = weights[i] * loss.of_each(student, teacher)
+            student, teacher, _ = self._inputs(i, output, targets, labels=value)
+            of_loss = weight * self.losses[i].of_each(student, teacher)
             of_teachers[place.targets] = of_teachers.get(place.targets, 0) + of_loss
         rows = torch.stack([*of_teachers.values()])  # [T, B]
         largest = rows.detach().argmax(0, keepdim=True)

@@ -128,13 +128,15 @@ def agree_on_standards(
     `calibration(n)` loads this rank's share of the first n global batches. Every rank gets the same.
     """
     if not isinstance(targets_of, SeveralTargets):
-        return _standards(accelerator, settings, files.standards, targets_of, calibration)
+        return _standards(
+            accelerator, settings, path=files.standards, targets_of=targets_of, calibration=calibration
+        )
     of_loss: dict[int, Sequence[Standard]] = {}
     fingerprints = []
     own = len(settings.kd.losses)  # index of the first loss of the next teacher that has losses
     for member, one, section in zip(targets_of.members, settings.by_teacher.values(), settings.teachers):
         path = files.standards_of(member.name)
-        found = _standards(accelerator, one, path, member.source, calibration)
+        found = _standards(accelerator, one, path=path, targets_of=member.source, calibration=calibration)
         first = 0 if section.losses is None else own
         own += len(section.losses or ())
         of_loss |= {first + i: of_one for i, of_one in found.of_loss.items()}
@@ -145,6 +147,7 @@ def agree_on_standards(
 def _standards(
     accelerator: Accelerator,
     settings: Config,
+    *,
     path: Path,
     targets_of: TargetSource,
     calibration: Callable[[int], DataLoader],

@@ -82,12 +82,10 @@ def networks(
     no_targets = LiveTargets(None, NO_PLAN, input_size=input_size(settings))
     if settings.stage == "heads":
         return Parts(heads(accelerator, settings), no_targets, NO_PLAN)
-    net = create_student(settings)
-    assert settings.student is not None  # or `create_student` would have failed
     builder = _Builder(
         accelerator,
         settings,
-        net,
+        create_student(settings),
         files=files,
         calibration=calibration,
         make_teacher=make_teacher or create_teacher,
@@ -101,13 +99,8 @@ def networks(
             lessons.append(builder.lesson(one))
     if not settings.teachers:
         return Parts(builder.student(lessons), lessons[0].targets_of, lessons[0].plan)
-    places = _places(settings, lessons)
-    return Parts(
-        builder.student(lessons, places),
-        together(settings, [lesson.targets_of for lesson in lessons]),
-        next((lesson.plan for lesson in lessons if lesson.plan.pairs), NO_PLAN),
-        places,
-    )
+    places, plan = _places(settings, lessons), _plan(lessons)
+    return Parts(builder.student(lessons, places), _together(settings, lessons), plan, places)
 
 
 @contextlib.contextmanager
@@ -218,7 +211,7 @@ class _Builder:
         """Create the student with all that its lessons need, on its device, ready to be wrapped."""
         settings, losses = self.settings, self.settings.losses
         assert settings.student is not None  # it has been created
-        plan = next((lesson.plan for lesson in lessons if lesson.plan.pairs), NO_PLAN)
+        plan = _plan(lessons)
         shapes = _by_loss(settings, [lesson.shape for lesson in lessons])
         student = Network(
             self.net,
@@ -308,12 +301,17 @@ def _places(settings: Config, lessons: Sequence[Lesson]) -> list[Place]:
     return places
 
 
-def together(settings: Config, sources: Sequence[TargetSource]) -> SeveralTargets:
-    """Return the targets of several teachers, given those of each."""
+def _plan(lessons: Sequence[Lesson]) -> Plan:
+    """Return the plan of the warm-up, which one teacher has at most."""
+    return next((lesson.plan for lesson in lessons if lesson.plan.pairs), NO_PLAN)
+
+
+def _together(settings: Config, lessons: Sequence[Lesson]) -> SeveralTargets:
+    """Return the targets of all teachers."""
     learns = any(loss.teaches for loss in settings.kd.losses)
     members = [
-        Member(one.called, source, group if group or learns else None, one.weight)
-        for one, source, group in zip(settings.teachers, sources, _groups(settings))
+        Member(one.called, lesson.targets_of, group if group or learns else None, one.weight)
+        for one, lesson, group in zip(settings.teachers, lessons, _groups(settings))
     ]
     return SeveralTargets(members, settings.warmup_teacher, settings.kd.ensemble)
 

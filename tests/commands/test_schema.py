@@ -76,7 +76,6 @@ def test_the_file_beside_the_recipes_is_what_the_command_prints(capsys):
         ("optimizer.lr=fast", "optimizer.lr"),
         ("student={kwargs: {}}", "student"),
         ("kd.losses=[{name: kd, temprature: 2}]", "kd.losses.0"),
-        ("kd.losses=[]", "kd.losses"),
         ("warmup.pairs=autoo", "warmup"),
         ("engine={name: deepspeed, stage: 4}", "engine"),
         ("targets=cahced", "targets"),

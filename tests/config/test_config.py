@@ -100,7 +100,7 @@ def test_an_unknown_key_of_the_file_itself(tree, file):
         ),
         ("warmup.pairs=[[0, 0], [1]]", "warmup.pairs.1.1: Field required"),
         ("warmup.lr=[1, -2]", "warmup.lr.1: Input should be greater than 0"),
-        ("kd.losses=[]", "kd.losses: List should have at least 1 item"),
+        ("kd.losses=[]", "kd.losses: is empty: name at least one loss"),
         ("kd.losses.1.temperature=hot", "kd.losses.1.temperature: Input should be a valid number"),
         ("kd.losses.1.name=dk", "kd.losses.1: unknown loss 'dk'; the nearest are dkd, kd"),
         ("mixed_precision=fp8", "mixed_precision: Input should be 'no', 'bf16' or 'fp16'"),

@@ -311,8 +311,7 @@ def _build(settings: Config, earlier: Mapping[str, Config]) -> _Built:
                 settings = _with_teacher(settings, name, checkpoint=None)
                 knows_kept = False
             if one.teacher and (stage := _writer(one.teacher.heads, earlier)):
-                heads = RunDir(Path(folder) / name).heads
-                heads.parent.mkdir(exist_ok=True)
+                heads = Path(folder) / f"heads{name}.safetensors"
                 parts.heads(accelerator, _with_teacher(stage, checkpoint=None, pretrained=False)).save(heads)
                 settings = _with_teacher(settings, name, heads=str(heads))
         if settings.warmup and settings.warmup.prune.criterion in prune.NEEDS_DATA:
@@ -329,11 +328,14 @@ def _build(settings: Config, earlier: Mapping[str, Config]) -> _Built:
                 notes.append(f"without pretrained weights, by architecture alone: {error}")
                 if error.role == "teacher" and settings.warmup:
                     knows_kept = knows_kept and settings.warmup.prune.criterion == "random"
+    return _Built(student, _teachers_of(student, targets_of), targets_of, plan, places, knows_kept, notes)
+
+
+def _teachers_of(student: Trainable, targets_of: TargetSource) -> dict[str, Network]:
     teachers = {"": student._frozen[0] if isinstance(student, Heads) else targets_of.teacher}
     if isinstance(targets_of, SeveralTargets):
         teachers = {member.name: member.source.teacher for member in targets_of.members}
-    present = {name: teacher for name, teacher in teachers.items() if teacher is not None}
-    return _Built(student, present, targets_of, plan, places, knows_kept, notes)
+    return {name: teacher for name, teacher in teachers.items() if teacher is not None}
 
 
 def _writer(file: str | None, earlier: Mapping[str, Config]) -> Config | None:

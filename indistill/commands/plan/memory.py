@@ -56,8 +56,7 @@ def memory(
     def share(size: int, from_stage: int) -> int:
         return math.ceil(size / world) if stage >= from_stage else size
 
-    pixels = math.prod(config.input_size(settings))
-    side = settings.data.full_size
+    pixels, side = math.prod(config.input_size(settings)), settings.data.full_size
     of_teachers = sum(math.prod(teacher.input_size(side)) for teacher in teachers.values())
     sizes = {
         "weights": share(parameters, 3),
@@ -67,10 +66,7 @@ def memory(
         "images": micro_batch * (pixels + FLOAT * (pixels + of_teachers)),  # uint8, and normalised copies
     }
     for name, teacher in teachers.items():
-        section = settings.by_teacher[name].teacher
-        sharded = section is not None and section.shard
-        size = sum(value.nbytes for value in [*teacher.parameters(), *teacher.buffers()])
-        sizes[f"teacher {name}".rstrip()] = math.ceil(size / world) if sharded else size
+        sizes[f"teacher {name}".rstrip()] = _teacher_bytes(settings.by_teacher[name], teacher, world)
     if settings.ema:
         sizes["moving average"] = parameters
     if stage:
@@ -78,6 +74,12 @@ def memory(
         sizes["ZeRO's buckets"] = _zero_buckets(settings, stage, trained)
         sizes["whole copy for checkpoints"] = parameters
     return sizes
+
+
+def _teacher_bytes(settings: Config, teacher: nn.Module, world: int) -> int:
+    size = sum(value.nbytes for value in [*teacher.parameters(), *teacher.buffers()])
+    sharded = settings.teacher is not None and settings.teacher.shard
+    return math.ceil(size / world) if sharded else size
 
 
 def _activations(works: Sequence[Work], micro_batch: int) -> dict[str, int]:
