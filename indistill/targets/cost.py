@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from indistill import config
 from indistill.config import Config
@@ -148,10 +148,9 @@ def _run(
     student.train()
     with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True):
         images, labels = _batch(settings, phase, batch, device=parameter.device)
-        with FlopCounterMode(display=False) as teaching, autocast:
+        with operations() as teaching, autocast:
             targets = targets_of(images, phase)
-        backward = {torch.ops.aten.convolution_backward: _convolution_backward}
-        with FlopCounterMode(display=False, custom_mapping=backward) as learning:
+        with operations() as learning:
             with torch.autograd.graph.saved_tensors_hooks(memory.keep, memory.use):
                 run = convert_outputs_to_fp32(autocast(student.forward))
                 output = run(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
@@ -175,6 +174,35 @@ def _batch(settings: Config, phase: Phase, batch: int, *, device: torch.device) 
     if settings.kd.mixing and not phase.pairs:
         return images, torch.zeros(batch, settings.data.num_classes, device=device)
     return images, torch.zeros(batch, dtype=torch.int64, device=device)
+
+
+def operations() -> FlopCounterMode:
+    """Count operations: a context that has them in `get_total_flops()`."""
+    aten = torch.ops.aten
+    formulas = {
+        aten.convolution_backward: _convolution_backward,
+        # torch 2.10 counts attention on GPUs alone.
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _attention(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **_kwargs: Any
+) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    gradient: Sequence[int],
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    *_: Any,
+    **_kwargs: Any,
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
 
 
 def _convolution_backward(

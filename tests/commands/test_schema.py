@@ -6,7 +6,9 @@ import copy
 import json
 from pathlib import Path
 
+import pydantic
 import pytest
+from packaging.version import Version
 
 from indistill.commands import schema
 from indistill.commands.cli import main
@@ -58,13 +60,15 @@ def test_recipes_are_valid_and_name_the_schema(mistakes, path):
     assert line == "# yaml-language-server: $schema=schema.json"
 
 
+@pytest.mark.skipif(
+    Version(pydantic.VERSION) < Version("2.14"), reason="an older pydantic says the same in other words"
+)
 def test_the_file_beside_the_recipes_is_what_the_command_prints(capsys):
     main(["schema"])
     printed = capsys.readouterr().out
     assert json.loads(printed)["title"] == "A config of indistill"
-    assert (ROOT / "configs" / "schema.json").read_text() == printed, (
-        "run indistill schema > configs/schema.json"
-    )
+    recorded = json.loads((ROOT / "configs" / "schema.json").read_text())
+    assert recorded == json.loads(printed), "run indistill schema > configs/schema.json"
 
 
 @pytest.mark.parametrize(

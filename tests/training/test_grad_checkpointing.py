@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import losses
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
 
@@ -108,6 +109,8 @@ def test_without_care_batch_norm_would_count_a_batch_twice():
 @pytest.mark.parametrize("arguments", [{}, {"upto": 1}], ids=["kd", "warm-up"])
 @pytest.mark.parametrize("name", STUDENTS)
 def test_less_is_kept_for_the_backward_pass(name, arguments):
+    if arguments and name == "test_resnet" and Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip("timm's ResNet keeps everything up to a stage; 1.0.31 does not")
     plain, _ = saved_bytes(student(name, checkpointing=False, stages=[0, 1]), **arguments)
     less, _ = saved_bytes(student(name, checkpointing=True, stages=[0, 1]), **arguments)
     assert less < 0.9 * plain
