@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from indistill import config, prune
 from indistill.commands.plan.memory import ENGINES, FLOAT, memory, state_bytes
@@ -37,7 +36,7 @@ from indistill.models.stages import find_stages
 from indistill.models.timm_model import NoWeights
 from indistill.models.trainable import Trainable
 from indistill.models.views import without_weights
-from indistill.targets.cost import SEEN, Choice, Work, decide, measure, phase_steps, record_bytes
+from indistill.targets.cost import SEEN, Choice, Work, decide, measure, operations, phase_steps, record_bytes
 from indistill.targets.records import sized
 from indistill.targets.several import SeveralTargets
 from indistill.targets.source import TargetSource
@@ -122,7 +121,7 @@ def _teachers(settings: Config, built: _Built) -> list[TeacherCost]:
     """Describe each of several teachers."""
     costs = []
     for name, teacher in built.teachers.items():
-        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        with FakeTensorMode(allow_non_fake_inputs=True), operations() as counter:
             teacher(torch.zeros(1, *config.input_size(settings), dtype=torch.uint8))
         flops = counter.get_total_flops()
         costs.append(TeacherCost(name, _parameters(teacher), _own_size(settings, teacher), flops))
