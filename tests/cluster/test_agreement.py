@@ -14,7 +14,7 @@ from conftest import pack_images, run_ranks
 
 from indistill import config
 from indistill.distributed import agree
-from indistill.training import loop, parts, pruning
+from indistill.training import lessons, loop, parts, pruning
 
 
 def with_keys(tree: dict[str, Any], name: str, **keys: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def refused(tree: dict[str, Any], other_code: str, other_data: str) -> None:
         "data: rank 0 has [0-9a-f]{64}, rank 1 has [0-9a-f]{64}",
         mine=with_keys(tree, "data", root=other_data),
     )
-    both("plan: rank 0 has .*, rank 1 has .*", (parts, "agree_on_plan", other_plan))
+    both("plan: rank 0 has .*, rank 1 has .*", (lessons, "agree_on_plan", other_plan))
     both("teacher: rank 0 has .*, rank 1 has .*", (parts, "create_teacher", other_teacher))
 
 

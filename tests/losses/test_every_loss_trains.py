@@ -194,7 +194,7 @@ def test_heads_do_not_run_the_teacher_beyond_their_stage():
         ({"student": {"name": "cnn32_student"}}, "remove student"),
         ({"warmup": {}}, "remove warmup"),
         ({"kd": {"losses": [{"name": "kd"}]}}, "remove kd.losses other than ce"),
-        ({"teacher": None}, "needs a teacher"),
+        ({"teacher": None}, "needs one teacher"),
         ({"heads": {"stages": [2, 1]}}, "need increasing indices from 0 to 2"),
         ({"heads": {"stages": [3]}}, "need increasing indices from 0 to 2"),
     ],

@@ -183,7 +183,7 @@ def test_the_objective_compares_with_standardised_targets():
     """Two terms read the same embedding, each on its own scale."""
     terms = [loss(distance="mse"), loss(distance="mse", standardise="channel", weight=0.5)]
     shape = Shape([], [], 4, 4)
-    layers = create_layers(terms, shape)
+    layers = create_layers([(term, shape) for term in terms])
     embedding = random(6, 4).float()
     target = correlated(6, 4, seed=3).float()
     of_second = standard.channel(random(4, seed=5), random(4, seed=6).square())

@@ -251,7 +251,7 @@ def test_crd_wants_one_class_per_sample(shape):
 def test_create_makes_one_for_each_loss_that_has_one():
     names = ["ce", "crd", "hint", "kd", "vid", "reviewkd", "hint"]
     sections = [{"name": name, "dim": 11} if name == "crd" else {"name": name} for name in names]
-    parts = create_layers(config.KD(losses=sections).losses, SHAPE)
+    parts = create_layers([(loss, SHAPE) for loss in config.KD(losses=sections).losses])
     assert {key: type(part).__name__ for key, part in parts.items()} == {
         "1": "Contrast",
         "2": "Hint",

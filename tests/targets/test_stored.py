@@ -272,7 +272,7 @@ def test_rounded_targets_are_the_live_ones_rounded(stored, tmp_path, monkeypatch
         )
 
     def rounding_call(*arguments):
-        features, embedding, logits, cohort, tokens = call(*arguments)
+        features, embedding, logits, cohort, tokens, _ = call(*arguments)
         assert not cohort
         assert tokens is None
         maps = tuple(rounded("pair1", feature) for feature in features)
