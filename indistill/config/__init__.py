@@ -52,6 +52,7 @@ from indistill.config.tree import (
     fingerprint,
     flatten,
     input_size,
+    label_reader,
     why_not_stored,
 )
 
@@ -111,6 +112,7 @@ __all__ = [
     "in_one_line",
     "input_size",
     "is_redacted",
+    "label_reader",
     "load",
     "load_recorded",
     "parse",

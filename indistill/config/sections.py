@@ -12,6 +12,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -214,8 +215,8 @@ class Data(Section):
     eval: str | list[str] | dict[str, EvalSet] | None = None
     root: Folder | None = None  # Folder or URL that is put before relative shard paths.
     # Number of classes: labels are 0 to num_classes - 1. The heads of both networks must have as many
-    # outputs.
-    num_classes: Annotated[PositiveInt, Field(le=MAX_CLASSES)]
+    # outputs. 0: no network has a classifier, and training reads no labels.
+    num_classes: Annotated[NonNegativeInt, Field(le=MAX_CLASSES)]
     # Height and width of the input, in pixels: of both networks, unless `teacher.image_size` says otherwise.
     # `{from: 128, to: 224, until: 70 percent}` for one that grows during the run.
     image_size: Pixels | Progressive = 224

@@ -259,18 +259,37 @@ def of_training(section: config.Data) -> Names | None:
 
 
 def check(section: config.Data) -> Names | None:
-    """The class names of data.train, if known.
+    """The class names of data.train, if known, and if labels are read.
 
     Raises UserError if data.eval numbers its classes differently, unless a label map translates them.
     """
-    reference = of_training(section)
+    reference = of_training(section) if section.num_classes else None
     if reference is not None:
-        for name, one in section.eval_sets.items():
-            key = eval_key(name)
-            remedy = f"pack {key} again with `shards pack --classes {reference.where}`"
-            for names in [] if one.label_map else beside(one.shards, section.root):
-                refuse_difference(names, reference, key, remedy)
+        _check_eval_sets(section, reference)
     return reference
+
+
+def check_bank(settings: config.Config) -> None:
+    """Raise UserError if the bank of `evaluate` numbers its classes otherwise than data.train, or data.eval.
+
+    Without classes (`data.num_classes: 0`), another bank has nothing to do with data.train.
+    """
+    section, bank = settings.data, settings.evaluate.bank
+    reference = of_training(section) if bank is None or section.num_classes else None
+    for names in [] if bank is None else beside(bank, section.root):
+        reference = reference or names
+        remedy = f"pack it again with `shards pack --classes {reference.where}`"
+        refuse_difference(names, reference, f"evaluate.bank: {names.where}", remedy)
+    if reference is not None:
+        _check_eval_sets(section, reference)
+
+
+def _check_eval_sets(section: config.Data, reference: Names) -> None:
+    for name, one in section.eval_sets.items():
+        key = eval_key(name)
+        remedy = f"pack {key} again with `shards pack --classes {reference.where}`"
+        for names in [] if one.label_map else beside(one.shards, section.root):
+            refuse_difference(names, reference, key, remedy)
 
 
 def read_label_map(path: str, section: config.Data) -> list[int]:
@@ -301,7 +320,7 @@ def check_weights(weights: Names | None, section: config.Data, role: str) -> Non
     The teacher is compared with data.train; an evaluated network with data.eval, or data.train if that has no
     names.
     """
-    if weights is None:
+    if weights is None or not section.num_classes:
         return
     lists: list[tuple[str, Names]] = []
     if role != "teacher":

@@ -245,7 +245,11 @@ def _in_memory(count: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def open_shards(
-    section: config.Data, urls: str | list[str], label_map: Sequence[int] | None = None
+    section: config.Data,
+    urls: str | list[str],
+    label_map: Sequence[int] | None = None,
+    *,
+    label_reader: str | None = "",
 ) -> ShardSet:
     """Open shards, with their labels read by a map, if any.
 
@@ -258,24 +262,33 @@ def open_shards(
         cache_bytes=int(section.cache_bytes),
     )
     for path, index in zip(shards.paths, shards._indices):
-        check_shard(section, path, index, mapped=label_map is not None)
+        check_shard(section, path, index, mapped=label_map is not None, label_reader=label_reader)
     if label_map is not None:
         shards.relabel(label_map)
     return shards
 
 
-def check_shard(section: config.Data, path: str, index: Index, *, mapped: bool = False) -> None:
+def check_shard(
+    section: config.Data,
+    path: str,
+    index: Index,
+    *,
+    mapped: bool = False,
+    label_reader: str | None = "",
+) -> None:
     """Raise UserError for a label that is not a class, and for a shard that cannot be read at random.
 
     Whatever reads shards by index refuses them here, and `doctor` checks them here before a run. mapped: a
-    label map gives the classes.
+    label map gives the classes. label_reader: what reads the labels, for the message; None: nothing does, and
+    images may have none.
     """
     if compressed(path) and not section.in_memory:
         refuse_compressed(path)
     if not section.num_classes:  # labels are for scores of embeddings alone, which check them
         return
     outside = (index.labels >= section.num_classes) & (not mapped)
-    for row in np.flatnonzero((index.labels < 0) | outside)[:1]:
+    missing = (index.labels < 0) & (label_reader is not None)
+    for row in np.flatnonzero(missing | outside)[:1]:
         key = decoded(index.keys[row])
-        problem = label_problem(key, index.labels[row], section.num_classes)
+        problem = label_problem(key, index.labels[row], section.num_classes, label_reader)
         raise UserError(printable(f"{base_name(path)}: sample {key}: {problem}"))

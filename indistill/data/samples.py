@@ -37,10 +37,16 @@ def malformed_label(key: str, content: bytes) -> str:
     return f"{key}.cls holds {content[:20]!r}: a label is a non-negative integer"
 
 
-def label_problem(key: str, label: int, num_classes: int) -> str | None:
-    """Why training rejects a sample with this label (-1: no label); None if it accepts it."""
+def label_problem(key: str, label: int, num_classes: int, reader: str | None = "") -> str | None:
+    """Why training rejects a sample with this label (-1: no label); None if it accepts it.
+
+    reader: what reads labels, for the message; None: nothing does, and a sample may have no label.
+    """
     if label < 0:
-        return f"has no label, because there is no {key}.cls: {LABEL_REMEDY}"
+        if reader is None:
+            return None
+        remedy = f"{LABEL_REMEDY} ({reader} reads labels)" if reader else LABEL_REMEDY
+        return f"has no label, because there is no {key}.cls: {remedy}"
     if label >= num_classes:
         return f"label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
     return None

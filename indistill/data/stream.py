@@ -41,7 +41,8 @@ _VERIFY = "run `indistill shards verify` on data.train"
 class StreamedTraining:
     """The training data of one rank, streamed; the counterpart of `loader.IndexedTraining`.
 
-    Raises UserError for missing shards, and for fewer shards than readers.
+    label_reader: as for `dataset.check_shard`. Raises UserError for missing shards, and for fewer shards than
+    readers.
     """
 
     dataset = None  # samples have no index
@@ -55,8 +56,10 @@ class StreamedTraining:
         world: int,
         accumulation: int,
         mix: config.Mix | None = None,
+        label_reader: str | None = "",
     ) -> None:
         self.section = section
+        self.label_reader = label_reader
         self.seed = seed
         self.rank = rank
         self.world = world
@@ -94,19 +97,20 @@ class StreamedTraining:
 
 
 def read_shard(
-    url: str, num_classes: int, others: Others, *, load: bool = True
+    url: str, num_classes: int, others: Others, *, load: bool = True, label_reader: str | None = ""
 ) -> Iterator[tuple[str, bytes, int]]:
     """Yield key, image and label of each sample of a streamed shard. `doctor` calls this, too.
 
-    Without `load`, images are b"". Raises UserError for a shard that cannot be read, and for a label that is
-    not a class.
+    Without `load`, images are b"". Without classes, labels are not checked. label_reader: as for
+    `dataset.check_shard`. Raises UserError for a shard that cannot be read, and for a label that is not a
+    class.
     """
     empty = True
     try:
         with remote.open_stream(url) as stream:
             tar = Tar(url, stream, strict=False)
             for key, _, image, label in samples_of(tar, load=load, others=others, may_be_empty=True):
-                if problem := label_problem(key, label, num_classes):
+                if num_classes and (problem := label_problem(key, label, num_classes, label_reader)):
                     raise UserError(f"{url}: sample {key}: {problem}")
                 empty = False
                 yield key, image, label
@@ -176,7 +180,8 @@ class StreamedImages(IterableDataset):
     def _read(self, epoch: int, url: str) -> Iterator[_Sample]:
         """The samples of a shard, from front to end."""
         others = Others()
-        for key, image, label in read_shard(url, self.training.section.num_classes, others):
+        classes, reader = self.training.section.num_classes, self.training.label_reader
+        for key, image, label in read_shard(url, classes, others, label_reader=reader):
             yield _Sample(epoch, url, key, image, label)
         if others.problem and epoch == 0:
             log.warning("%s", printable(f"{url}: {others.problem}"))

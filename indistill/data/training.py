@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from indistill.config import Config, Data, UserError
+from indistill.config import Config, Data, UserError, label_reader
 from indistill.config.metric_names import eval_key
 from indistill.curriculum import ImageSizes
 from indistill.data import class_names
@@ -60,6 +60,7 @@ def open_training(accelerator: Accelerator, settings: Config) -> TrainingData:
         world=accelerator.num_processes,
         accumulation=settings.grad_accumulation,
         mix=settings.kd.mixing,
+        label_reader=label_reader(settings),
     )
     training.sizes = ImageSizes.of(settings, training.steps_per_epoch)
     agree({"data": training.fingerprint})  # before any loop over it that contains a collective
@@ -107,22 +108,20 @@ def open_bank(settings: Config, training: ImageDataset | None = None) -> ImageDa
     if not section.on_bank:
         return None
     if section.bank is None and training is not None:
+        class_names.check_bank(settings)
         return training
     return ImageDataset(bank_shards(settings), settings.data, seed=settings.seed)
 
 
 def bank_shards(settings: Config) -> ShardSet:
-    """Open the shards of the bank.
+    """Open the shards of the bank, of which `evaluate.check_bank` refuses those without labels.
 
-    Raises UserError for unusable ones, and if they number the classes otherwise than data.train.
+    Raises UserError for unusable ones, and like `class_names.check_bank`.
     """
+    class_names.check_bank(settings)
     if settings.evaluate.bank is None:
-        return open_shards(settings.data, settings.data.train)
+        return open_shards(settings.data, settings.data.train, label_reader=None)
     try:
-        if (reference := class_names.of_training(settings.data)) is not None:
-            for names in class_names.beside(settings.evaluate.bank, settings.data.root):
-                remedy = f"pack it again with `shards pack --classes {reference.where}`"
-                class_names.refuse_difference(names, reference, names.where, remedy)
-        return open_shards(settings.data, settings.evaluate.bank)
+        return open_shards(settings.data, settings.evaluate.bank, label_reader=None)
     except UserError as error:
         raise UserError(f"evaluate.bank: {error}") from None

@@ -43,7 +43,7 @@ class Content(NamedTuple):
     others: Counter[str]  # members that are neither images nor labels, by extension
 
     def summary(self) -> str:
-        """One line of counts, and a second one if there are images without labels, which training rejects."""
+        """One line of counts, and a second one if there are images without labels."""
         labelled = self.labels.total()
         span = ""
         if self.labels:
@@ -53,7 +53,10 @@ class Content(NamedTuple):
             counts = [f"{count} {name or 'without extension'}" for name, count in sorted(self.others.items())]
             line += f"; other members: {', '.join(counts)}"
         if self.images > labelled:
-            line += f"\ntraining refuses images without a label: {LABEL_REMEDY}"
+            line += (
+                "\nlosses that read labels refuse images without one; data.num_classes: 0 trains without "
+                f"labels; else {LABEL_REMEDY}"
+            )
         return line
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, Any
 
 import huggingface_hub
 import numpy as np
@@ -30,7 +30,7 @@ from indistill.commands.doctor.findings import (
     counted_word,
     size_text,
 )
-from indistill.config import Config, UserError, in_one_line
+from indistill.config import Config, UserError, in_one_line, label_reader
 from indistill.config.metric_names import eval_key
 from indistill.config.run_dir import weights_file
 from indistill.curriculum import ImageSizes, Timetable
@@ -148,7 +148,7 @@ def data_shards(here: Here) -> Said:
                 accumulation=settings.grad_accumulation,
                 mix=settings.kd.mixing,
             )
-            checked, damaged = _streamed(section, streamed.urls)
+            checked, damaged = _streamed(settings, streamed.urls)
             for problem in damaged[:MOST_SHOWN]:
                 yield FAIL, f"data.train: {problem}"
             counts = f"{len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch"
@@ -157,21 +157,29 @@ def data_shards(here: Here) -> Said:
             if not damaged:
                 yield OK, f"data.train: {counts}"
         else:
-            yield from _indexed_shards(here, settings, key="data.train", urls=section.train)
+            reader = label_reader(settings)
+            yield from _indexed_shards(here, settings, key="data.train", urls=section.train, reader=reader)
         for name, one in section.eval_sets.items():
             mapped = one.label_map is not None
             yield from _indexed_shards(here, settings, key=eval_key(name), urls=one.shards, mapped=mapped)
     for settings in {str(one.evaluate.bank): one for one in here.settings}.values():
         if settings.evaluate.on_bank and settings.evaluate.bank is not None:
-            yield from _indexed_shards(here, settings, key="evaluate.bank", urls=settings.evaluate.bank)
+            bank = settings.evaluate.bank
+            yield from _indexed_shards(here, settings, key="evaluate.bank", urls=bank, reader=None)
 
 
 def _indexed_shards(
-    here: Here, settings: Config, *, key: str, urls: str | list[str], mapped: bool = False
+    here: Here,
+    settings: Config,
+    *,
+    key: str,
+    urls: str | list[str],
+    mapped: bool = False,
+    reader: str | None = "",
 ) -> Said:
     section = settings.data
     paths = shards.expand(urls, section.root)
-    sizes, missing, damaged = _indices(section, paths, mapped=mapped)
+    sizes, missing, damaged = _indices(section, paths, mapped=mapped, reader=reader)
     for problem in damaged[:MOST_SHOWN]:
         yield FAIL, f"{key}: {problem}"
     if missing:
@@ -213,7 +221,7 @@ def _check_order(here: Here, settings: Config, sizes: Sequence[int] | None) -> N
 
 
 def _indices(
-    section: config.Data, paths: Sequence[str], *, mapped: bool
+    section: config.Data, paths: Sequence[str], *, mapped: bool, reader: str | None
 ) -> tuple[list[int], list[str], list[str]]:
     """Check as many shards as time allows, as a run does when it opens them; nothing is saved.
 
@@ -238,7 +246,7 @@ def _indices(
                     index = fetched
                 else:
                     continue
-                check_shard(section, path, index, mapped=mapped)
+                check_shard(section, path, index, mapped=mapped, label_reader=reader)
                 sizes.append(len(index.keys))
             except UserError as error:
                 damaged.append(str(error))
@@ -262,7 +270,7 @@ def _while_time_lasts(paths: Sequence[str]) -> Iterator[str]:
         yield path
 
 
-def _streamed(section: config.Data, paths: Sequence[str]) -> tuple[int, list[str]]:
+def _streamed(settings: Config, paths: Sequence[str]) -> tuple[int, list[str]]:
     """Read as many local shards as time allows, as a run streams them.
 
     Returns their number, and the problems.
@@ -273,7 +281,8 @@ def _streamed(section: config.Data, paths: Sequence[str]) -> tuple[int, list[str
             continue
         checked += 1
         try:
-            for _ in read_shard(path, section.num_classes, Others(), load=False):
+            classes, reader = settings.data.num_classes, label_reader(settings)
+            for _ in read_shard(path, classes, Others(), load=False, label_reader=reader):
                 pass
         except UserError as error:
             damaged.append(str(error))
@@ -286,6 +295,9 @@ def class_lists(here: Here) -> Said:
         return
     for settings in here.settings:
         section = settings.data
+        if not section.num_classes:
+            yield OK, "data.num_classes: 0: training reads no labels, and no class names"
+            continue
         try:
             names = class_names.check(section)
             _check_other_lists(settings, names)
@@ -477,12 +489,13 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
     }
     section = settings.data.model_copy(update=changes)
     training: TrainingData
+    alone: dict[str, Any] = {"rank": 0, "world": 1, "accumulation": 1, "label_reader": None}
     if section.access == "index":
-        samples = len(open_shards(section, section.train))
+        samples = len(open_shards(section, section.train, label_reader=None))
         section = section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)})
-        training = IndexedTraining(section, settings.seed, rank=0, world=1, accumulation=1)
+        training = IndexedTraining(section, settings.seed, **alone)
     else:
-        training = StreamedTraining(section, settings.seed, rank=0, world=1, accumulation=1)
+        training = StreamedTraining(section, settings.seed, **alone)
     batches = iter(training.loader(0, 10**9, torch.device("cpu")))
     replaced = list(next(batches).replaced)  # the worker has started by then
     images = 0
