@@ -54,8 +54,8 @@ def add(parser: usage.Parser) -> None:
 def _add_pack(parser: usage.Parser) -> None:
     parser.add_argument(
         "source",
-        help="a folder of class folders, a list of path,label (CSV) or of ImageNet's validation labels, or "
-        "shards (braces expand)",
+        help="a folder of class folders or of images, a list of path,label or of paths (CSV) or of ImageNet's "
+        "validation labels, or shards (braces expand)",
     )
     parser.add_argument(
         "destination", help="folder to write; if a packing was interrupted there, it continues"
@@ -89,6 +89,11 @@ def _add_pack(parser: usage.Parser) -> None:
     parser.add_argument(
         "--follow-links", action="store_true", help="also pack what links in a folder name outside of it"
     )
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="pack all images below a folder, whose folders are no classes, without labels",
+    )
     parser.set_defaults(run=_pack)
 
 
@@ -114,7 +119,12 @@ def _pack(arguments: argparse.Namespace) -> None:
         progress=True,
         classes=classes,
         follow_links=arguments.follow_links,
-        reading=packing.Reading(images=arguments.images, encoding=encoding, take=arguments.take),
+        reading=packing.Reading(
+            images=arguments.images,
+            encoding=encoding,
+            take=arguments.take,
+            unlabelled=arguments.unlabelled,
+        ),
     )
     if content["classes"] is not None:
         print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)

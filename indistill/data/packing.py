@@ -75,6 +75,7 @@ class Reading(NamedTuple):
     encoding: str | None = None  # of a list; None: UTF-8
     take: Take | None = None  # which to pack of a folder that has class folders and tars
     follow_links: bool = False
+    unlabelled: bool = False  # whether folders in a folder are no classes
 
 
 def pack_source(
@@ -95,9 +96,9 @@ def pack_source(
 ) -> dict[str, Any]:
     """Pack a data set into shards of about `shard_bytes`. Returns the content of their `dataset.json`.
 
-    source: a folder with one sub-folder per class, labelled in the order of `class_names.in_order`; a list,
-        as `lists.read` describes it; or shards, as a folder or as patterns for `ShardSet`. Files are shuffled
-        by `seed`; shards keep their order.
+    source: a folder with one sub-folder per class, labelled in the order of `class_names.in_order`, or with
+        images alone, which get no labels; a list, as `lists.read` describes it; or shards, as a folder or as
+        patterns for `ShardSet`. Files are shuffled by `seed`; shards keep their order.
     classes: class names in the order of their labels, for a source that may lack some of them, so that a
         second split has the labels of the first. Labels that are numbers without names stay; they must be
         less than its length.
@@ -313,17 +314,23 @@ def _find_source(
     source: str | Sequence[str], reading: Reading, seed: int, cache_dir: str | None
 ) -> _Files | _Shards:
     """Find the images of a source of `pack_source`."""
-    given, images, encoding, take, follow_links = reading
+    given, images, encoding, take, follow_links, unlabelled = reading
+    is_folder = isinstance(source, str) and os.path.isdir(source)
+    if unlabelled and not is_folder:
+        raise UserError(
+            f"{source}: is no folder of images: leave out --unlabelled; images of shards without .cls, and of "
+            "lists without labels, have none without it"
+        )
     if isinstance(source, str) and lists.is_list(source):
         walk = folders.Walk(Path(images), follow_links) if images is not None else None
         return _list_files(*lists.read(Path(source), given, walk, encoding), seed)
     if images is not None or encoding is not None:
         raise UserError(f"{source}: is not a list of labels: leave out --images and --encoding")
-    if isinstance(source, str) and os.path.isdir(source):
-        folder = Path(source)
-        tars = _tars_in(folder, take)
+    if is_folder:
+        folder = Path(str(source))
+        tars = [] if unlabelled else _tars_in(folder, take)
         if not tars:
-            return _list_files(*_read_folder(folder, given, follow_links), seed)
+            return _list_files(*_read_folder(folder, reading), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
         source = sorted(os.path.join(source, path.name) for path in tars)
     shards = ShardSet(source, cache_dir=cache_dir, rewrite_keys=True)
@@ -395,24 +402,32 @@ def _list_files(images: list[tuple[str, int]], classes: list[str] | None, ignore
     return _Files(identity.hexdigest(), items, sizes, classes, ignored)
 
 
-def _read_folder(
-    folder: Path, given: Sequence[str] | None, follow_links: bool
-) -> tuple[list[tuple[str, int]], list[str], int]:
+def _read_folder(folder: Path, reading: Reading) -> tuple[list[tuple[str, int]], list[str] | None, int]:
     """The images (path, label) in class folders, the class names, and the number of other files.
 
-    A link counts only if it names something below the folder, or with `follow_links`.
+    Images in a folder without folders, or with `unlabelled` in any, have the label -1. A link counts only if
+    it names something below the folder, or with `follow_links`.
     """
-    names = class_names.folders_in(folder)
-    classes = names if given is None else list(given)
-    labels = {name: label_in(classes, name, str(folder)) for name in names}
-    walk = folders.Walk(folder, follow_links)
-    images = [(path, labels[name]) for name, paths in walk.classes(names).items() for path in paths]
+    names = [] if reading.unlabelled else class_names.folders_in(folder)
+    walk = folders.Walk(folder, reading.follow_links)
+    classes: list[str] | None = None
+    if names:
+        classes = names if reading.classes is None else list(reading.classes)
+        labels = {name: label_in(classes, name, str(folder)) for name in names}
+        images = [(path, labels[name]) for name, paths in walk.classes(names).items() for path in paths]
+    else:
+        images = [(path, -1) for path in walk.below()]
     if not images:
         raise UserError(
             walk.links_out()
             or f"{folder}: contains neither shards nor class folders with images "
-            f"({', '.join(IMAGE_EXTENSIONS)}): name another folder"
+            f"({', '.join(IMAGE_EXTENSIONS)}): name another folder, or set --unlabelled if its folders are no "
+            "classes"
         )
+    if not names and reading.classes is not None:
+        raise UserError(f"{folder}: is packed without labels: leave out --classes, or use class folders")
+    if not names and not reading.unlabelled:
+        folders.note(f"{folder}: has no class folders: its images are packed without labels")
     walk.print_notes()
     return images, classes, walk.ignored
 
