@@ -54,8 +54,8 @@ def add(parser: usage.Parser) -> None:
 def _add_pack(parser: usage.Parser) -> None:
     parser.add_argument(
         "source",
-        help="a folder of class folders or of images, a list of path,label or of paths (CSV) or of ImageNet's "
-        "validation labels, or shards (braces expand)",
+        help="a folder of class folders or of images, a list of path,label or of paths (CSV) or of "
+        "ImageNet's validation labels, or shards (braces expand)",
     )
     parser.add_argument(
         "destination", help="folder to write; if a packing was interrupted there, it continues"

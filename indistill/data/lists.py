@@ -182,10 +182,7 @@ def _csv_rows(file: Path, encoding: str | None, found: _Images | None) -> Iterat
             stream = io.TextIOWrapper(binary, encoding=encoding or "utf-8-sig", newline="")
             all_lines = lines(stream)
             begin = list(itertools.islice(all_lines, 2))
-            # A path as a whole, for its commas and spaces; the first line may name the columns.
-            alone = (
-                bool(begin) and is_image(last := begin[-1].strip()) and _is_there(last, file.parent, found)
-            )
+            alone = _are_paths([line.strip() for line in begin], file.parent, found)
             delimiter = _NO_DELIMITER if alone else _delimiter(begin)
             reader = csv.reader(itertools.chain(begin, all_lines), delimiter=delimiter)
             for row in reader:
@@ -198,6 +195,15 @@ def _csv_rows(file: Path, encoding: str | None, found: _Images | None) -> Iterat
         raise UserError(f"{file}: no such file: correct the path") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}): correct the path") from None
+
+
+def _are_paths(lines: Sequence[str], folder: Path, found: _Images | None) -> bool:
+    """Whether the first lines of a file are paths as a whole, whatever commas and spaces are in them.
+
+    The first one may name the column.
+    """
+    paths = lines[1:] if len(lines) > 1 and _WORDS.fullmatch(lines[0]) else lines
+    return bool(paths) and all(is_image(path) and _is_there(path, folder, found) for path in paths)
 
 
 def _delimiter(lines: Sequence[str]) -> str:

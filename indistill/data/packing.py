@@ -318,8 +318,8 @@ def _find_source(
     is_folder = isinstance(source, str) and os.path.isdir(source)
     if unlabelled and not is_folder:
         raise UserError(
-            f"{source}: is no folder of images: leave out --unlabelled; images of shards without .cls, and of "
-            "lists without labels, have none without it"
+            f"{source}: is no folder of images: leave out --unlabelled; images of shards without .cls, and "
+            "of lists without labels, have none without it"
         )
     if isinstance(source, str) and lists.is_list(source):
         walk = folders.Walk(Path(images), follow_links) if images is not None else None
@@ -421,8 +421,8 @@ def _read_folder(folder: Path, reading: Reading) -> tuple[list[tuple[str, int]],
         raise UserError(
             walk.links_out()
             or f"{folder}: contains neither shards nor class folders with images "
-            f"({', '.join(IMAGE_EXTENSIONS)}): name another folder, or set --unlabelled if its folders are no "
-            "classes"
+            f"({', '.join(IMAGE_EXTENSIONS)}): name another folder, or set --unlabelled if its folders are "
+            "no classes"
         )
     if not names and reading.classes is not None:
         raise UserError(f"{folder}: is packed without labels: leave out --classes, or use class folders")
