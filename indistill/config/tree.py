@@ -293,6 +293,7 @@ OPERATIONAL_KEYS = (
     "log",
     "trackers",
     "data.root",
+    "data.label.map",
     "data.cache_dir",
     "data.cache_bytes",
     "data.workers",
@@ -306,6 +307,7 @@ OPERATIONAL_KEYS = (
 # part of a run's identity, so that runs and stored targets of these versions still load.
 LATER_KEYS: dict[str, Any] = {
     "data.repeats": 1,
+    "data.label": None,
     "student.num_classes": None,
     "teacher.num_classes": None,
     "teacher.image_size": None,

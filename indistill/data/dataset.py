@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from indistill import config
 from indistill.config import UserError, printable
-from indistill.data import augment, mixing
+from indistill.data import augment, labels, mixing
 from indistill.data.batch import Batch, Request, StoredTargets
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import Index, decoded
 from indistill.data.remote import base_name
-from indistill.data.samples import compressed, label_problem
+from indistill.data.samples import CLS, compressed, label_problem
 from indistill.data.shards import ShardSet, refuse_compressed
 from indistill.models.views import EvalView
 from indistill.order import SampleOrder
@@ -260,6 +260,7 @@ def open_shards(
         section.root,
         cache_dir=section.cache_dir,
         cache_bytes=int(section.cache_bytes),
+        labels=labels.of_section(section),
     )
     for path, index in zip(shards.paths, shards._indices):
         check_shard(section, path, index, mapped=label_map is not None, label_reader=label_reader)
@@ -290,5 +291,6 @@ def check_shard(
     missing = (index.labels < 0) & (label_reader is not None)
     for row in np.flatnonzero(missing | outside)[:1]:
         key = decoded(index.keys[row])
-        problem = label_problem(key, index.labels[row], section.num_classes, label_reader)
+        missing_from = CLS.missing if section.label is None else labels.missing(section.label)
+        problem = label_problem(key, index.labels[row], section.num_classes, label_reader, missing_from)
         raise UserError(printable(f"{base_name(path)}: sample {key}: {problem}"))

@@ -120,7 +120,9 @@ class ShardCache:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self._shards, cache_name(url)))
 
-    def fetch_index(self, url: str, file: str, parse: Callable[[str], _Parsed]) -> _Parsed | None:
+    def fetch_index(
+        self, url: str, file: str, parse: Callable[[str], _Parsed], suffix: str = ".index.json"
+    ) -> _Parsed | None:
         """Fetch the index beside a remote shard to `file` and parse it; return None if there is none.
 
         parse: raises UserError for a file that is not an index. Such a file is not kept: a server may answer
@@ -133,7 +135,7 @@ class ShardCache:
                 return None
             address, *query = url.partition("?")
             try:
-                _fetch(f"{address}.index.json{''.join(query)}", file)
+                _fetch(f"{address}{suffix}{''.join(query)}", file)
             except _Absent:
                 _warn("%s has no index beside it: the shard is fetched to build one", url)
                 return None

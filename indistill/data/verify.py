@@ -17,7 +17,16 @@ from tqdm import tqdm
 from indistill.config import UserError, in_one_line
 from indistill.config.destinations import check_kind
 from indistill.data.decode import BadImage, decode
-from indistill.data.index import MARK, Index, build_index, index_files, index_of, parse_index, sha256_of
+from indistill.data.index import (
+    MARK,
+    Index,
+    build_index,
+    forget_labels,
+    index_files,
+    index_of,
+    parse_index,
+    sha256_of,
+)
 from indistill.data.remote import cache_for, open_shard
 from indistill.data.samples import LABEL_REMEDY, Others, label_problem, read_samples
 from indistill.data.shards import expand
@@ -165,6 +174,7 @@ def _index_shard(task: tuple[str, str | None, bool]) -> int | str:
         check_kind(file, MARK, kind="an index", remedy="move it away, or set --cache-dir")
         if cache:
             cache.discard(path)  # so that the shard as it is now gets indexed
+        forget_labels(path, cache_dir)
         return len(build_index(path, cache_dir, cache, hashed=hashed).keys)
     except UserError as error:
         return str(error)

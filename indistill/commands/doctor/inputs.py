@@ -34,11 +34,11 @@ from indistill.config import Config, UserError, in_one_line, label_reader
 from indistill.config.metric_names import eval_key
 from indistill.config.run_dir import weights_file
 from indistill.curriculum import ImageSizes, Timetable
-from indistill.data import class_names, overlap, remote, shards
+from indistill.data import class_names, labels, overlap, remote, shards
 from indistill.data.dataset import check_shard, open_shards
-from indistill.data.index import Index, index_files, load_index, parse_index
+from indistill.data.index import Index, index_files, load_index, parse_index, stored_index
 from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
-from indistill.data.samples import Others
+from indistill.data.samples import CLS, Others
 from indistill.data.stream import StreamedTraining, read_shard
 from indistill.data.training import TrainingData, bank_shards, eval_shards
 from indistill.evaluate.bank import check_bank
@@ -229,9 +229,10 @@ def _indices(
     fetched.
     """
     sizes, missing, damaged = [], [], []
+    classes = labels.of_section(section)
     with tempfile.TemporaryDirectory(prefix=".indistill-doctor-") as directory:
         for path in _while_time_lasts(paths):
-            files = index_files(path, section.cache_dir)
+            files = index_files(path, section.cache_dir, section.label)
             known = any(map(os.path.exists, files))
             try:
                 if not remote.is_remote(path):
@@ -239,13 +240,14 @@ def _indices(
                         missing.append(path)
                         if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
                             continue
-                    index = load_index(path, section.cache_dir, save=False)
+                    index = load_index(path, section.cache_dir, save=False, label=section.label)
                 elif known:
                     index = parse_index(files[0])
                 elif (fetched := _remote_index(section, path, directory)) is not None:
                     index = fetched
                 else:
                     continue
+                index = classes.of_index(path, index) if classes else index
                 check_shard(section, path, index, mapped=mapped, label_reader=reader)
                 sizes.append(len(index.keys))
             except UserError as error:
@@ -258,7 +260,7 @@ def _remote_index(section: config.Data, path: str, directory: str) -> Index | No
     cache = remote.cache_for([path], section.cache_dir and directory)
     if cache is None or path.startswith("pipe:"):
         return None
-    return cache.fetch_index(path, index_files(path, directory)[0], parse_index)
+    return stored_index(path, index_files(path, directory, section.label)[0], cache)
 
 
 def _while_time_lasts(paths: Sequence[str]) -> Iterator[str]:
@@ -276,13 +278,14 @@ def _streamed(settings: Config, paths: Sequence[str]) -> tuple[int, list[str]]:
     Returns their number, and the problems.
     """
     checked, damaged = 0, []
+    classes, reader = settings.data.num_classes, label_reader(settings)
+    how = labels.of_section(settings.data) or CLS
     for path in _while_time_lasts([path for path in paths if not remote.is_remote(path)]):
         if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
             continue
         checked += 1
         try:
-            classes, reader = settings.data.num_classes, label_reader(settings)
-            for _ in read_shard(path, classes, Others(), load=False, label_reader=reader):
+            for _ in read_shard(path, classes, Others(), load=False, label_reader=reader, labels=how):
                 pass
         except UserError as error:
             damaged.append(str(error))
@@ -315,7 +318,7 @@ def class_lists(here: Here) -> Said:
             key = eval_key(name)
             if one.label_map is not None:
                 what += f", {key} has a label map"
-            elif class_names.beside(one.shards, section.root):
+            elif section.label is not None or class_names.beside(one.shards, section.root):
                 what += f", {key} has the same"
             else:
                 what += f", {key} has none ({class_names.RECORD}) to compare them with"
@@ -392,10 +395,11 @@ def _with_index(section: config.Data, urls: str | list[str]) -> shards.ShardSet 
         paths = shards.expand(urls, section.root)
         if any(map(remote.is_remote, paths)):
             return None
-        existing = [list(filter(os.path.exists, index_files(path, section.cache_dir))) for path in paths]
+        files = [index_files(path, section.cache_dir, section.label) for path in paths]
+        existing = [list(filter(os.path.exists, candidates)) for candidates in files]
         if not all(existing) or sum(os.path.getsize(files[0]) for files in existing) > MOST_INDEX_BYTES:
             return None
-        return shards.ShardSet(paths, cache_dir=section.cache_dir)
+        return shards.ShardSet(paths, cache_dir=section.cache_dir, labels=labels.of_section(section))
     except UserError:
         return None
 
