@@ -55,7 +55,7 @@ def _add_pack(parser: usage.Parser) -> None:
     parser.add_argument(
         "source",
         help="a folder of class folders or of images, a list of path,label or of paths (CSV) or of "
-        "ImageNet's validation labels, or shards (braces expand)",
+        "ImageNet's validation labels, Parquet files or hf://datasets/OWNER/NAME, or shards (braces expand)",
     )
     parser.add_argument(
         "destination", help="folder to write; if a packing was interrupted there, it continues"
@@ -92,8 +92,15 @@ def _add_pack(parser: usage.Parser) -> None:
     parser.add_argument(
         "--unlabelled",
         action="store_true",
-        help="pack all images below a folder, whose folders are no classes, without labels",
+        help="pack all images below a folder, whose folders are no classes, or of Parquet files, without "
+        "labels",
     )
+    for what in ("image", "label"):
+        parser.add_argument(
+            f"--{what}-column",
+            metavar="NAME",
+            help=f"column of the {what}s of Parquet files (default: the one that looks like it)",
+        )
     parser.set_defaults(run=_pack)
 
 
@@ -124,6 +131,8 @@ def _pack(arguments: argparse.Namespace) -> None:
             encoding=encoding,
             take=arguments.take,
             unlabelled=arguments.unlabelled,
+            image_column=arguments.image_column,
+            label_column=arguments.label_column,
         ),
     )
     if content["classes"] is not None:

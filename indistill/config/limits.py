@@ -82,6 +82,7 @@ MAX_BRACE_DEPTH = 16  # of braces in each other
 MAX_CLASS_FILE_BYTES = 2**24  # of a list of class names; a million names have 10 MB
 MAX_META_BYTES = 2**20  # of meta.mat in ImageNet's development kit, which is compressed
 MAX_CSV_ROWS = 2**24  # of `shards pack`; ImageNet-21k has 14 million images
+MAX_ROW_GROUP_BYTES = 2**32  # of images in a Parquet file; usual groups have some hundred of them
 MAX_CSV_LINE_CHARACTERS = 2**16  # of a line, a path and a label
 MAX_STANDARDS_BYTES = 2**30  # of standards.safetensors; PHI-S of 4,096 channels has 134 MB
 MAX_MANIFEST_BYTES = 2**26  # of stored targets; that of 300,000 shards and a million classes has 12 MB

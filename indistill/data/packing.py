@@ -22,7 +22,7 @@ from indistill.config import UserError, records
 from indistill.config.destinations import remove_parts
 from indistill.config.files import replace_text, replacing
 from indistill.config.limits import MAX_CLASSES, MAX_IMAGE_BYTES
-from indistill.data import class_names, folders, lists
+from indistill.data import class_names, folders, lists, tables
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import build_index, load_index
 from indistill.data.lists import label_in
@@ -75,7 +75,9 @@ class Reading(NamedTuple):
     encoding: str | None = None  # of a list; None: UTF-8
     take: Take | None = None  # which to pack of a folder that has class folders and tars
     follow_links: bool = False
-    unlabelled: bool = False  # whether folders in a folder are no classes
+    unlabelled: bool = False  # whether folders in a folder are no classes, and a table's labels are left out
+    image_column: str | None = None  # of a table; None: the one that looks like it
+    label_column: str | None = None
 
 
 def pack_source(
@@ -97,8 +99,9 @@ def pack_source(
     """Pack a data set into shards of about `shard_bytes`. Returns the content of their `dataset.json`.
 
     source: a folder with one sub-folder per class, labelled in the order of `class_names.in_order`, or with
-        images alone, which get no labels; a list, as `lists.read` describes it; or shards, as a folder or as
-        patterns for `ShardSet`. Files are shuffled by `seed`; shards keep their order.
+        images alone, which get no labels; a list, as `lists.read` describes it; Parquet files, as
+        `tables.read` does; or shards, as a folder or as patterns for `ShardSet`. Files are shuffled by
+        `seed`; shards and Parquet files keep their order.
     classes: class names in the order of their labels, for a source that may lack some of them, so that a
         second split has the labels of the first. Labels that are numbers without names stay; they must be
         less than its length.
@@ -131,7 +134,9 @@ def _named_errors(destination: str | Path) -> Iterator[None]:
         ) from None
 
 
-def _check_apart(origin: _Files | _Shards, source: str | Sequence[str], destination: str | Path) -> None:
+def _check_apart(
+    origin: _Files | _Rows | _Shards, source: str | Sequence[str], destination: str | Path
+) -> None:
     """Raise UserError if a packing would become a class of the folder that it packs."""
     packed = Path(os.path.realpath(destination))
     if (
@@ -169,7 +174,7 @@ def _check_prefix(prefix: str) -> None:
 class _Packing(NamedTuple):
     """A source and the options that determine its shards."""
 
-    origin: _Files | _Shards
+    origin: _Files | _Rows | _Shards
     destination: Path
     prefix: str
     shard_bytes: int
@@ -191,6 +196,11 @@ class _Packing(NamedTuple):
         for _ in parallel(_pack_shard, tasks, workers, progress):
             pass
         record = {"plan": plan, "complete": True} | self.summary(paths)
+        if record["samples"] != len(self.origin.sizes):
+            raise UserError(
+                f"{self.destination}: has {record['samples']:,} of the source's {len(self.origin.sizes):,} "
+                "images: the source was changed meanwhile: delete the folder, and pack it again"
+            )
         _save_json(self.destination / class_names.RECORD, record)
         return record
 
@@ -295,6 +305,19 @@ class _Shards(NamedTuple):
         )
 
 
+class _Rows(NamedTuple):
+    """Images in the rows of a table to pack."""
+
+    identity: str
+    table: tables.Table
+    sizes: np.ndarray
+    classes: list[str] | None
+    ignored: int = 0
+
+    def part(self, begin: int, end: int) -> Callable[[], Iterator[_Read]]:
+        return functools.partial(self.table.slice(begin, end).rows, begin, end)
+
+
 def _read_files(items: list[tuple[str, str, int]]) -> Iterator[_Read]:
     for key, path, label in items:
         yield path, (key, Path(path).read_bytes(), folders.extension(path), label)
@@ -312,14 +335,30 @@ def _read_shards(
 
 def _find_source(
     source: str | Sequence[str], reading: Reading, seed: int, cache_dir: str | None
-) -> _Files | _Shards:
+) -> _Files | _Rows | _Shards:
     """Find the images of a source of `pack_source`."""
-    given, images, encoding, take, follow_links, unlabelled = reading
+    given, images, encoding, take, follow_links, unlabelled, image_column, label_column = reading
     is_folder = isinstance(source, str) and os.path.isdir(source)
+    if is_folder and (parquet := _tables_in(Path(str(source)), take)):
+        source, is_folder = parquet, False
+    if tables.is_table(source):
+        if images is not None or encoding is not None:
+            raise UserError(f"{source}: is not a list of labels: leave out --images and --encoding")
+        table = tables.read(
+            source,
+            given=given,
+            image_column=image_column,
+            label_column=label_column,
+            unlabelled=unlabelled,
+            cache_dir=cache_dir,
+        )
+        return _Rows(table.identity, table, table.sizes, table.classes)
+    if image_column is not None or label_column is not None:
+        raise UserError(f"{source}: is no Parquet file: leave out --image-column and --label-column")
     if unlabelled and not is_folder:
         raise UserError(
-            f"{source}: is no folder of images: leave out --unlabelled; images of shards without .cls, and "
-            "of lists without labels, have none without it"
+            f"{source}: is no folder of images and no Parquet file: leave out --unlabelled; images of shards "
+            "without .cls, and of lists without labels, have none without it"
         )
     if isinstance(source, str) and lists.is_list(source):
         walk = folders.Walk(Path(images), follow_links) if images is not None else None
@@ -332,7 +371,7 @@ def _find_source(
         if not tars:
             return _list_files(*_read_folder(folder, reading), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
-        source = sorted(os.path.join(source, path.name) for path in tars)
+        source = sorted(os.path.join(folder, path.name) for path in tars)
     shards = ShardSet(source, cache_dir=cache_dir, rewrite_keys=True)
     if rewritten := list(itertools.chain.from_iterable(shards.rewritten)):
         folders.note(
@@ -347,6 +386,13 @@ def _find_source(
     keys = set(itertools.chain.from_iterable(index.keys.tolist() for index in shards._indices))
     numbered = len(keys) < len(shards)
     return _Shards(shards.fingerprint, shards, shards.image_sizes, classes, numbered, relabel)
+
+
+def _tables_in(folder: Path, take: Take | None) -> list[str]:
+    """The Parquet files in a source folder that has nothing else to pack, in order."""
+    found = sorted(str(path) for path in folder.glob("*.parquet") if not folders.hidden(path.name))
+    nothing_else = take is None and not _tars_in(folder, None) and folders.first_with_images(folder) is None
+    return found if found and nothing_else else []
 
 
 def _tars_in(folder: Path, take: Take | None) -> list[Path]:
