@@ -73,6 +73,12 @@ def _add_pack(parser: usage.Parser) -> None:
         help="number the classes like another split: its folder of class folders, its packed folder, a text "
         "file with one name per line, or a JSON file (a list, a mapping from name to label, a dataset.json)",
     )
+    _add_reading(parser)
+    parser.set_defaults(run=_pack)
+
+
+def _add_reading(parser: usage.Parser) -> None:
+    """Add the options that say how a source is read (`packing.Reading`)."""
     parser.add_argument(
         "--images", metavar="FOLDER", help="folder with the images of a list (default: that of the list)"
     )
@@ -101,7 +107,6 @@ def _add_pack(parser: usage.Parser) -> None:
             metavar="NAME",
             help=f"column of the {what}s of Parquet files (default: the one that looks like it)",
         )
-    parser.set_defaults(run=_pack)
 
 
 def _pack(arguments: argparse.Namespace) -> None:

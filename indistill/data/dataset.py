@@ -263,7 +263,8 @@ def open_shards(
         labels=labels.of_section(section),
     )
     for path, index in zip(shards.paths, shards._indices):
-        check_shard(section, path, index, mapped=label_map is not None, label_reader=label_reader)
+        mapped = label_map is not None
+        check_shard(section, path, index=index, mapped=mapped, label_reader=label_reader)
     if label_map is not None:
         shards.relabel(label_map)
     return shards
@@ -272,8 +273,8 @@ def open_shards(
 def check_shard(
     section: config.Data,
     path: str,
-    index: Index,
     *,
+    index: Index,
     mapped: bool = False,
     label_reader: str | None = "",
 ) -> None:
@@ -291,6 +292,11 @@ def check_shard(
     missing = (index.labels < 0) & (label_reader is not None)
     for row in np.flatnonzero(missing | outside)[:1]:
         key = decoded(index.keys[row])
-        missing_from = CLS.missing if section.label is None else labels.missing(section.label)
-        problem = label_problem(key, index.labels[row], section.num_classes, label_reader, missing_from)
+        problem = label_problem(
+            key,
+            index.labels[row],
+            num_classes=section.num_classes,
+            reader=label_reader,
+            missing=CLS.missing if section.label is None else labels.missing(section.label),
+        )
         raise UserError(printable(f"{base_name(path)}: sample {key}: {problem}"))

@@ -23,8 +23,8 @@ from indistill.config.limits import (
     MAX_LINE_CHARACTERS,
 )
 from indistill.config.ranks import Ranks
-from indistill.data.labels import Texts
-from indistill.data.remote import ShardCache, cache_name, changed, is_remote, open_shard
+from indistill.data.labels import Classes, Texts
+from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
 from indistill.data.samples import CLS, Others, compressed, read_samples
 from indistill.data.tar import BLOCK
 
@@ -53,8 +53,8 @@ class Index(NamedTuple):
 def load_index(
     path: str,
     cache_dir: str | None = None,
-    cache: ShardCache | None = None,
     *,
+    cache: ShardCache | None = None,
     save: bool = True,
     label: Label | None = None,
 ) -> Index:
@@ -66,7 +66,7 @@ def load_index(
     index = _fitting_index(path, cache_dir, cache, label)
     if index is None:
         if save:
-            return build_index(path, cache_dir, cache, label=label)
+            return build_index(path, cache_dir, cache=cache, label=label)
         return read_index(path, cache, label=label)
     if index.problem and Ranks.from_environment().is_main_process:
         _warn(path, index.problem)
@@ -111,8 +111,8 @@ def stored_index(path: str, file: str, cache: ShardCache | None) -> Index | None
 def build_index(
     path: str,
     cache_dir: str | None = None,
-    cache: ShardCache | None = None,
     *,
+    cache: ShardCache | None = None,
     hashed: bool = False,
     label: Label | None = None,
 ) -> Index:
@@ -139,6 +139,19 @@ def read_index(
         sha256 = sha256_of(stream) if hashed else None
         index = index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
     return index._replace(problem=others.problem, texts=None if texts is None else tuple(texts.known))
+
+
+def numbered(path: str, index: Index, classes: Classes) -> Index:
+    """An index whose labels are classes. Raises UserError, naming the sample, for a text that is none."""
+    texts = index.texts or ()
+    numbers = np.full(len(texts) + 1, -1, dtype=np.int64)  # the last one is for no label, -1
+    for position, text in enumerate(texts):
+        try:
+            numbers[position] = classes.number(text)
+        except ValueError as error:
+            row = int(np.flatnonzero(index.labels == position)[0])
+            raise UserError(f"{base_name(path)}: sample '{decoded(index.keys[row])}' {error}") from None
+    return index._replace(labels=numbers[index.labels], texts=None)
 
 
 def index_to_pack(path: str, cache_dir: str | None, cache: ShardCache | None) -> tuple[Index, dict[str, str]]:

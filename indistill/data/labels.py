@@ -5,20 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from indistill import config
 from indistill.config import UserError
 from indistill.config.files import read_json
 from indistill.config.limits import MAX_LABEL_BYTES, MAX_LABEL_JSON_BYTES
 from indistill.data import class_names
-from indistill.data.remote import base_name
 from indistill.data.samples import Labels, shown
-
-if TYPE_CHECKING:
-    from indistill.data.index import Index
 
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 _BETWEEN_NUMBERS = re.compile(r"[\s,;|]+")
@@ -112,18 +106,6 @@ class Classes(_Member):
         raise ValueError(
             f"has the label {text!r}, which is no class in {self.section.map}: add it to the file"
         )
-
-    def of_index(self, path: str, index: Index) -> Index:
-        """An index whose labels are classes. Raises UserError, naming the sample, for a text that is none."""
-        numbers = np.full(len(index.texts or ()) + 1, -1, dtype=np.int64)  # the last one for no label: -1
-        for position, text in enumerate(index.texts or ()):
-            try:
-                numbers[position] = self.number(text)
-            except ValueError as error:
-                row = int(np.flatnonzero(index.labels == position)[0])
-                key = index.keys[row].decode("utf-8", "surrogateescape")
-                raise UserError(f"{base_name(path)}: sample '{key}' {error}") from None
-        return index._replace(labels=numbers[index.labels], texts=None)
 
 
 def missing(section: config.Label) -> str:

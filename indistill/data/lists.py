@@ -40,8 +40,7 @@ def read(
     """Read the images (path, label) of a list, the class names, and the number of images that it lacks.
 
     file: lines of path,label with labels that are numbers, or else names in sorted order. Commas may be
-        semicolons, tabs or single spaces. Or lines of a path alone, whose images get the label -1. Or one of
-        the lists that `imagenet` knows.
+        semicolons, tabs or single spaces. Or lines of a path alone (label -1), or a list of `imagenet`.
     given: the class names by label; None: those of the list, or None where labels are numbers.
     walk: the folder with the images. Names in the list need no extension then, and may be at any depth. By
         default paths are relative to the list.
@@ -64,16 +63,16 @@ def read(
             names.append(label)
     if not paths:
         raise UserError(f"{file}: holds no path,label rows: add one for each image")
+    ignored = 0 if found is None else found.report(paths)
     if not names:
         if given is not None:
             raise UserError(f"{file}: holds paths without labels: leave out --classes, or add the labels")
-        return [(path, -1) for path in paths], None, 0 if found is None else found.report(paths)
+        return [(path, -1) for path in paths], None, ignored
     known = set(given or ())
     if all(map(_WHOLE.fullmatch, names)) and not known >= set(names):
         names = [name.partition(".")[0] for name in names]
     _refuse_several_labels(paths, names, lines, known)
     labels, classes = _number(names, lines, given)
-    ignored = 0 if found is None else found.report(paths)
     return [(path, labels[name]) for path, name in zip(paths, names)], classes, ignored
 
 

@@ -337,41 +337,50 @@ def _find_source(
     source: str | Sequence[str], reading: Reading, seed: int, cache_dir: str | None
 ) -> _Files | _Rows | _Shards:
     """Find the images of a source of `pack_source`."""
-    given, images, encoding, take, follow_links, unlabelled, image_column, label_column = reading
     is_folder = isinstance(source, str) and os.path.isdir(source)
-    if is_folder and (parquet := _tables_in(Path(str(source)), take)):
-        source, is_folder = parquet, False
-    if tables.is_table(source):
-        if images is not None or encoding is not None:
-            raise UserError(f"{source}: is not a list of labels: leave out --images and --encoding")
-        table = tables.read(
-            source,
-            given=given,
-            image_column=image_column,
-            label_column=label_column,
-            unlabelled=unlabelled,
-            cache_dir=cache_dir,
+    is_list = isinstance(source, str) and lists.is_list(source)
+    files = (_tables_in(Path(str(source)), reading.take) if is_folder and not is_list else []) or source
+    is_table = tables.is_table(files)
+    _check_reading(source, reading, is_list=is_list, is_table=is_table, is_folder=is_folder)
+    if is_table:
+        return _find_rows(files, reading, cache_dir)
+    if is_list:
+        walk = (
+            folders.Walk(Path(reading.images), reading.follow_links) if reading.images is not None else None
         )
-        return _Rows(table.identity, table, table.sizes, table.classes)
-    if image_column is not None or label_column is not None:
-        raise UserError(f"{source}: is no Parquet file: leave out --image-column and --label-column")
-    if unlabelled and not is_folder:
-        raise UserError(
-            f"{source}: is no folder of images and no Parquet file: leave out --unlabelled; images of shards "
-            "without .cls, and of lists without labels, have none without it"
-        )
-    if isinstance(source, str) and lists.is_list(source):
-        walk = folders.Walk(Path(images), follow_links) if images is not None else None
-        return _list_files(*lists.read(Path(source), given, walk, encoding), seed)
-    if images is not None or encoding is not None:
-        raise UserError(f"{source}: is not a list of labels: leave out --images and --encoding")
+        return _list_files(*lists.read(Path(str(source)), reading.classes, walk, reading.encoding), seed)
     if is_folder:
         folder = Path(str(source))
-        tars = [] if unlabelled else _tars_in(folder, take)
+        tars = [] if reading.unlabelled else _tars_in(folder, reading.take)
         if not tars:
             return _list_files(*_read_folder(folder, reading), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
         source = sorted(os.path.join(folder, path.name) for path in tars)
+    return _find_shards(source, reading.classes, cache_dir)
+
+
+def _check_reading(
+    source: str | Sequence[str], reading: Reading, *, is_list: bool, is_table: bool, is_folder: bool
+) -> None:
+    """Raise UserError for an option that has no effect on this kind of source."""
+    if not is_list and (reading.images is not None or reading.encoding is not None):
+        raise UserError(f"{source}: is not a list of labels: leave out --images and --encoding")
+    if not is_table and (reading.image_column is not None or reading.label_column is not None):
+        raise UserError(f"{source}: is no Parquet file: leave out --image-column and --label-column")
+    if reading.unlabelled and (is_list or not (is_table or is_folder)):
+        raise UserError(
+            f"{source}: is no folder of images and no Parquet file: leave out --unlabelled; images of shards "
+            "without .cls, and of lists without labels, have none without it"
+        )
+
+
+def _find_rows(files: str | Sequence[str], reading: Reading, cache_dir: str | None) -> _Rows:
+    columns = tables.Wanted(reading.image_column, reading.label_column, reading.unlabelled)
+    table = tables.read(files, columns, given=reading.classes, cache_dir=cache_dir)
+    return _Rows(table.identity, table, table.sizes, table.classes)
+
+
+def _find_shards(source: str | Sequence[str], given: Sequence[str] | None, cache_dir: str | None) -> _Shards:
     shards = ShardSet(source, cache_dir=cache_dir, rewrite_keys=True)
     if rewritten := list(itertools.chain.from_iterable(shards.rewritten)):
         folders.note(
@@ -390,9 +399,10 @@ def _find_source(
 
 def _tables_in(folder: Path, take: Take | None) -> list[str]:
     """The Parquet files in a source folder that has nothing else to pack, in order."""
-    found = sorted(str(path) for path in folder.glob("*.parquet") if not folders.hidden(path.name))
-    nothing_else = take is None and not _tars_in(folder, None) and folders.first_with_images(folder) is None
-    return found if found and nothing_else else []
+    found = sorted(path.name for path in folder.glob("*.parquet") if not folders.hidden(path.name))
+    if not found or take is not None or _tars_in(folder, None) or folders.first_with_images(folder):
+        return []
+    return [os.path.join(folder, name) for name in found]
 
 
 def _tars_in(folder: Path, take: Take | None) -> list[Path]:

@@ -1,10 +1,11 @@
 """Samples in the tars of shards: which members are images and labels, and what belongs to no sample."""
 
+import functools
 import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, NoReturn
 
 from indistill.config import UserError
 from indistill.config.limits import (
@@ -38,7 +39,7 @@ def malformed_label(key: str, content: bytes) -> str:
 
 
 def label_problem(
-    key: str, label: int, num_classes: int, reader: str | None = "", missing: str = "cls"
+    key: str, label: int, *, num_classes: int, reader: str | None = "", missing: str = "cls"
 ) -> str | None:
     """Why training rejects a sample with this label (-1: no label); None if it accepts it.
 
@@ -173,29 +174,24 @@ def samples_of(
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield (key, (offset, size) of the image, image, label) of every sample of a shard, in one pass.
 
-    load: whether to read images; without it they are b"". A sample without a label has -1.
+    load: whether to read images; else they are b"". A sample without a label has -1.
     report: called with the key and the problem of every malformed sample; by default UserError is raised.
-    others: counts the members that belong to no sample.
+    others: counts the members that belong to no sample. labels: how the label is read.
     keys: of images and labels, by name, that would belong to none.
-    labels: how the label is read.
 
     Raises UserError for a damaged tar and, unless it `may_be_empty`, for one without samples.
     """
-
-    def refuse(key: str, problem: str) -> None:
-        raise UserError(f"{tar.path}: {problem}")
-
+    refuse = functools.partial(_refuse, tar)
     report = report or refuse
     others = others or Others()
     seen = set()
     empty = True
     members = images_and_labels(tar, load=load, report=report, others=others, keys=keys, labels=labels)
     for key, group in itertools.groupby(members, lambda member: member.key):
-        repeated = key in seen
+        image, label = _image_and_label(key, group, report=report, labels=labels, repeated=key in seen)
         seen.add(key)
         if len(seen) > MAX_SHARD_SAMPLES:
             refuse("", _TOO_MANY)
-        image, label = _image_and_label(key, group, report, labels=labels, repeated=repeated)
         empty = empty and image is None and labels.alone
         if image is not None and image.offset >= 0:
             yield key, (image.offset, image.size), image.content, -1 if label is None else label
@@ -206,11 +202,15 @@ def samples_of(
         refuse("", f"holds no sample: {others.problem or SAMPLE}")
 
 
+def _refuse(tar: Tar, key: str, problem: str) -> NoReturn:
+    raise UserError(f"{tar.path}: {problem}")
+
+
 def _image_and_label(
     key: str,
     members: Iterable[ImageOrLabel],
-    report: Callable[[str, str], None],
     *,
+    report: Callable[[str, str], None],
     labels: Labels,
     repeated: bool,
 ) -> tuple[ImageOrLabel | None, int | None]:
@@ -254,8 +254,7 @@ def images_and_labels(
 
     report: called with the key and the problem of an image that is too large and of a link that cannot be
         followed; the image then has the offset -1, and the label is left out.
-    others: counts all other files.
-    keys, labels: as for `samples_of`.
+    others: counts all other files. keys, labels: as for `samples_of`.
     """
     for member in tar:
         # WebDataset's rule: the key ends at the first dot of the base name, and the rest is the extension.

@@ -26,7 +26,7 @@ from indistill.config import UserError, printable
 from indistill.config.files import denied
 from indistill.config.limits import MAX_SHARDS
 from indistill.data.braces import expand_braces
-from indistill.data.index import Index, decoded, index_to_pack, load_index
+from indistill.data.index import Index, decoded, index_to_pack, load_index, numbered
 from indistill.data.labels import Classes
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
 from indistill.data.samples import CLS, compressed, read_samples
@@ -78,9 +78,9 @@ class ShardSet:
             if rewrite_keys:
                 return index_to_pack(path, cache_dir, self._cache)
             if labels is None:
-                return load_index(path, cache_dir, self._cache), {}
-            index = load_index(path, cache_dir, self._cache, label=labels.section)
-            return labels.of_index(path, index), {}
+                return load_index(path, cache_dir, cache=self._cache), {}
+            index = load_index(path, cache_dir, cache=self._cache, label=labels.section)
+            return numbered(path, index, labels), {}
 
         # Each process builds missing indices in another order, so processes that start together share the
         # work.

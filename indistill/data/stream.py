@@ -103,8 +103,8 @@ class StreamedTraining:
 def read_shard(
     url: str,
     num_classes: int,
-    others: Others,
     *,
+    others: Others,
     load: bool = True,
     label_reader: str | None = "",
     labels: Labels = CLS,
@@ -121,7 +121,9 @@ def read_shard(
             tar = Tar(url, stream, strict=False)
             samples = samples_of(tar, load=load, others=others, may_be_empty=True, labels=labels)
             for key, _, image, label in samples:
-                problem = label_problem(key, label, num_classes, label_reader, labels.missing)
+                problem = label_problem(
+                    key, label, num_classes=num_classes, reader=label_reader, missing=labels.missing
+                )
                 if num_classes and problem:
                     raise UserError(f"{url}: sample {key}: {problem}")
                 empty = False
@@ -192,9 +194,15 @@ class StreamedImages(IterableDataset):
     def _read(self, epoch: int, url: str) -> Iterator[_Sample]:
         """The samples of a shard, from front to end."""
         others = Others()
-        classes, reader = self.training.section.num_classes, self.training.label_reader
-        how = self.training.labels
-        for key, image, label in read_shard(url, classes, others, label_reader=reader, labels=how):
+        training = self.training
+        samples = read_shard(
+            url,
+            training.section.num_classes,
+            others=others,
+            label_reader=training.label_reader,
+            labels=training.labels,
+        )
+        for key, image, label in samples:
             yield _Sample(epoch, url, key, image, label)
         if others.problem and epoch == 0:
             log.warning("%s", printable(f"{url}: {others.problem}"))

@@ -93,19 +93,21 @@ def is_table(source: str | Sequence[str]) -> bool:
     )
 
 
+class Wanted(NamedTuple):
+    """The columns to read; None: the one that looks like it."""
+
+    image: str | None = None
+    label: str | None = None
+    unlabelled: bool = False  # whether labels are left out
+
+
 def read(
-    source: str | Sequence[str],
-    *,
-    given: Sequence[str] | None,
-    image_column: str | None,
-    label_column: str | None,
-    unlabelled: bool,
-    cache_dir: str | None,
+    source: str | Sequence[str], wanted: Wanted, *, given: Sequence[str] | None, cache_dir: str | None
 ) -> Table:
     """Find the rows of Parquet files, and read their labels.
 
     source: paths or URLs, as for `ShardSet`; of the Hub also with *, or a data set or a folder of it.
-    given: the class names by label. image_column, label_column: by default the ones that look like it.
+    given: the class names by label.
 
     Raises UserError for files and columns that cannot be packed.
     """
@@ -116,32 +118,28 @@ def read(
     groups: list[Group] = []
     labels: list[Any] = []
     columns: _Columns | None = None
+    rows = 0
     for path in paths:
         with _opened(path, cache) as file:
-            found = _columns(path, file.schema_arrow, image_column, label_column, unlabelled)
+            found = _columns(path, file.schema_arrow, wanted)
             if columns is not None and found != columns:
                 raise UserError(
                     f"{path}: has other columns or classes than {paths[0]}: pack files of one data set "
                     "together"
                 )
             columns = found
-            first = groups[-1].first + groups[-1].rows if groups else 0
-            groups += _groups(path, file.metadata, columns.image, first)
+            groups += _groups(path, file.metadata, columns.image, rows)
+            rows += file.metadata.num_rows
             if columns.label is not None:
                 labels += file.read([columns.label]).column(0).to_pylist()
-    rows = groups[-1].first + groups[-1].rows if groups else 0
-    if not rows or columns is None:
+    if not groups or columns is None:
         raise UserError(f"{paths[0]}: holds no rows: name another file")
     if rows > MAX_CSV_ROWS:
-        raise UserError(
-            f"{paths[0]}: holds {rows:,} rows with the others, more than {MAX_CSV_ROWS:,}: pack fewer"
-        )
-    numbers, classes = np.full(rows, -1), None
-    if columns.label is not None:
-        numbers, classes = _numbered(labels, columns, given, groups)
-    elif given is not None:
+        raise UserError(f"{paths[0]}: is one of {rows:,} rows, more than {MAX_CSV_ROWS:,}: pack fewer files")
+    if columns.label is None and given is not None:
         raise UserError(f"{paths[0]}: is packed without labels: leave out --classes")
-    return Table(groups, columns.image, numbers.astype(np.int64), classes, cache)
+    numbers, classes = _numbered(labels or [None] * rows, columns, given, groups)
+    return Table(groups, columns.image, numbers, classes, cache)
 
 
 @contextlib.contextmanager
@@ -214,57 +212,62 @@ class _Columns(NamedTuple):
     names: list[str] | None  # of the classes, if the file has them
 
 
-def _columns(path: str, schema: Any, image: str | None, label: str | None, unlabelled: bool) -> _Columns:
+def _columns(path: str, schema: Any, wanted: Wanted) -> _Columns:
     """The columns of images and labels. Raises UserError for none, several, and those of another type."""
-    from pyarrow import types
-
     names = list(map(str, schema.names))
-    for option, name in (("--image-column", image), ("--label-column", label)):
+    for option, name in (("--image-column", wanted.image), ("--label-column", wanted.label)):
         if name is not None and names.count(name) != 1:
             raise UserError(f"{path}: has no column {name!r}, but {shown(names)}: correct {option}")
     images = [name for name in names if _has_images(schema.field(name).type)]
-    image = image or _only(path, images, "images", "--image-column", names)
+    image = wanted.image or _only(
+        images, f"{path}: has {{}} images among {shown(names)}: name it with --image-column"
+    )
     if image not in images:
         raise UserError(
             f"{path}: the column {image!r} is {schema.field(image).type}, which holds no image files: choose "
             "another --image-column"
         )
-    if unlabelled or names == [image]:
+    if wanted.unlabelled or names == [image]:
         return _Columns(image, None, None)
     features = _features(schema)
     known = [name for name in names if features.get(name, {}).get("_type") == "ClassLabel"]
     usual = [name for name in names if name.lower() in _LABELS]
-    label = label or _only(path, known or usual, "labels", "--label-column", names, ", or set --unlabelled")
-    kind = schema.field(label).type
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        raise UserError(
-            f"{path}: the column {label!r} has several labels for an image ({kind}), but an image has one, "
-            "because losses for several are not built yet: choose another --label-column"
-        )
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_integer(value) or types.is_string(value) or types.is_large_string(value)):
-        raise UserError(
-            f"{path}: the column {label!r} is {kind}: a label is an integer or a name: choose another "
-            "--label-column"
-        )
+    label = wanted.label or _only(
+        known or usual,
+        f"{path}: has {{}} labels among {shown(names)}: name it with --label-column, or set --unlabelled",
+    )
+    is_name = _check_label(path, label, schema.field(label).type)
     of_classes = features.get(label, {}).get("names")
-    if not isinstance(of_classes, list) or not types.is_integer(value):
+    if is_name or not isinstance(of_classes, list):
         return _Columns(image, label, None)
     return _Columns(image, label, list(map(str, of_classes)))
 
 
-def _only(
-    path: str, found: Sequence[str], what: str, option: str, names: Sequence[str], otherwise: str = ""
-) -> str:
+def _only(found: Sequence[str], problem: str) -> str:
+    """The only column that may be meant. Raises UserError with this text for none, and for several."""
     if len(found) == 1:
         return found[0]
-    problem = (
-        f"several columns that may be {what} ({shown(found)})"
-        if found
-        else f"no column of {what} that is known"
-    )
-    among = "" if found else f" among {shown(names)}"
-    raise UserError(f"{path}: has {problem}{among}: name it with {option}{otherwise}")
+    several = f"several columns ({shown(found)}) that may be" if found else "no known column of"
+    raise UserError(problem.format(several))
+
+
+def _check_label(path: str, name: str, kind: Any) -> bool:
+    """Whether labels of an Arrow type are names, and not numbers. Raises UserError for other types."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        raise UserError(
+            f"{path}: the column {name!r} has several labels for an image ({kind}), but an image has one, "
+            "because losses for several are not built yet: choose another --label-column"
+        )
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    is_name = types.is_string(value) or types.is_large_string(value)
+    if not is_name and not types.is_integer(value):
+        raise UserError(
+            f"{path}: the column {name!r} is {kind}: a label is an integer or a name: choose another "
+            "--label-column"
+        )
+    return is_name
 
 
 def _has_images(kind: Any) -> bool:

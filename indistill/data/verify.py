@@ -133,9 +133,10 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                 if label >= 0:
                     labels[label] += 1
                 malformed = bool(bad) and bad[-1].key == key  # it is reported already
-                problem = None if num_classes is None or malformed else label_problem(key, label, num_classes)
-                if problem:
-                    report(key, problem)
+                if num_classes is not None and not malformed:
+                    problem = label_problem(key, label, num_classes=num_classes)
+                    if problem is not None:
+                        report(key, problem)
                 try:
                     decode(image, "image")
                 except BadImage as error:
@@ -175,7 +176,7 @@ def _index_shard(task: tuple[str, str | None, bool]) -> int | str:
         if cache:
             cache.discard(path)  # so that the shard as it is now gets indexed
         forget_labels(path, cache_dir)
-        return len(build_index(path, cache_dir, cache, hashed=hashed).keys)
+        return len(build_index(path, cache_dir, cache=cache, hashed=hashed).keys)
     except UserError as error:
         return str(error)
     except Exception as error:  # whatever is wrong with one shard must not end the others

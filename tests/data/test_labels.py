@@ -45,7 +45,7 @@ def streamed_labels(section: config.Data) -> list[int]:
     return [
         label
         for path in streamed.urls
-        for *_, label in read_shard(path, section.num_classes, Others(), labels=streamed.labels)
+        for *_, label in read_shard(path, section.num_classes, others=Others(), labels=streamed.labels)
     ]
 
 

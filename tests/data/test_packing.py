@@ -563,7 +563,7 @@ def test_shards_without_labels_are_packed_again(tmp_path):
         ("a.jpg,0\nb.jpg\n", [], r"list\.csv: line 2: holds 1 columns instead of path,label"),
         ("a.jpg\nc.jpg\n", [], r"list\.csv: line 2: .*c\.jpg is not an image file"),
         ("a.jpg\nb.jpg\n", ["--classes", "names.txt"], r"list\.csv: holds paths without labels: leave out"),
-        ("a.jpg\nb.jpg\n", ["--unlabelled"], r"list\.csv: is no folder of images: leave out --unlabelled"),
+        ("a.jpg\nb.jpg\n", ["--unlabelled"], r"list\.csv: is no folder of images and no Parquet file: leave"),
     ],
 )
 def test_mistakes_in_lists_of_paths(tmp_path, monkeypatch, capsys, text, options, message):

@@ -101,9 +101,7 @@ def test_an_interrupted_packing_continues_with_the_same_bytes(pa, tmp_path):
 
 def test_a_part_holds_the_rows_that_it_needs(pa, tmp_path):
     path = of_datasets(pa, tmp_path / "a.parquet", content := images(20), [0] * 20)
-    table = tables.read(
-        path, given=None, image_column=None, label_column=None, unlabelled=False, cache_dir=None
-    )
+    table = tables.read(path, tables.Wanted(), given=None, cache_dir=None)
     for begin, end in ((0, 20), (3, 4), (4, 11), (5, 10), (19, 20)):
         part = pickle.loads(pickle.dumps(table.slice(begin, end)))
         assert [image for _, (_, image, _, _) in part.rows(begin, end)] == content[begin:end]
@@ -156,7 +154,9 @@ def test_images_alone_have_no_labels_and_are_resized(pa, tmp_path):
 def test_columns_are_chosen_by_name(pa, tmp_path):
     more = {"coarse": pa.array([1, 0, 1, 0], pa.int64())}
     path = of_datasets(pa, tmp_path / "a.parquet", images(4), [2, 1, 0, 0], **more)
-    with pytest.raises(UserError, match=r"several columns that may be labels \('label', 'coarse'\): name it"):
+    with pytest.raises(
+        UserError, match=r"has several columns \('label', 'coarse'\) that may be labels among"
+    ):
         packing.pack_source(path, tmp_path / "out")
     packing.pack_source(path, tmp_path / "out", reading=packing.Reading(label_column="coarse"))
     samples, record = packed(tmp_path / "out")
@@ -185,11 +185,11 @@ def columns_of(pa: Any) -> dict[str, dict[str, Any]]:
     ("table", "options", "message"),
     [
         ("several labels", [], r"the column 'label' has several labels for an image \(list<.*int64>\), but"),
-        ("no labels", [], r"has no column of labels that is known among 'image', 'caption': name it with "
+        ("no labels", [], "has no known column of labels among 'image', 'caption': name it with "
                           "--label-column, or set --unlabelled"),
         ("fractions", [], "the column 'label' is double: a label is an integer or a name"),
-        ("no images", [], "has no column of images that is known among 'label': name it with --image-column"),
-        ("two images", [], r"several columns that may be images \('image', 'mask'\): name it with --image-c"),
+        ("no images", [], "has no known column of images among 'label': name it with --image-column"),
+        ("two images", [], r"has several columns \('image', 'mask'\) that may be images among"),
         ("two images", ["--image-column", "label"], "the column 'label' is int64, which holds no image"),
         ("two images", ["--image-column", "x"], "has no column 'x', but 'image', 'mask', 'label': correct"),
         ("missing", [], r"a\.parquet: row 1: holds no image: remove the row"),

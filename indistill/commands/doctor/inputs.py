@@ -36,7 +36,7 @@ from indistill.config.run_dir import weights_file
 from indistill.curriculum import ImageSizes, Timetable
 from indistill.data import class_names, labels, overlap, remote, shards
 from indistill.data.dataset import check_shard, open_shards
-from indistill.data.index import Index, index_files, load_index, parse_index, stored_index
+from indistill.data.index import Index, index_files, load_index, numbered, parse_index, stored_index
 from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
 from indistill.data.samples import CLS, Others
 from indistill.data.stream import StreamedTraining, read_shard
@@ -247,8 +247,8 @@ def _indices(
                     index = fetched
                 else:
                     continue
-                index = classes.of_index(path, index) if classes else index
-                check_shard(section, path, index, mapped=mapped, label_reader=reader)
+                index = numbered(path, index, classes) if classes else index
+                check_shard(section, path, index=index, mapped=mapped, label_reader=reader)
                 sizes.append(len(index.keys))
             except UserError as error:
                 damaged.append(str(error))
@@ -285,7 +285,8 @@ def _streamed(settings: Config, paths: Sequence[str]) -> tuple[int, list[str]]:
             continue
         checked += 1
         try:
-            for _ in read_shard(path, classes, Others(), load=False, label_reader=reader, labels=how):
+            others = Others()
+            for _ in read_shard(path, classes, others=others, load=False, label_reader=reader, labels=how):
                 pass
         except UserError as error:
             damaged.append(str(error))
