@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import pickle
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +248,115 @@ def test_files_that_change_meanwhile_are_noticed(pa, tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=r"has 8 of the source's 9 images: the source was changed meanwhile"):
         packing.pack_source(path, tmp_path / "out")
+
+
+# --- the Hub ------------------------------------------------------------------------------------------------
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the Hub's API that its file system uses, of one data set, lab/animals, in a folder."""
+
+    folder: Path
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        name = path.removeprefix("/datasets/lab/animals/resolve/main/")
+        if path.startswith("/api/datasets/lab/animals/tree/main"):
+            folder = self.folder / path.removeprefix("/api/datasets/lab/animals/tree/main").strip("/")
+            below = folder.rglob("*") if "recursive=true" in self.path.lower() else folder.glob("*")
+            listed = [
+                {
+                    "type": "file" if file.is_file() else "directory",
+                    "path": str(file.relative_to(self.folder)),
+                    "size": file.stat().st_size,
+                    "oid": "0",
+                }
+                for file in sorted(below)
+            ]
+            return self.answer(json.dumps(listed).encode(), "application/json")
+        if path.startswith("/api/datasets/lab/animals"):
+            record = {"id": "lab/animals", "sha": "0" * 40, "private": False, "tags": [], "siblings": []}
+            return self.answer(json.dumps(record).encode(), "application/json")
+        if name != path and (self.folder / name).is_file():
+            return self.answer((self.folder / name).read_bytes(), "application/octet-stream")
+        return self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, content: bytes, kind: str) -> None:
+        begin, end = 0, len(content)
+        if ranges := self.headers.get("Range"):
+            first, _, last = ranges.removeprefix("bytes=").partition("-")
+            begin, end = int(first), min(int(last or end) + 1, end)
+        self.send_response(206 if ranges else 200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"0"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[begin:end])
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(pa: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a data set that `hf://datasets/lab/animals` leads to."""
+    import huggingface_hub
+
+    monkeypatch.setattr(Hub, "folder", tmp_path / "hub", raising=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    yield tmp_path / "hub"
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_data_set_of_the_hub_is_one_set_in_order(pa, hub, tmp_path):
+    content, labels = images(12), [i % 3 for i in range(12)]
+    of_datasets(pa, hub / "data" / "train-00000-of-00002.parquet", content[:5], labels[:5])
+    of_datasets(pa, hub / "data" / "train-00001-of-00002.parquet", content[5:], labels[5:])
+    options = ["--cache-dir", str(tmp_path / "cache"), "--workers", "1"]
+    main(["shards", "pack", "hf://datasets/lab/animals", str(tmp_path / "whole"), *options])
+    assert packed(tmp_path / "whole")[0] == list(zip(content, labels))
+
+    of_datasets(pa, hub / "data" / "test-00000-of-00001.parquet", content[:2], labels[:2])
+    import huggingface_hub
+
+    huggingface_hub.HfFileSystem.clear_instance_cache()  # a new process would list the data set again
+    files = "hf://datasets/lab/animals/data"
+    several = (
+        r"animals: holds several sets of files: name one of them: "
+        rf"'{files}/test\*.parquet', '{files}/train\*.parquet'"
+    )
+    with pytest.raises(UserError, match=several):
+        packing.pack_source("hf://datasets/lab/animals", tmp_path / "out", cache_dir=str(tmp_path / "cache"))
+    for name in ("data/test*.parquet", "data/test-{00000..00000}-of-00001.parquet"):
+        out = tmp_path / f"out{len(name)}"
+        main(["shards", "pack", f"hf://datasets/lab/animals/{name}", str(out), *options])
+        assert packed(out)[0] == list(zip(content[:2], labels[:2]))
+
+
+def test_names_on_the_hub_that_hold_nothing(hub, tmp_path, capsys):
+    hub.mkdir()
+    (hub / "README.md").write_text("none")
+    for name, message in (
+        ("animals", "animals: holds no Parquet files: name the files that it has"),
+        ("plants", "plants: (cannot be listed|holds no Parquet files)"),
+    ):
+        options = ["--cache-dir", str(tmp_path / "cache"), "--workers", "1"]
+        line = refused(capsys, "shards", "pack", f"hf://datasets/lab/{name}", str(tmp_path / "out"), *options)
+        assert re.search(message, line)
 
 
 # --- without pyarrow ----------------------------------------------------------------------------------------
