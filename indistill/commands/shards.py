@@ -6,9 +6,12 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from indistill.commands import usage
+
+if TYPE_CHECKING:
+    from indistill.config import Label
 
 _PACKING = (
     "indistill shards pack train/ shards/train/ --prefix mine-train --resize 256",
@@ -101,6 +104,12 @@ def _add_reading(parser: usage.Parser) -> None:
         help="pack all images below a folder, whose folders are no classes, or of Parquet files, without "
         "labels",
     )
+    parser.add_argument(
+        "--label",
+        metavar="json:FIELD|txt|cls",
+        help="where the labels of shards of others are, as data.label; names of classes need --classes FILE "
+        "(default: numbers in KEY.cls)",
+    )
     for what in ("image", "label"):
         parser.add_argument(
             f"--{what}-column",
@@ -138,12 +147,27 @@ def _pack(arguments: argparse.Namespace) -> None:
             unlabelled=arguments.unlabelled,
             image_column=arguments.image_column,
             label_column=arguments.label_column,
+            label=_label(arguments),
         ),
     )
     if content["classes"] is not None:
         print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
     printed = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
     print(json.dumps({key: content[key] for key in printed}))
+
+
+def _label(arguments: argparse.Namespace) -> Label | None:
+    from pydantic import ValidationError
+
+    from indistill.config import Label, UserError
+
+    if arguments.label is None:
+        return None
+    key, _, field = arguments.label.partition(":")
+    try:
+        return Label(key=key, field=field or None, map=arguments.classes)
+    except ValidationError:
+        raise UserError(f"--label {arguments.label}: write json:FIELD, txt or cls") from None
 
 
 def _index(arguments: argparse.Namespace) -> None:

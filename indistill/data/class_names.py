@@ -341,13 +341,15 @@ def _check_eval_sets(section: config.Data, reference: Names) -> None:
             refuse_difference(names, reference, key, remedy)
 
 
-def read_label_map(path: str, section: config.Data) -> list[int]:
+def read_label_map(path: str, section: config.Data, bank: str | list[str] | None = None) -> list[int]:
     """Read the label in data.train of each class that a file lists, by its name there or by its label.
 
-    Raises UserError, naming the class, for one that data.train does not have.
+    Without classes (`data.num_classes: 0`), it is the label in `bank`, the shards of `evaluate.bank`. Raises
+    UserError, naming the class, for one that is not there.
     """
     names = read(path)
-    training = of_training(section)
+    of_bank = bank is not None and not section.num_classes
+    training = merged(_of_shards(bank or [], section), "evaluate.bank") if of_bank else of_training(section)
     labels = {} if training is None else {name: label for label, name in enumerate(training.names)}
     known = [] if training is None else [f"the names in {training.where}"]
     if training is None or not all(map(str.isdecimal, training.names)):  # else numbers are names

@@ -25,7 +25,7 @@ from indistill.config.limits import (
 from indistill.config.ranks import Ranks
 from indistill.data.labels import Classes, Texts
 from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
-from indistill.data.samples import CLS, Others, compressed, read_samples
+from indistill.data.samples import CLS, Labels, Others, compressed, read_samples
 from indistill.data.tar import BLOCK
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,9 @@ def numbered(path: str, index: Index, classes: Classes) -> Index:
     return index._replace(labels=numbers[index.labels], texts=None)
 
 
-def index_to_pack(path: str, cache_dir: str | None, cache: ShardCache | None) -> tuple[Index, dict[str, str]]:
+def index_to_pack(
+    path: str, cache_dir: str | None, cache: ShardCache | None, labels: Labels = CLS
+) -> tuple[Index, dict[str, str]]:
     """A shard's index, also of images and labels that belong to no sample because of dots in their names.
 
     Returns the keys of the latter in it, too, by name. The index is read from the shard, and not saved.
@@ -163,11 +165,11 @@ def index_to_pack(path: str, cache_dir: str | None, cache: ShardCache | None) ->
     size, sha256 = (None, None) if stored is None else (stored.bytes, stored.sha256)
     with _errors_named(path, cache), open_shard(path, cache, size, sha256) as stream:
         others = Others()
-        rows = _rows(read_samples(path, stream, load=False, others=others, may_be_empty=True))
+        rows = _rows(read_samples(path, stream, load=False, others=others, may_be_empty=True, labels=labels))
         keys = _keys_without_dots(others.unread, {key for key, *_ in rows})
         if keys or not rows:
             stream.seek(0)
-            rows = _rows(read_samples(path, stream, load=False, keys=keys))
+            rows = _rows(read_samples(path, stream, load=False, keys=keys, labels=labels))
         return index_of(os.fstat(stream.fileno()).st_size, rows, sha256), keys
 
 

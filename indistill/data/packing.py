@@ -18,13 +18,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from indistill.config import UserError, records
+from indistill.config import Label, UserError, records
 from indistill.config.destinations import remove_parts
 from indistill.config.files import replace_text, replacing
 from indistill.config.limits import MAX_CLASSES, MAX_IMAGE_BYTES
 from indistill.data import class_names, folders, lists, tables
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import build_index, load_index
+from indistill.data.labels import Classes
 from indistill.data.lists import label_in
 from indistill.data.samples import IMAGE_EXTENSIONS, shown
 from indistill.data.shards import ShardSet
@@ -78,6 +79,7 @@ class Reading(NamedTuple):
     unlabelled: bool = False  # whether folders in a folder are no classes, and a table's labels are left out
     image_column: str | None = None  # of a table; None: the one that looks like it
     label_column: str | None = None
+    label: Label | None = None  # where labels of shards are; None: numbers in KEY.cls
 
 
 def pack_source(
@@ -356,7 +358,7 @@ def _find_source(
             return _list_files(*_read_folder(folder, reading), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
         source = sorted(os.path.join(folder, path.name) for path in tars)
-    return _find_shards(source, reading.classes, cache_dir)
+    return _find_shards(source, reading, cache_dir)
 
 
 def _check_reading(
@@ -367,6 +369,8 @@ def _check_reading(
         raise UserError(f"{source}: is not a list of labels: leave out --images and --encoding")
     if not is_table and (reading.image_column is not None or reading.label_column is not None):
         raise UserError(f"{source}: is no Parquet file: leave out --image-column and --label-column")
+    if reading.label is not None and (is_list or is_table):
+        raise UserError(f"{source}: is no tar: leave out --label")
     if reading.unlabelled and (is_list or not (is_table or is_folder)):
         raise UserError(
             f"{source}: is no folder of images and no Parquet file: leave out --unlabelled; images of shards "
@@ -380,8 +384,9 @@ def _find_rows(files: str | Sequence[str], reading: Reading, cache_dir: str | No
     return _Rows(table.identity, table, table.sizes, table.classes)
 
 
-def _find_shards(source: str | Sequence[str], given: Sequence[str] | None, cache_dir: str | None) -> _Shards:
-    shards = ShardSet(source, cache_dir=cache_dir, rewrite_keys=True)
+def _find_shards(source: str | Sequence[str], reading: Reading, cache_dir: str | None) -> _Shards:
+    how = None if reading.label is None else Classes(reading.label, num_classes=0)
+    shards = ShardSet(source, cache_dir=cache_dir, rewrite_keys=True, labels=how)
     if rewritten := list(itertools.chain.from_iterable(shards.rewritten)):
         folders.note(
             f"{shards.paths[0]}: images and labels with several dots in their names, which are packed with _ "
@@ -390,7 +395,7 @@ def _find_shards(source: str | Sequence[str], given: Sequence[str] | None, cache
     for sample_id in np.flatnonzero(shards.labels >= MAX_CLASSES)[:1]:  # classes are counted in a list
         label = shards.labels[sample_id]
         raise UserError(f"{shards.where(sample_id)}: label {label} is not below {MAX_CLASSES} (MAX_CLASSES)")
-    classes, relabel = _names_of_shards(shards, given)
+    classes, relabel = _names_of_shards(shards, reading.classes, named=how is None)
     # One array of them all would pad each to the longest.
     keys = set(itertools.chain.from_iterable(index.keys.tolist() for index in shards._indices))
     numbered = len(keys) < len(shards)
@@ -422,10 +427,13 @@ def _tars_in(folder: Path, take: Take | None) -> list[Path]:
 
 
 def _names_of_shards(
-    shards: ShardSet, given: Sequence[str] | None
+    shards: ShardSet, given: Sequence[str] | None, *, named: bool
 ) -> tuple[list[str] | None, dict[int, int]]:
-    """Class names of packed shards and, if names are `given`, how their labels change (old -> new)."""
-    recorded = class_names.merged(class_names.beside(shards.paths), "source")
+    """Class names of packed shards and, if names are `given`, how their labels change (old -> new).
+
+    named: whether names beside the shards are those of their labels.
+    """
+    recorded = class_names.merged(class_names.beside(shards.paths), "source") if named else None
     used = np.unique(shards.labels)
     if given is None:
         return recorded and recorded.names, {}

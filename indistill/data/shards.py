@@ -76,7 +76,7 @@ class ShardSet:
 
         def load(path: str) -> tuple[Index, dict[str, str]]:
             if rewrite_keys:
-                return index_to_pack(path, cache_dir, self._cache)
+                return index_to_pack(path, cache_dir, self._cache, labels or CLS)
             if labels is None:
                 return load_index(path, cache_dir, cache=self._cache), {}
             index = load_index(path, cache_dir, cache=self._cache, label=labels.section)

@@ -75,7 +75,8 @@ def open_eval_sets(settings: Config, view: EvalView | None = None) -> dict[str, 
     if settings.data.eval is None:
         return {}
     view = view or evaluation_view(settings)
-    shards = {name: eval_shards(settings.data, name) for name in settings.data.eval_sets}
+    bank = settings.evaluate.bank
+    shards = {name: eval_shards(settings.data, name, bank) for name in settings.data.eval_sets}
     return {
         name: ImageDataset(one, settings.data, seed=settings.seed, view=view) for name, one in shards.items()
     }
@@ -85,15 +86,18 @@ def open_eval_set(settings: Config, view: EvalView | None = None) -> ImageDatase
     """Open the images of the first set of `data.eval`, which must be set."""
     assert settings.data.eval is not None  # the callers check it
     name = next(iter(settings.data.eval_sets))
-    shards = eval_shards(settings.data, name)
+    shards = eval_shards(settings.data, name, settings.evaluate.bank)
     return ImageDataset(shards, settings.data, seed=settings.seed, view=view or evaluation_view(settings))
 
 
-def eval_shards(section: Data, name: str) -> ShardSet:
-    """Open the shards of one set of `data.eval`. Raises UserError, naming the set, for unusable ones."""
+def eval_shards(section: Data, name: str, bank: str | list[str] | None) -> ShardSet:
+    """Open the shards of one set of `data.eval`, with the bank of `evaluate`.
+
+    Raises UserError, naming the set, for unusable ones.
+    """
     one = section.eval_sets[name]
     try:
-        label_map = class_names.read_label_map(one.label_map, section) if one.label_map else None
+        label_map = class_names.read_label_map(one.label_map, section, bank) if one.label_map else None
         return open_shards(section, one.shards, label_map)
     except UserError as error:
         raise UserError(f"{eval_key(name)}: {error}" if name else str(error)) from None

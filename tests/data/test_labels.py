@@ -333,3 +333,32 @@ def test_a_config_says_where_labels_are(tree, tmp_path, capsys, label, message):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     assert message in refused(capsys, "train", str(path))
+
+
+# --- packing ------------------------------------------------------------------------------------------------
+def test_packing_writes_labels_of_others_as_numbers(tmp_path, capsys):
+    """Names by a list, and numbers; without the option, labels in JSON are no labels, as ever."""
+    path = of_members(tmp_path, "json", [img2dataset("cat"), img2dataset("ant"), img2dataset(None)])
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    packed = {"named": ["--label", "json:label", "--classes", str(tmp_path / "names.txt")], "bare": []}
+    expected = {"named": ([2, 0, -1], NAMES), "bare": ([-1] * 3, None)}
+    for name, options in packed.items():
+        main(["shards", "pack", str(path), str(tmp_path / name), "--workers", "1", *options])
+        record = json.loads((tmp_path / name / "dataset.json").read_text())
+        samples = ShardSet(str(tmp_path / name / "*.tar"))
+        assert (samples.labels.tolist(), record["classes"]) == expected[name]
+        assert [sample.image for sample in samples.iterate()] == [picture(i) for i in range(3)]
+    numbers = of_members(tmp_path, "txt", [b"7", b"0"])
+    main(["shards", "pack", str(numbers), str(tmp_path / "numbers"), "--workers", "1", "--label", "txt"])
+    assert ShardSet(str(tmp_path / "numbers" / "*.tar")).labels.tolist() == [7, 0]
+    capsys.readouterr()
+    for label, message in (
+        ("json", "write json:FIELD, txt or cls"),
+        ("txt:a", "write json:FIELD, txt or cls"),
+    ):
+        line = refused(capsys, "shards", "pack", str(path), str(tmp_path / "no"), "--label", label)
+        assert f"--label {label}: {message}" in line
+    line = refused(
+        capsys, "shards", "pack", str(tmp_path / "names.txt"), str(tmp_path / "no"), "--label", "txt"
+    )
+    assert "names.txt: is no tar: leave out --label" in line

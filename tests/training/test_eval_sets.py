@@ -267,7 +267,7 @@ def test_without_classes_labels_are_those_of_the_bank(supervised, data_dir, tmp_
     settings = parsed(supervised | {"evaluate": {"knn": {}, "linear_probe": {}}})
     headless = settings.data.model_copy(update={"num_classes": 0})
     settings = settings.model_copy(update={"data": headless})
-    bank, sets = training.bank_shards(settings), {"": training.eval_shards(headless, "")}
+    bank, sets = training.bank_shards(settings), {"": training.eval_shards(headless, "", None)}
     evaluate.check_bank(settings, bank, sets)
     none = headless.model_copy(update={"train": unlabelled(data_dir, tmp_path / "none")})
     settings = settings.model_copy(update={"data": none})

@@ -105,6 +105,23 @@ def test_a_labelled_bank_scores_a_student_without_labels(unlabelled, without_lab
     assert scores["val/knn_top1"] == pytest.approx(metrics["val/knn_top1"])
 
 
+def test_a_label_map_names_classes_of_the_bank(unlabelled, tmp_path, capsys):
+    bank = tmp_path / "bank"
+    samples = ShardSet("eval-*.tar", unlabelled["data"]["root"]).iterate()
+    packing.pack(((key, image, "png", label) for key, image, label in samples), bank, "eval", 64)
+    names = [f"class {label}" for label in range(CLASSES)]
+    (bank / "dataset.json").write_text(json.dumps({"plan": "x", "classes": names}))
+    (tmp_path / "map.txt").write_text("\n".join(names))
+    section = {"shards": "eval-*.tar", "label_map": str(tmp_path / "map.txt")}
+    unlabelled["data"]["eval"] = {"own": section}
+    unlabelled["evaluate"] = {"knn": {"k": 1}, "bank": str(bank / "*.tar"), "similarity_samples": 0}
+    metrics = train(config.parse(unlabelled, "test"))["metrics"]
+    assert metrics["own/knn_top1"] == 1  # each image is its own nearest neighbour
+    (tmp_path / "map.txt").write_text("\n".join([*names[:-1], "class x"]))
+    line = refused(capsys, "eval", write(unlabelled, tmp_path / "c.yaml"), unlabelled["run_dir"])
+    assert "the class 'class x' is none of" in line
+
+
 def test_logits_teach_without_labels(unlabelled):
     """A loss that reads the teacher's logits needs its number of classes, and no label."""
     unlabelled["data"]["num_classes"] = CLASSES

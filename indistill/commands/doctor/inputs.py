@@ -188,7 +188,11 @@ def _indexed_shards(
         if section.cache_dir:
             words += ["--cache-dir", section.cache_dir]
         what = f"{key}: {len(missing)} of {len(paths)} shards have no index ({missing[0]})"
-        yield WARN, f"{what}: the first start builds them", f"indistill shards index {shlex.join(words)}"
+        remedy = f"indistill shards index {shlex.join(words)}"
+        if section.label is not None:
+            what += " of the labels of data.label"
+            remedy = "start it on one process first, if several would read them all"
+        yield WARN, f"{what}: the first start builds them", remedy
     complete = len(sizes) == len(paths)
     if key == "data.train":
         _check_order(here, settings, sizes if complete else None)
@@ -383,7 +387,7 @@ def _bank(settings: Config) -> Said:
     if any(_with_index(section, one) is None for one in [*urls, *([] if bank is None else [bank])]):
         return  # reported by data_shards, or too much to read
     try:
-        sets = {name: eval_shards(section, name) for name in section.eval_sets}
+        sets = {name: eval_shards(section, name, settings.evaluate.bank) for name in section.eval_sets}
         if bank is not None:
             check_bank(settings, bank_shards(settings), sets)
     except UserError as error:
