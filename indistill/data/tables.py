@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -262,7 +263,7 @@ def _check_label(path: str, name: str, kind: Any) -> bool:
         )
     value = kind.value_type if types.is_dictionary(kind) else kind
     is_name = types.is_string(value) or types.is_large_string(value)
-    if not is_name and not types.is_integer(value):
+    if not (is_name or types.is_integer(value) or types.is_floating(value)):
         raise UserError(
             f"{path}: the column {name!r} is {kind}: a label is an integer or a name: choose another "
             "--label-column"
@@ -299,8 +300,9 @@ def _numbered(
         numbers = {name: number for number, name in enumerate(names)}
         labels = [numbers[label] if label else None for label in labels]
     most = len(names or given or ()) or MAX_CLASSES
+    labels = [_whole(label) for label in labels]
     for row, label in enumerate(labels):
-        if label is not None and not -1 <= label < most:
+        if label is not None and (isinstance(label, float) or not -1 <= label < most):
             raise UserError(
                 f"{_where(groups, row)}: label {label} is not from 0 to {most - 1}: correct the column "
                 f"{columns.label!r}, or name all classes in --classes"
@@ -310,6 +312,15 @@ def _numbered(
         return values, names or (None if given is None else list(given))
     translated = np.array([*(label_in(given, name, groups[0].path) for name in names), -1])
     return translated[values], list(given)
+
+
+def _whole(label: Any) -> Any:
+    """A label as an integer, None for none: pandas writes 1.0 and NaN in a column with an empty cell."""
+    if not isinstance(label, float):
+        return label
+    if math.isnan(label):
+        return None
+    return int(label) if label.is_integer() else label
 
 
 # --- rows ---------------------------------------------------------------------------------------------------

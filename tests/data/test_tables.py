@@ -116,6 +116,7 @@ def test_a_part_holds_the_rows_that_it_needs(pa, tmp_path):
     ("labels", "options", "expected", "classes"),
     [
         ([2, 0, None, -1], [], [2, 0, -1, -1], None),
+        ([2.0, 0.0, None, float("nan")], [], [2, 0, -1, -1], None),
         (["dog", "ape", None, "dog"], [], [1, 0, -1, 1], ["ape", "dog"]),
         (["10", "9", "10", "9"], [], [1, 0, 1, 0], ["9", "10"]),
         (["dog", "ape", "dog", ""], ["--classes", "names.txt"], [2, 0, 2, -1], ["ape", "cat", "dog"]),
@@ -173,6 +174,7 @@ def columns_of(pa: Any) -> dict[str, dict[str, Any]]:
         "several labels": {"image": content, "label": [[0], [1, 2], []]},
         "no labels": {"image": content, "caption": ["a", "b", "c"]},
         "fractions": {"image": content, "label": [0.5, 1.0, 2.0]},
+        "bytes": {"image": content, "label": [b"0", b"1", b"2"]},
         "no images": {"label": [0, 1, 2]},
         "two images": {"image": content, "mask": content, "label": [0, 1, 2]},
         "missing": {"image": [content[0], None, content[2]], "label": [0, 1, 2]},
@@ -189,7 +191,8 @@ def columns_of(pa: Any) -> dict[str, dict[str, Any]]:
         ("several labels", [], r"the column 'label' has several labels for an image \(list<.*int64>\), but"),
         ("no labels", [], "has no known column of labels among 'image', 'caption': name it with "
                           "--label-column, or set --unlabelled"),
-        ("fractions", [], "the column 'label' is double: a label is an integer or a name"),
+        ("fractions", [], r"a\.parquet: row 0: label 0\.5 is not from 0 to"),
+        ("bytes", ["--image-column", "image"], "the column 'label' is binary: a label is an integer"),
         ("no images", [], "has no known column of images among 'label': name it with --image-column"),
         ("two images", [], r"has several columns \('image', 'mask'\) that may be images among"),
         ("two images", ["--image-column", "label"], "the column 'label' is int64, which holds no image"),
