@@ -381,7 +381,7 @@ def test_a_probe_without_labels_is_refused(supervised, data_dir, tmp_path, capsy
     line = one_line(
         supervised, tmp_path, capsys, "evaluate.linear_probe={}", f"evaluate.bank={tmp_path}/none/few-*.tar"
     )
-    assert "evaluate.bank: " in line
+    assert "evaluate.linear_probe: evaluate.bank has images without a label (few-000000.tar" in line
     assert "has no label" in line
 
 
