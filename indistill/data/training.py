@@ -98,7 +98,7 @@ def eval_shards(section: Data, name: str, bank: str | list[str] | None) -> Shard
     one = section.eval_sets[name]
     try:
         label_map = class_names.read_label_map(one.label_map, section, bank) if one.label_map else None
-        return open_shards(section, one.shards, label_map)
+        return open_shards(section, one.shards, label_map, label_reader=f"top-1 on {eval_key(name)}")
     except UserError as error:
         raise UserError(f"{eval_key(name)}: {error}" if name else str(error)) from None
 

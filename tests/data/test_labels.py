@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +180,32 @@ def test_compressed_shards_and_the_cache(tmp_path):
             shards = open_shards(section, shard)
             assert [sample.label for sample in shards.iterate()] == [2, 0]
         assert not list(tmp_path.glob("*.index.json"))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The URL of a server of `tmp_path`/bucket."""
+    (tmp_path / "bucket").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "bucket"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+
+
+def test_remote_shards_and_the_index_beside_them(tmp_path, server):
+    path = of_members(tmp_path / "bucket", "txt", [b"cat", b"ant"])
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    label = {"key": "txt", "map": str(tmp_path / "classes.txt")}
+    section = section_of(f"{server}/x.tar", label).model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    for _ in range(2):  # built from the shard, and read again
+        shards = open_shards(section, section.train)
+        assert [sample.label for sample in shards.iterate()] == [2, 0]
+    load_index(str(path), label=config.Label(key="txt"))
+    (beside,) = (tmp_path / "bucket").glob("*.index.json")
+    beside.write_text(beside.read_text().replace('"texts": ["cat", "ant"]', '"texts": ["bee", "ant"]'))
+    other = section.model_copy(update={"cache_dir": str(tmp_path / "other")})
+    assert open_shards(other, other.train).labels.tolist() == [1, 0]  # it was fetched
 
 
 @pytest.mark.parametrize(

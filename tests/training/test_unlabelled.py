@@ -174,6 +174,11 @@ KNN = {"knn": {"k": 3}}
             "has no label, because there is no train0000.cls: write it into KEY.cls, an integer in ASCII, "
             "beside the image KEY.jpg (kd.losses: ce reads labels)",
         ),
+        (
+            {"data": {"num_classes": 10, "eval": "train-*.tar"}, "kd": {"losses": [{"name": "kd"}]}},
+            "has no label, because there is no train0000.cls: write it into KEY.cls, an integer in ASCII, "
+            "beside the image KEY.jpg (top-1 on data.eval reads labels)",
+        ),
         ({"data": {"num_classes": -1}}, "data.num_classes"),
     ],
 )

@@ -161,7 +161,9 @@ def data_shards(here: Here) -> Said:
             yield from _indexed_shards(here, settings, key="data.train", urls=section.train, reader=reader)
         for name, one in section.eval_sets.items():
             mapped = one.label_map is not None
-            yield from _indexed_shards(here, settings, key=eval_key(name), urls=one.shards, mapped=mapped)
+            key = eval_key(name)
+            reader = f"top-1 on {key}"
+            yield from _indexed_shards(here, settings, key=key, urls=one.shards, mapped=mapped, reader=reader)
     for settings in {str(one.evaluate.bank): one for one in here.settings}.values():
         if settings.evaluate.on_bank and settings.evaluate.bank is not None:
             bank = settings.evaluate.bank
