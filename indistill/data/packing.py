@@ -407,7 +407,9 @@ def _tables_in(folder: Path, take: Take | None) -> list[str]:
     found = sorted(path.name for path in folder.glob("*.parquet") if not folders.hidden(path.name))
     if not found or take is not None or _tars_in(folder, None) or folders.first_with_images(folder):
         return []
-    return [os.path.join(folder, name) for name in found]
+    files = [os.path.join(folder, name) for name in found]
+    tables.check_one_set(str(folder), files)
+    return files
 
 
 def _tars_in(folder: Path, take: Take | None) -> list[Path]:

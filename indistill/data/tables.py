@@ -27,7 +27,7 @@ _HUB = "hf://datasets/"
 _LABELS = ("label", "labels", "cls", "class", "target")  # usual names of the column
 _ROWS = 64  # read at once
 # The name of a set, in the folder or before the number of the file: train-00000-of-00004-0123456789abcdef.
-_NUMBER = re.compile(r"-?\d{2,}(-of-\d+)?(-[0-9a-f]{16})?\.parquet$")
+_NUMBER = re.compile(r"-?\d+(-of-\d+)?(-[0-9a-f]{16})?\.parquet$")
 
 Row = tuple[str, tuple[str, bytes, str, int]]  # where it is, for messages; key, image, extension, label
 
@@ -199,11 +199,16 @@ def _on_hub(pattern: str) -> list[str]:
         ) from None
     if not found:
         raise UserError(f"{pattern}: holds no Parquet files: name the files that it has")
-    sets = dict.fromkeys(_NUMBER.sub("", name) for name in found)
+    files = [f"hf://{name}" for name in found]
+    check_one_set(pattern, files)
+    return files
+
+
+def check_one_set(where: str, files: Sequence[str]) -> None:
+    """Raise UserError for files that are several sets, such as train and test, by their names."""
+    sets = dict.fromkeys(_NUMBER.sub("*.parquet", name) for name in files)
     if len(sets) > 1:
-        names = [f"hf://{name}" + "*.parquet" * (not name.endswith(".parquet")) for name in sets]
-        raise UserError(f"{pattern}: holds several sets of files: name one of them: {shown(names)}")
-    return [f"hf://{name}" for name in found]
+        raise UserError(f"{where}: holds several sets of files: name one of them: {shown([*sets])}")
 
 
 # --- columns ------------------------------------------------------------------------------------------------

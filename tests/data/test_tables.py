@@ -233,6 +233,8 @@ def test_files_of_two_data_sets_are_refused(pa, tmp_path):
     of_datasets(pa, tmp_path / "data" / "a.parquet", images(3), [0, 1, 2])
     plain(pa, tmp_path / "data" / "b.parquet", image=images(3), label=[0, 1, 2])
     with pytest.raises(UserError, match=r"b\.parquet: has other columns or classes than .*a\.parquet"):
+        packing.pack_source(str(tmp_path / "data" / "*.parquet"), tmp_path / "out")
+    with pytest.raises(UserError, match=r"data: holds several sets of files: name one of them: '.*/a\.parq"):
         packing.pack_source(str(tmp_path / "data"), tmp_path / "out")
 
 
