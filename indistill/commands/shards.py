@@ -6,9 +6,12 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from indistill.commands import usage
+
+if TYPE_CHECKING:
+    from indistill.config import Label
 
 _PACKING = (
     "indistill shards pack train/ shards/train/ --prefix mine-train --resize 256",
@@ -54,8 +57,8 @@ def add(parser: usage.Parser) -> None:
 def _add_pack(parser: usage.Parser) -> None:
     parser.add_argument(
         "source",
-        help="a folder of class folders, a list of path,label (CSV) or of ImageNet's validation labels, or "
-        "shards (braces expand)",
+        help="a folder of class folders or of images, a list of path,label or of paths (CSV) or of "
+        "ImageNet's validation labels, Parquet files or hf://datasets/OWNER/NAME, or shards (braces expand)",
     )
     parser.add_argument(
         "destination", help="folder to write; if a packing was interrupted there, it continues"
@@ -73,6 +76,12 @@ def _add_pack(parser: usage.Parser) -> None:
         help="number the classes like another split: its folder of class folders, its packed folder, a text "
         "file with one name per line, or a JSON file (a list, a mapping from name to label, a dataset.json)",
     )
+    _add_reading(parser)
+    parser.set_defaults(run=_pack)
+
+
+def _add_reading(parser: usage.Parser) -> None:
+    """Add the options that say how a source is read (`packing.Reading`)."""
     parser.add_argument(
         "--images", metavar="FOLDER", help="folder with the images of a list (default: that of the list)"
     )
@@ -89,7 +98,24 @@ def _add_pack(parser: usage.Parser) -> None:
     parser.add_argument(
         "--follow-links", action="store_true", help="also pack what links in a folder name outside of it"
     )
-    parser.set_defaults(run=_pack)
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="pack all images below a folder, whose folders are no classes, or of Parquet files, without "
+        "labels",
+    )
+    parser.add_argument(
+        "--label",
+        metavar="json:FIELD|txt|cls",
+        help="where the labels of shards of others are, as data.label; names of classes need --classes FILE "
+        "(default: numbers in KEY.cls)",
+    )
+    for what in ("image", "label"):
+        parser.add_argument(
+            f"--{what}-column",
+            metavar="NAME",
+            help=f"column of the {what}s of Parquet files (default: the one that looks like it)",
+        )
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -114,12 +140,34 @@ def _pack(arguments: argparse.Namespace) -> None:
         progress=True,
         classes=classes,
         follow_links=arguments.follow_links,
-        reading=packing.Reading(images=arguments.images, encoding=encoding, take=arguments.take),
+        reading=packing.Reading(
+            images=arguments.images,
+            encoding=encoding,
+            take=arguments.take,
+            unlabelled=arguments.unlabelled,
+            image_column=arguments.image_column,
+            label_column=arguments.label_column,
+            label=_label(arguments),
+        ),
     )
     if content["classes"] is not None:
         print(f"labels: {class_names.table(content['classes'])}", file=sys.stderr)
     printed = ("samples", "shards", "urls", "mean_bytes", "unlabelled", "ignored_files")
     print(json.dumps({key: content[key] for key in printed}))
+
+
+def _label(arguments: argparse.Namespace) -> Label | None:
+    from pydantic import ValidationError
+
+    from indistill.config import Label, UserError
+
+    if arguments.label is None:
+        return None
+    key, _, field = arguments.label.partition(":")
+    try:
+        return Label(key=key, field=field or None, map=arguments.classes)
+    except ValidationError:
+        raise UserError(f"--label {arguments.label}: write json:FIELD, txt or cls") from None
 
 
 def _index(arguments: argparse.Namespace) -> None:

@@ -150,7 +150,7 @@ class Job:
         of_warmup = [name for name in names if name.startswith("pair")]  # only KD mixes
         of_kd = [name for name in names if name not in of_warmup]
         classes = self.dataset.section.num_classes
-        images, _ = mixed(batch.images, batch.labels.clamp(min=0), batch.mix, classes)
+        images, _ = mixed(batch.images, batch.labels, batch.mix, classes)
         either = undecoded[::2] | undecoded[1::2]
         return self._outputs(batch.images[::2], undecoded[::2], of_warmup) | self._outputs(
             images[::2], either, of_kd

@@ -25,6 +25,7 @@ from indistill.config.sections import (
     Evaluate,
     Heads,
     Knn,
+    Label,
     LinearProbe,
     Log,
     Machine,
@@ -53,6 +54,7 @@ from indistill.config.tree import (
     fingerprint,
     flatten,
     input_size,
+    label_reader,
     why_not_stored,
 )
 
@@ -82,6 +84,7 @@ __all__ = [
     "Heads",
     "Inputs",
     "Knn",
+    "Label",
     "LinearProbe",
     "Log",
     "Loss",
@@ -113,6 +116,7 @@ __all__ = [
     "in_one_line",
     "input_size",
     "is_redacted",
+    "label_reader",
     "load",
     "load_recorded",
     "parse",

@@ -10,7 +10,7 @@ from indistill.config.base import UserError
 EXTRAS = {
     "s3": {"s3fs": "s3fs"},
     "gcs": {"gcsfs": "gcsfs"},
-    "hf": {"huggingface_hub": "huggingface-hub"},
+    "hf": {"huggingface_hub": "huggingface-hub", "pyarrow": "pyarrow"},
     "zstd": {"zstandard": "zstandard"},
     "demo": {"sklearn": "scikit-learn"},
     "deepspeed": {"deepspeed": "deepspeed", "transformers": "transformers"},
@@ -18,9 +18,12 @@ EXTRAS = {
 }
 
 
-def need(extra: str, feature: str) -> None:
-    """Raise UserError if a package of the extra is missing; `feature` names what needs it."""
-    packages = EXTRAS[extra]
+def need(extra: str, feature: str, module: str | None = None) -> None:
+    """Raise UserError if a package of the extra is missing; `feature` names what needs it.
+
+    module: the only one that the feature needs.
+    """
+    packages = EXTRAS[extra] if module is None else {module: EXTRAS[extra][module]}
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(

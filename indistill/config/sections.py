@@ -12,6 +12,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -203,6 +204,27 @@ class EvalSet(Section):
         return {"shards": values} if isinstance(values, str | list) else values
 
 
+class Label(Section):
+    """Where the label of an image is in shards that others made, and what it means."""
+
+    # Which member of a sample has its label: KEY.cls, KEY.json (as img2dataset writes it) or KEY.txt.
+    key: Literal["cls", "json", "txt"]
+    # Key of the label in the JSON, required by `key: json`; with dots, of mappings in each other.
+    field: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    # File with the classes: a name per line in the order of the labels, such as WordNet ids; JSON with the
+    # label of each name, where several names may have the same label; or what `shards pack --classes` takes.
+    # None: labels are numbers.
+    map: Annotated[str, Field(min_length=1), AfterValidator(no_command)] | None = None
+
+    @model_validator(mode="after")
+    def _check_field(self) -> Label:
+        if self.key == "json" and self.field is None:
+            raise ValueError("key: json needs field, the key of the label in it: set it")
+        if self.key != "json" and self.field is not None:
+            raise ValueError(f"field is a key of JSON, and key is {self.key}: remove it, or set key: json")
+        return self
+
+
 class Data(Section):
     """WebDataset shards, how they are read, and what the networks see of each image (docs/data.md)."""
 
@@ -214,8 +236,10 @@ class Data(Section):
     eval: str | list[str] | dict[str, EvalSet] | None = None
     root: Folder | None = None  # Folder or URL that is put before relative shard paths.
     # Number of classes: labels are 0 to num_classes - 1. The heads of both networks must have as many
-    # outputs.
-    num_classes: Annotated[PositiveInt, Field(le=MAX_CLASSES)]
+    # outputs. 0: no network has a classifier, and training reads no labels.
+    num_classes: Annotated[NonNegativeInt, Field(le=MAX_CLASSES)]
+    # How labels are read, in all sets. None: a number in KEY.cls.
+    label: Label | None = None
     # Height and width of the input, in pixels: of both networks, unless `teacher.image_size` says otherwise.
     # `{from: 128, to: 224, until: 70 percent}` for one that grows during the run.
     image_size: Pixels | Progressive = 224

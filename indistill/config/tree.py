@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, Posi
 from indistill.config.base import Duration, Section, no_command, run_length
 from indistill.config.limits import MAX_MINUTES
 from indistill.config.loss import Loss
+from indistill.config.metric_names import eval_key
 from indistill.config.redact import redacted
 from indistill.config.sections import (
     KD,
@@ -223,6 +224,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_without_classes(self) -> Config:
+        if not self.data.num_classes and (problem := _what_needs_classes(self)):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _networks_where_needed(self) -> Config:
         losses = self.losses
         if not losses:
@@ -332,6 +339,44 @@ def head_problem(config: Config, role: str) -> str | None:
     return None
 
 
+def label_reader(config: Config) -> str | None:
+    """Return what reads the labels of the training images, by its key; None if nothing does."""
+    for loss in config.losses:
+        if "labels" in loss.reads:
+            return f"kd.losses: {loss.name}"
+    if config.warmup is not None and config.warmup.prune.criterion == "taylor":
+        return "warmup.prune.criterion: taylor"
+    return None
+
+
+def _what_needs_classes(config: Config) -> str | None:
+    """Return why a config cannot have `data.num_classes: 0`, with the remedy; None if it can."""
+    remedy = "set it to the number of classes"
+    if config.stage == "heads":
+        return f"stage: heads trains classifiers, and data.num_classes: 0 has no classes: {remedy}"
+    if reader := label_reader(config):
+        return (
+            f"{reader} reads labels, and data.num_classes: 0 says that the images have none: use one that "
+            f"reads none, or, if they have labels, {remedy}"
+        )
+    for loss in config.losses:
+        if (loss.reads | loss.teaches) & {"logits", "token"}:
+            return (
+                f"kd.losses: {loss.name} reads logits, and with data.num_classes: 0 no network has a "
+                "classifier: set it to the number of the teacher's classes; the images need no labels for "
+                "this loss"
+            )
+    if config.targets.top_k is not None:
+        return "targets.top_k stores probabilities of classes, and data.num_classes: 0 has none: remove it"
+    for name, one in config.data.eval_sets.items():
+        if one.label_map is not None and not config.evaluate.on_bank:
+            return (
+                f"{eval_key(name)}.label_map translates labels, and with data.num_classes: 0 nothing reads "
+                "them: remove it, or set evaluate.knn"
+            )
+    return None
+
+
 def why_not_stored(config: Config) -> str | None:
     """Return why a run's targets cannot be stored, with the remedy; None if they can."""
     warmup = config.warmup
@@ -359,6 +404,7 @@ OPERATIONAL_KEYS = (
     "log",
     "trackers",
     "data.root",
+    "data.label.map",
     "data.cache_dir",
     "data.cache_bytes",
     "data.workers",
@@ -376,6 +422,7 @@ LATER_KEYS: dict[str, Any] = {
     "kd.ensemble": "probabilities",
     "kd.teacher_dropping": None,
     "warmup.teacher": None,
+    "data.label": None,
     "student.num_classes": None,
     "teacher.num_classes": None,
     "teacher.image_size": None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from indistill.data.wildcards import expand_wildcards
 log = logging.getLogger(__name__)
 
 RECORD = "dataset.json"  # beside packed shards
+_WORDNET_LINE = re.compile(r"n\d{8} ")
 
 
 class DatasetRecord(BaseModel):
@@ -85,16 +87,7 @@ def read(path: str | Path, encoding: str | None = None) -> list[str]:
                 )
             return names
         path = path / RECORD
-    try:
-        try:
-            text = encodings.read_text(path, MAX_CLASS_FILE_BYTES, None)
-        except UserError:
-            if encoding is None:
-                raise
-            text = encodings.read_text(path, MAX_CLASS_FILE_BYTES, encoding)
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"{path}: cannot be read ({reason}): name a file or folder with classes") from None
+    text = _text_of(path, encoding)
     if path.suffix.lower() == ".json":
         names = _from_json(text, path)
     else:
@@ -110,12 +103,50 @@ def read(path: str | Path, encoding: str | None = None) -> list[str]:
     return names
 
 
+def _text_of(path: Path, encoding: str | None) -> str:
+    try:
+        try:
+            return encodings.read_text(path, MAX_CLASS_FILE_BYTES, None)
+        except UserError:
+            if encoding is None:
+                raise
+            return encodings.read_text(path, MAX_CLASS_FILE_BYTES, encoding)
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{path}: cannot be read ({reason}): name a file or folder with classes") from None
+
+
+def read_numbers(path: str) -> dict[str, int]:
+    """Read the label of each class name for `data.label.map`; in JSON, several names may have the same label.
+
+    A text file with lines such as `n01440764 tench, Tinca tinca`, ImageNet's, lists the WordNet ids. Raises
+    UserError for anything else, and if a label between others has no name.
+    """
+    if path.lower().endswith(".json") and os.path.isfile(path):
+        content = _parse(_text_of(Path(path), None), Path(path))
+        if isinstance(content, dict) and not {"classes", "plan"} & content.keys():
+            labels = [*content.values()]
+            if not labels or not all(type(label) is int and 0 <= label < MAX_CLASSES for label in labels):
+                raise UserError(
+                    f"{path}: does not have a label, 0 or more and below {MAX_CLASSES}, for each class name: "
+                    "correct the file"
+                )
+            used = set(labels)
+            if max(used) >= len(used):
+                absent = next(label for label in range(len(used)) if label not in used)
+                raise UserError(
+                    f"{path}: no class has the label {absent}, and others have larger ones: add the class"
+                )
+            return content
+    names = read(path)
+    if all(_WORDNET_LINE.match(name) for name in names):
+        names = [name.partition(" ")[0] for name in names]
+    return {name: label for label, name in enumerate(names)}
+
+
 def _from_json(text: str, path: Path) -> list[str]:
     """The names in a JSON file with the content `text`."""
-    try:
-        content = read_json(text)
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({error}): correct the file") from None
+    content = _parse(text, path)
     if isinstance(content, dict) and ("classes" in content or "plan" in content):
         content = content.get("classes")
         if content is None:
@@ -132,6 +163,13 @@ def _from_json(text: str, path: Path) -> list[str]:
         f"{path}: is neither a list of class names, nor a mapping from each name to its label "
         f"(0, 1, 2, ...), nor a {RECORD}: name another file"
     )
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        return read_json(text)
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}): correct the file") from None
 
 
 # --- lists beside shards ------------------------------------------------------------------------------------
@@ -255,31 +293,63 @@ def merged(lists: Sequence[Names], owner: str) -> Names | None:
 
 def of_training(section: config.Data) -> Names | None:
     """The class names of data.train, if known. Raises UserError if its folders contradict each other."""
-    return merged(beside(section.train, section.root), "data.train")
+    if section.label is None:
+        return merged(beside(section.train, section.root), "data.train")
+    if section.label.map is None:
+        return None
+    labels = read_numbers(section.label.map)
+    names = sorted(labels, key=lambda name: labels[name])
+    return Names(section.label.map, names) if len(set(labels.values())) == len(names) else None
+
+
+def _of_shards(urls: str | Sequence[str], section: config.Data) -> list[Names]:
+    """The lists beside shards of a config, if these have the labels that the lists are of."""
+    return beside(urls, section.root) if section.label is None else []
 
 
 def check(section: config.Data) -> Names | None:
-    """The class names of data.train, if known.
+    """The class names of data.train, if known, and if labels are read.
 
     Raises UserError if data.eval numbers its classes differently, unless a label map translates them.
     """
-    reference = of_training(section)
+    reference = of_training(section) if section.num_classes else None
     if reference is not None:
-        for name, one in section.eval_sets.items():
-            key = eval_key(name)
-            remedy = f"pack {key} again with `shards pack --classes {reference.where}`"
-            for names in [] if one.label_map else beside(one.shards, section.root):
-                refuse_difference(names, reference, key, remedy)
+        _check_eval_sets(section, reference)
     return reference
 
 
-def read_label_map(path: str, section: config.Data) -> list[int]:
+def check_bank(settings: config.Config) -> None:
+    """Raise UserError if the bank of `evaluate` numbers its classes otherwise than data.train, or data.eval.
+
+    Without classes (`data.num_classes: 0`), another bank has nothing to do with data.train.
+    """
+    section, bank = settings.data, settings.evaluate.bank
+    reference = of_training(section) if bank is None or section.num_classes else None
+    for names in [] if bank is None else _of_shards(bank, section):
+        reference = reference or names
+        remedy = f"pack it again with `shards pack --classes {reference.where}`"
+        refuse_difference(names, reference, f"evaluate.bank: {names.where}", remedy)
+    if reference is not None:
+        _check_eval_sets(section, reference)
+
+
+def _check_eval_sets(section: config.Data, reference: Names) -> None:
+    for name, one in section.eval_sets.items():
+        key = eval_key(name)
+        remedy = f"pack {key} again with `shards pack --classes {reference.where}`"
+        for names in [] if one.label_map else _of_shards(one.shards, section):
+            refuse_difference(names, reference, key, remedy)
+
+
+def read_label_map(path: str, section: config.Data, bank: str | list[str] | None = None) -> list[int]:
     """Read the label in data.train of each class that a file lists, by its name there or by its label.
 
-    Raises UserError, naming the class, for one that data.train does not have.
+    Without classes (`data.num_classes: 0`), it is the label in `bank`, the shards of `evaluate.bank`. Raises
+    UserError, naming the class, for one that is not there.
     """
     names = read(path)
-    training = of_training(section)
+    of_bank = bank is not None and not section.num_classes
+    training = merged(_of_shards(bank or [], section), "evaluate.bank") if of_bank else of_training(section)
     labels = {} if training is None else {name: label for label, name in enumerate(training.names)}
     known = [] if training is None else [f"the names in {training.where}"]
     if training is None or not all(map(str.isdecimal, training.names)):  # else numbers are names
@@ -301,13 +371,13 @@ def check_weights(weights: Names | None, section: config.Data, role: str) -> Non
     The teacher is compared with data.train; an evaluated network with data.eval, or data.train if that has no
     names.
     """
-    if weights is None:
+    if weights is None or not section.num_classes:
         return
     lists: list[tuple[str, Names]] = []
     if role != "teacher":
         sets = section.eval_sets.items()
         own = [(eval_key(name), one.shards) for name, one in sets if one.label_map is None]
-        lists = [(key, names) for key, shards in own for names in beside(shards, section.root)]
+        lists = [(key, names) for key, shards in own for names in _of_shards(shards, section)]
     if not lists and (training := of_training(section)) is not None:
         lists = [("data.train", training)]
     for key, names in lists:

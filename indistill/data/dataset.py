@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from indistill import config
 from indistill.config import UserError, printable
-from indistill.data import augment, mixing
+from indistill.data import augment, labels, mixing
 from indistill.data.batch import Batch, Request, StoredTargets
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import Index, decoded
 from indistill.data.remote import base_name
-from indistill.data.samples import compressed, label_problem
+from indistill.data.samples import CLS, compressed, label_problem
 from indistill.data.shards import ShardSet, refuse_compressed
 from indistill.models.views import EvalView
 from indistill.order import SampleOrder
@@ -245,7 +245,11 @@ def _in_memory(count: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def open_shards(
-    section: config.Data, urls: str | list[str], label_map: Sequence[int] | None = None
+    section: config.Data,
+    urls: str | list[str],
+    label_map: Sequence[int] | None = None,
+    *,
+    label_reader: str | None = "",
 ) -> ShardSet:
     """Open shards, with their labels read by a map, if any.
 
@@ -256,26 +260,43 @@ def open_shards(
         section.root,
         cache_dir=section.cache_dir,
         cache_bytes=int(section.cache_bytes),
+        labels=labels.of_section(section),
     )
     for path, index in zip(shards.paths, shards._indices):
-        check_shard(section, path, index, mapped=label_map is not None)
+        mapped = label_map is not None
+        check_shard(section, path, index=index, mapped=mapped, label_reader=label_reader)
     if label_map is not None:
         shards.relabel(label_map)
     return shards
 
 
-def check_shard(section: config.Data, path: str, index: Index, *, mapped: bool = False) -> None:
+def check_shard(
+    section: config.Data,
+    path: str,
+    *,
+    index: Index,
+    mapped: bool = False,
+    label_reader: str | None = "",
+) -> None:
     """Raise UserError for a label that is not a class, and for a shard that cannot be read at random.
 
     Whatever reads shards by index refuses them here, and `doctor` checks them here before a run. mapped: a
-    label map gives the classes.
+    label map gives the classes. label_reader: what reads the labels, for the message; None: nothing does, and
+    images may have none.
     """
     if compressed(path) and not section.in_memory:
         refuse_compressed(path)
     if not section.num_classes:  # labels are for scores of embeddings alone, which check them
         return
     outside = (index.labels >= section.num_classes) & (not mapped)
-    for row in np.flatnonzero((index.labels < 0) | outside)[:1]:
+    missing = (index.labels < 0) & (label_reader is not None)
+    for row in np.flatnonzero(missing | outside)[:1]:
         key = decoded(index.keys[row])
-        problem = label_problem(key, index.labels[row], section.num_classes)
+        problem = label_problem(
+            key,
+            index.labels[row],
+            num_classes=section.num_classes,
+            reader=label_reader,
+            missing=CLS.missing if section.label is None else labels.missing(section.label),
+        )
         raise UserError(printable(f"{base_name(path)}: sample {key}: {problem}"))

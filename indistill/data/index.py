@@ -1,6 +1,7 @@
 """Index a shard: the offset, size and label of each of its samples."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -11,7 +12,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from indistill.config import UserError, printable
+from indistill.config import Label, UserError, printable
 from indistill.config.files import read_bytes, read_json, replace_text
 from indistill.config.limits import (
     MAX_IMAGE_BYTES,
@@ -22,14 +23,16 @@ from indistill.config.limits import (
     MAX_LINE_CHARACTERS,
 )
 from indistill.config.ranks import Ranks
-from indistill.data.remote import ShardCache, cache_name, changed, is_remote, open_shard
-from indistill.data.samples import Others, compressed, read_samples
+from indistill.data.labels import Classes, Texts
+from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
+from indistill.data.samples import CLS, Labels, Others, compressed, read_samples
 from indistill.data.tar import BLOCK
 
 log = logging.getLogger(__name__)
 
 INDEX_VERSION = 1
 INDEX_SUFFIX = ".index.json"
+_ANY_SUFFIX = re.compile(r"(\.label-[0-9a-f]{8})?\.index\.json$")
 MARK = b'{"version": '  # the beginning of every index
 
 
@@ -43,19 +46,28 @@ class Index(NamedTuple):
     labels: np.ndarray  # int64, -1 for none
     sha256: str | None = None  # of the shard, in hexadecimal; None: not recorded
     problem: str = ""  # what looks like a sample in the shard and is none (`Others.problem`)
+    texts: tuple[str, ...] | None = None  # in which labels are positions; None: labels are numbers
 
 
 # --- the index ----------------------------------------------------------------------------------------------
 def load_index(
-    path: str, cache_dir: str | None = None, cache: ShardCache | None = None, *, save: bool = True
+    path: str,
+    cache_dir: str | None = None,
+    *,
+    cache: ShardCache | None = None,
+    save: bool = True,
+    label: Label | None = None,
 ) -> Index:
     """Load the shard's index; build it first if there is none, and `save` it.
 
-    Raises UserError if it does not fit.
+    label: where its labels are; None: in KEY.cls. Each has an index of its own. Raises UserError if it does
+        not fit.
     """
-    index = _fitting_index(path, cache_dir, cache)
+    index = _fitting_index(path, cache_dir, cache, label)
     if index is None:
-        return build_index(path, cache_dir, cache) if save else read_index(path, cache)
+        if save:
+            return build_index(path, cache_dir, cache=cache, label=label)
+        return read_index(path, cache, label=label)
     if index.problem and Ranks.from_environment().is_main_process:
         _warn(path, index.problem)
     return index
@@ -65,12 +77,14 @@ def _warn(path: str, problem: str) -> None:
     log.warning("%s", printable(f"{path}: {problem}"))
 
 
-def _fitting_index(path: str, cache_dir: str | None, cache: ShardCache | None) -> Index | None:
+def _fitting_index(
+    path: str, cache_dir: str | None, cache: ShardCache | None, label: Label | None = None
+) -> Index | None:
     """The shard's index that is saved, if any. Raises UserError if it does not fit."""
     problem = None
     remote_cache = cache if is_remote(path) else None
-    for file in index_files(path, cache_dir):
-        index = _stored_index(path, file, remote_cache)
+    for file in index_files(path, cache_dir, label):
+        index = stored_index(path, file, remote_cache)
         if index is not None:
             if is_remote(path) or index.bytes == (size := os.stat(path).st_size):
                 return index
@@ -80,7 +94,7 @@ def _fitting_index(path: str, cache_dir: str | None, cache: ShardCache | None) -
     return None
 
 
-def _stored_index(path: str, file: str, cache: ShardCache | None) -> Index | None:
+def stored_index(path: str, file: str, cache: ShardCache | None) -> Index | None:
     """The index in `file`, where that of a remote shard is fetched to; None if there is none."""
     if os.path.exists(file):
         try:
@@ -88,37 +102,61 @@ def _stored_index(path: str, file: str, cache: ShardCache | None) -> Index | Non
         except UserError:
             if cache is None:
                 raise  # a copy in the cache is fetched again instead
-    return None if cache is None else cache.fetch_index(path, file, parse_index)
+    if cache is None:
+        return None
+    suffix = file[match.start() :] if (match := _ANY_SUFFIX.search(file)) else INDEX_SUFFIX
+    return cache.fetch_index(path, file, parse_index, suffix)
 
 
 def build_index(
     path: str,
     cache_dir: str | None = None,
-    cache: ShardCache | None = None,
     *,
+    cache: ShardCache | None = None,
     hashed: bool = False,
+    label: Label | None = None,
 ) -> Index:
     """Index a shard and save the index. Raises UserError if the tar is damaged or a label is malformed.
 
-    hashed: record the shard's SHA-256, so that it is checked when the shard is fetched.
+    hashed: record the shard's SHA-256, so that it is checked when the shard is fetched. label: as for
+    `load_index`.
     """
-    index = read_index(path, cache, hashed=hashed)
-    _save_index(index_files(path, cache_dir)[0], index)
+    index = read_index(path, cache, hashed=hashed, label=label)
+    _save_index(index_files(path, cache_dir, label)[0], index)
     return index
 
 
-def read_index(path: str, cache: ShardCache | None, *, hashed: bool = False) -> Index:
+def read_index(
+    path: str, cache: ShardCache | None, *, hashed: bool = False, label: Label | None = None
+) -> Index:
     """The index of a shard, read from the shard as `build_index` does, but not saved."""
+    texts = None if label is None else Texts(label)
     with _errors_named(path, cache), open_shard(path, cache) as stream:
         others = Others()
-        rows = _rows(read_samples(path, stream, load=False, others=others))
+        rows = _rows(read_samples(path, stream, load=False, others=others, labels=texts or CLS))
         if others.problem:
             _warn(path, others.problem)
         sha256 = sha256_of(stream) if hashed else None
-        return index_of(os.fstat(stream.fileno()).st_size, rows, sha256)._replace(problem=others.problem)
+        index = index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
+    return index._replace(problem=others.problem, texts=None if texts is None else tuple(texts.known))
 
 
-def index_to_pack(path: str, cache_dir: str | None, cache: ShardCache | None) -> tuple[Index, dict[str, str]]:
+def numbered(path: str, index: Index, classes: Classes) -> Index:
+    """An index whose labels are classes. Raises UserError, naming the sample, for a text that is none."""
+    texts = index.texts or ()
+    numbers = np.full(len(texts) + 1, -1, dtype=np.int64)  # the last one is for no label, -1
+    for position, text in enumerate(texts):
+        try:
+            numbers[position] = classes.number(text)
+        except ValueError as error:
+            row = int(np.flatnonzero(index.labels == position)[0])
+            raise UserError(f"{base_name(path)}: sample '{decoded(index.keys[row])}' {error}") from None
+    return index._replace(labels=numbers[index.labels], texts=None)
+
+
+def index_to_pack(
+    path: str, cache_dir: str | None, cache: ShardCache | None, labels: Labels = CLS
+) -> tuple[Index, dict[str, str]]:
     """A shard's index, also of images and labels that belong to no sample because of dots in their names.
 
     Returns the keys of the latter in it, too, by name. The index is read from the shard, and not saved.
@@ -127,11 +165,11 @@ def index_to_pack(path: str, cache_dir: str | None, cache: ShardCache | None) ->
     size, sha256 = (None, None) if stored is None else (stored.bytes, stored.sha256)
     with _errors_named(path, cache), open_shard(path, cache, size, sha256) as stream:
         others = Others()
-        rows = _rows(read_samples(path, stream, load=False, others=others, may_be_empty=True))
+        rows = _rows(read_samples(path, stream, load=False, others=others, may_be_empty=True, labels=labels))
         keys = _keys_without_dots(others.unread, {key for key, *_ in rows})
         if keys or not rows:
             stream.seek(0)
-            rows = _rows(read_samples(path, stream, load=False, keys=keys))
+            rows = _rows(read_samples(path, stream, load=False, keys=keys, labels=labels))
         return index_of(os.fstat(stream.fileno()).st_size, rows, sha256), keys
 
 
@@ -210,12 +248,30 @@ def decoded(key: bytes) -> str:
     return key.decode("utf-8", "surrogateescape")
 
 
-def index_files(path: str, cache_dir: str | None) -> list[str]:
-    """The files that may hold the shard's index, the preferred one first."""
+def index_files(path: str, cache_dir: str | None, label: Label | None = None) -> list[str]:
+    """The files that may hold the shard's index, the preferred one first. label: as for `load_index`."""
+    suffix = _suffix(label)
     if cache_dir is None:
-        return [path + INDEX_SUFFIX]
-    cached = os.path.join(cache_dir, cache_name(path) + INDEX_SUFFIX)
-    return [cached] if is_remote(path) else [cached, path + INDEX_SUFFIX]
+        return [path + suffix]
+    cached = os.path.join(cache_dir, cache_name(path) + suffix)
+    return [cached] if is_remote(path) else [cached, path + suffix]
+
+
+def forget_labels(path: str, cache_dir: str | None) -> None:
+    """Delete the indices of a shard with labels from elsewhere, so that they are built again."""
+    for file in index_files(path, cache_dir):
+        base = file.removesuffix(INDEX_SUFFIX)
+        for other in glob.glob(f"{glob.escape(base)}.label-*{INDEX_SUFFIX}"):
+            if _ANY_SUFFIX.sub("", other) == base:
+                os.unlink(other)
+
+
+def _suffix(label: Label | None) -> str:
+    """How the name of an index ends: with a hash of where its labels are, if they are not in KEY.cls."""
+    if label is None:
+        return INDEX_SUFFIX
+    digest = hashlib.sha256(json.dumps([label.key, label.field]).encode()).hexdigest()
+    return f".label-{digest[:8]}{INDEX_SUFFIX}"
 
 
 def parse_index(file: str) -> Index:
@@ -230,7 +286,7 @@ def parse_index(file: str) -> Index:
         stored = read_json(content)
         if not isinstance(stored, dict) or stored.pop("version", None) != INDEX_VERSION:
             raise ValueError(f"not of version {INDEX_VERSION}")
-        return _checked(stored, compressed(file.removesuffix(INDEX_SUFFIX)))
+        return _checked(stored, compressed(_ANY_SUFFIX.sub("", file)))
     except OSError as error:
         reason = error.strerror or str(error)
     except ValueError as error:
@@ -246,7 +302,7 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
     packed: the shard is compressed, and offsets are those of the uncompressed tar.
     """
     names = ("keys", "offsets", "sizes", "labels")
-    if stored.keys() - {"sha256", "problem"} != {"bytes", *names}:
+    if stored.keys() - {"sha256", "problem", "texts"} != {"bytes", *names}:
         raise ValueError(f"its keys are not version, bytes, {', '.join(names)}")
     problem = stored.get("problem", "")
     if type(problem) is not str or len(problem) > MAX_LINE_CHARACTERS:
@@ -273,7 +329,17 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
         raise ValueError("the images overlap")
     if not packed and ends[-1] > index.bytes:
         raise ValueError("an image ends behind the end of the shard")
-    return index._replace(problem=problem)
+    return index._replace(problem=problem, texts=_checked_texts(stored.get("texts"), index.labels))
+
+
+def _checked_texts(texts: Any, labels: np.ndarray) -> tuple[str, ...] | None:
+    if texts is None:
+        return None
+    if type(texts) is not list or not all(type(text) is str for text in texts):
+        raise ValueError("texts is not a list of texts")
+    if labels.max() >= len(texts):
+        raise ValueError("a label is the position of no text")
+    return tuple(texts)
 
 
 def _save_index(file: str, index: Index) -> None:
@@ -283,6 +349,8 @@ def _save_index(file: str, index: Index) -> None:
         columns["sha256"] = index.sha256
     if index.problem:
         columns["problem"] = index.problem[:MAX_LINE_CHARACTERS]
+    if index.texts is not None:
+        columns["texts"] = index.texts
     content = json.dumps({"version": INDEX_VERSION, "bytes": index.bytes, "keys": keys, **columns})
     if len(content) > MAX_INDEX_BYTES:
         raise UserError(

@@ -16,7 +16,7 @@ from indistill.config import UserError
 from indistill.config.files import open_regular
 from indistill.config.limits import MAX_CLASSES, MAX_CSV_LINE_CHARACTERS, MAX_CSV_ROWS
 from indistill.data import encodings, imagenet
-from indistill.data.folders import Walk, extension, note
+from indistill.data.folders import Walk, extension, is_image, note
 from indistill.data.samples import IMAGE_EXTENSIONS, shown
 
 _DELIMITERS = (",", ";", "\t", " ")  # the last one as in Caffe's lists
@@ -24,7 +24,9 @@ _WHOLE = re.compile(r"\d+(\.0*)?", re.ASCII)  # pandas writes integers like this
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?|nan", re.ASCII | re.IGNORECASE)
 _WORDS = re.compile(r"([^\W\d]|[ _-])+")
 
-_Row = tuple[str, str, str]  # path or name of an image, label, line for messages
+_NO_DELIMITER = "\x1f"  # for lines that are paths as a whole
+
+_Row = tuple[str, str | None, str]  # path or name of an image, label if the list has any, line for messages
 
 
 def is_list(source: str) -> bool:
@@ -38,7 +40,7 @@ def read(
     """Read the images (path, label) of a list, the class names, and the number of images that it lacks.
 
     file: lines of path,label with labels that are numbers, or else names in sorted order. Commas may be
-        semicolons, tabs or single spaces. Or one of the lists that `imagenet` knows.
+        semicolons, tabs or single spaces. Or lines of a path alone (label -1), or a list of `imagenet`.
     given: the class names by label; None: those of the list, or None where labels are numbers.
     walk: the folder with the images. Names in the list need no extension then, and may be at any depth. By
         default paths are relative to the list.
@@ -47,25 +49,30 @@ def read(
     """
     found = None if walk is None else _Images(walk)
     paths: list[str] = []
-    names: list[str] = []  # of their classes
+    names: list[str] = []  # of their classes, in a list with labels
     lines: list[str] = []  # of the file, for messages
     for name, label, line in _rows(file, encoding, found):
         path = _path_of(name, line, file.parent, found)
-        if not label:
+        if label == "":
             raise UserError(f"{line}: has no label: add it, or remove the line")
         if len(paths) == MAX_CSV_ROWS:
             raise UserError(f"{line}: is beyond {MAX_CSV_ROWS:,} images: split the file")
         paths.append(path)
-        names.append(label)
         lines.append(line)
+        if label is not None:
+            names.append(label)
     if not paths:
         raise UserError(f"{file}: holds no path,label rows: add one for each image")
+    ignored = 0 if found is None else found.report(paths)
+    if not names:
+        if given is not None:
+            raise UserError(f"{file}: holds paths without labels: leave out --classes, or add the labels")
+        return [(path, -1) for path in paths], None, ignored
     known = set(given or ())
     if all(map(_WHOLE.fullmatch, names)) and not known >= set(names):
         names = [name.partition(".")[0] for name in names]
     _refuse_several_labels(paths, names, lines, known)
     labels, classes = _number(names, lines, given)
-    ignored = 0 if found is None else found.report(paths)
     return [(path, labels[name]) for path, name in zip(paths, names)], classes, ignored
 
 
@@ -133,30 +140,32 @@ def _rows(file: Path, encoding: str | None, found: _Images | None) -> Iterator[_
             raise UserError(f"{file}: names no images: set --images to the folder of the validation images")
         yield from truth
         return
-    first = True
-    for number, row in _csv_rows(file, encoding):
+    columns = 0  # of the first row
+    for number, row in _csv_rows(file, encoding, found):
         line = f"{file}: line {number}"
-        if len(row) != 2:
-            raise UserError(f"{line}: holds {len(row)} columns instead of path,label: correct the line")
-        name, label = (cell.strip().removeprefix("\ufeff") for cell in row)
-        if first and _is_header(name, label, file.parent, found):
-            note(f"{line}: is taken for the names of the columns ({name}, {label})")
-        elif [name.lower(), label.lower()] != ["path", "label"]:
-            yield name, imagenet.class_of(label), line
-        first = False
+        if len(row) != (columns or min(len(row), 2)):
+            expected = "a path alone, as above" if columns == 1 else "path,label"
+            raise UserError(f"{line}: holds {len(row)} columns instead of {expected}: correct the line")
+        cells = [cell.strip().removeprefix("\ufeff") for cell in row]
+        usual = [cell.lower() for cell in cells] == ["path", "label"][: len(cells)]
+        if not columns and not usual and _is_header(cells, file.parent, found):
+            note(f"{line}: is taken for the names of the columns ({', '.join(cells)})")
+        elif not usual:
+            name, *label = cells
+            yield name, imagenet.class_of(label[0]) if label else None, line
+        columns = len(row)
 
 
-def _is_header(name: str, label: str, folder: Path, found: _Images | None) -> bool:
+def _is_header(cells: Sequence[str], folder: Path, found: _Images | None) -> bool:
     """Whether the first row of a list names its columns: words, of which none is an image's name."""
-    return (
-        [name.lower(), label.lower()] != ["path", "label"]
-        and bool(_WORDS.fullmatch(name) and _WORDS.fullmatch(label))
-        and not os.path.exists(folder / name)
-        and not (found and found.named(name))
-    )
+    return all(map(_WORDS.fullmatch, cells)) and not _is_there(cells[0], folder, found)
 
 
-def _csv_rows(file: Path, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
+def _is_there(name: str, folder: Path, found: _Images | None) -> bool:
+    return os.path.exists(folder / name) or bool(found and found.named(name))
+
+
+def _csv_rows(file: Path, encoding: str | None, found: _Images | None) -> Iterator[tuple[int, list[str]]]:
     """Yield number and cells of each line of a CSV file, without empty lines."""
 
     def lines(stream: IO[str]) -> Iterator[str]:
@@ -172,7 +181,9 @@ def _csv_rows(file: Path, encoding: str | None) -> Iterator[tuple[int, list[str]
             stream = io.TextIOWrapper(binary, encoding=encoding or "utf-8-sig", newline="")
             all_lines = lines(stream)
             begin = list(itertools.islice(all_lines, 2))
-            reader = csv.reader(itertools.chain(begin, all_lines), delimiter=_delimiter(begin))
+            alone = _are_paths([line.strip() for line in begin], file.parent, found)
+            delimiter = _NO_DELIMITER if alone else _delimiter(begin)
+            reader = csv.reader(itertools.chain(begin, all_lines), delimiter=delimiter)
             for row in reader:
                 number = reader.line_num
                 if any(cell.strip() for cell in row):
@@ -183,6 +194,15 @@ def _csv_rows(file: Path, encoding: str | None) -> Iterator[tuple[int, list[str]
         raise UserError(f"{file}: no such file: correct the path") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}): correct the path") from None
+
+
+def _are_paths(lines: Sequence[str], folder: Path, found: _Images | None) -> bool:
+    """Whether the first lines of a file are paths as a whole, whatever commas and spaces are in them.
+
+    The first one may name the column.
+    """
+    paths = lines[1:] if len(lines) > 1 and _WORDS.fullmatch(lines[0]) else lines
+    return bool(paths) and all(is_image(path) and _is_there(path, folder, found) for path in paths)
 
 
 def _delimiter(lines: Sequence[str]) -> str:

@@ -24,8 +24,8 @@ PREFETCH_STEPS = 32  # how many steps ahead of the loader remote shards are fetc
 class IndexedTraining:
     """The training data of one rank, read through the shards' indices in the exact sample order.
 
-    Raises UserError for missing, cut or malformed shards and for a batch that does not divide, naming values
-    that work.
+    label_reader: as for `dataset.check_shard`. Raises UserError for missing, cut or malformed shards and for
+    a batch that does not divide, naming values that work.
     """
 
     def __init__(
@@ -37,12 +37,13 @@ class IndexedTraining:
         world: int,
         accumulation: int,
         mix: config.Mix | None = None,
+        label_reader: str | None = "",
     ) -> None:
         self.section = section
         self.rank = rank
         self.world = world
         self.accumulation = accumulation
-        shards = open_shards(section, section.train)
+        shards = open_shards(section, section.train, label_reader=label_reader)
         self.order = sample_order(section, seed, shards.sizes, mix)
         self.order.check(section.global_batch, world)
         check_accumulation(section, world, accumulation, mix)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from indistill.config import Mix
 from indistill.data import augment
@@ -70,7 +69,7 @@ def mixed(images: Tensor, labels: Tensor, how: Tensor, num_classes: int) -> tupl
     """Mix the images of a batch, and their labels, with those of their neighbours.
 
     images [B, 3, S, S], labels int64 [B], how: `coefficients`, all on one device. Returns float32 images and
-    class probabilities [B, num_classes].
+    class probabilities [B, num_classes], which are 0 for an image without label (-1).
     """
     images = images.float()
     pixels = torch.arange(images.shape[-1], device=images.device)
@@ -79,7 +78,7 @@ def mixed(images: Tensor, labels: Tensor, how: Tensor, num_classes: int) -> tupl
     columns = (pixels >= left) & (pixels < right)
     inside = rows[:, :, None] & columns[:, None, :]
     own = weight[:, :, None].masked_fill(inside, 0)[:, None]  # [B, 1, S, S]
-    classes = F.one_hot(labels, num_classes).float()
+    classes = (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()  # [B, K]
     return (
         images * own + _neighbours(images) * (1 - own),
         classes * of_label + _neighbours(classes) * (1 - of_label),

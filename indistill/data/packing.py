@@ -18,13 +18,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from indistill.config import UserError, records
+from indistill.config import Label, UserError, records
 from indistill.config.destinations import remove_parts
 from indistill.config.files import replace_text, replacing
 from indistill.config.limits import MAX_CLASSES, MAX_IMAGE_BYTES
-from indistill.data import class_names, folders, lists
+from indistill.data import class_names, folders, lists, tables
 from indistill.data.decode import BadImage, decode
 from indistill.data.index import build_index, load_index
+from indistill.data.labels import Classes
 from indistill.data.lists import label_in
 from indistill.data.samples import IMAGE_EXTENSIONS, shown
 from indistill.data.shards import ShardSet
@@ -75,6 +76,10 @@ class Reading(NamedTuple):
     encoding: str | None = None  # of a list; None: UTF-8
     take: Take | None = None  # which to pack of a folder that has class folders and tars
     follow_links: bool = False
+    unlabelled: bool = False  # whether folders in a folder are no classes, and a table's labels are left out
+    image_column: str | None = None  # of a table; None: the one that looks like it
+    label_column: str | None = None
+    label: Label | None = None  # where labels of shards are; None: numbers in KEY.cls
 
 
 def pack_source(
@@ -95,9 +100,10 @@ def pack_source(
 ) -> dict[str, Any]:
     """Pack a data set into shards of about `shard_bytes`. Returns the content of their `dataset.json`.
 
-    source: a folder with one sub-folder per class, labelled in the order of `class_names.in_order`; a list,
-        as `lists.read` describes it; or shards, as a folder or as patterns for `ShardSet`. Files are shuffled
-        by `seed`; shards keep their order.
+    source: a folder with one sub-folder per class, labelled in the order of `class_names.in_order`, or with
+        images alone, which get no labels; a list, as `lists.read` describes it; Parquet files, as
+        `tables.read` does; or shards, as a folder or as patterns for `ShardSet`. Files are shuffled by
+        `seed`; shards and Parquet files keep their order.
     classes: class names in the order of their labels, for a source that may lack some of them, so that a
         second split has the labels of the first. Labels that are numbers without names stay; they must be
         less than its length.
@@ -130,7 +136,9 @@ def _named_errors(destination: str | Path) -> Iterator[None]:
         ) from None
 
 
-def _check_apart(origin: _Files | _Shards, source: str | Sequence[str], destination: str | Path) -> None:
+def _check_apart(
+    origin: _Files | _Rows | _Shards, source: str | Sequence[str], destination: str | Path
+) -> None:
     """Raise UserError if a packing would become a class of the folder that it packs."""
     packed = Path(os.path.realpath(destination))
     if (
@@ -168,7 +176,7 @@ def _check_prefix(prefix: str) -> None:
 class _Packing(NamedTuple):
     """A source and the options that determine its shards."""
 
-    origin: _Files | _Shards
+    origin: _Files | _Rows | _Shards
     destination: Path
     prefix: str
     shard_bytes: int
@@ -190,6 +198,11 @@ class _Packing(NamedTuple):
         for _ in parallel(_pack_shard, tasks, workers, progress):
             pass
         record = {"plan": plan, "complete": True} | self.summary(paths)
+        if record["samples"] != len(self.origin.sizes):
+            raise UserError(
+                f"{self.destination}: has {record['samples']:,} of the source's {len(self.origin.sizes):,} "
+                "images: the source was changed meanwhile: delete the folder, and pack it again"
+            )
         _save_json(self.destination / class_names.RECORD, record)
         return record
 
@@ -294,6 +307,19 @@ class _Shards(NamedTuple):
         )
 
 
+class _Rows(NamedTuple):
+    """Images in the rows of a table to pack."""
+
+    identity: str
+    table: tables.Table
+    sizes: np.ndarray
+    classes: list[str] | None
+    ignored: int = 0
+
+    def part(self, begin: int, end: int) -> Callable[[], Iterator[_Read]]:
+        return functools.partial(self.table.slice(begin, end).rows, begin, end)
+
+
 def _read_files(items: list[tuple[str, str, int]]) -> Iterator[_Read]:
     for key, path, label in items:
         yield path, (key, Path(path).read_bytes(), folders.extension(path), label)
@@ -311,22 +337,56 @@ def _read_shards(
 
 def _find_source(
     source: str | Sequence[str], reading: Reading, seed: int, cache_dir: str | None
-) -> _Files | _Shards:
+) -> _Files | _Rows | _Shards:
     """Find the images of a source of `pack_source`."""
-    given, images, encoding, take, follow_links = reading
-    if isinstance(source, str) and lists.is_list(source):
-        walk = folders.Walk(Path(images), follow_links) if images is not None else None
-        return _list_files(*lists.read(Path(source), given, walk, encoding), seed)
-    if images is not None or encoding is not None:
-        raise UserError(f"{source}: is not a list of labels: leave out --images and --encoding")
-    if isinstance(source, str) and os.path.isdir(source):
-        folder = Path(source)
-        tars = _tars_in(folder, take)
+    is_folder = isinstance(source, str) and os.path.isdir(source)
+    is_list = isinstance(source, str) and lists.is_list(source)
+    files = (_tables_in(Path(str(source)), reading.take) if is_folder and not is_list else []) or source
+    is_table = tables.is_table(files)
+    _check_reading(source, reading, is_list=is_list, is_table=is_table, is_folder=is_folder)
+    if is_table:
+        return _find_rows(files, reading, cache_dir)
+    if is_list:
+        walk = (
+            folders.Walk(Path(reading.images), reading.follow_links) if reading.images is not None else None
+        )
+        return _list_files(*lists.read(Path(str(source)), reading.classes, walk, reading.encoding), seed)
+    if is_folder:
+        folder = Path(str(source))
+        tars = [] if reading.unlabelled else _tars_in(folder, reading.take)
         if not tars:
-            return _list_files(*_read_folder(folder, given, follow_links), seed)
+            return _list_files(*_read_folder(folder, reading), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
-        source = sorted(os.path.join(source, path.name) for path in tars)
-    shards = ShardSet(source, cache_dir=cache_dir, rewrite_keys=True)
+        source = sorted(os.path.join(folder, path.name) for path in tars)
+    return _find_shards(source, reading, cache_dir)
+
+
+def _check_reading(
+    source: str | Sequence[str], reading: Reading, *, is_list: bool, is_table: bool, is_folder: bool
+) -> None:
+    """Raise UserError for an option that has no effect on this kind of source."""
+    if not is_list and (reading.images is not None or reading.encoding is not None):
+        raise UserError(f"{source}: is not a list of labels: leave out --images and --encoding")
+    if not is_table and (reading.image_column is not None or reading.label_column is not None):
+        raise UserError(f"{source}: is no Parquet file: leave out --image-column and --label-column")
+    if reading.label is not None and (is_list or is_table):
+        raise UserError(f"{source}: is no tar: leave out --label")
+    if reading.unlabelled and (is_list or not (is_table or is_folder)):
+        raise UserError(
+            f"{source}: is no folder of images and no Parquet file: leave out --unlabelled; images of shards "
+            "without .cls, and of lists without labels, have none without it"
+        )
+
+
+def _find_rows(files: str | Sequence[str], reading: Reading, cache_dir: str | None) -> _Rows:
+    columns = tables.Wanted(reading.image_column, reading.label_column, reading.unlabelled)
+    table = tables.read(files, columns, given=reading.classes, cache_dir=cache_dir)
+    return _Rows(table.identity, table, table.sizes, table.classes)
+
+
+def _find_shards(source: str | Sequence[str], reading: Reading, cache_dir: str | None) -> _Shards:
+    how = None if reading.label is None else Classes(reading.label, num_classes=0)
+    shards = ShardSet(source, cache_dir=cache_dir, rewrite_keys=True, labels=how)
     if rewritten := list(itertools.chain.from_iterable(shards.rewritten)):
         folders.note(
             f"{shards.paths[0]}: images and labels with several dots in their names, which are packed with _ "
@@ -335,11 +395,21 @@ def _find_source(
     for sample_id in np.flatnonzero(shards.labels >= MAX_CLASSES)[:1]:  # classes are counted in a list
         label = shards.labels[sample_id]
         raise UserError(f"{shards.where(sample_id)}: label {label} is not below {MAX_CLASSES} (MAX_CLASSES)")
-    classes, relabel = _names_of_shards(shards, given)
+    classes, relabel = _names_of_shards(shards, reading.classes, named=how is None)
     # One array of them all would pad each to the longest.
     keys = set(itertools.chain.from_iterable(index.keys.tolist() for index in shards._indices))
     numbered = len(keys) < len(shards)
     return _Shards(shards.fingerprint, shards, shards.image_sizes, classes, numbered, relabel)
+
+
+def _tables_in(folder: Path, take: Take | None) -> list[str]:
+    """The Parquet files in a source folder that has nothing else to pack, in order."""
+    found = sorted(path.name for path in folder.glob("*.parquet") if not folders.hidden(path.name))
+    if not found or take is not None or _tars_in(folder, None) or folders.first_with_images(folder):
+        return []
+    files = [os.path.join(folder, name) for name in found]
+    tables.check_one_set(str(folder), files)
+    return files
 
 
 def _tars_in(folder: Path, take: Take | None) -> list[Path]:
@@ -359,10 +429,13 @@ def _tars_in(folder: Path, take: Take | None) -> list[Path]:
 
 
 def _names_of_shards(
-    shards: ShardSet, given: Sequence[str] | None
+    shards: ShardSet, given: Sequence[str] | None, *, named: bool
 ) -> tuple[list[str] | None, dict[int, int]]:
-    """Class names of packed shards and, if names are `given`, how their labels change (old -> new)."""
-    recorded = class_names.merged(class_names.beside(shards.paths), "source")
+    """Class names of packed shards and, if names are `given`, how their labels change (old -> new).
+
+    named: whether names beside the shards are those of their labels.
+    """
+    recorded = class_names.merged(class_names.beside(shards.paths), "source") if named else None
     used = np.unique(shards.labels)
     if given is None:
         return recorded and recorded.names, {}
@@ -395,24 +468,32 @@ def _list_files(images: list[tuple[str, int]], classes: list[str] | None, ignore
     return _Files(identity.hexdigest(), items, sizes, classes, ignored)
 
 
-def _read_folder(
-    folder: Path, given: Sequence[str] | None, follow_links: bool
-) -> tuple[list[tuple[str, int]], list[str], int]:
+def _read_folder(folder: Path, reading: Reading) -> tuple[list[tuple[str, int]], list[str] | None, int]:
     """The images (path, label) in class folders, the class names, and the number of other files.
 
-    A link counts only if it names something below the folder, or with `follow_links`.
+    Images in a folder without folders, or with `unlabelled` in any, have the label -1. A link counts only if
+    it names something below the folder, or with `follow_links`.
     """
-    names = class_names.folders_in(folder)
-    classes = names if given is None else list(given)
-    labels = {name: label_in(classes, name, str(folder)) for name in names}
-    walk = folders.Walk(folder, follow_links)
-    images = [(path, labels[name]) for name, paths in walk.classes(names).items() for path in paths]
+    names = [] if reading.unlabelled else class_names.folders_in(folder)
+    walk = folders.Walk(folder, reading.follow_links)
+    classes: list[str] | None = None
+    if names:
+        classes = names if reading.classes is None else list(reading.classes)
+        labels = {name: label_in(classes, name, str(folder)) for name in names}
+        images = [(path, labels[name]) for name, paths in walk.classes(names).items() for path in paths]
+    else:
+        images = [(path, -1) for path in walk.below()]
     if not images:
         raise UserError(
             walk.links_out()
             or f"{folder}: contains neither shards nor class folders with images "
-            f"({', '.join(IMAGE_EXTENSIONS)}): name another folder"
+            f"({', '.join(IMAGE_EXTENSIONS)}): name another folder, or set --unlabelled if its folders are "
+            "no classes"
         )
+    if not names and reading.classes is not None:
+        raise UserError(f"{folder}: is packed without labels: leave out --classes, or use class folders")
+    if not names and not reading.unlabelled:
+        folders.note(f"{folder}: has no class folders: its images are packed without labels")
     walk.print_notes()
     return images, classes, walk.ignored
 

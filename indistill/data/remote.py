@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 CACHED = re.compile(r"[0-9a-f]{16}-(?!.*\.lock$)")  # shards and parts of shards; nothing else is evicted
 _PART = re.compile(r"(\.[0-9a-f]{16})?\.part$")  # what a part's name has instead of .lock
 CACHE_BYTES = 200 * 10**9
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}  # of each protocol
+_S3, _GCS = ("s3", "s3fs"), ("gcs", "gcsfs")
+# Extra and module of each protocol.
+_EXTRAS = {"s3": _S3, "s3a": _S3, "gs": _GCS, "gcs": _GCS, "hf": ("hf", "huggingface_hub")}
 FETCH_ATTEMPTS = 8  # with the pauses below, enough for an outage of about two minutes
 FETCH_PAUSE_SECONDS = 1.0  # before the second attempt; doubles each time, plus or minus 50 %
 FETCH_TIMEOUT_SECONDS = 60.0  # without a byte
@@ -120,7 +122,9 @@ class ShardCache:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self._shards, cache_name(url)))
 
-    def fetch_index(self, url: str, file: str, parse: Callable[[str], _Parsed]) -> _Parsed | None:
+    def fetch_index(
+        self, url: str, file: str, parse: Callable[[str], _Parsed], suffix: str = ".index.json"
+    ) -> _Parsed | None:
         """Fetch the index beside a remote shard to `file` and parse it; return None if there is none.
 
         parse: raises UserError for a file that is not an index. Such a file is not kept: a server may answer
@@ -133,7 +137,7 @@ class ShardCache:
                 return None
             address, *query = url.partition("?")
             try:
-                _fetch(f"{address}.index.json{''.join(query)}", file)
+                _fetch(f"{address}{suffix}{''.join(query)}", file)
             except _Absent:
                 _warn("%s has no index beside it: the shard is fetched to build one", url)
                 return None
@@ -481,7 +485,8 @@ def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
 
         protocol = url.partition("://")[0]
         if protocol in _EXTRAS:
-            need(_EXTRAS[protocol], f"{protocol}://")
+            extra, module = _EXTRAS[protocol]
+            need(extra, f"{protocol}://", module)
         system, path = fsspec.core.url_to_fs(url)
         with system.open(path, "rb") as stream:
             yield stream, system.size(path)

@@ -1,10 +1,11 @@
 """Samples in the tars of shards: which members are images and labels, and what belongs to no sample."""
 
+import functools
 import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, NoReturn
 
 from indistill.config import UserError
 from indistill.config.limits import (
@@ -37,13 +38,42 @@ def malformed_label(key: str, content: bytes) -> str:
     return f"{key}.cls holds {content[:20]!r}: a label is a non-negative integer"
 
 
-def label_problem(key: str, label: int, num_classes: int) -> str | None:
-    """Why training rejects a sample with this label (-1: no label); None if it accepts it."""
+def label_problem(
+    key: str, label: int, *, num_classes: int, reader: str | None = "", missing: str = "cls"
+) -> str | None:
+    """Why training rejects a sample with this label (-1: no label); None if it accepts it.
+
+    reader: what reads labels, for the message; None: nothing does, and a sample may have no label. missing:
+        `Labels.missing`.
+    """
     if label < 0:
-        return f"has no label, because there is no {key}.cls: {LABEL_REMEDY}"
+        if reader is None:
+            return None
+        remedy = LABEL_REMEDY if missing == "cls" else "add it, or leave the image out"
+        remedy = f"{remedy} ({reader} reads labels)" if reader else remedy
+        return f"has no label, because there is no {key}.{missing}: {remedy}"
     if label >= num_classes:
         return f"label {label} is none of the data.num_classes, 0 to {num_classes - 1}"
     return None
+
+
+class Labels:
+    """How the label of a sample is read: here as an integer in KEY.cls; labels.py has others."""
+
+    extension = "cls"  # of the member that has the label
+    missing = "cls"  # what an image without label lacks, for messages
+    most_bytes = MAX_LABEL_BYTES
+    alone = False  # whether such a member may belong to no image
+
+    def read(self, key: str, content: bytes) -> int:
+        """The label, -1 for none. Raises ValueError for a malformed one."""
+        label = parse_label(content)
+        if label is None:
+            raise ValueError(malformed_label(key, content))
+        return label
+
+
+CLS = Labels()
 
 
 def shown(names: Sequence[str]) -> str:
@@ -100,7 +130,7 @@ class ImageOrLabel(NamedTuple):
     extension: str
     offset: int  # of the content; -1: of an image that is reported already
     size: int
-    content: bytes  # b"" for an image that is not loaded; of a label at most MAX_LABEL_BYTES + 1 bytes
+    content: bytes  # b"" for an image that is not loaded; of a label at most one byte more than allowed
 
 
 def compressed(path: str) -> bool:
@@ -117,10 +147,19 @@ def read_samples(
     others: Others | None = None,
     may_be_empty: bool = False,
     keys: Mapping[str, str] = {},
+    labels: Labels = CLS,
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield the samples of a shard from its file, as `samples_of` does."""
     tar = Tar(path, stream, gzipped=compressed(path), strict=True)
-    return samples_of(tar, load=load, report=report, others=others, may_be_empty=may_be_empty, keys=keys)
+    return samples_of(
+        tar,
+        load=load,
+        report=report,
+        others=others,
+        may_be_empty=may_be_empty,
+        keys=keys,
+        labels=labels,
+    )
 
 
 def samples_of(
@@ -131,41 +170,49 @@ def samples_of(
     others: Others | None = None,
     may_be_empty: bool = False,
     keys: Mapping[str, str] = {},
+    labels: Labels = CLS,
 ) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
     """Yield (key, (offset, size) of the image, image, label) of every sample of a shard, in one pass.
 
-    load: whether to read images; without it they are b"". A sample without a label has -1.
+    load: whether to read images; else they are b"". A sample without a label has -1.
     report: called with the key and the problem of every malformed sample; by default UserError is raised.
-    others: counts the members that belong to no sample.
+    others: counts the members that belong to no sample. labels: how the label is read.
     keys: of images and labels, by name, that would belong to none.
 
     Raises UserError for a damaged tar and, unless it `may_be_empty`, for one without samples.
     """
-
-    def refuse(key: str, problem: str) -> None:
-        raise UserError(f"{tar.path}: {problem}")
-
+    refuse = functools.partial(_refuse, tar)
     report = report or refuse
     others = others or Others()
     seen = set()
-    members = images_and_labels(tar, load=load, report=report, others=others, keys=keys)
+    empty = True
+    members = images_and_labels(tar, load=load, report=report, others=others, keys=keys, labels=labels)
     for key, group in itertools.groupby(members, lambda member: member.key):
-        repeated = key in seen
+        image, label = _image_and_label(key, group, report=report, labels=labels, repeated=key in seen)
         seen.add(key)
         if len(seen) > MAX_SHARD_SAMPLES:
             refuse("", _TOO_MANY)
-        image, label = _image_and_label(key, group, report, repeated)
+        empty = empty and image is None and labels.alone
         if image is not None and image.offset >= 0:
             yield key, (image.offset, image.size), image.content, -1 if label is None else label
         elif image is None and label is not None:
             report(key, f"sample '{key}' has a .cls but no image ({', '.join(IMAGE_EXTENSIONS)})")
     others.end(seen)
-    if not seen and not may_be_empty:
+    if empty and not may_be_empty:
         refuse("", f"holds no sample: {others.problem or SAMPLE}")
 
 
+def _refuse(tar: Tar, key: str, problem: str) -> NoReturn:
+    raise UserError(f"{tar.path}: {problem}")
+
+
 def _image_and_label(
-    key: str, members: Iterable[ImageOrLabel], report: Callable[[str, str], None], repeated: bool
+    key: str,
+    members: Iterable[ImageOrLabel],
+    *,
+    report: Callable[[str, str], None],
+    labels: Labels,
+    repeated: bool,
 ) -> tuple[ImageOrLabel | None, int | None]:
     """The image and the label among a sample's members. The label is None if missing, -1 if malformed.
 
@@ -174,20 +221,24 @@ def _image_and_label(
     if repeated:
         remedy = "unpack the shard, and write it again with `tar --sort=name`"
         report(key, f"the members of sample '{key}' are not next to each other: {remedy}")
-    image, label = None, None
+    image: ImageOrLabel | None = None
+    of_label: ImageOrLabel | None = None
     for member in members:
-        if member.extension == "cls":
-            if label is not None:
+        if member.extension == labels.extension:
+            if of_label is not None:
                 report(key, f"sample '{key}' has two labels")
-            label = parse_label(member.content)
-            if label is None:
-                label = -1
-                report(key, malformed_label(key, member.content))
+            of_label = member
         elif image is not None:
             report(key, f"sample '{key}' has two images")
         else:
             image = member
-    return image, label
+    if of_label is None or (labels.alone and image is None):
+        return image, None
+    try:
+        return image, labels.read(key, of_label.content)
+    except ValueError as error:
+        report(key, str(error))
+        return image, -1
 
 
 def images_and_labels(
@@ -197,13 +248,13 @@ def images_and_labels(
     report: Callable[[str, str], None],
     others: Others | None = None,
     keys: Mapping[str, str] = {},
+    labels: Labels = CLS,
 ) -> Iterator[ImageOrLabel]:
     """Yield every image and label; without `load`, images have no content.
 
     report: called with the key and the problem of an image that is too large and of a link that cannot be
         followed; the image then has the offset -1, and the label is left out.
-    others: counts all other files.
-    keys: as for `samples_of`.
+    others: counts all other files. keys, labels: as for `samples_of`.
     """
     for member in tar:
         # WebDataset's rule: the key ends at the first dot of the base name, and the rest is the extension.
@@ -213,7 +264,7 @@ def images_and_labels(
         key = f"{folder}{slash}{stem}"
         if member.name in keys:
             key, extension = keys[member.name], extension.rpartition(".")[2]
-        is_label = extension == "cls"
+        is_label = extension == labels.extension
         if not stem or _META.match(member.name) or not (is_label or extension in IMAGE_EXTENSIONS):
             if others is not None:
                 others.add(key, member.name, extension)
@@ -228,5 +279,5 @@ def images_and_labels(
             if not is_label:
                 yield ImageOrLabel(key, extension, -1, 0, b"")
             continue
-        most = MAX_LABEL_BYTES + 1 if is_label else size if load else 0
+        most = labels.most_bytes + 1 if is_label else size if load else 0
         yield ImageOrLabel(key, extension, offset, size, tar.content(most))

@@ -26,9 +26,10 @@ from indistill.config import UserError, printable
 from indistill.config.files import denied
 from indistill.config.limits import MAX_SHARDS
 from indistill.data.braces import expand_braces
-from indistill.data.index import Index, decoded, index_to_pack, load_index
+from indistill.data.index import Index, decoded, index_to_pack, load_index, numbered
+from indistill.data.labels import Classes
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
-from indistill.data.samples import compressed, read_samples
+from indistill.data.samples import CLS, compressed, read_samples
 from indistill.data.tar import BLOCK
 from indistill.data.urls import check_url
 from indistill.data.wildcards import expand_wildcards
@@ -51,6 +52,7 @@ class ShardSet:
         shards need the directory.
     cache_bytes: limit for remote shards in the cache. It should fit the shards of one window of the sample
         order.
+    labels: how labels are read, if not from KEY.cls.
     rewrite_keys: also read images and labels that belong to no sample, because of dots in their names.
         `rewritten` has their keys then, by name.
 
@@ -66,14 +68,19 @@ class ShardSet:
         cache_dir: str | None = None,
         cache_bytes: int = CACHE_BYTES,
         rewrite_keys: bool = False,
+        labels: Classes | None = None,
     ):
         self.paths = expand(urls, root)
+        self._labels = labels
         self._cache = cache_for(self.paths, cache_dir, cache_bytes)
 
         def load(path: str) -> tuple[Index, dict[str, str]]:
             if rewrite_keys:
-                return index_to_pack(path, cache_dir, self._cache)
-            return load_index(path, cache_dir, self._cache), {}
+                return index_to_pack(path, cache_dir, self._cache, labels or CLS)
+            if labels is None:
+                return load_index(path, cache_dir, cache=self._cache), {}
+            index = load_index(path, cache_dir, cache=self._cache, label=labels.section)
+            return numbered(path, index, labels), {}
 
         # Each process builds missing indices in another order, so processes that start together share the
         # work.
@@ -155,7 +162,7 @@ class ShardSet:
         indexed = list(zip(index.offsets.tolist(), index.sizes.tolist(), index.labels.tolist()))
         row = -1
         with open_shard(path, self._cache, index.bytes, index.sha256) as stream:
-            samples = read_samples(path, stream, keys=self.rewritten[shard])
+            samples = read_samples(path, stream, keys=self.rewritten[shard], labels=self._labels or CLS)
             for row, (key, span, image, label) in enumerate(samples):
                 if row >= len(indexed) or indexed[row] != (*span, label):
                     raise UserError(changed(path, f"sample '{key}' is not where the index says"))

@@ -28,8 +28,9 @@ from indistill.curriculum import ImageSizes
 from indistill.data import augment, mixing, remote, shards
 from indistill.data.batch import Batch, StoredTargets
 from indistill.data.decode import BadImage
+from indistill.data.labels import of_section
 from indistill.data.loader import Loader, check_accumulation
-from indistill.data.samples import Others, label_problem, samples_of
+from indistill.data.samples import CLS, Labels, Others, label_problem, samples_of
 from indistill.data.tar import Tar
 from indistill.distributed import preemption
 
@@ -41,7 +42,8 @@ _VERIFY = "run `indistill shards verify` on data.train"
 class StreamedTraining:
     """The training data of one rank, streamed; the counterpart of `loader.IndexedTraining`.
 
-    Raises UserError for missing shards, and for fewer shards than readers.
+    label_reader: as for `dataset.check_shard`. Raises UserError for missing shards, and for fewer shards than
+    readers.
     """
 
     dataset = None  # samples have no index
@@ -55,8 +57,10 @@ class StreamedTraining:
         world: int,
         accumulation: int,
         mix: config.Mix | None = None,
+        label_reader: str | None = "",
     ) -> None:
         self.section = section
+        self.label_reader = label_reader
         self.seed = seed
         self.rank = rank
         self.world = world
@@ -75,7 +79,10 @@ class StreamedTraining:
         assert section.epoch_samples is not None  # the config requires it for data.access: stream
         self.epoch_samples = section.epoch_samples
         self.steps_per_epoch = self.epoch_samples // section.global_batch
-        self.fingerprint = hashlib.sha256("\0".join(map(redacted, self.urls)).encode()).hexdigest()
+        classes = of_section(section)
+        self.labels: Labels = classes or CLS
+        identity = [*map(redacted, self.urls), *([] if classes is None else [classes.fingerprint])]
+        self.fingerprint = hashlib.sha256("\0".join(identity).encode()).hexdigest()
 
     def bring_along(self, stored: StoredTargets, fields_at: Callable[[int], tuple[str, ...]]) -> None:
         """Raise UserError: streamed samples have no ids to find stored targets by."""
@@ -94,19 +101,30 @@ class StreamedTraining:
 
 
 def read_shard(
-    url: str, num_classes: int, others: Others, *, load: bool = True
+    url: str,
+    num_classes: int,
+    *,
+    others: Others,
+    load: bool = True,
+    label_reader: str | None = "",
+    labels: Labels = CLS,
 ) -> Iterator[tuple[str, bytes, int]]:
     """Yield key, image and label of each sample of a streamed shard. `doctor` calls this, too.
 
-    Without `load`, images are b"". Raises UserError for a shard that cannot be read, and for a label that is
-    not a class.
+    Without `load`, images are b"". Without classes, labels are not checked. label_reader: as for
+    `dataset.check_shard`. labels: how they are read. Raises UserError for a shard that cannot be read, and
+    for a label that is not a class.
     """
     empty = True
     try:
         with remote.open_stream(url) as stream:
             tar = Tar(url, stream, strict=False)
-            for key, _, image, label in samples_of(tar, load=load, others=others, may_be_empty=True):
-                if problem := label_problem(key, label, num_classes):
+            samples = samples_of(tar, load=load, others=others, may_be_empty=True, labels=labels)
+            for key, _, image, label in samples:
+                problem = label_problem(
+                    key, label, num_classes=num_classes, reader=label_reader, missing=labels.missing
+                )
+                if num_classes and problem:
                     raise UserError(f"{url}: sample {key}: {problem}")
                 empty = False
                 yield key, image, label
@@ -176,7 +194,15 @@ class StreamedImages(IterableDataset):
     def _read(self, epoch: int, url: str) -> Iterator[_Sample]:
         """The samples of a shard, from front to end."""
         others = Others()
-        for key, image, label in read_shard(url, self.training.section.num_classes, others):
+        training = self.training
+        samples = read_shard(
+            url,
+            training.section.num_classes,
+            others=others,
+            label_reader=training.label_reader,
+            labels=training.labels,
+        )
+        for key, image, label in samples:
             yield _Sample(epoch, url, key, image, label)
         if others.problem and epoch == 0:
             log.warning("%s", printable(f"{url}: {others.problem}"))

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from indistill.config import Config, Data, UserError
+from indistill.config import Config, Data, UserError, label_reader
 from indistill.config.metric_names import eval_key
 from indistill.curriculum import ImageSizes
 from indistill.data import class_names
@@ -60,6 +60,7 @@ def open_training(accelerator: Accelerator, settings: Config) -> TrainingData:
         world=accelerator.num_processes,
         accumulation=settings.grad_accumulation,
         mix=settings.kd.mixing,
+        label_reader=label_reader(settings),
     )
     training.sizes = ImageSizes.of(settings, training.steps_per_epoch)
     agree({"data": training.fingerprint})  # before any loop over it that contains a collective
@@ -74,7 +75,8 @@ def open_eval_sets(settings: Config, view: EvalView | None = None) -> dict[str, 
     if settings.data.eval is None:
         return {}
     view = view or evaluation_view(settings)
-    shards = {name: eval_shards(settings.data, name) for name in settings.data.eval_sets}
+    bank = settings.evaluate.bank
+    shards = {name: eval_shards(settings.data, name, bank) for name in settings.data.eval_sets}
     return {
         name: ImageDataset(one, settings.data, seed=settings.seed, view=view) for name, one in shards.items()
     }
@@ -84,16 +86,19 @@ def open_eval_set(settings: Config, view: EvalView | None = None) -> ImageDatase
     """Open the images of the first set of `data.eval`, which must be set."""
     assert settings.data.eval is not None  # the callers check it
     name = next(iter(settings.data.eval_sets))
-    shards = eval_shards(settings.data, name)
+    shards = eval_shards(settings.data, name, settings.evaluate.bank)
     return ImageDataset(shards, settings.data, seed=settings.seed, view=view or evaluation_view(settings))
 
 
-def eval_shards(section: Data, name: str) -> ShardSet:
-    """Open the shards of one set of `data.eval`. Raises UserError, naming the set, for unusable ones."""
+def eval_shards(section: Data, name: str, bank: str | list[str] | None) -> ShardSet:
+    """Open the shards of one set of `data.eval`, with the bank of `evaluate`.
+
+    Raises UserError, naming the set, for unusable ones.
+    """
     one = section.eval_sets[name]
     try:
-        label_map = class_names.read_label_map(one.label_map, section) if one.label_map else None
-        return open_shards(section, one.shards, label_map)
+        label_map = class_names.read_label_map(one.label_map, section, bank) if one.label_map else None
+        return open_shards(section, one.shards, label_map, label_reader=f"top-1 on {eval_key(name)}")
     except UserError as error:
         raise UserError(f"{eval_key(name)}: {error}" if name else str(error)) from None
 
@@ -107,22 +112,20 @@ def open_bank(settings: Config, training: ImageDataset | None = None) -> ImageDa
     if not section.on_bank:
         return None
     if section.bank is None and training is not None:
+        class_names.check_bank(settings)
         return training
     return ImageDataset(bank_shards(settings), settings.data, seed=settings.seed)
 
 
 def bank_shards(settings: Config) -> ShardSet:
-    """Open the shards of the bank.
+    """Open the shards of the bank, of which `evaluate.check_bank` refuses those without labels.
 
-    Raises UserError for unusable ones, and if they number the classes otherwise than data.train.
+    Raises UserError for unusable ones, and like `class_names.check_bank`.
     """
+    class_names.check_bank(settings)
     if settings.evaluate.bank is None:
-        return open_shards(settings.data, settings.data.train)
+        return open_shards(settings.data, settings.data.train, label_reader=None)
     try:
-        if (reference := class_names.of_training(settings.data)) is not None:
-            for names in class_names.beside(settings.evaluate.bank, settings.data.root):
-                remedy = f"pack it again with `shards pack --classes {reference.where}`"
-                class_names.refuse_difference(names, reference, names.where, remedy)
-        return open_shards(settings.data, settings.evaluate.bank)
+        return open_shards(settings.data, settings.evaluate.bank, label_reader=None)
     except UserError as error:
         raise UserError(f"evaluate.bank: {error}") from None

@@ -17,7 +17,16 @@ from tqdm import tqdm
 from indistill.config import UserError, in_one_line
 from indistill.config.destinations import check_kind
 from indistill.data.decode import BadImage, decode
-from indistill.data.index import MARK, Index, build_index, index_files, index_of, parse_index, sha256_of
+from indistill.data.index import (
+    MARK,
+    Index,
+    build_index,
+    forget_labels,
+    index_files,
+    index_of,
+    parse_index,
+    sha256_of,
+)
 from indistill.data.remote import cache_for, open_shard
 from indistill.data.samples import LABEL_REMEDY, Others, label_problem, read_samples
 from indistill.data.shards import expand
@@ -43,7 +52,7 @@ class Content(NamedTuple):
     others: Counter[str]  # members that are neither images nor labels, by extension
 
     def summary(self) -> str:
-        """One line of counts, and a second one if there are images without labels, which training rejects."""
+        """One line of counts, and a second one if there are images without labels."""
         labelled = self.labels.total()
         span = ""
         if self.labels:
@@ -53,7 +62,10 @@ class Content(NamedTuple):
             counts = [f"{count} {name or 'without extension'}" for name, count in sorted(self.others.items())]
             line += f"; other members: {', '.join(counts)}"
         if self.images > labelled:
-            line += f"\ntraining refuses images without a label: {LABEL_REMEDY}"
+            line += (
+                "\nlosses that read labels refuse images without one; data.num_classes: 0 trains without "
+                f"labels; else {LABEL_REMEDY}"
+            )
         return line
 
 
@@ -121,9 +133,10 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
                 if label >= 0:
                     labels[label] += 1
                 malformed = bool(bad) and bad[-1].key == key  # it is reported already
-                problem = None if num_classes is None or malformed else label_problem(key, label, num_classes)
-                if problem:
-                    report(key, problem)
+                if num_classes is not None and not malformed:
+                    problem = label_problem(key, label, num_classes=num_classes)
+                    if problem is not None:
+                        report(key, problem)
                 try:
                     decode(image, "image")
                 except BadImage as error:
@@ -162,7 +175,8 @@ def _index_shard(task: tuple[str, str | None, bool]) -> int | str:
         check_kind(file, MARK, kind="an index", remedy="move it away, or set --cache-dir")
         if cache:
             cache.discard(path)  # so that the shard as it is now gets indexed
-        return len(build_index(path, cache_dir, cache, hashed=hashed).keys)
+        forget_labels(path, cache_dir)
+        return len(build_index(path, cache_dir, cache=cache, hashed=hashed).keys)
     except UserError as error:
         return str(error)
     except Exception as error:  # whatever is wrong with one shard must not end the others

@@ -72,14 +72,15 @@ class NoWeights(UserError):
 def create(section: config.Model, num_classes: int, image_size: int, role: str) -> TimmModel:
     """Create the bare timm model that a `student` or `teacher` section describes.
 
-    It has no classifier if the section says so, or if its pretrained weights have none. Raises UserError for
+    It has no classifier if the section says so, if `num_classes` is 0, or if its pretrained weights have
+    none. Raises UserError for
     an unknown name, weights that cannot be loaded or do not fit, a head of another size than `num_classes`,
     and a head that does not follow timm's interface. No weight is left random without an error.
     """
     check_name(section, role)
     # Given another number of classes, timm would replace a pretrained head by a random one.
     kwargs = {**section.kwargs} if section.pretrained else {"num_classes": num_classes, **section.kwargs}
-    if section.num_classes == 0:
+    if section.num_classes == 0 or not num_classes:
         kwargs["num_classes"] = 0
     net = _create(section, kwargs, role)
     if net.num_classes not in (0, num_classes):

@@ -112,7 +112,8 @@ def _check_stages(stages: list[tuple[str, Config]], begun: set[str], finished: s
 def _check_bank(settings: Config) -> None:
     """Raise UserError if a score could not be computed from these images."""
     if settings.evaluate.on_bank:
-        sets = {name: eval_shards(settings.data, name) for name in settings.data.eval_sets}
+        bank = settings.evaluate.bank
+        sets = {name: eval_shards(settings.data, name, bank) for name in settings.data.eval_sets}
         check_bank(settings, bank_shards(settings), sets)
 
 

@@ -420,7 +420,7 @@ def test_what_train_refuses_fails(tree, tmp_path, members, message, key, indexed
 
     def train():
         if key == "streamed":
-            return list(read_shard(str(path), settings.data.num_classes, Others()))
+            return list(read_shard(str(path), settings.data.num_classes, others=Others()))
         return open_shards(settings.data, str(path))
 
     with pytest.raises(UserError, match=message):

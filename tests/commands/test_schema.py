@@ -75,7 +75,7 @@ def test_the_file_beside_the_recipes_is_what_the_command_prints(capsys):
     ("override", "place"),
     [
         ("data.num_clases=3", "data"),
-        ("data.num_classes=0", "data.num_classes"),
+        ("data.num_classes=-1", "data.num_classes"),
         ("data.train=[3]", "data.train"),
         ("optimizer.lr=fast", "optimizer.lr"),
         ("student={kwargs: {}}", "student"),

@@ -185,11 +185,11 @@ def test_links_in_a_stream_are_followed_where_it_can_go_back(tmp_path):
     path = tar_with_links(tmp_path / "x.tar", links, files=FILES[:2])
     expected = [(sample.key, sample.image, sample.label) for sample in ShardSet(path).iterate()]
     assert len(expected) == 4
-    assert list(read_shard(path, 2, Others())) == expected
+    assert list(read_shard(path, 2, others=Others())) == expected
     Path(f"{path}.gz").write_bytes(gzip.compress(Path(path).read_bytes()))
     message = r"1\.jpg is a link, .*not compressed: decompress it$"
     with pytest.raises(UserError, match=message):
-        list(read_shard(f"{path}.gz", 2, Others()))
+        list(read_shard(f"{path}.gz", 2, others=Others()))
     with pytest.raises(UserError, match=message):
         build_index(f"{path}.gz")
     with (
@@ -225,7 +225,7 @@ class OneWay(io.RawIOBase):
 def test_links_that_lead_to_no_file_of_the_tar_are_refused_alike(tmp_path, links, labelled):
     path = tar_with_links(tmp_path / "x.tar", links, files=("0.jpg", "0.cls", *["1.cls"] * labelled))
     message = r"x\.tar: 1\.jpg is a link to \S+, which is no file in this tar: write .*--dereference"
-    for read in (build_index, ShardSet, lambda path: list(read_shard(path, 2, Others()))):
+    for read in (build_index, ShardSet, lambda path: list(read_shard(path, 2, others=Others()))):
         with pytest.raises(UserError, match=message):
             read(path)
     with pytest.raises(UserError, match=message):
@@ -252,7 +252,7 @@ def test_sparse_members_are_named(tmp_path, program):
         ["tar", program, "--sparse", "-C", tmp_path, "-cf", path, "hole.jpg"], check=True, timeout=60
     )
     message = r"x\.tar: hole\.jpg is a sparse member at byte \d+: write the tar without --sparse"
-    for read in (build_index, lambda path: list(read_shard(path, 2, Others()))):
+    for read in (build_index, lambda path: list(read_shard(path, 2, others=Others()))):
         with pytest.raises(UserError, match=message):
             read(str(path))
     (bad,) = verify.verify(str(path)).bad
@@ -295,7 +295,7 @@ def test_zstd_without_its_package_is_named(tmp_path, monkeypatch):
     path.write_bytes(ZSTD)
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     message = r"x\.tar\.zst: is compressed with zstd, which needs zstandard: pip install 'indistill\[zstd\]'"
-    for read in (build_index, lambda path: list(read_shard(path, 2, Others()))):
+    for read in (build_index, lambda path: list(read_shard(path, 2, others=Others()))):
         with pytest.raises(UserError, match=message):
             read(str(path))
     with pytest.raises(UserError, match=message):
@@ -315,7 +315,9 @@ def test_zstd_is_read_as_gzip_is(tmp_path):
     expected = list(ShardSet(plain).iterate())
     for _ in range(2):
         assert list(ShardSet(str(path)).iterate()) == expected
-    assert [image for _, image, _ in read_shard(str(path), 2, Others())] == [one.image for one in expected]
+    assert [image for _, image, _ in read_shard(str(path), 2, others=Others())] == [
+        one.image for one in expected
+    ]
     assert verify.verify(str(path)).bad == []
     packing.pack_source(str(path), tmp_path / "packed")
     assert [one.image for one in ShardSet(str(tmp_path / "packed/*.tar")).iterate()] == [

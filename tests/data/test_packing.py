@@ -4,15 +4,19 @@ import csv
 import io
 import json
 import os
+import re
+import tarfile
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused
 from PIL import ExifTags, Image
 from tars import folder, picture, samples, tree, webdataset_samples, write_tar
 from torchvision.datasets import ImageFolder
 
+from indistill.commands.cli import main
 from indistill.config import UserError
 from indistill.data import class_names, lists, packing
 from indistill.data.packing import pack
@@ -125,11 +129,13 @@ def test_csv_sources(tmp_path):
     (tmp_path / "bad.csv").write_text(f"{names[0]},1\nnone.jpg,2\n")
     with pytest.raises(UserError, match=r"bad\.csv: line 2: .*none\.jpg is not an image"):
         packing.pack_source(str(tmp_path / "bad.csv"), tmp_path / "bad")
-    (tmp_path / "bad.csv").write_text(f"{names[0]}\n")
-    with pytest.raises(UserError, match=r"bad\.csv: line 1: holds 1 columns"):
+    (tmp_path / "bad.csv").write_text(f"{names[0]},0,1\n")
+    with pytest.raises(UserError, match=r"bad\.csv: line 1: holds 3 columns"):
         packing.pack_source(str(tmp_path / "bad.csv"), tmp_path / "bad")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match="neither shards nor class folders"):
-        packing.pack_source(str(tmp_path / "images" / "ant" / "more"), tmp_path / "bad")
+        packing.pack_source(str(tmp_path / "texts"), tmp_path / "bad")
 
 
 def of_images(tmp_path, folders, name="images"):
@@ -484,3 +490,95 @@ def test_a_destination_that_cannot_be_written_is_named(tmp_path):
         packing.pack_source(str(tmp_path / "images"), tmp_path / "file")
     with pytest.raises(UserError, match="Not a directory"):
         packing.pack_source(str(tmp_path / "images"), tmp_path / "file" / "below")
+
+
+# --- images without labels ----------------------------------------------------------------------------------
+def unlabelled(images):
+    return dict.fromkeys(images, -1)
+
+
+def read_and_record(destination):
+    read = {sample.image: sample.label for sample in ShardSet(str(destination / "*.tar")).iterate()}
+    return read, json.loads((destination / "dataset.json").read_text())
+
+
+def test_a_folder_of_images_alone_is_packed_without_labels(tmp_path, capsys):
+    images = [picture(i) for i in range(9)]
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(images):
+        (tmp_path / "photos" / f"{i}.jpg").write_bytes(image)
+    main(["shards", "pack", str(tmp_path / "photos"), str(tmp_path / "out"), "--workers", "1"])
+    read, record = read_and_record(tmp_path / "out")
+    assert read == unlabelled(images)
+    assert (record["samples"], record["unlabelled"], record["classes"]) == (9, 9, None)
+    err = capsys.readouterr().err
+    assert "photos: has no class folders: its images are packed without labels" in err
+    assert "labels:" not in err
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        assert all(name.endswith(".jpg") for name in tar.getnames())
+
+
+def test_folders_that_are_no_classes_need_the_option(tmp_path, capsys):
+    """Folders by date, or one beside the images; by default, folders are classes as ever."""
+    content = folder(tmp_path / "photos")
+    stray = picture(777)
+    (tmp_path / "photos" / "stray.jpg").write_bytes(stray)
+    main(["shards", "pack", str(tmp_path / "photos"), str(tmp_path / "a"), "--workers", "1"])
+    assert read_and_record(tmp_path / "a")[0] == content
+    main(["shards", "pack", str(tmp_path / "photos"), str(tmp_path / "b"), "--unlabelled", "--workers", "1"])
+    assert read_and_record(tmp_path / "b")[0] == unlabelled([*content, stray])
+    (tmp_path / "other" / "empty").mkdir(parents=True)
+    (tmp_path / "other" / "a.jpg").write_bytes(stray)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["shards", "pack", str(tmp_path / "other"), str(tmp_path / "c"), "--workers", "1"])
+    assert "set --unlabelled if its folders are no classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("header", ["", "path\n", "file name\n"])
+@pytest.mark.parametrize("names", [["a.jpg", "sub/b.jpg", "c.jpg"], ["my, photo.jpg", "a 1.jpg", "b;c.jpg"]])
+def test_a_list_of_paths_is_packed_without_labels(tmp_path, names, header):
+    images = [picture(i) for i in range(len(names))]
+    for name, image in zip(names, images):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(image)
+    (tmp_path / "list.txt").write_text(header + "".join(f"{name}\n" for name in names))
+    packing.pack_source(str(tmp_path / "list.txt"), tmp_path / "out")
+    assert read_and_record(tmp_path / "out")[0] == unlabelled(images)
+
+
+def test_shards_without_labels_are_packed_again(tmp_path):
+    images = [picture(i) for i in range(6)]
+    write_tar(tmp_path / "old.tar", [(f"{i}.jpg", image) for i, image in enumerate(images)])
+    packing.pack_source(str(tmp_path / "old.tar"), tmp_path / "out")
+    read, record = read_and_record(tmp_path / "out")
+    assert read == unlabelled(images)
+    assert record["unlabelled"] == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("a.jpg\nb.jpg,1\n", [], r"list\.csv: line 2: holds 2 columns instead of a path alone, as above"),
+        ("a.jpg,0\nb.jpg\n", [], r"list\.csv: line 2: holds 1 columns instead of path,label"),
+        ("a.jpg\nc.jpg\n", [], r"list\.csv: line 2: .*c\.jpg is not an image file"),
+        ("a.jpg\nb.jpg\n", ["--classes", "names.txt"], r"list\.csv: holds paths without labels: leave out"),
+        ("a.jpg\nb.jpg\n", ["--unlabelled"], r"list\.csv: is no folder of images and no Parquet file: leave"),
+    ],
+)
+def test_mistakes_in_lists_of_paths(tmp_path, monkeypatch, capsys, text, options, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(picture(0))
+    (tmp_path / "list.csv").write_text(text)
+    (tmp_path / "names.txt").write_text("cat\n")
+    assert re.search(message, refused(capsys, "shards", "pack", "list.csv", "out", *options))
+
+
+def test_class_names_need_class_folders(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "names.txt").write_text("cat\n")
+    options = ["--classes", str(tmp_path / "names.txt")]
+    line = refused(capsys, "shards", "pack", str(tmp_path / "photos"), str(tmp_path / "out"), *options)
+    assert "photos: is packed without labels: leave out --classes, or use class folders" in line

@@ -279,15 +279,15 @@ def test_verify_finds_the_labels_that_training_refuses(tmp_path):
     expected_lines = {
         "json": [
             "2 images, 0 labelled, 2 unlabelled; other members: 2 json",
-            "training refuses images without a label: ",
+            "losses that read labels refuse images without one; ",
         ],
         "txt": [
             "1 images, 0 labelled, 1 unlabelled; other members: 1 without extension, 1 txt",
-            "training refuses",
+            "losses that read labels refuse images without one; ",
         ],
         "part": [
             "2 images, 1 labelled (2 to 2, 1 different), 1 unlabelled",
-            "training refuses images without a label: ",
+            "losses that read labels refuse images without one; ",
         ],
         "large": ["2 images, 2 labelled (0 to 3, 2 different), 0 unlabelled"],
         "right": ["2 images, 2 labelled (0 to 2, 2 different), 0 unlabelled; other members: 1 wnid"],

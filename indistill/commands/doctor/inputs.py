@@ -9,7 +9,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, Any
 
 import huggingface_hub
 import numpy as np
@@ -30,15 +30,15 @@ from indistill.commands.doctor.findings import (
     counted_word,
     size_text,
 )
-from indistill.config import Config, UserError, in_one_line
+from indistill.config import Config, UserError, in_one_line, label_reader
 from indistill.config.metric_names import eval_key
 from indistill.config.run_dir import weights_file
 from indistill.curriculum import ImageSizes, Timetable
-from indistill.data import class_names, overlap, remote, shards
+from indistill.data import class_names, labels, overlap, remote, shards
 from indistill.data.dataset import check_shard, open_shards
-from indistill.data.index import Index, index_files, load_index, parse_index
+from indistill.data.index import Index, index_files, load_index, numbered, parse_index, stored_index
 from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
-from indistill.data.samples import Others
+from indistill.data.samples import CLS, Others
 from indistill.data.stream import StreamedTraining, read_shard
 from indistill.data.training import TrainingData, bank_shards, eval_shards
 from indistill.evaluate.bank import check_bank
@@ -149,7 +149,7 @@ def data_shards(here: Here) -> Said:
                 accumulation=settings.grad_accumulation,
                 mix=settings.kd.mixing,
             )
-            checked, damaged = _streamed(section, streamed.urls)
+            checked, damaged = _streamed(settings, streamed.urls)
             for problem in damaged[:MOST_SHOWN]:
                 yield FAIL, f"data.train: {problem}"
             counts = f"{len(streamed.urls)} shards to stream, {streamed.steps_per_epoch} steps an epoch"
@@ -158,21 +158,31 @@ def data_shards(here: Here) -> Said:
             if not damaged:
                 yield OK, f"data.train: {counts}"
         else:
-            yield from _indexed_shards(here, settings, key="data.train", urls=section.train)
+            reader = label_reader(settings)
+            yield from _indexed_shards(here, settings, key="data.train", urls=section.train, reader=reader)
         for name, one in section.eval_sets.items():
             mapped = one.label_map is not None
-            yield from _indexed_shards(here, settings, key=eval_key(name), urls=one.shards, mapped=mapped)
+            key = eval_key(name)
+            reader = f"top-1 on {key}"
+            yield from _indexed_shards(here, settings, key=key, urls=one.shards, mapped=mapped, reader=reader)
     for settings in {str(one.evaluate.bank): one for one in here.settings}.values():
         if settings.evaluate.on_bank and settings.evaluate.bank is not None:
-            yield from _indexed_shards(here, settings, key="evaluate.bank", urls=settings.evaluate.bank)
+            bank = settings.evaluate.bank
+            yield from _indexed_shards(here, settings, key="evaluate.bank", urls=bank, reader=None)
 
 
 def _indexed_shards(
-    here: Here, settings: Config, *, key: str, urls: str | list[str], mapped: bool = False
+    here: Here,
+    settings: Config,
+    *,
+    key: str,
+    urls: str | list[str],
+    mapped: bool = False,
+    reader: str | None = "",
 ) -> Said:
     section = settings.data
     paths = shards.expand(urls, section.root)
-    sizes, missing, damaged = _indices(section, paths, mapped=mapped)
+    sizes, missing, damaged = _indices(section, paths, mapped=mapped, reader=reader)
     for problem in damaged[:MOST_SHOWN]:
         yield FAIL, f"{key}: {problem}"
     if missing:
@@ -181,7 +191,11 @@ def _indexed_shards(
         if section.cache_dir:
             words += ["--cache-dir", section.cache_dir]
         what = f"{key}: {len(missing)} of {len(paths)} shards have no index ({missing[0]})"
-        yield WARN, f"{what}: the first start builds them", f"indistill shards index {shlex.join(words)}"
+        remedy = f"indistill shards index {shlex.join(words)}"
+        if section.label is not None:
+            what += " of the labels of data.label"
+            remedy = "start it on one process first, if several would read them all"
+        yield WARN, f"{what}: the first start builds them", remedy
     complete = len(sizes) == len(paths)
     if key == "data.train":
         _check_order(here, settings, sizes if complete else None)
@@ -214,7 +228,7 @@ def _check_order(here: Here, settings: Config, sizes: Sequence[int] | None) -> N
 
 
 def _indices(
-    section: config.Data, paths: Sequence[str], *, mapped: bool
+    section: config.Data, paths: Sequence[str], *, mapped: bool, reader: str | None
 ) -> tuple[list[int], list[str], list[str]]:
     """Check as many shards as time allows, as a run does when it opens them; nothing is saved.
 
@@ -222,9 +236,10 @@ def _indices(
     fetched.
     """
     sizes, missing, damaged = [], [], []
+    classes = labels.of_section(section)
     with tempfile.TemporaryDirectory(prefix=".indistill-doctor-") as directory:
         for path in _while_time_lasts(paths):
-            files = index_files(path, section.cache_dir)
+            files = index_files(path, section.cache_dir, section.label)
             known = any(map(os.path.exists, files))
             try:
                 if not remote.is_remote(path):
@@ -232,14 +247,15 @@ def _indices(
                         missing.append(path)
                         if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
                             continue
-                    index = load_index(path, section.cache_dir, save=False)
+                    index = load_index(path, section.cache_dir, save=False, label=section.label)
                 elif known:
                     index = parse_index(files[0])
                 elif (fetched := _remote_index(section, path, directory)) is not None:
                     index = fetched
                 else:
                     continue
-                check_shard(section, path, index, mapped=mapped)
+                index = numbered(path, index, classes) if classes else index
+                check_shard(section, path, index=index, mapped=mapped, label_reader=reader)
                 sizes.append(len(index.keys))
             except UserError as error:
                 damaged.append(str(error))
@@ -251,7 +267,7 @@ def _remote_index(section: config.Data, path: str, directory: str) -> Index | No
     cache = remote.cache_for([path], section.cache_dir and directory)
     if cache is None or path.startswith("pipe:"):
         return None
-    return cache.fetch_index(path, index_files(path, directory)[0], parse_index)
+    return stored_index(path, index_files(path, directory, section.label)[0], cache)
 
 
 def _while_time_lasts(paths: Sequence[str]) -> Iterator[str]:
@@ -263,18 +279,21 @@ def _while_time_lasts(paths: Sequence[str]) -> Iterator[str]:
         yield path
 
 
-def _streamed(section: config.Data, paths: Sequence[str]) -> tuple[int, list[str]]:
+def _streamed(settings: Config, paths: Sequence[str]) -> tuple[int, list[str]]:
     """Read as many local shards as time allows, as a run streams them.
 
     Returns their number, and the problems.
     """
     checked, damaged = 0, []
+    classes, reader = settings.data.num_classes, label_reader(settings)
+    how = labels.of_section(settings.data) or CLS
     for path in _while_time_lasts([path for path in paths if not remote.is_remote(path)]):
         if os.path.getsize(path) > MOST_UNINDEXED_BYTES:
             continue
         checked += 1
         try:
-            for _ in read_shard(path, section.num_classes, Others(), load=False):
+            others = Others()
+            for _ in read_shard(path, classes, others=others, load=False, label_reader=reader, labels=how):
                 pass
         except UserError as error:
             damaged.append(str(error))
@@ -287,6 +306,9 @@ def class_lists(here: Here) -> Said:
         return
     for settings in here.settings:
         section = settings.data
+        if not section.num_classes:
+            yield OK, "data.num_classes: 0: training reads no labels, and no class names"
+            continue
         try:
             names = class_names.check(section)
             _check_other_lists(settings, names)
@@ -304,7 +326,7 @@ def class_lists(here: Here) -> Said:
             key = eval_key(name)
             if one.label_map is not None:
                 what += f", {key} has a label map"
-            elif class_names.beside(one.shards, section.root):
+            elif section.label is not None or class_names.beside(one.shards, section.root):
                 what += f", {key} has the same"
             else:
                 what += f", {key} has none ({class_names.RECORD}) to compare them with"
@@ -368,7 +390,7 @@ def _bank(settings: Config) -> Said:
     if any(_with_index(section, one) is None for one in [*urls, *([] if bank is None else [bank])]):
         return  # reported by data_shards, or too much to read
     try:
-        sets = {name: eval_shards(section, name) for name in section.eval_sets}
+        sets = {name: eval_shards(section, name, settings.evaluate.bank) for name in section.eval_sets}
         if bank is not None:
             check_bank(settings, bank_shards(settings), sets)
     except UserError as error:
@@ -381,10 +403,11 @@ def _with_index(section: config.Data, urls: str | list[str]) -> shards.ShardSet 
         paths = shards.expand(urls, section.root)
         if any(map(remote.is_remote, paths)):
             return None
-        existing = [list(filter(os.path.exists, index_files(path, section.cache_dir))) for path in paths]
+        files = [index_files(path, section.cache_dir, section.label) for path in paths]
+        existing = [list(filter(os.path.exists, candidates)) for candidates in files]
         if not all(existing) or sum(os.path.getsize(files[0]) for files in existing) > MOST_INDEX_BYTES:
             return None
-        return shards.ShardSet(paths, cache_dir=section.cache_dir)
+        return shards.ShardSet(paths, cache_dir=section.cache_dir, labels=labels.of_section(section))
     except UserError:
         return None
 
@@ -478,12 +501,13 @@ def _load(settings: Config, paths: Sequence[str], directory: str) -> tuple[float
     }
     section = settings.data.model_copy(update=changes)
     training: TrainingData
+    alone: dict[str, Any] = {"rank": 0, "world": 1, "accumulation": 1, "label_reader": None}
     if section.access == "index":
-        samples = len(open_shards(section, section.train))
+        samples = len(open_shards(section, section.train, label_reader=None))
         section = section.model_copy(update={"global_batch": min(LOADER_BATCH, samples)})
-        training = IndexedTraining(section, settings.seed, rank=0, world=1, accumulation=1)
+        training = IndexedTraining(section, settings.seed, **alone)
     else:
-        training = StreamedTraining(section, settings.seed, rank=0, world=1, accumulation=1)
+        training = StreamedTraining(section, settings.seed, **alone)
     batches = iter(training.loader(0, 10**9, torch.device("cpu")))
     replaced = list(next(batches).replaced)  # the worker has started by then
     images = 0

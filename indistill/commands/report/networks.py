@@ -62,8 +62,9 @@ def _create(section: config.Model, data: config.Data) -> TimmModel:
     from indistill.models.views import without_weights
 
     bare = without_weights(section, "network").get("num_classes", section.num_classes)
-    classes = data.num_classes if bare is None else bare
-    return timm_model(build(section, {"num_classes": classes, **section.kwargs}, "network").eval())
+    classes = {"num_classes": data.num_classes if bare is None else bare}
+    kwargs = classes | section.kwargs if data.num_classes else section.kwargs | classes
+    return timm_model(build(section, kwargs, "network").eval())
 
 
 def size(section: config.Model, data: config.Data) -> dict[str, int]:

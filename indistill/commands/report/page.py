@@ -152,7 +152,7 @@ def _headline(run: Run) -> str:
     data = run.settings.data
     facts = [
         _trained(run.settings),
-        f"{data.num_classes} classes",
+        f"{data.num_classes} classes" if data.num_classes else "without labels",
         f"{data.full_size} px",
         f"{data.global_batch:,} images per step",
         f"{steps:,} steps" if run.status == "done" else f"{steps:,} steps of {run.settings.duration}",
