@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedType,
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
@@ -140,7 +141,8 @@ class DDP(Engine):
         self, student: nn.Module, phases: Sequence[Phase], output_of: Callable[[Phase], Output]
     ) -> dict[tuple[int, ...], set[nn.Parameter]]:
         """Return {}: a parameter that a phase does not use has no gradient, and the optimizer skips it."""
-        if self.accelerator.num_processes > 1:
+        # A launcher's only process is wrapped by DDP, too.
+        if self.accelerator.distributed_type != DistributedType.NO:
             self.missing = missing(student, phases, output_of)
         return {}
 
