@@ -162,7 +162,8 @@ class DDP(Engine):
             self.left_out = left_out
             vars(self.student).pop("forward", None)  # with autocast, which Accelerate adds again
             with _requiring_no_gradient(left_out):
-                self.wrapped = self.accelerator.prepare_model(self.student)
+                # Placed again, a CPU's buffers would be others than those that `Buffers` restores.
+                self.wrapped = self.accelerator.prepare_model(self.student, device_placement=False)
         return self.wrapped
 
     def _was_skipped(self, optimizer: Optimizer) -> Callable[[], Tensor]:
