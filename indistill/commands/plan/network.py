@@ -41,7 +41,7 @@ def traffic(
 ) -> dict[str, float]:
     """Return the bytes a rank sends per step, by purpose; in a broadcast each rank sends the data once."""
     micro_batches = settings.grad_accumulation
-    sent = _engine_bytes(settings, student, work, engine, world)
+    sent = _engine_bytes(settings, student, work=work, engine=engine, world=world)
     if not phase.pairs:
         sent["samples of all ranks"] = micro_batches * _gathered(
             settings.kd.relational_scope, work, world, world * micro_batch
@@ -55,7 +55,7 @@ def traffic(
 
 
 def _engine_bytes(
-    settings: Config, student: Trainable, work: Work, engine: str, world: int
+    settings: Config, student: Trainable, *, work: Work, engine: str, world: int
 ) -> dict[str, float]:
     """Return the bytes a rank sends for weights and gradients, by purpose."""
     if engine == "ddp":
