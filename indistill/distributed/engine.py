@@ -58,6 +58,8 @@ _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
 # The student wrapped for training, its optimizer, and a function that returns whether the last step was
 # skipped, as a bool [] on the device.
 Prepared = tuple[nn.Module, Optimizer, Callable[[], Tensor]]
+OutputOf = Callable[[nn.Module, Phase], Output]
+"""What the student, bare or wrapped, computes in a phase, of any images."""
 
 
 # --- the engines --------------------------------------------------------------------------------------------
@@ -86,11 +88,11 @@ class Engine(ABC):
 
     @abstractmethod
     def unused(
-        self, student: nn.Module, phases: Sequence[Phase], output_of: Callable[[Phase], Output]
+        self, student: nn.Module, phases: Sequence[Phase], output_of: OutputOf
     ) -> dict[tuple[int, ...], set[nn.Parameter]]:
         """Return, by the pairs of each phase, the parameters that PhaseOptim itself must leave alone.
 
-        `output_of` returns what the student computes in a phase, of any images. Call before `prepare`.
+        Call before `prepare`.
         """
 
     @abstractmethod
@@ -129,7 +131,8 @@ class DDP(Engine):
     def __init__(self, accelerator: Accelerator, precision: str) -> None:
         super().__init__(accelerator, precision)
         self.missing: dict[tuple[int, ...], set[nn.Parameter]] = {}  # `missing` of each phase, by its pairs
-        self.left_out: set[nn.Parameter] = set()  # of the gradients that `wrapped` reduces
+        self.left_out: set[nn.Parameter] | None = None  # of the gradients that `wrapped` reduces
+        self.output_of: OutputOf
 
     def describe(self) -> str:
         return "ddp"
@@ -138,9 +141,10 @@ class DDP(Engine):
         return lambda: student
 
     def unused(
-        self, student: nn.Module, phases: Sequence[Phase], output_of: Callable[[Phase], Output]
+        self, student: nn.Module, phases: Sequence[Phase], output_of: OutputOf
     ) -> dict[tuple[int, ...], set[nn.Parameter]]:
         """Return {}: a parameter that a phase does not use has no gradient, and the optimizer skips it."""
+        self.output_of = output_of
         # A launcher's only process is wrapped by DDP, too.
         if self.accelerator.distributed_type != DistributedType.NO:
             self.missing = missing(student, phases, output_of)
@@ -159,12 +163,31 @@ class DDP(Engine):
         """
         left_out = self.missing.get(phase.pairs, set())
         if left_out != self.left_out:
+            if left_out != (self.left_out or set()):
+                vars(self.student).pop("forward", None)  # with autocast, which Accelerate adds again
+                with _requiring_no_gradient(left_out):
+                    # Placed again, a CPU's buffers would be others than those that `Buffers` restores.
+                    self.wrapped = self.accelerator.prepare_model(self.student, device_placement=False)
             self.left_out = left_out
-            vars(self.student).pop("forward", None)  # with autocast, which Accelerate adds again
-            with _requiring_no_gradient(left_out):
-                # Placed again, a CPU's buffers would be others than those that `Buffers` restores.
-                self.wrapped = self.accelerator.prepare_model(self.student, device_placement=False)
+            if self.accelerator.num_processes > 1:
+                self._settle(phase)
         return self.wrapped
+
+    def _settle(self, phase: Phase) -> None:
+        """Make a backward pass with gradients of zero.
+
+        After its first one DDP arranges the gradients anew, and the last bits of a sum over more than two
+        ranks depend on the arrangement. A run that resumes has that of the run that never stopped.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
+        output = self.output_of(self.wrapped, phase)
+        tensors = [
+            value for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad
+        ]
+        sum(0 * tensor.float().sum() for tensor in tensors).backward()
+        self.student.zero_grad()
+        for buffer, before in buffers:
+            buffer.copy_(before)  # batch norm has seen the images
 
     def _was_skipped(self, optimizer: Optimizer) -> Callable[[], Tensor]:
         """Return the function that tells whether `optimizer` skipped its last step.
@@ -235,7 +258,7 @@ class ZeRO(Engine):
         return gathered
 
     def unused(
-        self, student: nn.Module, phases: Sequence[Phase], output_of: Callable[[Phase], Output]
+        self, student: nn.Module, phases: Sequence[Phase], output_of: OutputOf
     ) -> dict[tuple[int, ...], set[nn.Parameter]]:
         """Return what is `missing` in each phase.
 
@@ -362,7 +385,7 @@ class ZeRO(Engine):
 
 
 def missing(
-    student: nn.Module, phases: Sequence[Phase], output_of: Callable[[Phase], Output]
+    student: nn.Module, phases: Sequence[Phase], output_of: OutputOf
 ) -> dict[tuple[int, ...], set[nn.Parameter]]:
     """Return, by the pairs of each phase, the trainable parameters that its output does not depend on."""
     trained = {parameter for parameter in student.parameters() if parameter.requires_grad}
@@ -370,7 +393,7 @@ def missing(
     found = {}
     for phase in phases:
         # Only a leaf's node has its variable.
-        tensors = [value for value in tree_leaves(output_of(phase)) if isinstance(value, Tensor)]
+        tensors = [value for value in tree_leaves(output_of(student, phase)) if isinstance(value, Tensor)]
         used = {getattr(node, "variable", None) for x in tensors for node in walk(x.grad_fn)}
         found[phase.pairs] = trained - used
     for buffer, before in buffers:

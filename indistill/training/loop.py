@@ -189,10 +189,10 @@ class Run:
         buffers = Buffers(self.student)
         with parts.refusing_single_values(self.settings):
             for phase in self.timetable.curriculum.phases():
-                self._blank_output(phase, 1)
+                self._blank_output(self.student, phase, 1)
         buffers.put_back(torch.tensor(True, device=self.accelerator.device))
 
-    def _blank_output(self, phase: Phase, samples: int = 2) -> Output:
+    def _blank_output(self, student: nn.Module, phase: Phase, samples: int = 2) -> Output:
         """Compute a phase's output for black images; its graph has the parameters that the phase trains."""
         device = self.accelerator.device
         size = self.training.sizes.at(int(phase.start))
@@ -200,7 +200,7 @@ class Run:
         images = torch.zeros(samples, 3, size, size, dtype=torch.int32, device=device)
         with torch.compiler.set_stance("force_eager"):  # a batch of this size does not come again
             targets = self.targets_of(images, phase)
-        return self.student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
+            return student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
 
     def _resume(self) -> None:
         """Load the newest checkpoint, if there is one, once all ranks agree on what they run."""
