@@ -184,7 +184,7 @@ class DDP(Engine):
         tensors = [
             value for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad
         ]
-        sum(0 * tensor.float().sum() for tensor in tensors).backward()
+        torch.stack([0 * tensor.float().sum() for tensor in tensors]).sum().backward()
         self.student.zero_grad()
         for buffer, before in buffers:
             buffer.copy_(before)  # batch norm has seen the images

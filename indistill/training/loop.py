@@ -156,7 +156,8 @@ class Run:
                 timetable=self.timetable,
                 plan=self.plan,
             )
-        self.targets_of = targets_of
+        self.own_targets = targets_of  # before other ranks have a part in them
+        self.targets_of = self.sources.targets(targets_of, self.plan, self.timetable, settings)
         self.targets_of.bring_along(training, self.timetable)
 
     def _prepare(self) -> None:
@@ -170,7 +171,6 @@ class Run:
         optimizer = optim.create(student, settings.optimizer, fused=self.engine.fused)
         self._check_single_images()
         unused = self.engine.unused(student, self.timetable.curriculum.phases(), self._blank_output)
-        self.targets_of = self.sources.targets(self.targets_of, self.plan, self.timetable, settings)
         self.phase_optim = optim.PhaseOptim(optimizer, settings, self.timetable, unused)
         self.wrapped, self.optimizer, self.was_skipped = self.engine.prepare(student, optimizer)
         self.phase_optim.stale_gradients = self.engine.stale_gradients()
@@ -199,7 +199,7 @@ class Run:
         # No batch has this type, so that several students do not take the teacher's output for one.
         images = torch.zeros(samples, 3, size, size, dtype=torch.int32, device=device)
         with torch.compiler.set_stance("force_eager"):  # a batch of this size does not come again
-            targets = self.targets_of(images, phase)
+            targets = self.own_targets(images, phase)
             return student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
 
     def _resume(self) -> None:
