@@ -195,17 +195,20 @@ def crossing(
     columns = ["engine", "phase", "processes", "predicted bytes", "measured bytes", "error"]
     return (
         f"## Bytes sent\n\n{table(columns, rows)}\nBytes that a process sends in a step: the mean over "
-        "processes and steps. Measured are the bytes that the kernel counts as acknowledged on its TCP "
-        "connections (payload, without headers)."
+        "processes and the steps of a phase from the third on. Measured are the bytes that the kernel counts "
+        "as acknowledged on its TCP connections (payload, without headers)."
     )
 
 
 def sent(ranks: list[list[recorded.Step]], phase: str) -> float:
-    """Return the bytes sent per step: the mean over the ranks and over the phase's steps except the first."""
+    """Return the bytes sent per step: the mean over the ranks and over the phase's steps from the third on.
+
+    In the first DDP is created, and sends all weights; in the second it arranges its buckets anew.
+    """
     each = []
     for steps in ranks:
         inside = [step.sent for step in steps if step.phase == phase]
-        each.append((inside[-1] - inside[0]) / (len(inside) - 1))
+        each.append((inside[-1] - inside[1]) / (len(inside) - 2))
     return statistics.mean(each)
 
 

@@ -16,7 +16,7 @@ import re
 import socket
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedType,
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
@@ -35,6 +36,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from indistill.config import UserError, in_one_line
 from indistill.config.ranks import Ranks
@@ -47,6 +49,7 @@ from indistill.distributed.saved_state import (
     state_kinds,
 )
 from indistill.models.graph import walk
+from indistill.models.outputs import Output
 from indistill.models.weights import misfit
 
 Student = TypeVar("Student", bound=nn.Module)
@@ -55,6 +58,8 @@ _PERSISTENCE = "stage3_param_persistence_threshold"  # elements
 # The student wrapped for training, its optimizer, and a function that returns whether the last step was
 # skipped, as a bool [] on the device.
 Prepared = tuple[nn.Module, Optimizer, Callable[[], Tensor]]
+OutputOf = Callable[[nn.Module, Phase], Output]
+"""What the student, bare or wrapped, computes in a phase, of any images."""
 
 
 # --- the engines --------------------------------------------------------------------------------------------
@@ -69,7 +74,8 @@ class Engine(ABC):
     def __init__(self, accelerator: Accelerator, precision: str) -> None:
         self.accelerator = accelerator
         self.precision = precision
-        self.student: nn.Module  # set by `prepare`, as is the optimizer that Accelerate returns
+        self.student: nn.Module  # set by `prepare`, as are the wrapped one and the optimizer of Accelerate
+        self.wrapped: nn.Module
         self.optimizer: Any
 
     @abstractmethod
@@ -82,16 +88,20 @@ class Engine(ABC):
 
     @abstractmethod
     def unused(
-        self, student: nn.Module, phases: Sequence[Phase], loss_of: Callable[[Phase], Tensor]
+        self, student: nn.Module, phases: Sequence[Phase], output_of: OutputOf
     ) -> dict[tuple[int, ...], set[nn.Parameter]]:
         """Return, by the pairs of each phase, the parameters that PhaseOptim itself must leave alone.
 
-        `loss_of` returns the loss of a phase on any images. Call before `prepare`.
+        Call before `prepare`.
         """
 
     @abstractmethod
     def prepare(self, student: nn.Module, optimizer: Optimizer) -> Prepared:
         """Wrap the student for training on all ranks."""
+
+    @abstractmethod
+    def in_phase(self, phase: Phase) -> nn.Module:
+        """Return the wrapped student, ready for steps of a phase. Call on all ranks, before each step."""
 
     @abstractmethod
     def stale_gradients(self) -> Tensor | None:
@@ -118,6 +128,12 @@ class DDP(Engine):
 
     fused = True
 
+    def __init__(self, accelerator: Accelerator, precision: str) -> None:
+        super().__init__(accelerator, precision)
+        self.missing: dict[tuple[int, ...], set[nn.Parameter]] = {}  # `missing` of each phase, by its pairs
+        self.left_out: set[nn.Parameter] | None = None  # of the gradients that `wrapped` reduces
+        self.output_of: OutputOf
+
     def describe(self) -> str:
         return "ddp"
 
@@ -125,15 +141,53 @@ class DDP(Engine):
         return lambda: student
 
     def unused(
-        self, student: nn.Module, phases: Sequence[Phase], loss_of: Callable[[Phase], Tensor]
+        self, student: nn.Module, phases: Sequence[Phase], output_of: OutputOf
     ) -> dict[tuple[int, ...], set[nn.Parameter]]:
         """Return {}: a parameter that a phase does not use has no gradient, and the optimizer skips it."""
+        self.output_of = output_of
+        # A launcher's only process is wrapped by DDP, too.
+        if self.accelerator.distributed_type != DistributedType.NO:
+            self.missing = missing(student, phases, output_of)
         return {}
 
     def prepare(self, student: nn.Module, optimizer: Optimizer) -> Prepared:
         self.student = student
-        wrapped, self.optimizer = self.accelerator.prepare(student, optimizer)
-        return wrapped, self.optimizer, self._was_skipped(optimizer)
+        self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer)
+        return self.wrapped, self.optimizer, self._was_skipped(optimizer)
+
+    def in_phase(self, phase: Phase) -> nn.Module:
+        """As `Engine.in_phase`; wraps the student anew where a phase trains other parameters than the last.
+
+        DDP reduces the gradients of the parameters that require one when it is created, and waits for all of
+        them in every backward pass.
+        """
+        left_out = self.missing.get(phase.pairs, set())
+        if left_out != self.left_out:
+            if left_out != (self.left_out or set()):
+                vars(self.student).pop("forward", None)  # with autocast, which Accelerate adds again
+                with _requiring_no_gradient(left_out):
+                    # Placed again, a CPU's buffers would be others than those that `Buffers` restores.
+                    self.wrapped = self.accelerator.prepare_model(self.student, device_placement=False)
+            self.left_out = left_out
+            if self.accelerator.num_processes > 1:
+                self._settle(phase)
+        return self.wrapped
+
+    def _settle(self, phase: Phase) -> None:
+        """Make a backward pass with gradients of zero.
+
+        After its first one DDP arranges the gradients anew, and the last bits of a sum over more than two
+        ranks depend on the arrangement. A run that resumes has that of the run that never stopped.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
+        output = self.output_of(self.wrapped, phase)
+        tensors = [
+            value for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad
+        ]
+        torch.stack([0 * tensor.float().sum() for tensor in tensors]).sum().backward()
+        self.student.zero_grad()
+        for buffer, before in buffers:
+            buffer.copy_(before)  # batch norm has seen the images
 
     def _was_skipped(self, optimizer: Optimizer) -> Callable[[], Tensor]:
         """Return the function that tells whether `optimizer` skipped its last step.
@@ -204,21 +258,13 @@ class ZeRO(Engine):
         return gathered
 
     def unused(
-        self, student: nn.Module, phases: Sequence[Phase], loss_of: Callable[[Phase], Tensor]
+        self, student: nn.Module, phases: Sequence[Phase], output_of: OutputOf
     ) -> dict[tuple[int, ...], set[nn.Parameter]]:
-        """Return the parameters that are missing from the graph of each phase's loss.
+        """Return what is `missing` in each phase.
 
-        ZeRO gives them gradients of zero, with which an optimizer would let them decay.
+        ZeRO gives these parameters gradients of zero, with which an optimizer would let them decay.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
-        missing = {}
-        for phase in phases:
-            # Only a leaf's node has its variable.
-            used = {getattr(node, "variable", None) for node in walk(loss_of(phase).grad_fn)}
-            missing[phase.pairs] = set(student.parameters()) - used
-        for buffer, before in buffers:
-            buffer.copy_(before)  # batch norm has seen the images
-        return missing
+        return missing(student, phases, output_of)
 
     def prepare(self, student: nn.Module, optimizer: Optimizer) -> Prepared:
         self.student = student
@@ -229,11 +275,14 @@ class ZeRO(Engine):
             student.forward = convert_outputs_to_fp32(self.accelerator.autocast()(student.forward))
         if self.stage == 3:
             self._keep_outermost_parameters_whole(student)
-        wrapped, self.optimizer = self.accelerator.prepare(student, optimizer)
+        self.wrapped, self.optimizer = self.accelerator.prepare(student, optimizer)
         if self.precision == "fp16":
             use_dynamic_loss_scale(self._zero)
-        device = self.accelerator.device
+        wrapped, device = self.wrapped, self.accelerator.device
         return wrapped, self.optimizer, lambda: torch.tensor(self.optimizer.step_was_skipped, device=device)
+
+    def in_phase(self, phase: Phase) -> nn.Module:
+        return self.wrapped
 
     def _keep_outermost_parameters_whole(self, student: nn.Module) -> None:
         """Raise the size up to which stage 3 keeps parameters whole, to that of the outermost modules' own.
@@ -333,6 +382,33 @@ class ZeRO(Engine):
             return list(zip(sizes, zero.fp32_partitioned_groups_flat))
         sizes = [[parameter.numel() for parameter in group] for group in zero.bit16_groups]
         return list(zip(sizes, zero.single_partition_of_fp32_groups))
+
+
+def missing(
+    student: nn.Module, phases: Sequence[Phase], output_of: OutputOf
+) -> dict[tuple[int, ...], set[nn.Parameter]]:
+    """Return, by the pairs of each phase, the trainable parameters that its output does not depend on."""
+    trained = {parameter for parameter in student.parameters() if parameter.requires_grad}
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    found = {}
+    for phase in phases:
+        # Only a leaf's node has its variable.
+        tensors = [value for value in tree_leaves(output_of(student, phase)) if isinstance(value, Tensor)]
+        used = {getattr(node, "variable", None) for x in tensors for node in walk(x.grad_fn)}
+        found[phase.pairs] = trained - used
+    for buffer, before in buffers:
+        buffer.copy_(before)  # batch norm has seen the images
+    return found
+
+
+@contextlib.contextmanager
+def _requiring_no_gradient(parameters: Set[nn.Parameter]) -> Iterator[None]:
+    """Have trainable parameters require no gradient in the meantime."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
 def use_dynamic_loss_scale(zero_optimizer: Any) -> None:

@@ -43,6 +43,7 @@ class Work:
     compared: list[Rows]  # what losses that compare samples gather from all ranks
     # Results within the largest block that the backward pass computes again (grad_checkpointing).
     recomputed_bytes: int = 0
+    trained_parameters: int = 0  # those with a gradient
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def measure(
         targets={name: tuple(target.shape[1:]) for name, target in fields.items()},
         compared=more.compared,
         recomputed_bytes=(more.recomputed_bytes - fewer.recomputed_bytes) // (SEEN[1] - SEEN[0]),
+        trained_parameters=more.trained_parameters,
     )
 
 
@@ -95,6 +97,7 @@ class _Run:
     targets: Targets
     compared: list[Rows]  # what losses that compare samples gather
     recomputed_bytes: int  # of the largest block that the backward pass computes again
+    trained_parameters: int  # those with a gradient
 
 
 class _Memory(TorchDispatchMode):
@@ -157,7 +160,7 @@ def _run(
                 loss, _ = objective(output, targets, labels=labels, phase=phase, step=int(phase.start))
             trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
             with memory:
-                torch.autograd.grad(loss, trained, allow_unused=True)
+                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
     return _Run(
         teacher_flops=teaching.get_total_flops(),
         student_flops=learning.get_total_flops(),
@@ -165,6 +168,7 @@ def _run(
         targets=targets,
         compared=[] if phase.pairs else objective.compared(output, targets, labels),
         recomputed_bytes=memory.largest_block,
+        trained_parameters=sum(gradient.numel() for gradient in gradients if gradient is not None),
     )
 
 

@@ -33,6 +33,7 @@ from indistill.distributed.agree import agree, software_versions
 from indistill.distributed.preemption import Agreement, Preempted
 from indistill.losses.objective import Objective
 from indistill.models.network import Network
+from indistill.models.outputs import Output
 from indistill.models.trainable import Trainable
 from indistill.training import guard, lessons, optim, parts
 from indistill.training.callbacks import Callback, check_callbacks
@@ -157,6 +158,7 @@ class Run:
                 timetable=self.timetable,
                 plan=self.plan,
             )
+        self.own_targets = targets_of  # before other ranks have a part in them
         self.targets_of = self.sources.targets(targets_of, self.plan, self.timetable, settings)
         self.targets_of.bring_along(training, self.timetable)
 
@@ -170,7 +172,7 @@ class Run:
         self.whole = self.engine.whole(student)
         optimizer = optim.create(student, settings.optimizer, fused=self.engine.fused)
         self._check_single_images()
-        unused = self.engine.unused(student, self.timetable.curriculum.phases(), self._blank_loss)
+        unused = self.engine.unused(student, self.timetable.curriculum.phases(), self._blank_output)
         self.phase_optim = optim.PhaseOptim(optimizer, settings, self.timetable, unused)
         self.wrapped, self.optimizer, self.was_skipped = self.engine.prepare(student, optimizer)
         self.phase_optim.stale_gradients = self.engine.stale_gradients()
@@ -189,19 +191,18 @@ class Run:
         buffers = Buffers(self.student)
         with parts.refusing_single_values(self.settings):
             for phase in self.timetable.curriculum.phases():
-                # No batch has this type, so that several students do not take the teacher's output for one.
-                self._blank_loss(phase, 1, torch.int32)
+                self._blank_output(self.student, phase, 1)
         buffers.put_back(torch.tensor(True, device=self.accelerator.device))
 
-    def _blank_loss(self, phase: Phase, samples: int = 2, dtype: torch.dtype = torch.uint8) -> Tensor:
-        """Compute a phase's loss on black images; its graph contains the parameters that it trains."""
+    def _blank_output(self, student: nn.Module, phase: Phase, samples: int = 2) -> Output:
+        """Compute a phase's output for black images; its graph has the parameters that the phase trains."""
         device = self.accelerator.device
         size = self.training.sizes.at(int(phase.start))
-        images = torch.zeros(samples, 3, size, size, dtype=dtype, device=device)
-        labels = torch.zeros(samples, dtype=torch.int64, device=device)
-        targets = self.targets_of(images, phase)
-        output = self.student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
-        return self.objective(output, targets, labels=labels, phase=phase, step=int(phase.start))[0]
+        # No batch has this type, so that several students do not take the teacher's output for one.
+        images = torch.zeros(samples, 3, size, size, dtype=torch.int32, device=device)
+        with torch.compiler.set_stance("force_eager"):  # a batch of this size does not come again
+            targets = self.own_targets(images, phase)
+            return student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
 
     def _resume(self) -> None:
         """Load the newest checkpoint, if there is one, once all ranks agree on what they run."""
@@ -264,6 +265,7 @@ class Run:
         if step == self.first_step:
             self.targets_of.hold_weights()  # every student that shares the teacher has its plan by now
         lr = self.phase_optim.begin_step(step, phase)
+        self.wrapped = self.engine.in_phase(phase)
         self.buffers.keep()
         # Dropout depends on the step alone, so a resumed run repeats it.
         seed_everything(step_seed(self.settings.seed, step, self.accelerator.process_index))

@@ -21,7 +21,6 @@ from indistill.data import class_names
 from indistill.distributed import deepspeed_config, engine, environment, preemption
 from indistill.distributed.agree import agree, setup
 from indistill.distributed.engine import Engine, ZeRO
-from indistill.losses.objective import reads
 
 
 def start_engine(settings: Config) -> Engine:
@@ -63,10 +62,7 @@ def _start(settings: Config, training: bool) -> Engine:
 
 
 def _engine(settings: Config, zero: dict[str, Any] | None, ranks: Ranks) -> Engine:
-    # The warm-up leaves deep layers without gradient, changing from phase to phase; a loss on the embedding,
-    # the head.
-    partly_unused = settings.warmup is not None or not reads(settings.losses, "logits")
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=partly_unused, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     dynamo = TorchDynamoPlugin(backend="inductor", dynamic=False) if settings.compile else None
     with environment.without_accumulation():
         return engine.start(

@@ -180,8 +180,8 @@ class TeacherPass:
     def __init__(self, network: Network, run: Callable[..., Output]) -> None:
         self.network = network
         self.run = run
-        # Position and dtype of the batch: KD may have mixed its images, which makes them float.
-        self.batch: tuple[int, torch.dtype] | None = None
+        # Position, dtype and shape of the batch: KD may have mixed its images, which makes them float.
+        self.batch: tuple[int, torch.dtype, torch.Size] | None = None
         self.stages: set[int] = set()  # requested on this batch
         self.whole = False  # whether embedding and logits were requested on this batch
         self.output: Output | None = None
@@ -199,8 +199,9 @@ class TeacherPass:
             self.output = None
         stages_before: set[int] = set()
         whole_before = False
-        if self.batch != (position, images.dtype):
-            self.batch = (position, images.dtype)
+        batch = (position, images.dtype, images.shape)
+        if self.batch != batch:
+            self.batch = batch
             stages_before, whole_before = self.stages, self.whole
             self.stages, self.whole = set(), False
             self.output = None

@@ -62,7 +62,8 @@ def run(path: Path, folder: Path) -> None:
     rank, normalise, begin_groups = os.environ["RANK"], Network.normalise, groups._Groups.begin
 
     def noting_normalise(network, images):
-        if not network.training and torch.is_inference_mode_enabled():  # but not in an evaluation
+        # But not in an evaluation, nor the black images on which a run begins.
+        if not network.training and torch.is_inference_mode_enabled() and images.dtype == torch.uint8:
             recorded["images"] += len(images)
         return normalise(network, images)
 

@@ -66,10 +66,14 @@ def test_a_ring():
 
 
 def test_bytes_on_the_network(tree, found):
-    sent = found.phases[0].network_bytes
-    assert sent["gradients"] == 4 * WEIGHTS  # of two ranks, each sends half of it twice
-    assert sent["batch norm statistics"] == (4 * 2 * (8 + 16 + 32) + 3 * 8 + 2 * 3 * 4) / 2
-    assert sent["which parameters are used"] == 4 * 16
+    first, second, _, last = (phase.network_bytes for phase in found.phases)
+    # Of two ranks, each sends half of the gradients twice: in a phase, of the layers that it trains.
+    assert first["gradients"] == 4 * (8 * 27 + 3 * 8)
+    assert second["gradients"] == 4 * (8 * 27 + 3 * 8 + 16 * 72 + 3 * 16)
+    assert last["gradients"] == 4 * WEIGHTS
+    for sent in (first, second, last):
+        assert sent["batch norm statistics"] == (4 * 2 * (8 + 16 + 32) + 3 * 8 + 2 * 3 * 4) / 2
+        assert sent.keys() == {"gradients", "batch norm statistics"}
     assert found.network_bytes["ZeRO 3"] == pytest.approx(1.5 * 4 * WEIGHTS)
     tree["kd"] = {"losses": [{"name": "pkt"}]}
     kd = estimate.of_run(config.parse(tree, "test"), world=2).phases[-1].network_bytes

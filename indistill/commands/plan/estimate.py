@@ -211,8 +211,7 @@ class _Costs:
 
     def communication(self, phase: Phase, devices: int) -> float:
         """Seconds of communication per step under DDP."""
-        parameters = self.built.student.parameters()
-        trained = FLOAT * sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        trained = FLOAT * self.works[phase].trained_parameters
         buckets = 1 + math.ceil(trained / BUCKET)  # DDP's first bucket is small
         sent = sum(self.sent(phase, "ddp", devices).values())
         return communication_seconds(self.settings.machine, sent, buckets, devices)

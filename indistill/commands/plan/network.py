@@ -11,7 +11,6 @@ from indistill.commands.plan.memory import FLOAT
 from indistill.config import Config
 from indistill.curriculum import Phase
 from indistill.losses.gather import gathers
-from indistill.losses.objective import reads
 from indistill.models.network import Network
 from indistill.models.trainable import Trainable
 from indistill.targets.cost import Work, decode_seconds, record_bytes
@@ -44,7 +43,7 @@ def traffic(
 ) -> dict[str, float]:
     """Return the bytes a rank sends per step, by purpose; in a broadcast each rank sends the data once."""
     micro_batches = settings.grad_accumulation
-    sent = _engine_bytes(settings, student, engine, world)
+    sent = _engine_bytes(settings, student, work=work, engine=engine, world=world)
     if not phase.pairs:
         sent["samples of all ranks"] = micro_batches * _gathered(
             settings.kd.relational_scope, work, world, world * micro_batch
@@ -59,20 +58,18 @@ def traffic(
     return {purpose: size for purpose, size in sent.items() if size}
 
 
-def _engine_bytes(settings: Config, student: Trainable, engine: str, world: int) -> dict[str, float]:
+def _engine_bytes(
+    settings: Config, student: Trainable, *, work: Work, engine: str, world: int
+) -> dict[str, float]:
     """Return the bytes a rank sends for weights and gradients, by purpose."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    weights = FLOAT * sum(parameter.numel() for parameter in parameters)
     if engine == "ddp":
         buffers = sum(buffer.nbytes for buffer in student.buffers())
-        sent = {
-            # All gradients in every phase: DDP sends zeros for parameters without one.
-            "gradients": all_reduce_bytes(weights, world),
+        return {
+            "gradients": all_reduce_bytes(FLOAT * work.trained_parameters, world),
             "batch norm statistics": all_gather_bytes(buffers, world),
         }
-        if settings.warmup or not reads(settings.losses, "logits"):
-            sent["which parameters are used"] = all_reduce_bytes(4 * len(parameters), world)
-        return sent
+    # ZeRO sends all gradients in every phase, those of zero, too.
+    weights = FLOAT * sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     if engine == "ZeRO 3":  # weights are gathered for forward and backward, gradients scattered
         return {"weights and gradients": 3 * settings.grad_accumulation * all_gather_bytes(weights, world)}
     # DeepSpeed all-reduces whole buckets and keeps its part; stage 2 after every micro-batch.
