@@ -108,7 +108,7 @@ def write_targets(tree: dict[str, Any]) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])  # its weights are partitioned, too
 def test_zero_has_the_losses_of_ddp_and_resumes_on_another_number(headless, tmp_path, monkeypatch, stage):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     ddp = named(headless, tmp_path, "ddp")

@@ -198,7 +198,7 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_elastic(tree, tmp_path, of_ddp, stage):
     """A run that goes from two processes to one to two has the losses of a run on two."""
     tree["student"] = {
@@ -303,12 +303,11 @@ def test_a_dynamic_loss_scale(tree, tmp_path, stage, exponent):
     assert float((Path(over["run_dir"]) / "scale").read_text()) == 2.0 ** (exponent - skipped)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_accelerate_launch(tree, tmp_path, stage):
+def test_accelerate_launch(tree, tmp_path):
     """Only the accelerate config selects ZeRO; uses the file in launch/ and a command-line override."""
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(tree | {"duration": "15 steps"}))
-    launch = ["--config_file", str(ROOT / f"launch/accelerate/zero{stage}.yaml"), "--num_processes", "2"]
+    launch = ["--config_file", str(ROOT / f"launch/accelerate/zero3.yaml"), "--num_processes", "2"]
     launch += ["--main_process_port", str(unused_port()), "-m", "indistill", "train", str(path)]
     result = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch],
@@ -318,6 +317,6 @@ def test_accelerate_launch(tree, tmp_path, stage):
         timeout=400,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count(f"indistill: 2 processes on cpu, ZeRO stage {stage}") == 1
+    assert result.stdout.count(f"indistill: 2 processes on cpu, ZeRO stage 3") == 1
     summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     assert (summary["world_size"], summary["step"]) == (2, 15)

@@ -401,13 +401,19 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.usefixtures("no_processes")
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_quick_version_of_every_study(path, folders, tmp_path):
+@pytest.mark.parametrize(
+    "path",
+    # Those that are left out are as imagenette_cnn and cifar10_heads, with other networks.
+    [path for path in STUDIES if path.stem not in ("imagenette_vit", "tinyimagenet_heads")],
+    ids=lambda path: path.stem,
+)
+def test_the_quick_version_of_a_study(path, folders, tmp_path):
     written = yaml.safe_load(path.read_text())
     written["config"] = str((path.parent / written["config"]).resolve())
     written["quick"]["epochs"] = 1
-    for cells in written["cells"]:  # dist and dkd run as kd does
-        cells["methods"] = [method for method in cells["methods"] if not method.startswith(("dist", "dkd"))]
+    left_out = ("dist", "dkd", "vit_")  # they run as others do
+    for cells in written["cells"]:
+        cells["methods"] = [method for method in cells["methods"] if not method.startswith(left_out)]
     written["quick"]["overrides"] += ["data.global_batch=4", "data.streams=4", "checkpoint.every_steps=null"]
     (tmp_path / path.name).write_text(yaml.safe_dump(written, sort_keys=False))
     options = [f"--{name}={folder}" for name, folder in folders.items()]
