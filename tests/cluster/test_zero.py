@@ -307,7 +307,7 @@ def test_accelerate_launch(tree, tmp_path):
     """Only the accelerate config selects ZeRO; uses the file in launch/ and a command-line override."""
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(tree | {"duration": "15 steps"}))
-    launch = ["--config_file", str(ROOT / f"launch/accelerate/zero3.yaml"), "--num_processes", "2"]
+    launch = ["--config_file", str(ROOT / "launch/accelerate/zero3.yaml"), "--num_processes", "2"]
     launch += ["--main_process_port", str(unused_port()), "-m", "indistill", "train", str(path)]
     result = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch],
@@ -317,6 +317,6 @@ def test_accelerate_launch(tree, tmp_path):
         timeout=400,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count(f"indistill: 2 processes on cpu, ZeRO stage 3") == 1
+    assert result.stdout.count("indistill: 2 processes on cpu, ZeRO stage 3") == 1
     summary = json.loads((Path(tree["run_dir"]) / "summary.json").read_text())
     assert (summary["world_size"], summary["step"]) == (2, 15)
