@@ -140,7 +140,7 @@ def check_stage(path, settings, accelerator, run_dir):
     images = torch.randint(256, (SEEN, 3, size, size), dtype=torch.uint8)
     labels = torch.tensor([0, classes - 1])
     batch = Batch(images, labels, labels, [])
-    student, targets_of, plan, _ = lessons.networks(
+    student, targets_of, plan, places = lessons.networks(
         accelerator, settings, files=RunDir(run_dir), calibration=lambda batches: [batch]
     )
 
@@ -163,7 +163,8 @@ def check_stage(path, settings, accelerator, run_dir):
         own = (settings.warmup if phase.pairs else settings.kd).lr
         assert 0 < phase_optim.begin_step(middle, phase) <= (own or settings.optimizer.lr)
 
-    objective = Objective(settings.kd.losses, timetable.steps_per_epoch, settings.kd.relational_scope)
+    scope = settings.kd.relational_scope
+    objective = Objective(settings.losses, timetable.steps_per_epoch, scope, places=places)
     mixed = torch.nn.functional.one_hot(labels, classes).float() if settings.kd.mix else labels
     student.train()
     for phase in (*before[-1:], last):  # the deepest maps, and all of the networks
@@ -171,7 +172,7 @@ def check_stage(path, settings, accelerator, run_dir):
         output = student(images, upto=phase.upto, pairs=phase.pairs, targets=targets)
         loss, terms = objective(output, targets, labels=mixed, phase=phase, step=phase.start)
         assert 0 < loss.item() < math.inf
-        assert len(terms) == len(phase.pairs or settings.kd.losses)
+        assert len(terms) == len(phase.pairs or settings.losses)
     logits = student.eval()(images).logits
     headless = settings.student is not None and 0 in (classes, settings.student.num_classes)
     assert logits is None if headless else logits.shape == (SEEN, classes)
