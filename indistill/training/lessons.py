@@ -120,7 +120,6 @@ def naming_teacher(called: str) -> Iterator[None]:
 class Lesson:
     """What the student learns from a teacher, and what it needs for that."""
 
-    losses: Sequence[config.Loss]
     targets_of: TargetSource
     plan: Plan
     student_stages: Sequence[int]  # whose maps its losses read
@@ -155,7 +154,7 @@ class _Builder:
         check_cohort(losses, reader.manifest.heads)
         warms_up = warmup is not None
         targets = CachedTargets(reader, losses, kd_stages=_taught(losses, pairs), warms_up=warms_up)
-        return Lesson(losses, targets, plan, [student for _, student in pairs], shape)
+        return Lesson(targets, plan, [student for _, student in pairs], shape)
 
     def _live(self, settings: Config) -> Lesson:
         """Load the teacher."""
@@ -192,7 +191,7 @@ class _Builder:
             run=self.run_teacher(teacher, settings),
             pool=settings.targets.pool,
         )
-        return Lesson(losses, targets, plan, [student for _, student in pairs], shape)
+        return Lesson(targets, plan, [student for _, student in pairs], shape)
 
     def _load_teacher(self, settings: Config, section: config.Teacher) -> Network:
         """Create the teacher on its device, or on the CPU if it is to be sharded: it may not fit a device."""
