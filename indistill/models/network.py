@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from indistill.models.trainable import Trainable
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_LARGEST = 1e6  # of a mean or deviation
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of the input per channel, in [0, 1] units."""
 
@@ -215,14 +215,15 @@ def normalisation(net: TimmModel, section: config.Model, role: str) -> Normalisa
             f"{role}: the normalisation of {section.name} is not known: set {role}.mean and {role}.std"
         )
     mean, std = timm_config["mean"], timm_config["std"]
-    for values in (mean, std):
+    for values, smallest in ((mean, -_LARGEST), (std, 0.0)):
         if (
             not isinstance(values, (list, tuple))
             or len(values) != 3
-            or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+            or not all(isinstance(value, (int, float)) and smallest < value < _LARGEST for value in values)
         ):
+            what = "three numbers" if values is mean else "three positive numbers"
             raise UserError(
-                f"{role}: the normalisation of {section.name} is {str(values)[:100]}, not three numbers: set "
+                f"{role}: the normalisation of {section.name} is {str(values)[:100]}, not {what}: set "
                 f"{role}.mean and {role}.std"
             )
     return mean, std
