@@ -71,6 +71,8 @@ class Profile(Callback):
     def _start(self, step: int) -> None:
         other = Profile.recording
         if other is not None and other.files != self.files:
+            self.steps = range(0)
+            _say(f"{self.files.profile}: the steps are in {other.files.profile}, which is being recorded")
             return
         if other is not None:  # of a start of this run that failed
             other._stop()
@@ -100,5 +102,8 @@ class Profile(Callback):
                 replace_text(folder / f"{name}.txt", table)
             except (OSError, RuntimeError) as error:
                 reason = in_one_line(error, 300)
-                message = f"{folder}: the profile cannot be written ({reason}): the run goes on without it"
-                print(f"indistill: {message}", file=sys.stderr, flush=True)
+                _say(f"{folder}: the profile cannot be written ({reason}): the run goes on without it")
+
+
+def _say(line: str) -> None:
+    print(f"indistill: {line}", file=sys.stderr, flush=True)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import refused
+from conftest import refused, run_ranks
 
 from indistill import config
+from indistill.config import runs
 from indistill.distributed import preemption
+from indistill.training import runs as training_runs
 from indistill.training.callbacks import Callback
 from indistill.training.loop import train
 from indistill.training.profile import Profile
@@ -64,9 +67,11 @@ def test_the_steps_are_in_the_trace_by_phase_and_the_run_is_the_same(tree, tmp_p
     assert (found["warmup 1/3"], found["warmup 2/3"], found["warmup 3/3"]) == (1, 2, 0)
     assert found["Optimizer.step#AdamW.step"] == 3
     table = (run_dir / "profile" / "steps-4-6-rank-00000.txt").read_text()
-    names = [line.split()[0] for line in table.splitlines() if line[:1] == " " or "::" in line]
-    assert "aten::convolution_backward" in names
-    assert sum("%" in line and "Self" not in line for line in table.splitlines()) == 10
+    rows = [line.split() for line in table.splitlines() if "%" in line and "Self" not in line]
+    assert len(rows) == 10
+    assert "aten::convolution_backward" in [row[0] for row in rows]
+    shares = [float(next(cell for cell in row if cell.endswith("%"))[:-1]) for row in rows]  # of its own time
+    assert shares == sorted(shares, reverse=True)
     for name in ("student.safetensors", "checkpoints/step-00000014/model.safetensors"):
         assert (run_dir / name).read_bytes() == (plain / name).read_bytes()
 
@@ -132,3 +137,28 @@ def test_the_section_is_no_part_of_the_run(tree):
     with_it = config.parse({**tree, "profile": {"from": 1, "steps": 2}}, "test")
     assert config.parse(yaml.safe_load(config.dump(with_it)), "dump") == with_it
     assert config.fingerprint(with_it) == config.fingerprint(config.parse(tree, "test"))
+
+
+def test_students_that_take_turns_are_in_the_profile_of_the_first(tree, tmp_path, capfd):
+    tree |= {"duration": "6 steps", "warmup": None, "profile": {"from": 2, "steps": 2}}
+    student = tree.pop("student")
+    tree["students"] = [{"name": name, "student": student} for name in ("one", "two")]
+    training_runs.run(runs.load(tree))
+    names = ["steps-3-4-rank-00000.json.gz", "steps-3-4-rank-00000.txt"]
+    assert files(tmp_path / "run" / "one") == names
+    assert not (tmp_path / "run" / "two" / "profile").exists()
+    # Steps 3 and 4 of the first, and step 3 of the other between them.
+    assert events(tmp_path / "run" / "one", "steps-3-4-rank-00000")["Optimizer.step#AdamW.step"] == 3
+    line = "two/profile: the steps are in .*one/profile, which is being recorded"
+    assert len(re.findall(line, capfd.readouterr().err)) == 1
+
+
+def test_each_rank_has_files_of_its_own(tree, tmp_path):
+    tree |= {"duration": "4 steps", "warmup": None, "profile": {"from": 1, "steps": 2}}
+    run_ranks(trained, 2, tree, tmp_path / "run")
+    for rank in range(2):
+        name = f"steps-2-3-rank-{rank:05d}"
+        assert {f"{name}.json.gz", f"{name}.txt"} <= {*files(tmp_path / "run")}
+        found = events(tmp_path / "run", name)
+        assert (found["kd"], found["Optimizer.step#AdamW.step"]) == (2, 2)
+    assert len(files(tmp_path / "run")) == 4
