@@ -137,7 +137,8 @@ class Timetable:
     def of(cls, settings: Config, steps_per_epoch: int, pairs: int) -> Timetable:
         """Convert a config's durations, for a warm-up of `pairs` pairs.
 
-        Raises UserError if the warm-up does not fit the run or its order, or a duration rounds to no step.
+        Raises UserError if the warm-up does not fit the run or its order, a duration rounds to no step, or
+        `profile` is for steps that the run does not have.
         """
         batch = settings.data.global_batch
         total = to_steps(settings.duration, steps_per_epoch, batch)
@@ -146,6 +147,11 @@ class Timetable:
         for key, steps in (("duration", total), ("evaluate.every", evaluate_every)):
             if steps is not None and steps < 1:
                 raise UserError(f"{key} is less than one step (an epoch has {steps_per_epoch}): raise it")
+        if settings.profile is not None and settings.profile.recorded.stop > total:
+            raise UserError(
+                f"profile: its last step is {settings.profile.recorded.stop}, and the run has {total}: lower "
+                "profile.from or profile.steps, or remove the section"
+            )
         last = "kd" if settings.has_teacher else "supervised"
         timetable = cls(steps_per_epoch, batch, total, evaluate_every, Curriculum(0, last=last))
         if settings.warmup is None:

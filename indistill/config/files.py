@@ -13,6 +13,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic_core import from_json
+
 from indistill.config.limits import MAX_RECORD_LINE_BYTES, MAX_RECORD_LINES_BYTES
 
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
@@ -159,10 +161,18 @@ def json_lines(path: Path, most: int, *, last: bool = False) -> Iterator[Any]:
             content = None
             if line.endswith(b"\n") or len(line) < MAX_RECORD_LINE_BYTES:
                 with contextlib.suppress(ValueError):
-                    content = read_json(line)
+                    content = _read_line(line)
             else:
                 _skip_line(stream)
             yield content
+
+
+def _read_line(line: bytes) -> Any:
+    """Parse one line as `read_json` does, in a fifth of the time: logs have hundreds of thousands."""
+    try:
+        return from_json(line)
+    except ValueError:  # damaged, or what only Python's parser takes, as a byte order mark
+        return read_json(line)
 
 
 def _skip_line(stream: BufferedReader) -> None:

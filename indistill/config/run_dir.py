@@ -73,6 +73,7 @@ class RunDir(_Folder):
     targets = _Entry(tree.TARGETS)  # stored targets, unless `targets.dir` names another directory
     tensorboard = _Entry("tensorboard")
     dvclive = _Entry("dvclive")
+    profile = _Entry("profile")  # traces of the steps of the section `profile`, and tables, by rank
     report = _Entry("report.html")
     networks = _Entry("networks.json")  # parameters and operations, which `indistill report` counts once
 

@@ -161,7 +161,15 @@ def _with_ranges(section: _Ranged) -> _Ranged:
     return section
 
 
-class Progressive(Section):
+class _From(Section):
+    """A section with the key `from`, which is no name in Python."""
+
+    @model_serializer(mode="wrap")
+    def _with_keys_of_yaml(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name.rstrip("_"): value for name, value in serialize(self).items()}
+
+
+class Progressive(_From):
     """Images that grow during the run (progressive resolution), all of a step to the same size.
 
     From the start of the run to `until` the size rises in steps of 32 pixels, each for an equal part of that
@@ -180,10 +188,6 @@ class Progressive(Section):
                 f"{self.to} minus a multiple of {SIZE_STEP}"
             )
         return self
-
-    @model_serializer(mode="wrap")
-    def _with_keys_of_yaml(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name.rstrip("_"): value for name, value in serialize(self).items()}
 
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
@@ -657,6 +661,20 @@ class Log(Section):
     """The log of a run, `metrics.jsonl`."""
 
     every_steps: PositiveInt = 50  # Optimizer steps between two logged lines.
+
+
+class Profile(_From):
+    """Steps that torch.profiler records on each rank, into the folder `profile` of `run_dir`."""
+
+    # Completed steps of the run before the first one that is recorded. The first of a phase are slower.
+    from_: int = Field(alias="from", default=100, ge=0)
+    # Number of steps that are recorded. The trace of one has some 10,000 events or more.
+    steps: int = Field(default=5, ge=1, le=100)
+
+    @property
+    def recorded(self) -> range:
+        """The recorded steps, from 0."""
+        return range(self.from_, self.from_ + self.steps)
 
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")

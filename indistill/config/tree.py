@@ -33,6 +33,7 @@ from indistill.config.sections import (
     OneTeacher,
     Optimizer,
     Precision,
+    Profile,
     Progressive,
     Schedule,
     Targets,
@@ -99,6 +100,8 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()  # When and how to evaluate.
     checkpoint: Checkpoint = Checkpoint()  # When to save checkpoints, and how many to keep.
     log: Log = Log()  # How often to log.
+    # Steps to record with torch.profiler (docs/runs.md), `{}` with its defaults; None: none.
+    profile: Profile | None = None
     # Accelerate's trackers, by name, which get the values of metrics.jsonl. Each needs the package of that
     # name.
     trackers: list[Tracker] = ["tensorboard"]
@@ -402,6 +405,7 @@ OPERATIONAL_KEYS = (
     "grad_checkpointing",
     "checkpoint",
     "log",
+    "profile",
     "trackers",
     "data.root",
     "data.label.map",

@@ -22,6 +22,10 @@ class TrainingRun(Protocol):
 class Callback:
     """Base class of callbacks: override what you need. Every rank calls them, in its training thread."""
 
+    def on_step_begin(self, run: TrainingRun, phase: Phase) -> None:
+        """Called before each optimizer step of `phase`."""
+        return None
+
     def on_step(self, run: TrainingRun, phase: Phase, line: dict[str, Any] | None) -> None:
         """Called after each optimizer step of `phase`; `line` is its line in `metrics.jsonl`, or None."""
         return None
@@ -32,6 +36,10 @@ class Callback:
 
     def on_checkpoint(self, run: TrainingRun) -> None:
         """Called once a checkpoint is in host memory, while a thread writes it."""
+        return None
+
+    def on_stop(self, run: TrainingRun) -> None:
+        """Called when the run was asked to stop, once its checkpoint is written; `on_end` is not called."""
         return None
 
     def on_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:

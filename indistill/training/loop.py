@@ -43,6 +43,7 @@ from indistill.training.features import agree_on_standards
 from indistill.training.guard import Buffers
 from indistill.training.mix import make_mix
 from indistill.training.parts import Sources
+from indistill.training.profile import Profile
 from indistill.training.progress import Progress
 from indistill.training.run_log import RunLog
 from indistill.training.start import open_run_dir, start_engine
@@ -216,6 +217,9 @@ class Run:
             max_bad_steps=settings.max_bad_steps,
             progress=Progress(timetable, self.sources.name, self.sources.position),
         )
+        if settings.profile is not None:
+            rank, off_the_clock = accelerator.process_index, self.log.off_the_clock
+            self.callbacks = [Profile(settings.profile, self.files, rank, off_the_clock), *self.callbacks]
         identity = self._identity()
         agree(identity)
         self.checkpoints = Checkpoints(
@@ -261,9 +265,7 @@ class Run:
             raise RuntimeError(f"the run has finished its {self.done} steps: call end()")
         step = self.done
         phase = self.pace.curriculum.at(step)
-        watchdog.begin_step(step + 1, phase.name)
-        if step == self.first_step:
-            self.targets_of.hold_weights()  # every student that shares the teacher has its plan by now
+        self._before_step(phase)
         lr = self.phase_optim.begin_step(step, phase)
         self.wrapped = self.engine.in_phase(phase)
         self.buffers.keep()
@@ -285,6 +287,13 @@ class Run:
         phase = self.pace.end_step(self.done, phase, self.loss.masked_fill(skipped, 0.0), ~skipped)
         line = self.log.end_step(self.done, phase, lr, skipped)
         self._after_step(phase, line)
+
+    def _before_step(self, phase: Phase) -> None:
+        watchdog.begin_step(self.done + 1, phase.name)
+        if self.done == self.first_step:
+            self.targets_of.hold_weights()  # every student that shares the teacher has its plan by now
+        for callback in self.callbacks:
+            callback.on_step_begin(self, phase)
 
     def _micro_batch(self, phase: Phase, step: int) -> Tensor:
         """Train on one micro-batch and return its loss; the last of a step updates the weights."""
@@ -362,6 +371,8 @@ class Run:
 
     def _leave(self) -> None:
         self.checkpoints.wait()
+        for callback in self.callbacks:
+            callback.on_stop(self)
         self.log.close()
 
     # --- the result -----------------------------------------------------------------------------------------

@@ -14,16 +14,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from browser import CHROMIUM, Browser
 from conftest import CLASSES, data_section
+from numpy.lib.stride_tricks import sliding_window_view
 
 from indistill import config
 from indistill.commands.cli import main
 from indistill.commands.report import charts, networks
 from indistill.commands.report import page as report_page
 from indistill.commands.report.page import ReportAtEnd
+from indistill.commands.report.read import read
 from indistill.config import UserError, runs
 from indistill.config.files import read_lines
 from indistill.config.run_dir import append_end, append_start
@@ -474,6 +477,52 @@ def test_thinned_curves_keep_their_extremes_and_their_values():
     assert (kept[0], kept[-1]) == (points[0], points[-1])
     assert max(y for _, y in kept) == points[12_345][1]
     assert charts.thin(points[:1000]) == points[:1000]
+
+
+def test_a_long_log_is_drawn_with_the_extremes_of_each_part(run):
+    """50,000 lines, with peaks in single ones."""
+    log = run / "metrics.jsonl"
+    lines = [line for line in read_lines(log) if "top1" in line]
+    random = np.random.RandomState(0)
+    steps, peaks = 50_000, random.choice(50_000, 500, replace=False)
+    values = {"loss": random.rand(steps), "lr": random.rand(steps), "images_per_second": random.rand(steps)}
+    values["loss"][peaks] += 5
+    values["lr"][peaks] /= 100
+    with log.open("w") as file:
+        for step in range(steps):
+            line = {"step": step + 1, "phase": "warmup 1/3" if step < 20_000 else "kd"}
+            line |= {key: float(value[step]) for key, value in values.items()}
+            file.write(json.dumps(line) + "\n")
+            if step % 10_000 == 7:
+                file.write(json.dumps({**lines[0], "step": step + 1, "top1": step / steps}) + "\n")
+    page = report_page.write([run], measure=False)
+    found = curves(page)
+    near = 2 * steps // charts.MOST_POINTS + 2  # twice as many lines as a point stands for
+    for title, name, key in (
+        ("Loss", "loss", "loss"),
+        ("Learning rate", "lr", "lr"),
+        ("Throughput", "images/s", "images_per_second"),
+    ):
+        shown = np.array(found[title, name])
+        at = shown[:, 0].astype(int) - 1
+        assert len(shown) <= charts.MOST_POINTS
+        np.testing.assert_array_equal(shown[:, 1], values[key][at])
+        # Near each value that is left out, the curve has one that is as high, and one that is as low.
+        for sign in (1, -1):
+            drawn = np.full(steps + 2 * near, -np.inf)
+            drawn[at + near] = sign * shown[:, 1]
+            assert (sliding_window_view(drawn, 2 * near + 1).max(axis=1) >= sign * values[key]).all()
+    assert found["Accuracy", "top1"] == [(step + 1, step / steps) for step in range(7, steps, 10_000)]
+    bands = next(chart["bands"] for chart in data_of(page)["charts"] if chart["title"] == "Loss")
+    assert bands == [["warmup 1/3", 0, 20_000], ["kd", 20_000, 50_000]]
+
+
+def test_scores_are_the_latest_of_each_name(run):
+    lines = [{"step": 1, "b/top1": 0.1, "top5": 0.3}, {"step": 2, "top1": 0.2, "b/top1": 0.4}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "summary.json").unlink()
+    scores = read(run, "run").scores
+    assert list(scores.items()) == [("b/top1", 0.4), ("top5", 0.3), ("top1", 0.2)]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.97, 0.983), (-3, 12_345), (1e-9, 3e-9), (5, 5)])

@@ -11,6 +11,7 @@ import struct
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -157,6 +158,17 @@ def test_equal_weights_with_equal_metadata_are_equal_files(tmp_path):
     loaded = load_file(path)
     assert torch.equal(loaded["b"], torch.ones(3))
     assert torch.equal(loaded["a"], torch.arange(2))
+
+
+def test_lines_are_read_as_the_json_module_reads_them(tmp_path):
+    """To the last bit of a number, and also what only that module takes: a mark, and half characters."""
+    random = np.random.RandomState(0)
+    numbers = np.frombuffer(random.bytes(8 * 5000), np.float64).tolist()  # of any exponent, and some NaN
+    lines = ["\ufeff{}", *map(json.dumps, numbers), "-0", "1e400", "9" * 400, r'"\ud800"', '{"a": 1, "a": 2}']
+    file = tmp_path / "log"
+    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    expected = [{}, *(json.loads(line) for line in lines[1:])]
+    assert list(map(repr, read_lines(file))) == list(map(repr, expected))
 
 
 def test_lines_that_were_cut_off_are_skipped(tmp_path):

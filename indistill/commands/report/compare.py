@@ -38,7 +38,7 @@ def add_comparison(page: Page, runs: Sequence[Run]) -> None:
 
 def _accuracies(runs: Sequence[Run]) -> list[str]:
     """Return the names of the top-1 of all evaluation sets in the logs."""
-    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
+    keys = dict.fromkeys(key for run in runs for key in run.keys)
     return [key for key in keys if metric_names.split(key)[1] in ("top1", "knn_top1")]
 
 

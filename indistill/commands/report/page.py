@@ -10,6 +10,7 @@ import re
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -55,8 +56,8 @@ def write(
     check_kind(destination, charts.MARK, kind="a report", remedy="choose another --output")
     found = _read_all(folders)
     other = None if baseline is None else read(run_dirs(Path(baseline))[0], str(baseline))
-    found = [run._replace(networks=networks(run, measure)) for run in found]
-    other = other and other._replace(networks=networks(other, measure))
+    found = [replace(run, networks=networks(run, measure)) for run in found]
+    other = other and replace(other, networks=networks(other, measure))
     title = first.absolute().name if len(runs) == 1 else f"{len(found)} runs"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def _report(page: Page, run: Run, baseline: Run | None) -> None:
         names = ", ".join(band.name for band in bands)
         page.add(f'<p class="note">{escape(f"The coloured bands show the phases: {names}.{epoch}")}</p>')
     page.draw([_losses(run, bands), _accuracy(run, bands), _rate(run, bands)])
-    if any(key.startswith(("cka_", "information_")) for line in run.lines for key in line):
+    if any(key.startswith(("cka_", "information_")) for key in run.keys):
         page.add("<h2>Similarity of teacher and student</h2>")
         page.draw(_similarities(run, bands))
     if run.plan.get("pairs"):
@@ -213,8 +214,7 @@ def phases(run: Run) -> list[Band]:
 def _losses(run: Run, bands: Sequence[Band]) -> Chart:
     """Chart the loss, and those of its terms that differ from it."""
     names = "|".join(re.escape(loss.name) for loss in run.settings.losses)
-    keys = dict.fromkeys(key for line in run.steps for key in line)
-    terms = [key for key in keys if re.fullmatch(rf"mse_pair\d+|([\w.-]+/)?({names})(_\d+)?", key)]
+    terms = [key for key in run.keys if re.fullmatch(rf"mse_pair\d+|([\w.-]+/)?({names})(_\d+)?", key)]
     other = [key for key in terms if any(line.get(key) not in (None, line["loss"]) for line in run.steps)]
     series = [Series(key, run.points(key)) for key in ("loss", *other)]
     note = "Terms are shown before they are multiplied by their weights." if other else ""
@@ -224,7 +224,7 @@ def _losses(run: Run, bands: Sequence[Band]) -> Chart:
 
 
 def _accuracy(run: Run, bands: Sequence[Band]) -> Chart:
-    keys = sorted({key for line in run.lines for key in line if metric_names.is_accuracy(key)})
+    keys = sorted(key for key in run.keys if metric_names.is_accuracy(key))
     return Chart(
         "Accuracy",
         "% of data.eval",
@@ -239,8 +239,7 @@ def _rate(run: Run, bands: Sequence[Band]) -> Chart:
 
 
 def _similarities(run: Run, bands: Sequence[Band]) -> list[Chart]:
-    keys = dict.fromkeys(key for line in run.lines for key in line)
-    layers = [key.removeprefix("cka_") for key in keys if key.startswith("cka_")]
+    layers = [key.removeprefix("cka_") for key in run.keys if key.startswith("cka_")]
     first = eval_key(next(iter(run.settings.data.eval_sets), ""))
     samples = f"Computed on at most {run.settings.evaluate.similarity_samples} images of {first}."
     alignment = [Series(layer, run.points(f"cka_{layer}")) for layer in layers]
@@ -324,7 +323,7 @@ def _phase_table(run: Run, bands: Sequence[Band]) -> list[str]:
         took = seconds.get(band.name)
         steps = band.end - band.start
         images = steps * run.settings.data.global_batch / took if took else None
-        wait = percent(statistics.mean(waits), "") if waits else "–"
+        wait = percent(statistics.fmean(waits), "") if waits else "–"
         rows.append([band.name, f"{steps:,}", duration(took) if took else "–", number(images), wait])
     columns = ["phase", "steps", "time", "images/s", "waiting for data, %"]
     return [charts.table(columns, rows, "Phases")] if rows else []

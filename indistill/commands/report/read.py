@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -25,7 +28,8 @@ STATES = {
 }
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """The records of a run (config/records.py). A missing or damaged record is empty."""
 
     path: Path
@@ -40,26 +44,30 @@ class Run(NamedTuple):
     checkpoints: list[dict[str, Any]]  # step, bytes and scores, oldest first
     bad: list[str]  # samples that could not be decoded, from the newest checkpoint
 
-    @property
+    # A log may have 200,000 lines, so each of these goes through them once.
+    @cached_property
     def steps(self) -> list[dict[str, Any]]:
         """The lines of training steps; other lines have scores or the time of a checkpoint."""
         return [line for line in self.lines if "loss" in line]
 
-    def points(self, key: str) -> list[charts.Point]:
-        """The values of a metric by step."""
-        return [
-            (line["step"], line[key])
-            for line in self.lines
-            if isinstance(line.get(key, ""), int | float | None)
-        ]
+    @cached_property
+    def keys(self) -> list[str]:
+        """The keys of all lines, in the order in which they come first."""
+        return list(dict.fromkeys(chain.from_iterable(self.lines)))
 
-    @property
+    @cached_property
     def scores(self) -> dict[str, float]:
         """The latest scores, as fractions of 1; those of the end of the run if it has ended."""
-        latest: dict[str, float] = {}
-        for line in self.lines:
-            latest |= {key: value for key, value in line.items() if metric_names.is_accuracy(key)}
+        latest = {
+            key: next(line[key] for line in reversed(self.lines) if key in line)
+            for key in self.keys
+            if metric_names.is_accuracy(key)
+        }
         return latest | self.summary.get("metrics", {})
+
+    def points(self, key: str) -> list[charts.Point]:
+        """The values of a metric by step."""
+        return [(line["step"], line[key]) for line in self.lines if key in line]
 
 
 def run_dirs(path: Path) -> list[Path]:
