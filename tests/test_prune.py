@@ -681,6 +681,11 @@ def test_pairs_that_are_no_stages_or_out_of_order(pairs, role):
         prune.plan(*networks(), pairs, SIZE)
 
 
+def test_no_pairs():
+    with pytest.raises(UserError, match=r"warmup\.pairs: is empty"):
+        prune.plan(*networks(), [], SIZE)
+
+
 def test_paper_bn_needs_plain_stages():
     teacher, student = networks()
     assert prune.plan(teacher, student, [(0, 0)], SIZE, mode="paper_bn").mode == "paper_bn"

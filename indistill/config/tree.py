@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, Posi
 
 from indistill.config.base import Duration, Section, no_command, run_length
 from indistill.config.limits import MAX_MINUTES
-from indistill.config.loss import Loss
+from indistill.config.loss import Loss, RecordedLoss
 from indistill.config.metric_names import eval_key
 from indistill.config.redact import redacted
 from indistill.config.sections import (
@@ -166,6 +166,8 @@ class Config(Section):
             raise ValueError("targets: auto decides for one teacher: set targets: live, or cached")
         if self.kd.teacher_dropping is not None and sum(one.losses is not None for one in self.teachers) < 2:
             raise ValueError("kd.teacher_dropping needs at least two teachers with losses of their own")
+        if any(isinstance(loss, RecordedLoss) for loss in self.losses):
+            return self  # a run that began; what such a loss teaches is not known
         if self.teachers and self.stage == "distill":
             self._check_ensemble()
         for one in self.teachers:
@@ -175,6 +177,11 @@ class Config(Section):
                         f"teachers: {one.called}: the loss {loss.name} learns from no teacher: move it to "
                         "kd.losses"
                     )
+            if one.pairs is not None and one.losses is None:
+                raise ValueError(
+                    f"teachers: {one.called}: pairs are for losses of its own, and it has none: remove "
+                    "pairs, or give it losses"
+                )
         return self
 
     def _check_ensemble(self) -> None:

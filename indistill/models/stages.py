@@ -91,7 +91,11 @@ def check_stages(
     student: nn.Module | Architecture,
     key: str,
 ) -> None:
-    """Raise UserError, naming the config's `key`, unless all stages exist and each pair is deeper."""
+    """Raise UserError, naming the config's `key`, unless it has pairs of stages, each deeper."""
+    if not pairs:
+        raise UserError(
+            f"{key}: is empty: name at least one pair [teacher stage, student stage], or set auto"
+        )
     for side, (role, net) in enumerate((("teacher", teacher), ("student", student))):
         indices = [pair[side] for pair in pairs]
         count = len(find_stages(net))

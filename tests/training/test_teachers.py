@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,12 +296,28 @@ SECOND = {"name": "cnn32_auxiliary", "random": True}
         ({"kd": {"losses": []}, "teachers": []}, "kd.losses: is empty"),
         ({"stage": "heads", "student": None, "warmup": None}, "stage: heads needs one teacher"),
         ({"teachers": [{**SECOND, "id": "../x"}]}, "teachers.0.id"),
+        (
+            {"teachers": [{**SECOND, "pairs": [[0, 0]]}, {**VIT, "losses": FEATURE}]},
+            "cnn32_auxiliary: pairs are for losses of its own, and it has none",
+        ),
     ],
 )
 def test_mistakes_in_the_config(several, change, message):
     with pytest.raises(UserError, match=r"^test: ") as error:
         settings_of({**several, **change})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+def test_a_run_is_read_without_its_losses(several, tmp_path, dropping):
+    """As `report` and `export` read it: in a process that has loaded no loss."""
+    if dropping:
+        several["teachers"][0]["losses"] = FEATURE
+        several["kd"] = {"losses": [], "teacher_dropping": 0.5}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(several))
+    program = f"from indistill import config; print(len(config.load_recorded({str(path)!r}).teachers))"
+    assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout == b"2\n"
 
 
 def test_errors_name_the_teacher(several):
