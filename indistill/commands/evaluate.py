@@ -42,6 +42,11 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
             accelerator, network, section=section, keys=section.on_bank, bank=bank, sets=sets
         )
         by_set = {name: scores | others[name] for name, scores in by_set.items()}
+    if not any(by_set.values()):
+        raise UserError(
+            f"{checkpoint}: has no classifier to evaluate: set evaluate.knn={{}}, or "
+            "evaluate.linear_probe={}"
+        )
     return {
         key: score
         for name, of_set in by_set.items()

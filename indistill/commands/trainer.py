@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from indistill.config import Config, UserError, runs
+from indistill.config.ranks import Ranks
 from indistill.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class Trainer:
         from indistill.training.lessons import naming_teacher
 
         for called, one in self.settings.by_teacher.items():
+            _print_teacher(called)
             with naming_teacher(called):
                 targets.write(one)
 
@@ -140,5 +142,14 @@ class Trainer:
         """
         from indistill.commands import targets
 
-        results = [targets.verify(one, records) for one in self.settings.by_teacher.values()]
+        results = []
+        for called, one in self.settings.by_teacher.items():
+            _print_teacher(called)
+            results.append(targets.verify(one, records))
         return all(results)
+
+
+def _print_teacher(called: str) -> None:
+    """Head the output about one of several teachers."""
+    if called and Ranks.from_environment().is_main_process:
+        print(f"teacher {called}:", flush=True)

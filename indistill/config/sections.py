@@ -550,7 +550,8 @@ class KD(PhaseTraining):
     ensemble: Literal["probabilities", "logits"] = "probabilities"
     # Teacher dropping (arXiv 2408.05088), for several teachers whose losses are all `feature`: an image does
     # without a teacher with this probability, except for the one with the largest loss. The mean over what is
-    # left is then minimised, not the sum over the teachers. None: no dropping.
+    # left is then minimised, not the sum over the teachers. The draws depend on the step and on the process,
+    # as those of dropout. None: no dropping.
     teacher_dropping: Probability | None = None
     # Pairs [teacher stage, student stage] for losses on feature maps; `auto` as in warmup.pairs. None:
     # `warmup.pairs` if there is a warm-up, else auto.

@@ -177,10 +177,10 @@ class Config(Section):
                         f"teachers: {one.called}: the loss {loss.name} learns from no teacher: move it to "
                         "kd.losses"
                     )
-            if one.pairs is not None and one.losses is None:
+            if one.pairs is not None and not any("features" in loss.reads for loss in one.losses or ()):
                 raise ValueError(
-                    f"teachers: {one.called}: pairs are for losses of its own, and it has none: remove "
-                    "pairs, or give it losses"
+                    f"teachers: {one.called}: pairs are for losses of its own on feature maps, and it has "
+                    "none: remove pairs, or give it such losses"
                 )
         return self
 
@@ -295,10 +295,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_heads(self) -> Config:
-        for one in (self, *self.by_teacher.values()):
+        for name, one in {"": self, **self.by_teacher}.items():
             for role, section in (("student", one.student), ("teacher", one.teacher)):
                 if section is not None and section.num_classes == 0 and (problem := head_problem(one, role)):
-                    raise ValueError(problem)
+                    raise ValueError(f"teachers: {name}: {problem}" if name else problem)
         return self
 
     @model_validator(mode="after")

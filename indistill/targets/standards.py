@@ -128,11 +128,16 @@ def compute(
     return standards
 
 
-def _standard(field: str, kind: str, mean: Tensor, covariance: Tensor) -> Standard:
+def _standard(field: str, kind: str, mean: Tensor, covariance: Tensor, count: int) -> Standard:
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UserError(
             f"kd.losses: the teacher's {field} is not finite on the batches that standardise it: use another "
             "teacher.precision or other weights"
+        )
+    if kind == "phi_s" and count <= len(mean):  # a rotation of what has no extent is arbitrary
+        raise UserError(
+            f"kd.losses: feature: standardise: phi_s of {len(mean)} channels ({field}) needs more samples "
+            f"than channels, and the batches have {count}: raise batches, or set standardise: channel"
         )
     if kind == "phi_s":
         return standard.phi_s(mean, covariance)
@@ -159,12 +164,12 @@ class _Moments:
             sums = torch.cat([part.sum(dim=0), products, part.new_tensor([len(part)])])
             self.sums = sums if self.sums is None else self.sums + sums
 
-    def summed(self, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean [C], and covariance [C, C] or variance [C], over all ranks, on the CPU."""
+    def summed(self, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, int]:
+        """Mean [C], and covariance [C, C] or variance [C], over all ranks, on the CPU; and of how many."""
         assert self.sums is not None  # a run has at least one batch
         sums = total(self.sums).cpu()
         width = self.width
-        mean, products = sums[:width] / sums[-1], sums[width:-1] / sums[-1]
+        mean, products, count = sums[:width] / sums[-1], sums[width:-1] / sums[-1], int(sums[-1])
         if not self.whole:
-            return mean, products - mean.square()
-        return mean, products.view(width, width) - torch.outer(mean, mean)
+            return mean, products - mean.square(), count
+        return mean, products.view(width, width) - torch.outer(mean, mean), count

@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import resize
 
 from indistill import config
 from indistill.commands import targets
+from indistill.commands.evaluate import evaluate_checkpoint
 from indistill.commands.plan import estimate
 from indistill.config import UserError, runs
 from indistill.models import timm_model
@@ -300,3 +301,17 @@ def test_a_mistake_is_one_line_before_any_step(headless, tmp_path, capsys, comma
     path.write_text(yaml.safe_dump(headless | changes))
     assert message in refused(capsys, command, str(path))
     assert not Path(headless["run_dir"], "metrics.jsonl").exists()
+
+
+def test_phi_s_needs_more_samples_than_channels(headless):
+    """A rotation of channels with no extent would be another on other processes."""
+    headless["kd"]["losses"] = [{"name": "feature", "standardise": "phi_s", "batches": 2}]
+    with pytest.raises(UserError, match=r"phi_s of 64 channels \(embedding\) .* have 64: raise batches"):
+        train(settings_of(headless))
+
+
+def test_an_evaluation_without_a_score_says_what_to_set(headless, tmp_path):
+    headless["duration"] = "1 steps"
+    train(settings_of(headless))
+    with pytest.raises(UserError, match=r"has no classifier to evaluate: set evaluate\.knn"):
+        evaluate_checkpoint(settings_of(headless), headless["run_dir"])

@@ -298,7 +298,7 @@ SECOND = {"name": "cnn32_auxiliary", "random": True}
         ({"teachers": [{**SECOND, "id": "../x"}]}, "teachers.0.id"),
         (
             {"teachers": [{**SECOND, "pairs": [[0, 0]]}, {**VIT, "losses": FEATURE}]},
-            "cnn32_auxiliary: pairs are for losses of its own, and it has none",
+            "cnn32_auxiliary: pairs are for losses of its own on feature maps",
         ),
     ],
 )
@@ -321,7 +321,7 @@ def test_a_run_is_read_without_its_losses(several, tmp_path, dropping):
 
 
 def test_errors_name_the_teacher(several):
-    several["teachers"][1]["losses"] = [{"name": "feature", "on": "tokens"}]
+    several["teachers"][1] |= {"losses": [{"name": "feature", "on": "tokens"}], "pairs": None}
     with pytest.raises(UserError, match=r"^teachers: dino: .*patch tokens"):
         train(settings_of(several))
 
