@@ -67,6 +67,7 @@ def train_groups(
         resume = _common_checkpoint(groups, resume)
         summary = train(settings, resume, _GroupSources(groups, exchange), callbacks)
         summaries = groups.gather("summary", summary)
+        groups.leave(rank, world)
         distributed.destroy_process_group()  # a later run is one of all ranks
         return summaries
     except UserError as error:
@@ -118,6 +119,12 @@ class _Groups:
         if self.rank == 0:
             self.store.set(f"{key} {self.group}", json.dumps(value))
         return {name: json.loads(self.store.get(f"{key} {i}")) for i, (name, _) in enumerate(self.students)}
+
+    def leave(self, rank: int, world: int) -> None:
+        """Tell rank 0, which may hold the store, that this rank needs it no more; rank 0 waits for all."""
+        self.store.set(f"left {rank}", "")
+        if rank == 0:
+            self.store.wait([f"left {other}" for other in range(world)])
 
 
 def _common_checkpoint(groups: _Groups, resume: str) -> str:

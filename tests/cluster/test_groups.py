@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,26 @@ def run(path: Path, folder: Path) -> None:
     training_runs.run(runs.load(path))
     assert os.environ["RANK"] == rank
     (folder / f"recorded-{rank}.json").write_text(json.dumps(recorded))
+
+
+def run_with_a_slow_reader(path: Path) -> None:
+    """Train; the last rank reads the other students' results after all else have them."""
+    if os.environ["RANK"] == "1":
+        gather = groups._Groups.gather
+
+        def late(here, key, value):
+            if key == "summary":
+                here.store.set(f"summary {here.group}", json.dumps(value))
+                time.sleep(3)
+            return gather(here, key, value)
+
+        groups._Groups.gather = late
+    training_runs.run(runs.load(path))
+
+
+def test_no_rank_leaves_before_all_have_the_results(path):
+    """Rank 0 holds the store, where no launcher does."""
+    run_ranks(run_with_a_slow_reader, 2, path)
 
 
 def alone_moved(path: Path, folder: Path) -> None:
