@@ -49,10 +49,9 @@ fuzz: $(DEV)
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(RUN) -m pytest tests/fuzz --numprocesses logical --maxprocesses 4 $(ARGS)
 
 # Run the core of the tests with the lowest versions that pyproject.toml allows, in an environment of its own (6 GB).
-# Compiled runs are left out: they take minutes.
 FLOORS := .venv-floors
-CORE := tests/config tests/models tests/data tests/training tests/commands tests/hostile \
-	--ignore tests/training/test_fast_paths.py
+CORE := tests/config tests/models tests/data tests/commands tests/hostile \
+	$(patsubst %,tests/training/test_%.py,loop checkpoint optim guard feature_runs teachers unlabelled)
 $(FLOORS)/.ready: pyproject.toml tests/project/floors.py
 	@if command -v uv >/dev/null 2>&1; then \
 		echo "test-floors: creating $(FLOORS) with uv" && \
