@@ -52,7 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "tokens": {**VITS, "warmup": None, "kd": {"losses": [{"name": "feature", "on": "tokens"}]}},
     "maps": {"kd": {"losses": [{"name": "feature", "on": "maps", "projector": "mlp"}]}},
     "channel": {"kd": {"losses": [{"name": "feature", "standardise": "channel", "batches": 1}]}},
-    "phi_s": {"kd": {"losses": [{"name": "feature", "standardise": "phi_s", "batches": 1}]}},
+    "phi_s": {"kd": {"losses": [{"name": "feature", "standardise": "phi_s", "batches": 5}]}},
     "vit": {**VITS, "warmup": {"pairs": [[0, 0], [2, 2]], "durations": ["4 steps", "4 steps"]}},
     "resnet": {**RESNETS, "warmup": {"pairs": [[0, 0], [3, 3]], "durations": ["4 steps", "4 steps"]}},
     "mixed": {"kd": {"losses": [{"name": "bce"}, {"name": "kd"}], "mix": {"mixup": 0.8, "cutmix": 1.0}}},

@@ -24,10 +24,7 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
     network, view = load_for_eval(settings, checkpoint)
     network = network.to(accelerator.device)
     if section.on_bank and isinstance(network, Program):
-        key = section.on_bank[-1]
-        off = f"set evaluate.{key}={'false' if key == 'retrieval' else 'null'}"
-        what = "retrieval" if key == "retrieval" else f"evaluate.{key}"
-        raise UserError(f"{checkpoint}: has no embeddings for {what}: {off}, or evaluate a timm export")
+        raise _without_embeddings(checkpoint, section.on_bank[-1])
     sets = open_eval_sets(settings, view)
     bank = open_bank(settings)
     if bank is not None:
@@ -52,3 +49,9 @@ def evaluate_checkpoint(settings: Config, checkpoint: str) -> dict[str, float]:
         for name, of_set in by_set.items()
         for key, score in metric_names.of_set(name, of_set).items()
     }
+
+
+def _without_embeddings(checkpoint: str, key: str) -> UserError:
+    off = f"set evaluate.{key}={'false' if key == 'retrieval' else 'null'}"
+    what = "retrieval" if key == "retrieval" else f"evaluate.{key}"
+    return UserError(f"{checkpoint}: has no embeddings for {what}: {off}, or evaluate a timm export")

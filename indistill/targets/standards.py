@@ -124,11 +124,12 @@ def compute(
                 moment.add(fields[field])
         for name, (field, kind, count) in kinds.items():
             if int(count) == batches:
-                standards[name] = _standard(field, kind, *moments[field].summed(total))
+                standards[name] = _standard(field, kind, moments[field].summed(total))
     return standards
 
 
-def _standard(field: str, kind: str, mean: Tensor, covariance: Tensor, count: int) -> Standard:
+def _standard(field: str, kind: str, of_field: tuple[Tensor, Tensor, int]) -> Standard:
+    mean, covariance, count = of_field
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UserError(
             f"kd.losses: the teacher's {field} is not finite on the batches that standardise it: use another "
