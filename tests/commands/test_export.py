@@ -117,7 +117,8 @@ def test_a_student_without_a_classifier(data_dir, tmp_path, capsys, form):
     if form != "torch":  # a program of torch is not loaded for evaluation
         loaded = load_for_eval(settings_of(run_dir), str(folder))[0].eval()
         assert torch.allclose(loaded(images).embedding, expected.embedding, rtol=1e-4, atol=1e-5)
-        assert evaluate_checkpoint(settings_of(run_dir), str(folder)) == {}
+        with pytest.raises(UserError, match=r"has no classifier to evaluate: set evaluate\.knn"):
+            evaluate_checkpoint(settings_of(run_dir), str(folder))
 
 
 HEADLESS = """
