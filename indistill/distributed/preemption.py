@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
+
 from indistill.config import UserError, in_one_line, printable, records, run_lock
 from indistill.config.files import replace_text
 from indistill.config.ranks import Ranks
@@ -151,6 +153,9 @@ def exit_at_once(code: int) -> NoReturn:
     with contextlib.suppress(Exception):
         for child in multiprocessing.active_children():
             child.kill()
+        for process in psutil.Process().children():  # one that is being started is not among them yet
+            if any("spawn_main" in argument for argument in process.cmdline()):
+                process.kill()
     os._exit(code)
 
 
