@@ -47,18 +47,26 @@ class SampleOrder:
     Only caches are kept between calls, so any step is reached at once. The random numbers come from
     `numpy.random.RandomState`, whose streams numpy has frozen: an order outlives numpy upgrades.
 
-    Three attributes may be set before the first batch:
-    - repeats: rows of each sample in its global batch.
-    - paired: samples 2i and 2i+1 of a stream are partners: they are neighbours in every batch, whatever the
-      world size and the global batch.
-    - cycle: number of epochs after which the order begins again; None: never.
+    repeats: rows of each sample in its global batch.
+    paired: samples 2i and 2i+1 of a stream are partners: they are neighbours in every batch, whatever the
+        world size and the global batch.
+    cycle: number of epochs after which the order begins again; None: never.
     """
 
-    repeats: int = 1
-    paired: bool = False
-    cycle: int | None = None
-
-    def __init__(self, shard_sizes: Sequence[int], seed: int, streams: int = 64, window: int | None = None):
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        seed: int,
+        *,
+        streams: int = 64,
+        window: int | None = None,
+        repeats: int = 1,
+        paired: bool = False,
+        cycle: int | None = None,
+    ) -> None:
+        self.repeats = repeats
+        self.paired = paired
+        self.cycle = cycle
         self.sizes = np.asarray(shard_sizes, dtype=np.int64).reshape(-1)  # [shards]
         self.seed = seed
         self.streams = streams

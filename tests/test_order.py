@@ -25,14 +25,14 @@ def cases(draw):
     sizes = draw(st.lists(st.integers(0, 120), min_size=1, max_size=25).filter(sum))
     streams = draw(st.integers(1, min(12, sum(sizes))))
     global_batch = streams * draw(st.integers(1, sum(sizes) // streams))
-    order = SampleOrder(sizes, draw(st.integers(0, 2**64)), streams, draw(st.integers(1, 200)))
+    seed, window = draw(st.integers(0, 2**64)), draw(st.integers(1, 200))
+    order = SampleOrder(sizes, seed, streams=streams, window=window)
     return order, global_batch, draw(st.integers(0, 1000))
 
 
 def fresh(order):
-    copied = SampleOrder(order.sizes, order.seed, order.streams, order.window)
-    copied.repeats, copied.paired, copied.cycle = order.repeats, order.paired, order.cycle
-    return copied
+    options = ("streams", "window", "repeats", "paired", "cycle")
+    return SampleOrder(order.sizes, order.seed, **{name: getattr(order, name) for name in options})
 
 
 @settings(max_examples=150, deadline=None)
@@ -99,8 +99,7 @@ def test_partners_are_neighbours_on_every_world_size(case, data):
 
 
 def test_partners_change_with_the_epoch_and_are_of_all_shards_of_the_window():
-    order = SampleOrder([10] * 40, 0, streams=4, window=1000)
-    order.paired = True
+    order = SampleOrder([10] * 40, 0, streams=4, window=1000, paired=True)
     shards = np.arange(400) // 10
     partners = [order.partners(epoch) for epoch in range(50)]
     assert len({tuple(of_epoch) for of_epoch in partners}) == 50
@@ -111,8 +110,7 @@ def test_partners_change_with_the_epoch_and_are_of_all_shards_of_the_window():
 
 
 def test_a_share_that_does_not_divide_names_what_does():
-    order = SampleOrder([1000], 0, streams=32)
-    order.paired = True
+    order = SampleOrder([1000], 0, streams=32, paired=True)
     message = (
         r"^kd.mix \(pairs\): data.global_batch / data.streams \(3\) must be divisible by 2. "
         r"With data.streams 32: global batches that are multiples of 64. "
@@ -152,8 +150,7 @@ def test_repeats_show_the_samples_of_a_smaller_batch_several_times(case, data):
 
 
 def test_repeats_that_do_not_divide_are_refused():
-    order = SampleOrder([1000], 0, streams=8)
-    order.repeats, order.paired = 3, True
+    order = SampleOrder([1000], 0, streams=8, repeats=3, paired=True)
     order.check(48, 1)
     message = (
         r"^data.repeats \(3\) and kd.mix \(pairs\): .* \(3\) must be divisible by 6. .*data.streams 1, 2, 4$"
@@ -164,14 +161,14 @@ def test_repeats_that_do_not_divide_are_refused():
 
 def test_epochs_and_seeds_differ_and_drop_others():
     orders = [
-        epoch_ids(SampleOrder([700, 300, 500], seed, 4, 64), epoch, 64)
+        epoch_ids(SampleOrder([700, 300, 500], seed, streams=4, window=64), epoch, 64)
         for seed in (0, 1, 2**32)
         for epoch in (0, 1)
     ]
     assert len({ids.tobytes() for ids in orders}) == 6
     assert len({frozenset(range(1500)) - frozenset(ids) for ids in orders}) == 6
     # With a single shard, too, no sample is left out forever.
-    single = SampleOrder([1030], 0, 8, 32)
+    single = SampleOrder([1030], 0, streams=8, window=32)
     assert set(np.concatenate([epoch_ids(single, epoch, 64) for epoch in range(3)])) == set(range(1030))
 
 

@@ -25,7 +25,7 @@ from indistill.config.limits import (
 from indistill.config.ranks import Ranks
 from indistill.data.labels import Classes, Texts
 from indistill.data.remote import ShardCache, base_name, cache_name, changed, is_remote, open_shard
-from indistill.data.samples import CLS, Labels, Others, compressed, read_samples
+from indistill.data.samples import CLS, Labels, Others, compressed, samples_of, tar_of
 from indistill.data.tar import BLOCK
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def read_index(
     texts = None if label is None else Texts(label)
     with _errors_named(path, cache), open_shard(path, cache) as stream:
         others = Others()
-        rows = _rows(read_samples(path, stream, load=False, others=others, labels=texts or CLS))
+        rows = _rows(samples_of(tar_of(path, stream), load=False, others=others, labels=texts or CLS))
         if others.problem:
             _warn(path, others.problem)
         sha256 = sha256_of(stream) if hashed else None
@@ -165,11 +165,13 @@ def index_to_pack(
     size, sha256 = (None, None) if stored is None else (stored.bytes, stored.sha256)
     with _errors_named(path, cache), open_shard(path, cache, size, sha256) as stream:
         others = Others()
-        rows = _rows(read_samples(path, stream, load=False, others=others, may_be_empty=True, labels=labels))
+        rows = _rows(
+            samples_of(tar_of(path, stream), load=False, others=others, may_be_empty=True, labels=labels)
+        )
         keys = _keys_without_dots(others.unread, {key for key, *_ in rows})
         if keys or not rows:
             stream.seek(0)
-            rows = _rows(read_samples(path, stream, load=False, keys=keys, labels=labels))
+            rows = _rows(samples_of(tar_of(path, stream), load=False, keys=keys, labels=labels))
         return index_of(os.fstat(stream.fileno()).st_size, rows, sha256), keys
 
 

@@ -110,12 +110,16 @@ def sample_order(
 
     Where images are mixed, an epoch has the order of its views, so that partners stay partners.
     """
-    order = SampleOrder(shard_sizes, seed, section.streams, section.window)
-    order.repeats = section.repeats
-    order.paired = mix is not None
-    if mix is not None and section.augment.views is not None:
-        order.cycle = section.augment.views // section.repeats
-    return order
+    views = section.augment.views
+    return SampleOrder(
+        shard_sizes,
+        seed,
+        streams=section.streams,
+        window=section.window,
+        repeats=section.repeats,
+        paired=mix is not None,
+        cycle=None if mix is None or views is None else views // section.repeats,
+    )
 
 
 def check_accumulation(

@@ -138,28 +138,9 @@ def compressed(path: str) -> bool:
     return base_name(path).endswith((".gz", ".tgz", ".zst")) and not path.startswith("pipe:")
 
 
-def read_samples(
-    path: str,
-    stream: IO[bytes],
-    *,
-    load: bool = True,
-    report: Callable[[str, str], None] | None = None,
-    others: Others | None = None,
-    may_be_empty: bool = False,
-    keys: Mapping[str, str] = {},
-    labels: Labels = CLS,
-) -> Iterator[tuple[str, tuple[int, int], bytes, int]]:
-    """Yield the samples of a shard from its file, as `samples_of` does."""
-    tar = Tar(path, stream, gzipped=compressed(path), strict=True)
-    return samples_of(
-        tar,
-        load=load,
-        report=report,
-        others=others,
-        may_be_empty=may_be_empty,
-        keys=keys,
-        labels=labels,
-    )
+def tar_of(path: str, stream: IO[bytes]) -> Tar:
+    """Return the tar in a shard's file, for `samples_of`."""
+    return Tar(path, stream, gzipped=compressed(path), strict=True)
 
 
 def samples_of(

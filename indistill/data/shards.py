@@ -29,7 +29,7 @@ from indistill.data.braces import expand_braces
 from indistill.data.index import Index, decoded, index_to_pack, load_index, numbered
 from indistill.data.labels import Classes
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
-from indistill.data.samples import CLS, compressed, read_samples
+from indistill.data.samples import CLS, compressed, samples_of, tar_of
 from indistill.data.tar import BLOCK
 from indistill.data.urls import check_url
 from indistill.data.wildcards import expand_wildcards
@@ -162,7 +162,7 @@ class ShardSet:
         indexed = list(zip(index.offsets.tolist(), index.sizes.tolist(), index.labels.tolist()))
         row = -1
         with open_shard(path, self._cache, index.bytes, index.sha256) as stream:
-            samples = read_samples(path, stream, keys=self.rewritten[shard], labels=self._labels or CLS)
+            samples = samples_of(tar_of(path, stream), keys=self.rewritten[shard], labels=self._labels or CLS)
             for row, (key, span, image, label) in enumerate(samples):
                 if row >= len(indexed) or indexed[row] != (*span, label):
                     raise UserError(changed(path, f"sample '{key}' is not where the index says"))

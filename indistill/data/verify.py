@@ -28,7 +28,7 @@ from indistill.data.index import (
     sha256_of,
 )
 from indistill.data.remote import cache_for, open_shard
-from indistill.data.samples import LABEL_REMEDY, Others, label_problem, read_samples
+from indistill.data.samples import LABEL_REMEDY, Others, label_problem, samples_of, tar_of
 from indistill.data.shards import expand
 from indistill.distributed import preemption
 
@@ -128,7 +128,7 @@ def _verify_shard(task: tuple[str, str | None, int | None]) -> Content:
 
     try:
         with open_shard(path, cache) as stream:
-            for key, span, image, label in read_samples(path, stream, report=report, others=others):
+            for key, span, image, label in samples_of(tar_of(path, stream), report=report, others=others):
                 rows.append((key, *span, label))
                 if label >= 0:
                     labels[label] += 1

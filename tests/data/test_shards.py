@@ -16,7 +16,7 @@ from indistill.data import index, shards, verify
 from indistill.data.dataset import open_shards
 from indistill.data.index import build_index
 from indistill.data.packing import pack
-from indistill.data.samples import read_samples
+from indistill.data.samples import samples_of
 from indistill.data.shards import Sample, ShardSet
 
 
@@ -346,15 +346,15 @@ def hostile_shards(folder):
 @pytest.mark.parametrize("action", [verify.verify, verify.index])
 def test_a_hostile_shard_does_not_end_the_others(tmp_path, action, monkeypatch, caplog):
     expected = hostile_shards(tmp_path)
-    read = read_samples
+    read = samples_of
 
-    def failing(path, *arguments, **options):  # as any library may
-        if path.endswith("2.tar"):
+    def failing(tar, **options):  # as any library may
+        if tar.path.endswith("2.tar"):
             raise MemoryError("out of memory")
-        return read(path, *arguments, **options)
+        return read(tar, **options)
 
     for module in (verify, index):
-        monkeypatch.setattr(module, "read_samples", failing)
+        monkeypatch.setattr(module, "samples_of", failing)
     if action is verify.verify:
         content = verify.verify(f"{tmp_path}/*.tar")
         faults = [f"{member.shard}: {member.problem}" for member in content.bad]

@@ -20,7 +20,6 @@ from tars import picture, write_tar
 from indistill.config import UserError, limits
 from indistill.data import index, samples
 from indistill.data.index import build_index, parse_index
-from indistill.data.samples import read_samples
 from indistill.data.shards import ShardSet
 from indistill.data.tar import Tar
 
@@ -53,7 +52,7 @@ def ours(content, **options):
 
 
 def samples_of(path, content, load):
-    return list(read_samples(path, io.BytesIO(content), load=load, others=Counter()))
+    return list(samples.samples_of(samples.tar_of(path, io.BytesIO(content)), load=load, others=Counter()))
 
 
 def result(function, *arguments, **options):
@@ -210,6 +209,6 @@ def test_limits_of_what_a_shard_holds(tmp_path, monkeypatch):
     others = write_tar(tmp_path / "others.tar", [("a.jpg", b"1"), *((f"a.{i}", b"") for i in range(300))])
     counted = samples.Others()
     with open(others, "rb") as stream:
-        list(read_samples(others, stream, others=counted))
+        list(samples.samples_of(samples.tar_of(others, stream), others=counted))
     assert len(counted.extensions) == limits.MAX_EXTENSIONS + 1
     assert counted.extensions["of further kinds"] == 200
