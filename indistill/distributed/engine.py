@@ -131,7 +131,8 @@ class DDP(Engine):
     def __init__(self, accelerator: Accelerator, precision: str) -> None:
         super().__init__(accelerator, precision)
         self.missing: dict[tuple[int, ...], set[nn.Parameter]] = {}  # `missing` of each phase, by its pairs
-        self.left_out: set[nn.Parameter] | None = None  # of the gradients that `wrapped` reduces
+        self.pairs: tuple[int, ...] | None = None  # of the phase of the last step
+        self.left_out: set[nn.Parameter] = set()  # of the gradients that `wrapped` reduces
         self.output_of: OutputOf
 
     def describe(self) -> str:
@@ -161,16 +162,18 @@ class DDP(Engine):
         DDP reduces the gradients of the parameters that require one when it is created, and waits for all of
         them in every backward pass.
         """
+        if phase.pairs == self.pairs:
+            return self.wrapped
+        self.pairs = phase.pairs
         left_out = self.missing.get(phase.pairs, set())
         if left_out != self.left_out:
-            if left_out != (self.left_out or set()):
-                vars(self.student).pop("forward", None)  # with autocast, which Accelerate adds again
-                with _requiring_no_gradient(left_out):
-                    # Placed again, a CPU's buffers would be others than those that `Buffers` restores.
-                    self.wrapped = self.accelerator.prepare_model(self.student, device_placement=False)
             self.left_out = left_out
-            if self.accelerator.num_processes > 1:
-                self._settle(phase)
+            vars(self.student).pop("forward", None)  # with autocast, which Accelerate adds again
+            with _requiring_no_gradient(left_out):
+                # Placed again, a CPU's buffers would be others than those that `Buffers` restores.
+                self.wrapped = self.accelerator.prepare_model(self.student, device_placement=False)
+        if self.accelerator.num_processes > 1:
+            self._settle(phase)
         return self.wrapped
 
     def _settle(self, phase: Phase) -> None:

@@ -25,7 +25,7 @@ from indistill.losses import Shape
 from indistill.losses.objective import Place, create_layers, reads, teaches
 from indistill.models import timm_model
 from indistill.models.heads import Heads
-from indistill.models.network import Network, normalisation
+from indistill.models.network import Network, Normalisation, normalisation
 from indistill.models.stages import Architecture, match_stages
 from indistill.models.timm_model import NoWeights, TimmModel
 from indistill.models.trainable import Trainable
@@ -82,10 +82,13 @@ def networks(
     no_targets = LiveTargets(None, NO_PLAN, input_size=input_size(settings))
     if settings.stage == "heads":
         return Parts(heads(accelerator, settings), no_targets, NO_PLAN)
+    net = create_student(settings)
+    assert settings.student is not None  # or `create_student` would have failed
     builder = _Builder(
         accelerator,
         settings,
-        create_student(settings),
+        net,
+        normalisation=normalisation(net, settings.student, "student"),
         files=files,
         calibration=calibration,
         make_teacher=make_teacher or create_teacher,
@@ -93,14 +96,7 @@ def networks(
     )
     if not settings.has_teacher:
         return Parts(builder.student([]), no_targets, NO_PLAN)
-    lessons = []
-    for called, one in settings.by_teacher.items():
-        with naming_teacher(called):
-            lessons.append(builder.lesson(one))
-    if not settings.teachers:
-        return Parts(builder.student(lessons), lessons[0].targets_of, lessons[0].plan)
-    places, plan = _places(settings, lessons), _plan(lessons)
-    return Parts(builder.student(lessons, places), _together(settings, lessons), plan, places)
+    return builder.parts()
 
 
 @contextlib.contextmanager
@@ -134,10 +130,22 @@ class _Builder:
     settings: Config
     net: TimmModel
     _: KW_ONLY
+    normalisation: Normalisation  # of the student's input
     files: RunDir
     calibration: Callable[[int], DataLoader] | None
     make_teacher: Callable[[Config], Network]
     run_teacher: Callable[[Network, Config], Forward]
+
+    def parts(self) -> Parts:
+        """Build all lessons, then the student."""
+        settings, lessons = self.settings, []
+        for called, one in settings.by_teacher.items():
+            with naming_teacher(called):
+                lessons.append(self.lesson(one))
+        if not settings.teachers:
+            return Parts(self.student(lessons), lessons[0].targets_of, lessons[0].plan)
+        places, plan = _places(settings, lessons), _plan(lessons)
+        return Parts(self.student(lessons, places), _together(settings, lessons), plan, places)
 
     def lesson(self, settings: Config) -> Lesson:
         """Build the targets of the only teacher of a config; a plan is made or read if it has a warm-up."""
@@ -209,12 +217,11 @@ class _Builder:
     def student(self, lessons: Sequence[Lesson], places: Sequence[Place] = ()) -> Network:
         """Create the student with all that its lessons need, on its device, ready to be wrapped."""
         settings, losses = self.settings, self.settings.losses
-        assert settings.student is not None  # it has been created
         plan = _plan(lessons)
         shapes = _by_loss(settings, [lesson.shape for lesson in lessons])
         student = Network(
             self.net,
-            normalisation(self.net, settings.student, "student"),
+            self.normalisation,
             stages=[pair.student_stage for pair in plan.pairs],
             adapters={
                 i: nn.Conv2d(pair.student_width, pair.teacher_width, kernel_size=1)
