@@ -150,6 +150,13 @@ def tree(data_dir: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+def use_vits(tree: dict[str, Any]) -> None:
+    """Have networks without batch norm, so that a loss does not depend on how the batch is divided."""
+    for role, width in (("student", 32), ("teacher", 64)):
+        kwargs = {"img_size": 32, "embed_dim": width, "num_heads": 2, "depth": 3}
+        tree[role] |= {"name": "test_vit", "kwargs": kwargs}
+
+
 @pytest.fixture
 def settings(tree: dict[str, Any]) -> config.Config:
     return config.parse(tree, "test")

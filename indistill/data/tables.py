@@ -42,6 +42,10 @@ class Group(NamedTuple):
     rows: int
     bytes: int  # of the images
 
+    def where(self, row: int) -> str:
+        """A row of the table, counted from 0 in its file, for messages."""
+        return f"{self.path}: row {self.before + row - self.first}"
+
 
 class Table(NamedTuple):
     """Images and labels in the rows of Parquet files, in the order of the files."""
@@ -78,7 +82,7 @@ class Table(NamedTuple):
                 images = (image for batch in batches for image in _images(batch.column(0)))
                 for row, (image, name) in enumerate(images, group.first):
                     if begin <= row < end:
-                        where, label = _where(self.groups, row), int(self.labels[row - begin])
+                        where, label = group.where(row), int(self.labels[row - begin])
                         yield where, _sample(where, row, image=image, name=name, label=label)
                     elif row >= end:
                         break
@@ -175,12 +179,6 @@ def _groups(path: str, metadata: Any, column: str, first: int) -> Iterator[Group
         if group.num_rows:
             yield Group(path, number, first + before, before, group.num_rows, size)
         before += group.num_rows
-
-
-def _where(groups: Sequence[Group], row: int) -> str:
-    """A row, counted from 0 in its file, for messages."""
-    group = next(group for group in groups if row < group.first + group.rows)
-    return f"{group.path}: row {group.before + row - group.first}"
 
 
 # --- the Hub ------------------------------------------------------------------------------------------------
@@ -308,8 +306,9 @@ def _numbered(
     labels = [_whole(label) for label in labels]
     for row, label in enumerate(labels):
         if label is not None and (isinstance(label, float) or not -1 <= label < most):
+            group = next(group for group in groups if row < group.first + group.rows)
             raise UserError(
-                f"{_where(groups, row)}: label {label} is not from 0 to {most - 1}: correct the column "
+                f"{group.where(row)}: label {label} is not from 0 to {most - 1}: correct the column "
                 f"{columns.label!r}, or name all classes in --classes"
             )
     values = np.array([-1 if label is None else label for label in labels], dtype=np.int64)

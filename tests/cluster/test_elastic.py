@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LOGGED, in_float64, losses, run_ranks, train_until
+from conftest import LOGGED, in_float64, losses, run_ranks, train_until, use_vits
 
 from indistill.training import checkpoint, loop, mix
 
@@ -43,14 +43,7 @@ def recorded_ids(folder: Path, last: int, world: int) -> list[list[int]]:
 @pytest.fixture
 def elastic_tree(tree):
     """A config without batch norm and dropout, so that a loss does not depend on how the batch is divided."""
-    tree["student"] = {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
-    }
-    tree["teacher"] |= {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
-    }
+    use_vits(tree)
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree["duration"] = "15 steps"
     tree["log"]["every_steps"] = 2  # logging windows that span the changes of world size

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
-from conftest import LOGGED, SMOOTH, in_float64, losses, run_ranks, train_until
+from conftest import LOGGED, SMOOTH, in_float64, losses, run_ranks, train_until, use_vits
 from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -154,14 +154,7 @@ def test_a_run_goes_on_in_every_phase(tree, tmp_path, world, warmup):
 
 @pytest.mark.portable
 def test_a_run_goes_on_in_every_phase_on_any_ranks(tree, tmp_path):
-    tree["student"] = {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
-    }
-    tree["teacher"] |= {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
-    }
+    use_vits(tree)
     tree |= {"duration": "12 steps", "ema": {"decay": 0.9}}
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps"] * 3}
     one = copy.deepcopy(tree) | {"run_dir": str(tmp_path / "one")}

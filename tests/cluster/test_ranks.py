@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LOGGED, in_float64, kill_at_checkpoint, losses, run_ranks, train_until
+from conftest import LOGGED, in_float64, kill_at_checkpoint, losses, run_ranks, train_until, use_vits
 
 from indistill import config
 from indistill.commands.cli import main
@@ -22,14 +22,7 @@ from indistill.training.loop import Run
 @pytest.fixture
 def vit_tree(tree):
     """A config without batch norm and dropout, so that a loss does not depend on how the batch is divided."""
-    tree["student"] = {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
-    }
-    tree["teacher"] |= {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
-    }
+    use_vits(tree)
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree["kd"] = {"losses": [{"name": "ce"}, {"name": "kd"}]}
     tree["duration"] = "12 steps"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LOGGED, in_float64, run_ranks
+from conftest import LOGGED, in_float64, run_ranks, use_vits
 from torch import Tensor, nn
 
 from indistill import config, losses
@@ -147,14 +147,7 @@ def run(tree: dict[str, Any]) -> None:
 @pytest.mark.portable
 def test_a_run_with_every_loss_is_the_same_on_two_ranks(tree, tmp_path):
     """A config with trained layers and all relational losses, without batch norm, so that ranks can agree."""
-    tree["student"] = {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
-    }
-    tree["teacher"] |= {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
-    }
+    use_vits(tree)
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["2 steps", "2 steps", "2 steps"]}
     names = ["ce", "kd", "dist", "dkd", "pkt", "information_flow", "rkd", "crd", "sp", "at", "hint", "vid"]
     tree["kd"] = {"losses": [{"name": name, "weight": 0.1} for name in names], "pairs": [[0, 0], [2, 2]]}

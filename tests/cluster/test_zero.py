@@ -27,6 +27,7 @@ from conftest import (
     strayed,
     train_until,
     unused_port,
+    use_vits,
 )
 from safetensors.torch import load_file
 
@@ -176,14 +177,7 @@ def score(tree: dict[str, Any], *weights: str) -> None:
 @pytest.mark.portable
 def test_engines_share_a_process_and_bf16(tree, tmp_path):
     """A transformer in bf16, whose position embedding no submodule reads; the saved student is evaluated."""
-    tree["student"] = {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
-    }
-    tree["teacher"] |= {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
-    }
+    use_vits(tree)
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
     tree |= {"mixed_precision": "bf16", "duration": "12 steps", "checkpoint": {"every_steps": 6}}
     trees = [with_stage(tree, 3, tmp_path, "zero3"), tree, with_stage(tree, 2, tmp_path, "zero2")]
@@ -201,14 +195,7 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_elastic(tree, tmp_path, of_ddp, stage):
     """A run that goes from two processes to one to two has the losses of a run on two."""
-    tree["student"] = {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3},
-    }
-    tree["teacher"] |= {
-        "name": "test_vit",
-        "kwargs": {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3},
-    }
+    use_vits(tree)
     tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "3 steps", "3 steps"]}
     tree |= {"duration": "15 steps", "checkpoint": {"every_steps": 5, "keep_last": 9}, "ema": {"decay": 0.9}}
     if "elastic" not in of_ddp:
