@@ -1,31 +1,36 @@
 """The configuration: typed, frozen sections, and functions to read them. Imports no torch."""
 
 from indistill.config.base import Duration, Probability, Section, UserError, in_one_line, printable, to_steps
+from indistill.config.data import (
+    MAX_AUGMIX,
+    MAX_RAND_AUGMENT_OPS,
+    SIZE_STEP,
+    Augment,
+    AugMix,
+    ColorJitter,
+    Data,
+    EvalSet,
+    Label,
+    Progressive,
+    RandAugment,
+    RandomErasing,
+)
 from indistill.config.loss import Inputs, Loss, Shape
 from indistill.config.read import dump, load, load_recorded, parse, read
 from indistill.config.redact import is_redacted, redacted
 from indistill.config.sections import (
     DDP,
     KD,
-    MAX_AUGMIX,
-    MAX_RAND_AUGMENT_OPS,
     ONE_RUN_TRACKERS,
-    SIZE_STEP,
     TRACKERS,
-    Augment,
-    AugMix,
     Auto,
     Checkpoint,
-    ColorJitter,
-    Data,
     DeepSpeed,
     Ema,
     Engine,
-    EvalSet,
     Evaluate,
     Heads,
     Knn,
-    Label,
     LinearProbe,
     Log,
     Machine,
@@ -36,10 +41,7 @@ from indistill.config.sections import (
     PhaseTraining,
     Precision,
     Profile,
-    Progressive,
     Prune,
-    RandAugment,
-    RandomErasing,
     Schedule,
     Targets,
     Teacher,

@@ -18,7 +18,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -243,3 +245,11 @@ class Section(BaseModel):
                 )
                 raise ValidationError.from_exception_data(cls.__name__, [details])
         return values
+
+
+class FromSection(Section):
+    """A section with the key `from`, which is no name in Python."""
+
+    @model_serializer(mode="wrap")
+    def _with_keys_of_yaml(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name.rstrip("_"): value for name, value in serialize(self).items()}

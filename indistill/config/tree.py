@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from indistill.config.base import Duration, Section, no_command, run_length
+from indistill.config.data import Data, Progressive
 from indistill.config.limits import MAX_MINUTES
 from indistill.config.loss import Loss, RecordedLoss
 from indistill.config.metric_names import eval_key
@@ -22,7 +23,6 @@ from indistill.config.redact import redacted
 from indistill.config.sections import (
     KD,
     Checkpoint,
-    Data,
     Ema,
     Engine,
     Evaluate,
@@ -34,7 +34,6 @@ from indistill.config.sections import (
     Optimizer,
     Precision,
     Profile,
-    Progressive,
     Schedule,
     Targets,
     Teacher,
