@@ -21,8 +21,8 @@ import torch
 from report import RESULTS, heading, table
 
 from indistill import Callback, config
-from indistill.commands import targets as commands_targets
 from indistill.commands.plan import estimate
+from indistill.commands.targets.write import write
 from indistill.curriculum import Phase
 from indistill.training import loop
 from indistill.training.callbacks import TrainingRun
@@ -166,7 +166,7 @@ def stored(settings: config.Config, folder: Path) -> dict[str, int]:
         }
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        commands_targets.write(cached)
+        write(cached)
     fields = sorted(path for path in (folder / "view-000").iterdir())
     return {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in fields}
 

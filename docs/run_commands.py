@@ -55,7 +55,7 @@ _PRELOAD = [
     "indistill.training.loop",
     "indistill.commands.plan.estimate",
     "indistill.commands.export.write",
-    "indistill.commands.targets",
+    "indistill.commands.targets.write",
     "indistill.training.students",
 ]
 

@@ -127,25 +127,25 @@ class Trainer:
 
     def write_targets(self) -> None:
         """Compute and store the targets of each teacher, for `targets.source: cached` or `auto`."""
-        from indistill.commands import targets
+        from indistill.commands.targets.write import write
         from indistill.training.lessons import naming_teacher
 
         for called, one in self.settings.by_teacher.items():
             _print_teacher(called)
             with naming_teacher(called):
-                targets.write(one)
+                write(one)
 
     def verify_targets(self, records: int) -> bool:
         """Recompute the stored targets of `records` random samples; prints those that differ.
 
         Returns whether all agree.
         """
-        from indistill.commands import targets
+        from indistill.commands.targets.verify import verify
 
         results = []
         for called, one in self.settings.by_teacher.items():
             _print_teacher(called)
-            results.append(targets.verify(one, records))
+            results.append(verify(one, records))
         return all(results)
 
 

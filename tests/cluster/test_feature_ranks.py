@@ -102,9 +102,9 @@ def test_from_stored_targets_on_another_number_of_processes(headless, tmp_path):
 
 def write_targets(tree: dict[str, Any]) -> None:
     from indistill import config
-    from indistill.commands import targets
+    from indistill.commands.targets import write
 
-    targets.write(config.parse(tree, "test"))
+    write.write(config.parse(tree, "test"))
 
 
 @needs_deepspeed

@@ -28,10 +28,10 @@ from conftest import (
 )
 
 from indistill import config
-from indistill.commands import targets
 from indistill.commands.doctor import node
 from indistill.commands.doctor.findings import FAIL, Here
 from indistill.commands.doctor.run import _look
+from indistill.commands.targets import write
 from indistill.models import frozen
 from indistill.models.network import Network
 from indistill.training.loop import train
@@ -150,7 +150,7 @@ def test_stored_targets_follow_the_live_ones(tree, tmp_path):
     live = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "live")}
     run(live)
     run_moved(run, live, EPS)
-    targets.write(config.parse(tree, "test"))
+    write.write(config.parse(tree, "test"))
     run(tree | {"targets": tree["targets"] | {"source": "cached"}})
     expected = losses(live["run_dir"])
     assert_rounding_explains(losses(tree["run_dir"]), expected, strayed(losses, live["run_dir"]))

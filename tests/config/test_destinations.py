@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from indistill.commands.report import charts
-from indistill.commands.targets import claim
+from indistill.commands.targets.job import claim
 from indistill.config import UserError
 from indistill.config.destinations import check_kind, remove_parts
 from indistill.config.files import replacing

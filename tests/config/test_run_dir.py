@@ -19,9 +19,10 @@ NAMES = {
     for entry in vars(folder).values()
     if isinstance(entry, run_dir._Entry)
 }
+TARGETS = ("targets/manifest", "commands/targets/job", "commands/targets/write")
 # Other folders have files of the same name: stored targets a manifest, the Hugging Face hub's and exports a
 # model.
-ELSEWHERE = {("manifest.json", f"{module}.py") for module in ("targets/manifest", "commands/targets")}
+ELSEWHERE = {("manifest.json", f"{module}.py") for module in TARGETS}
 ELSEWHERE |= {(name, "commands/doctor/inputs.py") for name in ("manifest.json", "model.safetensors")}
 ELSEWHERE |= {("model.safetensors", "commands/export/load.py")}
 

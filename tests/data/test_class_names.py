@@ -11,10 +11,10 @@ from conftest import pack_images
 from tars import picture
 
 from indistill import config
-from indistill.commands import targets
 from indistill.commands.evaluate import evaluate_checkpoint
 from indistill.commands.export.load import load_for_eval
 from indistill.commands.export.write import export
+from indistill.commands.targets import write
 from indistill.config import UserError
 from indistill.data import class_names, packing
 from indistill.data.class_names import Names
@@ -205,7 +205,7 @@ def test_exports_are_used_with_their_classes(named, tmp_path, form):
 def test_stored_targets_keep_the_classes(named, tmp_path):
     named["targets"] = {"dir": str(tmp_path / "targets")}
     named["data"]["augment"]["views"] = 1
-    assert targets.write(parsed(named)).classes == TEN
+    assert write.write(parsed(named)).classes == TEN
     cached = named | {"targets": named["targets"] | {"source": "cached"}}
     loop.train(parsed(cached))
     with_names(tmp_path / "train", SWAPPED)
@@ -213,7 +213,7 @@ def test_stored_targets_keep_the_classes(named, tmp_path):
     message = r"data.train: its classes are not those of .*targets/manifest.json: label 0 is 'animal 1'"
     for attempt in (
         lambda: loop.train(config.parse(cached | {"run_dir": str(tmp_path / "other")}, "test")),
-        lambda: targets.write(parsed(named)),
+        lambda: write.write(parsed(named)),
     ):
         with pytest.raises(UserError, match=message):
             attempt()

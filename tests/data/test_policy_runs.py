@@ -10,7 +10,7 @@ import torch
 from conftest import losses, train_until
 
 from indistill import config
-from indistill.commands import targets
+from indistill.commands.targets import write
 from indistill.config import UserError
 from indistill.data.batch import Batch
 from indistill.data.loader import IndexedTraining
@@ -34,7 +34,7 @@ def recipe(tree: dict[str, Any], request: pytest.FixtureRequest) -> dict[str, An
 def test_stored_targets_and_a_resumed_run_see_the_same_views(recipe, tmp_path):
     run(recipe)
     expected = losses(recipe["run_dir"])
-    targets.write(config.parse(recipe, "test"))
+    write.write(config.parse(recipe, "test"))
     cached = recipe | {"targets": recipe["targets"] | {"source": "cached"}}
     for step in (2, 9):  # an interrupted live run goes on from stored targets
         mixed = {"run_dir": str(tmp_path / f"mixed-{step}")}
@@ -44,7 +44,7 @@ def test_stored_targets_and_a_resumed_run_see_the_same_views(recipe, tmp_path):
 
 
 def test_stored_targets_of_other_views_are_refused_by_name(recipe, tmp_path):
-    targets.write(config.parse(recipe, "test"))
+    write.write(config.parse(recipe, "test"))
     recipe["targets"]["source"] = "cached"
     recipe["data"]["augment"]["blur"] = 0.0
     with pytest.raises(UserError, match=r"made with data.augment.blur: 0.3, this run has None"):

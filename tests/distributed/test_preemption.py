@@ -284,7 +284,7 @@ def interrupt_in(place: str, number: int, errors: Path, arguments: list[str]) ->
         ("config.runs.load", signal.SIGINT, ["train", "CONFIG"]),
         ("training.lessons.networks", signal.SIGINT, ["targets", "CONFIG", *STORED]),
         (
-            "commands.targets.Job.compute",
+            "commands.targets.job.Job.compute",
             signal.SIGINT,
             ["targets", "CONFIG", *STORED],
         ),  # the loader's workers are there

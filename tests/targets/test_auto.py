@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from indistill import config
-from indistill.commands import targets
+from indistill.commands.targets import write
 from indistill.config import UserError
 from indistill.config.files import read_lines
 from indistill.models.network import Network
@@ -45,7 +45,7 @@ def run(tree: dict[str, Any], run_dir: Path | None = None, source: str = "auto")
 
 def test_kd_is_stored_and_the_warmup_live(auto, tmp_path, monkeypatch, capsys):
     expected = run(auto, tmp_path / "live", "live")
-    manifest = targets.write(config.parse(auto, "test"))
+    manifest = write.write(config.parse(auto, "test"))
     assert set(manifest.fields) == {"logits"}
     passes = []
     normalise = Network.normalise
@@ -71,7 +71,7 @@ def test_rounded_targets_do_not_come_in_between(auto):
     auto["targets"]["top_k"] = 3
     auto["checkpoint"] = {"every_steps": 6}
     run(auto)
-    targets.write(config.parse(auto, "test"))
+    write.write(config.parse(auto, "test"))
     with pytest.raises(UserError, match="saved with another teacher"):
         run(auto)
 
@@ -79,12 +79,12 @@ def test_rounded_targets_do_not_come_in_between(auto):
 def test_what_is_never_cheaper_is_not_stored(auto):
     auto["machine"] = MACHINE | {"flops_per_second": 1e15}
     with pytest.raises(UserError, match="targets: auto: live targets are cheaper in every phase"):
-        targets.write(config.parse(auto, "test"))
+        write.write(config.parse(auto, "test"))
     assert not manifest_exists(auto["targets"]["dir"])
 
 
 def test_another_plan_is_refused(auto):
-    targets.write(config.parse(auto | {"targets": auto["targets"] | {"source": "cached"}}, "test"))
+    write.write(config.parse(auto | {"targets": auto["targets"] | {"source": "cached"}}, "test"))
     auto["warmup"]["prune"] = {"criterion": "l2"}
     with pytest.raises(UserError, match=r"warmup\.prune\.criterion"):
         run(auto)

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from conftest import EPS, pack_images, run_ranks, train_until
 
 from indistill import config, prune
-from indistill.commands import cli, targets
+from indistill.commands import cli
+from indistill.commands.targets import verify, write
 from indistill.config import UserError
 from indistill.config.files import read_lines, sha256
 from indistill.config.read import apply_override
@@ -62,7 +63,7 @@ def with_(tree: dict[str, Any], *overrides: str) -> dict[str, Any]:
 
 
 def compute(tree: dict[str, Any]) -> Manifest:
-    return targets.write(config.parse(tree, "test"))
+    return write.write(config.parse(tree, "test"))
 
 
 def run(tree: dict[str, Any], run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
@@ -345,7 +346,7 @@ def test_a_sample_that_cannot_be_decoded_has_no_record(stored, tmp_path):
     assert live[-1]["bad_samples"] == 2
     manifest = compute(with_(stored, *broken))
     assert run(stored, tmp_path / "cached", "targets.source=cached", *broken) == live
-    assert targets.verify(config.parse(with_(stored, *broken), "test"), 1000)
+    assert verify.verify(config.parse(with_(stored, *broken), "test"), 1000)
 
     reader = Reader(stored["targets"]["dir"], manifest, None, 0)
     assert not reader.rows(1, np.array([5, 40]), "logits").any()
@@ -369,7 +370,7 @@ def test_mixed_images_have_stored_targets(stored, tmp_path, monkeypatch):
         assert run(stored, tmp_path / "cached", "targets.source=cached", *MIX) == live
     plain = run(stored, tmp_path / "plain", f"data.window={2**12}")
     assert [line["loss"] for line in plain[:13]] != [line["loss"] for line in live[:13]]  # in epochs 2 and 3
-    assert targets.verify(config.parse(with_(stored, *MIX), "test"), 1000)
+    assert verify.verify(config.parse(with_(stored, *MIX), "test"), 1000)
 
     resumed = with_(stored, f"run_dir={tmp_path}/resumed", *MIX)
     train_until(resumed, 17)  # in the middle of the third epoch, in KD
@@ -405,7 +406,7 @@ def test_repeats_have_stored_targets(stored, tmp_path, mix):
     assert manifest.fields["logits"].views == [0, 1, 4, 5]  # of the epochs 2 and 3: 4, 5 and 6, 7
     assert manifest.fields["pair1"].views == [0, 1]
     assert run(stored, tmp_path / "cached", "targets.source=cached", *repeats) == live
-    assert targets.verify(config.parse(with_(stored, *repeats), "test"), 1000)
+    assert verify.verify(config.parse(with_(stored, *repeats), "test"), 1000)
 
 
 def test_a_pair_with_an_image_that_cannot_be_decoded_is_replaced(stored, tmp_path):
@@ -424,7 +425,7 @@ def test_a_pair_with_an_image_that_cannot_be_decoded_is_replaced(stored, tmp_pat
     manifest = compute(with_(stored, *broken))
     assert run(stored, tmp_path / "cached", "targets.source=cached", *broken) == live
     assert run(stored, tmp_path / "memory", *broken, "data.in_memory=true") == live
-    assert targets.verify(config.parse(with_(stored, *broken), "test"), 1000)
+    assert verify.verify(config.parse(with_(stored, *broken), "test"), 1000)
     reader = Reader(stored["targets"]["dir"], manifest, None, 0)
     without = ~reader.rows(0, np.arange(64), "logits").any(axis=1)
     assert without[list(bad)].all()
@@ -571,7 +572,7 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
         2 * len(FIELDS) - 1
     )  # shards, views and fields; pair1 is trained within one epoch
     part = with_(stored, f"targets.dir={tmp_path}/part")
-    write_shard, written = targets.write_shard, []
+    write_shard, written = write.write_shard, []
 
     def stopping(job, view, *, shard, batches, count):
         if len(written) == 4:
@@ -580,7 +581,7 @@ def test_a_job_that_was_stopped_goes_on(stored, tmp_path, monkeypatch):
         write_shard(job, view, shard=shard, batches=batches, count=count)
         written.append((view, shard))
 
-    monkeypatch.setattr(targets, "write_shard", stopping)
+    monkeypatch.setattr(write, "write_shard", stopping)
     with pytest.raises(Stopped):
         compute(part)
     root = Path(part["targets"]["dir"])
@@ -685,8 +686,8 @@ def test_the_command(stored, tmp_path, capsys):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_is_whole_lines_in_a_log_and_a_bar_in_a_terminal(capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    monkeypatch.setattr(targets, "PLAIN_SECONDS", 0.0)
-    with targets.Count(3000, shown=True) as count, targets.Count(3000, shown=False) as other:
+    monkeypatch.setattr(write, "PLAIN_SECONDS", 0.0)
+    with write.Count(3000, shown=True) as count, write.Count(3000, shown=False) as other:
         for _ in range(2):
             count.add(1500)
             other.add(1500)
@@ -704,11 +705,11 @@ def test_a_record_of_another_image_is_wrong(stored):
     file = Path(stored["targets"]["dir"]) / "view-000" / "pair1" / "shard-00000.bin"
     records = np.frombuffer(file.read_bytes(), np.uint8).reshape(64, -1)
     file.write_bytes(records[::-1].tobytes())
-    assert not targets.verify(config.parse(stored, "test"), 40)
+    assert not verify.verify(config.parse(stored, "test"), 40)
 
 
 def test_no_room_is_told_before_the_work(stored, monkeypatch):
-    monkeypatch.setattr(targets.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
     with pytest.raises(UserError, match=r"needs 0.0 GB, but 0.0 GB are free: lower data.augment.views"):
         compute(stored)
 

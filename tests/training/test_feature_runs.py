@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import resize
 
 from indistill import config
-from indistill.commands import targets
 from indistill.commands.evaluate import evaluate_checkpoint
 from indistill.commands.plan import estimate
+from indistill.commands.targets import write
 from indistill.config import UserError, runs
 from indistill.models import timm_model
 from indistill.models.network import Network
@@ -233,7 +233,7 @@ def cached(tree: dict[str, Any], **section: Any) -> dict[str, Any]:
 
 def test_stored_features_teach_as_the_teacher_does(stored, monkeypatch):
     train(settings_of(stored))
-    manifest = targets.write(settings_of(stored))
+    manifest = write.write(settings_of(stored))
     assert set(manifest.fields) == {"stage0", "stage1", "tokens", "embedding"}
     assert manifest.fields["tokens"].shape == (64, 3, 3)
     monkeypatch.setattr(parts, "create_teacher", None)
@@ -249,10 +249,10 @@ def test_a_store_without_the_statistics_is_refused_and_completed(stored):
     plain["kd"]["losses"] = [
         {key: value for key, value in term.items() if key != "standardise"} for term in TERMS
     ]
-    targets.write(settings_of(plain))
+    write.write(settings_of(plain))
     with pytest.raises(UserError, match=r"has nothing, but not embedding\.phi_s\.8, which kd.losses reads"):
         train(settings_of(cached(stored)))
-    targets.write(settings_of(stored))
+    write.write(settings_of(stored))
     tree = cached(stored)
     tree["run_dir"] += "-again"
     train(settings_of(tree))

@@ -11,8 +11,8 @@ import torch
 from conftest import LOGGED, in_float64, losses, run_ranks, train_until
 
 from indistill import config
-from indistill.commands import targets
 from indistill.commands.plan import estimate
+from indistill.commands.targets import verify, write
 from indistill.config import UserError
 from indistill.config.files import read_lines
 from indistill.curriculum import ImageSizes, Timetable
@@ -125,7 +125,7 @@ def test_stored_targets_of_each_size_give_the_live_run(growing, tmp_path, monkey
         growing["kd"]["mix"] = {"mixup": 0.8, "cutmix": 1.0}
     loop.train(config.parse(with_(growing, tmp_path / "live"), "test"))
     live = terms(tmp_path / "live")
-    manifest = targets.write(config.parse(growing, "test"))
+    manifest = write.write(config.parse(growing, "test"))
     assert {name: field.views for name, field in manifest.fields.items()} == {
         "pair1-32px": [0],
         "pair2-32px": [0],
@@ -135,7 +135,7 @@ def test_stored_targets_of_each_size_give_the_live_run(growing, tmp_path, monkey
         **{f"{name}-96px": [0, 1] for name in ("stage1", "stage2", "stage3", "logits")},
     }
     assert manifest.fields["pair3-64px"].shape[1] == 2 * manifest.fields["pair3-32px"].shape[1]
-    assert targets.verify(config.parse(growing, "test"), 1000)
+    assert verify.verify(config.parse(growing, "test"), 1000)
     create = timm_model.create
 
     def student_only(section, classes, size, role):
@@ -218,12 +218,12 @@ def test_a_teacher_with_its_own_size_sees_no_other(headless, tmp_path, monkeypat
     train_until(with_(headless, tmp_path / "resumed"))
     assert losses(tmp_path / "resumed") == losses(tmp_path / "live")
 
-    manifest = targets.write(config.parse(headless, "test"))
+    manifest = write.write(config.parse(headless, "test"))
     assert set(manifest.fields) == {
         f"{name}-{size}px" for name in ("stage0", "stage1", "tokens", "embedding") for size in (32, 64, 96)
     }
     assert len({field.shape for name, field in manifest.fields.items() if name.startswith("tokens")}) == 1
-    assert targets.verify(config.parse(headless, "test"), 1000)
+    assert verify.verify(config.parse(headless, "test"), 1000)
     loop.train(config.parse(with_(headless, tmp_path / "cached", "cached"), "test"))
     assert terms(tmp_path / "cached") == live
 

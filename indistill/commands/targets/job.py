@@ -1,8 +1,4 @@
-"""`indistill targets`: run the teacher once over every view of the data set and store its outputs.
-
-The work is a list of (view, shard) pairs, divided among the ranks. Files that exist are kept, so a stopped
-job can continue on any number of processes: a file gets its name when it is complete, and the manifest is
-written when all files exist.
+"""The teacher, its data, and the targets to compute of them: what writing and verifying have in common.
 
 The teacher sees as many images at once as in training on as many processes; the last image of a shard is
 repeated to fill a batch. On CPUs the last bits of a convolution depend on the number of images, but not on
@@ -14,12 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
-import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,14 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from indistill import config
 from indistill.config import Config, UserError
 from indistill.config.destinations import remove_parts
-from indistill.config.files import read_bytes, replacing
+from indistill.config.files import read_bytes
 from indistill.config.limits import MAX_MANIFEST_BYTES
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir
@@ -65,13 +55,10 @@ from indistill.targets.manifest import (
     Weights,
     check_classes,
     decisive_config,
-    load_manifest,
     parse_manifest,
-    records_path,
-    save_manifest,
     targets_root,
 )
-from indistill.targets.reader import Reader, weights_hashes
+from indistill.targets.reader import weights_hashes
 from indistill.targets.records import Field
 from indistill.targets.stored import fields_of, needed
 from indistill.training import lessons
@@ -79,21 +66,8 @@ from indistill.training.choose import cheaper_stored
 from indistill.training.features import compute
 from indistill.training.start import start_accelerator
 
-# Relative to a record's largest value: more than one step of its rounding, less than another image differs
-# by.
-TOLERANCE = 0.01
-PLAIN_SECONDS = 10.0  # between lines of progress in a log
 _MANIFESTS = ("manifest.json", "manifest.partial.json")
 _TIMEOUT_MINUTES = 24 * 60.0  # the ranks wait for each other only at the end, for hours
-
-
-class Comparison(NamedTuple):
-    """The result of recomputing one rank's share of the records."""
-
-    wrong: list[str]  # a line for each record that differs
-    records: int
-    exact: int  # records that are equal bit for bit
-    largest: float  # the largest relative difference of the others that are within the tolerance
 
 
 class Samples(NamedTuple):
@@ -167,151 +141,12 @@ class Job:
         return {name: Computed(outputs[records.bare(name)][:count], undecoded) for name in names}
 
 
-# --- writing ------------------------------------------------------------------------------------------------
-def write(settings: Config) -> Manifest:
-    """Compute and store the targets that do not exist yet.
-
-    Raises UserError, before any work, if they cannot be stored or an input is missing.
-    """
-    job = prepare(settings)
-    manifest = job.manifest
-    rank = job.accelerator.process_index
-    views = [view for view in range(manifest.views) if manifest.fields_in(view)]
-    items = [(view, shard) for view in views for shard in range(len(manifest.samples))]
-    missing = engine.on_main(job.accelerator, lambda: begin(job, items))
-    mine = missing[rank :: job.accelerator.num_processes]
-    batches = job.batches(requests_of(job, mine))
-    samples = sum(len(by_size(manifest, view)) * manifest.samples[shard] for view, shard in mine)
-    with errors_of_this_rank(), Count(samples, shown=rank == 0) as count:
-        for view, shard in mine:
-            write_shard(job, view, shard=shard, batches=batches, count=count)
-    job.accelerator.wait_for_everyone()
-    engine.on_main(job.accelerator, lambda: end(job, items))
-    return manifest
-
-
 def by_size(manifest: Manifest, view: int) -> dict[int | None, list[str]]:
     """The names of the fields that are stored in a view, by the size of the images."""
     names: dict[int | None, list[str]] = {}
     for name in manifest.fields_in(view):
         names.setdefault(records.size_of(name), []).append(name)
     return names
-
-
-def requests_of(job: Job, items: Sequence[tuple[int, int]]) -> Iterator[Samples]:
-    """The samples of each batch of the (view, shard) pairs; prefetches the next shard."""
-    first_ids = np.cumsum([0, *job.manifest.samples])
-    for i, (view, shard) in enumerate(items):
-        for _, following in items[i + 1 : i + 2]:
-            job.dataset.shards.prefetch(first_ids[following : following + 1])
-        ids = np.arange(first_ids[shard], first_ids[shard + 1])
-        for size in by_size(job.manifest, view):
-            for start in range(0, len(ids), job.manifest.batch):
-                yield Samples(view, size, ids[start : start + job.manifest.batch])
-
-
-def begin(job: Job, items: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the (view, shard) pairs whose files are missing; save the manifest for later jobs.
-
-    Raises UserError if the disk is too small.
-    """
-    missing = [item for item in items if not is_stored(job, *item)]
-    print(job.manifest.table(), flush=True)
-    if len(missing) < len(items):
-        print(f"indistill: {len(items) - len(missing)} of {len(items)} shards are stored already", flush=True)
-    size = 0
-    for view, shard in missing:
-        fields = job.manifest.fields_in(view).values()
-        size += job.manifest.samples[shard] * sum(field.record.itemsize for field in fields)
-    free = shutil.disk_usage(job.root).free
-    if size > free:
-        raise UserError(
-            f"targets.dir {job.root}: needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: lower "
-            "data.augment.views or targets.pool, set targets.features: int8 or targets.top_k, or choose "
-            "another targets.dir"
-        )
-    if missing:
-        save_manifest(job.root / "manifest.partial.json", job.manifest)
-        (job.root / "manifest.json").unlink(missing_ok=True)
-    return missing
-
-
-def end(job: Job, items: list[tuple[int, int]]) -> None:
-    """Save the manifest. Raises UserError if a file of another rank is not visible here."""
-    for view, shard in items:
-        if not is_stored(job, view, shard):
-            path = records_path(str(job.root), view, "*", shard)
-            raise UserError(
-                f"{path}: another process has written it, but it is not visible here: put targets.dir on a "
-                "file system that all nodes share"
-            )
-    if job.standards:
-        standards.write(job.root / standards.FILE, job.standards)
-    save_manifest(job.root / "manifest.json", job.manifest)
-    (job.root / "manifest.partial.json").unlink(missing_ok=True)
-
-
-def is_stored(job: Job, view: int, shard: int) -> bool:
-    """Whether the files of all fields exist with their full size."""
-    with contextlib.suppress(FileNotFoundError):
-        return all(
-            os.stat(records_path(str(job.root), view, name, shard)).st_size
-            == field.record.itemsize * job.manifest.samples[shard]
-            for name, field in job.manifest.fields_in(view).items()
-        )
-    return False
-
-
-def write_shard(job: Job, view: int, *, shard: int, batches: Iterator[Batch], count: Count) -> None:
-    """Write one file per field; all of them appear at the end."""
-    fields = job.manifest.fields_in(view)
-    paths = {name: Path(records_path(str(job.root), view, name, shard)) for name in fields}
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for name, path in paths.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_parts(path.parent, path.name.__eq__)
-            files[name] = stack.enter_context(replacing(path))
-        for names in by_size(job.manifest, view).values():
-            left = job.manifest.samples[shard]
-            while left:
-                batch = next(batches)
-                for bad in batch.replaced:
-                    print(
-                        f"indistill: no targets for {bad}: it cannot be decoded", file=sys.stderr, flush=True
-                    )
-                for name, computed in job.compute(batch, names).items():
-                    encoded = fields[name].encode(computed.values)
-                    encoded[computed.undecoded] = np.zeros((), encoded.dtype)
-                    files[name].write(encoded.tobytes())
-                    done = len(computed.values)
-                left -= done
-                count.add(done)
-
-
-class Count(contextlib.AbstractContextManager):
-    """Shows how many of `total` images are done: a bar in a terminal, a line every 10 s in a log."""
-
-    def __init__(self, total: int, shown: bool) -> None:
-        self.total = total
-        self.done = 0
-        self.bar = tqdm(total=total, unit="image", disable=None if shown else True)  # None: in a log
-        self._plain = shown and self.bar.disable
-        self._printed = time.monotonic()
-
-    def add(self, images: int) -> None:
-        """Count images."""
-        self.done += images
-        self.bar.update(images)
-        now = time.monotonic()
-        if self._plain and (now - self._printed >= PLAIN_SECONDS or self.done == self.total):
-            self._printed = now
-            print(
-                f"indistill: targets of {self.done:,} of {self.total:,} images", file=sys.stderr, flush=True
-            )
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
 
 
 @contextlib.contextmanager
@@ -329,102 +164,6 @@ def errors_of_this_rank() -> Iterator[None]:
         )
         mistake.found_by_one_rank = True
         raise mistake from None
-
-
-# --- verifying ----------------------------------------------------------------------------------------------
-def verify(settings: Config, count: int) -> bool:
-    """Recompute the records of `count` random samples and print those that differ.
-
-    Returns whether all agree.
-    """
-    job = prepare(settings)
-    stored = engine.on_main(job.accelerator, lambda: load_manifest(str(job.root)))
-    requests = random_requests(stored, settings.seed, count)
-    mine = requests[job.accelerator.process_index :: job.accelerator.num_processes]
-    with errors_of_this_rank():
-        comparison = recompute(job, stored, mine)
-    parts_of_ranks: list[Comparison] = gather_object([comparison])
-    wrong = [line for part in parts_of_ranks for line in part.wrong]
-    if job.accelerator.is_main_process:
-        for line in wrong:
-            print(line)
-        recomputed = sum(part.records for part in parts_of_ranks)
-        exact = sum(part.exact for part in parts_of_ranks)
-        largest = max(part.largest for part in parts_of_ranks)
-        print(
-            f"{recomputed} records recomputed: {exact} are the same bit for bit, the others differ by at "
-            f"most {largest:.1e} of their largest value, {len(wrong)} are wrong"
-        )
-    return not wrong
-
-
-def random_requests(stored: Manifest, seed: int, count: int) -> list[Samples]:
-    """Draw `count` different (view, sample) pairs; returns them as batches, once for each size."""
-    samples = sum(stored.samples)
-    total = stored.views * samples
-    drawn = random.Random(seed).sample(range(total), min(count, total))  # nosec B311  # a sample to check, the same for a seed
-    requests = []
-    for view in range(stored.views):
-        ids = np.array(sorted(i % samples for i in drawn if i // samples == view), dtype=np.int64)
-        requests += [
-            Samples(view, size, ids[start : start + stored.batch])
-            for size in by_size(stored, view)
-            for start in range(0, len(ids), stored.batch)
-        ]
-    return requests
-
-
-def recompute(job: Job, stored: Manifest, requests: Sequence[Samples]) -> Comparison:
-    """Compare the stored records of each request with what the teacher computes now."""
-    reader = Reader(str(job.root), stored, None, 0)
-    wrong = []
-    count = 0
-    exact = 0
-    largest = 0.0
-    for (view, size, ids), batch in zip(requests, job.batches(requests)):
-        for name, computed in job.compute(batch, by_size(stored, view)[size]).items():
-            rows = reader.rows(view, ids, name)
-            field = stored.fields[name]
-            problems, same, difference = compare(field, computed.values, rows, computed.undecoded)
-            count += len(rows)
-            exact += same
-            largest = max(largest, difference)
-            for row, problem in problems:
-                wrong.append(f"view {view}, {job.dataset.shards.where(ids[row])}: {name}: {problem}")
-    return Comparison(wrong, count, exact, largest)
-
-
-def compare(
-    field: Field, tensor: Tensor, rows: np.ndarray, undecoded: np.ndarray
-) -> tuple[list[tuple[int, str]], int, float]:
-    """Compare stored records with recomputed targets.
-
-    tensor [B, ...] is computed by the teacher, rows uint8 [B, bytes of a record] are stored, undecoded is
-    bool [B]. Returns the problems by row, the number of records that are equal bit for bit, and the largest
-    relative difference
-    of the other records without a problem.
-    """
-    problems = []
-    again = torch.from_numpy(records.rows_of(field.encode(tensor)))
-    intact = records.intact(rows)
-    equal = (again.numpy() == rows).all(axis=1)
-    ours, theirs = (field.decode(encoded).double().flatten(1) for encoded in (again, torch.from_numpy(rows)))
-    if field.format == "top_k":
-        ours = ours.softmax(1)
-        theirs = theirs.softmax(1)
-    off = ((ours - theirs).abs().amax(1) / ours.abs().amax(1).clamp_min(1e-30)).numpy()
-    for row in range(len(rows)):
-        if undecoded[row]:
-            if rows[row].any():
-                problems.append((row, "stored, but its image cannot be decoded"))
-        elif not rows[row].any() and not intact[row]:
-            problems.append((row, "missing, but its image can be decoded"))
-        elif not intact[row]:
-            problems.append((row, "damaged"))
-        elif not off[row] <= TOLERANCE:
-            problems.append((row, f"differs by {off[row]:.1e} of its largest value"))
-    close = ~undecoded & intact & (off <= TOLERANCE)
-    return problems, int((equal & ~undecoded).sum()), float(off[close & ~equal].max(initial=0.0))
 
 
 # --- preparing --------------------------------------------------------------------------------------------

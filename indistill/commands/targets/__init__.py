@@ -1,0 +1,1 @@
+"""`indistill targets`: compute the teacher's outputs once, and store them."""
