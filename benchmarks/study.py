@@ -264,8 +264,11 @@ def main(argv: list[str] | None = None) -> int:
 
         for run in prepared if due else ():  # each may read the one before it
             carry_out([run], train, 1, keep)
-        carry_out(list(targets.values()), store_targets, arguments.jobs)
-        carry_out(due, train, arguments.jobs, keep)
+        if study.targets is None:
+            carry_out(due, train, arguments.jobs, keep)
+        for seed, run in targets.items():  # all methods of a seed before the targets of the next
+            carry_out([run], store_targets, 1)
+            carry_out([run for run in due if run.seed == seed], train, arguments.jobs, keep)
         print(f"\n{write(study, results, prepared, runs)}\nWritten to {results.with_suffix('.md')}")
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)
