@@ -162,20 +162,10 @@ class Timetable:
 
     def _warmup_steps(self, warmup: config.Warmup, pairs: int) -> tuple[int, ...]:
         """Steps of each pair. Raises UserError if the warm-up does not fit the run or its order."""
-        durations: Sequence[Duration] = [warmup.alpha + 1 + pair for pair in range(pairs)]
-        if warmup.durations is not None:
-            durations = warmup.durations
-            if len(durations) != pairs:
-                raise UserError(
-                    f"warmup.durations: {len(durations)} given for {pairs} pairs: give one per pair"
-                )
-        steps = tuple(self.steps(duration) for duration in durations)
-        for pair, duration in enumerate(durations):
-            if steps[pair] == 0 and not _is_zero(duration):
-                raise UserError(
-                    f"warmup.durations: {duration} for pair {pair + 1} is less than one step (an epoch has "
-                    f"{self.steps_per_epoch}): raise it, or give 0 to leave the pair out"
-                )
+        if warmup.durations is None:
+            steps = self._steps_by_alpha(warmup, pairs)
+        else:
+            steps = self._listed_steps(warmup.durations, pairs)
         if sum(steps) > self.total_steps:
             raise UserError(
                 f"the warm-up takes {sum(steps)} steps, the whole run (duration) {self.total_steps}: raise "
@@ -190,6 +180,32 @@ class Timetable:
             raise UserError(
                 "warmup.lr: curriculum all_at_once has one phase for all pairs: give one value, not a list"
             )
+        return steps
+
+    def _steps_by_alpha(self, warmup: config.Warmup, pairs: int) -> tuple[int, ...]:
+        """Steps of each pair by `warmup.alpha`, shortened to at most `warmup.at_most` in total."""
+        steps = tuple(self.steps(warmup.alpha + 1 + pair) for pair in range(pairs))
+        if warmup.at_most is None or sum(steps) <= (most := self.steps(warmup.at_most)):
+            return steps
+        shortened = tuple(count * most // sum(steps) for count in steps)
+        if 0 in shortened:
+            raise UserError(
+                f"warmup.at_most: {warmup.at_most} are {most} of {self.total_steps} steps, too few for "
+                f"{pairs} pairs: raise duration or warmup.at_most, or set warmup.durations"
+            )
+        return shortened
+
+    def _listed_steps(self, durations: Sequence[Duration], pairs: int) -> tuple[int, ...]:
+        """Steps of each pair by `warmup.durations`."""
+        if len(durations) != pairs:
+            raise UserError(f"warmup.durations: {len(durations)} given for {pairs} pairs: give one per pair")
+        steps = tuple(self.steps(duration) for duration in durations)
+        for pair, duration in enumerate(durations):
+            if steps[pair] == 0 and not _is_zero(duration):
+                raise UserError(
+                    f"warmup.durations: {duration} for pair {pair + 1} is less than one step (an epoch has "
+                    f"{self.steps_per_epoch}): raise it, or give 0 to leave the pair out"
+                )
         return steps
 
     def evaluate_at(self, step: int) -> bool:

@@ -111,11 +111,31 @@ def test_without_teacher_the_phase_is_called_supervised(tree):
 
 
 def test_a_warmup_may_fill_the_run_but_not_exceed_it(tree):
-    assert spans(timetable(tree, duration="12 epochs", warmup={}))[-1] == ("kd", 1200, None)
+    unlimited = {"at_most": None}
+    assert spans(timetable(tree, duration="12 epochs", warmup=unlimited))[-1] == ("kd", 1200, None)
     with pytest.raises(
         UserError, match=r"warm-up takes 1200 steps, the whole run \(duration\) 1199: raise duration"
     ):
-        timetable(tree, duration="1199 steps", warmup={})
+        timetable(tree, duration="1199 steps", warmup=unlimited)
+
+
+def test_a_warmup_by_alpha_takes_at_most_a_share_of_the_run(tree):
+    """12 epochs are a fifth of 60; in shorter runs the pairs share a fifth as 3 : 4 : 5."""
+    assert spans(timetable(tree, duration="60 epochs", warmup={}))[-1] == ("kd", 1200, None)
+    assert spans(timetable(tree, duration="24 epochs", warmup={})) == [
+        ("warmup 1/3", 0, 120),
+        ("warmup 2/3", 120, 280),
+        ("warmup 3/3", 280, 480),
+        ("kd", 480, None),
+    ]
+    short = timetable(tree, duration="100 steps", warmup={"at_most": "13 steps"})
+    assert short.curriculum.durations == (3, 4, 5)  # whole steps, rounded down
+    listed = timetable(tree, duration="24 epochs", warmup={"durations": [3, 4, 5]})
+    assert spans(listed)[-1] == ("kd", 1200, None)
+    with pytest.raises(
+        UserError, match=r"^warmup.at_most: 20 percent are 2 of 10 steps, too few for 3 pairs"
+    ):
+        timetable(tree, duration="10 steps", warmup={})
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])

@@ -49,7 +49,10 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
 
 def load_recorded(path: str | Path) -> Config:
     """Read the `config.yaml` of a run to show it, without torch and without the packages of its losses."""
-    return parse(read(path), source=str(path), recorded=True)
+    tree = read(path)
+    if isinstance(tree.get("warmup"), dict):
+        tree["warmup"].setdefault("at_most", None)  # earlier versions had no limit
+    return parse(tree, source=str(path), recorded=True)
 
 
 def parse(tree: dict[str, Any], source: str, *, recorded: bool = False) -> Config:

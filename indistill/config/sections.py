@@ -192,16 +192,26 @@ class Warmup(PhaseTraining):
     # warm-up; `auto`: sequential, each pair until its loss stops falling.
     curriculum: Literal["sequential", "cumulative", "reversed", "all_at_once", "auto"] = "sequential"
     alpha: Annotated[int, Field(ge=0)] = 2  # Pair i, counted from 0, is trained for alpha + 1 + i epochs.
+    # Longest warm-up by `alpha`: all pairs are shortened by one factor to fit. None: no limit.
+    at_most: Duration | None = "20 percent"
     # Which of `teachers` teaches it, by its id; None: the first.
     teacher: str | None = None
-    # Duration of each pair, instead of `alpha`; 0 skips a pair. With `curriculum: auto` the longest it may
-    # take. None: by `alpha`.
+    # Duration of each pair, instead of `alpha` and `at_most`; 0 skips a pair. With `curriculum: auto` the
+    # longest it may take. None: by `alpha`.
     durations: list[Duration] | None = None
     auto: Auto = Auto()  # When a pair ends under `curriculum: auto`.
     # Layer on a student map that is wider than the teacher's; `none`: such a pair is an error, `conv1x1`: a
     # trained 1x1 convolution to the teacher's width.
     adapter: Literal["none", "conv1x1"] = "none"
     prune: Prune = Prune()  # How the channels of the teacher's maps are selected.
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_alpha_alone(cls, values: Any) -> Any:
+        """Unset `at_most` beside `durations`, where it has no effect: the identity of a run is without it."""
+        if isinstance(values, dict) and values.get("durations") is not None:
+            return values | {"at_most": None}
+        return values
 
 
 class Mix(Section):

@@ -432,6 +432,7 @@ LATER_KEYS: dict[str, Any] = {
     "kd.ensemble": "probabilities",
     "kd.teacher_dropping": None,
     "warmup.teacher": None,
+    "warmup.at_most": None,
     "data.label": None,
     "student.num_classes": None,
     "teacher.num_classes": None,

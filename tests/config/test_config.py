@@ -376,7 +376,26 @@ def test_everything_else_does(file, settings, override, difference):
 
 
 def test_keys_that_earlier_versions_lacked_are_not_in_the_identity_of_their_runs(settings):
-    assert not config.flatten(settings).keys() & {"data.repeats"}
+    assert not config.flatten(settings).keys() & {"data.repeats", "warmup.at_most"}
+
+
+def test_a_run_of_before_the_warmups_limit_is_told_from_one_with_it(file, tree, tmp_path):
+    """Its config.yaml lacks the key: the run goes on with `at_most: null`, or where the key has no effect."""
+    tree["warmup"] = {"alpha": 2}
+    saved = yaml.safe_load(config.dump(config.parse(tree, "test")))
+    del saved["warmup"]["at_most"]
+    recorded = tmp_path / "config.yaml"
+    recorded.write_text(yaml.safe_dump(saved))
+    earlier = config.load_recorded(recorded)
+    file.write_text(yaml.safe_dump(tree))
+    assert config.difference(earlier, config.load(file)) == "warmup.at_most: None -> 20 percent"
+    assert config.difference(earlier, config.load(file, ["warmup.at_most=null"])) is None
+
+    saved["warmup"]["durations"] = [1, 1, 1]
+    recorded.write_text(yaml.safe_dump(saved))
+    durations = config.load(file, ["warmup.durations=[1, 1, 1]"])
+    assert config.difference(config.load_recorded(recorded), durations) is None
+    assert config.fingerprint(config.load_recorded(recorded)) == config.fingerprint(durations)
 
 
 def test_other_losses_and_removed_sections_are_differences(file, settings):
