@@ -349,7 +349,7 @@ def show(pending: Sequence[Run], before: dict[str, float], seconds: float) -> No
     left = {run: run.epochs - run.epoch() for run in pending}
     done = sum(run.epochs for run in before) - sum(before.values()) - sum(left.values())
     estimate = (
-        f", {sum(left.values()) / done * seconds / 60:.0f} minutes left" if done > 0 and pending else ""
+        f", {sum(left.values()) / done * seconds / 60:.0f} minutes left" if done > 0.01 and pending else ""
     )
     active = [f"{run.directory.name} at epoch {run.epoch():.1f}" for run in pending if run.epoch() > 0]
     print(f"{len(pending)} runs to do{estimate}; {', '.join(active)}".removesuffix("; "), flush=True)
