@@ -9,6 +9,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PositiveFloat,
@@ -84,11 +85,20 @@ class Teacher(Model):
         return self
 
 
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError(
+            f"{name!r} cannot name a folder: begin with a letter or digit, and use at most 64 letters, "
+            "digits, ., _ and -"
+        )
+    return name
+
+
 class OneTeacher(Teacher):
     """One of several teachers, and what the student learns from it."""
 
     # What messages, log and folders call it; None: the name of the timm model.
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    id: Annotated[str, AfterValidator(_folder_name)] | None = None
     # Factor of its losses. Without losses of its own: its weight in the mean of `kd.ensemble`.
     weight: PositiveFloat = 1.0
     # Losses that compare the student with this teacher alone. None: it is one of those whose mean `kd.losses`

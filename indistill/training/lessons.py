@@ -204,10 +204,7 @@ class _Builder:
     def _load_teacher(self, settings: Config, section: config.Teacher) -> Network:
         """Create the teacher on its device, or on the CPU if it is to be sharded: it may not fit a device."""
         device = torch.device("cpu") if self._shard_device(section) else self.accelerator.device
-        # The student's new layers start alike, whether or not a teacher is created before them.
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            return self.make_teacher(settings).to(device)
+        return self.make_teacher(settings).to(device)
 
     def _shard_device(self, section: config.Teacher) -> torch.device | None:
         """The device over which the teacher is sharded with those of the other ranks; None if it is not."""

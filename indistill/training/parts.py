@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
@@ -120,7 +121,11 @@ def create_teacher(settings: Config) -> Network:
     assert section is not None  # a teacher is created only for a config that has one
     if section.checkpoint and section.num_classes != 0:
         class_names.check_weights(class_names.of_weights(section.checkpoint), settings.data, "teacher")
-    net = timm_model.create(section, settings.data.num_classes, settings.data.full_size, "teacher")
+    # The student's new layers start alike, whether or not a teacher is created before them, and a random
+    # teacher of the student's architecture starts with other weights.
+    with torch.random.fork_rng():
+        torch.manual_seed(int(np.random.SeedSequence([settings.seed, 1]).generate_state(1)[0]))
+        net = timm_model.create(section, settings.data.num_classes, settings.data.full_size, "teacher")
     _check_head(settings, net, "teacher")
     check_sizes(settings, net, "teacher")
     if section.pretrained and net.num_classes:

@@ -295,7 +295,10 @@ SECOND = {"name": "cnn32_auxiliary", "random": True}
         ),
         ({"kd": {"losses": []}, "teachers": []}, "kd.losses: is empty"),
         ({"stage": "heads", "student": None, "warmup": None}, "stage: heads needs one teacher"),
-        ({"teachers": [{**SECOND, "id": "../x"}]}, "teachers.0.id"),
+        (
+            {"teachers": [{**SECOND, "id": "../x"}]},
+            "teachers.0.id: '../x' cannot name a folder: begin with a letter",
+        ),
         (
             {"teachers": [{**SECOND, "pairs": [[0, 0]]}, {**VIT, "losses": FEATURE}]},
             "cnn32_auxiliary: pairs are for losses of its own on feature maps",
