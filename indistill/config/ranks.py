@@ -17,6 +17,8 @@ class Ranks:
     local_rank: int = 0
     local_world_size: int = 1
     missing: tuple[str, ...] = ("RANK", "LOCAL_RANK")  # of these two, the variables that are not set
+    # Whether the launcher may start the ranks again in other numbers: torchrun with --max-restarts.
+    may_change: bool = False
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -31,6 +33,7 @@ class Ranks:
             local_rank=_integer("LOCAL_RANK", default=0, least=0),
             local_world_size=_integer("LOCAL_WORLD_SIZE", default=world_size, least=1),
             missing=tuple(name for name in ("RANK", "LOCAL_RANK") if name not in os.environ),
+            may_change=_integer("TORCHELASTIC_MAX_RESTARTS", default=0, least=0) > 0,
         )
 
     @property
