@@ -6,8 +6,8 @@ torchrun's own exit code is 1 for every failure. Here:
     1, 2    a process failed with an error that would occur again: status says `failed`
     130     Ctrl-C
 
-With --max-restarts, torchrun itself starts the processes again after any failure. Here it does so only after a lost
-process or network, not after an error, nor when the run was asked to stop.
+With --max-restarts, torchrun itself starts the processes again after any failure. Here it does so only after
+a lost process or network, not after an error, nor when the run was asked to stop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Trains on as many ranks as the config can use, where the launcher may change the number of nodes.
 
-Under torchrun with `--nnodes 1:4 --max-restarts N` a run goes on with the nodes that are left, whose number need not
-divide `data.streams`. The first ranks then train as in a run of their own; the others build nothing and wait.
-They leave with success when the training is done. Every change of the nodes ends and starts all ranks anew.
+Under torchrun with `--nnodes 1:4 --max-restarts N` a run goes on with the nodes that are left, and their
+number of ranks need not divide `data.streams`. The first ranks then train as in a run of their own. The
+others build nothing; they wait, and leave with success when the training is done. Every change of the nodes
+ends all ranks and starts them anew.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def _store(ranks: Ranks, timeout_minutes: float) -> Store:
 def _wait(store: Store, ranks: Ranks, used: int, run_dir: Path, timeout_minutes: float) -> None:
     """Wait for the end of the training, and exit."""
     print(
-        f"indistill: rank {ranks.rank} waits until the nodes change or the run ends: the global batch divides among "
-        f"{used} of {ranks.world_size} processes (data.streams)",
+        f"indistill: rank {ranks.rank} waits until the nodes change or the run ends: of {ranks.world_size} "
+        f"processes, {used} can train, because their number must divide data.streams",
         flush=True,
     )
     watchdog.open(run_dir, timeout_minutes)

@@ -53,7 +53,12 @@ MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of the remaining
 
 
 _TIME_LIMIT = "the time limit"
-_FOR_GOOD = ("SIGINT", "SIGUSR1", "SIGUSR2", _TIME_LIMIT)  # reasons after which a launcher starts nothing anew
+_FOR_GOOD = (
+    "SIGINT",
+    "SIGUSR1",
+    "SIGUSR2",
+    _TIME_LIMIT,
+)  # reasons after which a launcher starts nothing anew
 
 
 class Preempted(Exception):
@@ -181,8 +186,9 @@ def _tell_agent() -> None:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and _process.asked_by in _FOR_GOOD:
         with contextlib.suppress(OSError):
-            reason = {"message": f"stopped by {_process.asked_by}", "timestamp": int(time.time())}
-            Path(file).write_text(json.dumps(reason | {"stopped": True}))
+            details = {"timestamp": str(int(time.time()))}
+            message = {"message": f"stopped by {_process.asked_by}", "extraInfo": details}
+            Path(file).write_text(json.dumps({"message": message, "stopped": True}))
 
 
 def exit_code() -> int:

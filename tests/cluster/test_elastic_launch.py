@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,41 +14,19 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from conftest import LOGGED, in_float64, losses, run_ranks, start_ranks, train_until, unused_port, use_vits
-from safetensors.torch import load_file
+from conftest import run_ranks, start_ranks, unused_port
+from elastic import ALONE_AT, PLUGIN, check_as_uninterrupted, elastic, worlds
 from torch.distributed import TCPStore
 
 from indistill.commands.cli import main
-from indistill.config.files import read_lines
 from indistill.config.run_dir import RunDir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS, KILLED_AT, JOINED_AT = 40, 20, 30
 
 
 @pytest.fixture
 def elastic_tree(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config without batch norm and dropout, so that a loss does not depend on how the batch is divided."""
-    use_vits(tree)
-    return tree | {"duration": f"{STEPS} steps", "checkpoint": {"every_steps": 5, "keep_last": 99}}
-
-
-@pytest.fixture
-def uninterrupted(elastic_tree: dict[str, Any], tmp_path: Path) -> Path:
-    """The run directory of the same run in one process, in float64."""
-    run_dir = tmp_path / "uninterrupted"
-    run_ranks(in_float64, None, train_until, elastic_tree | {"run_dir": str(run_dir)})
-    return run_dir
-
-
-def assert_same(run_dir: Path, expected: Path) -> None:
-    assert losses(run_dir) == pytest.approx(losses(expected), rel=LOGGED)
-    (weights,) = (load_file(next(path.glob("*.safetensors"))) for path in [run_dir])
-    reference = load_file(next(expected.glob("*.safetensors")))
-    assert weights.keys() == reference.keys()
-    for name, value in weights.items():
-        torch.testing.assert_close(value, reference[name], rtol=LOGGED, atol=LOGGED, msg=name)
+    return elastic(tree)
 
 
 # --- ranks that the config cannot use -----------------------------------------------------------------------
@@ -83,39 +60,6 @@ def test_waiting_ranks_do_not_outlive_a_failure(elastic_tree, tmp_path):
 
 
 # --- nodes that are lost and come back ----------------------------------------------------------------------
-PLUGIN = f"""
-import os, time
-from pathlib import Path
-
-import torch
-
-from indistill.distributed import preemption
-from indistill.models.network import DTYPES
-from indistill.training.run_log import RunLog
-
-DTYPES["no"] = torch.float64
-torch.set_default_dtype(torch.float64)
-
-end_step = RunLog.end_step
-
-
-def holding_end_step(log, step, *arguments):
-    line = end_step(log, step, *arguments)
-    world = log.accelerator.num_processes
-    first = log.accelerator.is_main_process and world == 2
-    while step == {KILLED_AT} and first and not Path(__file__).with_name("killed").exists():
-        Path(__file__).with_name("reached").write_text(str(os.getpid()))
-        time.sleep(0.05)
-    while step == {JOINED_AT} and world == 1 and not preemption.asked():
-        Path(__file__).with_name("alone").touch()
-        time.sleep(0.05)
-    return line
-
-
-RunLog.end_step = holding_end_step
-"""
-
-
 @contextlib.contextmanager
 def nodes(config: Path, **variables: str) -> Iterator[Callable[[], subprocess.Popen]]:
     """Yield a function that starts a node, by launch/torchrun.sh; kill those that are left."""
@@ -128,11 +72,12 @@ def nodes(config: Path, **variables: str) -> Iterator[Callable[[], subprocess.Po
     started: list[subprocess.Popen] = []
 
     def start() -> subprocess.Popen:
-        output = open(f"{config}.node{len(started)}", "w")
-        command = [REPOSITORY / "launch" / "torchrun.sh", config, "--plugin", config.with_name("plugin.py")]
-        started.append(
-            subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=output, stderr=output)
-        )
+        command = [REPOSITORY / "launch" / "torchrun.sh", config]
+        if (plugin := config.with_name("plugin.py")).exists():
+            command += ["--plugin", plugin]
+        with open(f"{config}.node{len(started)}", "w") as output:
+            streams = {"stdout": output, "stderr": output}
+            started.append(subprocess.Popen(command, env=environment, cwd=REPOSITORY, **streams))
         return started[-1]
 
     try:
@@ -161,41 +106,60 @@ def wait_for(happened: Callable[[], Any], *running: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def starts(run_dir: Path) -> list[int]:
-    """The world size of each start of the run."""
-    return [line["world_size"] for line in read_lines(run_dir / "history.jsonl") if line["event"] == "start"]
+def leader(running: list[subprocess.Popen], held: Path) -> subprocess.Popen:
+    """Wait for the first rank to hold the run; return its node."""
+    wait_for(held.exists, *running)
+    rank = int(held.read_text())
+    return next(
+        node for node in running if rank in [child.pid for child in psutil.Process(node.pid).children()]
+    )
 
 
-def test_the_rest_go_on_without_a_lost_node_and_take_it_back(elastic_tree, tmp_path, uninterrupted):
+def test_the_rest_go_on_without_a_lost_node_and_take_it_back(elastic_tree, tmp_path):
     config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
     config.write_text(json.dumps(elastic_tree))
     (tmp_path / "plugin.py").write_text(PLUGIN)
     with nodes(config) as start:
         pair = [start(), start()]
-        wait_for((tmp_path / "reached").exists, *pair)
-        first = int((tmp_path / "reached").read_text())
-        lost, left = sorted(
-            pair, key=lambda node: first not in [child.pid for child in psutil.Process(node.pid).children()]
-        )
+        lost = leader(pair, tmp_path / "held")
+        (left,) = {*pair} - {lost}
         lose(lost)
-        (tmp_path / "killed").touch()
+        (tmp_path / "lost").touch()
         wait_for((tmp_path / "alone").exists, left)
         assert not (run_dir / "summary.json").exists()
         back = start()
         assert [node.wait(400) for node in (left, back)] == [0, 0]
-    assert starts(run_dir) == [2, 1, 2]
+    assert worlds(run_dir) == [2, 1, 2]
     assert (run_dir / "status").read_text() == "done\n"
-    assert RunDir(run_dir).checkpoints.joinpath(f"step-{JOINED_AT:08d}").exists()
-    assert_same(run_dir, uninterrupted)
+    assert RunDir(run_dir).checkpoints.joinpath(f"step-{ALONE_AT:08d}").exists()
+    check_as_uninterrupted(elastic_tree, tmp_path)
+
+
+def test_a_node_that_waits_takes_the_place_of_one_that_is_lost(elastic_tree, tmp_path):
+    config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
+    config.write_text(json.dumps(elastic_tree))
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    with nodes(config, PET_NNODES="1:3") as start:
+        three = [start(), start(), start()]
+        lost = leader(three, tmp_path / "held")
+        lose(lost)
+        (tmp_path / "lost").touch()
+        assert [node.wait(400) for node in three if node is not lost] == [0, 0]
+    assert worlds(run_dir) == [2, 2]  # of three nodes, and of two
+    waiting = [path for path in tmp_path.glob("*.node*") if "indistill: rank 2 waits" in path.read_text()]
+    assert len(waiting) == 1
+    check_as_uninterrupted(elastic_tree, tmp_path)
 
 
 def test_a_stop_that_was_asked_for_and_an_error_cost_no_restart(elastic_tree, tmp_path):
     config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
-    (tmp_path / "plugin.py").write_text("")
-    for change, code, word in (({"max_hours": 1e-5}, 75, "requeue"), ({"batch": 1}, 2, "failed")):
+    for change, code, word in (
+        ({"max_hours": 1e-5}, 75, "requeue"),
+        ({"warmup": {"pairs": [[9, 9]]}}, 2, "failed"),
+    ):
         config.write_text(json.dumps(elastic_tree | change))
         with nodes(config, PET_NNODES="1:1") as start:
             node = start()
             assert node.wait(400) == code
         assert (run_dir / "status").read_text().split("\n")[0] == word
-    assert starts(run_dir) == [1]
+    assert worlds(run_dir) == [1]  # the second start refuses the config before it begins
