@@ -173,10 +173,11 @@ def test_a_host_goes_on_alone_and_takes_the_other_back(tree, tmp_path, hosts):
     config.write_text(json.dumps(tree))
     (tmp_path / "plugin.py").write_text(PLUGIN)
     variables = {"PET_NNODES": "1:2", "PET_MASTER_PORT": str(unused_port())}
-    variables["PET_RDZV_CONF"] = "last_call_timeout=10"
 
     def start(i: int) -> subprocess.Popen:
-        return on_host(hosts, i, config, variables | {"PET_LOCAL_ADDR": ADDRESSES[i]})
+        # torch finds neither by the name of the host, which cannot be resolved.
+        own = {"PET_LOCAL_ADDR": ADDRESSES[i], "PET_RDZV_CONF": f"is_host={1 - i},last_call_timeout=10"}
+        return on_host(hosts, i, config, variables | own)
 
     first, second = start(0), start(1)
     wait_for((tmp_path / "held").exists, [first, second])
