@@ -45,7 +45,7 @@ def _for_good(failure: ProcessFailure) -> bool:
 
 def main() -> int:
     """Run torchrun on this process's arguments and return the exit code."""
-    api.LocalElasticAgent = Agent
+    api.LocalElasticAgent = Agent  # type: ignore[misc]  # torchrun has no option for it
     try:
         run.main()
     except ChildFailedError as error:

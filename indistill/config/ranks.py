@@ -61,6 +61,12 @@ def variables(rank: int, world_size: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
 
 
+def variables_of_first(ranks: Ranks, world_size: int) -> dict[str, str]:
+    """Return the environment variables of a rank in the world of the first `world_size` of all ranks."""
+    on_node = min(ranks.local_world_size, world_size - (ranks.rank - ranks.local_rank))
+    return variables(ranks.rank, world_size) | {"LOCAL_WORLD_SIZE": str(on_node)}
+
+
 def _integer(name: str, *, default: int, least: int) -> int:
     text = os.environ.get(name)
     if text is None:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from indistill.config.ranks import Ranks, variables
+from indistill.config.ranks import Ranks, variables_of_first
 from indistill.distributed import preemption, watchdog
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def training_ranks(divides: Callable[[int], bool], run_dir: Path, timeout_minute
     store = _store(ranks, timeout_minutes)
     if ranks.rank >= used:
         _wait(store, ranks, used, run_dir, timeout_minutes)
-    first_of_node = ranks.rank - ranks.local_rank
-    of_node = min(ranks.local_world_size, used - first_of_node)
-    os.environ |= variables(ranks.rank, used) | {"LOCAL_WORLD_SIZE": str(of_node)}
+    os.environ |= variables_of_first(ranks, used)
     yield
     if ranks.is_main_process:
         _release(store, range(used, ranks.world_size))

@@ -173,8 +173,10 @@ def exit_at_once(code: int) -> NoReturn:
 def _lost(reason: str) -> NoReturn:
     """End this process, whose run directory another start has taken over: what it wrote would be mixed up."""
     _leaving.acquire()
-    _print(f"rank {Ranks.from_environment().rank} leaves at once: {reason}")
-    exit_at_once(2)
+    ranks = Ranks.from_environment()
+    _print(f"rank {ranks.rank} leaves at once: {reason}")
+    # With nodes that come and go, it was the other nodes of this run, which take this one back.
+    exit_at_once(EXIT_CODE if ranks.may_change else 2)
 
 
 def _tell_agent() -> None:

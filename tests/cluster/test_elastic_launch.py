@@ -15,10 +15,11 @@ from typing import Any
 import psutil
 import pytest
 from conftest import run_ranks, start_ranks, unused_port
-from elastic import ALONE_AT, PLUGIN, check_as_uninterrupted, elastic, worlds
+from elastic import ALONE_AT, HELD_AT, PLUGIN, check_as_uninterrupted, elastic, worlds
 from torch.distributed import TCPStore
 
 from indistill.commands.cli import main
+from indistill.config.files import read_lines
 from indistill.config.run_dir import RunDir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,14 +38,28 @@ def train_elastic(path: str, *overrides: str) -> None:
         main(["train", path, *overrides])
 
 
-@pytest.mark.parametrize(("streams", "world", "used"), [(8, 3, 2), (1, 2, 1)])
-def test_ranks_that_the_batch_cannot_use_wait_and_succeed(elastic_tree, tmp_path, streams, world, used):
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(elastic_tree))
-    run_ranks(train_elastic, world, str(path), f"data.streams={streams}", "duration=4 steps", "warmup=null")
-    run_dir = Path(elastic_tree["run_dir"])
-    assert json.loads((run_dir / "summary.json").read_text())["world_size"] == used
+STUDENTS = {"students": [{"name": "one"}, {"name": "two"}], "student_groups": "disjoint"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "world", "used"),
+    [
+        ({}, 3, 2),
+        ({"grad_accumulation": 8}, 5, 4),  # micro-batches of one image
+        (
+            {"kd": {"losses": [{"name": "kd"}], "mix": {"mixup": 0.2}}, "grad_accumulation": 8},
+            4,
+            2,
+        ),  # of pairs
+        (STUDENTS, 3, 2),  # one for each student
+    ],
+)
+def test_ranks_that_the_batch_cannot_use_wait_and_succeed(elastic_tree, tmp_path, keys, world, used):
+    path, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
+    path.write_text(json.dumps(elastic_tree | {"duration": "4 steps", "warmup": None, **keys}))
+    run_ranks(train_elastic, world, str(path))
     assert (run_dir / "status").read_text() == "done\n"
+    assert sum(worlds(one.parent)[0] for one in run_dir.rglob("history.jsonl")) == used
     for rank in range(world):
         waits = f"indistill: rank {rank} waits until" in Path(f"{path}.{rank}").read_text()
         assert waits == (rank >= used)
@@ -142,24 +157,31 @@ def test_a_node_that_waits_takes_the_place_of_one_that_is_lost(elastic_tree, tmp
     with nodes(config, PET_NNODES="1:3") as start:
         three = [start(), start(), start()]
         lost = leader(three, tmp_path / "held")
-        lose(lost)
+        lost.terminate()  # as of a spot instance, two minutes before its end
+        time.sleep(1)  # until the held rank has its signal, too
         (tmp_path / "lost").touch()
+        assert lost.wait(400) == 75
         assert [node.wait(400) for node in three if node is not lost] == [0, 0]
     assert worlds(run_dir) == [2, 2]  # of three nodes, and of two
+    begun = [line for line in read_lines(run_dir / "history.jsonl") if line["event"] == "start"]
+    assert begun[1]["step"] >= HELD_AT  # no step was lost
     waiting = [path for path in tmp_path.glob("*.node*") if "indistill: rank 2 waits" in path.read_text()]
     assert len(waiting) == 1
     check_as_uninterrupted(elastic_tree, tmp_path)
 
 
 def test_a_stop_that_was_asked_for_and_an_error_cost_no_restart(elastic_tree, tmp_path):
+    """One of two nodes trains; the other, which waits, is told of the end by the rendezvous."""
     config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
-    for change, code, word in (
-        ({"max_hours": 1e-5}, 75, "requeue"),
-        ({"warmup": {"pairs": [[9, 9]]}}, 2, "failed"),
-    ):
-        config.write_text(json.dumps(elastic_tree | change))
-        with nodes(config, PET_NNODES="1:1") as start:
-            node = start()
-            assert node.wait(400) == code
+    elastic_tree["data"]["streams"] = 1
+    stopped = elastic_tree | {"max_hours": 1e-5}
+    wrong = elastic_tree | {"data": {**elastic_tree["data"], "train": "none.tar"}}
+    for tree, codes, word in ((stopped, [75, 75], "requeue"), (wrong, [2, 75], "failed")):
+        config.write_text(json.dumps(tree))
+        with nodes(config) as start:
+            pair = [start(), start()]
+            assert sorted(node.wait(400) for node in pair) == codes
+        texts = [Path(f"{config}.node{i}").read_text() for i in range(2)]
+        assert sum("torchrun: the run has ended on another node" in text for text in texts) == 1
         assert (run_dir / "status").read_text().split("\n")[0] == word
-    assert worlds(run_dir) == [1]  # the second start refuses the config before it begins
+    assert worlds(run_dir) == [1]
