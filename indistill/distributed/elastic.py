@@ -42,7 +42,7 @@ def training_ranks(divides: Callable[[int], bool], run_dir: Path, timeout_minute
         return
     store = _store(ranks, timeout_minutes)
     if ranks.rank >= used:
-        _wait(store, ranks, used, run_dir, timeout_minutes)
+        _wait(store, ranks, used, run_dir=run_dir, timeout_minutes=timeout_minutes)
     os.environ |= variables_of_first(ranks, used)
     yield
     if ranks.is_main_process:
@@ -58,11 +58,11 @@ def _store(ranks: Ranks, timeout_minutes: float) -> Store:
     return store
 
 
-def _wait(store: Store, ranks: Ranks, used: int, run_dir: Path, timeout_minutes: float) -> None:
+def _wait(store: Store, ranks: Ranks, used: int, *, run_dir: Path, timeout_minutes: float) -> None:
     """Wait for the end of the training, and exit."""
     print(
         f"indistill: rank {ranks.rank} waits until the nodes change or the run ends: of {ranks.world_size} "
-        f"processes, {used} can train, because their number must divide data.streams",
+        f"processes, {used} can train (data.streams)",
         flush=True,
     )
     watchdog.open(run_dir, timeout_minutes)
