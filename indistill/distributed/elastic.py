@@ -40,9 +40,10 @@ def training_ranks(divides: Callable[[int], bool], run_dir: Path, timeout_minute
     if not ranks.may_change or used == ranks.world_size:
         yield
         return
-    store = _store(ranks, timeout_minutes)
+    with watchdog.explaining(run_dir):
+        store = _store(ranks, timeout_minutes)
     if ranks.rank >= used:
-        _wait(store, ranks, used, run_dir=run_dir, timeout_minutes=timeout_minutes)
+        _wait(store, ranks, used=used, run_dir=run_dir, timeout_minutes=timeout_minutes)
     os.environ |= variables_of_first(ranks, used)
     yield
     if ranks.is_main_process:
@@ -58,7 +59,7 @@ def _store(ranks: Ranks, timeout_minutes: float) -> Store:
     return store
 
 
-def _wait(store: Store, ranks: Ranks, used: int, *, run_dir: Path, timeout_minutes: float) -> None:
+def _wait(store: Store, ranks: Ranks, *, used: int, run_dir: Path, timeout_minutes: float) -> None:
     """Wait for the end of the training, and exit."""
     print(
         f"indistill: rank {ranks.rank} waits until the nodes change or the run ends: of {ranks.world_size} "

@@ -14,13 +14,14 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import run_ranks, start_ranks, unused_port
+from conftest import run_ranks, start, start_ranks, unused_port
 from elastic import ALONE_AT, HELD_AT, PLUGIN, check_as_uninterrupted, elastic, worlds
 from torch.distributed import TCPStore
 
 from indistill.commands.cli import main
 from indistill.config.files import read_lines
 from indistill.config.run_dir import RunDir
+from indistill.distributed import preemption
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -74,6 +75,19 @@ def test_waiting_ranks_do_not_outlive_a_failure(elastic_tree, tmp_path):
     assert [process.exitcode for process in processes] == [2, 2, 75]
 
 
+def lose_run_dir(restarts: str) -> None:
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = restarts
+    preemption._lost("run.lock: taken over")
+
+
+@pytest.mark.parametrize(("restarts", "code"), [("0", 2), ("3", 75)])
+def test_a_node_that_was_suspended_meanwhile_may_come_back(restarts, code):
+    """Another start has taken its run directory over: an error, unless it is the rest of the same run."""
+    process = start(lose_run_dir, restarts)
+    process.join(timeout=300)
+    assert process.exitcode == code
+
+
 # --- nodes that are lost and come back ----------------------------------------------------------------------
 @contextlib.contextmanager
 def nodes(config: Path, **variables: str) -> Iterator[Callable[[], subprocess.Popen]]:
@@ -86,7 +100,7 @@ def nodes(config: Path, **variables: str) -> Iterator[Callable[[], subprocess.Po
     environment["PET_RDZV_CONF"] = "last_call_timeout=5,keep_alive_interval=2"
     started: list[subprocess.Popen] = []
 
-    def start() -> subprocess.Popen:
+    def start_node() -> subprocess.Popen:
         command = [REPOSITORY / "launch" / "torchrun.sh", config]
         if (plugin := config.with_name("plugin.py")).exists():
             command += ["--plugin", plugin]
@@ -96,7 +110,7 @@ def nodes(config: Path, **variables: str) -> Iterator[Callable[[], subprocess.Po
         return started[-1]
 
     try:
-        yield start
+        yield start_node
     finally:
         for node in started:
             lose(node)
@@ -134,15 +148,15 @@ def test_the_rest_go_on_without_a_lost_node_and_take_it_back(elastic_tree, tmp_p
     config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
     config.write_text(json.dumps(elastic_tree))
     (tmp_path / "plugin.py").write_text(PLUGIN)
-    with nodes(config) as start:
-        pair = [start(), start()]
+    with nodes(config) as start_node:
+        pair = [start_node(), start_node()]
         lost = leader(pair, tmp_path / "held")
         (left,) = {*pair} - {lost}
         lose(lost)
         (tmp_path / "lost").touch()
         wait_for((tmp_path / "alone").exists, left)
         assert not (run_dir / "summary.json").exists()
-        back = start()
+        back = start_node()
         assert [node.wait(400) for node in (left, back)] == [0, 0]
     assert worlds(run_dir) == [2, 1, 2]
     assert (run_dir / "status").read_text() == "done\n"
@@ -154,8 +168,8 @@ def test_a_node_that_waits_takes_the_place_of_one_that_is_lost(elastic_tree, tmp
     config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
     config.write_text(json.dumps(elastic_tree))
     (tmp_path / "plugin.py").write_text(PLUGIN)
-    with nodes(config, PET_NNODES="1:3") as start:
-        three = [start(), start(), start()]
+    with nodes(config, PET_NNODES="1:3") as start_node:
+        three = [start_node(), start_node(), start_node()]
         lost = leader(three, tmp_path / "held")
         lost.terminate()  # as of a spot instance, two minutes before its end
         time.sleep(1)  # until the held rank has its signal, too
@@ -178,8 +192,8 @@ def test_a_stop_that_was_asked_for_and_an_error_cost_no_restart(elastic_tree, tm
     wrong = elastic_tree | {"data": {**elastic_tree["data"], "train": "none.tar"}}
     for tree, codes, word in ((stopped, [75, 75], "requeue"), (wrong, [2, 75], "failed")):
         config.write_text(json.dumps(tree))
-        with nodes(config) as start:
-            pair = [start(), start()]
+        with nodes(config) as start_node:
+            pair = [start_node(), start_node()]
             assert sorted(node.wait(400) for node in pair) == codes
         texts = [Path(f"{config}.node{i}").read_text() for i in range(2)]
         assert sum("torchrun: the run has ended on another node" in text for text in texts) == 1
