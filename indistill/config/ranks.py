@@ -56,6 +56,12 @@ class Ranks:
         return "LOCAL_RANK" not in self.missing
 
 
+def shares_store() -> bool:
+    """Whether the processes of several nodes meet in the store of torchrun's own processes."""
+    nodes = _integer("GROUP_WORLD_SIZE", default=1, least=1)
+    return nodes > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def variables(rank: int, world_size: int) -> dict[str, str]:
     """Return the environment variables that give a process this rank and world size."""
     return {"RANK": str(rank), "WORLD_SIZE": str(world_size)}

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from indistill.config.ranks import Ranks, variables_of_first
+from indistill.config.ranks import Ranks, shares_store, variables_of_first
 from indistill.distributed import preemption, watchdog
 
 if TYPE_CHECKING:
@@ -36,6 +36,13 @@ def training_ranks(divides: Callable[[int], bool], run_dir: Path, timeout_minute
     number of ranks once, all ranks train; they are refused where their number does not fit.
     """
     ranks = Ranks.from_environment()
+    if ranks.may_change and ranks.is_main_process and shares_store():  # seen in torch 2.15
+        print(
+            "indistill: torchrun shares its store with the processes, which may not find each other when the "
+            "nodes change: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes",
+            file=sys.stderr,
+            flush=True,
+        )
     used = next((world for world in range(ranks.world_size, 0, -1) if divides(world)), ranks.world_size)
     if not ranks.may_change or used == ranks.world_size:
         yield
