@@ -29,7 +29,21 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Agent(api.LocalElasticAgent):
-    """torchrun's agent of this node, which spends no restart where none helps."""
+    """torchrun's agent of this node, which spends no restart where none helps, and ends for this node alone."""
+
+    def run(self, *arguments: Any) -> Any:
+        """Run the processes, as torchrun does; an error of the rendezvous is raised as a SignalException.
+
+        After any other exception torch closes the rendezvous: a node that was cut off for a while would end the
+        run of those that went on.
+        """
+        try:
+            return super().run(*arguments)
+        except (SignalException, RendezvousClosedError):
+            raise
+        except Exception as error:  # another node is late or gone, or this one was cut off
+            traceback.print_exc()
+            raise SignalException("the rendezvous has failed", signal.SIGTERM) from error
 
     def _monitor_workers(self, *arguments: Any) -> Any:
         result = super()._monitor_workers(*arguments)
