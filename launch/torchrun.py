@@ -29,13 +29,13 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Agent(api.LocalElasticAgent):
-    """torchrun's agent of this node, which spends no restart where none helps, and ends for this node alone."""
+    """torchrun's agent of this node, which spends no restart where none helps, and ends this node alone."""
 
     def run(self, *arguments: Any) -> Any:
         """Run the processes, as torchrun does; an error of the rendezvous is raised as a SignalException.
 
-        After any other exception torch closes the rendezvous: a node that was cut off for a while would end the
-        run of those that went on.
+        After any other exception torch closes the rendezvous: a node that was cut off for a while would end
+        the run of those that went on.
         """
         try:
             return super().run(*arguments)

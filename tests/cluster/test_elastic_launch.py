@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -17,6 +18,9 @@ import pytest
 from conftest import run_ranks, start, start_ranks, unused_port
 from elastic import ALONE_AT, HELD_AT, PLUGIN, check_as_uninterrupted, elastic, worlds
 from torch.distributed import TCPStore
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError
 
 from indistill.commands.cli import main
 from indistill.config.files import read_lines
@@ -199,3 +203,19 @@ def test_a_stop_that_was_asked_for_and_an_error_cost_no_restart(elastic_tree, tm
         assert sum("torchrun: the run has ended on another node" in text for text in texts) == 1
         assert (run_dir / "status").read_text().split("\n")[0] == word
     assert worlds(run_dir) == [1]
+
+
+@pytest.mark.parametrize(
+    ("raised", "closes"), [(RendezvousConnectionError(), False), (RendezvousClosedError(), True)]
+)
+def test_a_launcher_that_was_cut_off_does_not_close_the_rendezvous(monkeypatch, raised, closes):
+    """torch closes it after any exception but a signal's: a node that comes back would end the others' run."""
+    launcher = runpy.run_path(str(REPOSITORY / "launch" / "torchrun.py"))
+
+    def run(agent: LocalElasticAgent, *arguments: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(LocalElasticAgent, "run", run)
+    agent = object.__new__(launcher["Agent"])
+    with pytest.raises(type(raised) if closes else SignalException):
+        agent.run()
