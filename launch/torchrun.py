@@ -29,7 +29,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Agent(api.LocalElasticAgent):
-    """torchrun's agent of this node, which spends no restart where none helps, and ends this node alone."""
+    """torchrun's agent of this node, which spends no restart where none helps, and ends no other node."""
 
     def run(self, *arguments: Any) -> Any:
         """Run the processes, as torchrun does; an error of the rendezvous is raised as a SignalException.

@@ -209,7 +209,7 @@ def test_a_stop_that_was_asked_for_and_an_error_cost_no_restart(elastic_tree, tm
     ("raised", "closes"), [(RendezvousConnectionError(), False), (RendezvousClosedError(), True)]
 )
 def test_a_launcher_that_was_cut_off_does_not_close_the_rendezvous(monkeypatch, raised, closes):
-    """torch closes it after any exception but a signal's: a node that comes back would end the others' run."""
+    """torch closes it after any exception but a signal's: a node that comes back would end their run."""
     launcher = runpy.run_path(str(REPOSITORY / "launch" / "torchrun.py"))
 
     def run(agent: LocalElasticAgent, *arguments: Any) -> None:
