@@ -188,12 +188,14 @@ def test_a_host_goes_on_alone_and_takes_the_other_back(tree, tmp_path, hosts):
 
     ip("-n", hosts[1], "link", "set", hosts[1], "up")
     deadline, ended = time.monotonic() + 600, []
-    while first.poll() is None and time.monotonic() < deadline:
-        if second.poll() is not None:  # as of a service that starts it again
-            ended.append(second)
-            second = start(1)
-        time.sleep(1)
-    texts = outputs([first, second, *ended])
+    try:
+        while first.poll() is None and time.monotonic() < deadline:
+            if second.poll() is not None:  # as of a service that starts it again
+                ended.append(second)
+                second = start(1)
+            time.sleep(1)
+    finally:
+        texts = outputs([first, second, *ended], timeout=100.0)
     print(*texts, f"node 1 was started {1 + len(ended)} times", sep="\n")
     assert (first.returncode, second.returncode) == (0, 0)
     assert {node.returncode for node in ended} <= {75}
