@@ -17,6 +17,8 @@ class Ranks:
     local_rank: int = 0
     local_world_size: int = 1
     missing: tuple[str, ...] = ("RANK", "LOCAL_RANK")  # of these two, the variables that are not set
+    # Whether the launcher may start the ranks again in other numbers: torchrun with --max-restarts.
+    may_change: bool = False
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -31,6 +33,7 @@ class Ranks:
             local_rank=_integer("LOCAL_RANK", default=0, least=0),
             local_world_size=_integer("LOCAL_WORLD_SIZE", default=world_size, least=1),
             missing=tuple(name for name in ("RANK", "LOCAL_RANK") if name not in os.environ),
+            may_change=_integer("TORCHELASTIC_MAX_RESTARTS", default=0, least=0) > 0,
         )
 
     @property
@@ -53,9 +56,21 @@ class Ranks:
         return "LOCAL_RANK" not in self.missing
 
 
+def shares_store() -> bool:
+    """Whether the processes of several nodes meet in the store of torchrun's own processes."""
+    nodes = _integer("GROUP_WORLD_SIZE", default=1, least=1)
+    return nodes > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def variables(rank: int, world_size: int) -> dict[str, str]:
     """Return the environment variables that give a process this rank and world size."""
     return {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+
+
+def variables_of_first(ranks: Ranks, world_size: int) -> dict[str, str]:
+    """Return the environment variables of a rank in the world of the first `world_size` of all ranks."""
+    on_node = min(ranks.local_world_size, world_size - (ranks.rank - ranks.local_rank))
+    return variables(ranks.rank, world_size) | {"LOCAL_WORLD_SIZE": str(on_node)}
 
 
 def _integer(name: str, *, default: int, least: int) -> int:

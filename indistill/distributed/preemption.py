@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import math
 import multiprocessing
 import os
@@ -49,6 +50,15 @@ PATIENCE_SECONDS = 25.0  # torchrun and Kubernetes kill 30 s after SIGTERM
 SAME_SECONDS = 1.0
 CHECK_SECONDS = 2.0  # between agreements of the ranks, and between a loader worker's checks of its rank
 MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of the remaining time if that is less
+
+
+_TIME_LIMIT = "the time limit"
+_FOR_GOOD = (
+    "SIGINT",
+    "SIGUSR1",
+    "SIGUSR2",
+    _TIME_LIMIT,
+)  # reasons after which a launcher starts nothing anew
 
 
 class Preempted(Exception):
@@ -136,6 +146,7 @@ def _receive(name: str) -> None:
 def leave(reason: str) -> NoReturn:
     """End this process at once; the run continues from its last checkpoint."""
     _leaving.acquire()  # never released: of several threads only the first reports its reason
+    _tell_agent()
     _print(f"rank {Ranks.from_environment().rank} leaves at once: {reason}")
     if _process.status is not None:
         _end(_process.status, "requeue", f"left at once: {reason}")
@@ -162,8 +173,24 @@ def exit_at_once(code: int) -> NoReturn:
 def _lost(reason: str) -> NoReturn:
     """End this process, whose run directory another start has taken over: what it wrote would be mixed up."""
     _leaving.acquire()
-    _print(f"rank {Ranks.from_environment().rank} leaves at once: {reason}")
-    exit_at_once(2)
+    ranks = Ranks.from_environment()
+    _print(f"rank {ranks.rank} leaves at once: {reason}")
+    # With nodes that come and go, it was the other nodes of this run, which take this one back.
+    exit_at_once(EXIT_CODE if ranks.may_change else 2)
+
+
+def _tell_agent() -> None:
+    """Tell torchrun's agent, in its file for a failed process, that this one was asked to stop for good.
+
+    launch/torchrun.py then does not use one of --max-restarts. SIGTERM is the agent's own signal, and the end
+    of its node.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and _process.asked_by in _FOR_GOOD:
+        with contextlib.suppress(OSError):
+            details = {"timestamp": str(int(time.time()))}
+            message = {"message": f"stopped by {_process.asked_by}", "extraInfo": details}
+            Path(file).write_text(json.dumps({"message": message, "stopped": True}))
 
 
 def exit_code() -> int:
@@ -278,8 +305,9 @@ def settle(ranks_asked: float) -> bool:
     """Return whether any rank was asked to stop; if so, all ranks stop, without a time limit for saving."""
     _process.agreed = ranks_asked > 0
     if _process.agreed:
-        if time.time() >= _process.deadline and _process.asked_at == math.inf:
-            _process.asked_by = "the time limit"
+        # The clock of the rank that asked may be ahead of this one's.
+        if time.time() >= _process.deadline - MARGIN_SECONDS and _process.asked_at == math.inf:
+            _process.asked_by = _TIME_LIMIT
         _process.deadline = math.inf  # has done its work
     return _process.agreed
 
@@ -350,6 +378,7 @@ def _status_in(run_dir: Path) -> Iterator[None]:
         _mark(status, "done")
         _note_step()
     except Preempted as stopped:
+        _tell_agent()
         _end(status, "requeue", f"{stopped}, asked by {_process.asked_by}")
         raise
     except KeyboardInterrupt:  # Python's own, outside of `listening`, for example in a notebook

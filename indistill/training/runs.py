@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from indistill.config.files import replace_text, sha256
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, has_begun, refuse_foreign
 from indistill.config.runs import Students
+from indistill.data.loader import check_accumulation
 from indistill.data.training import bank_shards, eval_shards
-from indistill.distributed import environment, preemption, watchdog
+from indistill.distributed import elastic, environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
 from indistill.evaluate.bank import check_bank
 from indistill.training import lessons
@@ -39,10 +41,31 @@ def run(
     refuse_foreign(run_dir, runs=[name for name, _ in stages])
     for _, settings in stages:
         refuse_foreign(RunDir.of(settings).path)
-    with preemption.status_in(run_dir), watchdog.explaining(run_dir):
+    divides, timeout_minutes = partial(_divide_among, stages), stages[0][1].collective_timeout_minutes
+    with (
+        elastic.training_ranks(divides, run_dir, timeout_minutes),
+        preemption.status_in(run_dir),
+        watchdog.explaining(run_dir),
+    ):
         if isinstance(stages, Students):
             return _run_students(stages, resume, callbacks)
         return _run_stages(stages, resume, callbacks)
+
+
+def _divide_among(stages: list[tuple[str, Config]], world: int) -> bool:
+    """Whether `world` ranks can train all runs."""
+    if isinstance(stages, Students) and stages.groups == "disjoint":
+        world, rest = divmod(world, len(stages))
+        if rest:
+            return False
+    for _, settings in stages:
+        if settings.data.streams % world:
+            return False
+        try:
+            check_accumulation(settings.data, world, settings.grad_accumulation, settings.kd.mixing)
+        except UserError:
+            return False
+    return True
 
 
 def _run_students(

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import unused_port
+from elastic import ALONE_AT, PLUGIN, check_as_uninterrupted, elastic, worlds
 
 from indistill.config.files import read_lines
 from indistill.config.run_dir import RunDir
@@ -78,32 +79,23 @@ def launch(config: Path, variables: dict[str, str], *before: str) -> subprocess.
     environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"OMP_NUM_THREADS": "1", "PET_MASTER_PORT": str(unused_port()), **variables}
     command = [*before, REPOSITORY / "launch" / "torchrun.sh", config]
+    if (plugin := config.with_name("plugin.py")).exists():
+        command += ["--plugin", plugin]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
+def on_host(hosts: list[str], i: int, config: Path, variables: dict[str, str]) -> subprocess.Popen:
+    """Start one rank on a host, which has a name of its own that cannot be resolved."""
+    variables = {"PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": ADDRESSES[0], **variables}
+    enter = ["ip", "netns", "exec", hosts[i], "unshare", "--uts"]
+    return launch(config, variables, *enter, "sh", "-c", f'hostname node{i}; exec "$@"', "sh")
+
+
 def on_both(hosts: list[str], config: Path) -> list[subprocess.Popen]:
-    """Start one rank on each host. Each host has a name of its own that cannot be resolved."""
-    port = str(unused_port())
-    nodes = []
-    for i, host in enumerate(hosts):
-        variables = {"PET_NNODES": "2", "PET_NODE_RANK": str(i), "PET_NPROC_PER_NODE": "1"}
-        variables |= {"PET_MASTER_ADDR": ADDRESSES[0], "PET_MASTER_PORT": port}
-        enter = [
-            "ip",
-            "netns",
-            "exec",
-            host,
-            "unshare",
-            "--uts",
-            "sh",
-            "-c",
-            f'hostname node{i}; exec "$@"',
-            "sh",
-        ]
-        nodes.append(launch(config, variables, *enter))
-    return nodes
+    variables = {"PET_NNODES": "2", "PET_MASTER_PORT": str(unused_port())}
+    return [on_host(hosts, i, config, variables | {"PET_NODE_RANK": str(i)}) for i in range(len(hosts))]
 
 
 def outputs(processes: list[subprocess.Popen], timeout: float = 1500.0) -> list[str]:
@@ -172,3 +164,42 @@ def test_a_run_on_two_hosts_outlives_a_cut_cable(tree, tmp_path, hosts):
     assert alone.returncode == 0, text
     assert len(record(run_dir)) == 603  # 600 steps, and 3 evaluations
     assert record(run_dir) == record(one_host)
+
+
+def test_a_host_goes_on_alone_and_takes_the_other_back(tree, tmp_path, hosts):
+    """The cable is cut, and mended when the first host trains alone: no scheduler is involved."""
+    config, run_dir = tmp_path / "config.yaml", Path(tree["run_dir"])
+    tree = elastic(tree) | {"collective_timeout_minutes": TIMEOUT_MINUTES}
+    config.write_text(json.dumps(tree))
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    variables = {"PET_NNODES": "1:2", "PET_MASTER_PORT": str(unused_port())}
+
+    def start(i: int) -> subprocess.Popen:
+        # torch finds neither by the name of the host, which cannot be resolved.
+        own = {"PET_LOCAL_ADDR": ADDRESSES[i], "PET_RDZV_CONF": f"is_host={1 - i},last_call_timeout=10"}
+        return on_host(hosts, i, config, variables | own)
+
+    first, second = start(0), start(1)
+    wait_for((tmp_path / "held").exists, [first, second])
+    ip("-n", hosts[1], "link", "set", hosts[1], "down")
+    (tmp_path / "lost").touch()
+    wait_for((tmp_path / "alone").exists, [first])
+    assert not (run_dir / "summary.json").exists()
+
+    ip("-n", hosts[1], "link", "set", hosts[1], "up")
+    deadline, ended = time.monotonic() + 600, []
+    try:
+        while first.poll() is None and time.monotonic() < deadline:
+            if second.poll() is not None:  # as of a service that starts it again
+                ended.append(second)
+                second = start(1)
+            time.sleep(1)
+    finally:
+        texts = outputs([first, second, *ended], timeout=100.0)
+    print(*texts, f"node 1 was started {1 + len(ended)} times", sep="\n")
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert {node.returncode for node in ended} <= {75}
+    assert worlds(run_dir) == [2, 1, 2]
+    assert (run_dir / "status").read_text() == "done\n"
+    assert RunDir(run_dir).checkpoints.joinpath(f"step-{ALONE_AT:08d}").exists()
+    check_as_uninterrupted(tree, tmp_path)

@@ -10,9 +10,9 @@ import pytest
 import indistill
 from indistill.commands import cli
 from indistill.config import UserError
-from indistill.config.ranks import Ranks, variables
+from indistill.config.ranks import Ranks, variables, variables_of_first
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +31,19 @@ def test_a_process_without_a_launcher():
 
 
 def test_a_launched_process(monkeypatch):
-    for name, value in zip(NAMES, ("5", "8", "1", "4")):
+    for name, value in zip(NAMES, ("5", "8", "1", "4", "0")):
         monkeypatch.setenv(name, value)
     ranks = Ranks.from_environment()
     assert ranks == Ranks(5, 8, 1, 4, missing=())
+    assert not ranks.may_change
     assert not ranks.is_main_process
     assert ranks.launched
     assert ranks.has_local_rank
+
+
+def test_a_launcher_with_restarts_may_change_the_number_of_nodes(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert Ranks.from_environment().may_change
 
 
 def test_a_change_of_the_environment_counts(monkeypatch):
@@ -46,6 +52,14 @@ def test_a_change_of_the_environment_counts(monkeypatch):
     for name, value in variables(2, 4).items():
         monkeypatch.setenv(name, value)
     assert Ranks.from_environment() == Ranks(2, 4, 3, local_world_size=4, missing=())
+
+
+@pytest.mark.parametrize(("first", "here"), [(2, 2), (4, 4), (6, 2)])
+def test_the_first_of_all_ranks(first, here):
+    """Two nodes of four ranks; the last rank that takes part."""
+    last = Ranks(first - 1, 8, (first - 1) % 4, 4)
+    expected = {"RANK": str(first - 1), "WORLD_SIZE": str(first), "LOCAL_WORLD_SIZE": str(here)}
+    assert variables_of_first(last, first) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
