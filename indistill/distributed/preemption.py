@@ -53,12 +53,8 @@ MARGIN_SECONDS = 120.0  # before SLURM's time limit, or a tenth of the remaining
 
 
 _TIME_LIMIT = "the time limit"
-_FOR_GOOD = (
-    "SIGINT",
-    "SIGUSR1",
-    "SIGUSR2",
-    _TIME_LIMIT,
-)  # reasons after which a launcher starts nothing anew
+# Reasons to stop after which a launcher starts nothing anew.
+_FOR_GOOD = ("SIGINT", "SIGUSR1", "SIGUSR2", _TIME_LIMIT)
 
 
 class Preempted(Exception):
