@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 SUFFIX = ".indices.map"
 MIN_JSON_BYTES = 2**22  # of the indices of a set that gets a mapped file: 100,000 samples
 _MAGIC, _VERSION = int.from_bytes(b"indices\n", "little"), 1
-# Of the columns after the header: int64 [shards, 3] and [3, samples], hashes in hexadecimal, and bytes.
-_TYPES = ("<i8", "<i8", "S64", "S64", "u1", "u1")
+# Of the columns after the header: of each shard the size, the samples and the length of keys; offsets, sizes
+# and labels; hashes of the source, the content and each shard; texts, and a hash of these and the hashes; keys.
+_TYPES = ("<i8", "<i8", "S64", "u1", "S64", "u1")
 
 
 class Source(NamedTuple):
@@ -162,12 +163,14 @@ def _write(source: Source, indices: Sequence[Index], fingerprint: str) -> None:
         for column in ([getattr(index, name) for index in indices] for name in ("offsets", "sizes", "labels"))
     ]
     problems = {str(shard): index.problem for shard, index in enumerate(indices) if index.problem}
+    hashes = np.array([source.digest, fingerprint, *(index.sha256 or "" for index in indices)], "S64")
+    texts = np.frombuffer(json.dumps(problems).encode(), np.uint8)
     columns = [
         np.array(shards).reshape(-1),
         np.concatenate(samples),
-        np.array([index.sha256 or "" for index in indices]),
-        np.array([source.digest, fingerprint]),
-        np.frombuffer(json.dumps(problems).encode(), np.uint8),
+        hashes,
+        texts,
+        np.array([_hash(hashes, texts)], "S64"),
         np.concatenate([index.keys.view(np.uint8) for index in indices]),
     ]
     with replacing(source.file) as stream:
@@ -176,11 +179,15 @@ def _write(source: Source, indices: Sequence[Index], fingerprint: str) -> None:
             stream.write(column.astype(kind, copy=False).tobytes())
 
 
+def _hash(*arrays: np.ndarray) -> bytes:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest().encode()
+
+
 def _read(source: Source, paths: Sequence[str]) -> tuple[MappedIndices, str] | None:
     """The indices in a mapped file and their fingerprint; None if it is missing, outdated or damaged."""
     try:
         columns, stamp = _map(source.file)
-        if columns is None or columns[3].tolist()[:1] != [source.digest.encode()]:
+        if columns is None or columns[2][:1].tolist() != [source.digest.encode()]:
             return None
         indices = _indices(columns)
         if len(indices) != len(paths):
@@ -189,7 +196,7 @@ def _read(source: Source, paths: Sequence[str]) -> tuple[MappedIndices, str] | N
             check_sha256(index.sha256)
             check_bounds(index, compressed(path))
         fingerprint = fingerprint_of(paths, indices)
-        if columns[3].tolist()[1:] != [fingerprint.encode()]:
+        if columns[2][1] != fingerprint.encode() or columns[4].tolist() != [_hash(*columns[2:4])]:
             raise ValueError("its content has another hash")
         return MappedIndices(source.file, stamp, indices), fingerprint
     except FileNotFoundError:
@@ -226,7 +233,7 @@ def _map(file: str) -> tuple[list[np.ndarray] | None, _Stamp]:
 
 def _indices(columns: list[np.ndarray]) -> list[Index]:
     """Cut the columns of a mapped file into indices of shards. Raises ValueError if they do not fit."""
-    of_shards, of_samples, hashes, _, problems, keys = columns
+    of_shards, of_samples, hashes, problems, _, keys = columns
     shards = of_shards.reshape(-1, 3).tolist()
     offsets, sizes, labels = of_samples.reshape(3, -1)
     if len(problems) > MAX_RECORD_BYTES:
@@ -234,7 +241,7 @@ def _indices(columns: list[np.ndarray]) -> list[Index]:
     texts = read_json(problems.tobytes())
     if not isinstance(texts, dict):
         raise ValueError("its texts are no mapping")
-    if min(min(row) for row in shards) < 1 or len(hashes) != len(shards):
+    if min(min(row) for row in shards) < 1 or len(hashes) != len(shards) + 2:
         raise ValueError("a shard has no samples or no keys")
     if sum(rows for _, rows, _ in shards) != len(offsets):
         raise ValueError("it has more samples or fewer than its shards")
@@ -242,7 +249,7 @@ def _indices(columns: list[np.ndarray]) -> list[Index]:
         raise ValueError("its keys do not fit its samples")
     indices = []
     first = first_key = 0
-    for shard, ((size, rows, width), sha256) in enumerate(zip(shards, hashes.tolist())):
+    for shard, ((size, rows, width), sha256) in enumerate(zip(shards, hashes[2:].tolist())):
         of_shard = slice(first, first + rows)
         names = keys[first_key : first_key + rows * width].view(f"S{width}")
         problem = str(texts.get(str(shard), ""))[:MAX_LINE_CHARACTERS]

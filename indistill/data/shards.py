@@ -89,7 +89,7 @@ class ShardSet:
         self.label_map: np.ndarray | None = None  # int64: what each label of the shards is read as
 
     def _shared(self, cache_dir: str | None) -> tuple[list[Index], str]:
-        """The indices of all shards, shared by the processes of a node if they are large, and a fingerprint."""
+        """The indices of all shards, which processes of a node share if they are large, and a hash."""
         labels = self._labels
         section = None if labels is None else labels.section
 
