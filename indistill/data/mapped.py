@@ -32,7 +32,7 @@ SUFFIX = ".indices.map"
 MIN_JSON_BYTES = 2**22  # of the indices of a set that gets a mapped file: 100,000 samples
 _MAGIC, _VERSION = int.from_bytes(b"indices\n", "little"), 1
 # Of the columns after the header: of each shard the size, the samples and the length of keys; offsets, sizes
-# and labels; hashes of the source, the content and each shard; texts, and a hash of these and the hashes; keys.
+# and labels; hashes of the source, the content and each shard; texts, and a hash of both; keys.
 _TYPES = ("<i8", "<i8", "S64", "u1", "S64", "u1")
 
 
