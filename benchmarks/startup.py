@@ -77,8 +77,8 @@ def main() -> None:
         f"after {BATCHES} batches; medians of {arguments.repeats} fresh processes. Memory is what is a "
         "process's own (`Private_Dirty` in `/proc/PID/smaps_rollup`). For a rank and for a spawned worker "
         f"the table has the difference from a set of one shard, where they have {bare['rank']:.0f} and "
-        f"{bare['spawn']:.0f} MB, nearly all of it torch's. For a forked worker it has all of it. The resident "
-        f"set of a forked worker, {bare['resident']:.0f} MB with one shard, is mostly shared with its rank."
+        f"{bare['spawn']:.0f} MB, nearly all of it torch's. For a forked worker it has all of it. The "
+        f"resident set of a forked worker, {bare['resident']:.0f} MB with one shard, is mostly its rank's."
     )
     text = f"{begin}\n{about}\n\n{table(columns, rows)}"
     RESULTS.mkdir(exist_ok=True)
