@@ -8,6 +8,8 @@ differ. It may be deleted at any time.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -94,6 +96,7 @@ def shared_indices(
                     if found is None:
                         loaded = loaded or load()
                         _write(source, loaded, fingerprint_of(paths, loaded))
+                        _give_back(loaded)
                         found = _read(source, paths)
             if found is not None:
                 if loaded is None:
@@ -145,6 +148,13 @@ def fingerprint_of(paths: Sequence[str], indices: Sequence[Index]) -> str:
         for array in (index.keys, index.offsets, index.sizes, index.labels):
             digest.update(array.data.cast("B"))
     return digest.hexdigest()
+
+
+def _give_back(loaded: list[Index]) -> None:
+    """Empty the list, and give its memory back to the system, which the C library would keep."""
+    loaded.clear()
+    with contextlib.suppress(AttributeError, OSError):  # another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _warn_of_problems(paths: Sequence[str], indices: Sequence[Index]) -> None:
