@@ -111,8 +111,11 @@ class ShardSet:
         Each process builds missing ones in another order, so processes that start together share the work.
         """
         shuffled = random.SystemRandom().sample(self.paths, len(self.paths))
-        with ThreadPoolExecutor(16 if self._cache else 1) as pool:
-            loaded = dict(zip(shuffled, pool.map(load_one, shuffled)))
+        if self._cache is None:  # in this thread: of another one, the C library may keep the memory
+            loaded = dict(zip(shuffled, map(load_one, shuffled)))
+        else:
+            with ThreadPoolExecutor(16) as pool:
+                loaded = dict(zip(shuffled, pool.map(load_one, shuffled)))
         return [loaded[path] for path in self.paths]
 
     def relabel(self, label_map: Sequence[int]) -> None:
