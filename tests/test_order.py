@@ -239,6 +239,26 @@ def test_any_of_fourteen_million_samples_is_little_work(monkeypatch):
     assert len(shuffles) <= 30 * (1 + 2 * order.streams)
 
 
+def test_512_ranks_share_an_epoch_of_imagenet():
+    sizes = np.diff(np.linspace(0, 1_281_167, 1025).astype(int))
+    world, global_batch = 512, 512 * 250
+    whole = SampleOrder(sizes, 7, streams=512)
+    tracemalloc.start()
+    ranks = [SampleOrder(sizes, 7, streams=512) for _ in range(world)]
+    shares = []
+    for step in range(whole.steps_per_epoch(global_batch)):
+        shares.append([ranks[rank].rank_batch(2, step, global_batch, rank, world) for rank in range(world)])
+    kept = tracemalloc.get_traced_memory()[0] - sum(ids.nbytes for step in shares for ids in step)
+    tracemalloc.stop()
+    ids = np.concatenate([np.concatenate(step) for step in shares])
+    assert len(ids) == 1_281_167 // global_batch * global_batch
+    assert len(np.unique(ids)) == len(ids)
+    for step in (0, len(shares) - 1):
+        assert np.array_equal(np.concatenate(shares[step]), whole.batch(2, step, global_batch))
+    # A rank keeps a window of its one stream, and four numbers of each shard.
+    assert kept / world < 8 * (1_281_167 // 512 + 5 * 1024) + 10_000
+
+
 def clumping(batches, shard_size):
     """Shuffle quality: for a sample drawn from a batch, the number of its samples from the same shard.
 

@@ -69,11 +69,12 @@ def load_index(
             return build_index(path, cache_dir, cache=cache, label=label)
         return read_index(path, cache, label=label)
     if index.problem and Ranks.from_environment().is_main_process:
-        _warn(path, index.problem)
+        warn(path, index.problem)
     return index
 
 
-def _warn(path: str, problem: str) -> None:
+def warn(path: str, problem: str) -> None:
+    """Name what looks like a sample in a shard and is none."""
     log.warning("%s", printable(f"{path}: {problem}"))
 
 
@@ -135,7 +136,7 @@ def read_index(
         others = Others()
         rows = _rows(samples_of(tar_of(path, stream), load=False, others=others, labels=texts or CLS))
         if others.problem:
-            _warn(path, others.problem)
+            warn(path, others.problem)
         sha256 = sha256_of(stream) if hashed else None
         index = index_of(os.fstat(stream.fileno()).st_size, rows, sha256)
     return index._replace(problem=others.problem, texts=None if texts is None else tuple(texts.known))
@@ -231,8 +232,7 @@ def make_index(
 
     Raises ValueError for keys that would take too much memory, and for a text that is no SHA-256.
     """
-    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)):
-        raise ValueError("sha256 is not a SHA-256 in hexadecimal")
+    check_sha256(sha256)
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     padded = len(encoded) * max(map(len, encoded), default=0)
     if padded > MAX_KEYS_BYTES:
@@ -243,6 +243,12 @@ def make_index(
     names = np.array(encoded, dtype=np.bytes_)
     starts, lengths, classes = (np.array(column, dtype=np.int64) for column in (offsets, sizes, labels))
     return Index(bytes, names, starts, lengths, classes, sha256)
+
+
+def check_sha256(sha256: Any) -> None:
+    """Raise ValueError for what is neither a SHA-256 nor None."""
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)):
+        raise ValueError("sha256 is not a SHA-256 in hexadecimal")
 
 
 def decoded(key: bytes) -> str:
@@ -321,6 +327,14 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
     if type(stored["bytes"]) is not int:
         raise ValueError("bytes is not an integer")
     index = make_index(stored["bytes"], **lists, sha256=stored.get("sha256"))
+    check_bounds(index, packed)
+    return index._replace(problem=problem, texts=_checked_texts(stored.get("texts"), index.labels))
+
+
+def check_bounds(index: Index, packed: bool) -> None:
+    """Raise ValueError for numbers that none of our indices contains. packed: as for `_checked`."""
+    if index.labels.min() < -1 or max(index.offsets.max(), index.labels.max()) >= 2**62:
+        raise ValueError("an offset or a label is negative or too large")
     order = np.argsort(index.offsets, kind="stable")  # links lead to bytes elsewhere, and several to the same
     begins = index.offsets[order]
     ends = begins + index.sizes[order]
@@ -331,7 +345,6 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
         raise ValueError("the images overlap")
     if not packed and ends[-1] > index.bytes:
         raise ValueError("an image ends behind the end of the shard")
-    return index._replace(problem=problem, texts=_checked_texts(stored.get("texts"), index.labels))
 
 
 def _checked_texts(texts: Any, labels: np.ndarray) -> tuple[str, ...] | None:

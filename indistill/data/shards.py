@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import glob
-import hashlib
 import os
 import random
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -26,8 +25,9 @@ from indistill.config import UserError, printable
 from indistill.config.files import denied
 from indistill.config.limits import MAX_SHARDS
 from indistill.data.braces import expand_braces
-from indistill.data.index import Index, decoded, index_to_pack, load_index, numbered
+from indistill.data.index import Index, decoded, index_files, index_to_pack, load_index, numbered
 from indistill.data.labels import Classes
+from indistill.data.mapped import SUFFIX, Source, fingerprint_of, shared_indices, source_of
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
 from indistill.data.samples import CLS, compressed, samples_of, tar_of
 from indistill.data.tar import BLOCK
@@ -35,6 +35,8 @@ from indistill.data.urls import check_url
 from indistill.data.wildcards import expand_wildcards
 
 OPEN_SHARDS = 256  # local shards kept open per process, well below the usual limit of 1,024 descriptors
+
+_Loaded = TypeVar("_Loaded")
 
 
 class Sample(NamedTuple):
@@ -74,32 +76,47 @@ class ShardSet:
         self._labels = labels
         self._cache = cache_for(self.paths, cache_dir, cache_bytes)
 
-        def load(path: str) -> tuple[Index, dict[str, str]]:
-            if rewrite_keys:
-                return index_to_pack(path, cache_dir, self._cache, labels or CLS)
-            if labels is None:
-                return load_index(path, cache_dir, cache=self._cache), {}
-            index = load_index(path, cache_dir, cache=self._cache, label=labels.section)
-            return numbered(path, index, labels), {}
-
-        # Each process builds missing indices in another order, so processes that start together share the
-        # work.
-        shuffled = random.SystemRandom().sample(self.paths, len(self.paths))
-        with ThreadPoolExecutor(16 if self._cache else 1) as pool:
-            loaded = dict(zip(shuffled, pool.map(load, shuffled)))
-        self._indices = [loaded[path][0] for path in self.paths]
-        self.rewritten = [loaded[path][1] for path in self.paths]  # of each shard
+        self.rewritten: list[dict[str, str]] = [{}] * len(self.paths)  # of each shard
+        if rewrite_keys:
+            loaded = self._load(lambda path: index_to_pack(path, cache_dir, self._cache, labels or CLS))
+            self._indices, self.rewritten = (list(column) for column in zip(*loaded))
+            self.fingerprint = fingerprint_of(self.paths, self._indices)
+        else:
+            self._indices, self.fingerprint = self._shared(cache_dir)
         self.sizes = [len(index.keys) for index in self._indices]  # samples per shard
-        digest = hashlib.sha256()
-        for path, index in zip(self.paths, self._indices):
-            # The name without its directory, because a data set that was moved is still the same.
-            digest.update(f"{base_name(path)}\0{index.bytes}\0{len(index.keys)}\0".encode())
-            for array in (index.keys, index.offsets, index.sizes, index.labels):
-                digest.update(array.data.cast("B"))
-        self.fingerprint = digest.hexdigest()
         self._first_ids = np.cumsum([0, *self.sizes])  # [shards + 1]
         self._files: dict[int, IO[bytes]] = {}
         self.label_map: np.ndarray | None = None  # int64: what each label of the shards is read as
+
+    def _shared(self, cache_dir: str | None) -> tuple[list[Index], str]:
+        """The indices of all shards, which processes of a node share if they are large, and a hash."""
+        labels = self._labels
+        section = None if labels is None else labels.section
+
+        def find() -> Source:
+            how = (
+                "" if labels is None else f"{labels.section.key}.{labels.section.field} {labels.fingerprint}"
+            )
+            return source_of(self.paths, [index_files(path, cache_dir, section) for path in self.paths], how)
+
+        def load_one(path: str) -> Index:
+            index = load_index(path, cache_dir, cache=self._cache, label=section)
+            return index if labels is None else numbered(path, index, labels)
+
+        return shared_indices(self.paths, find, lambda: self._load(load_one))
+
+    def _load(self, load_one: Callable[[str], _Loaded]) -> list[_Loaded]:
+        """Load the indices of the shards one by one.
+
+        Each process builds missing ones in another order, so processes that start together share the work.
+        """
+        shuffled = random.SystemRandom().sample(self.paths, len(self.paths))
+        if self._cache is None:  # in this thread: of another one, the C library may keep the memory
+            loaded = dict(zip(shuffled, map(load_one, shuffled)))
+        else:
+            with ThreadPoolExecutor(16) as pool:
+                loaded = dict(zip(shuffled, pool.map(load_one, shuffled)))
+        return [loaded[path] for path in self.paths]
 
     def relabel(self, label_map: Sequence[int]) -> None:
         """Read each label as its entry in `label_map`. Raises UserError for a label that has none."""
@@ -288,7 +305,7 @@ def _matches(pattern: str, root: str | None) -> list[str]:
     path = pattern if is_remote(pattern) else os.path.join(root or "", pattern)
     if is_remote(path) or os.path.isfile(path):
         return [path]
-    not_shards = (".json", ".lock", ".part")  # indices and other files beside shards
+    not_shards = (".json", ".lock", ".part", SUFFIX)  # indices and other files beside shards
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder: name the shards in it, as {os.path.join(path, '*.tar')}")
     matches = expand_wildcards(os.path.join(glob.escape(root or ""), pattern))
