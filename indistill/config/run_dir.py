@@ -58,6 +58,7 @@ class RunDir(_Folder):
     config = _Entry("config.yaml")  # all keys with their values
     status = _Entry("status")  # running, done, requeue or failed; a chain's is above its stages
     lock = _Entry("run.lock")  # of the start that is at work (run_lock.py)
+    mirror = _Entry("mirror.json")  # of a run with a mirror: the id that the mirror has, too
     starts = _Entry("starts_without_step")  # how many starts in a row have not made a step; absent after one
     metrics = _Entry("metrics.jsonl")  # a line for each logged step, evaluation and checkpoint
     history = _Entry("history.jsonl")  # a line for each start and end

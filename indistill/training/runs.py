@@ -16,7 +16,7 @@ from indistill.data.training import bank_shards, eval_shards
 from indistill.distributed import environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
 from indistill.evaluate.bank import check_bank
-from indistill.training import lessons
+from indistill.training import lessons, mirror
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.groups import train_groups
 from indistill.training.loop import train
@@ -39,10 +39,15 @@ def run(
     refuse_foreign(run_dir, runs=[name for name, _ in stages])
     for _, settings in stages:
         refuse_foreign(RunDir.of(settings).path)
-    with preemption.status_in(run_dir), watchdog.explaining(run_dir):
-        if isinstance(stages, Students):
-            return _run_students(stages, resume, callbacks)
-        return _run_stages(stages, resume, callbacks)
+    try:
+        with preemption.status_in(run_dir), watchdog.explaining(run_dir):
+            for _, settings in stages:
+                mirror.fetch(settings)
+            if isinstance(stages, Students):
+                return _run_students(stages, resume, callbacks)
+            return _run_stages(stages, resume, callbacks)
+    finally:
+        mirror.close_all()
 
 
 def _run_students(
@@ -92,6 +97,8 @@ def _run_stages(
                 raise Preempted(f"stopped before stage {name}")
             _say(f"{label}: {'goes on' if name in begun else 'begins'} in {settings.run_dir}")
         summaries[name] = train(settings, resume, callbacks=callbacks)
+        if chain:
+            mirror.fetch(settings)  # the next stage may read its weights on a node that has not written them
     return summaries
 
 

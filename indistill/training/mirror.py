@@ -1,0 +1,608 @@
+"""The mirror of a run directory at a URL, `mirror: s3://bucket/run`, for nodes that share no file system.
+
+The mirror has the names of the run directory, and `mirror.json`, which says whose it is. A thread of rank 0
+makes it like the run directory after each checkpoint. What is uploaded is read back and compared by size and
+SHA-256. `manifest.json` marks a checkpoint of the mirror as complete: it is uploaded last, after the records
+that belong to the checkpoint, and deleted first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from accelerate.utils import gather_object
+from filelock import FileLock
+
+from indistill.config import Config, UserError, in_one_line, redacted, run_lock, tree
+from indistill.config.files import read_bytes, read_json, replace_text, sha256
+from indistill.config.limits import MAX_CONFIG_BYTES, MAX_RECORD_BYTES
+from indistill.config.ranks import Ranks
+from indistill.config.read import load_recorded
+from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
+from indistill.data import remote
+from indistill.distributed import preemption
+from indistill.distributed.engine import Engine, on_main
+from indistill.training.checkpoint import damaged
+
+PREEMPTED_SECONDS = 60.0  # for the uploads of a run that stops; after a signal PATIENCE_SECONDS from that
+END_SECONDS = 900.0  # for the uploads of a run that has finished
+RELEASE_SECONDS = 5.0  # to upload the end of the history, and to let the mirror go
+ATTEMPTS = 6  # at the start of a run, with the pauses below; afterwards there is no last attempt
+PAUSE_SECONDS = 1.0  # after the first failure; doubles each time, plus or minus 50 %
+MOST_PAUSE_SECONDS = 60.0
+_RECORDS = re.compile(  # that a resume or a report needs
+    r"config\.yaml|metrics\.jsonl|history\.jsonl|summary\.json|student\.safetensors|heads\.safetensors"
+    r"|prune_plan\.json|standards(-[\w.-]+)?\.safetensors|classes\.json|inputs\.json|networks\.json"
+    r"|report\.html"
+)
+_CHECKPOINT_FILE = re.compile(r"checkpoints/(step-\d{8,})/([\w-]+\.(?:json|safetensors|pt))")
+_WITH_FOLDERS = ("file", "local", "memory", "sftp", "ssh", "smb", "ftp", "webhdfs")  # to create before files
+_READ_ONLY = ("http", "https", "hf")
+
+_Result = TypeVar("_Result")
+_open: list[Uploads] = []  # by runs of this process
+
+
+# --- the files of the mirror --------------------------------------------------------------------------------
+class Store:
+    """The files of a mirror, by their names in the run directory. Raises what fsspec raises."""
+
+    def __init__(self, url: str) -> None:
+        """Raises UserError, which names the key, for a URL that cannot be a mirror."""
+        self.url = url.rstrip("/")
+        self.protocol = url.partition("://")[0]
+        if not remote.is_remote(url) or self.protocol in _READ_ONLY:
+            raise UserError(f"mirror: {url} is no URL to write to: give one like s3://bucket/run")
+        try:
+            # What was listed before may not be there any more.
+            self.system, self.root = remote.file_system(self.url, use_listings_cache=False)
+        except UserError as error:
+            raise UserError(f"mirror: {error}") from None
+        except Exception as error:  # a missing package, or options in the environment that it does not know
+            raise UserError(
+                f"mirror: {url}: {in_one_line(error, 300)}: mend that, or remove the key"
+            ) from None
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def names(self) -> set[str]:
+        """The names of all files."""
+        try:
+            found = self.system.find(self.root)
+        except FileNotFoundError:
+            return set()
+        root = str(self.system._strip_protocol(self.root)).strip("/")
+        names = (str(self.system._strip_protocol(path)).strip("/") for path in found)
+        return {name.removeprefix(f"{root}/") for name in names if name.startswith(f"{root}/")}
+
+    def read(self, name: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
+        """The content of a small file; None if it is not there."""
+        try:
+            with self.system.open(self._path(name), "rb") as stream:
+                content: bytes = stream.read(limit + 1)
+        except FileNotFoundError:
+            return None
+        if len(content) > limit:
+            raise OSError(f"{name}: larger than {limit:,} bytes")
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file, unchecked."""
+        self._create_folder(name)
+        self.system.pipe_file(self._path(name), content)
+
+    def upload(self, file: Path, name: str, digest: str) -> None:
+        """Upload a file, read it back and compare it. Raises OSError if it is not what it must be."""
+        self._create_folder(name)
+        self.system.put_file(str(file), self._path(name))
+        received, size = hashlib.sha256(), 0
+        with self.system.open(self._path(name), "rb", block_size=2**23) as stream:
+            while block := stream.read(2**20):
+                received.update(block)
+                size += len(block)
+        if (size, received.hexdigest()) != (file.stat().st_size, digest):
+            raise OSError(f"{name}: {size} bytes of SHA-256 {received.hexdigest()} are not what was uploaded")
+
+    def replace(self, file: Path, name: str, digest: str) -> None:
+        """Upload a file under another name, and give it its own when it is complete and compared."""
+        self.upload(file, f"{name}.part", digest)
+        self.system.mv(self._path(f"{name}.part"), self._path(name))
+
+    def download(self, name: str, file: Path) -> None:
+        self.system.get_file(self._path(name), str(file))
+
+    def delete(self, names: Collection[str]) -> None:
+        """Delete files, the marks of complete checkpoints first."""
+        for name in sorted(names, key=lambda name: not name.endswith("/manifest.json")):
+            with contextlib.suppress(FileNotFoundError):
+                self.system.rm_file(self._path(name))
+        if self.protocol in _WITH_FOLDERS:
+            for folder in sorted({name.rpartition("/")[0] for name in names} - {""}):
+                with contextlib.suppress(Exception):  # not empty, or not there
+                    self.system.rmdir(self._path(folder))
+
+    def _create_folder(self, name: str) -> None:
+        if self.protocol in _WITH_FOLDERS:  # s3fs would create a bucket
+            self.system.makedirs(self.system._parent(self._path(name)), exist_ok=True)
+
+    # --- whose it is ----------------------------------------------------------------------------------------
+
+    def owner(self) -> dict[str, Any] | None:
+        """What the start that wrote to the mirror last has written of itself; None if there was none."""
+        content = self.read("mirror.json")
+        with contextlib.suppress(ValueError):  # one that is being written
+            if isinstance(record := read_json(content or b""), dict):
+                return record
+        return None if content is None else {}
+
+
+def complete_checkpoints(names: Collection[str]) -> list[str]:
+    """The complete checkpoints among the files of a mirror, oldest first."""
+    steps = [match[1] for name in names if (match := _CHECKPOINT_FILE.fullmatch(name))]
+    complete = {step for step in steps if f"checkpoints/{step}/manifest.json" in names}
+    return sorted(complete, key=lambda step: int(step.removeprefix("step-")))
+
+
+def _tried(store: Store, action: Callable[[], _Result]) -> _Result:
+    """Return `action()`, tried again where that may help. Raises UserError, which names the key."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # every fsspec backend has its own exceptions
+            reason = in_one_line(error, 300, with_type=not isinstance(error, OSError))
+            if remote.hopeless(error) or attempt == ATTEMPTS:
+                raise UserError(
+                    f"mirror: {store.url} cannot be used ({reason}): mend that, choose another, or remove "
+                    "the key"
+                ) from None
+            pause = _pause(attempt)
+            _say(f"mirror: {store.url}: {reason} (attempt {attempt}), again in {pause:.1f} s")
+            time.sleep(pause)
+    raise AssertionError
+
+
+def _pause(failures: int) -> float:
+    pause = min(MOST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** min(failures - 1, 10))
+    return pause * random.uniform(0.5, 1.5)  # nosec B311  # of a pause
+
+
+def check(url: str) -> None:
+    """Write, read and delete a file. Raises UserError if the mirror does not allow it."""
+    store = Store(url)
+    name, content = f"check-{os.urandom(8).hex()}", os.urandom(2**10)
+
+    def all_three() -> None:
+        store.write(name, content)
+        read = store.read(name)
+        store.delete([name])
+        if read != content:
+            raise PermissionError(f"{name}: is not what was written")
+        if name in store.names():
+            raise PermissionError(f"{name}: is still there after it was deleted")
+
+    _tried(store, all_three)
+
+
+# --- a node without the run ---------------------------------------------------------------------------------
+def fetch(settings: Config) -> None:
+    """Bring a run directory that is empty, or behind, to the state of the mirror.
+
+    Call it on every rank, before the directory is read: of the ranks that see it one downloads, and the
+    others wait. Raises UserError if the mirror cannot be read, or holds another run.
+    """
+    if settings.mirror is None:
+        return
+    store, files = Store(settings.mirror), RunDir.of(settings)
+    owner = _tried(store, store.owner)
+    if owner is None:
+        return
+    _check_owner(store, owner, files, settings)
+    if not _missing(store, files):
+        return
+    try:
+        files.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(files.path / ".mirror.lock"):
+            if missing := _missing(store, files):
+                replace_text(files.mirror, json.dumps({"run": owner.get("run")}) + "\n")
+                download(store, files, missing)
+    except OSError as error:
+        raise UserError(
+            f"run_dir {files.path}: cannot be written ({error.strerror}): choose another"
+        ) from None
+
+
+def _missing(store: Store, files: RunDir) -> set[str]:
+    """The files of the mirror that a run directory needs which is behind it; none if it is not behind."""
+    names = _tried(store, store.names)
+    there = complete_checkpoints(names)
+    here = [path.name for path in files.saved_checkpoints()]
+    newest_there, newest_here = (max(map(_step, steps), default=-1) for steps in (there, here))
+    ends_there = files.summary.name in names and not files.summary.exists()
+    behind = newest_there > newest_here or not files.config.exists()
+    if not (behind or (ends_there and newest_there == newest_here)):
+        return set()
+    records = {name for name in names if _RECORDS.fullmatch(name)}
+    checkpoints = {f"checkpoints/{step}" for step in there if step not in here}
+    return records | {name for name in names if name.rpartition("/")[0] in checkpoints}
+
+
+def _step(name: str) -> int:
+    return checkpoint_step(Path(name))
+
+
+def download(store: Store, files: RunDir, names: Collection[str]) -> None:
+    """Download records, then checkpoints, the newest last: until it has its name, the directory is behind.
+
+    A checkpoint that is damaged is passed over. Raises UserError if all of them are.
+    """
+    checkpoints = complete_checkpoints(names)
+    if checkpoints:
+        _say(f"mirror: downloading {', '.join(checkpoints)} from {store.url}", out=sys.stdout)
+    for name in sorted(name for name in names if _RECORDS.fullmatch(name)):
+        part = files.path / f".mirror-{name}"
+        _tried(store, lambda name=name, part=part: store.download(name, part))  # type: ignore[misc]
+        part.replace(files.path / name)
+    files.checkpoints.mkdir(exist_ok=True)
+    damage = [_download_checkpoint(store, files, step, names) for step in checkpoints]
+    if damage and all(damage):
+        raise UserError(
+            f"mirror: {store.url}: no checkpoint there is undamaged ({damage[-1]}): choose another"
+        )
+
+
+def _download_checkpoint(store: Store, files: RunDir, step: str, names: Collection[str]) -> str | None:
+    """Download a checkpoint and give it its name; return what is wrong with it, or None."""
+    part = files.checkpoints / f".partial-{step}"
+
+    def fetched() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for name in sorted(names):
+            if name.startswith(f"checkpoints/{step}/"):
+                store.download(name, part / name.rpartition("/")[2])
+        if damage := damaged(part):
+            raise OSError(f"{step} is damaged: {damage}")
+
+    try:
+        _tried(store, fetched)
+    except UserError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        _say(f"{in_one_line(error)}: it is passed over")
+        return str(error)
+    part.rename(files.checkpoints / step)
+    return None
+
+
+def _check_owner(store: Store, owner: dict[str, Any], files: RunDir, settings: Config) -> None:
+    """Raise UserError if the mirror holds another run than the run directory, or one of another config."""
+    mine = _own(files).get("run")
+    if owner and mine != owner.get("run") and (mine is not None or files.saved_checkpoints()):
+        raise UserError(
+            f"mirror: {store.url} holds another run than {files.path} ({run_lock.described(owner)}): choose "
+            "another mirror, or an empty run_dir to go on with the run of the mirror"
+        )
+    if owner.get("config") in (None, tree.fingerprint(settings)):
+        return
+    difference = None
+    if content := _tried(store, lambda: store.read(files.config.name, MAX_CONFIG_BYTES)):
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError):
+            path = Path(folder, files.config.name)
+            path.write_bytes(content)
+            difference = tree.difference(load_recorded(path), settings)
+    raise UserError(
+        f"mirror: {store.url} holds a run of another config ({difference or 'its fingerprint differs'}): "
+        "choose another mirror"
+    )
+
+
+def _own(files: RunDir) -> dict[str, str]:
+    """What a run directory says of itself: `run`, and `start` of rank 0; empty if it has had no mirror."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(record := read_json(read_bytes(files.mirror, MAX_RECORD_BYTES)), dict):
+            return {name: str(value) for name, value in record.items()}
+    return {}
+
+
+# --- a run's own --------------------------------------------------------------------------------------------
+class Mirror:
+    """A run's mirror, on every rank. Without the key `mirror` it does nothing."""
+
+    def __init__(self, engine: Engine, settings: Config, files: RunDir) -> None:
+        """Claim the mirror, once the run directory is open. Raises UserError on all ranks if it is refused.
+
+        Nodes that do not see the run directory of rank 0 get its checkpoints.
+        """
+        self.accelerator = engine.accelerator
+        self.uploads: Uploads | None = None  # of rank 0
+        self.used = settings.mirror is not None
+        if settings.mirror is None:
+            return
+        store, ranks = Store(settings.mirror), Ranks.from_environment()
+        several = ranks.world_size > ranks.local_world_size
+        if self.accelerator.is_main_process:
+            self.uploads = Uploads(files, store, settings)
+        begun = on_main(self.accelerator, lambda: self.uploads and self.uploads.begin(settings, several))
+        if several:
+            _share(engine, files, store, begun)
+
+    def wake(self) -> None:
+        """Have the mirror brought up to date by its thread."""
+        if self.uploads is not None:
+            self.uploads.wake()
+
+    def leave(self) -> None:
+        """Give a run that was asked to stop time for its uploads. Call it on all ranks, which wait."""
+        self._finish(preemption.seconds_left(PREEMPTED_SECONDS), close=False)
+
+    def close(self, timeout_minutes: float) -> None:
+        """Give a finished run time for its uploads, and let the mirror go. Call it on all ranks, which wait.
+
+        timeout_minutes: after which ranks no longer wait for each other; uploads get half of it.
+        """
+        self._finish(min(END_SECONDS, 30 * timeout_minutes), close=True)
+
+    def _finish(self, seconds: float, *, close: bool) -> None:
+        def finish() -> None:
+            if self.uploads is not None:
+                self.uploads.finish(seconds, close=close)
+
+        if self.used:  # launchers end the processes of a run once one of them has ended
+            on_main(self.accelerator, finish)
+
+
+def close_all() -> None:
+    """Let go of the mirrors of runs that did not finish, once their ends are in the history."""
+    while _open:
+        _open.pop().finish(RELEASE_SECONDS, close=True)
+
+
+def _share(engine: Engine, files: RunDir, store: Store, begun: dict[str, Any]) -> None:
+    """Give this node the checkpoints of rank 0, if it does not see rank 0's run directory.
+
+    Raises UserError on all ranks if they save a checkpoint together, for which all must see the directory.
+    """
+    seen = _own(files).get("start") == begun["start"]
+    if not all(gather_object([seen])) and engine.describe() != "ddp":
+        raise UserError.of_all_ranks(
+            f"mirror: {engine.describe()} saves a part of each checkpoint on every node: choose a run_dir "
+            "that all nodes see, or the engine ddp"
+        )
+    if seen:
+        return
+    files.path.mkdir(parents=True, exist_ok=True)
+    with FileLock(files.path / ".mirror.lock"):
+        for path in files.saved_checkpoints():
+            if path.name not in begun["checkpoints"]:
+                shutil.rmtree(path)  # of an earlier start
+        replace_text(files.mirror, json.dumps({"run": begun["run"]}) + "\n")
+        wanted = {f"checkpoints/{step}" for step in begun["checkpoints"]}
+        wanted -= {f"checkpoints/{path.name}" for path in files.saved_checkpoints()}
+        names = _tried(store, store.names) if wanted else set()
+        download(store, files, {name for name in names if name.rpartition("/")[0] in wanted})
+
+
+class Uploads:
+    """Keeps a mirror like the run directory, by a thread of rank 0."""
+
+    def __init__(self, files: RunDir, store: Store, settings: Config) -> None:
+        self.files = files
+        self.store = store
+        self.config = tree.fingerprint(settings)
+        self.run = ""  # the id of the run, once it is claimed
+        self.changed = threading.Condition()
+        self.wanted = self.done = 0  # how often the mirror was to be brought up to date, and has been
+        self.closing = self.closed = self.late = False
+        self.sent: dict[str, str] = {}  # SHA-256 of what the mirror has, by name
+        self.named: set[str] = set()  # damaged checkpoints that a line has named
+        self.guard = threading.Lock()  # a beat does not overlap the release
+
+    # --- claiming it ----------------------------------------------------------------------------------------
+
+    def begin(self, settings: Config, several: bool) -> dict[str, Any]:
+        """Write first whose mirror this is. Raises UserError if it is another run's, or one's at work.
+
+        Returns what other nodes need; if there are `several` nodes, the checkpoints are on the mirror then.
+        """
+        owner = _tried(self.store, self.store.owner)
+        if owner is not None:
+            _check_owner(self.store, owner, self.files, settings)
+            if owner.get("held") and owner.get("id") != run_lock.own_record()["id"] and self._is_alive(owner):
+                raise UserError(
+                    f"mirror: {self.store.url}: another start of this run is at work there "
+                    f"({run_lock.described(owner)}): stop it or wait until it has ended, or choose another "
+                    "mirror"
+                )
+        self.run = _own(self.files).get("run") or str((owner or {}).get("run") or os.urandom(8).hex())
+        begun = {"run": self.run, "start": os.urandom(8).hex()}
+        replace_text(self.files.mirror, json.dumps(begun) + "\n")
+        _tried(self.store, lambda: self._write_owner(held=True))
+        threading.Thread(target=self._beat, name="mirror beat", daemon=True).start()
+        if several:
+            _tried(self.store, self.update)
+        threading.Thread(target=self._work, name="mirror", daemon=True).start()
+        self.wake()
+        _open.append(self)
+        return {**begun, "checkpoints": [path.name for path in self.files.saved_checkpoints()]}
+
+    def _is_alive(self, owner: dict[str, Any]) -> bool:
+        """Whether another start is at work: on another machine, whether it gives a sign of life."""
+        alive = run_lock.is_alive(owner)
+        if alive is not None:
+            return alive
+        _say(
+            f"mirror: {self.store.url}: another start of this run may be at work "
+            f"({run_lock.described(owner)}): waiting up to {run_lock.STALE_SECONDS:.0f} s for a sign of life"
+        )
+        end = time.monotonic() + run_lock.STALE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(min(2.0, run_lock.BEAT_SECONDS))
+            now = _tried(self.store, self.store.owner)
+            if now is None or not now.get("held", True):
+                return False
+            if now and now != owner:
+                return True
+        return False
+
+    def _write_owner(self, *, held: bool, beat: int = 0) -> None:
+        owner = {**run_lock.own_record(), "run": self.run, "config": self.config, "held": held, "beat": beat}
+        self.store.write("mirror.json", json.dumps(owner).encode())
+
+    def _beat(self) -> None:
+        """Give signs of life; end this process if another start has taken the mirror over."""
+        beat = 0
+        while not self.closed:
+            time.sleep(run_lock.BEAT_SECONDS)
+            beat += 1
+            with self.guard, contextlib.suppress(Exception):  # uploads that fail as well say so
+                if self.closed:
+                    return
+                owner = self.store.owner()
+                if owner and owner.get("id") != run_lock.own_record()["id"]:
+                    break
+                self._write_owner(held=True, beat=beat)
+        else:
+            return
+        preemption.lost(f"mirror: {self.store.url}: taken over by {run_lock.described(owner)}")
+
+    # --- keeping it up to date ------------------------------------------------------------------------------
+
+    def wake(self) -> int:
+        """Have the mirror brought up to date; returns at once."""
+        with self.changed:
+            self.wanted += 1
+            self.changed.notify_all()
+            return self.wanted
+
+    def finish(self, seconds: float, *, close: bool = False) -> None:
+        """Wait until the mirror is up to date, at most `seconds`. `close`: then let it go."""
+        if self.closed:
+            return
+        self.closing = close
+        wanted = self.wake()
+        with self.changed:
+            done = self.changed.wait_for(lambda: self.done >= wanted and self.closed >= close, seconds)
+        if not (done or self.late):
+            self.late = True
+            _say(
+                f"MIRROR NOT UP TO DATE: {self.store.url}: the run ends, and {seconds:.0f} s were not enough "
+                f"for its uploads: the same command, started again with {self.files.path}, uploads the rest"
+            )
+
+    def _work(self) -> None:
+        """Bring the mirror up to date whenever that is asked for, again and again if it fails."""
+        failures = 0
+        while not self.closed:
+            with self.changed:
+                self.changed.wait_for(lambda: self.wanted > self.done)
+                wanted = self.wanted
+            try:
+                self.update()
+            except Exception as error:  # every fsspec backend has its own exceptions
+                failures += 1
+                pause = _pause(failures)
+                _say(
+                    f"MIRROR NOT UP TO DATE: {self.store.url}: {in_one_line(error, 300, with_type=True)} "
+                    f"(attempt {failures}). The run goes on; again in {pause:.1f} s."
+                )
+                with self.changed:  # sooner if there is something new
+                    self.changed.wait_for(lambda: self.wanted > wanted, pause)  # noqa: B023
+                continue
+            failures = 0
+            if self.closing and wanted == self.wanted:
+                self._release()
+                with contextlib.suppress(ValueError):
+                    _open.remove(self)
+            with self.changed:
+                self.done = wanted
+                self.changed.notify_all()
+
+    def _release(self) -> None:
+        """Let another start have the mirror at once."""
+        with self.guard:
+            self.closed = True
+            with contextlib.suppress(Exception):  # then it waits for a sign of life
+                self._write_owner(held=False)
+
+    def update(self) -> None:
+        """Upload what is new, the newest checkpoint first, and delete what is no longer here."""
+        while True:
+            saved = self.files.saved_checkpoints()
+            names = self.store.names()
+            try:
+                for path in reversed(saved):
+                    self._upload_checkpoint(path, names)
+                break
+            except FileNotFoundError:
+                if self.files.saved_checkpoints() == saved:  # else deleted meanwhile, as it is no longer kept
+                    raise
+        self._upload_records()
+        kept = {path.name for path in saved}
+        others = {
+            name
+            for name in names
+            if name.endswith(".part")
+            or ((match := _CHECKPOINT_FILE.fullmatch(name)) and match[1] not in kept)
+        }
+        if kept:
+            self.store.delete(others)
+
+    def _upload_checkpoint(self, path: Path, names: Collection[str]) -> None:
+        """Upload a checkpoint, unless the mirror has it or it is damaged here."""
+        manifest = CheckpointDir(path).manifest
+        mark = f"checkpoints/{path.name}/{manifest.name}"
+        content = manifest.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if self.sent.get(mark) == digest or path.name in self.named:
+            return
+        if mark in names and self.store.read(mark) == content:
+            self.sent[mark] = digest
+            return
+        # Of an earlier save of this step, perhaps on more ranks, or one that was cut off.
+        self.store.delete([name for name in names if name.startswith(f"checkpoints/{path.name}/")])
+        if damage := damaged(path):
+            if not path.exists():
+                raise FileNotFoundError(path)
+            self.named.add(path.name)
+            _say(f"mirror: {path} is damaged ({damage}) and not uploaded")
+            return
+        for name, entry in read_json(content).items():
+            self.store.upload(path / name, f"checkpoints/{path.name}/{name}", entry["sha256"])
+        self._upload_records()
+        self.store.replace(manifest, mark, digest)
+        self.sent[mark] = digest
+
+    def _upload_records(self) -> None:
+        """Upload the records that have changed; a copy of each, because the run may write to it meanwhile."""
+        copy = self.files.path / ".mirror-upload"
+        for name in sorted(os.listdir(self.files.path)):
+            if not _RECORDS.fullmatch(name):
+                continue
+            try:
+                shutil.copyfile(self.files.path / name, copy)
+                digest = sha256(copy)
+                if self.sent.get(name) != digest:
+                    self.store.replace(copy, name, digest)
+                    self.sent[name] = digest
+            finally:
+                copy.unlink(missing_ok=True)
+
+
+def _say(line: str, out: TextIO | None = None) -> None:
+    with contextlib.suppress(OSError):  # the log may be on a disk that is full
+        print(f"indistill: {redacted(line)}", file=out or sys.stderr, flush=True)
