@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -249,44 +250,42 @@ def _step(name: str) -> int:
 def download(store: Store, files: RunDir, names: Collection[str]) -> None:
     """Download records, then checkpoints, the newest last: until it has its name, the directory is behind.
 
-    A checkpoint that is damaged is passed over. Raises UserError if all of them are.
+    A checkpoint that is damaged is passed over, and no longer marked on the mirror. Raises UserError if all
+    of them are damaged.
     """
     checkpoints = complete_checkpoints(names)
     if checkpoints:
         _say(f"mirror: downloading {', '.join(checkpoints)} from {store.url}", out=sys.stdout)
     for name in sorted(name for name in names if _RECORDS.fullmatch(name)):
-        part = files.path / f".mirror-{name}"
-        _tried(store, lambda name=name, part=part: store.download(name, part))  # type: ignore[misc]
-        part.replace(files.path / name)
+        _tried(store, partial(store.download, name, files.path / f".mirror-{name}"))
+        (files.path / f".mirror-{name}").replace(files.path / name)
     files.checkpoints.mkdir(exist_ok=True)
-    damage = [_download_checkpoint(store, files, step, names) for step in checkpoints]
-    if damage and all(damage):
-        raise UserError(
-            f"mirror: {store.url}: no checkpoint there is undamaged ({damage[-1]}): choose another"
-        )
+    damage = {step: _download_checkpoint(store, files, step, names) for step in checkpoints}
+    reasons = {step: reason for step, reason in damage.items() if reason is not None}
+    for step, reason in reversed(reasons.items()):
+        if len(reasons) == len(checkpoints):
+            raise UserError(f"mirror: {store.url}: {step} is damaged ({reason}), and no other to go on from")
+        _say(f"mirror: {store.url}: {step} is damaged ({reason}) and passed over")
+    if reasons:
+        _tried(store, lambda: store.delete([f"checkpoints/{step}/manifest.json" for step in reasons]))
 
 
 def _download_checkpoint(store: Store, files: RunDir, step: str, names: Collection[str]) -> str | None:
     """Download a checkpoint and give it its name; return what is wrong with it, or None."""
     part = files.checkpoints / f".partial-{step}"
-
-    def fetched() -> None:
+    damage = None
+    for _ in range(2):  # it may have been damaged on its way
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         for name in sorted(names):
             if name.startswith(f"checkpoints/{step}/"):
-                store.download(name, part / name.rpartition("/")[2])
-        if damage := damaged(part):
-            raise OSError(f"{step} is damaged: {damage}")
-
-    try:
-        _tried(store, fetched)
-    except UserError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        _say(f"{in_one_line(error)}: it is passed over")
-        return str(error)
-    part.rename(files.checkpoints / step)
-    return None
+                _tried(store, partial(store.download, name, part / name.rpartition("/")[2]))
+        damage = damaged(part)
+        if damage is None:
+            part.rename(files.checkpoints / step)
+            return None
+    shutil.rmtree(part, ignore_errors=True)
+    return damage
 
 
 def _check_owner(store: Store, owner: dict[str, Any], files: RunDir, settings: Config) -> None:
