@@ -89,7 +89,9 @@ def test_a_node_with_an_empty_run_dir_goes_on(mirrored):
     third = elsewhere(mirrored, "third")
     train_all(third)
     assert_same_run(third, whole)
-    starts = [json.loads(line) for line in (Path(third["run_dir"]) / "history.jsonl").read_text().splitlines()]
+    starts = [
+        json.loads(line) for line in (Path(third["run_dir"]) / "history.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in starts if line["event"] == "start"] == [0, 12, 17]
     assert set(contents(mirrored["mirror"])) >= {"summary.json", "checkpoints/step-00000024/manifest.json"}
 
@@ -323,7 +325,9 @@ def test_permission_is_needed(tree, monkeypatch):
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(mirror.Store, "write", denied)
-    with pytest.raises(UserError, match=r"^mirror: memory://bucket/run cannot be used \(Access Denied\): mend"):
+    with pytest.raises(
+        UserError, match=r"^mirror: memory://bucket/run cannot be used \(Access Denied\): mend"
+    ):
         train(config.parse(tree, "test"))
     with pytest.raises(UserError, match="Access Denied"):
         mirror.check(tree["mirror"])
