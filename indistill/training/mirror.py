@@ -120,8 +120,13 @@ class Store:
 
     def replace(self, file: Path, name: str, digest: str) -> None:
         """Upload a file under another name, and give it its own when it is complete and compared."""
+        part = self._path(f"{name}.part")
         self.upload(file, f"{name}.part", digest)
-        self.system.mv(self._path(f"{name}.part"), self._path(name))
+        if self.protocol in _WITH_FOLDERS:
+            self.system.mv(part, self._path(name))
+        else:  # what mv does there, without the two lists that it asks for
+            self.system.cp_file(part, self._path(name))
+            self.system.rm_file(part)
 
     def download(self, name: str, file: Path) -> None:
         self.system.get_file(self._path(name), str(file))
@@ -187,17 +192,21 @@ def check(url: str) -> None:
     """Write, read and delete a file. Raises UserError if the mirror does not allow it."""
     store = Store(url)
     name, content = f"check-{os.urandom(8).hex()}", os.urandom(2**10)
-
-    def all_three() -> None:
+    doing = "written"
+    try:
         store.write(name, content)
-        read = store.read(name)
+        doing = "read"
+        same = store.read(name) == content
+        doing = "deleted"
         store.delete([name])
-        if read != content:
-            raise PermissionError(f"{name}: is not what was written")
-        if name in store.names():
-            raise PermissionError(f"{name}: is still there after it was deleted")
-
-    _tried(store, all_three)
+        gone = name not in store.names()
+    except Exception as error:  # every fsspec backend has its own exceptions
+        reason = in_one_line(error, 300, with_type=not isinstance(error, OSError))
+        raise UserError(f"mirror: {store.url} cannot be {doing} ({reason})") from None
+    if not same:
+        raise UserError(f"mirror: {store.url}: a file that was written there is another one when it is read")
+    if not gone:
+        raise UserError(f"mirror: {store.url}: a file that was deleted there is still there")
 
 
 # --- a node without the run ---------------------------------------------------------------------------------
