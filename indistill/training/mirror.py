@@ -188,9 +188,11 @@ def _pause(failures: int) -> float:
     return pause * random.uniform(0.5, 1.5)  # nosec B311  # of a pause
 
 
-def check(url: str) -> None:
-    """Write, read and delete a file. Raises UserError if the mirror does not allow it."""
-    store = Store(url)
+def check(settings: Config) -> None:
+    """Write, read and delete a file. Raises UserError if that is not possible, or for another run's mirror."""
+    if settings.mirror is None:
+        return
+    store = Store(settings.mirror)
     name, content = f"check-{os.urandom(8).hex()}", os.urandom(2**10)
     doing = "written"
     try:
@@ -207,6 +209,8 @@ def check(url: str) -> None:
         raise UserError(f"mirror: {store.url}: a file that was written there is another one when it is read")
     if not gone:
         raise UserError(f"mirror: {store.url}: a file that was deleted there is still there")
+    if (owner := _tried(store, store.owner)) is not None:
+        _check_owner(store, owner, RunDir.of(settings), settings)
 
 
 # --- a node without the run ---------------------------------------------------------------------------------

@@ -336,10 +336,10 @@ def test_permission_is_needed(tree, monkeypatch):
     ):
         train(config.parse(tree, "test"))
     with pytest.raises(UserError, match=r"cannot be written \(Access Denied\)"):
-        mirror.check(tree["mirror"])
+        mirror.check(config.parse(tree, "test"))
     monkeypatch.undo()
-    mirror.check(tree["mirror"])
+    mirror.check(config.parse(tree, "test"))
     assert contents(tree["mirror"]) == {}
     monkeypatch.setattr(mirror.Store, "delete", lambda *_: None)
     with pytest.raises(UserError, match="a file that was deleted there is still there"):
-        mirror.check(tree["mirror"])
+        mirror.check(config.parse(tree, "test"))

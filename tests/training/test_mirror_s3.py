@@ -189,8 +189,8 @@ def test_a_bucket_that_does_not_exist_is_named(mirrored, s3):
     ):
         run([("", config.parse(mirrored, "test"))])
     with pytest.raises(UserError, match="bucket does not exist"):
-        mirror.check("s3://nowhere/run")
-    mirror.check(URL)
+        mirror.check(config.parse(mirrored, "test"))
+    mirror.check(config.parse(mirrored | {"mirror": URL}, "test"))
     assert mirror.Store(URL).names() == set()
 
 

@@ -81,7 +81,7 @@ def mirror(here: Here) -> Said:
         if settings.mirror is None or here.local_rank:
             continue
         try:
-            of_run.check(settings.mirror)
+            of_run.check(settings)
         except UserError as error:
             yield FAIL, str(error), "mend that, choose another mirror, or remove the key"
         else:
