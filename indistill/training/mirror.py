@@ -41,7 +41,7 @@ from indistill.training.checkpoint import damaged
 PREEMPTED_SECONDS = 60.0  # for the uploads of a run that stops; after a signal PATIENCE_SECONDS from that
 END_SECONDS = 900.0  # for the uploads of a run that has finished
 RELEASE_SECONDS = 5.0  # to upload the end of the history, and to let the mirror go
-ATTEMPTS = 6  # at the start of a run, with the pauses below; afterwards there is no last attempt
+ATTEMPTS = remote.FETCH_ATTEMPTS  # at the start of a run; later there is no last attempt
 PAUSE_SECONDS = 1.0  # after the first failure; doubles each time, plus or minus 50 %
 MOST_PAUSE_SECONDS = 60.0
 _RECORDS = re.compile(  # that a resume or a report needs
@@ -189,7 +189,7 @@ def _pause(failures: int) -> float:
 
 
 def check(settings: Config) -> None:
-    """Write, read and delete a file. Raises UserError if that is not possible, or for another run's mirror."""
+    """Write, read and delete a file. Raises UserError if one is not possible, or for another run's."""
     if settings.mirror is None:
         return
     store = Store(settings.mirror)
