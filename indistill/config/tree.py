@@ -46,7 +46,7 @@ TARGETS = "targets"  # the folder of stored targets in a run directory
 
 # --- training -----------------------------------------------------------------------------------------------
 class Config(Section):
-    # Folder for everything the run writes; all its nodes must be able to access it.
+    # Folder for everything the run writes; all its nodes must be able to access it, unless it has a mirror.
     run_dir: Annotated[str, Field(min_length=1), AfterValidator(no_command)]
     # `distill`: train a student; `heads`: train classifiers on stages of a frozen teacher, for the loss
     # `dih`.

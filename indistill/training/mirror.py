@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -159,8 +159,19 @@ class Store:
 def complete_checkpoints(names: Collection[str]) -> list[str]:
     """The complete checkpoints among the files of a mirror, oldest first."""
     steps = [match[1] for name in names if (match := _CHECKPOINT_FILE.fullmatch(name))]
-    complete = {step for step in steps if f"checkpoints/{step}/manifest.json" in names}
+    complete = {step for step in steps if _mark(step) in names}
     return sorted(complete, key=lambda step: int(step.removeprefix("step-")))
+
+
+def _mark(step: str) -> str:
+    """The file that marks a checkpoint as complete."""
+    return f"checkpoints/{step}/manifest.json"
+
+
+def _is_old(name: str, kept: Collection[str]) -> bool:
+    """Whether a file of the mirror belongs to a checkpoint that is not kept, or was cut off."""
+    match = _CHECKPOINT_FILE.fullmatch(name)
+    return name.endswith(".part") or (match is not None and match[1] not in kept)
 
 
 def _tried(store: Store, action: Callable[[], _Result]) -> _Result:
@@ -280,7 +291,7 @@ def download(store: Store, files: RunDir, names: Collection[str]) -> None:
             raise UserError(f"mirror: {store.url}: {step} is damaged ({reason}), and no other to go on from")
         _say(f"mirror: {store.url}: {step} is damaged ({reason}) and passed over")
     if reasons:
-        _tried(store, lambda: store.delete([f"checkpoints/{step}/manifest.json" for step in reasons]))
+        _tried(store, lambda: store.delete([_mark(step) for step in reasons]))
 
 
 def _download_checkpoint(store: Store, files: RunDir, step: str, names: Collection[str]) -> str | None:
@@ -553,32 +564,26 @@ class Uploads:
 
     def update(self) -> None:
         """Upload what is new, the newest checkpoint first, and delete what is no longer here."""
-        while True:
-            saved = self.files.saved_checkpoints()
-            names = self.store.names()
+        wanted = self.wanted
+        saved = self.files.saved_checkpoints()
+        names = self.store.names()
+        for path in reversed(saved):
+            if self.wanted > wanted and path is not saved[-1]:
+                break  # the next time, behind a newer one
             try:
-                for path in reversed(saved):
-                    self._upload_checkpoint(path, names)
-                break
+                self._upload_checkpoint(path, names)
             except FileNotFoundError:
-                if self.files.saved_checkpoints() == saved:  # else deleted meanwhile, as it is no longer kept
+                if path.exists():  # else it is no longer kept
                     raise
         self._upload_records()
-        kept = {path.name for path in saved}
-        others = {
-            name
-            for name in names
-            if name.endswith(".part")
-            or ((match := _CHECKPOINT_FILE.fullmatch(name)) and match[1] not in kept)
-        }
-        if kept:
-            self.store.delete(others)
+        if saved and _mark(saved[-1].name) in self.sent:  # the mirror always has a complete one
+            kept = {path.name for path in (*self.files.saved_checkpoints(), saved[-1])}
+            self.store.delete([name for name in names if _is_old(name, kept)])
 
     def _upload_checkpoint(self, path: Path, names: Collection[str]) -> None:
         """Upload a checkpoint, unless the mirror has it or it is damaged here."""
-        manifest = CheckpointDir(path).manifest
-        mark = f"checkpoints/{path.name}/{manifest.name}"
-        content = manifest.read_bytes()
+        mark = _mark(path.name)
+        content = CheckpointDir(path).manifest.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         if self.sent.get(mark) == digest or path.name in self.named:
             return
@@ -587,17 +592,33 @@ class Uploads:
             return
         # Of an earlier save of this step, perhaps on more ranks, or one that was cut off.
         self.store.delete([name for name in names if name.startswith(f"checkpoints/{path.name}/")])
-        if damage := damaged(path):
-            if not path.exists():
-                raise FileNotFoundError(path)
-            self.named.add(path.name)
-            _say(f"mirror: {path} is damaged ({damage}) and not uploaded")
-            return
-        for name, entry in read_json(content).items():
-            self.store.upload(path / name, f"checkpoints/{path.name}/{name}", entry["sha256"])
-        self._upload_records()
-        self.store.replace(manifest, mark, digest)
+        with self._held(path) as held:
+            if damage := damaged(held):
+                self.named.add(path.name)
+                _say(f"mirror: {path} is damaged ({damage}) and not uploaded")
+                return
+            for name, entry in read_json(content).items():
+                self.store.upload(held / name, f"checkpoints/{path.name}/{name}", entry["sha256"])
+            self._upload_records()
+            self.store.replace(CheckpointDir(held).manifest, mark, digest)
         self.sent[mark] = digest
+
+    @contextlib.contextmanager
+    def _held(self, path: Path) -> Iterator[Path]:
+        """Keep the files of a checkpoint by hard links until they are uploaded: else a run that saves faster
+        than it uploads would delete each checkpoint before it is complete on the mirror.
+        """
+        held = self.files.path / ".mirror-checkpoint"
+        shutil.rmtree(held, ignore_errors=True)
+        try:
+            try:
+                shutil.copytree(path, held, copy_function=os.link)
+            except (PermissionError, shutil.Error):  # a file system without hard links
+                shutil.rmtree(held, ignore_errors=True)
+                shutil.copytree(path, held)
+            yield held
+        finally:
+            shutil.rmtree(held, ignore_errors=True)
 
     def _upload_records(self) -> None:
         """Upload the records that have changed; a copy of each, because the run may write to it meanwhile."""

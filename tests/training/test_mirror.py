@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from indistill import config
 from indistill.config import UserError, run_lock, runs
 from indistill.config.run_dir import RunDir
+from indistill.distributed import preemption
 from indistill.training import checkpoint, mirror
 from indistill.training.loop import train
 from indistill.training.runs import run
@@ -260,6 +262,55 @@ def test_the_mark_comes_last_and_goes_first(mirrored, monkeypatch):
     first = next(i for i, steps in enumerate(seen) if steps)
     assert all(seen[first:])
     assert seen[-1] == ["step-00000020", "step-00000024"]
+
+
+def test_a_run_that_saves_faster_than_it_uploads_has_checkpoints_there(mirrored, monkeypatch, capfd):
+    """Each is deleted locally while it is uploaded."""
+    mirrored["checkpoint"] = {"every_steps": 1, "keep_last": 1, "keep_best": 0}
+    store, upload = mirror.Store(mirrored["mirror"]), mirror.Store.upload
+    files = RunDir(Path(mirrored["run_dir"]))
+    complete, gone = set[str](), set[str]()
+
+    def slow(self, file: Path, name: str, digest: str) -> None:
+        step = name.split("/")[1] if name.startswith("checkpoints/") else None
+        if step and step != "step-00000024":
+            deadline = time.monotonic() + 20
+            while (files.checkpoints / step).exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            gone.add(step)
+        upload(self, file, name, digest)
+        complete.update(mirror.complete_checkpoints(store.names()))
+
+    monkeypatch.setattr(mirror.Store, "upload", slow)
+    train_all(mirrored)
+    assert "NOT UP TO DATE" not in capfd.readouterr().err
+    assert complete & gone
+    assert mirror.complete_checkpoints(store.names()) == ["step-00000024"]
+    assert not [path.name for path in files.path.iterdir() if path.name.startswith(".mirror-")]
+
+
+def test_a_run_that_is_stopped_has_its_end_there(mirrored, monkeypatch):
+    reached = lambda _, done, __: preemption.settle(done == 7)  # noqa: E731
+    monkeypatch.setattr(preemption.Agreement, "reached", reached)
+    with pytest.raises(preemption.Preempted):
+        train_all(mirrored)
+    there = contents(mirrored["mirror"])
+    assert marks("step-00000007") in there
+    assert json.loads(there["history.jsonl"].splitlines()[-1])["how"] == "requeue"
+    assert json.loads(there["mirror.json"])["held"] is False  # nobody has to wait for a sign of life
+
+
+def test_students_have_a_mirror_each(mirrored):
+    students = [{"name": "one"}, {"name": "other", "optimizer": {"lr": 1e-2}}]
+    run(runs.load(mirrored | {"students": students}))
+    for name in ("one", "other"):
+        there = contents(f"{mirrored['mirror']}/{name}")
+        path = Path(mirrored["run_dir"], name, "student.safetensors")
+        assert there["student.safetensors"] == path.read_bytes()
+    with pytest.raises(
+        UserError, match="student one: mirror is always the file's mirror/one: remove the key"
+    ):
+        runs.load(mirrored | {"students": [{"name": "one", "mirror": "memory://a"}]})
 
 
 def marks(step: str) -> str:
