@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from indistill.config.files import read_bytes, read_json, replace_text, sha256
 from indistill.config.limits import MAX_CONFIG_BYTES, MAX_RECORD_BYTES
 from indistill.config.ranks import Ranks
 from indistill.config.read import load_recorded
-from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
+from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_of, checkpoint_step, is_record
 from indistill.data import remote
 from indistill.distributed import preemption
 from indistill.distributed.engine import Engine, on_main
@@ -44,12 +43,7 @@ RELEASE_SECONDS = 5.0  # to upload the end of the history, and to let the mirror
 ATTEMPTS = remote.FETCH_ATTEMPTS  # at the start of a run; later there is no last attempt
 PAUSE_SECONDS = 1.0  # after the first failure; doubles each time, plus or minus 50 %
 MOST_PAUSE_SECONDS = 60.0
-_RECORDS = re.compile(  # that a resume or a report needs
-    r"config\.yaml|metrics\.jsonl|history\.jsonl|summary\.json|student\.safetensors|heads\.safetensors"
-    r"|prune_plan\.json|standards(-[\w.-]+)?\.safetensors|classes\.json|inputs\.json|networks\.json"
-    r"|report\.html"
-)
-_CHECKPOINT_FILE = re.compile(r"checkpoints/(step-\d{8,})/([\w-]+\.(?:json|safetensors|pt))")
+_NAMES = RunDir(Path())  # of the files in a mirror
 _WITH_FOLDERS = ("file", "local", "memory", "sftp", "ssh", "smb", "ftp", "webhdfs")  # to create before files
 _READ_ONLY = ("http", "https", "hf")
 
@@ -133,7 +127,7 @@ class Store:
 
     def delete(self, names: Collection[str]) -> None:
         """Delete files, the marks of complete checkpoints first."""
-        for name in sorted(names, key=lambda name: not name.endswith("/manifest.json")):
+        for name in sorted(names, key=lambda name: name != _mark(checkpoint_of(name) or "")):
             with contextlib.suppress(FileNotFoundError):
                 self.system.rm_file(self._path(name))
         if self.protocol in _WITH_FOLDERS:
@@ -149,7 +143,7 @@ class Store:
 
     def owner(self) -> dict[str, Any] | None:
         """What the start that wrote to the mirror last has written of itself; None if there was none."""
-        content = self.read("mirror.json")
+        content = self.read(_NAMES.mirror.name)
         with contextlib.suppress(ValueError):  # one that is being written
             if isinstance(record := read_json(content or b""), dict):
                 return record
@@ -158,20 +152,23 @@ class Store:
 
 def complete_checkpoints(names: Collection[str]) -> list[str]:
     """The complete checkpoints among the files of a mirror, oldest first."""
-    steps = [match[1] for name in names if (match := _CHECKPOINT_FILE.fullmatch(name))]
-    complete = {step for step in steps if _mark(step) in names}
-    return sorted(complete, key=lambda step: int(step.removeprefix("step-")))
+    steps = {step for name in names if (step := checkpoint_of(name)) and _mark(step) in names}
+    return sorted(steps, key=_step)
+
+
+def _step(checkpoint: str) -> int:
+    return checkpoint_step(Path(checkpoint))
 
 
 def _mark(step: str) -> str:
     """The file that marks a checkpoint as complete."""
-    return f"checkpoints/{step}/manifest.json"
+    return CheckpointDir(_NAMES.checkpoints / step).manifest.as_posix()
 
 
 def _is_old(name: str, kept: Collection[str]) -> bool:
     """Whether a file of the mirror belongs to a checkpoint that is not kept, or was cut off."""
-    match = _CHECKPOINT_FILE.fullmatch(name)
-    return name.endswith(".part") or (match is not None and match[1] not in kept)
+    step = checkpoint_of(name)
+    return name.endswith(".part") or (step is not None and step not in kept)
 
 
 def _tried(store: Store, action: Callable[[], _Result]) -> _Result:
@@ -262,13 +259,8 @@ def _missing(store: Store, files: RunDir) -> set[str]:
     behind = newest_there > newest_here or not files.config.exists()
     if not (behind or (ends_there and newest_there == newest_here)):
         return set()
-    records = {name for name in names if _RECORDS.fullmatch(name)}
-    checkpoints = {f"checkpoints/{step}" for step in there if step not in here}
-    return records | {name for name in names if name.rpartition("/")[0] in checkpoints}
-
-
-def _step(name: str) -> int:
-    return checkpoint_step(Path(name))
+    wanted = set(there) - set(here)
+    return {name for name in names if is_record(name) or checkpoint_of(name) in wanted}
 
 
 def download(store: Store, files: RunDir, names: Collection[str]) -> None:
@@ -280,7 +272,7 @@ def download(store: Store, files: RunDir, names: Collection[str]) -> None:
     checkpoints = complete_checkpoints(names)
     if checkpoints:
         _say(f"mirror: downloading {', '.join(checkpoints)} from {store.url}", out=sys.stdout)
-    for name in sorted(name for name in names if _RECORDS.fullmatch(name)):
+    for name in sorted(name for name in names if is_record(name)):
         _tried(store, partial(store.download, name, files.path / f".mirror-{name}"))
         (files.path / f".mirror-{name}").replace(files.path / name)
     files.checkpoints.mkdir(exist_ok=True)
@@ -302,7 +294,7 @@ def _download_checkpoint(store: Store, files: RunDir, step: str, names: Collecti
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         for name in sorted(names):
-            if name.startswith(f"checkpoints/{step}/"):
+            if checkpoint_of(name) == step:
                 _tried(store, partial(store.download, name, part / name.rpartition("/")[2]))
         damage = damaged(part)
         if damage is None:
@@ -411,13 +403,12 @@ def _share(engine: Engine, files: RunDir, store: Store, begun: dict[str, Any]) -
     files.path.mkdir(parents=True, exist_ok=True)
     with FileLock(files.path / ".mirror.lock"):
         for path in files.saved_checkpoints():
-            if path.name not in begun["checkpoints"]:
+            if path.name not in begun["saved"]:
                 shutil.rmtree(path)  # of an earlier start
         replace_text(files.mirror, json.dumps({"run": begun["run"]}) + "\n")
-        wanted = {f"checkpoints/{step}" for step in begun["checkpoints"]}
-        wanted -= {f"checkpoints/{path.name}" for path in files.saved_checkpoints()}
+        wanted = set(begun["saved"]) - {path.name for path in files.saved_checkpoints()}
         names = _tried(store, store.names) if wanted else set()
-        download(store, files, {name for name in names if name.rpartition("/")[0] in wanted})
+        download(store, files, {name for name in names if checkpoint_of(name) in wanted})
 
 
 class Uploads:
@@ -461,7 +452,7 @@ class Uploads:
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
         self.wake()
         _open.append(self)
-        return {**begun, "checkpoints": [path.name for path in self.files.saved_checkpoints()]}
+        return {**begun, "saved": [path.name for path in self.files.saved_checkpoints()]}
 
     def _is_alive(self, owner: dict[str, Any]) -> bool:
         """Whether another start is at work: on another machine, whether it gives a sign of life."""
@@ -484,7 +475,7 @@ class Uploads:
 
     def _write_owner(self, *, held: bool, beat: int = 0) -> None:
         owner = {**run_lock.own_record(), "run": self.run, "config": self.config, "held": held, "beat": beat}
-        self.store.write("mirror.json", json.dumps(owner).encode())
+        self.store.write(_NAMES.mirror.name, json.dumps(owner).encode())
 
     def _beat(self) -> None:
         """Give signs of life; end this process if another start has taken the mirror over."""
@@ -591,14 +582,15 @@ class Uploads:
             self.sent[mark] = digest
             return
         # Of an earlier save of this step, perhaps on more ranks, or one that was cut off.
-        self.store.delete([name for name in names if name.startswith(f"checkpoints/{path.name}/")])
+        self.store.delete([name for name in names if checkpoint_of(name) == path.name])
         with self._held(path) as held:
             if damage := damaged(held):
                 self.named.add(path.name)
                 _say(f"mirror: {path} is damaged ({damage}) and not uploaded")
                 return
             for name, entry in read_json(content).items():
-                self.store.upload(held / name, f"checkpoints/{path.name}/{name}", entry["sha256"])
+                there = (_NAMES.checkpoints / path.name / name).as_posix()
+                self.store.upload(held / name, there, entry["sha256"])
             self._upload_records()
             self.store.replace(CheckpointDir(held).manifest, mark, digest)
         self.sent[mark] = digest
@@ -624,7 +616,7 @@ class Uploads:
         """Upload the records that have changed; a copy of each, because the run may write to it meanwhile."""
         copy = self.files.path / ".mirror-upload"
         for name in sorted(os.listdir(self.files.path)):
-            if not _RECORDS.fullmatch(name):
+            if not is_record(name):
                 continue
             try:
                 shutil.copyfile(self.files.path / name, copy)
