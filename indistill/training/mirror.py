@@ -149,6 +149,13 @@ class Store:
                 return record
         return None if content is None else {}
 
+    def has_begun(self) -> bool:
+        """Whether the run of the mirror has logged a line or saved a checkpoint."""
+        names = self.names()
+        log = _NAMES.metrics.name
+        has_lines = log in names and self.system.size(self._path(log)) > 0
+        return has_lines or bool(complete_checkpoints(names))
+
 
 def complete_checkpoints(names: Collection[str]) -> list[str]:
     """The complete checkpoints among the files of a mirror, oldest first."""
@@ -305,7 +312,12 @@ def _download_checkpoint(store: Store, files: RunDir, step: str, names: Collecti
 
 
 def _check_owner(store: Store, owner: dict[str, Any], files: RunDir, settings: Config) -> None:
-    """Raise UserError if the mirror holds another run than the run directory, or one of another config."""
+    """Raise UserError if the mirror holds another run than the run directory, or one of another config.
+
+    As in a run directory, a run that was refused before its first logged line does not count.
+    """
+    if not _tried(store, store.has_begun):
+        return
     mine = _own(files).get("run")
     if owner and mine != owner.get("run") and (mine is not None or files.saved_checkpoints()):
         raise UserError(
@@ -581,6 +593,8 @@ class Uploads:
         if mark in names and self.store.read(mark) == content:
             self.sent[mark] = digest
             return
+        if complete_checkpoints(names) == [path.name]:
+            return  # an earlier save of this step is all that the mirror has: it goes when there is another
         # Of an earlier save of this step, perhaps on more ranks, or one that was cut off.
         self.store.delete([name for name in names if checkpoint_of(name) == path.name])
         with self._held(path) as held:

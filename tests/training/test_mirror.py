@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from indistill import config
 from indistill.config import UserError, run_lock, runs
-from indistill.config.run_dir import RunDir
+from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.distributed import preemption
 from indistill.training import checkpoint, mirror
 from indistill.training.loop import train
@@ -133,6 +134,47 @@ def test_another_run_is_refused(mirrored):
     train_until(alone, 5)
     with pytest.raises(UserError, match=r"mirror: .* holds another run than .*elsewhere"):
         train_all(elsewhere(mirrored))
+
+
+def test_a_config_that_was_refused_may_be_corrected(mirrored, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("indistill.training.lessons.networks", Mock(side_effect=UserError("no such network")))
+        with pytest.raises(UserError, match="no such network"):
+            train_all(mirrored)
+    assert "config.yaml" in contents(mirrored["mirror"])
+    train_until(mirrored | {"seed": 1}, 5)
+    mirror.close_all()
+    with pytest.raises(UserError, match=r"holds a run of another config \(seed: 1 -> 0\)"):
+        train_all(elsewhere(mirrored))
+
+
+def test_the_only_checkpoint_is_not_replaced(mirrored, monkeypatch):
+    """One that is saved again after the evaluation that a preemption had stopped."""
+    mirrored["checkpoint"] = {"every_steps": None, "keep_last": 1, "keep_best": 0}
+    train_until(mirrored, 5)
+    mirror.close_all()
+    state = CheckpointDir(Path(mirrored["run_dir"]) / "checkpoints/step-00000005").state
+    text = state.read_text()
+    state.write_text(text.replace('"scores": {}', '"scores": null'))
+    manifest = json.loads((state.parent / "manifest.json").read_text())
+    manifest["state.json"] = {
+        "bytes": state.stat().st_size, "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
+    }  # fmt: skip
+    (state.parent / "manifest.json").write_text(json.dumps(manifest))
+    assert contents(mirrored["mirror"])[marks("step-00000005")] != json.dumps(manifest).encode()
+    seen = []
+    upload = mirror.Store.upload
+
+    def looking(self, *arguments: Any) -> None:
+        upload(self, *arguments)
+        seen.append(mirror.complete_checkpoints(self.names()))
+
+    monkeypatch.setattr(mirror.Store, "upload", looking)
+    train_until(mirrored, 10)
+    mirror.close_all()
+    assert seen
+    assert all(seen)
+    assert mirror.complete_checkpoints(contents(mirrored["mirror"])) == ["step-00000010"]
 
 
 def test_a_start_that_is_at_work_is_not_disturbed(mirrored, monkeypatch):
