@@ -144,10 +144,12 @@ class Store:
     def owner(self) -> dict[str, Any] | None:
         """What the start that wrote to the mirror last has written of itself; None if there was none."""
         content = self.read(_NAMES.mirror.name)
-        with contextlib.suppress(ValueError):  # one that is being written
-            if isinstance(record := read_json(content or b""), dict):
+        if content is None:
+            return None
+        with contextlib.suppress(ValueError):
+            if isinstance(record := read_json(content), dict) and isinstance(record.get("run"), str):
                 return record
-        return None if content is None else {}
+        raise OSError(f"{_NAMES.mirror.name} is damaged")  # or, on some file systems, being written
 
     def has_begun(self) -> bool:
         """Whether the run of the mirror has logged a line or saved a checkpoint."""
@@ -248,7 +250,7 @@ def fetch(settings: Config) -> None:
         files.path.mkdir(parents=True, exist_ok=True)
         with FileLock(files.path / ".mirror.lock"):
             if missing := _missing(store, files):
-                replace_text(files.mirror, json.dumps({"run": owner.get("run")}) + "\n")
+                replace_text(files.mirror, json.dumps({"run": owner["run"]}) + "\n")
                 download(store, files, missing)
     except OSError as error:
         raise UserError(
@@ -262,9 +264,8 @@ def _missing(store: Store, files: RunDir) -> set[str]:
     there = complete_checkpoints(names)
     here = [path.name for path in files.saved_checkpoints()]
     newest_there, newest_here = (max(map(_step, steps), default=-1) for steps in (there, here))
-    ends_there = files.summary.name in names and not files.summary.exists()
-    behind = newest_there > newest_here or not files.config.exists()
-    if not (behind or (ends_there and newest_there == newest_here)):
+    lacks = not files.config.exists() or (files.summary.name in names and not files.summary.exists())
+    if newest_there < newest_here or (newest_there == newest_here and not lacks):
         return set()
     wanted = set(there) - set(here)
     return {name for name in names if is_record(name) or checkpoint_of(name) in wanted}
@@ -319,7 +320,7 @@ def _check_owner(store: Store, owner: dict[str, Any], files: RunDir, settings: C
     if not _tried(store, store.has_begun):
         return
     mine = _own(files).get("run")
-    if owner and mine != owner.get("run") and (mine is not None or files.saved_checkpoints()):
+    if mine != owner["run"] and (mine is not None or files.saved_checkpoints()):
         raise UserError(
             f"mirror: {store.url} holds another run than {files.path} ({run_lock.described(owner)}): choose "
             "another mirror, or an empty run_dir to go on with the run of the mirror"
@@ -454,7 +455,7 @@ class Uploads:
                     f"({run_lock.described(owner)}): stop it or wait until it has ended, or choose another "
                     "mirror"
                 )
-        self.run = _own(self.files).get("run") or str((owner or {}).get("run") or os.urandom(8).hex())
+        self.run = _own(self.files).get("run") or (owner["run"] if owner else os.urandom(8).hex())
         begun = {"run": self.run, "start": os.urandom(8).hex()}
         replace_text(self.files.mirror, json.dumps(begun) + "\n")
         _tried(self.store, lambda: self._write_owner(held=True))
@@ -481,7 +482,7 @@ class Uploads:
             now = _tried(self.store, self.store.owner)
             if now is None or not now.get("held", True):
                 return False
-            if now and now != owner:
+            if now != owner:
                 return True
         return False
 
@@ -499,7 +500,7 @@ class Uploads:
                 if self.closed:
                     return
                 owner = self.store.owner()
-                if owner and owner.get("id") != run_lock.own_record()["id"]:
+                if owner is not None and owner.get("id") != run_lock.own_record()["id"]:
                     break
                 self._write_owner(held=True, beat=beat)
         else:

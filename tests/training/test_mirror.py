@@ -114,6 +114,28 @@ def test_a_run_dir_that_is_behind_is_brought_up_to_date(mirrored):
     assert losses(mirrored["run_dir"]) == losses(elsewhere(mirrored)["run_dir"])
 
 
+def test_a_record_that_is_lost_does_not_bring_old_ones_back(mirrored):
+    train_until(mirrored, 7)
+    mirror.close_all()
+    alone = {name: value for name, value in mirrored.items() if name != "mirror"}
+    train_until(alone, 12)
+    (Path(mirrored["run_dir"]) / "config.yaml").unlink()
+    before = losses(mirrored["run_dir"])
+    mirror.fetch(config.parse(mirrored, "test"))
+    assert losses(mirrored["run_dir"]) == before
+    assert len(before) == 12
+
+
+def test_a_damaged_owner_is_named(mirrored, monkeypatch):
+    train_until(mirrored, 5)
+    mirror.close_all()
+    monkeypatch.setattr(mirror, "ATTEMPTS", 1)
+    for content in (b"", b"[]", b'{"run": 1}', b"\xff"):
+        mirror.Store(mirrored["mirror"]).write("mirror.json", content)
+        with pytest.raises(UserError, match=r"cannot be used \(mirror.json is damaged\)"):
+            train_all(elsewhere(mirrored))
+
+
 def test_a_run_that_has_finished_is_not_trained_again(mirrored, capfd):
     train_all(mirrored)
     second = elsewhere(mirrored)
