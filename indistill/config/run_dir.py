@@ -32,6 +32,12 @@ from indistill.config.tree import Config
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _LEFT_OVER = re.compile(r"\.(partial|deleted)-step-\d{8,}(-\d+)?")  # of a checkpoint, by a kill
+# In the mirror of a run: the files that a resume or a report needs, and those of its checkpoints.
+_RECORD = re.compile(
+    r"(config\.yaml|(metrics|history)\.jsonl|(summary|prune_plan|classes|inputs|networks)\.json"
+    r"|(student|heads|standards(-[\w.-]+)?)\.safetensors|report\.html)"
+)
+_MIRRORED = re.compile(r"checkpoints/(step-\d{8,})/[\w-]+\.(json|safetensors|pt)")
 _LOGS = (".log", ".out", ".err", ".txt")
 _open: set[Path] = set()  # run directories in which this process wrote a start, and no end yet
 
@@ -58,6 +64,7 @@ class RunDir(_Folder):
     config = _Entry("config.yaml")  # all keys with their values
     status = _Entry("status")  # running, done, requeue or failed; a chain's is above its stages
     lock = _Entry("run.lock")  # of the start that is at work (run_lock.py)
+    mirror = _Entry("mirror.json")  # of a run with a mirror: the id that the mirror has, too
     starts = _Entry("starts_without_step")  # how many starts in a row have not made a step; absent after one
     metrics = _Entry("metrics.jsonl")  # a line for each logged step, evaluation and checkpoint
     history = _Entry("history.jsonl")  # a line for each start and end
@@ -134,6 +141,17 @@ class CheckpointDir(_Folder):
 def checkpoint_step(path: Path) -> int:
     """The completed steps of a checkpoint, from its name."""
     return int(path.name.removeprefix("step-"))
+
+
+def is_record(name: str) -> bool:
+    """Whether a resume or a report needs the file of this name in a run directory."""
+    return _RECORD.fullmatch(name) is not None
+
+
+def checkpoint_of(name: str) -> str | None:
+    """The checkpoint to which a file belongs, by its path in a run directory; None for any other file."""
+    match = _MIRRORED.fullmatch(name)
+    return match[1] if match else None
 
 
 def weights_file(settings: Config) -> str:

@@ -58,19 +58,21 @@ def take(run_dir: Path, lost: Callable[[str], None]) -> None:
     """
     path = RunDir(run_dir).lock.absolute()
     holder = _held.get(path)
-    if holder is not None and holder.own == _own():  # not that of a process that this one was forked from
+    if (
+        holder is not None and holder.own == own_record()
+    ):  # not that of a process that this one was forked from
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     while not _created(path):
         seen = _read(path)
         if seen is None:  # released since
             continue
-        alive = _is_alive(seen.record)
+        alive = is_alive(seen.record)
         if alive is None:
             alive = _gives_sign(path, seen, run_dir)
         if alive:
             raise UserError(
-                f"run_dir {run_dir}: another start of this run is at work there ({_described(seen.record)}): "
+                f"run_dir {run_dir}: another start of this run is at work there ({described(seen.record)}): "
                 "stop it or wait until it has ended, or choose another run_dir"
             )
         _take_away(path, seen)
@@ -81,7 +83,7 @@ def _gives_sign(path: Path, first: _Seen, run_dir: Path) -> bool:
     """Wait until the holder on another machine gives a sign of life; False if it does not, or lets go."""
     print(
         f"indistill: run_dir {run_dir}: another start of this run may be at work there "
-        f"({_described(first.record)}): waiting up to {STALE_SECONDS:.0f} s for a sign of life",
+        f"({described(first.record)}): waiting up to {STALE_SECONDS:.0f} s for a sign of life",
         file=sys.stderr,
         flush=True,
     )
@@ -101,7 +103,7 @@ def _gives_sign(path: Path, first: _Seen, run_dir: Path) -> bool:
 def is_free(run_dir: Path) -> bool:
     """Whether no start is known to be at work in a run directory."""
     seen = _read(RunDir(run_dir).lock)
-    return seen is None or _is_alive(seen.record) is False
+    return seen is None or is_alive(seen.record) is False
 
 
 def release_all() -> None:
@@ -112,7 +114,7 @@ def release_all() -> None:
 def _release(paths: Iterable[Path]) -> None:
     for path in paths:
         holder = _held.pop(path, None)
-        if holder is not None and holder.own == _own():  # not in a forked process
+        if holder is not None and holder.own == own_record():  # not in a forked process
             holder.release()
 
 
@@ -132,7 +134,7 @@ class _Holder:
     def __init__(self, path: Path, lost: Callable[[str], None]) -> None:
         self.path = path
         self.lost = lost
-        self.own = _own()
+        self.own = own_record()
         self.released = threading.Event()
         self.guard = threading.Lock()  # a beat and a release do not overlap
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
@@ -147,7 +149,7 @@ class _Holder:
                     return
                 holder = self._beat_once(count)
             if holder is not None:
-                self.lost(f"{self.path}: taken over by {_described(holder)}, while this process was stopped")
+                self.lost(f"{self.path}: taken over by {described(holder)}, while this process was stopped")
                 return
 
     def _beat_once(self, count: int) -> dict[str, Any] | None:
@@ -217,7 +219,7 @@ def _take_away(path: Path, seen: _Seen) -> None:
 
 def _text(count: int) -> bytes:
     """The record: a fixed number of bytes, which differ with each beat."""
-    text = json.dumps({**_own(), "beat": count}).encode()
+    text = json.dumps({**own_record(), "beat": count}).encode()
     return text.ljust(_RECORD_BYTES - 1)[: _RECORD_BYTES - 1] + b"\n"
 
 
@@ -248,16 +250,16 @@ def _start_of(pid: int) -> str | None:
         return "unknown"
 
 
-def _is_alive(record: dict[str, Any]) -> bool | None:
+def is_alive(record: dict[str, Any]) -> bool | None:
     """Whether the process that wrote a record lives; None if this machine cannot tell."""
-    own, pid, start = _own(), record.get("pid"), record.get("start")
+    own, pid, start = own_record(), record.get("pid"), record.get("start")
     if record.get("machine") != own["machine"] or not isinstance(pid, int) or pid < 1 or start == "unknown":
         return None
     found = _start_of(pid)
     return None if found == "unknown" else found == start
 
 
-def _own() -> dict[str, Any]:
+def own_record() -> dict[str, Any]:
     return _record(os.getpid())
 
 
@@ -274,7 +276,7 @@ def _record(pid: int) -> dict[str, Any]:
     }
 
 
-def _described(record: dict[str, Any]) -> str:
+def described(record: dict[str, Any]) -> str:
     """Name the holder of a lock."""
     host, pid, begun = (str(record.get(key, "unknown"))[:100] for key in ("host", "pid", "time"))
     return f"host {host}, process {pid}, since {begun}"

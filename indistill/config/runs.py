@@ -122,11 +122,15 @@ def _parse_all(tree: dict[str, Any], kind: str, source: str) -> dict[str, Config
         where = f"{source}: {kind.removesuffix('s')} {name}"
         if "run_dir" in own:
             raise UserError(f"{where}: run_dir is always the file's run_dir/{name}: remove the key")
+        if own.get("mirror") is not None:
+            raise UserError(f"{where}: mirror is always the file's mirror/{name}: remove the key")
         merged = merge(shared, {key: value for key, value in own.items() if key != "name"})
         if (
             isinstance(shared.get("run_dir"), str) and shared["run_dir"]
         ):  # an empty one is reported by `parse`
             merged["run_dir"] = str(Path(shared["run_dir"]) / name)
+        if isinstance(merged.get("mirror"), str) and merged["mirror"]:
+            merged["mirror"] = f"{merged['mirror'].rstrip('/')}/{name}"
         if kind == "stages" and isinstance(merged.get("teacher"), dict):
             merged["teacher"] = _resolve_teacher(merged["teacher"], parsed, where)
         if kind == "stages" and isinstance(merged.get("teachers"), list):

@@ -46,7 +46,7 @@ TARGETS = "targets"  # the folder of stored targets in a run directory
 
 # --- training -----------------------------------------------------------------------------------------------
 class Config(Section):
-    # Folder for everything the run writes; all its nodes must be able to access it.
+    # Folder for everything the run writes; all its nodes must be able to access it, unless it has a mirror.
     run_dir: Annotated[str, Field(min_length=1), AfterValidator(no_command)]
     # `distill`: train a student; `heads`: train classifiers on stages of a frozen teacher, for the loss
     # `dih`.
@@ -70,6 +70,9 @@ class Config(Section):
     optimizer: Optimizer  # The optimizer of all phases.
     # Learning rate schedule, which starts anew in each phase: for each pair of the warm-up, and for KD.
     schedule: Schedule = Schedule()
+    # URL to which checkpoints and records of `run_dir` are copied during the run, such as s3://bucket/run. A
+    # node whose `run_dir` is empty goes on from there (docs/cluster.md). None: no copy.
+    mirror: Annotated[str, Field(min_length=1), AfterValidator(no_command)] | None = None
     # Longest time of one start, in hours: then the run saves a checkpoint and exits with code 75, to be
     # started again. None: no limit but SLURM's.
     max_hours: PositiveFloat | None = None
@@ -405,6 +408,7 @@ def why_not_stored(config: Config) -> str | None:
 # Keys that may change between two starts of the same run: they change how it runs, not what it computes.
 OPERATIONAL_KEYS = (
     "run_dir",
+    "mirror",
     "max_hours",
     "max_bad_steps",
     "collective_timeout_minutes",

@@ -340,7 +340,7 @@ def _fetch(
             raise
         except Exception as error:  # every fsspec backend has its own exceptions
             reason = in_one_line(error, 500)
-            if _hopeless(error):
+            if hopeless(error):
                 raise _Absent(f"{url}: cannot be fetched: {reason}") from None
             if attempt == FETCH_ATTEMPTS or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"{url}: cannot be fetched: {reason} (attempt {attempt})") from None
@@ -441,12 +441,13 @@ def read_if_there(url: str) -> bytes | None:
             return stream.read()
 
 
-def _hopeless(error: Exception) -> bool:
+def hopeless(error: Exception) -> bool:
     """Whether another attempt would fail in the same way."""
     if isinstance(error, urllib.error.HTTPError):
         return 300 <= error.code < 500 and error.code not in (408, 429)  # timeout, too many requests
     # ImportError, ValueError: fsspec needs a package to be installed, or does not know the protocol.
-    return isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError))
+    kinds = (FileNotFoundError, PermissionError, ImportError, ValueError)
+    return isinstance(error, kinds) or type(error).__name__.endswith("CredentialsError")  # botocore's
 
 
 @contextlib.contextmanager
@@ -460,15 +461,35 @@ def open_stream(path: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-@contextlib.contextmanager
-def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
-    """Open a remote file; yields its stream and its size in bytes, None if the source does not state it."""
+def _check_whole(url: str) -> None:
+    """Raise UserError for a URL that may not be opened, or that lacks its secrets."""
     check_url(url)
     if is_redacted(url):
         raise UserError(
             f"{url}: a saved config does not keep the query or the password of a URL: give the whole URL, "
             "as in the command that began the run"
         )
+
+
+def file_system(url: str, **options: Any) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the path in it. Raises UserError, or what fsspec raises for
+    a package that is missing.
+    """
+    import fsspec
+
+    _check_whole(url)
+    protocol = url.partition("://")[0]
+    if protocol in _EXTRAS:
+        extra, module = _EXTRAS[protocol]
+        need(extra, f"{protocol}://", module)
+    system, path = fsspec.core.url_to_fs(url, **options)
+    return system, path
+
+
+@contextlib.contextmanager
+def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
+    """Open a remote file; yields its stream and its size in bytes, None if the source does not state it."""
+    _check_whole(url)
     if url.startswith(("http://", "https://")):  # fsspec would need aiohttp for these
         with open_http(url, FETCH_TIMEOUT_SECONDS) as response:
             yield response, response.length
@@ -481,12 +502,6 @@ def open_remote(url: str) -> Iterator[tuple[IO[bytes], int | None]]:
         if process.returncode:
             raise OSError(f"the command ended with status {process.returncode}")
     else:
-        import fsspec
-
-        protocol = url.partition("://")[0]
-        if protocol in _EXTRAS:
-            extra, module = _EXTRAS[protocol]
-            need(extra, f"{protocol}://", module)
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = file_system(url)
         with system.open(path, "rb") as stream:
             yield stream, system.size(path)

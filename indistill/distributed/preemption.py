@@ -166,7 +166,7 @@ def exit_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _lost(reason: str) -> NoReturn:
+def lost(reason: str) -> NoReturn:
     """End this process, whose run directory another start has taken over: what it wrote would be mixed up."""
     _leaving.acquire()
     ranks = Ranks.from_environment()
@@ -204,6 +204,11 @@ def _print(line: str) -> None:
 def asked() -> bool:
     """Whether this process has been asked to stop; the other ranks may not know it yet."""
     return _process.asked_at < math.inf or time.time() >= _process.deadline
+
+
+def seconds_left(most: float) -> float:
+    """Return how long a run that stops may still take: after a signal, until the launcher would end it."""
+    return min(most, max(5.0, _process.asked_at + PATIENCE_SECONDS - time.monotonic()))
 
 
 def end_with_parent() -> None:
@@ -344,7 +349,7 @@ def _lock_refused(run_dir: Path) -> str | None:
     with contextlib.suppress(OSError):  # reported by `lock`
         if Ranks.from_environment().is_main_process:
             try:
-                run_lock.take(run_dir, _lost)
+                run_lock.take(run_dir, lost)
             except UserError as error:
                 return str(error)
     return None
@@ -357,7 +362,7 @@ def lock(run_dir: Path) -> None:
     """
     if _process.refusal is not None:
         raise UserError(_process.refusal)
-    run_lock.take(run_dir, _lost)
+    run_lock.take(run_dir, lost)
 
 
 @contextlib.contextmanager

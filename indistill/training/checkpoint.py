@@ -51,7 +51,8 @@ class Checkpoints:
     `identity` (config, plan, data, teacher, engine) must be the same at save and resume, or as `earlier`
     versions of this program wrote it; if only the source file of a plugin's loss differs, the run goes on
     with a warning. `parts` are saved with the networks. `whole` returns the student with all its weights; it
-    is called on all ranks.
+    is called on all ranks. `published` is called on rank 0, in the writer's thread, once a checkpoint has its
+    name and the older ones are deleted.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Checkpoints:
         earlier: Mapping[str, str],
         parts: Mapping[str, Stateful],
         whole: Callable[[], nn.Module],
+        published: Callable[[], None],
     ) -> None:
         self.engine = engine
         self.accelerator = engine.accelerator
@@ -74,6 +76,7 @@ class Checkpoints:
         self.earlier = earlier
         self.parts = parts
         self.whole = whole
+        self.published = published
         self.saved_at = time.monotonic()
         self.best_top1 = -1.0
         self.writer: Thread | None = None
@@ -311,6 +314,7 @@ class Checkpoints:
             self._delete_older()
         except Exception as error:  # the new checkpoint is there, whatever is wrong with the others
             self._warn(self.folder, error)
+        self.published()
 
     def _write_and_publish(
         self, partial: CheckpointDir, final: Path, contents: dict[Path, Any]
@@ -323,7 +327,8 @@ class Checkpoints:
         failure = None
         unexpected: Exception | None = None  # of rank 0, and not the disk's fault; all ranks hear of it
         try:
-            partial.path.mkdir(exist_ok=True)
+            if contents:  # else the folder may not be on this node
+                partial.path.mkdir(exist_ok=True)
             manifest = {path.name: _write_file(path, content) for path, content in contents.items()}
         except Exception as error:  # the libraries' writers raise many kinds on a full or broken disk
             failure = f"rank {self.accelerator.process_index}: {in_one_line(error, 300)}"

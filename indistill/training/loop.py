@@ -35,7 +35,7 @@ from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.outputs import Output
 from indistill.models.trainable import Trainable
-from indistill.training import guard, lessons, optim, parts
+from indistill.training import guard, lessons, mirror, optim, parts
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.checkpoint import Checkpoints
 from indistill.training.choose import choose
@@ -114,8 +114,10 @@ class Run:
     def _open_data(self) -> None:
         self.engine = start_engine(self.settings)
         self.accelerator = self.engine.accelerator
+        mirror.fetch(self.settings)
         self.files: RunDir = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
         self.run_dir: Path = self.files.path
+        self.mirror = mirror.Mirror(self.engine, self.settings, self.files)
         self.training, self.eval_sets = self.sources.data(self.accelerator, self.settings)
         self.bank = open_bank(self.settings, self.training.dataset)
         if self.bank is not None:
@@ -230,6 +232,7 @@ class Run:
             earlier={"config": config.earlier_fingerprint(settings)},
             parts={"log": self.log, "pace": self.pace},
             whole=self.whole,
+            published=self.mirror.wake,
         )
         self.first_step, self.scores = self.checkpoints.resume(self.resume, self.ema)
         self.done = self.first_step
@@ -374,6 +377,7 @@ class Run:
         for callback in self.callbacks:
             callback.on_stop(self)
         self.log.close()
+        self.mirror.leave()
 
     # --- the result -----------------------------------------------------------------------------------------
 
@@ -397,6 +401,7 @@ class Run:
         self.log.close()
         self.accelerator.wait_for_everyone()
         watchdog.close()
+        self.mirror.close(self.settings.collective_timeout_minutes)
         return summary
 
     def _final_scores(self, network: Trainable) -> dict[str, float]:

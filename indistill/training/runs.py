@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from indistill.data.training import bank_shards, eval_shards
 from indistill.distributed import elastic, environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
 from indistill.evaluate.bank import check_bank
-from indistill.training import lessons
+from indistill.training import lessons, mirror
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.groups import train_groups
 from indistill.training.loop import train
@@ -44,9 +45,13 @@ def run(
     divides, timeout_minutes = partial(_divide_among, stages), stages[0][1].collective_timeout_minutes
     with (
         elastic.training_ranks(divides, run_dir, timeout_minutes),
+        contextlib.ExitStack() as last,
         preemption.status_in(run_dir),
         watchdog.explaining(run_dir),
     ):
+        last.callback(mirror.close_all)  # when the status is in the history
+        for _, settings in stages:
+            mirror.fetch(settings)
         if isinstance(stages, Students):
             return _run_students(stages, resume, callbacks)
         return _run_stages(stages, resume, callbacks)
@@ -115,6 +120,8 @@ def _run_stages(
                 raise Preempted(f"stopped before stage {name}")
             _say(f"{label}: {'goes on' if name in begun else 'begins'} in {settings.run_dir}")
         summaries[name] = train(settings, resume, callbacks=callbacks)
+        if chain:
+            mirror.fetch(settings)  # the next stage may read its weights on a node that has not written them
     return summaries
 
 

@@ -240,6 +240,18 @@ def test_a_run_dir(tree, tmp_path):
     assert (line.level, "holds a run of another config (seed: 5 -> 0)" in line.what) == (FAIL, True)
 
 
+def test_a_mirror(tree, tmp_path):
+    assert look(disks.mirror, tree) == []
+    tree["mirror"] = f"file://{tmp_path}/mirror"
+    (line,) = look(disks.mirror, tree)
+    assert (line.level, line.what) == (OK, f"{tree['mirror']}: can be written, read and deleted")
+    assert everything(tmp_path / "mirror") == {}
+    (tmp_path / "file").touch()
+    (line,) = look(disks.mirror, tree | {"mirror": f"file://{tmp_path}/file/run"})
+    assert line.level == FAIL
+    assert line.what.startswith(f"mirror: file://{tmp_path}/file/run cannot be written")
+
+
 def test_checkpoints_have_the_size_that_is_told(tree, monkeypatch):
     tree |= {"ema": {"decay": 0.9}, "checkpoint": {"keep_last": 1, "keep_best": 0}}
     loop.train(config.parse(tree, "test"))  # to KD, in which every layer has its optimizer state

@@ -85,7 +85,7 @@ def test_an_image_runs_the_command_as_somebody(image):
     assert "indistill" in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
 
 
-@pytest.mark.parametrize("name", ["job", "pytorchjob"])
+@pytest.mark.parametrize("name", ["job", "spot", "pytorchjob"])
 def test_kubernetes_finds_its_files_in_the_image(name):
     text = (REPOSITORY / "launch" / "kubernetes" / f"{name}.yaml").read_text()
     (folder,) = set(re.findall(r"workingDir: (\S+)", text))

@@ -20,6 +20,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
 
+from indistill.config import runs
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 
@@ -212,9 +214,10 @@ def test_the_exit_code_says_whether_to_start_again(monkeypatch, outcome, code):
     assert runpy.run_path(str(LAUNCH / "torchrun.py"))["main"]() == code
 
 
-def test_a_job_ends_where_another_start_cannot_help():
+@pytest.mark.parametrize("name", ["job", "spot"])
+def test_a_job_ends_where_another_start_cannot_help(name):
     """Rules apply in order: a pod that was preempted counts as nothing, whatever its code."""
-    *_, job = yaml.safe_load_all((LAUNCH / "kubernetes" / "job.yaml").read_text())
+    *_, job = yaml.safe_load_all((LAUNCH / "kubernetes" / f"{name}.yaml").read_text())
     ignored, failing = job["spec"]["podFailurePolicy"]["rules"]
     assert ignored["action"] == "Ignore"
     assert failing == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1, 2]}}
@@ -281,6 +284,18 @@ def test_every_pod_runs_what_is_there(path):
         assert {mount["name"] for mount in container["volumeMounts"]} == {
             volume["name"] for volume in pod["volumes"]
         }
+
+
+def test_the_config_of_the_spot_job_has_a_mirror():
+    """Its overrides are keys of the config, and nothing in its pods outlives a node."""
+    *_, job = yaml.safe_load_all((LAUNCH / "kubernetes" / "spot.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    assert all("emptyDir" in volume for volume in pod["volumes"])
+    recipe, *overrides = pod["containers"][0]["args"]
+    ((_, settings),) = runs.load(LAUNCH.parent / recipe, overrides)
+    assert settings.mirror == "s3://bucket/runs/r34_r18"
+    (scratch,) = [m["mountPath"] for m in pod["containers"][0]["volumeMounts"] if m["name"] == "scratch"]
+    assert settings.run_dir.startswith(f"{scratch}/")
 
 
 def test_the_train_job_runs_the_pods_of_the_job():

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Said, size_text
 from indistill.commands.plan.memory import state_bytes
+from indistill.config import UserError
 from indistill.config.run_dir import has_begun
 from indistill.data import remote
+from indistill.training import mirror as of_run
 from indistill.training import optim, parts
 
 
@@ -71,6 +73,19 @@ def cache_dir(here: Here) -> Said:
             yield WARN, what, f"use a larger disk, or data.cache_bytes={0.9 * (free + have):.1e}"
         else:
             yield OK, what
+
+
+def mirror(here: Here) -> Said:
+    """Check that files of the mirror can be written, read and deleted, on each node."""
+    for settings in here.settings:
+        if settings.mirror is None or here.local_rank:
+            continue
+        try:
+            of_run.check(settings)
+        except UserError as error:
+            yield FAIL, str(error), "mend that, choose another mirror, or remove the key"
+        else:
+            yield OK, f"{settings.mirror}: can be written, read and deleted"
 
 
 def existing_parent(path: str) -> Path:

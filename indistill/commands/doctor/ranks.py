@@ -157,9 +157,11 @@ def one_file_system(here: Here) -> Said:
         name = here.receive("file", 0, findings.CHECK_SECONDS / 2)
         visible = name is None or os.path.exists(name)
         here.send("seen", visible)
-        if not visible:
+        if not visible and here.settings[0].mirror is not None and not here.uses_deepspeed:
+            yield OK, f"{run_dir}: is this node's own, and gets its checkpoints from the mirror"
+        elif not visible:
             what = f"{run_dir}: a file that rank 0 wrote there is not visible here"
-            yield FAIL, what, "choose a run_dir on a file system that all nodes share"
+            yield FAIL, what, "choose a run_dir on a file system that all nodes share, or set mirror"
         return
     try:
         with tempfile.NamedTemporaryFile(prefix=".indistill-doctor-", dir=existing_parent(run_dir)) as file:

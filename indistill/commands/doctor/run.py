@@ -20,7 +20,7 @@ from typing import IO
 import torch.distributed as dist
 
 from indistill.commands.doctor import findings
-from indistill.commands.doctor.disks import cache_dir, checkpoints, run_dir
+from indistill.commands.doctor.disks import cache_dir, checkpoints, mirror, run_dir
 from indistill.commands.doctor.findings import (
     FAIL,
     MOST_SHOWN,
@@ -42,7 +42,8 @@ from indistill.config import Config, UserError, in_one_line, printable
 # --- the checks --------------------------------------------------------------------------------------------
 Check = Callable[[Here], Said]
 ALONE: tuple[Check, ...] = (versions, environment, start, deepspeed, gpu, cores, shared_memory, open_files)
-ALONE += (run_dir, checkpoints, cache_dir, weights, data_shards, class_lists, evaluation_images, reading)
+ALONE += (run_dir, checkpoints, mirror, cache_dir, weights)
+ALONE += (data_shards, class_lists, evaluation_images, reading)
 TOGETHER: tuple[Check, ...] = (agreement, all_reduce, clocks, one_file_system)  # on all ranks, in this order
 
 
