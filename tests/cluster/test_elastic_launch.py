@@ -81,7 +81,7 @@ def test_waiting_ranks_do_not_outlive_a_failure(elastic_tree, tmp_path):
 
 def lose_run_dir(restarts: str) -> None:
     os.environ["TORCHELASTIC_MAX_RESTARTS"] = restarts
-    preemption._lost("run.lock: taken over")
+    preemption.lost("run.lock: taken over")
 
 
 @pytest.mark.parametrize(("restarts", "code"), [("0", 2), ("3", 75)])
