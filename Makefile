@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 # If this is set, each of the tests' many processes compiles torch and timm again, for most of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test fuzz test-floors test-portable docs docs-test test-slurm test-netns lint reproduce clean
+.PHONY: setup demo test fuzz test-floors test-portable docs docs-test test-slurm test-netns lint soak reproduce clean
 setup: $(DEV)
 
 $(READY): pyproject.toml constraints.txt
@@ -109,6 +109,10 @@ lint: $(DEV)
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 	@$(RUN) -m bandit --quiet --configfile pyproject.toml --recursive indistill launch benchmarks docs setup.py
+
+# Train for an hour with kills, and measure what grows (benchmarks/soak.py).
+soak: $(DEV)
+	@OMP_NUM_THREADS=1 $(RUN) benchmarks/soak.py $(ARGS)
 
 # Run every study of the method with one seed and little training, in ten minutes on two cores. DATA is the folder of the
 # data sets; benchmarks/README.md lists its contents, and how to run the studies in full.

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import pickle
+import pickle  # nosec B403  # for its size
 import statistics
-import subprocess
+import subprocess  # nosec B404  # of this file
 import sys
 import tempfile
 import time
@@ -99,7 +99,7 @@ def in_processes(train: str, how: str, repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         for start in ("fork", "spawn"):
             command = [sys.executable, __file__, "--measure", train, how, start]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # nosec B603
             for name, value in json.loads(output.splitlines()[-1]).items():
                 found.setdefault(name, []).append(value)
     return {name: statistics.median(values) for name, values in found.items()}
