@@ -35,6 +35,7 @@ from indistill.distributed.engine import Engine, on_main
 from indistill.models.weights import misfit
 
 MOST_FAILURES = 3  # saves in a row that may fail before the run does
+VISIBLE_SECONDS = 60.0  # until rank 0 sees a file of another node; file systems keep old lists of names
 
 
 class Stateful(Protocol):
@@ -375,7 +376,13 @@ class Checkpoints:
 
 
 def _publish(partial: CheckpointDir, final: Path, manifest: Mapping[str, Any]) -> None:
-    """Give a complete checkpoint its name."""
+    """Give a complete checkpoint its name. Raises OSError if a rank has written its part elsewhere."""
+    end = time.monotonic() + VISIBLE_SECONDS
+    for name in manifest:
+        while not (partial.path / name).exists():
+            if time.monotonic() > end:
+                raise OSError(f"{name} of another node is not there: run_dir must be one that all nodes see")
+            time.sleep(0.5)
     for path in partial.optimizers():
         if path.name not in manifest:  # of an earlier save of this step, on more ranks, that was killed
             path.unlink()

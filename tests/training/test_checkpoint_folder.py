@@ -10,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from indistill import config
 from indistill.config import UserError
-from indistill.config.run_dir import RunDir, has_begun
+from indistill.config.run_dir import CheckpointDir, RunDir, has_begun
 from indistill.training import checkpoint
 from indistill.training.loop import train
 
@@ -171,6 +172,22 @@ def test_a_kill_just_before_the_last_rename_loses_nothing(stopped, capfd):
     run(tree)
     assert "step-00000004 at step 4" in capfd.readouterr().out
     assert names(folder) == ["step-00000007", "step-00000008"]
+
+
+def test_a_checkpoint_without_the_part_of_another_node_is_not_published(tmp_path, monkeypatch):
+    """As under ZeRO, where each node has a disk of its own: it would be damaged, and replace whole ones."""
+    monkeypatch.setattr(checkpoint, "VISIBLE_SECONDS", 0.0)
+    partial, final = CheckpointDir(tmp_path / ".partial-step-00000001"), tmp_path / "step-00000001"
+    partial.path.mkdir()
+    (partial.path / "state.json").write_text("{}")
+    manifest = {"state.json": {}, "optimizer-00001.pt": {}}
+    with pytest.raises(OSError, match=r"optimizer-00001\.pt of another node is not there"):
+        checkpoint._publish(partial, final, manifest)
+    assert not final.exists()
+    Timer(0.2, (partial.path / "optimizer-00001.pt").touch).start()  # a file system that shows it late
+    monkeypatch.setattr(checkpoint, "VISIBLE_SECONDS", 60.0)
+    checkpoint._publish(partial, final, manifest)
+    assert {path.name for path in final.iterdir()} == manifest.keys()
 
 
 def test_a_part_of_an_earlier_save_on_more_ranks_is_not_taken_over(stopped, monkeypatch):
