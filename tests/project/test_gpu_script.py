@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 GPU = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.sh"
 
 
 def test_the_whole_script_runs_dry(tmp_path):
-    environment = {**os.environ, "OUT": str(tmp_path), "TMPDIR": str(tmp_path)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for python3
+    environment = {**os.environ, "PATH": path, "OUT": str(tmp_path), "TMPDIR": str(tmp_path)}
     result = subprocess.run(
         ["bash", GPU, "--dry"], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
