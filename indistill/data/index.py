@@ -333,6 +333,8 @@ def _checked(stored: dict[str, Any], packed: bool) -> Index:
 
 def check_bounds(index: Index, packed: bool) -> None:
     """Raise ValueError for numbers that none of our indices contains. packed: as for `_checked`."""
+    if not 0 <= index.bytes < 2**62:
+        raise ValueError("the size of the shard is negative or too large")
     if index.labels.min() < -1 or max(index.offsets.max(), index.labels.max()) >= 2**62:
         raise ValueError("an offset or a label is negative or too large")
     order = np.argsort(index.offsets, kind="stable")  # links lead to bytes elsewhere, and several to the same

@@ -8,8 +8,6 @@ differ. It may be deleted at any time.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import json
 import logging
@@ -25,7 +23,7 @@ from indistill.config.files import open_regular, read_json, replacing
 from indistill.config.limits import MAX_LINE_CHARACTERS, MAX_RECORD_BYTES
 from indistill.config.ranks import Ranks
 from indistill.data.index import Index, check_bounds, check_sha256, warn
-from indistill.data.remote import base_name, is_remote, locked
+from indistill.data.remote import NoLock, base_name, is_remote, locked
 from indistill.data.samples import compressed
 
 log = logging.getLogger(__name__)
@@ -96,14 +94,12 @@ def shared_indices(
                     if found is None:
                         loaded = loaded or load()
                         _write(source, loaded, fingerprint_of(paths, loaded))
-                        _give_back(loaded)
                         found = _read(source, paths)
             if found is not None:
                 if loaded is None:
                     _warn_of_problems(paths, found[0])
                 return found
-        except (OSError, NotImplementedError, OverflowError) as error:
-            # A folder that is read-only or has no locks, or a shard whose index says more bytes than int64.
+        except (OSError, NoLock) as error:  # a folder that is read-only or full, or has no locks
             log.debug("%s: cannot be written: %s", source.file, error)
     loaded = loaded or load()
     return loaded, fingerprint_of(paths, loaded)
@@ -150,13 +146,6 @@ def fingerprint_of(paths: Sequence[str], indices: Sequence[Index]) -> str:
     return digest.hexdigest()
 
 
-def _give_back(loaded: list[Index]) -> None:
-    """Empty the list, and give its memory back to the system, which the C library would keep."""
-    loaded.clear()
-    with contextlib.suppress(AttributeError, OSError):  # another C library than GNU's
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def _warn_of_problems(paths: Sequence[str], indices: Sequence[Index]) -> None:
     if Ranks.from_environment().is_main_process:
         for path, index in zip(paths, indices):
@@ -165,6 +154,8 @@ def _warn_of_problems(paths: Sequence[str], indices: Sequence[Index]) -> None:
 
 
 # --- the file -----------------------------------------------------------------------------------------------
+
+
 def _write(source: Source, indices: Sequence[Index], fingerprint: str) -> None:
     """Write a mapped file. Raises OSError."""
     shards = [(index.bytes, len(index.keys), index.keys.itemsize) for index in indices]

@@ -230,9 +230,16 @@ class ShardCache:
         return excess <= 0
 
 
+class NoLock(UserError):
+    """A file cannot be locked where it is."""
+
+
 @contextlib.contextmanager
 def locked(file: str) -> Iterator[None]:
-    """Hold a lock file. Says so if another process holds it, and raises UserError after MAX_LOCK_SECONDS."""
+    """Hold a lock file. Says so if another process holds it, and raises UserError after MAX_LOCK_SECONDS.
+
+    Raises NoLock if the folder cannot be written to, or its file system has no locks.
+    """
     lock = FileLock(file)
     try:
         lock.acquire(timeout=LOCK_MESSAGE_SECONDS)
@@ -243,8 +250,11 @@ def locked(file: str) -> Iterator[None]:
         except Timeout:
             raise UserError(
                 f"{file}: another process holds it for more than {limits.MAX_LOCK_SECONDS:.0f} s "
-                "(MAX_LOCK_SECONDS): end that process, or choose another data.cache_dir"
+                "(MAX_LOCK_SECONDS): end that process, or choose another folder"
             ) from None
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter where there is no flock
+        reason = getattr(error, "strerror", None) or error
+        raise NoLock(f"{file}: cannot be locked ({reason}): choose a folder on a disk of the node") from None
     try:
         yield
     finally:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from accelerate.utils import gather_object
-from filelock import FileLock
 
 from indistill.config import Config, UserError, in_one_line, redacted, run_lock, tree
 from indistill.config.files import read_bytes, read_json, replace_text, sha256
@@ -248,7 +247,7 @@ def fetch(settings: Config) -> None:
         return
     try:
         files.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(files.path / ".mirror.lock"):
+        with remote.locked(f"{files.path}/.mirror.lock"):
             if missing := _missing(store, files):
                 replace_text(files.mirror, json.dumps({"run": owner["run"]}) + "\n")
                 download(store, files, missing)
@@ -414,7 +413,7 @@ def _share(engine: Engine, files: RunDir, store: Store, begun: dict[str, Any]) -
     if seen:
         return
     files.path.mkdir(parents=True, exist_ok=True)
-    with FileLock(files.path / ".mirror.lock"):
+    with remote.locked(f"{files.path}/.mirror.lock"):
         for path in files.saved_checkpoints():
             if path.name not in begun["saved"]:
                 shutil.rmtree(path)  # of an earlier start

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from tars import expected, picture, samples, write_tar
 
 from indistill import config
@@ -302,18 +303,21 @@ def test_another_version_makes_it_again(urls, from_json, tmp_path, monkeypatch):
 
 # --- places that cannot be written --------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("name", "error"),
+    ("where", "name", "error"),
     [
-        ("replacing", OSError(28, "No space left on device")),
-        ("locked", PermissionError(13, "Permission denied")),
-        ("locked", NotImplementedError("FileSystem does not appear to support flock")),
+        (mapped, "replacing", OSError(28, "No space left on device")),
+        (FileLock, "acquire", PermissionError(13, "Permission denied")),
+        (FileLock, "acquire", OSError(37, "No locks available")),
+        (FileLock, "acquire", NotImplementedError("FileSystem does not appear to support flock")),
     ],
 )
-def test_where_none_can_be_written_each_process_parses(urls, from_json, monkeypatch, parsed, name, error):
-    def fail(*_):
+def test_where_none_can_be_written_each_process_parses(
+    urls, from_json, monkeypatch, parsed, where, name, error
+):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(mapped, name, fail)
+    monkeypatch.setattr(where, name, fail)
     data = ShardSet(urls)
     assert not is_mapped(data)
     assert equal(data, from_json)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import numpy as np
@@ -326,6 +327,22 @@ def test_what_links_into_the_cache_point_to_stays(server, tmp_path, monkeypatch)
     assert list(data.iterate()) == packed
     assert victim.read_text() == "precious"
     assert not file.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(37, "No locks available"), "No locks available"),  # as on NFS without a lock service
+        (NotImplementedError("no flock"), "no flock"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+    ],
+)
+def test_a_folder_without_locks_is_named(server, tmp_path, monkeypatch, error, reason):
+    _, urls = serve(server, count=5)
+    data = ShardSet(urls, cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=error))
+    with pytest.raises(UserError, match=rf"\.lock: cannot be locked \({reason}\): choose a folder on a disk"):
+        data.read(0)
 
 
 def test_a_lock_that_is_held_is_waited_for_and_then_an_error(server, tmp_path, monkeypatch, caplog):

@@ -192,6 +192,7 @@ def many(count: int, key: str) -> dict[str, Any]:
 
 INDICES: dict[str, tuple[Any, str]] = {
     "one key of 1 MB among 10,000": (many(10_000, "x" * 2**20), "MAX_KEYS_BYTES"),
+    "a shard of 2^70 bytes": (index(bytes=2**70), "size of the shard is negative or too large"),
     "negative offsets": (index(offsets=[-512, 2048]), "negative or too large"),
     "images that overlap": (index(offsets=[512, 513]), "the images overlap"),
     "a huge offset": (index(offsets=[512, 2**64]), "negative or too large"),
