@@ -35,12 +35,14 @@ from indistill.losses.objective import Objective
 from indistill.models.network import Network
 from indistill.models.outputs import Output
 from indistill.models.trainable import Trainable
-from indistill.training import guard, lessons, mirror, optim, parts
+from indistill.training import guard, lessons, optim, parts
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.checkpoint import Checkpoints
 from indistill.training.choose import choose
 from indistill.training.features import agree_on_standards
 from indistill.training.guard import Buffers
+from indistill.training.mirror.fetch import fetch_run
+from indistill.training.mirror.uploads import Mirror
 from indistill.training.mix import make_mix
 from indistill.training.parts import Sources
 from indistill.training.profile import Profile
@@ -114,10 +116,10 @@ class Run:
     def _open_data(self) -> None:
         self.engine = start_engine(self.settings)
         self.accelerator = self.engine.accelerator
-        mirror.fetch(self.settings)
+        fetch_run(self.settings)
         self.files: RunDir = engine.on_main(self.accelerator, lambda: open_run_dir(self.settings))
         self.run_dir: Path = self.files.path
-        self.mirror = mirror.Mirror(self.engine, self.settings, self.files)
+        self.mirror = Mirror(self.engine, self.settings, self.files)
         self.training, self.eval_sets = self.sources.data(self.accelerator, self.settings)
         self.bank = open_bank(self.settings, self.training.dataset)
         if self.bank is not None:

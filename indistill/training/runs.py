@@ -19,10 +19,12 @@ from indistill.data.training import bank_shards, eval_shards
 from indistill.distributed import elastic, environment, preemption, watchdog
 from indistill.distributed.preemption import Preempted
 from indistill.evaluate.bank import check_bank
-from indistill.training import lessons, mirror
+from indistill.training import lessons
 from indistill.training.callbacks import Callback, check_callbacks
 from indistill.training.groups import train_groups
 from indistill.training.loop import train
+from indistill.training.mirror import uploads
+from indistill.training.mirror.fetch import fetch_run
 from indistill.training.students import train_students
 
 
@@ -49,9 +51,9 @@ def run(
         preemption.status_in(run_dir),
         watchdog.explaining(run_dir),
     ):
-        last.callback(mirror.close_all)  # when the status is in the history
+        last.callback(uploads.close_all)  # when the status is in the history
         for _, settings in stages:
-            mirror.fetch(settings)
+            fetch_run(settings)
         if isinstance(stages, Students):
             return _run_students(stages, resume, callbacks)
         return _run_stages(stages, resume, callbacks)
@@ -121,7 +123,7 @@ def _run_stages(
             _say(f"{label}: {'goes on' if name in begun else 'begins'} in {settings.run_dir}")
         summaries[name] = train(settings, resume, callbacks=callbacks)
         if chain:
-            mirror.fetch(settings)  # the next stage may read its weights on a node that has not written them
+            fetch_run(settings)  # the next stage may read its weights on a node that has not written them
     return summaries
 
 

@@ -22,8 +22,11 @@ from indistill import config
 from indistill.config import UserError, run_lock, runs
 from indistill.config.run_dir import CheckpointDir, RunDir
 from indistill.distributed import preemption
-from indistill.training import checkpoint, mirror
+from indistill.training import checkpoint
 from indistill.training.loop import train
+from indistill.training.mirror import uploads
+from indistill.training.mirror.fetch import check_mirror, fetch_run
+from indistill.training.mirror.store import Store, complete_checkpoints
 from indistill.training.runs import run
 
 
@@ -32,7 +35,7 @@ def empty_memory():
     """fsspec keeps the files of memory:// as long as the process lives."""
     fsspec.filesystem("memory").store.clear()
     yield
-    mirror.close_all()
+    uploads.close_all()
 
 
 @pytest.fixture(params=["memory://bucket/run", "file"])
@@ -87,10 +90,10 @@ def test_a_node_with_an_empty_run_dir_goes_on(mirrored):
     whole = {name: value for name, value in elsewhere(mirrored, "whole").items() if name != "mirror"}
     train_all(whole)
     train_until(mirrored, 12)
-    mirror.close_all()
+    uploads.close_all()
     second = elsewhere(mirrored)
     train_until(second, 17)
-    mirror.close_all()
+    uploads.close_all()
     third = elsewhere(mirrored, "third")
     train_all(third)
     assert_same_run(third, whole)
@@ -104,10 +107,10 @@ def test_a_node_with_an_empty_run_dir_goes_on(mirrored):
 def test_a_run_dir_that_is_behind_is_brought_up_to_date(mirrored):
     """As of a node that comes back with its old disk, after another one has gone on with the run."""
     train_until(mirrored, 7)
-    mirror.close_all()
+    uploads.close_all()
     train_until(elsewhere(mirrored), 17)
-    mirror.close_all()
-    mirror.fetch(config.parse(mirrored, "test"))
+    uploads.close_all()
+    fetch_run(config.parse(mirrored, "test"))
     saved = RunDir(Path(mirrored["run_dir"])).saved_checkpoints()
     assert [path.name for path in saved][-2:] == ["step-00000015", "step-00000017"]
     assert all(checkpoint.damaged(path) is None for path in saved)
@@ -116,22 +119,22 @@ def test_a_run_dir_that_is_behind_is_brought_up_to_date(mirrored):
 
 def test_a_record_that_is_lost_does_not_bring_old_ones_back(mirrored):
     train_until(mirrored, 7)
-    mirror.close_all()
+    uploads.close_all()
     alone = {name: value for name, value in mirrored.items() if name != "mirror"}
     train_until(alone, 12)
     (Path(mirrored["run_dir"]) / "config.yaml").unlink()
     before = losses(mirrored["run_dir"])
-    mirror.fetch(config.parse(mirrored, "test"))
+    fetch_run(config.parse(mirrored, "test"))
     assert losses(mirrored["run_dir"]) == before
     assert len(before) == 12
 
 
 def test_a_damaged_owner_is_named(mirrored, monkeypatch):
     train_until(mirrored, 5)
-    mirror.close_all()
-    monkeypatch.setattr(mirror, "ATTEMPTS", 1)
+    uploads.close_all()
+    monkeypatch.setattr("indistill.training.mirror.store.ATTEMPTS", 1)
     for content in (b"", b"[]", b'{"run": 1}', b"\xff"):
-        mirror.Store(mirrored["mirror"]).write("mirror.json", content)
+        Store(mirrored["mirror"]).write("mirror.json", content)
         with pytest.raises(UserError, match=r"cannot be used \(mirror.json is damaged\)"):
             train_all(elsewhere(mirrored))
 
@@ -147,7 +150,7 @@ def test_a_run_that_has_finished_is_not_trained_again(mirrored, capfd):
 
 def test_another_run_is_refused(mirrored):
     train_until(mirrored, 5)
-    mirror.close_all()
+    uploads.close_all()
     other = elsewhere(mirrored) | {"seed": 1}
     with pytest.raises(UserError, match=r"mirror: .* holds a run of another config \(seed: 0 -> 1\)"):
         train_all(other)
@@ -165,7 +168,7 @@ def test_a_config_that_was_refused_may_be_corrected(mirrored, monkeypatch):
             train_all(mirrored)
     assert "config.yaml" in contents(mirrored["mirror"])
     train_until(mirrored | {"seed": 1}, 5)
-    mirror.close_all()
+    uploads.close_all()
     with pytest.raises(UserError, match=r"holds a run of another config \(seed: 1 -> 0\)"):
         train_all(elsewhere(mirrored))
 
@@ -174,7 +177,7 @@ def test_the_only_checkpoint_is_not_replaced(mirrored, monkeypatch):
     """One that is saved again after the evaluation that a preemption had stopped."""
     mirrored["checkpoint"] = {"every_steps": None, "keep_last": 1, "keep_best": 0}
     train_until(mirrored, 5)
-    mirror.close_all()
+    uploads.close_all()
     state = CheckpointDir(Path(mirrored["run_dir"]) / "checkpoints/step-00000005").state
     text = state.read_text()
     state.write_text(text.replace('"scores": {}', '"scores": null'))
@@ -185,25 +188,25 @@ def test_the_only_checkpoint_is_not_replaced(mirrored, monkeypatch):
     (state.parent / "manifest.json").write_text(json.dumps(manifest))
     assert contents(mirrored["mirror"])[marks("step-00000005")] != json.dumps(manifest).encode()
     seen = []
-    upload = mirror.Store.upload
+    upload = Store.upload
 
     def looking(self, *arguments: Any) -> None:
         upload(self, *arguments)
-        seen.append(mirror.complete_checkpoints(self.names()))
+        seen.append(complete_checkpoints(self.names()))
 
-    monkeypatch.setattr(mirror.Store, "upload", looking)
+    monkeypatch.setattr(Store, "upload", looking)
     train_until(mirrored, 10)
-    mirror.close_all()
+    uploads.close_all()
     assert seen
     assert all(seen)
-    assert mirror.complete_checkpoints(contents(mirrored["mirror"])) == ["step-00000010"]
+    assert complete_checkpoints(contents(mirrored["mirror"])) == ["step-00000010"]
 
 
 def test_a_start_that_is_at_work_is_not_disturbed(mirrored, monkeypatch):
     """On this machine, whose processes are known, and on another one that gives signs of life."""
     train_until(mirrored, 5)
-    mirror.close_all()
-    store = mirror.Store(mirrored["mirror"])
+    uploads.close_all()
+    store = Store(mirrored["mirror"])
     owner = store.owner()
     alive = owner | {"held": True, "id": "another", "pid": os.getppid()}
     store.write("mirror.json", json.dumps(alive | {"start": run_lock._start_of(os.getppid())}).encode())
@@ -217,20 +220,20 @@ def test_a_start_that_is_at_work_is_not_disturbed(mirrored, monkeypatch):
     def beating(_seconds: float) -> None:
         store.write("mirror.json", json.dumps(remote | {"beat": next(beats)}).encode())
 
-    monkeypatch.setattr(mirror.time, "sleep", beating)
+    monkeypatch.setattr(time, "sleep", beating)
     with pytest.raises(UserError, match="another start of this run is at work there"):
         train_all(elsewhere(mirrored))
 
 
 def test_a_start_that_is_gone_is_followed(mirrored, monkeypatch):
     train_until(mirrored, 5)
-    mirror.close_all()
-    store = mirror.Store(mirrored["mirror"])
+    uploads.close_all()
+    store = Store(mirrored["mirror"])
     gone = store.owner() | {"held": True, "id": "another"}
     second, third = elsewhere(mirrored), elsewhere(mirrored, "third")
     store.write("mirror.json", json.dumps(gone | {"start": "earlier"}).encode())  # of this process number
     train_until(second, 10)
-    mirror.close_all()
+    uploads.close_all()
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.1)
     store.write("mirror.json", json.dumps(gone | {"machine": "another"}).encode())
     train_until(third, 15)
@@ -241,9 +244,9 @@ def test_a_start_that_is_followed_ends(mirrored, monkeypatch):
     ended = threading.Event()
     reasons = []
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(mirror.preemption, "lost", lambda reason: (reasons.append(reason), ended.set()))
+    monkeypatch.setattr(preemption, "lost", lambda reason: (reasons.append(reason), ended.set()))
     train_until(mirrored, 5)
-    store = mirror.Store(mirrored["mirror"])
+    store = Store(mirrored["mirror"])
     store.write("mirror.json", json.dumps(store.owner() | {"id": "another", "host": "node7"}).encode())
     assert ended.wait(20)
     assert "taken over by host node7" in reasons[0]
@@ -253,8 +256,8 @@ def test_a_damaged_checkpoint_of_the_mirror_is_passed_over(mirrored, capfd):
     whole = {name: value for name, value in elsewhere(mirrored, "whole").items() if name != "mirror"}
     train_all(whole)
     train_until(mirrored, 12)
-    mirror.close_all()
-    store = mirror.Store(mirrored["mirror"])
+    uploads.close_all()
+    store = Store(mirrored["mirror"])
     name = "checkpoints/step-00000012/model.safetensors"
     good = store.read(name, 10**9)
     store.write(name, good[:-1] + bytes([good[-1] ^ 1]))
@@ -272,8 +275,8 @@ def test_a_damaged_checkpoint_of_the_mirror_is_passed_over(mirrored, capfd):
 
 def test_what_arrives_changed_does_not_count(mirrored, monkeypatch, capfd):
     """The store changes a bit of the first uploads."""
-    monkeypatch.setattr(mirror, "PAUSE_SECONDS", 0.01)
-    upload, changed = mirror.Store.upload, []
+    monkeypatch.setattr("indistill.training.mirror.store.PAUSE_SECONDS", 0.01)
+    upload, changed = Store.upload, []
 
     def changing(self, file: Path, name: str, digest: str) -> None:
         if len(changed) < 3:
@@ -283,7 +286,7 @@ def test_what_arrives_changed_does_not_count(mirrored, monkeypatch, capfd):
             return upload(self, other, name, digest)
         return upload(self, file, name, digest)
 
-    monkeypatch.setattr(mirror.Store, "upload", changing)
+    monkeypatch.setattr(Store, "upload", changing)
     train_all(mirrored)
     assert "MIRROR NOT UP TO DATE" in capfd.readouterr().err
     there = contents(mirrored["mirror"])
@@ -297,11 +300,11 @@ def test_the_mark_comes_last_and_goes_first(mirrored, monkeypatch):
     """Whenever the mirror is looked at, a checkpoint that is marked is complete, and there is always one."""
     seen: list[list[str]] = []
     faults: list[str] = []
-    store = mirror.Store(mirrored["mirror"])
+    store = Store(mirrored["mirror"])
 
     def look() -> None:
         there = store.names()
-        steps = mirror.complete_checkpoints(there)
+        steps = complete_checkpoints(there)
         for step in steps:
             files = {f"checkpoints/{step}/{name}" for name in json.loads(store.read(marks(step)))}
             lines = (store.read("metrics.jsonl") or b"").splitlines()
@@ -331,7 +334,7 @@ def test_the_mark_comes_last_and_goes_first(mirrored, monkeypatch):
 def test_a_run_that_saves_faster_than_it_uploads_has_checkpoints_there(mirrored, monkeypatch, capfd):
     """Each is deleted locally while it is uploaded."""
     mirrored["checkpoint"] = {"every_steps": 1, "keep_last": 1, "keep_best": 0}
-    store, upload = mirror.Store(mirrored["mirror"]), mirror.Store.upload
+    store, upload = Store(mirrored["mirror"]), Store.upload
     files = RunDir(Path(mirrored["run_dir"]))
     complete, gone = set[str](), set[str]()
 
@@ -343,13 +346,13 @@ def test_a_run_that_saves_faster_than_it_uploads_has_checkpoints_there(mirrored,
                 time.sleep(0.01)
             gone.add(step)
         upload(self, file, name, digest)
-        complete.update(mirror.complete_checkpoints(store.names()))
+        complete.update(complete_checkpoints(store.names()))
 
-    monkeypatch.setattr(mirror.Store, "upload", slow)
+    monkeypatch.setattr(Store, "upload", slow)
     train_all(mirrored)
     assert "NOT UP TO DATE" not in capfd.readouterr().err
     assert complete & gone
-    assert mirror.complete_checkpoints(store.names()) == ["step-00000024"]
+    assert complete_checkpoints(store.names()) == ["step-00000024"]
     assert not [path.name for path in files.path.iterdir() if path.name.startswith(".mirror-")]
 
 
@@ -383,9 +386,9 @@ def marks(step: str) -> str:
 
 def test_a_store_that_hangs_does_not_hold_up_the_run(mirrored, monkeypatch, capfd):
     hang = threading.Event()
-    monkeypatch.setattr(mirror, "END_SECONDS", 0.2)
-    upload = mirror.Store.upload
-    monkeypatch.setattr(mirror.Store, "upload", lambda *arguments: hang.wait() and upload(*arguments))
+    monkeypatch.setattr("indistill.training.mirror.uploads.END_SECONDS", 0.2)
+    upload = Store.upload
+    monkeypatch.setattr(Store, "upload", lambda *arguments: hang.wait() and upload(*arguments))
     train_all(mirrored)
     assert (Path(mirrored["run_dir"]) / "summary.json").exists()
     err = capfd.readouterr().err
@@ -428,7 +431,7 @@ def test_a_missing_package_is_named(tree, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     tree["mirror"] = "s3://bucket/run"
     with pytest.raises(UserError, match=r"^mirror: s3:// needs s3fs: pip install 'indistill\[s3\]'"):
-        mirror.fetch(config.parse(tree, "test"))
+        fetch_run(config.parse(tree, "test"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom permissions bind, as root is not bound")
@@ -445,16 +448,16 @@ def test_permission_is_needed(tree, monkeypatch):
     def denied(*_: Any) -> None:
         raise PermissionError("Access Denied")
 
-    monkeypatch.setattr(mirror.Store, "write", denied)
+    monkeypatch.setattr(Store, "write", denied)
     with pytest.raises(
         UserError, match=r"^mirror: memory://bucket/run cannot be used \(Access Denied\): mend"
     ):
         train(config.parse(tree, "test"))
     with pytest.raises(UserError, match=r"cannot be written \(Access Denied\)"):
-        mirror.check(config.parse(tree, "test"))
+        check_mirror(config.parse(tree, "test"))
     monkeypatch.undo()
-    mirror.check(config.parse(tree, "test"))
+    check_mirror(config.parse(tree, "test"))
     assert contents(tree["mirror"]) == {}
-    monkeypatch.setattr(mirror.Store, "delete", lambda *_: None)
+    monkeypatch.setattr(Store, "delete", lambda *_: None)
     with pytest.raises(UserError, match="a file that was deleted there is still there"):
-        mirror.check(config.parse(tree, "test"))
+        check_mirror(config.parse(tree, "test"))

@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 from indistill import config
 from indistill.config import UserError
 from indistill.config.files import read_lines
-from indistill.training import mirror
 from indistill.training import mix as training_mix
+from indistill.training.mirror import store, uploads
+from indistill.training.mirror.fetch import check_mirror
+from indistill.training.mirror.store import Store, complete_checkpoints
 from indistill.training.runs import run
 
 pytest.importorskip("s3fs", reason="needs s3fs: pip install 's3fs'")
@@ -83,7 +85,7 @@ def s3(monkeypatch) -> Iterator[tuple[Faults, dict[str, str]]]:
     s3fs.S3FileSystem.clear_instance_cache()
     s3fs.S3FileSystem().mkdir("bucket")
     yield faults, variables
-    mirror.close_all()
+    uploads.close_all()
     server.shutdown()
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -94,8 +96,8 @@ def train_slowly(tree: dict[str, Any], variables: dict[str, str]) -> None:
     import s3fs
 
     s3fs.S3FileSystem.read_timeout = 1
-    mirror.PAUSE_SECONDS = 0.1
-    mirror.ATTEMPTS = 20
+    store.PAUSE_SECONDS = 0.1
+    store.ATTEMPTS = 20
     make_mix = training_mix.make_mix
 
     def slow_mix(*arguments: Any) -> Any:
@@ -143,7 +145,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(mirrored, s3, tmp_pa
     whole["run_dir"] = str(tmp_path / "whole")
     run([("", config.parse(whole, "test"))])
     chance = random.Random(1)
-    store = mirror.Store(URL)
+    store = Store(URL)
     newest = 0  # of the steps that were complete on the mirror when a node was lost
     for i in range(KILLS + 1):
         faults.share = 0.06
@@ -155,7 +157,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(mirrored, s3, tmp_pa
         faults.share = 0.0
         begun = start_of(process, run_dir)
         assert begun is None or begun >= newest
-        there = mirror.complete_checkpoints(store.names())
+        there = complete_checkpoints(store.names())
         newest = max([newest, *(int(step.removeprefix("step-")) for step in there)])
         if process.exitcode == 0:
             break
@@ -175,7 +177,7 @@ def test_parts_of_a_large_file_arrive(s3, tmp_path):
     file = tmp_path / "large"
     file.write_bytes(random.Random(0).randbytes(120 * 10**6))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    store = mirror.Store(URL)
+    store = Store(URL)
     store.replace(file, "large", digest)
     store.download("large", tmp_path / "again")
     assert hashlib.sha256((tmp_path / "again").read_bytes()).hexdigest() == digest
@@ -189,9 +191,9 @@ def test_a_bucket_that_does_not_exist_is_named(mirrored, s3):
     ):
         run([("", config.parse(mirrored, "test"))])
     with pytest.raises(UserError, match="bucket does not exist"):
-        mirror.check(config.parse(mirrored, "test"))
-    mirror.check(config.parse(mirrored | {"mirror": URL}, "test"))
-    assert mirror.Store(URL).names() == set()
+        check_mirror(config.parse(mirrored, "test"))
+    check_mirror(config.parse(mirrored | {"mirror": URL}, "test"))
+    assert Store(URL).names() == set()
 
 
 def test_missing_credentials_are_named(mirrored, s3, monkeypatch, tmp_path):
@@ -202,6 +204,6 @@ def test_missing_credentials_are_named(mirrored, s3, monkeypatch, tmp_path):
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    monkeypatch.setattr(mirror.time, "sleep", lambda _: pytest.fail("another attempt"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("another attempt"))
     with pytest.raises(UserError, match=r"^mirror: s3://bucket/run cannot be used \(.*redentials"):
         run([("", config.parse(mirrored, "test"))])

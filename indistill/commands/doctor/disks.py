@@ -12,8 +12,8 @@ from indistill.commands.plan.memory import state_bytes
 from indistill.config import UserError
 from indistill.config.run_dir import has_begun
 from indistill.data import remote
-from indistill.training import mirror as of_run
 from indistill.training import optim, parts
+from indistill.training.mirror.fetch import check_mirror
 
 
 def run_dir(here: Here) -> Said:
@@ -81,7 +81,7 @@ def mirror(here: Here) -> Said:
         if settings.mirror is None or here.local_rank:
             continue
         try:
-            of_run.check(settings)
+            check_mirror(settings)
         except UserError as error:
             yield FAIL, str(error), "mend that, choose another mirror, or remove the key"
         else:
