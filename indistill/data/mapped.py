@@ -4,6 +4,8 @@ The JSON indices stay the format of record. Each process that parses those of a 
 and 50 MB of its own. The mapped file is written once, after which all ranks and loader workers share its
 pages. It names the sizes and times of the JSON files that it was made from, and is made again when they
 differ. It may be deleted at any time.
+
+The format is our own, because safetensors copies what it reads, and numpy maps one array of a file.
 """
 
 from __future__ import annotations
