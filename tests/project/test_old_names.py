@@ -75,8 +75,8 @@ def test_old_modules_are_gone():
         "import indistill.{} as x",
     ],
 )
-def test_a_planted_name_is_found(text, name):
-    matches = old_names(f"first line\n{text.format(name)}\n")
+def test_a_planted_name_is_found(text, name, tmp_path):
+    matches = old_names(f"first line\n{text.format(name)}\n", package=tmp_path)
     assert [match.partition(":")[0] for match in matches] == ["2"]
     assert name in matches[0]
 
