@@ -1,9 +1,8 @@
-"""Every fast path against the plain one: same results, and no step that waits for the device."""
+"""Every fast path against the plain one: the same results."""
 
 from __future__ import annotations
 
 import json
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from conftest import (
     strayed,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from indistill import config, prune
 from indistill.curriculum import Phase
@@ -32,18 +30,11 @@ from indistill.models import frozen
 from indistill.models.network import Network
 from indistill.targets import live
 from indistill.targets.live import LiveTargets
-from indistill.training import loop, optim, start
-from indistill.training.run_log import RunLog
+from indistill.training import loop, start
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
 KD = Phase("kd", 1, (), (), 4, None)
 WARMUP = Phase("warmup 1/1", 0, (0,), (1.0,), 0, 4)
-READS = {
-    "aten::_local_scalar_dense",
-    "aten::is_nonzero",
-    "aten::nonzero",
-    "aten::item",
-}  # what waits for a device
 
 
 def run(tree: dict[str, Any]) -> dict[str, Any]:
@@ -120,54 +111,6 @@ def test_the_fingerprint_is_that_of_the_weights_as_they_were_loaded():
 
 
 # --- the step -----------------------------------------------------------------------------------------------
-
-
-class Reads(TorchDispatchMode):
-    """Where values are read from the device, while a step is under way that writes no line."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.counting, self.steps = False, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if self.counting and function._schema.name in READS:
-            self.found.append("".join(traceback.format_stack(limit=8)))
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("name", "reads"), [("momentum", False), ("adamw", False), ("lamb", True)])
-def test_a_step_without_a_line_reads_nothing_from_the_device(tree, monkeypatch, name, reads):
-    """With all that could: accumulation, clipping, a moving average, an automatic curriculum, relational
-    losses.
-
-    An optimizer that torch has no fused version of is asked each time whether it took its step.
-    """
-    tree["optimizer"]["name"] = name
-    tree |= {"grad_accumulation": 2, "clip_grad_norm": 1.0, "ema": {"decay": 0.9}, "log": {"every_steps": 6}}
-    tree["warmup"] |= {"curriculum": "auto", "auto": {"window": "4 steps"}}
-    tree["kd"]["losses"] += [{"name": "pkt"}, {"name": "dist"}]
-    mode = Reads()
-    begin_step, end_step = optim.PhaseOptim.begin_step, RunLog.end_step
-
-    def begin(phase_optim, step, phase):
-        # In the first step the loader is opened; the windows of the curriculum end with others.
-        mode.counting = step > 0 and step + 1 not in (4, 6, 8, 12, 13, 18, 24)
-        mode.steps += mode.counting
-        return begin_step(phase_optim, step, phase)
-
-    def end(log, *arguments):
-        logged = end_step(log, *arguments)
-        assert not (mode.counting and logged)
-        mode.counting = False
-        return logged
-
-    monkeypatch.setattr(optim.PhaseOptim, "begin_step", begin)
-    monkeypatch.setattr(RunLog, "end_step", end)
-    with mode:
-        run(tree)
-    assert mode.steps >= 15
-    assert bool(mode.found) == reads, mode.found[0]
 
 
 @pytest.mark.portable
