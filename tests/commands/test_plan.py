@@ -153,6 +153,22 @@ def test_the_command_prints_a_page_or_json_and_leaves_nothing(config_file, tree,
 
 
 @pytest.mark.parametrize(
+    ("overrides", "warns"),
+    [
+        (["duration=24 epochs"], True),
+        (["duration=25 epochs"], False),
+        (["duration=24 epochs", "warmup.curriculum=all_at_once"], False),
+        (["duration=24 epochs", "warmup.durations=[0, 0, 0]"], False),
+        (["duration=24 epochs", "warmup=null"], False),
+    ],
+)
+def test_a_warmup_that_was_seen_to_lose_in_short_runs_is_named(config_file, overrides, warns):
+    (settings,) = [settings for _, settings in runs.load(config_file, overrides)]
+    found = estimate.of_run(settings, world=1)
+    assert ["warmup.curriculum: sequential" in str(found)] == [warns]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["teacher.name=resnet_34"], "teacher.name: timm has no model 'resnet_34'"),

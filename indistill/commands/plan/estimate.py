@@ -44,6 +44,11 @@ from indistill.training import lessons, optim, parts
 
 NODES = (1, 2, 8, 64)
 _LONGEST = "warmup.curriculum: auto: the durations of the warm-up are the longest it can take"
+_SHORT_EPOCHS = 24  # of the longest runs in which a sequential warm-up was seen to lose (docs/measured.md)
+_SHORT = (
+    f"warmup.curriculum: sequential: on CIFAR-10, runs of up to {_SHORT_EPOCHS} epochs were better without "
+    "this warm-up, and better still with all_at_once (docs/measured.md)"
+)
 
 
 def of_chain(
@@ -83,8 +88,7 @@ def of_run(
     optim.PhaseOptim(optimizer, settings, timetable)  # raises UserError as in training
     state = state_bytes(optimizer)
 
-    if timetable.curriculum.order == "auto":
-        built.notes.append(_LONGEST)
+    built.notes.extend(_of_curriculum(timetable))
     return Estimate(
         machine=settings.machine.model_dump(),
         world=world,
@@ -106,6 +110,14 @@ def of_run(
         network_bytes={engine: sum(costs.sent(last, engine, world).values()) for engine in ENGINES},
         scaling=[costs.on_nodes(nodes) for nodes in NODES],
     )
+
+
+def _of_curriculum(timetable: Timetable) -> list[str]:
+    order, epochs = timetable.curriculum.order, timetable.total_steps / timetable.steps_per_epoch
+    if order == "auto":
+        return [_LONGEST]
+    short = order == "sequential" and any(timetable.curriculum.pair_durations) and epochs <= _SHORT_EPOCHS
+    return [_SHORT] if short else []
 
 
 def _parameters(network: Trainable) -> int:
