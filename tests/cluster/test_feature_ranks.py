@@ -109,8 +109,16 @@ def write_targets(tree: dict[str, Any]) -> None:
 
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [3])  # its weights are partitioned, too
-def test_zero_has_the_losses_of_ddp_and_resumes_on_another_number(headless, tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize("several", [False, True])
+def test_zero_has_the_losses_of_ddp_and_resumes_on_another_number(
+    headless, tmp_path, monkeypatch, stage, several
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if several:
+        second = {"name": "test_vit2", "random": True, "num_classes": 0, "image_size": 32}
+        first = {**headless.pop("teacher"), "losses": headless["kd"]["losses"]}
+        headless["teachers"] = [first, {**second, "losses": [{"name": "feature"}]}]
+        headless["kd"] = {"losses": []}
     ddp = named(headless, tmp_path, "ddp")
     run_ranks(train_until, 2, ddp)
     run_ranks(run_moved, 2, train_until, ddp, 2**-23)
