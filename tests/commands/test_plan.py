@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -150,6 +151,16 @@ def test_the_command_prints_a_page_or_json_and_leaves_nothing(config_file, tree,
     assert [phase["name"] for phase in numbers["phases"]] == ["kd"]
     assert numbers["machine"]["devices_per_node"] == numbers["world"] == 8
     assert not Path(tree["run_dir"]).exists()
+
+
+def test_compressed_shards_that_training_would_decode_into_memory(tree, data_dir, tmp_path):
+    for path in data_dir.glob("train-*.tar"):
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    tree["data"] |= {"train": f"{tmp_path}/train-*.tar.gz", "in_memory": True}
+    assert estimate.of_run(config.parse(tree, "test"), world=2).steps_per_epoch == 6
+    tree["data"]["in_memory"] = False
+    with pytest.raises(UserError, match="a compressed shard cannot be read at random"):
+        estimate.of_run(config.parse(tree, "test"), world=2)
 
 
 @pytest.mark.parametrize(

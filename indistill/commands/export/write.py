@@ -123,11 +123,11 @@ def _images(settings: Config) -> tuple[Tensor, str]:
     """Images uint8 [B, 3, S, S] for the comparison, evenly spaced over the first set of data.eval, and what
     they are.
     """
-    section = settings.data.model_copy(update={"in_memory": False})
+    section = settings.data
     try:
         if section.eval is None:
             raise UserError("data.eval is not set")
-        dataset = open_eval_set(settings.model_copy(update={"data": section}))
+        dataset = open_eval_set(settings)
         ids = np.linspace(0, len(dataset) - 1, _CHECKED_IMAGES).astype(np.int64)
         return dataset[Request(0, 0, 0, ids)].images, "images of data.eval"
     except (UserError, OSError) as error:

@@ -26,7 +26,8 @@ from indistill.commands.plan.result import Estimate, Pair, PhaseCost, Scale, Tea
 from indistill.config import Config
 from indistill.config.run_dir import RunDir, weights_file
 from indistill.curriculum import ImageSizes, Phase, Timetable
-from indistill.data.loader import IndexedTraining, check_accumulation, sample_order
+from indistill.data.dataset import open_shards
+from indistill.data.loader import check_accumulation, sample_order
 from indistill.data.stream import StreamedTraining
 from indistill.distributed import environment
 from indistill.losses.objective import Objective, Place
@@ -281,23 +282,21 @@ class _Costs:
 
 
 def _steps_per_epoch(settings: Config, world: int, samples: int | None) -> int:
+    """Read the indices of the shards, unless `samples` is given; no image is decoded."""
     section = settings.data
     accumulation, mix = settings.grad_accumulation, settings.kd.mixing
-    if samples is None:
-        section = section.model_copy(update={"in_memory": False})  # only the indices are needed
-        if section.access == "index":
-            return IndexedTraining(
-                section, settings.seed, rank=0, world=world, accumulation=accumulation, mix=mix
-            ).steps_per_epoch
+    if section.access == "stream" and samples is None:
         return StreamedTraining(
             section, settings.seed, rank=0, world=world, accumulation=accumulation, mix=mix
         ).steps_per_epoch
-    check_accumulation(section, world, accumulation, mix)
     if section.access == "stream":
+        check_accumulation(section, world, accumulation, mix)
         assert section.epoch_samples is not None  # access: stream requires it
         return section.epoch_samples // section.global_batch
-    order = sample_order(section, settings.seed, [samples], mix)
+    sizes = open_shards(section, section.train).sizes if samples is None else [samples]
+    order = sample_order(section, settings.seed, sizes, mix)
     order.check(section.global_batch, world)
+    check_accumulation(section, world, accumulation, mix)
     return order.steps_per_epoch(section.global_batch)
 
 
