@@ -252,8 +252,8 @@ def locked(file: str) -> Iterator[None]:
                 f"{file}: another process holds it for more than {limits.MAX_LOCK_SECONDS:.0f} s "
                 "(MAX_LOCK_SECONDS): end that process, or choose another folder"
             ) from None
-    except (OSError, NotImplementedError) as error:  # filelock raises the latter where there is no flock
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise NoLock(f"{file}: cannot be locked ({reason}): choose a folder on a disk of the node") from None
     try:
         yield

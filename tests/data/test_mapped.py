@@ -308,7 +308,6 @@ def test_another_version_makes_it_again(urls, from_json, tmp_path, monkeypatch):
         (mapped, "replacing", OSError(28, "No space left on device")),
         (FileLock, "acquire", PermissionError(13, "Permission denied")),
         (FileLock, "acquire", OSError(37, "No locks available")),
-        (FileLock, "acquire", NotImplementedError("FileSystem does not appear to support flock")),
     ],
 )
 def test_where_none_can_be_written_each_process_parses(

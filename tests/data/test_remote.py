@@ -1,5 +1,7 @@
 """Remote shards: every fault on the way, the cache and its limit, several processes."""
 
+import errno
+import fcntl
 import hashlib
 import http.server
 import json
@@ -333,7 +335,6 @@ def test_what_links_into_the_cache_point_to_stays(server, tmp_path, monkeypatch)
     ("error", "reason"),
     [
         (OSError(37, "No locks available"), "No locks available"),  # as on NFS without a lock service
-        (NotImplementedError("no flock"), "no flock"),
         (PermissionError(13, "Permission denied"), "Permission denied"),
     ],
 )
@@ -343,6 +344,14 @@ def test_a_folder_without_locks_is_named(server, tmp_path, monkeypatch, error, r
     monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=error))
     with pytest.raises(UserError, match=rf"\.lock: cannot be locked \({reason}\): choose a folder on a disk"):
         data.read(0)
+
+
+def test_a_file_system_without_flock_has_locks_of_another_kind(server, tmp_path, monkeypatch):
+    packed, urls = serve(server, count=5)
+    data = ShardSet(urls, cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    with pytest.warns(UserWarning, match="flock not supported"):
+        assert list(data.iterate()) == packed
 
 
 def test_a_lock_that_is_held_is_waited_for_and_then_an_error(server, tmp_path, monkeypatch, caplog):
