@@ -35,7 +35,8 @@ def holding_end_step(log, step, *arguments):
     line = end_step(log, step, *arguments)
     world, first = log.accelerator.num_processes, log.accelerator.is_main_process
     while step == {HELD_AT} and world == 2 and first and not (folder / "lost").exists():
-        (folder / "held").write_text(str(os.getpid()))
+        (folder / "held.part").write_text(str(os.getpid()))
+        (folder / "held.part").rename(folder / "held")  # which the test reads at any moment
         time.sleep(0.05)
     while step == {ALONE_AT} and world == 1 and not preemption.asked():
         (folder / "alone").touch()

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import EPS, pack_images, run_ranks, train_until
+from conftest import EPS, in_float64, pack_images, run_ranks, train_until
 
 from indistill import config, prune
 from indistill.commands import cli
@@ -35,7 +35,7 @@ from indistill.models.network import Network, save_network
 from indistill.targets import live
 from indistill.targets import records as targets_records
 from indistill.targets.live import LiveTargets
-from indistill.targets.manifest import Manifest, decisive_config
+from indistill.targets.manifest import Manifest, decisive_config, load_manifest
 from indistill.targets.reader import Reader
 from indistill.targets.records import Field
 from indistill.targets.stored import CachedTargets
@@ -388,14 +388,12 @@ def test_mixed_images_have_stored_targets(stored, tmp_path, monkeypatch):
 
 def test_mixed_images_of_ranks_and_micro_batches_have_the_same_targets(stored, tmp_path):
     tree = with_(stored, *MIX, "duration=15 steps")
-    compute(tree)
-    whole = files(tree)
     pair = with_(tree, f"targets.dir={tmp_path}/pair", "grad_accumulation=2")
     live = with_(pair, f"run_dir={tmp_path}/live")
     cached = with_(pair, f"run_dir={tmp_path}/cached", "targets.source=cached")
     run_ranks(compute_and_train, 2, pair, live, cached)
-    assert files(pair) == whole  # cnn32 gives the same bits in batches of 8 and 32
     assert terms(tmp_path / "cached") == terms(tmp_path / "live")
+    assert_ranks_compute_the_same_targets(tree, pair, tmp_path)
 
 
 @pytest.mark.parametrize("mix", [(), MIX])
@@ -625,15 +623,41 @@ def compute_and_train(tree: dict[str, Any], *runs: dict[str, Any]) -> None:
         train_until(run)
 
 
+def assert_ranks_compute_the_same_targets(
+    tree: dict[str, Any], of_rank: dict[str, Any], folder: Path
+) -> None:
+    """Compare the targets of one process with those of two, in float64: the last bits of a product depend on
+    the size of the batch on some processors, and targets are rounded to float32 once.
+    """
+    whole = with_(tree, f"targets.dir={folder}/whole64")
+    parts = with_(of_rank, f"targets.dir={folder}/parts64")
+    run_ranks(in_float64, None, compute, whole)
+    run_ranks(in_float64, 2, compute, parts)
+    expected, found = values(whole), values(parts)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=EPS, atol=1e-12, err_msg=name)
+
+
+def values(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The stored numbers by file, each of whose records is intact."""
+    fields = load_manifest(tree["targets"]["dir"]).fields
+    found = {}
+    for name, content in files(tree).items():
+        record = fields[name.split("/")[1]].record
+        rows = np.frombuffer(content, np.uint8).reshape(-1, record.itemsize)
+        assert targets_records.intact(rows).all()
+        found[name] = np.frombuffer(content, record)["values"]
+    return found
+
+
 def test_two_ranks_write_what_one_does(stored, tmp_path):
-    compute(stored)
-    whole = files(stored)
     pair = with_(stored, f"targets.dir={tmp_path}/pair")
     live = with_(stored, f"run_dir={tmp_path}/live", "duration=15 steps")
     cached = with_(pair, f"run_dir={tmp_path}/cached", "duration=15 steps", "targets.source=cached")
     run_ranks(compute_and_train, 2, pair, live, cached)
-    assert files(pair) == whole  # cnn32 gives the same bits in batches of 16 and 32
     assert terms(tmp_path / "cached") == terms(tmp_path / "live")
+    assert_ranks_compute_the_same_targets(stored, pair, tmp_path)
 
 
 def test_the_command(stored, tmp_path, capsys):
