@@ -64,6 +64,7 @@ class Network(Trainable):
         super().__init__()
         self.net = net
         self.image_size = image_size
+        self.kept_norms: set[nn.Module] = set()  # that frozen.fold leaves
         self.stages = list(stages)
         self.kd_stages = list(kd_stages)
         self.adapters = nn.ModuleDict({str(pair): module for pair, module in (adapters or {}).items()})
@@ -153,10 +154,10 @@ class Network(Trainable):
         if self.with_token and self.training:
             return self.net.forward_head(final)
         classifier = self.net.get_classifier()
-        if isinstance(classifier, nn.Module):
+        if isinstance(classifier, nn.Linear):
             return classifier(embedding), None
-        logits = self.net.forward_head(final)  # DeiT: the mean of the class and the distillation token's
-        return logits, None
+        # DeiT's logits are the mean of two classifiers', BiT's classifier is a convolution.
+        return self.net.forward_head(final), None
 
     def _adapt(self, pair: int, feature: Tensor) -> Tensor:
         return self.adapters[str(pair)](feature) if str(pair) in self.adapters else feature

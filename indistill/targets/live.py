@@ -47,10 +47,9 @@ class LiveTargets:
         run: Callable[..., Output] | None = None,
         pool: int | None = None,
     ) -> None:
-        self.pool = pool
-        self.teacher = teacher
+        self.teacher, self.heads = teacher, heads
+        self.input_size, self.pool = input_size, pool
         self.kd_stages = list(kd_stages)
-        self.heads = heads
         self.fingerprint = " ".join(part.fingerprint for part in (teacher, heads) if part is not None)
         self.kept: list[Tensor | None] = []  # teacher channels of each pair, int64
         self.norms: list[nn.BatchNorm2d] = []
@@ -62,8 +61,9 @@ class LiveTargets:
         if plan.mode == "paper_bn":
             stages = [pair.teacher_stage for pair in plan.pairs]
             self.norms = [prune.published_norm(teacher.net, stage, input_size) for stage in stages]
+            teacher.kept_norms.update(self.norms)
         frozen.run_in(teacher, precision)
-        self.held_in = precision if shard_on is None else "no"  # FSDP takes one precision
+        self.held_in = precision if shard_on is None else None  # FSDP takes one precision
         # FSDP gathers weights into tensors that it reuses, which inference mode does not allow.
         self.without_gradient = torch.inference_mode if shard_on is None else torch.no_grad
         if shard_on is not None:
@@ -79,8 +79,9 @@ class LiveTargets:
         """Do nothing: batches need not contain stored targets."""
 
     def hold_weights(self) -> None:
-        """Convert the teacher's weights to its precision, once no plan is made from them any more."""
-        if self.teacher is not None:
+        """Fold the teacher's batch norms and convert its weights, once no plan is made from them any more."""
+        if self.teacher is not None and self.held_in is not None:
+            frozen.fold(self.teacher, self.input_size)
             frozen.hold(self.teacher, self.held_in)
 
     def __call__(self, images: Tensor, phase: Phase, records: Mapping[str, Tensor] | None = None) -> Targets:

@@ -80,9 +80,11 @@ def compare(folder: str, name: str) -> None:
         with torch.no_grad():
             for parameter in heads.parameters():
                 parameter.fill_(0.1).cumsum_(0)
-        return LiveTargets(
+        source = LiveTargets(
             teacher, plan, input_size=SIZE, kd_stages=stages[1:], heads=heads, shard_on=shard_on
         )
+        source.hold_weights()  # folds batch norms, as sharding does
+        return source
 
     whole, before = targets(None), alive_bytes()
     sharded = targets(accelerator.device)

@@ -111,6 +111,16 @@ def test_two_classifiers_of_a_distilled_model_are_known(float64):
     assert torch.allclose(ours(pictures()).logits, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.portable
+def test_a_classifier_that_is_a_convolution(float64):
+    net = create("resnetv2_50x1_bit", 10, 64, kwargs={"channels": [128] * 4})
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.manual_seed(0))
+    ours = Network(net, (*STATISTICS.values(),)).eval()
+    expected = net(normalised(images, *STATISTICS.values()))
+    assert expected.shape == (2, 10)
+    assert torch.allclose(ours(images).logits, expected, rtol=0, atol=1e-10)
+
+
 def test_no_hub_to_have_weights_from(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
