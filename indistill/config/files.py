@@ -9,14 +9,18 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter, FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
 from indistill.config.limits import MAX_RECORD_LINE_BYTES, MAX_RECORD_LINES_BYTES
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_BLOCK = 1 << 20  # bytes that are hashed at a time
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
 
@@ -48,6 +52,38 @@ def replace_text(path: str | Path, text: str) -> None:
     """
     with replacing(path) as stream:
         stream.write(text.encode(errors="backslashreplace"))
+
+
+class HashedFile(BufferedWriter):
+    """A file that is hashed while it is written, so that nothing has to read it again for its SHA-256.
+
+    Use it in a `with` block, at whose end its content is on the disk. It can be handed to a library that
+    writes its output in order, without going back.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(FileIO(path, "w"))
+        self.size = 0  # bytes
+        self._digest = hashlib.sha256()
+
+    def write(self, data: ReadableBuffer) -> int:
+        view = memoryview(data).cast("B")
+        for begin in range(0, len(view), _BLOCK):
+            block = view[begin : begin + _BLOCK]  # small enough for the processor's cache to keep it
+            self._digest.update(block)
+            super().write(block)
+        self.size += len(view)
+        return len(view)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        with contextlib.closing(self):
+            if kind is None:
+                self.flush()
+                os.fsync(self.fileno())
 
 
 def give_usual_mode(path: str | Path) -> None:
@@ -91,7 +127,7 @@ def sha256(path: Path, *, ignore_metadata_order: bool = False) -> str:
         with contextlib.suppress(ValueError):  # a damaged file is reported where its weights are loaded
             header = json.dumps(json.loads(header), sort_keys=True).encode()
         digest = hashlib.sha256(header)
-        while block := file.read(1 << 20):
+        while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
