@@ -20,7 +20,6 @@ from indistill.config.limits import MAX_RECORD_LINE_BYTES, MAX_RECORD_LINES_BYTE
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_BLOCK = 1 << 20  # bytes that are hashed at a time
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
 
@@ -67,13 +66,10 @@ class HashedFile(BufferedWriter):
         self._digest = hashlib.sha256()
 
     def write(self, data: ReadableBuffer) -> int:
-        view = memoryview(data).cast("B")
-        for begin in range(0, len(view), _BLOCK):
-            block = view[begin : begin + _BLOCK]  # small enough for the processor's cache to keep it
-            self._digest.update(block)
-            super().write(block)
-        self.size += len(view)
-        return len(view)
+        self._digest.update(data)
+        count = super().write(data)
+        self.size += count
+        return count
 
     @property
     def sha256(self) -> str:
@@ -127,7 +123,7 @@ def sha256(path: Path, *, ignore_metadata_order: bool = False) -> str:
         with contextlib.suppress(ValueError):  # a damaged file is reported where its weights are loaded
             header = json.dumps(json.loads(header), sort_keys=True).encode()
         digest = hashlib.sha256(header)
-        while block := file.read(_BLOCK):
+        while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 

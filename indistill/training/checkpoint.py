@@ -485,7 +485,8 @@ def _write_safetensors(file: HashedFile, tensors: Mapping[str, Tensor]) -> None:
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
     file.write(len(text).to_bytes(8, "little") + text)
     for name in header:
-        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)  # one copy at a time
+        tensor = tensors[name].contiguous()  # a copy, of channels_last weights; one at a time
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _top1(path: Path) -> float | None:
