@@ -34,7 +34,7 @@ GROWING = {
     "from": 128,
     "to": 224,
     "until": "70 percent",
-}  # as docs/data.md and a recipe of 100 epochs have it
+}  # as in docs/data.md
 GROWING_BATCH, GROWING_STEPS = 8, 60
 
 
