@@ -36,6 +36,7 @@ class Clock(Callback):
         self.stalls: list[float] = []  # in which the loop waits
         self.writing: list[float] = []  # until the thread has written it
         self.cpu: list[float] = []  # of the whole process, from the beginning of the stall on
+        self.read: list[int] = []  # bytes that the process reads from files meanwhile
 
     def on_step_begin(self, run: Any, phase: Any) -> None:
         self.begin = time.perf_counter()
@@ -43,6 +44,8 @@ class Clock(Callback):
     def on_step(self, run: Any, phase: Any, line: Any) -> None:
         self.end, self.cpu_begin = time.perf_counter(), time.process_time()
         self.steps.append(self.end - self.begin)
+        before, of_this_count = bytes_read()
+        self.read_begin = before + of_this_count
 
     def on_checkpoint(self, run: Any) -> None:
         held = time.perf_counter()
@@ -50,6 +53,13 @@ class Clock(Callback):
         self.stalls.append(held - self.end)
         self.writing.append(time.perf_counter() - held)
         self.cpu.append(time.process_time() - self.cpu_begin)
+        self.read.append(bytes_read()[0] - self.read_begin)
+
+
+def bytes_read() -> tuple[int, int]:
+    """The bytes that the process has read so far (Linux), and those read by this count, which it lacks."""
+    text = Path("/proc/self/io").read_text()
+    return int(text.split()[1]), len(text)
 
 
 def main() -> None:
@@ -88,7 +98,8 @@ def measure(folder: Path, checkpoints: int, batch: int) -> str:
     about = (
         f"ResNet-18 taught by ResNet-34 at {SIZE} px, batch {batch}, AdamW and a moving average: "
         f"{size / 1e6:.0f} MB a checkpoint. Medians of {len(clock.steps) - STEPS_EACH} steps and "
-        f"{len(clock.stalls)} checkpoints."
+        f"{len(clock.stalls)} checkpoints. Meanwhile the process reads {statistics.median(clock.read):,.0f} "
+        "bytes (the median)."
     )
     return f"{about}\n\n{table(['', 'seconds', f'% of {EVERY_STEPS} steps'], rows)}"
 

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/plan_check.py [--rounds 4]
 
 See benchmarks/README.md for the method. Prints its tables and writes them to
-benchmarks/results/plan_check.md.
+benchmarks/results/plan_check.md, or plan_check_progressive.md.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ from indistill.training.callbacks import TrainingRun
 
 SIZE, BATCH, STEPS, LAST = 96, 16, 5, 6
 RESULT = RESULTS / "plan_check.md"
+GROWING_RESULT = RESULTS / "plan_check_progressive.md"
+GROWING = {
+    "from": 128,
+    "to": 224,
+    "until": "70 percent",
+}  # as in docs/data.md
+GROWING_BATCH, GROWING_STEPS = 8, 60
 
 
 def main() -> None:
@@ -36,8 +43,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--progressive", action="store_true", help="time images of each size instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.progressive:
+        GROWING_RESULT.write_text(progressive(arguments.rounds))
+        print(GROWING_RESULT.read_text())
+        return
     begin = heading(
         "Plan and run", f"python benchmarks/plan_check.py --rounds {arguments.rounds}", recorded.LIBRARIES
     )
@@ -90,6 +102,45 @@ def times(plan: estimate.Estimate, runs: list[list[recorded.Step]]) -> str:
         f"all runs, except the first step of each phase. Only machine.flops_per_second is fitted, to {last}: "
         f"{rate:.3g}. The largest error is {max(map(abs, errors)):.0%}; that of the whole run is "
         f"{predicted_run / measured_run - 1:+.1%}."
+    )
+
+
+def progressive(rounds: int) -> str:
+    """Compare the CPU seconds of steps at each size of a run of progressive resolution with `plan`'s."""
+    size = GROWING["to"]
+    command = f"python benchmarks/plan_check.py --progressive --rounds {rounds}"
+    with recorded.scratch(samples=64, size=int(size)) as folder:
+        tree = recorded.tree(folder, folder / "run", GROWING, GROWING_BATCH, 0, GROWING_STEPS)
+        tree |= {"warmup": None, "student": {"name": "resnet18"}}
+        tree["kd"] = {"losses": [{"name": "ce"}, {"name": "kd"}]}
+        settings = config.parse(tree, "benchmark")
+        plan = estimate.of_run(settings, world=1)
+        sizes: list[str] = [phase.name.split()[-2] for phase in plan.phases for _ in range(phase.steps)]
+        measured: dict[str, list[float]] = {name: [] for name in sizes}
+        for i in range(rounds):
+            steps = recorded.train(at(settings, folder / f"run{i}"))
+            for k in range(1, len(steps)):
+                if sizes[k] == sizes[k - 1]:  # the first step of a size allocates its memory
+                    measured[sizes[k]].append(steps[k].cpu - steps[k - 1].cpu)
+    medians = {name: statistics.median(seconds) for name, seconds in measured.items()}
+    full = medians[str(size)]
+    rows = []
+    for phase, (name, seconds) in zip(plan.phases, medians.items()):
+        predicted = phase.hours / phase.full_size_hours
+        spread = f"{min(measured[name]):.3f} to {max(measured[name]):.3f}"
+        ratios = [f"{predicted:.2f}", f"{seconds / full:.2f}", f"{predicted / (seconds / full) - 1:+.0%}"]
+        rows.append([f"{name} px", str(phase.steps), f"{seconds:.3f}", spread, *ratios])
+    planned = sum(phase.hours for phase in plan.phases) / sum(p.full_size_hours for p in plan.phases)
+    ran = sum(medians[name] for name in sizes) / (full * len(sizes))
+    rows.append(["run", str(len(sizes)), "", "", f"{planned:.2f}", f"{ran:.2f}", f"{planned / ran - 1:+.0%}"])
+    columns = ["images", "steps", "CPU s per step", "its range", "plan's ratio", "measured ratio", "error"]
+    return (
+        f"{heading('Plan and run: progressive resolution', command, recorded.LIBRARIES)}\n\n"
+        f"ResNet-34 to ResNet-18, {GROWING_BATCH} images per step, from {GROWING['from']} to {size} pixels "
+        f"until {GROWING['until']}, one process and thread, float32, {rounds} runs of {len(sizes)} steps.\n\n"
+        f"{table(columns, rows)}\nCPU time of the process: the median over the steps of all runs, except "
+        f"the first step of each size. Ratios are to a step, or a run, with images of {size} pixels. "
+        "Nothing is fitted.\n"
     )
 
 

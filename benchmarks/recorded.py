@@ -48,7 +48,9 @@ def pack(folder: Path, samples: int, size: int) -> None:
     packing.pack(map(image, range(samples)), folder, "train", samples_per_shard=samples)
 
 
-def tree(folder: Path, run_dir: Path, size: int, batch: int, steps: int, last: int) -> dict[str, Any]:
+def tree(
+    folder: Path, run_dir: Path, size: int | dict[str, Any], batch: int, steps: int, last: int
+) -> dict[str, Any]:
     """Return a config: student of half the width, four pairs of `steps` steps, then `last` steps of KD."""
     return {
         "run_dir": str(run_dir),

@@ -9,13 +9,16 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter, FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
 from indistill.config.limits import MAX_RECORD_LINE_BYTES, MAX_RECORD_LINES_BYTES
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
@@ -48,6 +51,35 @@ def replace_text(path: str | Path, text: str) -> None:
     """
     with replacing(path) as stream:
         stream.write(text.encode(errors="backslashreplace"))
+
+
+class HashedFile(BufferedWriter):
+    """A file that is hashed while it is written, so that nothing has to read it again for its SHA-256.
+
+    Use it in a `with` block, at whose end its content is on the disk. It can be handed to a library that
+    writes its output in order, without going back.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(FileIO(path, "w"))
+        self.size = 0  # bytes
+        self._digest = hashlib.sha256()
+
+    def write(self, data: ReadableBuffer) -> int:
+        self._digest.update(data)
+        count = super().write(data)
+        self.size += count
+        return count
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        with contextlib.closing(self):
+            if kind is None:
+                self.flush()
+                os.fsync(self.fileno())
 
 
 def give_usual_mode(path: str | Path) -> None:

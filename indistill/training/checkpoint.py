@@ -1,4 +1,4 @@
-"""Checkpoints: copied to host memory, written by a thread, hashed, and renamed once all ranks have written.
+"""Checkpoints: copied to host memory, written and hashed by a thread, renamed once all ranks have written.
 
 `step-XXXXXXXX` (completed optimizer steps) contains the student, its moving average, each rank's part of the
 optimizer's state, `state.json`, and `manifest.json` with the size and the SHA-256 of these files. It contains
@@ -19,16 +19,17 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
 
+import safetensors.torch
 import torch
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.operations import recursively_apply
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from indistill import config
 from indistill.config import UserError, in_one_line, metric_names, records
-from indistill.config.files import give_usual_mode, sha256
+from indistill.config.files import HashedFile, sha256
 from indistill.config.records import CHECKPOINT_VERSION, State
 from indistill.config.run_dir import CheckpointDir, RunDir, checkpoint_step
 from indistill.distributed.engine import Engine, on_main
@@ -458,16 +459,34 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write_file(path: Path, content: Any) -> dict[str, Any]:
     """Write a file through to the disk; return its entry in the manifest."""
-    if path.suffix == ".safetensors":
-        save_file({name: value.contiguous() for name, value in content.items()}, path)
-        give_usual_mode(path)
-    elif path.suffix == ".pt":
-        torch.save(content, path)
-    else:
-        path.write_text(json.dumps(content))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    with HashedFile(path) as file:
+        if path.suffix == ".safetensors":
+            _write_safetensors(file, content)
+        elif path.suffix == ".pt":
+            torch.save(content, file)
+        else:
+            file.write(json.dumps(content).encode())
+    return {"bytes": file.size, "sha256": file.sha256}
+
+
+def _write_safetensors(file: HashedFile, tensors: Mapping[str, Tensor]) -> None:
+    """Write what `safetensors.torch.save_file` writes, byte for byte, to a stream.
+
+    The library writes to a path alone, or to memory, which would take a second copy of the weights there.
+    From it come the order of the tensors and the names of their types, in the header of empty ones.
+    """
+    empty = safetensors.torch.save({name: value.new_empty(0) for name, value in tensors.items()})
+    header = json.loads(empty[8:])
+    end = 0
+    for name, entry in header.items():
+        begin, end = end, end + tensors[name].nbytes
+        entry |= {"shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in header:
+        tensor = tensors[name].contiguous()  # a copy, of channels_last weights; one at a time
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _top1(path: Path) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from indistill.config.files import (
+    HashedFile,
     read_bytes,
     read_json,
     read_lines,
@@ -211,3 +213,26 @@ def test_text_and_bytes_of_an_ordinary_file(tmp_path):
 def test_half_characters_are_written_as_escapes(tmp_path):
     replace_text(tmp_path / "file", "a\udcffü")
     assert (tmp_path / "file").read_bytes() == "a\\udcffü".encode()
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"longer than what replaces it" * 9)
+    parts = [b"", b"begin", np.arange(SIZE).data, memoryview(b"end")]
+    with HashedFile(path) as file:
+        assert [file.write(part) for part in parts] == [0, 5, 8 * SIZE, 3]
+    content = b"begin" + np.arange(SIZE).tobytes() + b"end"
+    assert path.read_bytes() == content
+    assert (file.size, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert file.closed
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_hashed_file_is_on_the_disk_when_it_is_closed(tmp_path, monkeypatch, fails):
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((tmp_path / "file").read_bytes()))
+    with contextlib.suppress(ZeroDivisionError), HashedFile(tmp_path / "file") as file:
+        file.write(b"content")
+        1 // (not fails)
+    assert synced == ([] if fails else [b"content"])
+    assert file.closed

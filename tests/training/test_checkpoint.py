@@ -17,8 +17,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import run_ranks, train_until
-from safetensors.torch import load_file
+from conftest import losses, run_ranks, train_until
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from indistill import config
 from indistill.commands.cli import main
@@ -92,6 +93,78 @@ def test_the_manifest_holds_sizes_and_hashes(finished):
     for name, entry in manifest.items():
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def bytes_read() -> tuple[int, int]:
+    """The bytes that this thread has read so far, and those that are read by this call and counted later."""
+    text = Path("/proc/thread-self/io").read_text()
+    return int(text.split()[1]), len(text)
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/io").exists(), reason="needs Linux's count of bytes read")
+def test_no_file_is_read_to_be_hashed(tree, monkeypatch):
+    """Of a whole save not a byte is read, from the first file to the rename."""
+    counts: list[int] = []
+    write = checkpoint.Checkpoints._write_and_publish
+
+    def counting(self, *arguments):
+        before, of_this_call = bytes_read()
+        result = write(self, *arguments)
+        counts.append(bytes_read()[0] - before - of_this_call)
+        return result
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write_and_publish", counting)
+    tree["checkpoint"] = {"every_steps": 5}
+    tree["ema"] = {}
+    run(tree)
+    manifest = json.loads((Path(tree["run_dir"]) / "checkpoints/step-00000024/manifest.json").read_text())
+    assert {"optimizer-00000.pt", "model.safetensors", "ema.safetensors", "state.json"} == manifest.keys()
+    assert len(counts) > 2
+    assert set(counts[1:]) == {0}  # during the first save libraries are still being imported
+
+
+def layouts() -> dict[str, Tensor]:
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+              torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn]  # fmt: skip
+    of_types = {f"net.{i}": torch.randn(3, 5).to(dtype) for i, dtype in enumerate(dtypes)}
+    return of_types | {
+        "channels_last": torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(4, 5).t(),
+        "every other": torch.randn(9)[::2],
+        "scalar": torch.tensor(3),
+        "empty": torch.empty(0, 4),
+        "größe": torch.ones(1),
+    }
+
+
+def test_weights_are_written_as_by_safetensors(tmp_path):
+    """Byte for byte, for every layout in memory."""
+    tensors = layouts()
+    entry = checkpoint._write_file(tmp_path / "here.safetensors", tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "library")
+    content = (tmp_path / "here.safetensors").read_bytes()
+    assert content == (tmp_path / "library").read_bytes()
+    assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_checkpoint_that_libraries_wrote_by_path_is_loaded(tree):
+    """As of versions before files were hashed while they were written."""
+    whole = copy.deepcopy(tree) | {"run_dir": str(Path(tree["run_dir"]).with_name("whole"))}
+    run(whole)
+    train_until(tree, 12)
+    folder = Path(tree["run_dir"]) / "checkpoints/step-00000012"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("optimizer-00000.pt", "model.safetensors"):
+        path = folder / name
+        if path.suffix == ".pt":
+            torch.save(torch.load(path, weights_only=True), path)
+        else:
+            save_file(load_file(path), path)
+        content = path.read_bytes()
+        manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run(tree)
+    assert losses(tree["run_dir"]) == losses(whole["run_dir"])
 
 
 def cut(path: Path) -> None:

@@ -296,6 +296,36 @@ def test_what_arrives_changed_does_not_count(mirrored, monkeypatch, capfd):
     assert not [name for name in there if name.endswith(".part")]
 
 
+def test_a_checkpoint_is_read_once_to_be_uploaded(mirrored, monkeypatch):
+    """What arrives is compared with the hashes of its manifest; nothing here is hashed before."""
+    hashed: list[Path] = []
+    monkeypatch.setattr(checkpoint, "sha256", hashed.append)
+    train_all(mirrored)
+    assert "checkpoints/step-00000024/manifest.json" in contents(mirrored["mirror"])
+    assert hashed == []
+
+
+def test_a_checkpoint_that_is_damaged_here_is_not_on_the_mirror(mirrored, monkeypatch, capfd):
+    """Its size is right: that it differs is seen when it arrives."""
+    upload_checkpoint = uploads.Uploads._upload_checkpoint
+
+    def damaging(self, path, names):
+        if path.name == "step-00000020":
+            file = path / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + b"!")
+        return upload_checkpoint(self, path, names)
+
+    monkeypatch.setattr(uploads.Uploads, "_upload_checkpoint", damaging)
+    train_until(mirrored, 20)
+    uploads.close_all()
+    there = {name for name in contents(mirrored["mirror"]) if "step-00000020" in name}
+    told = capfd.readouterr().err
+    assert there == set()
+    assert "step-00000020 is damaged (model.safetensors has another SHA-256 than when it was written)" in told
+    assert "and not uploaded" in told
+    assert "NOT UP TO DATE" not in told
+
+
 def test_the_mark_comes_last_and_goes_first(mirrored, monkeypatch):
     """Whenever the mirror is looked at, a checkpoint that is marked is complete, and there is always one."""
     seen: list[list[str]] = []

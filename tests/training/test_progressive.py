@@ -176,6 +176,28 @@ def test_plan_counts_each_size(growing):
     assert "kd at 64 px" in str(found)
 
 
+def test_plan_compares_the_hours_with_those_at_the_last_size(growing):
+    """Of each phase: those of the warm-up end before images have their full size."""
+    growing["data"]["in_memory"] = True  # else decoding bounds networks as small as these
+    full = copy.deepcopy(growing)
+    full["data"]["image_size"] = 96
+    found, at_full_size = (estimate.of_run(config.parse(one, "test"), world=1) for one in (growing, full))
+    hours = {phase.name: phase.hours / phase.steps for phase in at_full_size.phases}
+    for phase in found.phases:
+        expected = hours[phase.name.partition(" at ")[0]] * phase.steps
+        assert phase.full_size_hours == pytest.approx(expected, rel=1e-9)
+    assert sum(phase.full_size_hours for phase in found.phases) == pytest.approx(
+        sum(phase.hours for phase in at_full_size.phases)
+    )
+    share = sum(phase.hours for phase in found.phases) / sum(phase.hours for phase in at_full_size.phases)
+    assert 0.1 < share < 0.9
+    title, *lines = str(found).partition("Timetable")[2].splitlines()[1:]
+    assert title.endswith("hours  of those at 96 px")
+    (whole,) = (line for line in lines if line.startswith("  run "))
+    assert whole.endswith(f" {share:.0%}")
+    assert "of those at" not in str(at_full_size)
+
+
 # --- a teacher without a classifier, with an input size of its own ------------------------------------------
 
 

@@ -98,6 +98,7 @@ def of_run(
         global_batch=settings.data.global_batch,
         micro_batch=costs.micro_batch,
         precision=settings.mixed_precision,
+        image_size=settings.data.full_size,
         teacher_parameters=sum(_parameters(teacher) for teacher in built.teachers.values()),
         teacher_image_size=_own_size(settings, built.teachers.get("")),
         teachers=_teachers(settings, built) if settings.teachers else [],
@@ -163,6 +164,7 @@ class _Costs:
     timetable: Timetable
     world: int
     works: dict[Phase, Work]  # in order
+    full_size: dict[Phase, Work]  # what they would be with images of full size
     choices: dict[str, Choice]
 
     @classmethod
@@ -171,21 +173,30 @@ class _Costs:
         scope = settings.kd.relational_scope
         objective = Objective(settings.losses, timetable.steps_per_epoch, scope, places=built.places)
         sizes = ImageSizes.of(settings, timetable.steps_per_epoch)
-        works = {}
+
+        def measured_at(phase: Phase, size: int) -> Work:
+            data = settings.data.model_copy(update={"image_size": size})
+            work = measure(
+                settings.model_copy(update={"data": data}),
+                built.student,
+                targets_of=built.targets_of,
+                objective=objective,
+                phase=phase,
+            )
+            targets = {sized(name, size, sizes): shape for name, shape in work.targets.items()}
+            return replace(work, targets=targets)
+
+        works: dict[Phase, Work] = {}
+        full_size: dict[Phase, Work] = {}
         for phase in timetable.curriculum.phases():
             steps = timetable.steps_of(phase)
-            for part, size in sizes.parts(phase, steps) if steps else ():
-                data = settings.data.model_copy(update={"image_size": size})
-                work = measure(
-                    settings.model_copy(update={"data": data}),
-                    built.student,
-                    targets_of=built.targets_of,
-                    objective=objective,
-                    phase=part,
-                )
-                targets = {sized(name, size, sizes): shape for name, shape in work.targets.items()}
-                works[part] = replace(work, targets=targets)
-        return cls(settings, built, timetable, world, works, decide(settings, works, timetable))
+            parts = sizes.parts(phase, steps) if steps else []
+            works |= {part: measured_at(part, size) for part, size in parts}
+            if parts:
+                last, size = parts[-1]
+                full = works[last] if size == sizes.full else measured_at(last, sizes.full)
+                full_size |= {part: full for part, _ in parts}
+        return cls(settings, built, timetable, world, works, full_size, decide(settings, works, timetable))
 
     @property
     def batch(self) -> int:
@@ -229,20 +240,31 @@ class _Costs:
         sent = sum(self.sent(phase, "ddp", devices).values())
         return communication_seconds(self.settings.machine, sent, buckets, devices)
 
-    def step(self, phase: Phase, batch: int, communication: float) -> tuple[float, str]:
-        """Seconds of a step with `batch` images per rank, and what bounds it."""
+    def step(
+        self, phase: Phase, batch: int, communication: float, work: Work | None = None
+    ) -> tuple[float, str]:
+        """Seconds of a step with `batch` images per rank, and what bounds it.
+
+        work: in place of the phase's own.
+        """
         source = self.settings.targets.source
         if source == "auto":
             source = "cached" if self.choices[phase.name].source == "cached" else "live"
         return step_seconds(
-            self.settings, self.works[phase], source=source, batch=batch, communication=communication
+            self.settings,
+            work or self.works[phase],
+            source=source,
+            batch=batch,
+            communication=communication,
         )
 
     def of_phase(self, phase: Phase) -> PhaseCost:
         work = self.works[phase]
         targets = self.settings.targets
         steps = phase_steps(phase, self.timetable)
-        seconds, bound = self.step(phase, self.batch, self.communication(phase, self.world))
+        communication = self.communication(phase, self.world)
+        seconds, bound = self.step(phase, self.batch, communication)
+        full_size_seconds, _ = self.step(phase, self.batch, communication, self.full_size[phase])
         return PhaseCost(
             name=phase.name,
             start=int(phase.start),
@@ -255,6 +277,7 @@ class _Costs:
             step_seconds=seconds,
             bound=bound,
             hours=steps * seconds / 3600,
+            full_size_hours=steps * full_size_seconds / 3600,
         )
 
     def on_nodes(self, nodes: int) -> Scale:

@@ -47,6 +47,7 @@ class PhaseCost:
     step_seconds: float
     bound: str  # what limits the speed: device, decoding or reading targets
     hours: float
+    full_size_hours: float  # with images of the run's last size, where the size grows
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Estimate:
     global_batch: int
     micro_batch: int  # per rank and accumulation step
     precision: str
+    image_size: int  # side of the student's input in pixels; the last one, where it grows
     teacher_parameters: int
     teacher_image_size: int | None  # side of its input in pixels, if that is another than the student's
     teachers: list[TeacherCost]  # if there are several
@@ -147,23 +149,32 @@ def _pairs(estimate: Estimate) -> str:
 def _timetable(estimate: Estimate, machine: config.Machine) -> str:
     rows = []
     flops = 0
+    grows = any(phase.hours != phase.full_size_hours for phase in estimate.phases)
     for phase in estimate.phases:
         work = phase.work
         flops += (work.teacher_flops + work.student_flops) * phase.steps * estimate.global_batch
         rate = f"{estimate.global_batch / phase.step_seconds:,.0f}"
         operations = [_giga(work.teacher_flops), _giga(work.student_flops)]
         length = [f"{phase.epochs:.4g}", f"{phase.steps:,}"]
-        rows.append([phase.name, *length, *operations, rate, phase.bound, f"{phase.hours:.2f}"])
+        rows.append([phase.name, *length, *operations, rate, phase.bound, *_hours([phase], grows)])
     steps = sum(phase.steps for phase in estimate.phases)
-    hours = sum(phase.hours for phase in estimate.phases)
-    rows.append(["run", "", f"{steps:,}", "", "", "", "", f"{hours:.2f}"])
+    rows.append(["run", "", f"{steps:,}", "", "", "", "", *_hours(estimate.phases, grows)])
     columns = ["", "epochs", "steps", "teacher GFLOP", "student GFLOP", "images/s", "bound by", "hours"]
+    if grows:
+        columns.append(f"of those at {estimate.image_size} px")
     return (
         _table("Timetable (GFLOP per image, of the student forward and backward)", columns, rows)
         + f"\n{flops:.3g} FLOP in total. Assumed: machine.flops_per_second {machine.flops_per_second:.3g} "
         f"per device, machine.decode_images_per_second {machine.decode_images_per_second:g} per loader "
         "worker, and the network below. Not included: evaluation and checkpoints."
     )
+
+
+def _hours(phases: Sequence[PhaseCost], grows: bool) -> list[str]:
+    """The hours of phases; if the size of the images `grows`, also relative to those at the last size."""
+    hours = sum(phase.hours for phase in phases)
+    shares = [f"{hours / sum(phase.full_size_hours for phase in phases):.0%}"] if grows else []
+    return [f"{hours:.2f}", *shares]
 
 
 def _memory(estimate: Estimate, machine: config.Machine) -> str:

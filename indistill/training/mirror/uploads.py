@@ -292,16 +292,34 @@ class Uploads:
         # Of an earlier save of this step, perhaps on more ranks, or one that was cut off.
         self.store.delete([name for name in names if checkpoint_of(name) == path.name])
         with self._held(path) as held:
-            if damage := damaged(held):
+            if damage := self._upload_files(held, path.name):
                 self.named.add(path.name)
                 say(f"mirror: {path} is damaged ({damage}) and not uploaded")
                 return
-            for name, entry in read_json(content).items():
-                there = (NAMES.checkpoints / path.name / name).as_posix()
-                self.store.upload(held / name, there, entry["sha256"])
             self._upload_records()
             self.store.replace(CheckpointDir(held).manifest, mark, digest)
         self.sent[mark] = digest
+
+    def _upload_files(self, held: Path, step: str) -> str | None:
+        """Upload what the manifest of a checkpoint names; return what is wrong with the checkpoint, or None.
+
+        What arrives is compared with the hashes of the manifest. Only if it differs are the files here read a
+        second time, for which of the two is wrong.
+        """
+        damage = damaged(held, hashes=False)
+        if damage is not None:
+            return damage
+        manifest = read_json(CheckpointDir(held).manifest.read_bytes())
+        names = {name: (NAMES.checkpoints / step / name).as_posix() for name in manifest}
+        try:
+            for name, entry in manifest.items():
+                self.store.upload(held / name, names[name], entry["sha256"])
+        except OSError:
+            damage = damaged(held)
+            if damage is None:
+                raise
+            self.store.delete([*names.values()])
+        return damage
 
     @contextlib.contextmanager
     def _held(self, path: Path) -> Iterator[Path]:
