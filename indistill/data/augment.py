@@ -503,4 +503,3 @@ def _resamples(draws: np.ndarray, interpolation: str) -> list[Image.Resampling]:
     if interpolation == "random":
         return [bilinear if u < 0.5 else bicubic for u in draws]
     return [bicubic if interpolation == "bicubic" else bilinear] * len(draws)
-

@@ -76,9 +76,9 @@ def decode_crop(
 ) -> Image.Image:
     """Decode the box that `choose` returns for the (height, width) of the upright image, to an RGB image.
 
-    The pixels are those of the whole image, bit for bit. Raises BadImage, naming `where` the image came from, if it
-    cannot be decoded or has more than `max_pixels`. Damage below the box of a JPEG may go undetected, but a
-    file that was cut off is always detected.
+    The pixels are those of the whole image, bit for bit. Raises BadImage, naming `where` the image came from,
+    if it cannot be decoded or has more than `max_pixels`. Damage below the box of a JPEG may go undetected,
+    but a file that was cut off is always detected.
     """
     jpeg = _ordinary_jpeg(image)
     if jpeg is not None:
