@@ -38,15 +38,23 @@ def main() -> None:
 def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the package's state dict to timm's names, and cut its classifier [1000, 1280] to ten classes.
 
+    Raises ValueError like `renamed`.
+    """
+    cut = renamed(state)
+    for name in ("classifier.weight", "classifier.bias"):
+        cut[name] = cut[name][list(CLASSES)].clone()
+    return cut
+
+
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the package's state dict with timm's names.
+
     Raises ValueError if the order or shapes of the tensors differ from those of the network.
     """
     expected = timm.create_model("tf_efficientnet_lite0").state_dict()
     if [value.shape for value in state.values()] != [value.shape for value in expected.values()]:
         raise ValueError("the tensors do not have the order and shapes of timm's tf_efficientnet_lite0")
-    renamed = dict(zip(expected, state.values()))
-    for name in ("classifier.weight", "classifier.bias"):
-        renamed[name] = renamed[name][list(CLASSES)].clone()
-    return renamed
+    return dict(zip(expected, state.values()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Measure how fast one core reads, decodes and augments images, compared with common loaders.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py [--data ../shared/data/imagenet-sample]
+    OMP_NUM_THREADS=1 python benchmarks/loader.py [--data FOLDER] [--rounds N] [--lite0 FOLDER]
 
+Measures the shards of FOLDER as they are and packed again with `indistill shards pack --resize`; with
+--lite0, the folder where the package of imagenette_teacher.py was installed, also the top-1 of that network.
 See benchmarks/README.md for the method. Prints its tables and writes them to benchmarks/results/loader.md.
 """
 
@@ -13,17 +15,20 @@ import io
 import itertools
 import random
 import statistics
+import subprocess  # nosec B404  # runs the product's own command
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import simplejpeg
 import timm.data
 import torch
 import webdataset
+from imagenette_teacher import WEIGHTS, renamed
 from PIL import Image
 from report import RESULTS, heading, table
 from torch.utils.data import DataLoader
@@ -35,14 +40,27 @@ from indistill import config
 from indistill.data import augment, decode, shards
 from indistill.data.index import _save_index, make_index
 from indistill.data.loader import IndexedTraining
+from indistill.models.views import EvalView
 
 SIZE = 224  # pixels
+SMALL_SIZES = (96, 128)  # of progressive resolution
+SHORT_SIDES = (320, 256)  # pixels of resized shards
 BATCH = 64
 SEED = 0
 LIBRARIES = ("torch", "torchvision", "timm", "webdataset", "pillow", "simplejpeg", "numpy")
 IMAGENET_SAMPLES, IMAGENET_SHARDS = 1_281_167, 1024
 
 Turn = Callable[[], object]
+Name = TypeVar("Name")
+
+
+class Images(NamedTuple):
+    """The images of some shards."""
+
+    name: str
+    urls: list[str]
+    files: list[bytes]
+    labels: list[int]
 
 
 def main() -> None:
@@ -53,65 +71,115 @@ def main() -> None:
         "--data", default="../shared/data/imagenet-sample", help="folder of .tar shards of JPEGs"
     )
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--lite0", type=Path, metavar="FOLDER", help="where EfficientNet-Lite0 was installed")
     arguments = parser.parse_args()
     command = f"python benchmarks/loader.py --data {arguments.data} --rounds {arguments.rounds}"
+    command += " --lite0 FOLDER" if arguments.lite0 else ""
     torch.set_num_threads(1)
     random.seed(SEED)
     urls = sorted(str(path) for path in Path(arguments.data).glob("*.tar"))
     if not urls:
         parser.error(f"no .tar in {arguments.data}")
     with tempfile.TemporaryDirectory() as scratch:
-        files = [sample.image for sample in shards.ShardSet(urls, cache_dir=scratch).iterate()]
+        originals = read("originals", urls, Path(scratch))
+        resized_sets = [packed(arguments.data, side, Path(scratch)) for side in SHORT_SIDES]
+        sets = [originals, *resized_sets]
         parts = [
-            heading("Loader", command, LIBRARIES) + about(files),
-            loaders(urls, files, Path(scratch), arguments.rounds),
-            decoders(files, arguments.rounds),
-            cold_start(files, Path(scratch)),
+            heading("Loader", command, LIBRARIES) + about(sets),
+            loaders(sets, Path(scratch), arguments.rounds),
+            fidelity(originals, resized_sets, arguments.lite0),
+            decoders(originals.files, arguments.rounds),
+            *(small_views(sets, size, arguments.rounds) for size in SMALL_SIZES),
+            cold_start(originals.files, Path(scratch)),
         ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "loader.md").write_text("\n".join(parts))
     print("\n".join(parts))
 
 
-def about(files: list[bytes]) -> str:
-    kilobytes = np.mean([len(file) for file in files]) / 1e3
-    megapixels = np.mean([np.prod(Image.open(io.BytesIO(file)).size) for file in files]) / 1e6
-    return f"{len(files)} JPEGs, on average {kilobytes:.0f} kB and {megapixels:.2f} Mpixel.\n"
+def read(name: str, urls: list[str], scratch: Path) -> Images:
+    samples = list(shards.ShardSet(urls, cache_dir=str(scratch)).iterate())
+    return Images(name, urls, [sample.image for sample in samples], [sample.label for sample in samples])
+
+
+def packed(source: str, side: int, scratch: Path) -> Images:
+    """Pack the images as a user would, with the default quality."""
+    folder = scratch / f"resized-{side}"
+    command = [sys.executable, "-m", "indistill", "shards", "pack", source, str(folder)]
+    subprocess.run(  # nosec B603  # without a shell
+        [*command, "--resize", str(side), "--workers", "1"], check=True, stdout=subprocess.DEVNULL
+    )
+    return read(f"`--resize {side}`", sorted(str(path) for path in folder.glob("*.tar")), scratch)
+
+
+def about(sets: Sequence[Images]) -> str:
+    lines = [f"{len(sets[0].files)} JPEGs, on average:\n"]
+    for images in sets:
+        kilobytes = np.mean([len(file) for file in images.files]) / 1e3
+        megapixels = np.mean([np.prod(Image.open(io.BytesIO(file)).size) for file in images.files]) / 1e6
+        lines.append(f"- {images.name}: {kilobytes:.0f} kB and {megapixels:.3f} Mpixel")
+    return "\n".join(lines) + "\n"
 
 
 # --- whole loaders ------------------------------------------------------------------------------------------
 
 
-def loaders(urls: list[str], files: list[bytes], scratch: Path, rounds: int) -> str:
+def loaders(sets: Sequence[Images], scratch: Path, rounds: int) -> str:
     """Time random resized crops with flips, in batches, without loader workers: the speed of one core."""
-    turns = {
-        "**indistill**": indistill_loader(urls, len(files), scratch),
-        "webdataset, Pillow, torchvision v1": webdataset_loader(urls, normalised=True),
-        "the same up to uint8, not normalised": webdataset_loader(urls, normalised=False),
-        "timm: `ImageDataset`, `create_transform`, `fast_collate`, to uint8": timm_loader(files, scratch),
-        "decoding alone, whole images, Pillow": lambda: [pillow(file) for file in files],
-        "decoding alone, whole images, simplejpeg": lambda: [simplejpeg.decode_jpeg(file) for file in files],
-    }
+    turns: dict[tuple[str, str], Turn] = {}
+    for images in sets:
+        boxes = random_boxes(images.files)
+        crops = [Image.fromarray(exact_crop(file, box)) for file, box in zip(images.files, boxes)]
+        of_set: dict[str, Turn] = {
+            "**indistill**": indistill_loader(images, scratch),
+            "webdataset, Pillow, torchvision v1": webdataset_loader(images.urls, normalised=True),
+            "the same up to uint8, not normalised": webdataset_loader(images.urls, normalised=False),
+            "timm: `ImageDataset`, `create_transform`, `fast_collate`, to uint8": timm_loader(
+                images, scratch
+            ),
+            "decoding alone, whole images, Pillow": functools.partial(each, pillow, images.files),
+            "decoding alone, whole images, simplejpeg": functools.partial(
+                each, simplejpeg.decode_jpeg, images.files
+            ),
+            "resizing alone, Pillow": functools.partial(each, functools.partial(resized, size=SIZE), crops),
+        }
+        turns |= {(images.name, name): turn for name, turn in of_set.items()}
     seconds = play(turns, rounds)
-    ours = seconds["**indistill**"]
-    rows = []
-    for name, theirs in seconds.items():
-        ratios = [statistics.median(map(lambda a, b: a / b, theirs, ours)), min(theirs) / min(ours)]
-        rates = [len(files) / statistics.median(theirs), len(files) / min(theirs)]
-        rows.append([name, *(f"{rate:.0f}" for rate in rates), *(f"{ratio:.2f}" for ratio in ratios)])
-    columns = ["one core", "images/s, median", "best", "time relative to indistill, median", "best"]
-    return f"## Loaders\n\n{table(columns, rows)}"
+    parts = ["## Loaders\n"]
+    for images in sets:
+        ours = seconds[images.name, "**indistill**"]
+        rows = []
+        for (set_name, name), theirs in seconds.items():
+            if set_name == images.name:
+                ratios = [statistics.median(map(lambda a, b: a / b, theirs, ours)), min(theirs) / min(ours)]
+                rates = [len(images.files) / take(theirs) for take in (statistics.median, min)]
+                rows.append([name, *(f"{rate:.0f}" for rate in rates), *(f"{ratio:.2f}" for ratio in ratios)])
+        columns = ["one core", "images/s, median", "best", "time relative to indistill, median", "best"]
+        parts.append(f"### {images.name.capitalize()}\n\n{table(columns, rows)}")
+    plain = seconds[sets[0].name, "webdataset, Pillow, torchvision v1"]
+    for images in sets:
+        ratios = map(lambda a, b: a / b, plain, seconds[images.name, "**indistill**"])
+        parts.append(
+            f"- indistill on {images.name}: {statistics.median(ratios):.2f} times the speed of the plain "
+            "webdataset pipeline on the originals"
+        )
+    return "\n".join(parts) + "\n"
 
 
-def indistill_loader(urls: list[str], samples: int, scratch: Path) -> Turn:
+def each(function: Callable, inputs: Sequence) -> None:
+    for one in inputs:
+        function(one)
+
+
+def indistill_loader(images: Images, scratch: Path) -> Turn:
     streams = 8
     section = config.Data(
-        train=urls, num_classes=1000, image_size=SIZE, global_batch=BATCH, streams=streams, workers=0,
+        train=images.urls, num_classes=1000, image_size=SIZE, global_batch=BATCH, streams=streams, workers=0,
         cache_dir=str(scratch),
     )  # fmt: skip
     training = IndexedTraining(section, SEED, rank=0, world=1, accumulation=1)
-    steps = samples // BATCH
-    assert steps * BATCH == samples, "the batch must divide the number of images, for a fair count"
+    steps = len(images.files) // BATCH
+    assert steps * BATCH == len(images.files), "the batch must divide the number of images, for a fair count"
     epochs = iter(range(10**6))
 
     def turn() -> None:
@@ -139,17 +207,17 @@ def webdataset_loader(urls: list[str], normalised: bool) -> Turn:
     return lambda: check(images for images, _ in DataLoader(pipeline, batch_size=None))
 
 
-def timm_loader(files: list[bytes], scratch: Path) -> Turn:
-    folder = scratch / "timm" / "class"
+def timm_loader(images: Images, scratch: Path) -> Turn:
+    folder = scratch / "timm" / images.urls[0].split("/")[-2] / "class"
     folder.mkdir(parents=True)
-    for number, file in enumerate(files):
+    for number, file in enumerate(images.files):
         (folder / f"{number}.jpg").write_bytes(file)
     augmentation = timm.data.create_transform(
         SIZE, is_training=True, color_jitter=None, interpolation="bilinear", use_prefetcher=True
     )
     dataset = timm.data.ImageDataset(str(folder.parent), transform=augmentation)
     loader = DataLoader(dataset, BATCH, shuffle=True, collate_fn=timm.data.loader.fast_collate)
-    return lambda: check(images for images, _ in loader)
+    return lambda: check(batch for batch, _ in loader)
 
 
 def check(batches: Iterator[torch.Tensor]) -> None:
@@ -158,26 +226,101 @@ def check(batches: Iterator[torch.Tensor]) -> None:
         assert images.shape == (BATCH, 3, SIZE, SIZE)
 
 
+# --- what resizing costs ------------------------------------------------------------------------------------
+
+
+def fidelity(originals: Images, resized_sets: Sequence[Images], lite0: Path | None) -> str:
+    """Compare the views of resized files with those of the originals, and a network's scores on both."""
+    draws = augment.uniforms(SEED, 0, np.arange(len(originals.files)))
+    expected = views_of(originals, draws)
+    network = load_lite0(lite0) if lite0 else None
+    predictions = classify(network, expected[0]) if network else None
+    labels = np.array(originals.labels)
+    rows = []
+    for images in (originals, *resized_sets):
+        found = views_of(images, draws)
+        row = [images.name, f"{np.mean([len(file) for file in images.files]) / 1e3:.0f}"]
+        for ours, theirs in zip(found, expected):
+            ratios = [psnr(one, other) for one, other in zip(ours, theirs)]
+            same = images is originals
+            row += ["-", "-"] if same else [f"{np.mean(ratios):.1f}", f"{min(ratios):.1f}"]
+        if network is not None and predictions is not None:
+            chosen = classify(network, found[0])
+            changed = (chosen != predictions).sum()
+            row += [f"{100 * (chosen == labels).mean():.2f}", f"{changed}"]
+        rows.append(row)
+    columns = ["", "kB", "PSNR of evaluation views, dB", "worst", "PSNR of training views, dB", "worst"]
+    columns += ["top-1 of EfficientNet-Lite0, %", "predictions that change"] if network else []
+    return f"## Fidelity\n\n{table(columns, rows)}"
+
+
+def views_of(images: Images, draws: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The evaluation views of the images, and training views with the same random numbers."""
+    view = EvalView("bicubic", 0.875)
+    evaluation = [augment.eval_view(file, SIZE, view=view) for file in images.files]
+    recipe = config.Augment()
+    training = [augment.train_view(f, row, recipe=recipe, size=SIZE) for f, row in zip(images.files, draws)]
+    return evaluation, training
+
+
+def psnr(view: np.ndarray, reference: np.ndarray) -> float:
+    squared = np.mean((view.astype(float) - reference) ** 2)
+    return float(10 * np.log10(255**2 / squared)) if squared else np.inf
+
+
+def load_lite0(folder: Path) -> torch.nn.Module:
+    network = timm.create_model("tf_efficientnet_lite0")
+    network.load_state_dict(renamed(torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)))
+    return network.eval()
+
+
+@torch.inference_mode()
+def classify(network: torch.nn.Module, views: list[np.ndarray]) -> np.ndarray:
+    """The classes that the network predicts; its mean and standard deviation are 0.5."""
+    images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+    return torch.cat([network(part / 127.5 - 1).argmax(1) for part in images.split(BATCH)]).numpy()
+
+
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
 def decoders(files: list[bytes], rounds: int) -> str:
     """Time each way from a file to a uint8 view, with the same crops for all."""
-    draws = augment.uniforms(SEED, 0, np.arange(len(files)))
-    shapes = [decode.decode(file, "").shape[:2] for file in files]
-    recipe = config.Augment(flip=False)
-    boxes = [augment._resized_crop_box(shape, row[3:], recipe) for shape, row in zip(shapes, draws)]
     paths: dict[str, Callable[[bytes, decode.Box], np.ndarray]] = {
         "Pillow, crop, Pillow's resize (torchvision v1)": lambda file, box: pillow_view(pillow(file), box),
         "Pillow with `draft` (scaled DCT), the same": draft_view,
         "`torchvision.io.decode_jpeg`, crop, v2 resize on uint8": torchvision_view,
         "simplejpeg, crop, v2 resize on uint8": v2_view,
-        "simplejpeg, crop, Pillow's resize": lambda file, box: resized(simplejpeg.decode_jpeg(file), box),
-        "simplejpeg with scaled DCT, the same": scaled_view,
-        "**simplejpeg down to the end of the crop, the same**": lambda file, box: resized(
-            decode.decode_crop(file, "", lambda shape: box), (0, 0, *box[2:])
+        "simplejpeg, crop, Pillow's resize": lambda file, box: cut_and_resized(
+            simplejpeg.decode_jpeg(file), box, SIZE
         ),
+        "simplejpeg with scaled DCT, the same": functools.partial(scaled_view, size=SIZE),
+        "**simplejpeg down to the end of the crop, the same**": functools.partial(exact_view, size=SIZE),
     }
+    return f"## Decoding\n\n{compare_paths(paths, files, rounds)}"
+
+
+def small_views(sets: Sequence[Images], size: int, rounds: int) -> str:
+    """Time decoding with a scaled DCT where most crops are twice as large as the view."""
+    paths: dict[str, Callable[[bytes, decode.Box], np.ndarray]] = {
+        "exact": functools.partial(exact_view, size=size),
+        "scaled DCT": functools.partial(scaled_view, size=size),
+    }
+    parts = [f"## Views of {size} pixels\n"]
+    for images in sets:
+        share = np.mean([scale_of(box, size) > 1 for box in random_boxes(images.files)])
+        parts.append(
+            f"{images.name}: {100 * share:.0f} % of the crops are at least twice the view\n\n"
+            + compare_paths(paths, images.files, rounds)
+        )
+    return "\n".join(parts)
+
+
+def compare_paths(
+    paths: dict[str, Callable[[bytes, decode.Box], np.ndarray]], files: list[bytes], rounds: int
+) -> str:
+    """Time ways from a file and a box to a view, and compare their pixels with those of the first."""
+    boxes = random_boxes(files)
     turns = {
         name: functools.partial(lambda path: [path(file, box) for file, box in zip(files, boxes)], path)
         for name, path in paths.items()
@@ -200,7 +343,15 @@ def decoders(files: list[bytes], rounds: int) -> str:
         "mean difference to the first",
         "worst image",
     ]
-    return f"## Decoding\n\n{table(columns, rows)}"
+    return table(columns, rows)
+
+
+def random_boxes(files: Sequence[bytes]) -> list[decode.Box]:
+    """Random resized crops, the same in every call."""
+    torch.manual_seed(SEED)
+    images = [Image.open(io.BytesIO(file)) for file in files]
+    crop = v1.RandomResizedCrop(SIZE)
+    return [tuple(crop.get_params(image, crop.scale, crop.ratio)) for image in images]
 
 
 def pillow(file: bytes) -> Image.Image:
@@ -212,8 +363,20 @@ def pillow_view(image: Image.Image, box: decode.Box) -> np.ndarray:
     return np.asarray(v1.functional.resized_crop(image, top, left, height, width, [SIZE, SIZE]))
 
 
-def resized(image: np.ndarray, box: decode.Box) -> np.ndarray:
-    return augment._resize(decode.cut(image, box), SIZE, Image.Resampling.BILINEAR)
+def exact_crop(file: bytes, box: decode.Box) -> np.ndarray:
+    return np.asarray(decode.decode_crop(file, "", lambda shape: box))
+
+
+def exact_view(file: bytes, box: decode.Box, size: int) -> np.ndarray:
+    return np.asarray(resized(decode.decode_crop(file, "", lambda shape: box), size))
+
+
+def resized(image: Image.Image, size: int) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def cut_and_resized(image: np.ndarray, box: decode.Box, size: int) -> np.ndarray:
+    return np.asarray(resized(Image.fromarray(np.ascontiguousarray(decode.cut(image, box))), size))
 
 
 def v2_view(file: bytes, box: decode.Box) -> np.ndarray:
@@ -221,14 +384,14 @@ def v2_view(file: bytes, box: decode.Box) -> np.ndarray:
     return v2.resized_crop(image, *box, [SIZE, SIZE], antialias=True).permute(1, 2, 0).numpy()
 
 
-def scale_of(box: decode.Box) -> int:
+def scale_of(box: decode.Box, size: int) -> int:
     """Return the largest DCT scale (1, 2, 4 or 8) that leaves at least as many pixels as the view has."""
-    return next((scale for scale in (8, 4, 2) if min(box[2:]) >= SIZE * scale), 1)
+    return next((scale for scale in (8, 4, 2) if min(box[2:]) >= size * scale), 1)
 
 
 def draft_view(file: bytes, box: decode.Box) -> np.ndarray:
     image = Image.open(io.BytesIO(file))
-    scale = scale_of(box)
+    scale = scale_of(box, SIZE)
     image.draft("RGB", (image.width // scale, image.height // scale))
     top, left, height, width = (side / scale for side in box)
     image = image.convert("RGB")
@@ -242,14 +405,17 @@ def torchvision_view(file: bytes, box: decode.Box) -> np.ndarray:
     return v2.resized_crop(image, *box, [SIZE, SIZE], antialias=True).permute(1, 2, 0).numpy()
 
 
-def scaled_view(file: bytes, box: decode.Box) -> np.ndarray:
+def scaled_view(file: bytes, box: decode.Box, size: int) -> np.ndarray:
+    """Decode at a fraction of the size if the crop has the pixels; else as `exact_view`."""
+    scale = scale_of(box, size)
+    if scale == 1:
+        return exact_view(file, box, size)
     height, width, _, _ = simplejpeg.decode_jpeg_header(file)
-    scale = scale_of(box)
     image = simplejpeg.decode_jpeg(
         file, min_height=height // scale, min_width=width // scale, min_factor=scale
     )
     top, left, bottom, right = (round(edge / scale) for edge in (*box[:2], box[0] + box[2], box[1] + box[3]))
-    return resized(image, (top, left, bottom - top, right - left))
+    return cut_and_resized(image, (top, left, bottom - top, right - left), size)
 
 
 # --- opening at any step ------------------------------------------------------------------------------------
@@ -309,9 +475,9 @@ def simulated_imagenet(folder: Path) -> config.Data:
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def play(turns: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
+def play(turns: dict[Name, Turn], rounds: int) -> dict[Name, list[float]]:
     """Return the CPU seconds of each turn in each round, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    seconds: dict[Name, list[float]] = {name: [] for name in turns}
     for number in range(rounds + 1):
         print(f"round {number} of {rounds}", file=sys.stderr)
         for name in random.sample(list(turns), len(turns)):  # nosec B311  # the order of measurements is no secret

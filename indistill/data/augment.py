@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageFilter
 from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP, auto_augment_policy
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms import Compose
 from torchvision.transforms.v2 import functional as tv
 
 from indistill.config import (
@@ -34,7 +34,7 @@ from indistill.config import (
     RandomErasing,
     limits,
 )
-from indistill.data.decode import Box, cut, decode, decode_crop
+from indistill.data.decode import Box, cut, decode_crop, decode_whole
 from indistill.models.views import EvalView
 
 _TRIES = 10  # to find a rectangle that fits, with 2 draws each; as many as in torchvision and timm
@@ -129,22 +129,21 @@ def train_view(
     Raises BadImage, naming `where` the file came from, if it cannot be decoded or has more than `max_pixels`.
     """
     if recipe.recipe == "random_resized_crop":
-        crop = _random_crop(image, draws[_CROP], recipe=recipe, where=where, max_pixels=max_pixels)
-        pixels = _resize(crop, size, _resamples(draws[_RESAMPLE], interpolation)[0])
+        picture = _random_crop(image, draws[_CROP], recipe=recipe, where=where, max_pixels=max_pixels)
+        picture = picture.resize((size, size), _resamples(draws[_RESAMPLE], interpolation)[0])
     elif recipe.recipe == "pad_crop":
-        pixels = decode(image, where, max_pixels) if isinstance(image, bytes) else image
-        pixels = _pad_crop(pixels, draws, recipe.padding, size)
+        picture = _pad_crop(_picture(image, where, max_pixels), draws, recipe.padding, size)
     else:
         # As in timm, where random interpolation is only for training.
         view = EvalView(interpolation.replace("random", "bilinear"), 1.0)
-        pixels = eval_view(image, size, view=view, where=where, max_pixels=max_pixels)
+        picture = _eval_picture(_picture(image, where, max_pixels), size, view)
     if recipe.flip and draws[_FLIP] < 0.5:
-        pixels = pixels[:, ::-1]
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if recipe.vertical_flip and draws[_VERTICAL_FLIP] < recipe.vertical_flip:
-        pixels = pixels[::-1]
+        picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     if _needs_pillow(recipe):
-        picture = Image.fromarray(np.ascontiguousarray(pixels))
-        pixels = np.asarray(_with_pillow(picture, draws, recipe, interpolation=interpolation))
+        picture = _with_pillow(picture, draws, recipe, interpolation=interpolation)
+    pixels = _pixels(picture)
     return _erase(pixels, draws[_ERASING], recipe.random_erasing) if recipe.random_erasing else pixels
 
 
@@ -162,10 +161,10 @@ def train_views(
     single = recipe.recipe != "pad_crop" or large
     if single or recipe.random_erasing or _needs_pillow(recipe):
         single_views = [
-            train_view(image, row, recipe=recipe, size=size, interpolation=interpolation)
+            train_view(image, row, recipe=recipe, size=size, interpolation=interpolation).transpose(2, 0, 1)
             for image, row in zip(images, draws)
         ]
-        return np.ascontiguousarray(np.stack(single_views).transpose(0, 3, 1, 2))
+        return np.stack(single_views)
     views = _pad_crops(images, draws, recipe.padding, size)
     if recipe.flip:
         flipped = draws[:, _FLIP] < 0.5
@@ -190,38 +189,52 @@ def eval_view(
 
     Raises BadImage, naming `where` the file came from, if it cannot be decoded or has more than `max_pixels`.
     """
-    pixels = decode(image, where, max_pixels) if isinstance(image, bytes) else image
+    return _pixels(_eval_picture(_picture(image, where, max_pixels), size, view))
+
+
+def _picture(image: np.ndarray | bytes, where: str, max_pixels: int) -> Image.Image:
+    """An image in Pillow's form, from pixels or from a file."""
+    return decode_whole(image, where, max_pixels) if isinstance(image, bytes) else Image.fromarray(image)
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    """The pixels of an RGB image, uint8 [H, W, 3], one colour after the other in memory, as in batches."""
+    planes = b"".join([picture.tobytes("raw", colour) for colour in "RGB"])
+    return np.frombuffer(planes, dtype=np.uint8).reshape(3, picture.height, picture.width).transpose(1, 2, 0)
+
+
+def _eval_picture(picture: Image.Image, size: int, view: EvalView) -> Image.Image:
     if view.crop_mode != "squash":
-        pixels = _middle(pixels, size)
-    return _eval_transform(size, view)(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
+        picture = _middle(picture, size)
+    return _eval_transform(size, view)(picture)
 
 
-def _middle(image: np.ndarray, size: int) -> np.ndarray:
-    """Cut a very long image [H, W, 3] to its middle, all that a centre crop shows; others stay as they are.
+def _middle(picture: Image.Image, size: int) -> Image.Image:
+    """Cut a very long image to its middle, all that a centre crop shows; others stay as they are.
 
     timm resizes an image as a whole, however long, and to a height of 0 if it is too long for a border.
     """
-    height, width, _ = image.shape
+    width, height = picture.size
     longest = min(height, width) * min(limits.MAX_IMAGE_ASPECT, size)
+    if max(height, width) <= longest:
+        return picture
     h, w = min(height, longest), min(width, longest)
-    return cut(image, ((height - h) // 2, (width - w) // 2, h, w))
+    top, left = (height - h) // 2, (width - w) // 2
+    return picture.crop((left, top, left + w, top + h))
 
 
 @cache
-def _eval_transform(size: int, view: EvalView) -> Callable[[Image.Image], torch.Tensor]:
-    """timm's transform, up to uint8 [3, size, size]: the networks normalise."""
-    return create_transform((3, size, size), is_training=False, use_prefetcher=True, **view._asdict())
+def _eval_transform(size: int, view: EvalView) -> Callable[[Image.Image], Image.Image]:
+    """timm's transform, without its last step, the conversion to a tensor."""
+    whole = create_transform((3, size, size), is_training=False, use_prefetcher=True, **view._asdict())
+    return Compose(whole.transforms[:-1])
 
 
-def _pad_crop(image: np.ndarray, draws: np.ndarray, padding: int, size: int) -> np.ndarray:
-    """`_pad_crops` of one image [H, W, 3]: [size, size, 3]. Only the window is padded, not the image."""
-    height, width, _ = image.shape
-    free = np.array([height, width]) + 2 * padding - size + 1
+def _pad_crop(picture: Image.Image, draws: np.ndarray, padding: int, size: int) -> Image.Image:
+    """`_pad_crops` of one image. Only the window is padded, not the image."""
+    free = np.array([picture.height, picture.width]) + 2 * padding - size + 1
     top, left = ((draws[_PAD_CROP] * free).astype(np.int64) - padding).tolist()
-    inside = cut(image, (max(top, 0), max(left, 0), top + size - max(top, 0), left + size - max(left, 0)))
-    window = np.zeros((size, size, 3), dtype=np.uint8)
-    cut(window, (max(-top, 0), max(-left, 0), *inside.shape[:2]))[:] = inside
-    return window
+    return picture.crop((left, top, left + size, top + size))
 
 
 def _pad_crops(images: np.ndarray, draws: np.ndarray, padding: int, size: int) -> np.ndarray:
@@ -240,7 +253,7 @@ def _pad_crops(images: np.ndarray, draws: np.ndarray, padding: int, size: int) -
 
 def _random_crop(
     image: np.ndarray | bytes, draws: np.ndarray, *, recipe: Augment, where: str, max_pixels: int
-) -> np.ndarray:
+) -> Image.Image:
     """Cut the box of `_resized_crop_box` from an image, or decode it from a file."""
 
     def box(shape: tuple[int, int]) -> Box:
@@ -249,7 +262,7 @@ def _random_crop(
     if isinstance(image, bytes):
         return decode_crop(image, where, box, max_pixels)
     height, width, _ = image.shape
-    return cut(image, box((height, width)))
+    return Image.fromarray(np.ascontiguousarray(cut(image, box((height, width)))))
 
 
 def _resized_crop_box(shape: tuple[int, int], draws: np.ndarray, recipe: Augment) -> Box:
@@ -457,7 +470,7 @@ def _erase(image: np.ndarray, draws: np.ndarray, recipe: RandomErasing) -> np.nd
     box = _erased_box(image.shape[:2], draws[2:], recipe)
     if box is None:
         return image
-    image = image.copy()
+    image = image.copy(order="K")
     cut(image, box)[:] = _MEAN_COLOUR if recipe.fill == "mean" else _noise(key, *box[2:])
     return image
 
@@ -490,8 +503,3 @@ def _resamples(draws: np.ndarray, interpolation: str) -> list[Image.Resampling]:
     if interpolation == "random":
         return [bilinear if u < 0.5 else bicubic for u in draws]
     return [bicubic if interpolation == "bicubic" else bilinear] * len(draws)
-
-
-def _resize(image: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
-    """Resize uint8 [H, W, 3] to [size, size, 3]."""
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((size, size), resample))

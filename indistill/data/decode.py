@@ -59,10 +59,12 @@ class BadImage(UserError):
 
 
 def decode(image: bytes, where: str, max_pixels: int = limits.MAX_IMAGE_PIXELS) -> np.ndarray:
-    """Decode an image file to uint8 [H, W, 3], upright.
+    """Decode an image file to uint8 [H, W, 3], upright. Raises BadImage like `decode_crop`."""
+    return np.array(decode_whole(image, where, max_pixels))
 
-    Raises BadImage, naming `where`, if it cannot be decoded or has more than `max_pixels`.
-    """
+
+def decode_whole(image: bytes, where: str, max_pixels: int = limits.MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decode an image file to an upright RGB image. Raises BadImage like `decode_crop`."""
     return decode_crop(image, where, lambda shape: (0, 0, *shape), max_pixels)
 
 
@@ -71,12 +73,12 @@ def decode_crop(
     where: str,
     choose: Callable[[tuple[int, int]], Box],
     max_pixels: int = limits.MAX_IMAGE_PIXELS,
-) -> np.ndarray:
-    """Decode the box that `choose` returns for the image's (height, width): uint8 [box height, box width, 3].
+) -> Image.Image:
+    """Decode the box that `choose` returns for the (height, width) of the upright image, to an RGB image.
 
-    The pixels are those of `decode`, bit for bit. Raises BadImage, naming `where` the image came from, if it
-    cannot be decoded or has more than `max_pixels`. Damage below the box of a JPEG may go undetected, but a
-    file that was cut off is always detected.
+    The pixels are those of the whole image, bit for bit. Raises BadImage, naming `where` the image came from,
+    if it cannot be decoded or has more than `max_pixels`. Damage below the box of a JPEG may go undetected,
+    but a file that was cut off is always detected.
     """
     jpeg = _ordinary_jpeg(image)
     if jpeg is not None:
@@ -92,12 +94,22 @@ def decode_crop(
             file = b"".join((image[: jpeg.height_at], rows.to_bytes(2, "big"), image[jpeg.height_at + 2 :]))
         try:
             # An image that ends early has data left over, which is an error in strict mode.
-            return cut(simplejpeg.decode_jpeg(file, strict=not ends_early), box)
+            pixels = simplejpeg.decode_jpeg(file, "RGBX", strict=not ends_early)
         except ValueError:
             pass  # Pillow accepts some damaged files, and has better error messages
-    pixels = _decode_with_pillow(image, where, max_pixels)
-    height, width, _ = pixels.shape
-    return cut(pixels, choose((height, width)))
+        else:
+            return _rgb_image(pixels, box)
+    whole = _decode_with_pillow(image, where, max_pixels)
+    top, left, height, width = choose((whole.height, whole.width))
+    return whole.crop((left, top, left + width, top + height))
+
+
+def _rgb_image(pixels: np.ndarray, box: Box) -> Image.Image:
+    """Copy a box of RGBX pixels, uint8 [H, W, 4], once: Pillow keeps RGB in four bytes, too."""
+    row_bytes = pixels.strides[0]
+    top, left, height, width = box
+    begin = top * row_bytes + 4 * left
+    return Image.frombytes("RGB", (width, height), pixels.reshape(-1)[begin:], "raw", "RGBX", row_bytes)
 
 
 def cut(image: np.ndarray, box: Box) -> np.ndarray:
@@ -124,7 +136,7 @@ def _check_scans(image: bytes, size: tuple[int, int], where: str) -> None:
             raise BadImage(f"{where}: not a readable image: a JPEG of {what}, more than {most} ({name})")
 
 
-def _decode_with_pillow(image: bytes, where: str, max_pixels: int) -> np.ndarray:
+def _decode_with_pillow(image: bytes, where: str, max_pixels: int) -> Image.Image:
     try:
         opened: Image.Image = Image.open(io.BytesIO(image), formats=FORMATS)
         _check_pixels(opened.size, where, max_pixels)
@@ -135,7 +147,7 @@ def _decode_with_pillow(image: bytes, where: str, max_pixels: int) -> np.ndarray
         opened = opened.convert("RGB")
         if orientation in _TRANSPOSITIONS:
             opened = opened.transpose(_TRANSPOSITIONS[orientation])
-        return np.array(opened)
+        return opened
     except BadImage:
         raise
     except UnidentifiedImageError:

@@ -237,7 +237,7 @@ def test_the_training_set_seen_for_evaluation(section, in_memory, monkeypatch):
     section = with_(section, in_memory=in_memory, augment={"recipe": "pad_crop"}, image_size=28)
     dataset = training(section).dataset
     if in_memory:
-        monkeypatch.setattr(augment, "decode", None)
+        monkeypatch.setattr(augment, "decode_whole", None)
     pixels, _ = as_webdataset_reads_it(section, "train-*.tar")
     seen = dataset.for_evaluation(EvalView("bicubic", 0.875))
     plain = joined(loader.eval_loader(seen, 50, rank=0, world=1, device=CPU))

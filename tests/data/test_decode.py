@@ -47,7 +47,7 @@ def by_pillow(content):
 
 
 def crop(content, *box):
-    return decode.decode_crop(content, "here", lambda shape: box)
+    return np.asarray(decode.decode_crop(content, "here", lambda shape: box))
 
 
 @pytest.fixture
