@@ -122,26 +122,33 @@ def progressive(rounds: int) -> str:
             for k in range(1, len(steps)):
                 if sizes[k] == sizes[k - 1]:  # the first step of a size allocates its memory
                     measured[sizes[k]].append(steps[k].cpu - steps[k - 1].cpu)
-    medians = {name: statistics.median(seconds) for name, seconds in measured.items()}
-    full = medians[str(size)]
-    rows = []
-    for phase, (name, seconds) in zip(plan.phases, medians.items()):
-        predicted = phase.hours / phase.full_size_hours
-        spread = f"{min(measured[name]):.3f} to {max(measured[name]):.3f}"
-        ratios = [f"{predicted:.2f}", f"{seconds / full:.2f}", f"{predicted / (seconds / full) - 1:+.0%}"]
-        rows.append([f"{name} px", str(phase.steps), f"{seconds:.3f}", spread, *ratios])
-    planned = sum(phase.hours for phase in plan.phases) / sum(p.full_size_hours for p in plan.phases)
-    ran = sum(medians[name] for name in sizes) / (full * len(sizes))
-    rows.append(["run", str(len(sizes)), "", "", f"{planned:.2f}", f"{ran:.2f}", f"{planned / ran - 1:+.0%}"])
-    columns = ["images", "steps", "CPU s per step", "its range", "plan's ratio", "measured ratio", "error"]
     return (
         f"{heading('Plan and run: progressive resolution', command, recorded.LIBRARIES)}\n\n"
         f"ResNet-34 to ResNet-18, {GROWING_BATCH} images per step, from {GROWING['from']} to {size} pixels "
         f"until {GROWING['until']}, one process and thread, float32, {rounds} runs of {len(sizes)} steps.\n\n"
-        f"{table(columns, rows)}\nCPU time of the process: the median over the steps of all runs, except "
+        f"{ratios(plan, measured)}\nCPU time of the process: the median over the steps of all runs, except "
         f"the first step of each size. Ratios are to a step, or a run, with images of {size} pixels. "
         "Nothing is fitted.\n"
     )
+
+
+def ratios(plan: estimate.Estimate, measured: dict[str, list[float]]) -> str:
+    """The table of `progressive`, from the seconds of steps by size, in the order of the plan's phases."""
+    medians = [statistics.median(seconds) for seconds in measured.values()]
+    rows = []
+    for phase, (name, seconds), median in zip(plan.phases, measured.items(), medians):
+        predicted, found = phase.hours / phase.full_size_hours, median / medians[-1]
+        spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+        compared = [f"{predicted:.2f}", f"{found:.2f}", f"{predicted / found - 1:+.0%}"]
+        rows.append([f"{name} px", str(phase.steps), f"{median:.3f}", spread, *compared])
+    steps = sum(phase.steps for phase in plan.phases)
+    predicted = sum(phase.hours for phase in plan.phases) / sum(p.full_size_hours for p in plan.phases)
+    found = sum(phase.steps * median for phase, median in zip(plan.phases, medians)) / (steps * medians[-1])
+    rows.append(
+        ["run", str(steps), "", "", f"{predicted:.2f}", f"{found:.2f}", f"{predicted / found - 1:+.0%}"]
+    )
+    columns = ["images", "steps", "CPU s per step", "its range", "plan's ratio", "measured ratio", "error"]
+    return table(columns, rows)
 
 
 def memory(settings: config.Config) -> dict[str, int]:
