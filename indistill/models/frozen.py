@@ -40,8 +40,11 @@ def fold(network: Network, input_size: tuple[int, int, int]) -> None:
     """Fold the batch norms of a frozen network in eval mode into the convolutions before them, in place.
 
     The outputs are the same but for rounding, and a map less is read and written for each norm. Those in
-    `network.kept_norms` stay, as does everything that is not a plain convolution and batch norm.
+    `network.kept_norms` stay, as does everything that is not a plain convolution and batch norm. A network
+    that `hold` has converted stays, too: another student that shares it has folded it.
     """
+    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters()):
+        return
     names = defaultdict(list)
     for name, module in network.net.named_modules(remove_duplicate=False):
         names[module].append(name)

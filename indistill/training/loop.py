@@ -63,6 +63,7 @@ def train(
     """
     run = Run(settings, resume, sources, callbacks)
     with run_lock.released_after():
+        run.build()
         run.begin()
         while not run.finished:
             run.step()
@@ -70,9 +71,10 @@ def train(
 
 
 class Run:
-    """One training run: `begin`, then `step` until `finished`, then `end`.
+    """One training run: `build`, `begin`, then `step` until `finished`, then `end`.
 
-    `done` is the number of completed steps. Several students of one teacher are several runs that take turns.
+    `done` is the number of completed steps. Several students of one teacher are several runs that take turns,
+    once all of them are built.
     """
 
     def __init__(
@@ -94,11 +96,11 @@ class Run:
     @property
     def finished(self) -> bool:
         if not self.begun:
-            raise RuntimeError("the run has not begun: call begin() first")
+            raise RuntimeError("the run has not begun: call build() and begin() first")
         return self.done >= self.timetable.total_steps
 
-    def begin(self) -> None:
-        """Build all parts of the run, load its newest checkpoint, and evaluate if that is still due."""
+    def build(self) -> None:
+        """Build all parts of the run and load its newest checkpoint."""
         self._open_data()
         self._build_networks()
         self._prepare()
@@ -106,6 +108,13 @@ class Run:
         self.wrapped.train()
         self.stop.open(self.settings.max_hours)
         watchdog.open(self.run_dir, self.settings.collective_timeout_minutes)
+
+    def begin(self) -> None:
+        """Convert the teacher's weights, and make the evaluation that a preemption stopped.
+
+        Every student that shares the teacher must be built: their plans are made from the teacher's weights.
+        """
+        self.targets_of.hold_weights()
         self.begun = True
         if self.scores is None:
             self.scores = self._evaluate()
@@ -295,8 +304,6 @@ class Run:
 
     def _before_step(self, phase: Phase) -> None:
         watchdog.begin_step(self.done + 1, phase.name)
-        if self.done == self.first_step:
-            self.targets_of.hold_weights()  # every student that shares the teacher has its plan by now
         for callback in self.callbacks:
             callback.on_step_begin(self, phase)
 

@@ -48,7 +48,7 @@ def train_students(
         for i, (name, settings) in enumerate(students)
     }
     for run in runs.values():
-        run.begin()
+        run.build()
     under_way = dict(runs)
     summaries = {}
     stopped = None
@@ -57,7 +57,9 @@ def train_students(
         name = min(under_way, key=lambda name: under_way[name].done)
         run = under_way[name]
         try:
-            if run.finished:
+            if not run.begun:
+                run.begin()
+            elif run.finished:
                 summaries[name] = run.end()
                 del under_way[name]
             else:

@@ -92,6 +92,17 @@ def test_a_second_fold_finds_nothing_to_do(float64):
 
 
 @pytest.mark.portable
+def test_a_fold_after_the_conversion_changes_nothing():
+    """As where a second student shares the teacher."""
+    teacher = network("resnet18")
+    frozen.fold(teacher, SIZE)
+    frozen.hold(teacher, "bf16")
+    once = copy.deepcopy(teacher.state_dict())
+    frozen.fold(teacher, SIZE)
+    assert all(torch.equal(value, once[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.portable
 def test_half_precision_is_as_near_as_it_was():
     """Folded weights are rounded to bf16 too, but the map between convolution and norm is not any more."""
     plain, folded = network("resnet18"), network("resnet18")

@@ -226,6 +226,7 @@ def test_a_finished_run_is_left_alone(tree):
 def test_a_run_ends_after_its_last_step_and_no_earlier(tree):
     """Otherwise a summary would call an unfinished run done."""
     a_run = Run(config.parse(tree | {"warmup": None, "duration": "2 steps"}, "test"))
+    a_run.build()
     a_run.begin()
     a_run.step()
     with pytest.raises(RuntimeError, match="made 1 of 2 steps"):
@@ -339,5 +340,5 @@ def test_fp16_is_refused_on_a_cpu(tree):
 def test_a_run_that_has_not_begun_says_so(settings):
     run = Run(settings)
     for use in (run.step, run.end, lambda: run.finished):
-        with pytest.raises(RuntimeError, match=r"the run has not begun: call begin\(\) first"):
+        with pytest.raises(RuntimeError, match=r"the run has not begun: call build\(\) and begin\(\) first"):
             use()

@@ -69,7 +69,9 @@ def test_the_steps_are_in_the_trace_by_phase_and_the_run_is_the_same(tree, tmp_p
     table = (run_dir / "profile" / "steps-4-6-rank-00000.txt").read_text()
     rows = [line.split() for line in table.splitlines() if "%" in line and "Self" not in line]
     assert len(rows) == 10
-    assert "aten::convolution_backward" in [row[0] for row in rows]
+    assert "aten::convolution_backward" in found
+    for row in rows:  # which are the slowest depends on the processor
+        assert any(name.startswith(row[0].removesuffix("...")) for name in found), row[0]
     shares = [float(next(cell for cell in row if cell.endswith("%"))[:-1]) for row in rows]  # of its own time
     assert shares == sorted(shares, reverse=True)
     for name in ("student.safetensors", "checkpoints/step-00000014/model.safetensors"):
