@@ -63,6 +63,11 @@ def _store(ranks: Ranks, timeout_minutes: float) -> Store:
 
     timeout = timedelta(minutes=timeout_minutes)
     store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+    # A rank that rank 0 has counted may still wait for its first answer. If rank 0 ended now, that rank would
+    # go on asking until the timeout.
+    store.set(_here(ranks.rank), "")
+    if ranks.is_main_process:
+        store.wait([_here(rank) for rank in range(ranks.world_size)], timeout)
     return store
 
 
@@ -91,6 +96,10 @@ def _release(store: Store, waiting: range) -> None:
     with contextlib.suppress(RuntimeError):  # one that is gone, or late
         store.set(_DONE, "")
         store.wait([_left(rank) for rank in waiting], timedelta(seconds=LEAVE_SECONDS))
+
+
+def _here(rank: int) -> str:
+    return f"indistill/here {rank}"
 
 
 def _left(rank: int) -> str:
