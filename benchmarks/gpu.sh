@@ -24,7 +24,7 @@ if [ "${1:-}" = --dry ]; then
     export CUDA_VISIBLE_DEVICES=
 fi
 mkdir -p "$results"
-export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1 PYTHONPATH=$PWD
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PYTHONUNBUFFERED=1 PYTHONPATH=$PWD
 site=$(mktemp -d)
 if compgen -G "${WHEELS:-.whl}/*.whl" >/dev/null; then
     python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "${WHEELS:-.whl}"/*.whl || exit 1
