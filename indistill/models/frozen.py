@@ -43,7 +43,8 @@ def fold(network: Network, input_size: tuple[int, int, int]) -> None:
     `network.kept_norms` stay, as does everything that is not a plain convolution and batch norm. A network
     that `hold` has converted stays, too: another student that shares it has folded it.
     """
-    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters()):
+    held = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters())
+    if held or not any(isinstance(module, nn.BatchNorm2d) for module in network.net.modules()):
         return
     names = defaultdict(list)
     for name, module in network.net.named_modules(remove_duplicate=False):
