@@ -452,6 +452,6 @@ class Machine(Section):
     inter_node_bytes_per_second: PositiveFloat = 40e9
     latency_seconds: Annotated[float, Field(ge=0)] = 5e-6  # Latency of each hop of a ring all-reduce.
     overlap: Probability = 0.8  # Fraction of the communication that can overlap with the backward pass.
-    # Images that a loader worker decodes per second (benchmarks/results/loader.md).
+    # Images that a loader worker decodes per second (benchmarks/results/loader_epyc.md).
     decode_images_per_second: PositiveFloat = 470.0
     read_bytes_per_second: PositiveFloat = 5e9  # Bandwidth of a node to the storage of cached targets.
