@@ -236,6 +236,8 @@ def _stacks():
 
 def _main(function: Callable, arguments: tuple, rank: int | None, world: int, port: int, stacks: str) -> None:
     faulthandler.enable(open(stacks, "a"))  # noqa: SIM115  (open as long as the process lives)
+    # Start loader workers as in a process that a user starts, instead of importing torch anew for each.
+    multiprocessing.set_start_method(None, force=True)
     if rank is not None:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
