@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peers import distillation_box, logit_task
 from report import RESULTS, heading, table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -227,19 +228,6 @@ def timm_task(job: Job, channels_last: bool = False) -> Step:
     return step
 
 
-def logit_task(
-    teacher: nn.Module, student: nn.Module, device: torch.device, *, weight: float, temperature: float
-) -> nn.Module:
-    """Return timm's task of cross-entropy and KL divergence, each with this weight."""
-    from timm.task import LogitDistillationTask
-
-    task = LogitDistillationTask(
-        student, teacher, nn.CrossEntropyLoss(), task_loss_weight=weight, distill_loss_weight=weight,
-        temperature=temperature, device=device, verbose=False,
-    ).to(device)  # fmt: skip
-    return task.train()
-
-
 def torchdistill(job: Job, channels_last: bool = False) -> Step:
     """(d) torchdistill's DistillationBox, used as in its image_classification.py and KD example."""
     sys.path += [job.peers] if job.peers else []
@@ -258,36 +246,6 @@ def torchdistill(job: Job, channels_last: bool = False) -> Step:
         return loss.detach()
 
     return step
-
-
-def distillation_box(
-    teacher: nn.Module,
-    student: nn.Module,
-    device: torch.device,
-    optimizer: dict[str, Any],
-    *,
-    weight: float,
-    temperature: float,
-) -> Any:
-    """Return torchdistill's box with its KDLoss: cross-entropy and KL divergence, each with this weight."""
-    from torchdistill.core.distillation import DistillationBox
-
-    network = {"forward_proc": "forward_batch_only", "sequential": [], "wrapper": None}
-    kd = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": "."}
-    kd |= {"teacher_module_io": "output", "temperature": temperature, "reduction": "batchmean"}
-    kd |= {"alpha": weight, "beta": weight}
-    criterion = {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"weight": 1.0}}}}
-    criterion["kwargs"]["sub_terms"]["kd"]["criterion"] = {"key": "KDLoss", "kwargs": kd}
-    settings = {
-        "num_epochs": 1,
-        "teacher": {**network, "requires_grad": False},
-        "student": {**network, "requires_grad": True},
-        "optimizer": optimizer,
-        "criterion": criterion,
-    }
-    box = DistillationBox(teacher, student, {}, settings, device, [0], False, 1)
-    box.pre_epoch_process(epoch=0)
-    return box
 
 
 # On a GPU only: the parts of a step, and possible optimisations of the loop by hand.

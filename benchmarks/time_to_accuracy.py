@@ -18,7 +18,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from string import Template
@@ -27,16 +26,14 @@ from typing import Any
 import study
 import timm
 import torch
+from peers import STEPS
 from report import RESULTS, heading, table
 from safetensors.torch import save_model
-from step import distillation_box, logit_task
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from indistill import Callback, Trainer, config
 from indistill.commands.report import page  # noqa: F401  # imported here, so that no training waits for it
 from indistill.curriculum import Phase
-from indistill.models.network import Network
 from indistill.training import loop, optim, parts
 from indistill.training import runs as _runs  # noqa: F401
 
@@ -132,7 +129,7 @@ def contest(name: str, arguments: argparse.Namespace) -> Line:
             begin = time.process_time()
             Trainer(tree).write_targets()
             return {"contestant": name, "load": load, "cpu": time.process_time() - begin}
-        if name in PEERS:
+        if name in STEPS:
             sys.path += [arguments.peers] if arguments.peers else []
             train_peer(name, Trainer(tree).settings, clock)
         else:
@@ -186,8 +183,8 @@ def train_peer(name: str, settings: config.Config, clock: Clock) -> None:
     teacher = parts.create_teacher(settings).eval()
     optimizer = optim.create(run.student, settings.optimizer, fused=True)
     rates = optim.PhaseOptim(optimizer, settings, run.timetable)
-    step = PEERS[name](teacher, run.student, optimizer)
-    phase = run.pace.curriculum.at(0)
+    step = STEPS[name](teacher, run.student, optimizer)
+    phase, sets = run.pace.curriculum.at(0), {"eval_sets": run.eval_sets, "bank": None}
     for batch in run.batches:
         clock.on_step_begin(run, phase)
         rates.begin_step(run.done, phase)
@@ -195,61 +192,8 @@ def train_peer(name: str, settings: config.Config, clock: Clock) -> None:
         run.done += 1
         clock.on_step(run, phase, None)
         if run.timetable.evaluate_at(run.done):
-            (scores,) = loop.evaluation(
-                run.accelerator,
-                settings,
-                student=run.student,
-                teacher=None,
-                eval_sets=run.eval_sets,
-                bank=None,
-            )
+            (scores,) = loop.evaluation(run.accelerator, settings, student=run.student, teacher=None, **sets)
             clock.on_evaluation(run, scores)
-
-
-Step = Callable[[Tensor, Tensor], Tensor]  # from normalised images and labels to the loss
-CPU = torch.device("cpu")
-LOSS = {"weight": 1.0, "temperature": 4.0}  # of indistill's ce and kd by default
-
-
-def timm_step(teacher: Network, student: Network, optimizer: torch.optim.Optimizer) -> Step:
-    task = logit_task(teacher.net, student.net, CPU, **LOSS)  # it normalises anew for the teacher
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        loss = task(images, labels)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-class Renormalised(nn.Module):
-    """A teacher that reads images with the student's normalisation."""
-
-    def __init__(self, teacher: Network, student: Network) -> None:
-        super().__init__()
-        self.net = teacher.net
-        self.scale, self.shift = student.std / teacher.std, (student.mean - teacher.mean) / teacher.std
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images * self.scale + self.shift)
-
-
-def torchdistill_step(teacher: Network, student: Network, optimizer: torch.optim.Optimizer) -> Step:
-    own = {"key": "AdamW", "kwargs": {"lr": 1.0}}
-    box = distillation_box(Renormalised(teacher, student), student.net, CPU, own, **LOSS)
-    box.optimizer = optimizer  # its own would let biases and norms decay
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        loss = box.forward_process(images, labels, None)
-        box.post_forward_process(loss=loss)
-        return loss.detach()
-
-    return step
-
-
-PEERS = {"timm": timm_step, "torchdistill": torchdistill_step}
 
 
 # --- the report ---------------------------------------------------------------------------------------------
@@ -316,12 +260,14 @@ def report(lines: dict[str, Line], arguments: argparse.Namespace, begin: str) ->
 
 def summary(rows: dict[str, list[dict[str, float]]]) -> str:
     """Return the table of the costs of all epochs, and of those until the two scores are reached."""
-    goals = [rows[TITLES[name]][-1]["top1"] for name in ("alone", "kd") if TITLES[name] in rows]
+    ends = {"alone's": "alone", "KD's": "kd"}
+    goals = {of: rows[TITLES[name]][-1]["top1"] for of, name in ends.items() if TITLES[name] in rows}
     columns = ["", "top-1, %", "core-hours", "TFLOP"]
-    columns += [f"{of} to {percent(goal)} %" for goal in goals for of in ("core-hours", "TFLOP")]
+    for of, goal in goals.items():
+        columns += [f"core-hours to {of} {percent(goal)} %", "TFLOP to that"]
     cells = []
     for title, points in rows.items():
-        reached = [next((p for p in points if p["top1"] >= goal), None) for goal in goals]
+        reached = [next((p for p in points if p["top1"] >= goal), None) for goal in goals.values()]
         costs = [cell for point in (points[-1], *reached) for cell in cost(point)]
         cells.append([title, percent(points[-1]["top1"]), *costs, f"{1000 * points[-1]['step']:.0f}"])
     return table([*columns, "ms per step"], cells)
@@ -345,7 +291,8 @@ Operations are counted in one step of each phase (torch.utils.flop_counter), a m
 def main() -> None:
     arguments = parse()
     sys.path += [arguments.peers] if arguments.peers else []
-    command = f"OMP_NUM_THREADS=1 python benchmarks/time_to_accuracy.py {' '.join(sys.argv[1:])}"
+    command = "OMP_NUM_THREADS=1 python benchmarks/time_to_accuracy.py --teacher FILE --data FOLDER"
+    command += f" --peers FOLDER --epochs {arguments.epochs} --views {arguments.views}"
     begin = heading("Time to a given accuracy", command, LIBRARIES)
     arguments.runs.mkdir(parents=True, exist_ok=True)
     file = arguments.runs / "lines.jsonl"
@@ -371,8 +318,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, required=True, help="the study's teacher, a safetensors file")
     parser.add_argument("--data", type=Path, required=True, help="folder of Imagenette's shards")
     parser.add_argument("--peers", help="folder in which torchdistill is installed, as for step.py")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--views", type=int, default=4, help="different views of each image, also stored")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--views", type=int, default=2, help="different views of each image, also stored")
     parser.add_argument("--runs", type=Path, help="folder of lines and runs (default: in runs/)")
     parser.add_argument("--only", nargs="+", choices=ORDER, default=ORDER, help="contestants")
     parser.add_argument(
