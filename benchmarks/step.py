@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peers import distillation_box, logit_task
 from report import RESULTS, heading, table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -215,14 +216,8 @@ def as_published(job: Job) -> Step:
 
 def timm_task(job: Job, channels_last: bool = False) -> Step:
     """(e) timm's LogitDistillationTask, used as in its train.py; by default without channels_last."""
-    from timm.task import LogitDistillationTask
-
     parts = Parts(job, channels_last=channels_last, fused=False)
-    task = LogitDistillationTask(
-        parts.student, parts.teacher, nn.CrossEntropyLoss(), task_loss_weight=0.5, temperature=TEMPERATURE,
-        device=parts.device, verbose=False,
-    ).to(parts.device)  # fmt: skip
-    task.train()
+    task = logit_task(parts.teacher, parts.student, parts.device, weight=0.5, temperature=TEMPERATURE)
 
     def step() -> Tensor:
         x, labels = parts.batch()
@@ -236,23 +231,11 @@ def timm_task(job: Job, channels_last: bool = False) -> Step:
 def torchdistill(job: Job, channels_last: bool = False) -> Step:
     """(d) torchdistill's DistillationBox, used as in its image_classification.py and KD example."""
     sys.path += [job.peers] if job.peers else []
-    from torchdistill.core.distillation import DistillationBox
-
     parts = Parts(job, channels_last=channels_last)
-    network = {"forward_proc": "forward_batch_only", "sequential": [], "wrapper": None}
-    kd = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": "."}
-    kd |= {"teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": 0.5, "reduction": "batchmean"}
-    criterion = {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"weight": 1.0}}}}
-    criterion["kwargs"]["sub_terms"]["kd"]["criterion"] = {"key": "KDLoss", "kwargs": kd}
-    settings = {
-        "num_epochs": 1,
-        "teacher": {**network, "requires_grad": False},
-        "student": {**network, "requires_grad": True},
-        "optimizer": {"key": "SGD", "kwargs": {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4}},
-        "criterion": criterion,
-    }
-    box = DistillationBox(parts.teacher, parts.student, {}, settings, parts.device, [0], False, 1)
-    box.pre_epoch_process(epoch=0)
+    optimizer = {"key": "SGD", "kwargs": {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4}}
+    box = distillation_box(
+        parts.teacher, parts.student, parts.device, optimizer, weight=0.5, temperature=TEMPERATURE
+    )
 
     def step() -> Tensor:
         x, labels = parts.batch()
