@@ -2,7 +2,8 @@
 # All that is worth doing on one GPU, in one call of under 8 minutes: correctness first, then figures.
 #
 #   bash benchmarks/gpu.sh                # from the repository's root, with torch >= 2.6, timm and accelerate there
-#   bash benchmarks/gpu.sh --dry          # the same commands on the CPU: tests are only collected, steps have one image, and no time limit
+#   bash benchmarks/gpu.sh --dry          # the same on the CPU, without time limits: tests are only collected, steps have
+#                                         # one image
 #
 # Wheels that the machine lacks are taken from $WHEELS (.whl), if there are any; on a machine with a network, before:
 #   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
