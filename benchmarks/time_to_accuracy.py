@@ -44,14 +44,15 @@ TITLES = {
     "alone": "student alone",
     "kd": "KD, live teacher",
     "stored": "KD, stored targets",
-    "indistill": "InDistill + KD",
+    "indistill": "InDistill + KD, sequential",
+    "all_at_once": "InDistill + KD, all pairs at once",
     "students": "three students at once, each",
     "timm": "timm, KD",
     "torchdistill": "torchdistill, KD",
 }
-ORDER = ("alone", "kd", "targets", "stored", "timm", "torchdistill", "indistill", "students")
+ORDER = ("alone", "kd", "targets", "stored", "timm", "torchdistill", "indistill", "all_at_once", "students")
 SAME = ("stored", "students", "timm", "torchdistill")  # these must compute what `kd` computes
-METHODS = {"alone": "alone", "indistill": "kd_warmup"}  # of the study; of all others `kd`
+METHODS = {"alone": "alone", "indistill": "kd_warmup", "all_at_once": "kd_all_at_once"}  # others: `kd`
 STUDENTS = 3
 FIRST = 10  # steps whose losses are compared
 CLOSE, DRIFT = 1e-4, 1e-2  # relative difference allowed in the first step, and in the first ten
