@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def heading(title: str, command: str, libraries: Sequence[str]) -> str:
-    """Return title, command, date, machine and versions as Markdown. The paths of this machine are left out."""
+    """Return title, command, date, machine and versions as Markdown. Paths of this machine are left out."""
     command = " ".join("FOLDER" if os.path.isabs(word) else word for word in command.split())
     load = " ".join(f"{minutes:.1f}" for minutes in os.getloadavg())
     device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
