@@ -146,6 +146,11 @@ class Run:
     def base(self) -> Path:
         return self.path.parent / self.study.config
 
+    @property
+    def reads_targets(self) -> bool:
+        targets = config.read(self.base, self.templates()).get("targets") or {}
+        return targets.get("source") == "cached"
+
     def templates(self) -> list[str]:
         """Return the overrides before $data and so on are replaced; they are the same on every machine."""
         own = {**self.study.methods, **self.study.prepare, "targets": self.study.targets}[self.method]
@@ -254,8 +259,9 @@ def main(argv: list[str] | None = None) -> int:
         finished = known(results, [*prepared, *runs])
         due = [run for run in runs if run.key not in finished]
         check([*prepared, *due] if due else [])
-        longest = sorted(due, key=lambda run: run.epochs) if study.targets else []
-        targets = {run.seed: replace(run, method="targets") for run in longest}
+        live = [run for run in due if not run.reads_targets]
+        stored = [run for run in due if run.reads_targets]
+        longest = {run.seed: run for run in sorted(stored, key=lambda run: run.epochs)}
 
         def keep(line: Line) -> None:
             if (line["method"], line["seed"], line["epochs"], line["rate"]) not in finished:
@@ -264,11 +270,10 @@ def main(argv: list[str] | None = None) -> int:
 
         for run in prepared if due else ():  # each may read the one before it
             carry_out([run], train, 1, keep)
-        if study.targets is None:
-            carry_out(due, train, arguments.jobs, keep)
-        for seed, run in targets.items():  # all methods of a seed before the targets of the next
-            carry_out([run], store_targets, 1)
-            carry_out([run for run in due if run.seed == seed], train, arguments.jobs, keep)
+        carry_out(live, train, arguments.jobs, keep)
+        for seed, run in longest.items():  # all methods of a seed before the targets of the next
+            carry_out([replace(run, method="targets")], store_targets, 1)
+            carry_out([run for run in stored if run.seed == seed], train, arguments.jobs, keep)
         print(f"\n{write(study, results, prepared, runs)}\nWritten to {results.with_suffix('.md')}")
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)
