@@ -143,7 +143,9 @@ def _decode_with_pillow(image: bytes, where: str, max_pixels: int) -> Image.Imag
         _check_scans(image, opened.size, where)
         orientation = _orientation(opened)
         if opened.mode.startswith("I"):  # 16-bit grey: Pillow would clip values above 255, not scale them
-            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+            opened = Image.fromarray(_upper_bytes(np.asarray(opened)))
+        if opened.mode == "F":  # nothing says which value is white
+            raise ValueError("its pixels are floating-point numbers: write it with 8 or 16 bits")
         opened = opened.convert("RGB")
         if orientation in _TRANSPOSITIONS:
             opened = opened.transpose(_TRANSPOSITIONS[orientation])
@@ -154,6 +156,15 @@ def _decode_with_pillow(image: bytes, where: str, max_pixels: int) -> Image.Imag
         raise BadImage(f"{where}: not a readable image: none of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's readers raise all kinds of errors for damaged files
         raise BadImage(f"{where}: not a readable image: {in_one_line(error)}") from None
+
+
+def _upper_bytes(grey: np.ndarray) -> np.ndarray:
+    """16-bit pixels [H, W], perhaps stored in 32 bits, as uint8. Raises ValueError for other values."""
+    if grey.min() < 0 or grey.max() > 0xFFFF:
+        raise ValueError(
+            f"its pixels are integers from {grey.min()} to {grey.max()}: write it with 8 or 16 bits"
+        )
+    return (grey >> 8).astype(np.uint8)
 
 
 def _orientation(opened: Image.Image) -> int:

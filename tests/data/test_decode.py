@@ -212,6 +212,21 @@ def test_16_bit_grey_keeps_its_range(without_simplejpeg):
         assert np.array_equal(decode.decode(encoded(grey16(), kind), "here"), expected)
 
 
+@pytest.mark.parametrize("kind", ["int32", "float32"])
+def test_grey_of_32_bits_is_read_only_if_it_fits_16(kind):
+    grey = np.array([[0, 255 << 8], [65535, 256]], kind)
+    content = encoded(Image.fromarray(grey), "TIFF")
+    if kind == "int32":
+        assert decode.decode(content, "here")[..., 0].tolist() == [[0, 255], [255, 1]]
+        for value in (-1, 65536):
+            bad = encoded(Image.fromarray(np.where(grey == 256, value, grey).astype(kind)), "TIFF")
+            with pytest.raises(decode.BadImage, match=f"here: .*integers from .*{value}"):
+                decode.decode(bad, "here")
+    else:
+        with pytest.raises(decode.BadImage, match=r"here: .*floating-point numbers"):
+            decode.decode(content, "here")
+
+
 # --- orientation --------------------------------------------------------------------------------------------
 
 
