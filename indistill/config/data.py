@@ -312,6 +312,11 @@ class Data(Section):
             raise ValueError("in_memory does not work with access: stream: remove one of them")
         if self.access == "stream" and self.repeats > 1:
             raise ValueError("repeats does not work with access: stream: remove one of them")
+        if self.access == "stream" and self.epoch_samples and self.epoch_samples < self.global_batch:
+            raise ValueError(
+                f"epoch_samples ({self.epoch_samples}) is below global_batch ({self.global_batch}), so an "
+                "epoch has no step: raise epoch_samples, or lower global_batch"
+            )
         return self
 
     @model_validator(mode="after")

@@ -290,6 +290,10 @@ def test_files_that_are_no_configs(tmp_path):
             ["data.repeats=3", "data.access=stream", "data.epoch_samples=9", "data.in_memory=false"],
             "data: repeats does not work with access: stream: remove one of them",
         ),
+        (
+            ["data.access=stream", "data.epoch_samples=1", "data.in_memory=false"],
+            "data: epoch_samples (1) is below global_batch",
+        ),
         (["kd.losses=[{name: dkd}]", "kd.mix={mixup: 0.2}"], "kd.losses: dkd reads the class of each sample"),
         (
             ["stage=heads", "warmup=null", "kd.losses=[{name: ce}]"],
