@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -18,22 +19,39 @@ from typing import Any
 
 from indistill.config import UserError, in_one_line, limits
 
+_SAFE = "/:?#[]@!$&'()*+,;=~%"  # what may be in a path and a query as it is
 _SCHEMES = ("http://", "https://")
 
 
 def open_http(url: str, timeout: float) -> http.client.HTTPResponse:
-    """Open a URL for reading. Raises OSError, or UserError for an address with a user name.
+    """Open a URL for reading. Raises OSError, or UserError for an address with a user name and for no URL.
+
+    Spaces and characters that are not ASCII are percent-encoded; what is encoded already stays.
 
     timeout: seconds to wait for a connection and for each byte.
     """
     if "@" in urllib.parse.urlsplit(url).netloc:
         raise UserError(f"{url}: an address with a user name or password is not supported: use a signed URL")
-    with _as_os_error():
-        response = urllib.request.build_opener(_Http, _Https, _Redirects).open(url, timeout=timeout)
+    opener = urllib.request.build_opener(_Http, _Https, _Redirects)
+    try:
+        with _as_os_error():
+            response = opener.open(_encoded(url), timeout=timeout)
+    except http.client.InvalidURL as error:
+        raise UserError(f"{url}: is not a valid URL ({in_one_line(error)}): correct it") from None
     if response.status != 200:
         with response:
             raise OSError(f"HTTP status {response.status} instead of 200")
     return response
+
+
+def _encoded(url: str) -> str:
+    """The URL with its path and query percent-encoded where they are not yet."""
+    parts = urllib.parse.urlsplit(url)
+    path, query = (
+        urllib.parse.quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", part), safe=_SAFE)
+        for part in (parts.path, parts.query)
+    )
+    return parts._replace(path=path, query=query).geturl()
 
 
 @contextlib.contextmanager
@@ -41,6 +59,8 @@ def _as_os_error() -> Iterator[None]:
     """Raise OSError for an answer that is not HTTP or breaks off; `http.client` has errors of its own."""
     try:
         yield
+    except http.client.InvalidURL:  # another attempt would not help
+        raise
     except http.client.HTTPException as error:
         raise OSError(in_one_line(error, with_type=True)) from None
 

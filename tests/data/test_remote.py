@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -44,7 +45,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        server, name = self.server, self.path.split("?")[0].strip("/")
+        server, name = self.server, urllib.parse.unquote(self.path.split("?")[0].strip("/"))
         server.served.append(name)
         fault = server.faults.pop(0) if server.faults and name.endswith(".tar") else ""
         file = server.directory / name
@@ -378,6 +379,18 @@ def test_a_missing_shard_is_not_asked_for_again(server, tmp_path):
     assert len(server.served) == 4 + 1
     with pytest.raises(UserError, match=r"x-9\.tar: cannot be fetched: .*404"):
         ShardSet(f"{server.url}/x-9.tar", cache_dir=str(tmp_path / "cache"))
+
+
+def test_names_are_percent_encoded_once(server, tmp_path):
+    """A URL with spaces and other letters, and one that is encoded already."""
+    packed = samples(3)
+    pack(packed, server.directory, "\u00e4 b", 3)
+    for name in ("\u00e4 b-000000.tar", "%C3%A4%20b-000000.tar"):
+        data = ShardSet(f"{server.url}/{name}", cache_dir=str(tmp_path / name))
+        assert len(data) == 3
+        assert data.read(0).image
+    with pytest.raises(UserError, match=r"is not a valid URL"):
+        ShardSet("http://127.0.0.1:port/x.tar", cache_dir=str(tmp_path / "cache"))
 
 
 def test_a_remote_shard_that_does_not_fit_its_index_is_found(server, tmp_path):
