@@ -28,6 +28,7 @@ from indistill.data import encodings, remote
 from indistill.data.braces import expand_braces
 from indistill.data.folders import class_folders
 from indistill.data.samples import MOST_SHOWN, shown
+from indistill.data.urls import without_file
 from indistill.data.wildcards import expand_wildcards
 
 log = logging.getLogger(__name__)
@@ -191,9 +192,9 @@ def _folders(url: str, root: str | None) -> Iterator[str]:
     except UserError:  # shards.expand raises it, too
         return
     for path in expanded:
-        path = path.removeprefix("file://")
+        path = without_file(path)
         if not remote.is_remote(path):
-            path = os.path.join(root or "", path)
+            path = os.path.join(without_file(root or ""), path)
         if path.startswith("pipe:"):
             continue
         if remote.is_remote(path):

@@ -31,7 +31,7 @@ from indistill.data.mapped import SUFFIX, Source, fingerprint_of, shared_indices
 from indistill.data.remote import CACHE_BYTES, base_name, cache_for, changed, is_remote, open_shard
 from indistill.data.samples import CLS, compressed, samples_of, tar_of
 from indistill.data.tar import BLOCK
-from indistill.data.urls import check_url
+from indistill.data.urls import check_url, without_file
 from indistill.data.wildcards import expand_wildcards
 
 OPEN_SHARDS = 256  # local shards kept open per process, well below the usual limit of 1,024 descriptors
@@ -279,13 +279,14 @@ def expand(urls: str | Sequence[str], root: str | None = None) -> list[str]:
     Raises UserError for a pattern without shards, a shard listed twice and a URL that may not be opened.
     """
     paths: list[str] = []
+    root = without_file(root or "")
     for url in [urls] if isinstance(urls, str) else urls:
         for path in expand_braces(url):
-            if "://" in path and "*" in path:
+            if "://" in without_file(path) and "*" in path:
                 raise UserError(
                     f"{path}: * is for local files; list remote shards with braces, as {{000000..000127}}"
                 )
-            for shard in _matches(path.removeprefix("file://"), root):
+            for shard in _matches(without_file(path), root):
                 if shard.startswith("pipe:") and shard != path:
                     raise UserError(f"{path}: leads to {shard}, which would run a command: correct the path")
                 check_url(shard)
@@ -300,15 +301,15 @@ def expand(urls: str | Sequence[str], root: str | None = None) -> list[str]:
     return paths
 
 
-def _matches(pattern: str, root: str | None) -> list[str]:
+def _matches(pattern: str, root: str) -> list[str]:
     """The shards that a path or pattern without braces names; a URL or command is returned as it is."""
-    path = pattern if is_remote(pattern) else os.path.join(root or "", pattern)
+    path = pattern if is_remote(pattern) else os.path.join(root, pattern)
     if is_remote(path) or os.path.isfile(path):
         return [path]
     not_shards = (".json", ".lock", ".part", SUFFIX)  # indices and other files beside shards
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder: name the shards in it, as {os.path.join(path, '*.tar')}")
-    matches = expand_wildcards(os.path.join(glob.escape(root or ""), pattern))
+    matches = expand_wildcards(os.path.join(glob.escape(root), pattern))
     if not matches:  # brackets may belong to the name of a folder
         matches = expand_wildcards(path.replace("[", "[[]"))
     shards = [match for match in matches if not match.endswith(not_shards) and os.path.isfile(match)]

@@ -18,6 +18,11 @@ def is_remote(path: str) -> bool:
     return "://" in path or path.startswith("pipe:")
 
 
+def without_file(path: str) -> str:
+    """A path without `file://`: such a URL names a local file, and is read like one."""
+    return path.removeprefix("file://")
+
+
 def check_url(url: str) -> None:
     """Raise UserError if this URL may not be opened; local paths pass.
 

@@ -78,6 +78,7 @@ def test_paths_expand_in_order(tmp_path):
     pack(samples(30), tmp_path, "x", samples_per_shard=3)
     data = ShardSet(["x-{000003..000001}.tar", "x-00000[5-6].tar"], root=str(tmp_path))
     assert [os.path.basename(path) for path in data.paths] == [f"x-{i:06d}.tar" for i in (3, 2, 1, 5, 6)]
+    assert len(ShardSet(f"file://{tmp_path}/*")) == len(ShardSet("*", root=f"file://{tmp_path}")) == 30
     assert len(ShardSet("*", root=str(tmp_path))) == 30  # indices beside the shards are no shards
     for urls, message in (
         ("x-{1..2}.tar", r"x-1\.tar: no such shard"),

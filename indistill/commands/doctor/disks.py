@@ -12,6 +12,7 @@ from indistill.commands.plan.memory import state_bytes
 from indistill.config import UserError
 from indistill.config.run_dir import has_begun
 from indistill.data import remote
+from indistill.data.urls import without_file
 from indistill.training import optim, parts
 from indistill.training.mirror.fetch import check_mirror
 
@@ -65,7 +66,7 @@ def cache_dir(here: Here) -> Said:
         have = sum(file.stat().st_size for file in files)
         what = f"{folder}: can be written, {size_text(free)} free"
         urls = [section.train] if isinstance(section.train, str) else section.train
-        if not any(remote.is_remote(os.path.join(section.root or "", url)) for url in urls):
+        if not any(remote.is_remote(without_file(os.path.join(section.root or "", url))) for url in urls):
             yield OK, what
             continue
         what += f" and {size_text(have)} of shards, of {size_text(section.cache_bytes)} (data.cache_bytes)"
