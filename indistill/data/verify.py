@@ -64,7 +64,7 @@ class Content(NamedTuple):
         if self.images > labelled:
             line += (
                 "\nlosses that read labels refuse images without one; data.num_classes: 0 trains without "
-                f"labels; else {LABEL_REMEDY}"
+                f"labels; else {LABEL_REMEDY}, or name in data.label the text or JSON that has it"
             )
         return line
 
