@@ -102,7 +102,7 @@ def _add_reading(parser: usage.Parser) -> None:
         "--unlabelled",
         action="store_true",
         help="pack all images below a folder, whose folders are no classes, or of Parquet files, without "
-        "labels",
+        "labels; with --label, also images of shards that have none",
     )
     parser.add_argument(
         "--label",

@@ -27,9 +27,10 @@ from indistill.data.decode import BadImage, decode
 from indistill.data.index import build_index, load_index
 from indistill.data.labels import Classes
 from indistill.data.lists import label_in
-from indistill.data.samples import IMAGE_EXTENSIONS, shown
+from indistill.data.samples import IMAGE_EXTENSIONS, extension_of, shown
 from indistill.data.shards import ShardSet
 from indistill.data.tar import BLOCK
+from indistill.data.urls import is_remote
 from indistill.data.verify import parallel
 
 _PREFIX = re.compile(r"[^/\\{}:.~][^/\\{}:]{0,199}")  # with the rest of a part's name at most 255 characters
@@ -328,10 +329,9 @@ def _read_files(items: list[tuple[str, str, int]]) -> Iterator[_Read]:
 def _read_shards(
     shards: ShardSet, begin: int, *, end: int, numbered: bool, relabel: dict[int, int]
 ) -> Iterator[_Read]:
-    extensions = {b"\x89PNG": "png", b"RIFF": "webp"}  # by the first bytes
     for number, (key, image, label) in enumerate(shards.iterate(begin, end), begin):
         key = f"{key}_{number:08d}" if numbered else key
-        sample = key, image, extensions.get(image[:4], "jpg"), relabel.get(label, label)
+        sample = key, image, extension_of(image), relabel.get(label, label)
         yield shards.where(number), sample
 
 
@@ -343,6 +343,8 @@ def _find_source(
     is_list = isinstance(source, str) and lists.is_list(source)
     files = (_tables_in(Path(str(source)), reading.take) if is_folder and not is_list else []) or source
     is_table = tables.is_table(files)
+    if is_list and is_remote(str(source)):
+        raise UserError(f"{source}: a list is read from a local file: fetch it, and name the copy")
     _check_reading(source, reading, is_list=is_list, is_table=is_table, is_folder=is_folder)
     if is_table:
         return _find_rows(files, reading, cache_dir)
@@ -353,7 +355,9 @@ def _find_source(
         return _list_files(*lists.read(Path(str(source)), reading.classes, walk, reading.encoding), seed)
     if is_folder:
         folder = Path(str(source))
-        tars = [] if reading.unlabelled else _tars_in(folder, reading.take)
+        tars = [] if reading.unlabelled and reading.label is None else _tars_in(folder, reading.take)
+        if not tars and reading.label is not None:
+            raise UserError(f"{source}: contains no tars: leave out --label")
         if not tars:
             return _list_files(*_read_folder(folder, reading), seed)
         # With the folder in front even if it is ".": a file may be named like a command, `pipe:x.tar`.
@@ -371,7 +375,7 @@ def _check_reading(
         raise UserError(f"{source}: is no Parquet file: leave out --image-column and --label-column")
     if reading.label is not None and (is_list or is_table):
         raise UserError(f"{source}: is no tar: leave out --label")
-    if reading.unlabelled and (is_list or not (is_table or is_folder)):
+    if reading.unlabelled and (is_list or not (is_table or is_folder or reading.label is not None)):
         raise UserError(
             f"{source}: is no folder of images and no Parquet file: leave out --unlabelled; images of shards "
             "without .cls, and of lists without labels, have none without it"
@@ -387,6 +391,12 @@ def _find_rows(files: str | Sequence[str], reading: Reading, cache_dir: str | No
 def _find_shards(source: str | Sequence[str], reading: Reading, cache_dir: str | None) -> _Shards:
     how = None if reading.label is None else Classes(reading.label, num_classes=0)
     shards = ShardSet(source, cache_dir=cache_dir, rewrite_keys=True, labels=how)
+    if how is not None and not reading.unlabelled:
+        for sample_id in np.flatnonzero(shards.labels < 0)[:1]:
+            raise UserError(
+                f"{shards.where(sample_id)}: has no {how.missing}: correct --label, or set --unlabelled to "
+                "pack images that lack it without labels"
+            )
     if rewritten := list(itertools.chain.from_iterable(shards.rewritten)):
         folders.note(
             f"{shards.paths[0]}: images and labels with several dots in their names, which are packed with _ "

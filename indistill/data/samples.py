@@ -18,7 +18,17 @@ from indistill.data.remote import base_name
 from indistill.data.tar import Tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_BEGINNINGS = {b"\x89PNG": "png", b"RIFF": "webp"}  # of files
 MOST_SHOWN = 5  # names in a message
+
+
+def extension_of(image: bytes) -> str:
+    """The extension of an image in a shard, by its first bytes.
+
+    Other types than those of IMAGE_EXTENSIONS are called jpg: readers find an image by its extension, and
+    `decode` goes by the content.
+    """
+    return _BEGINNINGS.get(image[:4], "jpg")
 
 
 # --- labels -------------------------------------------------------------------------------------------------

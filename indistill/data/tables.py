@@ -21,7 +21,7 @@ from indistill.data import shards
 from indistill.data.class_names import in_order
 from indistill.data.lists import label_in
 from indistill.data.remote import ShardCache, base_name, cache_for
-from indistill.data.samples import shown
+from indistill.data.samples import extension_of, shown
 
 _HUB = "hf://datasets/"
 _LABELS = ("label", "labels", "cls", "class", "target")  # usual names of the column
@@ -347,5 +347,4 @@ def _sample(
             "remove it"
         )
     stem = re.sub(r"[^\w-]+", "_", Path(name or "").stem, flags=re.ASCII)[:100]
-    extensions = {b"\x89PNG": "png", b"RIFF": "webp"}  # by the first bytes
-    return f"{row:08d}_{stem}".rstrip("_"), image, extensions.get(image[:4], "jpg"), label
+    return f"{row:08d}_{stem}".rstrip("_"), image, extension_of(image), label

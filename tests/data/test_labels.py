@@ -370,7 +370,10 @@ def test_packing_writes_labels_of_others_as_numbers(tmp_path, capsys):
     """Names by a list, and numbers; without the option, labels in JSON are no labels, as ever."""
     path = of_members(tmp_path, "json", [img2dataset("cat"), img2dataset("ant"), img2dataset(None)])
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
-    packed = {"named": ["--label", "json:label", "--classes", str(tmp_path / "names.txt")], "bare": []}
+    packed = {
+        "named": ["--label", "json:label", "--classes", str(tmp_path / "names.txt"), "--unlabelled"],
+        "bare": [],
+    }
     expected = {"named": ([2, 0, -1], NAMES), "bare": ([-1] * 3, None)}
     for name, options in packed.items():
         main(["shards", "pack", str(path), str(tmp_path / name), "--workers", "1", *options])
@@ -382,6 +385,16 @@ def test_packing_writes_labels_of_others_as_numbers(tmp_path, capsys):
     main(["shards", "pack", str(numbers), str(tmp_path / "numbers"), "--workers", "1", "--label", "txt"])
     assert ShardSet(str(tmp_path / "numbers" / "*.tar")).labels.tolist() == [7, 0]
     capsys.readouterr()
+    path = of_members(tmp_path, "json", [img2dataset(1), img2dataset(None)])
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(picture(0))
+    for source, label, message in (
+        (path, "json:label", "sample 00001: has no json with the key 'label'"),
+        (path, "json:typo", "sample 00000: has no json with the key 'typo': correct --label, or set"),
+        (tmp_path / "photos", "txt", "photos: contains no tars: leave out --label"),
+    ):
+        line = refused(capsys, "shards", "pack", str(source), str(tmp_path / "no"), "--label", label)
+        assert message in line
     for label, message in (
         ("json", "write json:FIELD, txt or cls"),
         ("txt:a", "write json:FIELD, txt or cls"),
