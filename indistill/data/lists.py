@@ -183,8 +183,10 @@ def _csv_rows(file: Path, encoding: str | None, found: _Images | None) -> Iterat
             begin = list(itertools.islice(all_lines, 2))
             alone = _are_paths([line.strip() for line in begin], file.parent, found)
             delimiter = _NO_DELIMITER if alone else _delimiter(begin)
-            reader = csv.reader(itertools.chain(begin, all_lines), delimiter=delimiter)
+            reader = csv.reader(itertools.chain(begin, all_lines), delimiter=delimiter, strict=True)
             for row in reader:
+                if any("\n" in cell or "\r" in cell for cell in row):  # of a quote that is not closed
+                    raise csv.Error("a quote begins here and ends on a later line")
                 number = reader.line_num
                 if any(cell.strip() for cell in row):
                     yield number, row

@@ -282,3 +282,17 @@ def test_a_column_of_labels_has_one_on_each_line(tmp_path, begin, end):
         list_.write_bytes((begin + end.join([lines[0], wrong, *lines[2:], ""])).encode())
         with pytest.raises(UserError, match=rf"line 2: '{wrong}' is not one class number or WordNet id"):
             pack(tmp_path, list_, **options)
+
+
+# --- quotes -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text", ['a.png,"cat\nb.png,dog\n', 'a.png,"cat\nb.png,"dog\n', 'a.png,"c\nd"\n'])
+def test_a_quote_that_does_not_end_on_its_line_is_named(tmp_path, text):
+    images(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "list.csv").write_text(f"c.png,cat\n{text}")
+    with pytest.raises(UserError, match=r"list\.csv: line 2: .*: correct the line"):
+        pack(tmp_path, tmp_path / "list.csv")
+
+
+def test_a_list_is_a_local_file(tmp_path):
+    with pytest.raises(UserError, match=r"http://host/list\.csv: a list is read from a local file"):
+        pack(tmp_path, "http://host/list.csv")
