@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 # If this is set, each of the tests' many processes compiles torch and timm again, for most of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test fuzz test-floors test-portable docs docs-test test-slurm test-netns lint soak reproduce clean
+.PHONY: setup demo test fuzz test-slow test-floors test-portable docs docs-test test-slurm test-netns lint soak reproduce clean
 setup: $(DEV)
 
 $(READY): pyproject.toml constraints.txt
@@ -42,6 +42,10 @@ demo: $(READY)
 # Four processes also on two cores: the tests wait for half of the time. Each takes more than 1 GB.
 test: $(DEV) lint
 	@$(RUN) -m pytest --numprocesses 4 --dist worksteal
+
+# Run the variants of tests that `make test` leaves out.
+test-slow: $(DEV)
+	@$(RUN) -m pytest -m slow --numprocesses 4 --dist worksteal
 
 # Feed each parser mutated input for FUZZ_SECONDS. `make test` runs a few dozen inputs of each.
 FUZZ_SECONDS ?= 60

@@ -176,7 +176,17 @@ def make_steps(tree: dict[str, Any], tmp_path: Path, name: str) -> None:
                 assert (what, value.device, value.shape) == (what, CUDA, torch.Size())
 
 
-@pytest.mark.parametrize("name", RUNS)
+# Of the built-in losses, at least one of each kind stays: logits, embeddings, maps, tokens, a memory bank.
+QUICK = {"ce", "kd", "rkd", "pkt", "crd", "at", "feature", "token"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in {*plugins.built_in()} - QUICK else ())
+        for name in RUNS
+    ],
+)
 def test_a_step_stays_on_the_device_and_reads_nothing(tree, tmp_path, name):
     run_ranks(make_steps, None, tree, tmp_path, name)
 

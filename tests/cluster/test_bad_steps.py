@@ -215,7 +215,7 @@ def short_tree(tree):
         ("gradient", 1, 0, "bf16", 2),
         ("image", 2, 0, "no", 1),
         ("loss", 2, 1, "bf16", 2),
-        ("loss", 1, 0, "no", 1),
+        pytest.param("loss", 1, 0, "no", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_bad_step_leaves_no_trace(short_tree, tmp_path, kind, world, rank, precision, accumulation):
@@ -288,7 +288,10 @@ def test_too_many_in_a_row_stop_the_run(short_tree, tmp_path):
     importlib.util.find_spec("deepspeed") is None or importlib.util.find_spec("transformers") is None,
     reason="needs deepspeed and transformers: pip install deepspeed transformers",
 )
-@pytest.mark.parametrize(("stage", "kind", "accumulation"), [(2, "loss", 2), (3, "loss", 2), (2, "image", 1)])
+@pytest.mark.parametrize(
+    ("stage", "kind", "accumulation"),
+    [pytest.param(2, "loss", 2, marks=pytest.mark.slow), (3, "loss", 2), (2, "image", 1)],
+)
 def test_under_zero(short_tree, tmp_path, stage, kind, accumulation):
     """Check the states that run_broken records on each rank, and compare the losses with DDP."""
     short_tree["grad_accumulation"] = accumulation

@@ -57,7 +57,7 @@ def test_two_ranks_train_the_same_and_resume_without_it(recipe, tmp_path):
     assert_same(recipe, plain)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_trains_the_same(recipe, tmp_path, stage):
     path = tmp_path / "zero.json"
     section = {"stage": stage}
@@ -71,6 +71,7 @@ def test_zero_trains_the_same(recipe, tmp_path, stage):
     assert_same(recipe, plain)
 
 
+@pytest.mark.slow
 def test_compiled_by_eager_it_is_the_same(recipe, tmp_path):
     """Without dropout, whose masks a compiled graph draws in another order."""
     recipe["student"]["kwargs"] = {}

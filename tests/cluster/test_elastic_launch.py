@@ -168,6 +168,7 @@ def test_the_rest_go_on_without_a_lost_node_and_take_it_back(elastic_tree, tmp_p
     check_as_uninterrupted(elastic_tree, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_node_that_waits_takes_the_place_of_one_that_is_lost(elastic_tree, tmp_path):
     config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
     config.write_text(json.dumps(elastic_tree))

@@ -115,7 +115,9 @@ def plainly(function: Callable, *arguments: Any) -> None:
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize(("size", "precision"), [(1, "no"), (2, "no"), (1, "bf16")])
+@pytest.mark.parametrize(
+    ("size", "precision"), [pytest.param(1, "no", marks=pytest.mark.slow), (2, "no"), (1, "bf16")]
+)
 def test_each_student_is_what_it_would_be_alone(path, tmp_path, size, precision):
     """On 2 groups of `size` ranks. The last bits of a convolution depend on the size of its batch."""
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"mixed_precision": precision}))

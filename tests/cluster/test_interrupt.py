@@ -95,7 +95,11 @@ def train(path: Path, run_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "world", "to_group", "students"),
-    [([], 1, True, None), (TORCHRUN, 2, True, "disjoint"), (ACCELERATE, 2, False, "equal")],
+    [
+        ([], 1, True, None),
+        (TORCHRUN, 2, True, "disjoint"),
+        pytest.param(ACCELERATE, 2, False, "equal", marks=pytest.mark.slow),
+    ],
     ids=["alone", "torchrun", "accelerate"],
 )
 def test_ctrl_c_leaves_a_checkpoint(tree, tmp_path, launcher, world, to_group, students):

@@ -139,7 +139,12 @@ def test_two_ranks_do_the_run_of_a_search_for_unused_parameters(tree, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("world", "warmup"), [(2, {"durations": ["3 steps"] * 3}), (4, {"durations": ["3 steps"] * 3}), (4, None)]
+    ("world", "warmup"),
+    [
+        pytest.param(2, {"durations": ["3 steps"] * 3}, marks=pytest.mark.slow),
+        (4, {"durations": ["3 steps"] * 3}),
+        (4, None),
+    ],
 )
 def test_a_run_goes_on_in_every_phase(tree, tmp_path, world, warmup):
     """Ranks that stop in each phase, and between two of them, have the losses of ranks that do not."""

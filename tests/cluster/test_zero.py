@@ -126,7 +126,7 @@ def of_ddp() -> dict[str, Any]:
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_zero_trains_as_ddp_does_and_resumes_exactly(zero_tree, tmp_path, of_ddp, stage):
     if "losses" not in of_ddp:
         run_ranks(run_contiguous, 2, zero_tree)
@@ -192,7 +192,7 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_elastic(tree, tmp_path, of_ddp, stage):
     """A run that goes from two processes to one to two has the losses of a run on two."""
     use_vits(tree)

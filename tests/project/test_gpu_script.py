@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 GPU = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.sh"
 
 
+@pytest.mark.slow
 def test_the_whole_script_runs_dry(tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for python3
     environment = {**os.environ, "PATH": path, "OUT": str(tmp_path), "TMPDIR": str(tmp_path)}

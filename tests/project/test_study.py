@@ -404,7 +404,13 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "path",
     # Those that are left out are as imagenette_cnn and cifar10_heads, with other networks.
-    [path for path in STUDIES if path.stem not in ("imagenette_vit", "tinyimagenet_heads")],
+    [
+        pytest.param(
+            path, marks=() if path.stem in ("cifar10_retrieval", "cifar10_heads") else pytest.mark.slow
+        )
+        for path in STUDIES
+        if path.stem not in ("imagenette_vit", "tinyimagenet_heads")
+    ],
     ids=lambda path: path.stem,
 )
 def test_the_quick_version_of_a_study(path, folders, tmp_path):

@@ -79,7 +79,9 @@ def assert_same_runs(run_dir: Path, alone: Path) -> None:
         assert first["metrics"] == second["metrics"]
 
 
-@pytest.mark.parametrize(("world", "precision"), [(None, "no"), (None, "bf16"), (2, "no")])
+@pytest.mark.parametrize(
+    ("world", "precision"), [pytest.param(None, "no", marks=pytest.mark.slow), (None, "bf16"), (2, "no")]
+)
 def test_each_student_is_what_it_would_be_alone(students_tree, tmp_path, world, precision):
     students_tree["mixed_precision"] = precision
     path = write(tmp_path, students_tree)
