@@ -43,7 +43,7 @@ demo: $(READY)
 test: $(DEV) lint
 	@$(RUN) -m pytest --numprocesses 4 --dist worksteal
 
-# Run the variants of tests that `make test` leaves out.
+# Run the long tests that `make test` leaves out; most are variants of others.
 test-slow: $(DEV)
 	@$(RUN) -m pytest -m slow --numprocesses 4 --dist worksteal
 
