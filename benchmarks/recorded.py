@@ -67,7 +67,7 @@ def tree(
         },
         "teacher": {"name": "resnet34", "random": True},
         "student": {"name": "resnet18", "kwargs": {"channels": [32, 64, 128, 256]}},
-        "warmup": {"durations": [f"{steps} steps"] * 4},
+        "warmup": {"curriculum": "sequential", "durations": [f"{steps} steps"] * 4},
         "kd": {"losses": [{"name": "ce"}, {"name": "kd"}, {"name": "pkt"}]},
         "optimizer": {"name": "momentum", "lr": 0.001},
         "checkpoint": {"every_steps": None},

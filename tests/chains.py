@@ -31,7 +31,7 @@ def chain_of(tree: dict[str, Any]) -> dict[str, Any]:
             "duration": "7 steps",
             "teacher": {"stage": "auxiliary"},
             "student": {"name": "cnn32_student"},
-            "warmup": {"durations": ["1 step", "1 step", "2 steps"]},
+            "warmup": {"curriculum": "sequential", "durations": ["1 step", "1 step", "2 steps"]},
             "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
             "optimizer": {"lr": 2e-3},
         },

@@ -142,7 +142,7 @@ def tree(data_dir: Path, tmp_path: Path) -> dict[str, Any]:
         "data": data_section(data_dir),
         "student": {"name": "cnn32_student"},
         "teacher": {"name": "cnn32_auxiliary", "pretrained": False, "random": True},
-        "warmup": {"durations": ["4 steps", "4 steps", "5 steps"]},
+        "warmup": {"durations": ["4 steps", "4 steps", "5 steps"], "curriculum": "sequential"},
         "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
         "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01},
         "log": {"every_steps": 1},

@@ -53,11 +53,27 @@ RUNS: dict[str, dict[str, Any]] = {
     "maps": {"kd": {"losses": [{"name": "feature", "on": "maps", "projector": "mlp"}]}},
     "channel": {"kd": {"losses": [{"name": "feature", "standardise": "channel", "batches": 1}]}},
     "phi_s": {"kd": {"losses": [{"name": "feature", "standardise": "phi_s", "batches": 5}]}},
-    "vit": {**VITS, "warmup": {"pairs": [[0, 0], [2, 2]], "durations": ["4 steps", "4 steps"]}},
-    "resnet": {**RESNETS, "warmup": {"pairs": [[0, 0], [3, 3]], "durations": ["4 steps", "4 steps"]}},
+    "vit": {
+        **VITS,
+        "warmup": {
+            "curriculum": "sequential",
+            "pairs": [[0, 0], [2, 2]],
+            "durations": ["4 steps", "4 steps"],
+        },
+    },
+    "resnet": {
+        **RESNETS,
+        "warmup": {
+            "curriculum": "sequential",
+            "pairs": [[0, 0], [3, 3]],
+            "durations": ["4 steps", "4 steps"],
+        },
+    },
     "mixed": {"kd": {"losses": [{"name": "bce"}, {"name": "kd"}], "mix": {"mixup": 0.8, "cutmix": 1.0}}},
-    "paper_bn": {"warmup": {"durations": ["4 steps"] * 3, "prune": {"mode": "paper_bn"}}},
-    "adapters": {"warmup": {"durations": ["4 steps"] * 3, "adapter": "conv1x1"}},
+    "paper_bn": {
+        "warmup": {"curriculum": "sequential", "durations": ["4 steps"] * 3, "prune": {"mode": "paper_bn"}}
+    },
+    "adapters": {"warmup": {"curriculum": "sequential", "durations": ["4 steps"] * 3, "adapter": "conv1x1"}},
     "all at once": {"warmup": {"durations": ["4 steps"] * 3, "curriculum": "all_at_once"}},
     "pooled": {"kd": {"losses": [{"name": "at"}]}, "targets": {"pool": 4}},
     "teachers": {

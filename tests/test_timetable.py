@@ -16,7 +16,9 @@ def spans(table):
 
 
 def test_the_papers_timetable_in_steps(tree):
-    found = timetable(tree, steps_per_epoch=390, duration="70 epochs", warmup={"alpha": 2})
+    found = timetable(
+        tree, steps_per_epoch=390, duration="70 epochs", warmup={"curriculum": "sequential", "alpha": 2}
+    )
     assert found.total_steps == 70 * 390
     assert spans(found) == [
         ("warmup 1/3", 0, 3 * 390),
@@ -30,7 +32,7 @@ def test_every_unit_in_one_run(tree):
     found = timetable(
         tree,
         duration="2000 steps",
-        warmup={"durations": ["1.5 epochs", "3200 samples", "10%"]},
+        warmup={"curriculum": "sequential", "durations": ["1.5 epochs", "3200 samples", "10%"]},
         evaluate={"every": "5 percent"},
     )
     assert spans(found) == [
@@ -46,13 +48,18 @@ def test_every_unit_in_one_run(tree):
 
 
 def test_a_pair_of_no_duration_is_skipped(tree):
-    found = timetable(tree, duration=10, warmup={"durations": [1, 0, 1]})
+    found = timetable(tree, duration=10, warmup={"curriculum": "sequential", "durations": [1, 0, 1]})
     assert spans(found) == [("warmup 1/3", 0, 100), ("warmup 3/3", 100, 200), ("kd", 200, None)]
 
 
 @pytest.mark.parametrize("nothing", [0, 0.0, "0 epochs", "0.00 samples", "0e3 steps", "0%", ".0 percent"])
 def test_nothing_in_any_unit_skips_its_pair(tree, nothing):
-    assert spans(timetable(tree, duration=10, warmup={"durations": [1, nothing, 1]}))[1][0] == "warmup 3/3"
+    assert (
+        spans(
+            timetable(tree, duration=10, warmup={"curriculum": "sequential", "durations": [1, nothing, 1]})
+        )[1][0]
+        == "warmup 3/3"
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +68,7 @@ def test_nothing_in_any_unit_skips_its_pair(tree, nothing):
 def test_a_pair_of_less_than_a_step_is_refused(tree, little):
     message = rf"^warmup.durations: {little} for pair 2 is less than one step \(an epoch has 100\)"
     with pytest.raises(UserError, match=message):
-        timetable(tree, duration=10, warmup={"durations": [1, little, 1]})
+        timetable(tree, duration=10, warmup={"curriculum": "sequential", "durations": [1, little, 1]})
 
 
 @pytest.mark.parametrize(
@@ -121,33 +128,42 @@ def test_a_warmup_may_fill_the_run_but_not_exceed_it(tree):
 
 def test_a_warmup_by_alpha_takes_at_most_a_share_of_the_run(tree):
     """12 epochs are a fifth of 60; in shorter runs the pairs share a fifth as 3 : 4 : 5."""
-    assert spans(timetable(tree, duration="60 epochs", warmup={}))[-1] == ("kd", 1200, None)
-    assert spans(timetable(tree, duration="24 epochs", warmup={})) == [
+    assert spans(timetable(tree, duration="60 epochs", warmup={"curriculum": "sequential"}))[-1] == (
+        "kd",
+        1200,
+        None,
+    )
+    assert spans(timetable(tree, duration="24 epochs", warmup={"curriculum": "sequential"})) == [
         ("warmup 1/3", 0, 120),
         ("warmup 2/3", 120, 280),
         ("warmup 3/3", 280, 480),
         ("kd", 480, None),
     ]
-    short = timetable(tree, duration="100 steps", warmup={"at_most": "13 steps"})
+    short = timetable(tree, duration="100 steps", warmup={"curriculum": "sequential", "at_most": "13 steps"})
     assert short.curriculum.durations == (3, 4, 5)  # whole steps, rounded down
-    listed = timetable(tree, duration="24 epochs", warmup={"durations": [3, 4, 5]})
+    listed = timetable(
+        tree, duration="24 epochs", warmup={"curriculum": "sequential", "durations": [3, 4, 5]}
+    )
     assert spans(listed)[-1] == ("kd", 1200, None)
     with pytest.raises(
         UserError, match=r"^warmup.at_most: 20 percent are 2 of 10 steps, too few for 3 pairs"
     ):
-        timetable(tree, duration="10 steps", warmup={})
+        timetable(tree, duration="10 steps", warmup={"curriculum": "sequential"})
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_one_duration_per_pair(tree, count):
     with pytest.raises(UserError, match=f"warmup.durations: {count} given for 3 pairs: give one per pair"):
-        timetable(tree, duration=50, warmup={"durations": [1] * count})
+        timetable(tree, duration=50, warmup={"curriculum": "sequential", "durations": [1] * count})
 
 
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"duration": "0 epochs", "warmup": {"durations": [0, 0, 0]}}, "duration"),
+        (
+            {"duration": "0 epochs", "warmup": {"curriculum": "sequential", "durations": [0, 0, 0]}},
+            "duration",
+        ),
         ({"duration": "0.004 epochs"}, "duration"),
         ({"evaluate": {"every": "0.001 epochs"}}, "evaluate.every"),
         ({"evaluate": {"every": 0}}, "evaluate.every"),

@@ -197,10 +197,10 @@ class Warmup(PhaseTraining):
     # Pairs [teacher stage, student stage], as indices into timm's `feature_info`, shallow to deep. `auto`
     # pairs stages of equal reduction (stride), at most four.
     pairs: Literal["auto"] | list[tuple[int, int]] = "auto"
-    # `sequential`: one pair at a time, shallow to deep, as in the paper; `cumulative`: pair i together with
-    # all shallower ones; `reversed`: one at a time, deep to shallow; `all_at_once`: all pairs for the whole
-    # warm-up; `auto`: sequential, each pair until its loss stops falling.
-    curriculum: Literal["sequential", "cumulative", "reversed", "all_at_once", "auto"] = "sequential"
+    # `all_at_once`: all pairs for the whole warm-up; `sequential`: one pair at a time, shallow to deep, as in
+    # the paper; `cumulative`: pair i together with all shallower ones; `reversed`: one at a time, deep to
+    # shallow; `auto`: sequential, each pair until its loss stops falling.
+    curriculum: Literal["all_at_once", "sequential", "cumulative", "reversed", "auto"] = "all_at_once"
     alpha: Annotated[int, Field(ge=0)] = 2  # Pair i, counted from 0, is trained for alpha + 1 + i epochs.
     # Longest warm-up by `alpha`: all pairs are shortened by one factor to fit. None: no limit.
     at_most: Duration | None = "20 percent"

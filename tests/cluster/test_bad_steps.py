@@ -202,7 +202,7 @@ def lines(tree: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.fixture
 def short_tree(tree):
     """A config with batch norm, averaged weights, 6 steps of warm-up, 6 of KD, and a line every two steps."""
-    tree["warmup"] = {"durations": ["2 steps", "2 steps", "2 steps"]}
+    tree["warmup"] = {"curriculum": "sequential", "durations": ["2 steps", "2 steps", "2 steps"]}
     tree |= {"duration": "12 steps", "ema": {"decay": 0.9}, "clip_grad_norm": 1.0}
     tree["log"]["every_steps"] = 2
     tree["checkpoint"] = {"every_steps": 3, "keep_last": 9}

@@ -37,7 +37,11 @@ def recipe(tree: dict[str, Any]) -> dict[str, Any]:
     """A CNN with batch norm, drop path and dropout: two pairs of warm-up, then KD."""
     tree["student"] = {"name": "test_efficientnet", "kwargs": OPTIONS}
     tree["teacher"] = {"name": "test_efficientnet", "random": True}
-    tree["warmup"] = {"durations": ["3 steps", "3 steps"], "pairs": [[0, 0], [1, 1]]}
+    tree["warmup"] = {
+        "curriculum": "sequential",
+        "durations": ["3 steps", "3 steps"],
+        "pairs": [[0, 0], [1, 1]],
+    }
     return tree | {"duration": "12 steps", "checkpoint": {"every_steps": 4, "keep_last": 9}}
 
 

@@ -44,7 +44,11 @@ def recorded_ids(folder: Path, last: int, world: int) -> list[list[int]]:
 def elastic_tree(tree):
     """A config without batch norm and dropout, so that a loss does not depend on how the batch is divided."""
     use_vits(tree)
-    tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
+    tree["warmup"] = {
+        "curriculum": "sequential",
+        "pairs": [[0, 0], [1, 1], [2, 2]],
+        "durations": ["3 steps", "2 steps", "2 steps"],
+    }
     tree["duration"] = "15 steps"
     tree["log"]["every_steps"] = 2  # logging windows that span the changes of world size
     tree["checkpoint"] = {"every_steps": 5, "keep_last": 9}

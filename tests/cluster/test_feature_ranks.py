@@ -39,7 +39,11 @@ def headless(tree: dict[str, Any]) -> dict[str, Any]:
     tree["teacher"] = {
         "name": "test_vit", "random": True, "num_classes": 0, "image_size": 48, "kwargs": {"depth": 3},
     }  # fmt: skip
-    tree["warmup"] = {"pairs": [[0, 0], [2, 2]], "durations": ["2 steps", "2 steps"]}
+    tree["warmup"] = {
+        "curriculum": "sequential",
+        "pairs": [[0, 0], [2, 2]],
+        "durations": ["2 steps", "2 steps"],
+    }
     tree["kd"] = {
         "losses": [
             {"name": "feature", "standardise": "phi_s", "distance": "mse"},

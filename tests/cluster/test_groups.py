@@ -40,7 +40,11 @@ STUDENTS = [
     {
         "name": "resnet",
         "student": {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 16]}},
-        "warmup": {"pairs": [[0, 0], [1, 3]], "durations": ["3 steps", "6 steps"]},
+        "warmup": {
+            "curriculum": "sequential",
+            "pairs": [[0, 0], [1, 3]],
+            "durations": ["3 steps", "6 steps"],
+        },
         "kd": {"losses": [{"name": "ce"}, {"name": "at"}, {"name": "pkt"}]},
     },
 ]

@@ -80,7 +80,7 @@ def small_tree(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     tree["student"] = {"name": "test_vit", "kwargs": vit | {"embed_dim": 128}}
     tree["teacher"] |= {"name": "test_vit", "kwargs": vit | {"embed_dim": 128}}
-    tree["warmup"] = {"durations": ["1 steps"] * 3}
+    tree["warmup"] = {"curriculum": "sequential", "durations": ["1 steps"] * 3}
     tree["kd"]["losses"] = [{"name": "ce"}, {"name": "sp"}]
     tree["duration"] = f"{STEPS + 2} steps"
     return tree

@@ -74,14 +74,18 @@ def run_and_record(tree: dict[str, Any], folder: str) -> None:
         (
             2,
             {
-                "warmup": {"durations": ["3 steps"] * 3, "adapter": "conv1x1"},
+                "warmup": {"curriculum": "sequential", "durations": ["3 steps"] * 3, "adapter": "conv1x1"},
                 "kd": {"losses": [{"name": "hint"}]},
             },
         ),
     ],
 )
 def test_the_bytes_are_those_of_the_phases_own_parameters(tree, tmp_path, world, changes):
-    tree |= {"warmup": {"durations": ["3 steps"] * 3}, "duration": "12 steps", **changes}
+    tree |= {
+        "warmup": {"curriculum": "sequential", "durations": ["3 steps"] * 3},
+        "duration": "12 steps",
+        **changes,
+    }
     run_ranks(run_and_record, world, tree, str(tmp_path))
     plan = estimate.of_run(config.parse(tree, "test"), world)
     planned = {phase.name: phase.network_bytes["gradients"] for phase in plan.phases}
@@ -111,7 +115,7 @@ def run_searching(tree: dict[str, Any]) -> None:
 
 RESNET = {
     "student": {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 16], "drop_path_rate": 0.2}},
-    "warmup": {"pairs": [[0, 0], [1, 2]], "durations": ["3 steps", "5 steps"]},
+    "warmup": {"curriculum": "sequential", "pairs": [[0, 0], [1, 2]], "durations": ["3 steps", "5 steps"]},
     "kd": {"losses": [{"name": "at"}, {"name": "pkt"}], "mix": {"mixup": 0.8}},
     "optimizer": {"name": "momentum", "lr": 0.01},
     "ema": {"decay": 0.9},
@@ -128,7 +132,11 @@ RESNET = {
 )
 def test_two_ranks_do_the_run_of_a_search_for_unused_parameters(tree, tmp_path, changes):
     """Bit for bit: sums of two numbers do not depend on the order of the parameters in DDP's buckets."""
-    tree |= {"duration": "12 steps", "warmup": {"durations": ["2 steps", "2 steps", "3 steps"]}, **changes}
+    tree |= {
+        "duration": "12 steps",
+        "warmup": {"curriculum": "sequential", "durations": ["2 steps", "2 steps", "3 steps"]},
+        **changes,
+    }
     searching = copy.deepcopy(tree) | {"run_dir": str(tmp_path / "searching")}
     run_ranks(train_until, 2, tree)
     run_ranks(run_searching, 2, searching)
@@ -161,7 +169,11 @@ def test_a_run_goes_on_in_every_phase(tree, tmp_path, world, warmup):
 def test_a_run_goes_on_in_every_phase_on_any_ranks(tree, tmp_path):
     use_vits(tree)
     tree |= {"duration": "12 steps", "ema": {"decay": 0.9}}
-    tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps"] * 3}
+    tree["warmup"] = {
+        "curriculum": "sequential",
+        "pairs": [[0, 0], [1, 1], [2, 2]],
+        "durations": ["3 steps"] * 3,
+    }
     one = copy.deepcopy(tree) | {"run_dir": str(tmp_path / "one")}
     run_ranks(in_float64, 1, train_until, one)
     for world, stop in zip(itertools.cycle((4, 1, 2)), (2, 3, 5, 8, 10, None)):

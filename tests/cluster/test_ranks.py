@@ -23,7 +23,11 @@ from indistill.training.loop import Run
 def vit_tree(tree):
     """A config without batch norm and dropout, so that a loss does not depend on how the batch is divided."""
     use_vits(tree)
-    tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
+    tree["warmup"] = {
+        "curriculum": "sequential",
+        "pairs": [[0, 0], [1, 1], [2, 2]],
+        "durations": ["3 steps", "2 steps", "2 steps"],
+    }
     tree["kd"] = {"losses": [{"name": "ce"}, {"name": "kd"}]}
     tree["duration"] = "12 steps"
     tree["clip_grad_norm"] = 1.0

@@ -148,7 +148,11 @@ def run(tree: dict[str, Any]) -> None:
 def test_a_run_with_every_loss_is_the_same_on_two_ranks(tree, tmp_path):
     """A config with trained layers and all relational losses, without batch norm, so that ranks can agree."""
     use_vits(tree)
-    tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["2 steps", "2 steps", "2 steps"]}
+    tree["warmup"] = {
+        "curriculum": "sequential",
+        "pairs": [[0, 0], [1, 1], [2, 2]],
+        "durations": ["2 steps", "2 steps", "2 steps"],
+    }
     names = ["ce", "kd", "dist", "dkd", "pkt", "information_flow", "rkd", "crd", "sp", "at", "hint", "vid"]
     tree["kd"] = {"losses": [{"name": name, "weight": 0.1} for name in names], "pairs": [[0, 0], [2, 2]]}
     tree["duration"] = "12 steps"

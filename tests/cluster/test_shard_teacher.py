@@ -176,6 +176,7 @@ def uneven_tree(tree):
         "evaluate": {"every": "5 steps", "batch": 25},
     }
     tree["warmup"] = {
+        "curriculum": "sequential",
         "durations": ["2 steps", "2 steps", "2 steps"],
         "prune": {"criterion": "activation", "batches": 2},
     }

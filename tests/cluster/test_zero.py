@@ -178,7 +178,11 @@ def score(tree: dict[str, Any], *weights: str) -> None:
 def test_engines_share_a_process_and_bf16(tree, tmp_path):
     """A transformer in bf16, whose position embedding no submodule reads; the saved student is evaluated."""
     use_vits(tree)
-    tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "2 steps", "2 steps"]}
+    tree["warmup"] = {
+        "curriculum": "sequential",
+        "pairs": [[0, 0], [1, 1], [2, 2]],
+        "durations": ["3 steps", "2 steps", "2 steps"],
+    }
     tree |= {"mixed_precision": "bf16", "duration": "12 steps", "checkpoint": {"every_steps": 6}}
     trees = [with_stage(tree, 3, tmp_path, "zero3"), tree, with_stage(tree, 2, tmp_path, "zero2")]
     run_ranks(run_all, 2, trees)
@@ -196,7 +200,11 @@ def test_engines_share_a_process_and_bf16(tree, tmp_path):
 def test_elastic(tree, tmp_path, of_ddp, stage):
     """A run that goes from two processes to one to two has the losses of a run on two."""
     use_vits(tree)
-    tree["warmup"] = {"pairs": [[0, 0], [1, 1], [2, 2]], "durations": ["3 steps", "3 steps", "3 steps"]}
+    tree["warmup"] = {
+        "curriculum": "sequential",
+        "pairs": [[0, 0], [1, 1], [2, 2]],
+        "durations": ["3 steps", "3 steps", "3 steps"],
+    }
     tree |= {"duration": "15 steps", "checkpoint": {"every_steps": 5, "keep_last": 9}, "ema": {"decay": 0.9}}
     if "elastic" not in of_ddp:
         run_ranks(run, 1, tree)

@@ -296,7 +296,7 @@ def test_a_cache_dir(tree, tmp_path, monkeypatch):
         ({"duration": "0 steps"}, "duration is less than one step (an epoch has 6): raise it"),
         ({"evaluate": {"every": "0.01 epochs"}}, "evaluate.every is less than one step"),
         (
-            {"warmup": {"pairs": [(0, 0)], "durations": ["0.01 epochs"]}},
+            {"warmup": {"curriculum": "sequential", "pairs": [(0, 0)], "durations": ["0.01 epochs"]}},
             "warmup.durations: 0.01 epochs for pair 1 is less than one step",
         ),
     ],

@@ -53,7 +53,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "student": {"name": "cnn32_student", "mean": MEAN, "std": STD},
         "teacher": {"name": "cnn32_auxiliary", "random": True},
-        "warmup": {"durations": ["4 steps", "4 steps", "5 steps"]},
+        "warmup": {"curriculum": "sequential", "durations": ["4 steps", "4 steps", "5 steps"]},
         "kd": {"losses": [{"name": "ce"}, {"name": "kd", "weight": 0.05}]},
         "optimizer": {"name": "adamw", "lr": 1e-2},
         "ema": {"decay": 0.9},

@@ -54,7 +54,7 @@ def chain_tree(data_dir: Path, run_dir: Path) -> dict[str, Any]:
                 "duration": "24 steps",
                 "teacher": {"stage": "teacher"},
                 "student": {"name": "cnn32_student"},
-                "warmup": {"durations": ["4 steps", "4 steps", "5 steps"]},
+                "warmup": {"curriculum": "sequential", "durations": ["4 steps", "4 steps", "5 steps"]},
                 "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
                 "evaluate": {"every": "6 steps", "retrieval": True},
             },

@@ -70,7 +70,9 @@ def test_a_mapping_and_a_config_are_what_the_file_is(config_file, tree, tmp_path
     assert Trainer(from_file).settings == from_file
     assert Trainer(Trainer(tree).settings, "seed=3").settings == from_file
     as_python = tree | {"run_dir": Path(tree["run_dir"]), "student": Model(**tree["student"])}
-    as_python["warmup"] = MappingProxyType({"durations": ("4 steps", "4 steps", "5 steps")})
+    as_python["warmup"] = MappingProxyType(
+        {"durations": ("4 steps", "4 steps", "5 steps"), "curriculum": "sequential"}
+    )
     assert Trainer(as_python, "seed=3").settings == from_file
     chain = Trainer(tree | {"students": [{"name": "one"}, {"name": "two", "warmup": None}]})
     assert [name for name, _ in chain.runs] == ["one", "two"]

@@ -385,7 +385,7 @@ def test_keys_that_earlier_versions_lacked_are_not_in_the_identity_of_their_runs
 
 def test_a_run_of_before_the_warmups_limit_is_told_from_one_with_it(file, tree, tmp_path):
     """Its config.yaml lacks the key: the run goes on with `at_most: null`, or where the key has no effect."""
-    tree["warmup"] = {"alpha": 2}
+    tree["warmup"] = {"curriculum": "sequential", "alpha": 2}
     saved = yaml.safe_load(config.dump(config.parse(tree, "test")))
     del saved["warmup"]["at_most"]
     recorded = tmp_path / "config.yaml"

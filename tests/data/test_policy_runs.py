@@ -28,7 +28,10 @@ def run(tree: dict[str, Any]) -> None:
 def recipe(tree: dict[str, Any], request: pytest.FixtureRequest) -> dict[str, Any]:
     tree["data"]["augment"] |= ALL | POLICIES[request.param]
     tree["targets"] = {"dir": str(Path(tree["run_dir"]).parent / "targets")}
-    return tree | {"warmup": {"durations": ["4 steps"], "pairs": [[1, 1]]}, "duration": "12 steps"}
+    return tree | {
+        "warmup": {"curriculum": "sequential", "durations": ["4 steps"], "pairs": [[1, 1]]},
+        "duration": "12 steps",
+    }
 
 
 def test_stored_targets_and_a_resumed_run_see_the_same_views(recipe, tmp_path):

@@ -25,7 +25,7 @@ TREE = {
     "student": {"name": "cnn32_student", "kwargs": {"drop_rate": 0.1}, "mean": [0.5, 0.5, 0.5], "std": [0.2,
     0.2, 0.2]},
     "teacher": {"name": "cnn32_auxiliary", "random": True},
-    "warmup": {"durations": ["4 steps", "4 steps", "5 steps"]},
+    "warmup": {"curriculum": "sequential", "durations": ["4 steps", "4 steps", "5 steps"]},
     "kd": {"losses": [{"name": "ce"}, {"name": "kd", "weight": 0.5}]},
     "optimizer": {"name": "adamw", "lr": 1e-3},
     "schedule": {"name": "multistep", "decay_at": ["10 steps"]},
@@ -118,7 +118,7 @@ def test_durations():
             changes = {
                 "duration": duration,
                 "evaluate": {"every": duration},
-                "warmup": {"durations": [duration] * 3},
+                "warmup": {"curriculum": "sequential", "durations": [duration] * 3},
             }
             settings = config.parse(TREE | {key: changes[key]}, "test")
             length = {"steps_per_epoch": 100, "global_batch": 32}

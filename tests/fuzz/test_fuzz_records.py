@@ -34,7 +34,8 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = {
         "run_dir": str(folder / "run"), "duration": "4 steps", "data": conftest.data_section(data_dir),
         "student": {"name": "cnn32_student"}, "teacher": {"name": "cnn32_auxiliary", "random": True},
-        "warmup": {"durations": ["1 steps"] * 3}, "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
+        "warmup": {"curriculum": "sequential", "durations": ["1 steps"] * 3},
+        "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
         "optimizer": {"name": "sgd", "lr": 0.01}, "log": {"every_steps": 1}, "trackers": [],
     }  # fmt: skip
     train(config.parse(tree, "test"))

@@ -54,7 +54,11 @@ def base(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": data,
         "student": {"name": "cnn32_student"},
         "teacher": {"name": "cnn32_auxiliary", "pretrained": False, "random": True},
-        "warmup": {"pairs": [[0, 0], [1, 1]], "durations": ["1 steps", "1 steps"]},
+        "warmup": {
+            "curriculum": "sequential",
+            "pairs": [[0, 0], [1, 1]],
+            "durations": ["1 steps", "1 steps"],
+        },
         "kd": {"losses": [{"name": "ce"}, {"name": "kd"}]},
         "optimizer": {"name": "sgd", "lr": 0.01},
         "ema": {"decay": 0.9},

@@ -161,7 +161,10 @@ def small(tree, data_dir, tmp_path) -> Callable[..., list[str]]:
     """Write the study, changed by the keywords; returns the options to run it with."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "images").symlink_to(data_dir)
-    tree |= {"warmup": {"durations": ["2 steps", "2 steps", "2 steps"]}, "checkpoint": {"every_steps": 3}}
+    tree |= {
+        "warmup": {"curriculum": "sequential", "durations": ["2 steps", "2 steps", "2 steps"]},
+        "checkpoint": {"every_steps": 3},
+    }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(tree))
 
     def options(**changed: Any) -> list[str]:

@@ -170,7 +170,7 @@ def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
     tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
     tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
     tree |= {
-        "warmup": {"pairs": [[1, 1]], "durations": ["6 steps"]},
+        "warmup": {"curriculum": "sequential", "pairs": [[1, 1]], "durations": ["6 steps"]},
         "duration": "12 steps",
         "mixed_precision": "bf16",
     }

@@ -188,6 +188,7 @@ def test_the_warm_up_before_it(headless, teacher, student, pairs):
     size = {"image_size": 48, "num_classes": 0, "random": True}
     headless |= {"teacher": teacher | size, "student": student | {"num_classes": 0}}
     headless["warmup"] = {
+        "curriculum": "sequential",
         "pairs": pairs,
         "durations": ["2 steps", "2 steps"] + ["0 steps"] * (pairs == "auto"),
     }

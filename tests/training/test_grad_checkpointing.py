@@ -122,7 +122,11 @@ def test_less_is_kept_for_the_backward_pass(name, arguments):
 def with_student(tree, name="test_efficientnet"):
     tree["student"] = {"name": name, "kwargs": STUDENTS[name]}
     tree["teacher"] = {"name": name, "kwargs": STUDENTS[name], "random": True}
-    tree["warmup"] = {"durations": ["4 steps", "4 steps"], "pairs": [[0, 0], [1, 1]]}
+    tree["warmup"] = {
+        "curriculum": "sequential",
+        "durations": ["4 steps", "4 steps"],
+        "pairs": [[0, 0], [1, 1]],
+    }
     tree |= {"duration": "16 steps", "checkpoint": {"every_steps": 6, "keep_last": 9}}
     return tree
 

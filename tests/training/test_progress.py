@@ -126,7 +126,10 @@ def in_terminal(path: Path, terminal: str) -> None:
 def test_students_share_a_terminal(tree, tmp_path):
     """One line each, which the terminal's width can hold; trackers of their own."""
     tree.pop("student")
-    tree |= {"duration": "6 steps", "warmup": {"durations": ["2 steps", "2 steps", "1 steps"]}}
+    tree |= {
+        "duration": "6 steps",
+        "warmup": {"curriculum": "sequential", "durations": ["2 steps", "2 steps", "1 steps"]},
+    }
     tree |= {"evaluate": {"every": "3 steps", "similarity_samples": 0}, "trackers": ["tensorboard"]}
     tree["students"] = [{"name": name, "student": {"name": "cnn32_student"}} for name in ("one", "two")]
     path = tmp_path / "config.yaml"

@@ -34,7 +34,7 @@ def test_a_student_whose_last_stage_is_one_pixel_is_refused(single):
     """ResNets have one at 32 pixels in the fourth phase: the warm-up before would have trained."""
     single["student"] = {"name": "resnet10t"}
     single["teacher"] = {"name": "resnet10t", "pretrained": False, "random": True}
-    single["warmup"] = {"durations": ["2 steps"] * 4}
+    single["warmup"] = {"curriculum": "sequential", "durations": ["2 steps"] * 4}
     with pytest.raises(UserError, match=REFUSED):
         train(single)
     assert not losses(single["run_dir"])

@@ -32,7 +32,11 @@ STUDENTS = [
             "kwargs": {"channels": [8, 8, 16, 16], "stem_width": 8, "drop_path_rate": 0.2},
         },
         # Other stages at other times, and all their maps in KD.
-        "warmup": {"pairs": [[0, 0], [1, 3]], "durations": ["3 steps", "6 steps"]},
+        "warmup": {
+            "curriculum": "sequential",
+            "pairs": [[0, 0], [1, 3]],
+            "durations": ["3 steps", "6 steps"],
+        },
         "kd": {"losses": [{"name": "ce"}, {"name": "at"}, {"name": "pkt"}]},
         "optimizer": {"name": "momentum", "lr": 0.01},
         "clip_grad_norm": 1.0,
