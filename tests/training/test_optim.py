@@ -23,7 +23,8 @@ def build(tree):
     """An optimizer, a timetable and a PhaseOptim; warm-up pairs last 10, 0 and 15 steps of 60."""
 
     def build(network=None, **changes):
-        warmup = {"durations": ["2 epochs", "0 epochs", "3 epochs"], **changes.pop("warmup", {})}
+        durations = ["2 epochs", "0 epochs", "3 epochs"]
+        warmup = {"curriculum": "sequential", "durations": durations, **changes.pop("warmup", {})}
         kd = tree["kd"] | changes.pop("kd", {})
         settings = config.parse(
             tree | {"duration": "12 epochs", "warmup": warmup, "kd": kd} | changes, "test"
@@ -109,7 +110,7 @@ def test_phases_have_their_own_rates_and_schedules(build):
         build(
             optimizer=adam(),
             schedule={"name": "cosine"},
-            warmup={"curriculum": "sequential", "lr": 0.1, "schedule": {"name": "constant"}},
+            warmup={"lr": 0.1, "schedule": {"name": "constant"}},
             kd={"lr": 0.8},
         )
     )
@@ -118,10 +119,10 @@ def test_phases_have_their_own_rates_and_schedules(build):
 
 
 def test_a_rate_per_pair_goes_by_the_pairs_own_number(build):
-    found = rates(build(optimizer=adam(), warmup={"curriculum": "sequential", "lr": [0.1, 0.2, 0.3]}))
+    found = rates(build(optimizer=adam(), warmup={"lr": [0.1, 0.2, 0.3]}))
     assert found == [0.1] * 10 + [0.3] * 15 + [0.4] * 35  # the second pair is skipped
     with pytest.raises(UserError, match=r"warmup.lr: 2 values for 3 pairs: give one per pair"):
-        build(optimizer=adam(), warmup={"curriculum": "sequential", "lr": [0.1, 0.2]})
+        build(optimizer=adam(), warmup={"lr": [0.1, 0.2]})
 
 
 def test_the_rate_depends_on_the_step_alone(build):
@@ -349,7 +350,7 @@ def test_a_reset_is_a_new_adam(build, warmup, kd, anew_at):
     optimizer, timetable, phase_optim = build(
         ours,
         optimizer={"name": "adam", "lr": 0.01},
-        warmup={"curriculum": "sequential", "reset_optimizer": warmup},
+        warmup={"reset_optimizer": warmup},
         kd={"reset_optimizer": kd, "lr": 0.02},
     )
 
@@ -379,7 +380,7 @@ def test_a_phase_that_begins_within_an_epoch_resets_then(build):
     optimizer, timetable, phase_optim = build(
         network,
         optimizer={"name": "adam", "lr": 0.01},
-        warmup={"curriculum": "sequential", "durations": ["7 steps", 0, 0], "reset_optimizer": "epoch"},
+        warmup={"durations": ["7 steps", 0, 0], "reset_optimizer": "epoch"},
         kd={"reset_optimizer": "epoch"},
     )
     empty_at = []
@@ -407,7 +408,7 @@ def test_a_reset_leaves_nothing_of_the_past(build, name):
     optimizer, timetable, phase_optim = build(
         ours,
         optimizer={"name": name, "lr": 0.01, "weight_decay": 0.01},
-        warmup={"curriculum": "sequential", "reset_optimizer": "start"},
+        warmup={"reset_optimizer": "start"},
         kd={"reset_optimizer": "start"},
     )
     theirs = small_network()
