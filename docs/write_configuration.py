@@ -44,7 +44,7 @@ complete keys, and show what they mean, in a file beside it that has the line
 
 A file may also list `stages` ([chains](method.md#chains)), or `students` with `student_groups`
 ([several students](students.md)). Each of them has a name and its own keys, which are merged with those of
-the file.
+the file; lists replace, and so does `null`: `warmup: null` turns off the file's warm-up.
 
 {starts}
 """  # an error is quoted as it is printed

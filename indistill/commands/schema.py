@@ -20,7 +20,6 @@ from indistill import config
 from indistill.config import plugins
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_NULL = {"type": "null"}
 _REFERENCE: dict[str, Any] = {  # in a chain: to an earlier stage
     "type": "object",
     "properties": {"stage": {"type": "string", "description": "Name of an earlier stage."}},
@@ -97,7 +96,7 @@ def _allow_short_forms(tree: dict[str, Any]) -> None:
 
 
 def _parts(whole: dict[str, Any]) -> dict[str, Any]:
-    """Return the definitions of parts of sections: no key is required, and null removes one.
+    """Return the definitions of parts of sections, in which no key is required.
 
     A loss is always whole, because a list replaces the shared one.
     """
@@ -111,12 +110,12 @@ def _parts(whole: dict[str, Any]) -> dict[str, Any]:
             part = _part(value, sections)
             if part == value:
                 part = {"$ref": f"#/$defs/{name}/properties/{key}"}
-            keys[key] = {"anyOf": [part, _NULL]}
+            keys[key] = part
         parts[f"Part.{name}"] = {"type": "object", "properties": keys, "additionalProperties": False}
     for name in ("Part.Teacher", "Part.OneTeacher"):
         teacher = parts[name]["properties"]
         teacher["stage"] = _REFERENCE["properties"]["stage"]
-        teacher["heads"]["anyOf"].append(_REFERENCE)
+        teacher["heads"] = {"anyOf": [teacher["heads"], _REFERENCE]}
     return parts
 
 

@@ -118,6 +118,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"override {override!r}: expected key.sub=value")
+    if not text.strip():  # as of a shell variable that is not set
+        raise UserError(
+            f"override {override!r}: has no value: write {dotted}=null, or {dotted}='' for an empty text"
+        )
     *parents, last = dotted.split(".")
     node: Any = tree
     try:

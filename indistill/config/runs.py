@@ -57,23 +57,22 @@ def load(
     (`stages.0.duration=X`, `stages.NAME.duration=X`). Raises UserError for a mistake in any run.
     """
     tree, name = _tree(config)
-    kind = "students" if "students" in tree else "stages"
-    listed = tree[kind] if isinstance(tree.get(kind), list) else []
-    positions = {str(_name(stage)): i for i, stage in enumerate(listed)}
     for override in overrides:
-        apply_override(tree, _by_position(override, kind, positions))
+        apply_override(tree, _by_position(override, tree))
     source = " ".join([name, *overrides])
-    if kind not in tree:
-        return [("", parse(tree, source))]
-    if kind == "students" and "stages" in tree:
+    if "students" in tree and "stages" in tree:
         raise UserError(f"{source}: students and stages exclude each other: keep one")
-    if kind == "stages":
-        return list(_parse_all(tree, kind, source).items())
+    if "student_groups" in tree and "students" not in tree:
+        raise UserError(f"{source}: student_groups is for several students: add the list students")
+    if "stages" in tree:
+        return list(_parse_all(tree, "stages", source).items())
+    if "students" not in tree:
+        return [("", parse(tree, source))]
 
     groups = tree.pop("student_groups", "equal")
     if groups not in ("equal", "disjoint"):
         raise UserError(f"{source}: student_groups is {groups!r}: set it to equal or disjoint")
-    students = Students(_parse_all(tree, kind, source).items())
+    students = Students(_parse_all(tree, "students", source).items())
     students.groups = groups
     for name, settings in students:
         _check_student(students[0][1], settings, groups, where=f"{source}: student {name}")
@@ -211,25 +210,27 @@ def _name(stage: Any) -> Any:
     return stage.get("name") if isinstance(stage, dict) else None
 
 
-def _by_position(override: str, kind: str, positions: dict[str, int]) -> str:
+def _by_position(override: str, tree: dict[str, Any]) -> str:
     """Return the override `stages.NAME.key=value` with the index of the stage instead of its name."""
     dotted, equals, value = override.partition("=")
-    match dotted.split(".", 2):
-        case [first, name, key] if first == kind and name in positions:
-            return f"{kind}.{positions[name]}.{key}{equals}{value}"
-    return override
+    kind, *name_and_key = dotted.split(".", 2)
+    if kind not in ("stages", "students") or not name_and_key:
+        return override
+    if not isinstance(tree.get(kind), list):
+        raise UserError(f"override {override!r}: the config has no list of {kind}")
+    positions = {str(_name(run)): i for i, run in enumerate(tree[kind])}
+    name, *key = name_and_key
+    return ".".join([kind, str(positions.get(name, name)), *key]) + equals + value
 
 
 def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return `shared` overridden by `own`: mappings are merged, other values replaced, null removes a key.
+    """Return `shared` overridden by `own`: mappings are merged, other values, also null, replaced.
 
     A mapping with the key `stage`, a reference, replaces the shared one instead of being merged.
     """
     merged = {**shared}
     for key, value in own.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict) and "stage" not in value:
+        if isinstance(value, dict) and "stage" not in value:
             merged[key] = merge(shared[key] if isinstance(shared.get(key), dict) else {}, value)
         else:
             merged[key] = value

@@ -35,7 +35,7 @@ CHAIN = {
             "student": {"name": "resnet18"},
             "teacher": {"stage": "teacher"},
             "data": {"global_batch": 16, "augment": {"flip": False}},
-            "optimizer": {"lr": 0.1, "weight_decay": None},
+            "optimizer": {"lr": 0.1, "weight_decay": 0.1},
             "kd": {"losses": [{"name": "ce"}, {"name": "kd", "weight": 0.5}]},
             "targets": "live",
         },
@@ -127,6 +127,7 @@ def test_runs_of_a_chain_may_have_parts_of_sections(mistakes):
         (lambda tree: tree["stages"][1].pop("name"), "stages.1"),
         (lambda tree: tree["stages"][1]["data"].update(global_bach=8), "stages.1.data"),
         (lambda tree: tree["optimizer"].update(lr="fast"), "optimizer"),
+        (lambda tree: tree["stages"][1]["optimizer"].update(lr=None), "stages.1.optimizer"),
         (lambda tree: tree["stages"][1]["kd"]["losses"][1].update(wait=1), "stages.1.kd"),
     ):
         tree = copy.deepcopy(CHAIN)

@@ -59,7 +59,7 @@ def test_an_unknown_key_of_the_file_itself(tree, file):
         ("data.global_batch=0", "data.global_batch: Input should be greater than 0"),
         ("data.num_classes=2.5", "data.num_classes: Input should be a valid integer"),
         ("data.train=[3]", "data.train.0: Input should be a valid string"),
-        ("run_dir=", "run_dir: String should have at least 1 character"),
+        ("run_dir=''", "run_dir: String should have at least 1 character"),
         ("data.workers=true", "data.workers: Input should be a valid number, not true"),
         ("optimizer.lr=yes", "optimizer.lr: Input should be a valid number, not true"),
         ("warmup.lr=[1, false]", "warmup.lr: Input should be a valid number, not false"),
@@ -199,6 +199,7 @@ def test_an_override_of_a_text_is_literal(tree, file, text):
 
 
 def test_an_override_of_a_text_may_be_quoted_or_a_list_as_in_yaml(file):
+    assert config.load(file, ["data.root=''"]).data.root == ""
     overrides = ["run_dir='a b'", 'data.root="x\\ty"', "data.train=[a, b]", "data.eval={a,b}-[cd].tar"]
     loaded = config.load(file, overrides)
     assert (loaded.run_dir, loaded.data.root) == ("a b", "x\ty")
@@ -224,10 +225,17 @@ def test_an_override_of_a_text_in_a_chain_is_literal(tree, file):
         ("kd.losses.2.weight=1", "kd.losses.2.weight does not lead to a key of the config"),
         ("trackers.0=wandb", "trackers.0 does not lead to a key of the config"),  # there is no list
         ("run_dir.sub=1", "run_dir.sub does not lead to a key of the config"),
+        ("run_dir=", "has no value: write run_dir=null, or run_dir='' for an empty text"),
+        ("data.root=", "has no value: write data.root=null, or data.root='' for an empty text"),
+        ("ema.decay= ", "has no value: write ema.decay=null, or ema.decay='' for an empty text"),
+        ("stages.0.seed=1", "the config has no list of stages"),
+        ("students.small.seed=1", "the config has no list of students"),
     ],
 )
 def test_bad_overrides(file, override, message):
-    assert refusal(file, [override]) == f"override {override!r}: {message}"
+    with pytest.raises(UserError) as caught:
+        runs.load(file, [override])  # as the commands do
+    assert str(caught.value) == f"override {override!r}: {message}"
 
 
 # --- what the file may hold ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def test_a_stage_is_what_is_shared_and_its_own(chain):
     assert load(chain) == written_out(chain)
 
 
-def test_null_removes_and_lists_replace(chain):
+def test_null_and_lists_replace(chain):
     chain["data"]["window"] = 7
     chain["kd"] = {"losses": [{"name": "ce", "weight": 2.0}], "mix": {"mixup": 0.5}}
     chain["stages"][1]["data"] = {"window": None, "augment": {"flip": False}}
@@ -33,6 +33,56 @@ def test_null_removes_and_lists_replace(chain):
     assert auxiliary.data.train == teacher.data.train
     assert [(loss.name, loss.weight) for loss in auxiliary.kd.losses] == [("kd", 1.0)]
     assert (teacher.kd.mix.mixup, auxiliary.kd.mix) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("shared", "own"),
+    [
+        ({"checkpoint": {"every_steps": 7}}, {"checkpoint": {"every_steps": None}}),  # the default is 1000
+        ({"student": {"kwargs": {"act": "x"}}}, {"student": {"kwargs": {"act": None}}}),
+        ({"ema": {"decay": 0.5}}, {"ema": None}),
+        ({"teacher": {"name": "resnet10t", "random": True}, "warmup": {}}, {"teacher": None, "warmup": None}),
+    ],
+)
+def test_null_in_a_stage_is_null_at_the_top_level(tree, shared, own):
+    """Compared with a plain config that has the stage's keys itself."""
+    for section in ("teacher", "warmup", "kd"):
+        tree.pop(section)
+    tree["kd"] = {"losses": [{"name": "ce"}]}
+    (_, plain), *_ = load(merged(merged(tree, shared), own))
+    (_, stage), *_ = load({**merged(tree, shared), "stages": [{"name": "one", **own}]})
+    assert stage.run_dir == f"{plain.run_dir}/one"
+    assert stage.model_copy(update={"run_dir": plain.run_dir}) == plain
+    assert stage.checkpoint.every_steps in (None, 1000)
+
+
+def merged(tree, changes):
+    """`tree` with each value of `changes`, at any depth, in place of its own."""
+    both = {**tree, **changes}
+    return both | {
+        key: merged(tree[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(tree.get(key), dict)
+    }
+
+
+def test_null_in_a_stage_for_a_key_that_takes_none_is_an_error(chain):
+    chain["stages"][1]["optimizer"] = {"weight_decay": None}
+    with pytest.raises(UserError, match=r"stage auxiliary: optimizer\.weight_decay: Input should be"):
+        load(chain)
+
+
+def test_an_override_may_add_the_list_of_runs(tree):
+    students = "students=[{name: a}, {name: b, optimizer: {lr: 0.5}}]"
+    added = load(tree, students, "students.b.seed=0", "student_groups=disjoint")
+    assert [(name, one.optimizer.lr) for name, one in added] == [("a", 1e-3), ("b", 0.5)]
+    assert added.groups == "disjoint"
+    stages = load(tree, "stages=[{name: a}, {name: b}]", "stages.b.seed=4")
+    assert [(name, one.seed) for name, one in stages] == [("a", 0), ("b", 4)]
+    with pytest.raises(UserError, match="student_groups is for several students: add the list students"):
+        load(tree, "student_groups=disjoint")
+    with pytest.raises(UserError, match="students and stages exclude each other: keep one"):
+        load(tree, students, "stages=[{name: a}]")
 
 
 def test_a_teacher_takes_over_the_students_section(chain):
@@ -131,7 +181,7 @@ def test_overrides_reach_what_is_shared_and_single_stages(chain):
         (["stages.2.optimizer.lr=fast"], "stage student: optimizer.lr: "),
         (["stages.nowhere.seed=1"], "stages.nowhere.seed does not lead to a key"),
         (["optimiser.lr=1"], "stage teacher: unknown key 'optimiser'; the nearest valid key is 'optimizer'"),
-        (["run_dir="], "stage teacher: run_dir: "),
+        (["run_dir=''"], "stage teacher: run_dir: "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
