@@ -160,7 +160,8 @@ class Schedule(Section):
 class PhaseTraining(Section):
     """Training settings of a phase; None inherits `optimizer.lr` and `schedule`."""
 
-    # Base learning rate of the warm-up, or a list with one per pair; None: `optimizer.lr`.
+    # Base learning rate of the warm-up, or a list with one per pair (not with `all_at_once`, which has one
+    # phase); None: `optimizer.lr`.
     lr: PositiveFloat | list[PositiveFloat] | None = None
     schedule: Schedule | None = None  # Learning rate schedule of these phases; None: `schedule` of the run.
     # When momentum and second moments are reset: never, at the start of each phase, or also at every epoch.
@@ -201,7 +202,8 @@ class Warmup(PhaseTraining):
     # the paper; `cumulative`: pair i together with all shallower ones; `reversed`: one at a time, deep to
     # shallow; `auto`: sequential, each pair until its loss stops falling.
     curriculum: Literal["all_at_once", "sequential", "cumulative", "reversed", "auto"] = "all_at_once"
-    alpha: Annotated[int, Field(ge=0)] = 2  # Pair i, counted from 0, is trained for alpha + 1 + i epochs.
+    # Pair i, counted from 0, has alpha + 1 + i epochs; `all_at_once` trains all pairs for the sum.
+    alpha: Annotated[int, Field(ge=0)] = 2
     # Longest warm-up by `alpha`: all pairs are shortened by one factor to fit. None: no limit.
     at_most: Duration | None = "20 percent"
     # Which of `teachers` teaches it, by its id; None: the first.
