@@ -188,6 +188,13 @@ class _GroupSources(Sources):
             )
             for name, student_settings in students
         ]
+        begins = sorted({of_student.curriculum.phases()[-1].start for of_student in needs_of})
+        if settings.kd.mixing and len(begins) > 1:
+            raise UserError(
+                f"student_groups: disjoint: KD begins at steps {' and '.join(map(str, begins))} of the "
+                "students, and in between their teachers would not see the same images, as kd.mix mixes "
+                "those of KD: give all warm-ups one length, remove kd.mix, or set student_groups: equal"
+            )
         return ExchangedTargets(
             targets_of, self, needs_of, settings.teacher.precision or settings.mixed_precision
         )

@@ -151,6 +151,19 @@ def test_each_student_is_what_it_would_be_alone(path, tmp_path, size, precision)
         assert recorded["sent"][-1] == width * part * (10 + 16 * 15 * 15 + 32 * 6 * 6 + 128)
 
 
+def test_mixed_images_have_the_targets_that_they_would_have_alone(path, tmp_path):
+    tree = yaml.safe_load(path.read_text())
+    tree["kd"]["mix"] = {"mixup": 0.8}
+    tree["students"][1]["warmup"]["durations"] = ["3 steps", "10 steps"]  # KD begins for both at step 13
+    path.write_text(yaml.safe_dump(tree))
+    run_ranks(in_float64, 2, run, path, tmp_path)
+    run_ranks(in_float64, 1, run_each_alone, path, tmp_path / "alone")
+    for name in ("small", "resnet"):
+        ours, expected = losses(tmp_path / "run" / name), losses(tmp_path / "alone" / name)
+        assert len(ours) == 18
+        assert ours == pytest.approx(expected, rel=LOGGED)
+
+
 def test_groups_go_on_from_a_step_that_both_have(path, tmp_path):
     run_ranks(run, 2, path, tmp_path)
     run_dirs = tmp_path / "run"
@@ -182,6 +195,11 @@ def refused(path: Path, folder: Path) -> None:
             2,
             {"grad_accumulation": 32},
             "1 images of a rank and accumulation step cannot be shared out to 2 teachers",
+        ),
+        (
+            2,
+            {"kd": {"losses": [{"name": "ce"}, {"name": "kd"}], "mix": {"mixup": 0.8}}},
+            "student_groups: disjoint: KD begins at steps 9 and 13 of the students",
         ),
     ],
 )
