@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is worth doing on one GPU, in one call of under 8 minutes: correctness first, then figures.
 #
-#   bash benchmarks/gpu.sh                # from the repository's root, with torch >= 2.6, timm and accelerate there
+#   bash benchmarks/gpu.sh                # from the repository's root, with torch >= 2.10, timm and accelerate there
 #   bash benchmarks/gpu.sh --dry          # the same on the CPU, without time limits: tests are only collected, steps have
 #                                         # one image
 #

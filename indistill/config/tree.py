@@ -84,7 +84,7 @@ class Config(Section):
     # Autocast precision of both networks; parameters stay in float32. `no`: float32.
     mixed_precision: Precision = "no"
     # Compile both networks with torch.compile: faster steps, and minutes of compilation at the start of each
-    # phase.
+    # phase. Not with DeepSpeed or `teacher.shard`.
     compile: bool = False
     # Keep only the inputs of the student's blocks, and compute the blocks again in the backward pass (timm's
     # `set_grad_checkpointing`): less memory, and up to a third more operations of the student. The results
