@@ -209,6 +209,11 @@ def _create(section: config.Model, kwargs: dict[str, Any], role: str) -> TimmMod
         if role != "eval":
             message += f" (for weights in a file: {role}.pretrained: false, {role}.checkpoint: FILE)"
         raise NoWeights(message, role) from None
+    if not hasattr(net, "num_classes"):  # as with features_only
+        raise UserError(
+            f"{role}.kwargs: with {', '.join(section.kwargs)} {section.name} gives maps and has no classifier: "
+            "remove them (maps need no argument)"
+        )
     return timm_model(net)
 
 

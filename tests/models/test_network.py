@@ -54,6 +54,13 @@ def test_an_unknown_argument_is_refused(name):
     assert f"timm could not create {name}: " in refusal(name, kwargs={"widht": 3})
 
 
+def test_the_maps_alone_are_refused():
+    message = refusal("test_resnet", kwargs={"features_only": True})
+    assert message.startswith(
+        "teacher.kwargs: with features_only test_resnet gives maps and has no classifier"
+    )
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "cnn32_student"])
 def test_a_network_without_a_classifier(name, tmp_path):
     size = 32 if name == "cnn32_student" else 160
