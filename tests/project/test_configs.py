@@ -46,6 +46,7 @@ def test_there_are_configs():
 @every_config
 def test_the_opening_comment_tells_commands_cost_and_result(path):
     opening = opening_comment(path)
+    assert ". " in opening.splitlines()[0] + " "  # `indistill init` lists the first sentence of this line
     assert commands(path)
     assert all(config == f"configs/{path.name}" for config, *_ in commands(path))
     assert "Expected: " in opening
