@@ -211,8 +211,8 @@ def _create(section: config.Model, kwargs: dict[str, Any], role: str) -> TimmMod
         raise NoWeights(message, role) from None
     if not hasattr(net, "num_classes"):  # as with features_only
         raise UserError(
-            f"{role}.kwargs: with {', '.join(section.kwargs)} {section.name} gives maps and has no classifier: "
-            "remove them (maps need no argument)"
+            f"{role}.kwargs: with {', '.join(section.kwargs)} {section.name} gives maps and has no "
+            "classifier: remove them (maps need no argument)"
         )
     return timm_model(net)
 
