@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable
 from fractions import Fraction
@@ -159,14 +160,18 @@ Duration = Annotated[str | int | float, BeforeValidator(_duration)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-def no_command(folder: str) -> str:
-    if folder.startswith("pipe:"):
-        raise ValueError(f"{folder}: a folder cannot be a command: give a path or a URL")
-    return folder
+def path_or_url(text: str) -> str:
+    """Expand `~`. Raises ValueError for a command."""
+    if text.startswith("pipe:"):
+        raise ValueError(f"{text}: a folder cannot be a command: give a path or a URL")
+    return os.path.expanduser(text)
 
 
-Folder = Annotated[str, AfterValidator(no_command)]
+Folder = Annotated[str, AfterValidator(path_or_url)]
 """A path or URL to which file names are appended; never a command."""
+
+File = Annotated[str, AfterValidator(os.path.expanduser)]
+"""The path of a file, or of a folder that is always local."""
 
 
 def alternatives(annotation: Any) -> list[Any]:

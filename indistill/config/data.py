@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from indistill.config.base import Duration, Folder, FromSection, Probability, Section, no_command
+from indistill.config.base import Duration, File, Folder, FromSection, Probability, Section, path_or_url
 from indistill.config.limits import (
     MAX_BATCH,
     MAX_CLASSES,
@@ -185,7 +185,7 @@ class EvalSet(Section):
     # File with the student's class of each label of this set, in the order of these labels: a class per line,
     # by its name in `data.train` or by its label there, or what `shards pack --classes` takes. Only these
     # classes are then candidates. None: the set has the labels of `data.train`.
-    label_map: Annotated[str, AfterValidator(no_command)] | None = None
+    label_map: Annotated[str, AfterValidator(path_or_url)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -203,7 +203,7 @@ class Label(Section):
     # File with the classes: a name per line in the order of the labels, such as WordNet ids; JSON with the
     # label of each name, where several names may have the same label; or what `shards pack --classes` takes.
     # None: labels are numbers.
-    map: Annotated[str, Field(min_length=1), AfterValidator(no_command)] | None = None
+    map: Annotated[str, Field(min_length=1), AfterValidator(path_or_url)] | None = None
 
     @model_validator(mode="after")
     def _check_field(self) -> Label:
@@ -253,7 +253,7 @@ class Data(Section):
     in_memory: bool = False
     # Folder for indices and for copies of remote shards, on a local disk; required for remote shards. None:
     # indices are written beside the shards.
-    cache_dir: str | None = None
+    cache_dir: File | None = None
     # Largest size of the remote shards kept in `cache_dir`, in bytes per node.
     cache_bytes: PositiveFloat = 200e9
     # Has no effect, and is kept for the configs of older runs: the option `--allow-pipe` or the environment

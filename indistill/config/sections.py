@@ -5,6 +5,7 @@ The comment of each key is its description in docs/configuration.md.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from indistill.config import plugins
-from indistill.config.base import Duration, Folder, FromSection, Probability, Section, nearest
+from indistill.config.base import Duration, File, Folder, FromSection, Probability, Section, nearest
 from indistill.config.data import Images, Pixels
 from indistill.config.loss import AnyLoss, Loss
 
@@ -29,12 +30,18 @@ Precision = Annotated[
 ]
 
 
+def _with_home(name: str) -> str:
+    kind, colon, folder = name.partition(":")
+    return f"{kind}{colon}{os.path.expanduser(folder)}" if kind == "local-dir" else name
+
+
 class Model(Section):
-    name: str  # Name of a timm model.
+    # Name of a timm model, or `local-dir:FOLDER`, the folder of an export.
+    name: Annotated[str, AfterValidator(_with_home)]
     # Start from timm's pretrained weights, from the Hugging Face Hub or its local cache.
     pretrained: bool = False
     # File with the model's weights: `.safetensors`, or `.pt`, read with `weights_only`. None: no file.
-    checkpoint: str | None = None
+    checkpoint: File | None = None
     # 0: a network without a classifier, which gives embeddings and feature maps, but no logits. None: its
     # classifier has data.num_classes outputs, or its pretrained weights have none.
     num_classes: Literal[0] | None = None
@@ -64,7 +71,7 @@ class Teacher(Model):
     image_size: Pixels | None = None
     # File `heads.safetensors` of a run with `stage: heads`, for the loss `dih`. None: no intermediate
     # classifiers.
-    heads: str | None = None
+    heads: File | None = None
     precision: Precision | None = None  # Precision of the teacher's forward pass; None: `mixed_precision`.
     # Shard the teacher's weights over all ranks (FSDP2) and gather them block by block, for a teacher that
     # does not fit a GPU. Targets do not change, so a run may resume with another value. On one process it has
@@ -422,7 +429,7 @@ class DeepSpeed(Section):
     prefetch_bucket_size: PositiveInt | None = None
     # DeepSpeed JSON, or file of `accelerate config`; where both it and this section set a value, they must
     # agree.
-    config_file: str | None = None
+    config_file: File | None = None
 
     @model_validator(mode="after")
     def _check_offload(self) -> DeepSpeed:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from indistill.config.base import Duration, Section, no_command, run_length
+from indistill.config.base import Duration, Section, path_or_url, run_length
 from indistill.config.data import Data, Progressive
 from indistill.config.limits import MAX_MINUTES
 from indistill.config.loss import Loss, RecordedLoss
@@ -47,7 +47,7 @@ TARGETS = "targets"  # the folder of stored targets in a run directory
 # --- training -----------------------------------------------------------------------------------------------
 class Config(Section):
     # Folder for everything the run writes; all its nodes must be able to access it, unless it has a mirror.
-    run_dir: Annotated[str, Field(min_length=1), AfterValidator(no_command)]
+    run_dir: Annotated[str, Field(min_length=1), AfterValidator(path_or_url)]
     # `distill`: train a student; `heads`: train classifiers on stages of a frozen teacher, for the loss
     # `dih`.
     stage: Literal["distill", "heads"] = "distill"
@@ -72,7 +72,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     # URL to which checkpoints and records of `run_dir` are copied during the run, such as s3://bucket/run. A
     # node whose `run_dir` is empty goes on from there (docs/cluster.md). None: no copy.
-    mirror: Annotated[str, Field(min_length=1), AfterValidator(no_command)] | None = None
+    mirror: Annotated[str, Field(min_length=1), AfterValidator(path_or_url)] | None = None
     # Longest time of one start, in hours: then the run saves a checkpoint and exits with code 75, to be
     # started again. None: no limit but SLURM's.
     max_hours: PositiveFloat | None = None

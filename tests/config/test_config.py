@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from indistill import config
+from indistill.commands import schema
 from indistill.config import UserError, runs
 
 
@@ -183,7 +184,7 @@ def test_null_removes_the_teacher(file):
 @pytest.mark.parametrize(
     "text",
     ["runs/exp #2", "007", "null", "yes", "no", "1e3", "2024-01-01", "a: b", "*x", "&a x", "@x", "[x", "{a}",
-     "!x y", " x ", "'", "'a' and 'b'", "%d", "a#b", "- a", "~/x"],
+     "!x y", " x ", "'", "'a' and 'b'", "%d", "a#b", "- a"],
 )  # fmt: skip
 def test_an_override_of_a_text_is_literal(tree, file, text):
     tree["data"]["train"] = ["a", "b"]
@@ -204,6 +205,46 @@ def test_an_override_of_a_text_may_be_quoted_or_a_list_as_in_yaml(file):
     loaded = config.load(file, overrides)
     assert (loaded.run_dir, loaded.data.root) == ("a b", "x\ty")
     assert (loaded.data.train, loaded.data.eval) == (["a", "b"], "{a,b}-[cd].tar")
+
+
+def test_a_path_may_begin_with_the_home_directory(tree, file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    tree["data"] |= {
+        "eval": {"val": {"shards": "a", "label_map": "~/map"}},
+        "label": {"key": "json", "field": "class", "map": "~/map"},
+    }
+    tree["student"]["name"] = "local-dir:~/model"
+    tree["engine"] = {"name": "deepspeed", "config_file": "~/zero.json"}
+    tree["teacher"] |= {"random": False, "checkpoint": "~/t.pt", "heads": "~/h"}
+    file.write_text(yaml.safe_dump(tree))
+    folders = ["run_dir", "data.root", "data.cache_dir", "targets.dir", "mirror", "student.checkpoint"]
+    loaded = config.load(file, [f"{key}=~/{key}" for key in folders])
+    values = config.flatten(loaded, without=())
+    assert {key: values[key] for key in folders} == {key: f"/home/ann/{key}" for key in folders}
+    assert (loaded.teacher.checkpoint, loaded.teacher.heads) == ("/home/ann/t.pt", "/home/ann/h")
+    assert loaded.student.name == "local-dir:/home/ann/model"
+    assert loaded.data.eval["val"].label_map == loaded.data.label.map == "/home/ann/map"
+    assert loaded.engine.config_file == "/home/ann/zero.json"
+    remote = config.load(file, ["run_dir=a/~/b", "data.root=s3://~/b", "targets.dir='~'"])
+    assert (remote.run_dir, remote.data.root, remote.targets.dir) == ("a/~/b", "s3://~/b", "/home/ann")
+    (_, stage), *_ = runs.load(file, ["run_dir=~/x", "stages=[{name: one}]"])
+    assert stage.run_dir == "/home/ann/x/one"
+
+
+def test_every_text_of_a_config_that_names_a_path_expands_the_home_directory():
+    """What the comment of a key calls a file, a folder or a path is one."""
+    comments = schema.meanings(schema.sources())
+    named, plain = set(), set()
+    for name, section in schema.models().items():
+        for key, field in getattr(section, "model_fields", {}).items():
+            about = schema.meaning(name, key, comments)
+            validators = repr(field.annotation) + repr(field.metadata)
+            if re.match(r"(File|Folder|URL|DeepSpeed JSON)\b", about):
+                named.add(key)
+                if not re.search("path_or_url|expanduser", validators):
+                    plain.add((name, key))
+    assert {"run_dir", "mirror", "root", "cache_dir", "dir", "checkpoint", "heads", "config_file"} <= named
+    assert plain == set()
 
 
 def test_an_override_of_a_text_in_a_chain_is_literal(tree, file):
