@@ -32,8 +32,8 @@ indistill: error: my.yaml data.worker=2: data: unknown key 'worker'; the nearest
 
 Keys are set in the file, or on the command line after it: `indistill train CONFIG data.workers=8
 warmup=null`. The value is YAML, and a number indexes a list (`kd.losses.0.weight=0.5`). A text is taken as it
-is: `'run_dir=runs/exp #2'` trains in `runs/exp #2`, where a file would need quotes. `~` at the start of a path is the
-home directory. `run_dir/config.yaml` holds the values of all keys of a run.
+is: `'run_dir=runs/exp #2'` trains in `runs/exp #2`, where a file would need quotes. `~` at the start of a
+path is the home directory. `run_dir/config.yaml` holds the values of all keys of a run.
 
 A **duration** is a number with a unit: `3 epochs`, `500 steps`, `1e6 samples`, or `10 percent` of the run. A
 number without a unit counts epochs.
