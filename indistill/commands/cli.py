@@ -243,7 +243,7 @@ def _add_targets(parser: usage.Parser) -> None:
     )
     parser.add_argument(
         "--verify",
-        type=int,
+        type=usage.count,
         metavar="N",
         help="recompute the targets of N random samples instead; exit code 1 if any differs",
     )

@@ -49,7 +49,11 @@ def add(parser: usage.Parser) -> None:
         action.examples(*_PACKING, page="data.md")
         usage.add_allow_pipe(action)
         action.add_argument(
-            "--workers", type=int, default=os.cpu_count(), help="number of processes (default: one per core)"
+            "--workers",
+            type=usage.processes,
+            metavar="N",
+            default=os.cpu_count(),
+            help="number of processes (default: one per core)",
         )
         action.add_argument("--cache-dir", help="directory for indices and remote shards (data.cache_dir)")
 
@@ -64,12 +68,33 @@ def _add_pack(parser: usage.Parser) -> None:
         "destination", help="folder to write; if a packing was interrupted there, it continues"
     )
     parser.add_argument("--prefix", default="shard", help="shards are named PREFIX-000000.tar and so on")
-    parser.add_argument("--shard-megabytes", type=float, default=100.0, help="size of a shard (default: 100)")
     parser.add_argument(
-        "--resize", type=int, metavar="PIXELS", help="reduce the shorter side to this length and write JPEG"
+        "--shard-megabytes",
+        type=usage.megabytes,
+        metavar="MB",
+        default=100.0,
+        help="size of a shard (default: 100)",
     )
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize (default: 90)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle of image files (default: 0)")
+    parser.add_argument(
+        "--resize",
+        type=usage.integer(1, 65_535),  # JPEG's largest
+        metavar="PIXELS",
+        help="reduce the shorter side to this length and write JPEG",
+    )
+    parser.add_argument(
+        "--quality",
+        type=usage.integer(1, 100),
+        metavar="Q",
+        default=90,
+        help="JPEG quality with --resize, from 1 to 100 (default: 90)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=usage.integer(0, 2**32 - 1),
+        metavar="N",
+        default=0,
+        help="seed of the shuffle of image files (default: 0)",
+    )
     parser.add_argument(
         "--classes",
         metavar="FILE|FOLDER",

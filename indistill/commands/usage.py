@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
 from indistill import __version__
+from indistill.config.limits import MAX_COUNT
 
 DESCRIPTION = """\
 Knowledge distillation at cluster scale: train a small image classifier, the
@@ -113,11 +115,30 @@ def add_allow_pipe(parser: Parser) -> None:
     )
 
 
-def count(text: str) -> int:
-    """Read a positive integer, as the type of an option."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+def integer(least: int, most: int) -> Callable[[str], int]:
+    """Return the type of an option that takes an integer of this range, ends included."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d{1,20}", text, re.ASCII) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {most:,}")
+        return int(text)
+
+    return read
+
+
+count = integer(1, 10**12)
+processes = integer(1, 1024)  # more than a node has cores
+
+
+def megabytes(text: str) -> float:
+    """Read a size from a byte on, as the type of an option."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 1e-6 <= size <= MAX_COUNT / 1e6:  # not of a NaN either
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in megabytes: give a number such as 100")
+    return size
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

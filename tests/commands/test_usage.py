@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
+from indistill.commands import cli, shards
 from indistill.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,3 +142,38 @@ def test_a_mistake_in_a_plugin_of_report_and_export_is_one_line(capsys, tmp_path
     for command in (["report", "run"], ["export", "run", "folder"]):
         line = refused(capsys, *command, "--plugin", tmp_path / "gone.py")
         assert line.endswith("gone.py: no such file")
+
+
+NUMBERS = {  # the numeric options of all commands, with the ends of their ranges
+    ("plan", "c.yaml", "--world"): ("1", "1000000000000"),
+    ("plan", "c.yaml", "--samples"): ("1", "1000000000000"),
+    ("targets", "c.yaml", "--verify"): ("1", "1000000000000"),
+    ("init", "digits_demo", ".", "--nodes"): ("1", "1000000000000"),
+    ("shards", "index", "a.tar", "--workers"): ("1", "1024"),
+    ("shards", "verify", "a.tar", "--workers"): ("1", "1024"),
+    ("shards", "verify", "a.tar", "--num-classes"): ("1", "1000000000000"),
+    ("shards", "pack", "a", "b", "--workers"): ("1", "1024"),
+    ("shards", "pack", "a", "b", "--shard-megabytes"): ("1e-6", "9e9"),
+    ("shards", "pack", "a", "b", "--resize"): ("1", "65535"),
+    ("shards", "pack", "a", "b", "--quality"): ("1", "100"),
+    ("shards", "pack", "a", "b", "--seed"): ("0", "4294967295"),
+}
+
+
+@pytest.mark.parametrize("command", NUMBERS, ids=" ".join)
+def test_a_number_out_of_range_is_one_error(capsys, command):
+    *_, option = command
+    for value in ("-1", "nan", "inf", "1e300", "1" + 30 * "0", "many", ""):
+        text = shown(capsys, *command[:-1], f"{option}={value}", code=2)
+        assert f"error: argument {option}: {value!r} is not a" in text.splitlines()[-1]
+    if option != "--seed":
+        shown(capsys, *command, "0", code=2)
+    for value in NUMBERS[command]:
+        arguments = cli._parse([*command, value])
+        assert getattr(arguments, option.lstrip("-").replace("-", "_")) == float(value)
+
+
+def test_every_numeric_option_is_tested():
+    source = "".join(Path(module.__file__).read_text() for module in (cli, shards))
+    assert not re.findall(r"type=(int|float)\b", source)
+    assert source.count("type=usage.") == len(NUMBERS) - 2  # --workers is written once for three commands
