@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
@@ -201,9 +201,18 @@ def save_network(network: Network, section: config.Model, path: Path) -> None:
         "mean": json.dumps([round(v, 6) for v in (network.mean.flatten() / 255).tolist()]),
         "std": json.dumps([round(v, 6) for v in (network.std.flatten() / 255).tolist()]),
     }
-    save_model(network.net, str(path), metadata)
+    save_file(separate_tensors(network.net), str(path), metadata)
     sort_metadata(path)
     give_usual_mode(path)
+
+
+def separate_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Return a network's state dict as safetensors takes it: tensors that layers share are there under each
+    name.
+    """
+    return {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in net.state_dict().items()
+    }
 
 
 def normalisation(net: TimmModel, section: config.Model, role: str) -> Normalisation:

@@ -55,7 +55,10 @@ class Ema(ModelEmaV3):
     def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:  # type: ignore[override]  # one more argument
         """Update the average after `step` completed steps; `skipped` is a bool [] on the device."""
         weight = (1.0 - self.get_decay(step)) * ~skipped  # []
-        both = list(zip(self.module.state_dict().values(), model.state_dict().values()))
+        pairs = zip(
+            self.module.state_dict(keep_vars=True).values(), model.state_dict(keep_vars=True).values()
+        )
+        both = [*dict(pairs).items()]  # a tensor that layers share once, though it has several names
         averages = [average for average, _ in both if average.is_floating_point()]
         changes = torch._foreach_sub(
             [value for average, value in both if average.is_floating_point()], averages

@@ -386,6 +386,20 @@ def test_what_is_saved_is_created_again_bit_for_bit(tmp_path, name, suffix):
     assert torch.equal(again(pictures()).logits, network.eval()(pictures()).logits)
 
 
+def test_layers_that_share_their_weights_are_saved_under_each_name(tmp_path):
+    """The file fits a network that shares nothing, which then computes the same."""
+    section = config.Model(name="test_resnet", **STATISTICS)
+    net = timm_model.create(section, 7, 32, "student")
+    net.layer1[0].conv2 = net.layer1[0].conv1
+    network = Network(net, (*STATISTICS.values(),))
+    save_network(network, section, tmp_path / "student.safetensors")
+    again = create("test_resnet", 7, checkpoint=f"{tmp_path}/student.safetensors")
+    assert same_as(again, net.state_dict())
+    assert again.layer1[0].conv1 is not again.layer1[0].conv2
+    logits = Network(again, (*STATISTICS.values(),)).eval()(pictures()).logits
+    assert torch.equal(logits, network.eval()(pictures()).logits)
+
+
 def test_saved_metadata_tells_how_to_use_the_weights(tmp_path):
     section = config.Model(name="test_resnet", kwargs={"drop_rate": 0.1}, **STATISTICS)
     net = timm_model.create(section, 7, 32, "student")

@@ -10,7 +10,7 @@ from torch import nn
 
 from indistill.config.ranks import Ranks
 from indistill.distributed import engine
-from indistill.training.guard import Buffers
+from indistill.training.guard import Buffers, Ema
 
 
 @pytest.mark.parametrize("keys", [{"foreach": True}, {"fused": True}])
@@ -50,3 +50,20 @@ def test_buffers_come_back():
     assert all(torch.equal(buffer, value) for buffer, value in zip(network.buffers(), kept, strict=True))
     assert network[1].num_batches_tracked == 2
     Buffers(nn.Linear(2, 2)).keep()  # none at all
+
+
+def test_the_average_of_a_tensor_that_layers_share():
+    shared = nn.Linear(3, 3)
+    network = nn.Sequential(shared, nn.BatchNorm1d(3), shared)
+    average = Ema(network, 0.75)
+    expected = {name: value.double() for name, value in network.state_dict().items()}
+    for step in range(1, 4):
+        for parameter in network.parameters():
+            parameter.data.normal_()
+        network(torch.rand(4, 3))
+        average.update(network, step, torch.tensor(False))
+        for name, value in network.state_dict().items():
+            weight = 0.25 if step > 1 and value.is_floating_point() else 1.0
+            expected[name] = (1 - weight) * expected[name] + weight * value
+            found = average.module.state_dict()[name].double()
+            torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-6)

@@ -15,11 +15,12 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from indistill.config import Config, UserError, in_one_line, printable
 from indistill.config.ranks import Ranks
 from indistill.data.batch import Request
 from indistill.data.training import open_eval_set
-from indistill.models.network import Network
+from indistill.models.network import Network, separate_tensors
 
 TOLERANCE = 1e-4  # relative to the largest logit: float32 sums in another order
 _CHECKED_IMAGES = 16
@@ -215,8 +216,9 @@ def _write_timm(network: Network, source: Source, folder: Path) -> None:
         str(folder),
         model_config={"label_names": names} if names else {},
         model_args=dict(source.student.kwargs),
-        safe_serialization=True,
+        safe_serialization=cast(bool, None),  # config.json alone: timm refuses tensors that layers share
     )
+    save_file(separate_tensors(net), folder / FILES["timm"])
     # safetensors makes its file readable by the owner alone: give it the mode of the other file.
     (folder / FILES["timm"]).chmod((folder / "config.json").stat().st_mode)
 
