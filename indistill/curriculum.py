@@ -132,13 +132,14 @@ class Timetable:
     total_steps: int
     evaluate_every: int | None
     curriculum: Curriculum
+    notes: tuple[str, ...] = ()  # on what works, and can hardly be meant
 
     @classmethod
     def of(cls, settings: Config, steps_per_epoch: int, pairs: int) -> Timetable:
         """Convert a config's durations, for a warm-up of `pairs` pairs.
 
-        Raises UserError if the warm-up does not fit the run or its order, a duration rounds to no step, or
-        `profile` is for steps that the run does not have.
+        Raises UserError if the warm-up does not fit the run or its order, a learning rate schedule does not
+        fit its phase, a duration rounds to no step, or `profile` is for steps that the run does not have.
         """
         batch = settings.data.global_batch
         total = to_steps(settings.duration, steps_per_epoch, batch)
@@ -154,11 +155,11 @@ class Timetable:
             )
         last = "kd" if settings.has_teacher else "supervised"
         timetable = cls(steps_per_epoch, batch, total, evaluate_every, Curriculum(0, last=last))
-        if settings.warmup is None:
-            return timetable
-        durations = timetable._warmup_steps(settings.warmup, pairs)
-        curriculum = Curriculum(pairs, durations=durations, last=last, order=settings.warmup.curriculum)
-        return replace(timetable, curriculum=curriculum)
+        if settings.warmup is not None:
+            durations = timetable._warmup_steps(settings.warmup, pairs)
+            curriculum = Curriculum(pairs, durations=durations, last=last, order=settings.warmup.curriculum)
+            timetable = replace(timetable, curriculum=curriculum)
+        return replace(timetable, notes=timetable._check_schedules(settings))
 
     def _warmup_steps(self, warmup: config.Warmup, pairs: int) -> tuple[int, ...]:
         """Steps of each pair. Raises UserError if the warm-up does not fit the run or its order."""
@@ -180,6 +181,8 @@ class Timetable:
             raise UserError(
                 "warmup.lr: curriculum all_at_once has one phase for all pairs: give one value, not a list"
             )
+        if isinstance(warmup.lr, list) and len(warmup.lr) != pairs:
+            raise UserError(f"warmup.lr: {len(warmup.lr)} values for {pairs} pairs: give one per pair")
         return steps
 
     def _steps_by_alpha(self, warmup: config.Warmup, pairs: int) -> tuple[int, ...]:
@@ -208,6 +211,29 @@ class Timetable:
                 )
         return steps
 
+    def _check_schedules(self, settings: Config) -> tuple[str, ...]:
+        """Describe phases of the warm-up that are too short for the schedule that they inherit.
+
+        Raises UserError for a phase that is too short for a schedule of its own, or KD for that of the run,
+        and for a decay more often than each step.
+        """
+        notes = []
+        for phase in self.curriculum.phases():
+            key, section = schedule_of(settings, phase)
+            length, rise = len(self.steps_of(phase)), self.steps(section.warmup)
+            if section.name == "step" and self.steps(section.decay_every) < 1:
+                raise UserError(f"{key}.decay_every: {section.decay_every} is less than one step: raise it")
+            if not 0 < length < rise:
+                continue
+            problem = (
+                f"{key}.warmup: {section.warmup} are {rise} steps, and the phase {phase.name} has {length}, "
+                "so that it never reaches its learning rate"
+            )
+            if key != "schedule" or not phase.pairs:
+                raise UserError(f"{problem}: lower it, or make the phase longer")
+            notes.append(f"{problem}: set warmup.schedule, such as {{name: constant}}")
+        return tuple(notes)
+
     def evaluate_at(self, step: int) -> bool:
         """Whether to evaluate after `step` completed steps: always after the last."""
         if step == self.total_steps:
@@ -221,6 +247,14 @@ class Timetable:
     def steps_of(self, phase: Phase) -> range:
         """The steps of a phase of this timetable, whose positions are whole steps."""
         return range(int(phase.start), self.total_steps if phase.end is None else int(phase.end))
+
+
+def schedule_of(settings: Config, phase: Phase) -> tuple[str, config.Schedule]:
+    """Return the key and the section of a phase's learning rate schedule: its own, or else the run's."""
+    key, section = ("warmup", settings.warmup) if phase.pairs else ("kd", settings.kd)
+    if section is None or section.schedule is None:
+        return "schedule", settings.schedule
+    return f"{key}.schedule", section.schedule
 
 
 def _is_zero(duration: Duration) -> bool:

@@ -326,25 +326,44 @@ def check_fit(settings: Config) -> None:
     """
     if settings.stage == "heads" or not settings.has_teacher:
         return
-    assert settings.student is not None  # the config requires it unless stage is heads
-    section = settings.student.model_copy(update=without_weights(settings.student, "student"))
-    student = create_student(settings.model_copy(update={"student": section}))
+    student = _student_without_weights(settings)
     for called, one in settings.by_teacher.items():
         with naming_teacher(called):
             _check_fit(one, student)
 
 
-def _check_fit(settings: Config, student: TimmModel) -> None:
+def warmup_pairs(settings: Config) -> int:
+    """How many pairs a warm-up has, 0 without one; `auto` is judged by the networks, without weights."""
+    if settings.warmup is None:
+        return 0
+    if settings.warmup.pairs != "auto":
+        return len(settings.warmup.pairs)
+    of_teacher = settings.by_teacher[settings.warmup_teacher or ""]
+    return len(match_stages(_teacher_without_weights(of_teacher), _student_without_weights(settings)))
+
+
+def _student_without_weights(settings: Config) -> TimmModel:
+    assert settings.student is not None  # the config requires it unless stage is heads
+    section = settings.student.model_copy(update=without_weights(settings.student, "student"))
+    return create_student(settings.model_copy(update={"student": section}))
+
+
+def _teacher_without_weights(settings: Config) -> TimmModel:
     assert settings.teacher is not None  # of a config of `by_teacher`
     section = settings.teacher.model_copy(update=without_weights(settings.teacher, "teacher"))
-    teacher = timm_model.create(section, settings.data.num_classes, settings.data.full_size, "teacher")
+    return timm_model.create(section, settings.data.num_classes, settings.data.full_size, "teacher")
+
+
+def _check_fit(settings: Config, student: TimmModel) -> None:
+    assert settings.teacher is not None  # of a config of `by_teacher`
+    teacher = _teacher_without_weights(settings)
     if reads(settings.kd.losses, "features"):
         choose_pairs(settings, teacher, student)
     if warmup := settings.warmup:
         pairs = match_stages(teacher, student) if warmup.pairs == "auto" else warmup.pairs
         criterion = warmup.prune.criterion
         criterion = "random" if criterion in prune.NEEDS_DATA else criterion
-        side = timm_model.input_side(teacher, section, settings.data.full_size)
+        side = timm_model.input_side(teacher, settings.teacher, settings.data.full_size)
         prune.plan(teacher, student, pairs, (3, side, side), criterion, adapter=warmup.adapter)
 
 

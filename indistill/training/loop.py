@@ -146,6 +146,9 @@ class Run:
             run_teacher=self.sources.forward,
         )
         self.timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(self.plan.pairs))
+        if accelerator.is_main_process:
+            for note in self.timetable.notes:
+                print(f"indistill: WARNING: {note}", file=sys.stderr, flush=True)
         self.pace = Pace(self.timetable, settings.warmup, partial(mean_over_ranks, accelerator))
         self.standards = agree_on_standards(
             accelerator,

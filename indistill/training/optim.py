@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from indistill import config
 from indistill.config import Config, UserError, in_one_line
-from indistill.curriculum import Phase, Timetable
+from indistill.curriculum import Phase, Timetable, schedule_of
 
 # Torch has fused versions of these: one kernel for all parameters, which skips a bad step without asking the
 # host (engine.prepare).
@@ -220,15 +220,11 @@ def _section(settings: Config, phase: Phase) -> config.PhaseTraining:
 
 
 def _scheduler(optimizer: Optimizer, settings: Config, phase: Phase, timetable: Timetable) -> Scheduler:
-    """Create timm's scheduler for a phase; its steps are counted from the start of the phase.
-
-    Raises UserError for a number of rates other than that of the pairs, and for a decay more often than each
-    step.
-    """
-    section = _section(settings, phase).schedule or settings.schedule
+    """Create timm's scheduler for a phase; its steps are counted from the start of the phase."""
+    _, section = schedule_of(settings, phase)
     length = int((timetable.total_steps if phase.end is None else phase.end) - phase.start)
     for group in optimizer.param_groups:
-        group["initial_lr"] = _base_rate(settings, phase, timetable)  # timm's schedulers start from it
+        group["initial_lr"] = _base_rate(settings, phase)  # timm's schedulers start from it
     warmup: dict[str, Any] = {
         "warmup_t": timetable.steps(section.warmup),
         "warmup_lr_init": section.warmup_lr,
@@ -240,10 +236,6 @@ def _scheduler(optimizer: Optimizer, settings: Config, phase: Phase, timetable: 
             return CosineLRScheduler(optimizer, t_initial=max(length, 1), lr_min=section.min_lr, **warmup)
         case "step":
             decay_every = timetable.steps(section.decay_every)
-            if decay_every < 1:
-                raise UserError(
-                    f"schedule.decay_every: {section.decay_every} is less than one step: raise it"
-                )
             return StepLRScheduler(optimizer, decay_t=decay_every, decay_rate=section.decay_rate, **warmup)
         case "multistep":
             # timm decays one step early.
@@ -253,12 +245,6 @@ def _scheduler(optimizer: Optimizer, settings: Config, phase: Phase, timetable: 
             return StepLRScheduler(optimizer, decay_t=1, decay_rate=1.0, **warmup)
 
 
-def _base_rate(settings: Config, phase: Phase, timetable: Timetable) -> float:
+def _base_rate(settings: Config, phase: Phase) -> float:
     rate = _section(settings, phase).lr or settings.optimizer.lr
-    if not isinstance(rate, list):
-        return rate
-    if len(rate) != timetable.curriculum.pairs:
-        raise UserError(
-            f"warmup.lr: {len(rate)} values for {timetable.curriculum.pairs} pairs: give one per pair"
-        )
-    return rate[phase.index]
+    return rate[phase.index] if isinstance(rate, list) else rate

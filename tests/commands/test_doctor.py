@@ -31,6 +31,7 @@ from indistill.commands.doctor import run as doctor_run
 from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Line
 from indistill.commands.doctor.node import PREFETCH
 from indistill.commands.doctor.run import _look, merged, run, text
+from indistill.commands.plan import estimate
 from indistill.config import UserError
 from indistill.data import overlap, packing, shards, verify
 from indistill.data.dataset import open_shards
@@ -299,6 +300,30 @@ def test_a_cache_dir(tree, tmp_path, monkeypatch):
             {"warmup": {"curriculum": "sequential", "pairs": [(0, 0)], "durations": ["0.01 epochs"]}},
             "warmup.durations: 0.01 epochs for pair 1 is less than one step",
         ),
+        (
+            {"warmup": {"pairs": "auto", "durations": ["4 steps"]}},
+            "warmup.durations: 1 given for 3 pairs: give one per pair",
+        ),
+        ({"warmup": {"curriculum": "sequential", "lr": [0.1, 0.2]}}, "warmup.lr: 2 values for 3 pairs"),
+        (
+            {"schedule": {"name": "step", "decay_every": "3 samples"}, "warmup": None},
+            "schedule.decay_every: 3 samples is less than one step: raise it",
+        ),
+        (
+            {"schedule": {"name": "cosine", "warmup": "25 steps"}, "warmup": None},
+            "schedule.warmup: 25 steps are 25 steps, and the phase kd has 24, so that it never reaches",
+        ),
+        (
+            {"warmup": {"durations": ["1 step", "1 step", "2 steps"], "schedule": {"warmup": "1 epoch"}}},
+            "warmup.schedule.warmup: 1 epoch are 6 steps, and the phase warmup 1/1 has 4",
+        ),
+        (
+            {
+                "warmup": {"durations": ["6 steps", "6 steps", "8 steps"]},
+                "kd": {"schedule": {"warmup": "6 steps"}},
+            },
+            "kd.schedule.warmup: 6 steps are 6 steps, and the phase kd has 4",
+        ),
     ],
 )
 def test_durations_are_refused_as_by_a_run(tree, change, message):
@@ -308,6 +333,32 @@ def test_durations_are_refused_as_by_a_run(tree, change, message):
     assert message in line.what
     with pytest.raises(UserError, match=re.escape(message)):
         loop.train(config.parse(tree, "test"))
+
+
+def test_a_phase_that_inherits_a_warmup_of_the_rate_which_it_cannot_end_is_shown(tree, capsys):
+    tree |= {
+        "duration": "24 steps",
+        "schedule": {"name": "cosine", "warmup": "1 epoch"},
+        "warmup": {"durations": ["1 step", "1 step", "2 steps"]},
+    }
+    verify.index("train-*.tar", tree["data"]["root"])
+    lines = [line for line in look(inputs.data_shards, tree) if line.level != OK]
+    note = "schedule.warmup: 1 epoch are 6 steps, and the phase warmup 1/1 has 4, so that it never reaches"
+    assert [line.level for line in lines if line.what.startswith(note)] == [WARN]
+    settings = config.parse(tree, "test")
+    assert len([one for one in estimate.of_run(settings, 1).notes if one.startswith(note)]) == 1
+    loop.train(settings)
+    assert capsys.readouterr().err.count(f"indistill: WARNING: {note}") == 1
+    tree["warmup"]["schedule"] = {"name": "constant"}
+    assert not [line for line in look(inputs.data_shards, tree) if "schedule" in line.what]
+
+
+def test_durations_of_each_stage_are_checked(tree):
+    verify.index("train-*.tar", tree["data"]["root"])
+    tree |= {"duration": "24 steps", "warmup": None}
+    other = tree | {"evaluate": {"every": "0.01 epochs"}}
+    failed = [line.what for line in look(inputs.data_shards, tree, other) if line.level == FAIL]
+    assert failed == ["evaluate.every is less than one step (an epoch has 6): raise it"]
 
 
 def test_single_images_are_refused_as_by_a_run(tree):

@@ -44,7 +44,7 @@ from indistill.data.training import TrainingData, bank_shards, eval_shards
 from indistill.evaluate.bank import check_bank
 from indistill.models import timm_model
 from indistill.targets.manifest import check_classes, load_manifest, targets_root
-from indistill.training import parts
+from indistill.training import lessons, parts
 
 LOOK_SECONDS = 2.0  # for a measurement
 SHARDS_SECONDS = 15.0  # to check the shards of a set
@@ -157,6 +157,7 @@ def data_shards(here: Here) -> Said:
                 counts += f", {checked} of them checked"
             if not damaged:
                 yield OK, f"data.train: {counts}"
+            yield from _durations(here, settings, streamed.steps_per_epoch)
         else:
             reader = label_reader(settings)
             yield from _indexed_shards(here, settings, key="data.train", urls=section.train, reader=reader)
@@ -199,6 +200,9 @@ def _indexed_shards(
     complete = len(sizes) == len(paths)
     if key == "data.train":
         _check_order(here, settings, sizes if complete else None)
+        if complete:
+            order = sample_order(section, settings.seed, sizes, settings.kd.mixing)
+            yield from _durations(here, settings, order.steps_per_epoch(section.global_batch))
     if not damaged:
         what = f"{len(paths)} {counted_word('shard', paths)}"
         if complete:
@@ -209,22 +213,28 @@ def _indexed_shards(
 
 
 def _check_order(here: Here, settings: Config, sizes: Sequence[int] | None) -> None:
-    """Raise UserError for batches and durations that a run refuses.
+    """Raise UserError for batches that a run refuses.
 
-    `sizes` has the samples of each shard; None if they are not known. A warm-up's durations are checked only
-    if its pairs are listed.
+    `sizes` has the samples of each shard; None if they are not known.
     """
-    section, warmup = settings.data, settings.warmup
+    section = settings.data
     check_accumulation(section, here.world, settings.grad_accumulation, settings.kd.mixing)
     known_sizes = sizes or [2**40]  # more than any batch needs
     order = sample_order(section, settings.seed, known_sizes, settings.kd.mixing)
     order.check(section.global_batch, here.world)
-    if warmup is not None and warmup.pairs == "auto":
-        settings, warmup = settings.model_copy(update={"warmup": None}), None
-    if sizes:
-        steps_per_epoch = order.steps_per_epoch(section.global_batch)
-        Timetable.of(settings, steps_per_epoch, pairs=0 if warmup is None else len(warmup.pairs))
-        ImageSizes.of(settings, steps_per_epoch)
+
+
+def _durations(here: Here, settings: Config, steps_per_epoch: int) -> Said:
+    """Check durations and learning rate schedules, as a run does, of all that have this section `data`."""
+    for one in here.settings:
+        if one.data == settings.data:
+            try:
+                notes = Timetable.of(one, steps_per_epoch, pairs=lessons.warmup_pairs(one)).notes
+                ImageSizes.of(one, steps_per_epoch)
+            except UserError as error:
+                yield FAIL, str(error)
+            else:
+                yield from ((WARN, note) for note in notes)
 
 
 def _indices(

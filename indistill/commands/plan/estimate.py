@@ -89,7 +89,7 @@ def of_run(
     optim.PhaseOptim(optimizer, settings, timetable)  # raises UserError as in training
     state = state_bytes(optimizer)
 
-    built.notes.extend(_of_curriculum(timetable))
+    built.notes.extend([*_of_curriculum(timetable), *timetable.notes])
     return Estimate(
         machine=settings.machine.model_dump(),
         world=world,
