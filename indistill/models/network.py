@@ -154,9 +154,8 @@ class Network(Trainable):
         if self.with_token and self.training:
             return self.net.forward_head(final)
         classifier = self.net.get_classifier()
-        if isinstance(classifier, nn.Linear):
+        if getattr(self.net, "plain_head", isinstance(classifier, nn.Linear)):
             return classifier(embedding), None
-        # DeiT's logits are the mean of two classifiers', BiT's classifier is a convolution.
         return self.net.forward_head(final), None
 
     def _adapt(self, pair: int, feature: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class TimmModel(nn.Module):
     forward_features: Callable[[Tensor], Tensor]
     forward_intermediates: Callable[..., Any]  # maps [B, C, H, W] per stage; or the final features, and these
     forward_head: Callable[..., Any]  # logits [B, K], a pair while DeiT trains; or embedding
-    get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]  # DeiT has two
+    get_classifier: Callable[[], Any]  # a module; DeiT has two
+    plain_head: bool  # whether the logits are a linear classifier of the embedding; set by `create`
     # Only some models have these.
     set_distilled_training: Callable[[bool], None]
     set_input_size: Callable[..., None]
@@ -312,7 +313,7 @@ def _is_state_dict(content: object) -> bool:
 @torch.no_grad()
 def _check_interface(net: TimmModel, name: str, *, side: int, image_size: int, role: str) -> None:
     """Run a small forward pass: the input size must fit, and classifier(embedding) be the model's output."""
-    images = torch.zeros(1, 3, side, side)
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     same = False
     training = net.training
     net.eval()
@@ -321,9 +322,8 @@ def _check_interface(net: TimmModel, name: str, *, side: int, image_size: int, r
         with contextlib.suppress(RuntimeError, TypeError, AttributeError):
             features = net.forward_features(images)
             embedding = net.forward_head(features, pre_logits=True)
-            classifier = net.get_classifier()
-            # DeiT has two classifiers, whose mean is the output, and BiT's is a convolution.
-            own = classifier(embedding) if isinstance(classifier, nn.Linear) else net.forward_head(features)
+            net.plain_head = _has_plain_head(net, features, logits, role)
+            own = net.get_classifier()(embedding) if net.plain_head else net.forward_head(features)
             same = embedding.dim() == 2 and torch.allclose(own, logits)
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         reason = in_one_line(error, 200)
@@ -337,3 +337,31 @@ def _check_interface(net: TimmModel, name: str, *, side: int, image_size: int, r
         )
     if not hasattr(net, "head_hidden_size"):  # timm's name for the width of the embedding
         net.head_hidden_size = embedding.shape[1]
+
+
+def _has_plain_head(net: TimmModel, features: Any, logits: Tensor, role: str) -> bool:
+    """Whether the logits are a linear classifier of the embedding: of a student, in training too.
+
+    DeiT has two classifiers, whose mean is the output, and BiT's is a convolution. Before MViT's there is a
+    dropout, and before SHViT's a batch norm.
+    """
+    classifier = net.get_classifier()
+
+    def of_embedding() -> Tensor:
+        return classifier(net.forward_head(features, pre_logits=True))
+
+    if not isinstance(classifier, nn.Linear) or not torch.allclose(of_embedding(), logits):
+        return False
+    if role != "student":
+        return True
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    net.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        whole = net.forward_head(features)
+        torch.manual_seed(0)
+        plain = torch.equal(of_embedding(), whole)  # also where they are tiny
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    net.eval()
+    return plain

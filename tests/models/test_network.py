@@ -103,6 +103,35 @@ def test_a_head_that_is_not_one_linear_map_of_the_embedding(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs"),
+    [
+        ("shvit_s1", 64, {}),  # a batch norm
+        ("efficientvit_m0", 224, {}),
+        ("lcnetv2_small", 32, {"drop_rate": 0.5}),
+        ("mvitv2_tiny", 64, {"drop_rate": 0.5, "img_size": 64}),
+        ("test_resnet", 32, {"drop_rate": 0.5}),  # its dropout is before the embedding
+    ],
+)
+def test_what_is_between_embedding_and_classifier_trains(name, size, kwargs):
+    net = timm_model.create(config.Model(name=name, kwargs=kwargs), 10, size, "student")
+    started = [buffer for key, buffer in net.named_buffers() if key.endswith("running_mean")]
+    assert not any(buffer.any() for buffer in started)  # the check leaves no trace
+    assert net.plain_head == (name == "test_resnet")
+    network = Network(net, (*STATISTICS.values(),)).train()
+    images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
+    for module in net.modules():
+        if "DropPath" in type(module).__name__:
+            module.eval()
+    if "drop_rate" in kwargs and not net.plain_head:  # the two parts draw one after the other
+        assert not torch.allclose(network(images).logits, network(images).logits)
+        return
+    torch.manual_seed(0)
+    expected = net(network.normalise(images))
+    torch.manual_seed(0)
+    torch.testing.assert_close(network(images).logits, expected)
+
+
 def test_the_width_of_the_embedding_is_found(monkeypatch):
     net = CNN32((8, 16, 32), 64)
     del net.head_hidden_size
