@@ -24,7 +24,7 @@ from indistill.config.run_dir import RunDir
 from indistill.curriculum import Phase, Timetable
 from indistill.data.batch import Batch
 from indistill.data.training import TrainingData
-from indistill.distributed import engine
+from indistill.distributed.accelerator import find_interface
 from indistill.losses.objective import teaches
 from indistill.models.network import DTYPES
 from indistill.models.outputs import Targets
@@ -56,7 +56,7 @@ def train_groups(
         )
     group, place = divmod(rank, world // count)
     name, settings = students[group]
-    engine.find_interface(ranks)
+    find_interface(ranks)
     timeout = timedelta(minutes=settings.collective_timeout_minutes)
     store, *_ = next(distributed.rendezvous("env://", rank, world, timeout=timeout))
     groups = _Groups(store, students, group=group, rank=place, size=world // count)

@@ -18,9 +18,11 @@ from indistill.config.limits import MAX_CONFIG_BYTES
 from indistill.config.ranks import Ranks
 from indistill.config.run_dir import RunDir, damaged_config, has_begun, refuse_foreign
 from indistill.data import class_names
-from indistill.distributed import deepspeed_config, engine, environment, preemption
+from indistill.distributed import deepspeed_config, environment, preemption
+from indistill.distributed.accelerator import create_engine
 from indistill.distributed.agree import agree, setup
-from indistill.distributed.engine import Engine, ZeRO
+from indistill.distributed.engine import Engine
+from indistill.distributed.zero import ZeRO
 
 
 def start_engine(settings: Config) -> Engine:
@@ -65,7 +67,7 @@ def _engine(settings: Config, zero: dict[str, Any] | None, ranks: Ranks) -> Engi
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     dynamo = TorchDynamoPlugin(backend="inductor", dynamic=False) if settings.compile else None
     with environment.without_accumulation():
-        return engine.start(
+        return create_engine(
             zero,
             settings.mixed_precision,
             ranks=ranks,

@@ -21,7 +21,9 @@ from indistill import config, curriculum
 from indistill import losses as indistill_losses
 from indistill.commands.cli import main
 from indistill.config.files import read_lines
-from indistill.distributed import engine
+from indistill.distributed.ddp import DDP
+from indistill.distributed.engine import Engine
+from indistill.distributed.zero import ZeRO
 from indistill.losses import ce_loss, objective
 from indistill.training import guard, loop, optim
 from indistill.training import mix as training_mix
@@ -85,7 +87,7 @@ class State:
     """Collects the state that a bad step must not change, during a run of `module.train`."""
 
     def __init__(self) -> None:
-        for engine_class in (engine.DDP, engine.ZeRO):
+        for engine_class in (DDP, ZeRO):
             self.record(engine_class)
         ema_class = guard.Ema
 
@@ -95,7 +97,7 @@ class State:
 
         guard.Ema = keep_ema
 
-    def record(self, engine_class: type[engine.Engine]) -> None:
+    def record(self, engine_class: type[Engine]) -> None:
         """Keep what `prepare` and `whole` of the engine return."""
         prepare, whole = engine_class.prepare, engine_class.whole
 

@@ -161,7 +161,7 @@ def test_stored_targets_follow_the_live_ones(tree, tmp_path):
 )
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("fp16", 2), ("fp16", 3)])
 def test_zero_follows_ddp(tree, tmp_path, precision, stage):
-    """Uses the dynamic loss scale of engine.py, and optimizer state in host memory."""
+    """Uses the dynamic loss scale of zero.py, and optimizer state in host memory."""
     tree |= {"mixed_precision": precision, "clip_grad_norm": 1.0}
     zero = {**copy.deepcopy(tree), "run_dir": str(tmp_path / "zero")}
     zero["engine"] = {"name": "deepspeed", "stage": stage, "offload_optimizer": "cpu"}

@@ -26,7 +26,7 @@ from indistill.config.files import read_lines
 from indistill.data.batch import Batch
 from indistill.data.loader import IndexedTraining
 from indistill.distributed import preemption
-from indistill.distributed.engine import ZeRO
+from indistill.distributed.zero import ZeRO
 from indistill.losses import pkt, sp
 from indistill.losses.gather import gather
 from indistill.training import loop

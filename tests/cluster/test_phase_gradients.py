@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from indistill import Callback, config
 from indistill.commands.plan import estimate
 from indistill.commands.plan.network import all_reduce_bytes
-from indistill.distributed import engine
+from indistill.distributed.ddp import DDP
 from indistill.training import loop, start
 
 PHASES = ("warmup 1/3", "warmup 2/3", "warmup 3/3", "kd")
@@ -104,7 +104,7 @@ def test_the_bytes_are_those_of_the_phases_own_parameters(tree, tmp_path, world,
 def run_searching(tree: dict[str, Any]) -> None:
     """Train with one wrapper for all phases, in which DDP searches for unused parameters in every step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.DDP, "in_phase", lambda engine, phase: engine.wrapped)
+        patch.setattr(DDP, "in_phase", lambda engine, phase: engine.wrapped)
         patch.setattr(
             start,
             "DistributedDataParallelKwargs",

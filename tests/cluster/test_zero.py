@@ -33,7 +33,8 @@ from safetensors.torch import load_file
 
 from indistill import config
 from indistill.commands.evaluate import evaluate_checkpoint
-from indistill.distributed import engine
+from indistill.distributed.ddp import DDP
+from indistill.distributed.zero import ZeRO, use_dynamic_loss_scale
 from indistill.training.loop import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,14 +99,14 @@ def run(tree: dict[str, Any], stop: int | None = None, resume: str = "auto") -> 
 
 def run_contiguous(tree: dict[str, Any]) -> None:
     """Train under DDP with the memory format of ZeRO, because another format sums in another order."""
-    prepare = engine.DDP.prepare
+    prepare = DDP.prepare
 
     def contiguous_prepare(ddp, student, optimizer):
         student.to(memory_format=torch.contiguous_format)
         return prepare(ddp, student, optimizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.DDP, "prepare", contiguous_prepare)
+        patch.setattr(DDP, "prepare", contiguous_prepare)
         run(tree)
 
 
@@ -265,20 +266,20 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(tree, tmp_path, stage):
 
 def run_scaled(trees: list[dict[str, Any]], scales: list[float]) -> None:
     """Train with the loss scaled as for fp16, from each initial scale, and write the last scale."""
-    prepare = engine.ZeRO.prepare
+    prepare = ZeRO.prepare
     for tree, scale in zip(trees, scales):
 
         def scaling_prepare(*arguments, scale=scale):
             wrapped, optimizer, was_skipped = prepare(*arguments)
-            engine.use_dynamic_loss_scale(optimizer.optimizer)
+            use_dynamic_loss_scale(optimizer.optimizer)
             optimizer.optimizer.loss_scaler.cur_scale = scale
             scaling_prepare.optimizer = optimizer.optimizer
             return wrapped, optimizer, was_skipped
 
-        engine.ZeRO.prepare = scaling_prepare
+        ZeRO.prepare = scaling_prepare
         run(tree)
         (Path(tree["run_dir"]) / "scale").write_text(str(scaling_prepare.optimizer.loss_scale))
-    engine.ZeRO.prepare = prepare
+    ZeRO.prepare = prepare
 
 
 # Exponents: squares of gradients overflow in ZeRO's float32 norm with the one, gradients with the other.

@@ -8,7 +8,7 @@ from torch import nn
 
 from indistill import config
 from indistill.curriculum import Timetable
-from indistill.distributed import engine
+from indistill.distributed import zero
 from indistill.training import optim
 
 
@@ -56,5 +56,5 @@ def test_repartition(each):
     for old in (1, 2, 3, 8, 512):
         for new in (1, 2, 4, 5, *([512] if old in (1, 8) else [])):
             saved = parts(old)
-            found = [engine.repartition(saved, sizes, each=each, rank=rank, world=new) for rank in range(new)]
+            found = [zero.repartition(saved, sizes, each=each, rank=rank, world=new) for rank in range(new)]
             assert all(torch.equal(a, b) for a, b in zip(found, parts(new)))

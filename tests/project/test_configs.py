@@ -118,8 +118,16 @@ def accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("with_warmup", [True, False], ids=["as-it-is", "warmup-null"])
-@every_config
+def with_and_without_warmup():
+    """Each config, and again without its warm-up; where its networks are large, that is slow."""
+    for path in CONFIGS:
+        yield pytest.param(path, True, id=f"{path.stem}-as-it-is")
+        if any(settings.warmup for _, settings in runs.load(path)):
+            marks = pytest.mark.slow if path.stem.startswith("clip") else ()
+            yield pytest.param(path, False, id=f"{path.stem}-warmup-null", marks=marks)
+
+
+@pytest.mark.parametrize(("path", "with_warmup"), with_and_without_warmup())
 def test_a_config_builds_and_computes_its_losses(
     path, with_warmup, create_once, accelerator, tmp_path, monkeypatch
 ):

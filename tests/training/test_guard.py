@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from indistill.config.ranks import Ranks
-from indistill.distributed import engine
+from indistill.distributed.accelerator import create_engine
 from indistill.training.guard import Buffers, Ema
 
 
 @pytest.mark.parametrize("keys", [{"foreach": True}, {"fused": True}])
 def test_the_scaler_skips_and_scales_by_one(keys):
     """Scaler or optimizer may skip the step: both are noticed, and the factors change no scale."""
-    ddp = engine.start(None, "no", ranks=Ranks(), timeout_minutes=30.0)
+    ddp = create_engine(None, "no", ranks=Ranks(), timeout_minutes=30.0)
     accelerator = ddp.accelerator
     assert accelerator.scaler.get_growth_factor() > 1 > accelerator.scaler.get_backoff_factor()
     accelerator.scaler.set_growth_interval(1)  # it grows at each good step

@@ -17,7 +17,7 @@ from indistill.commands.doctor.findings import FAIL, OK, WARN, Here, Said, count
 from indistill.commands.doctor.software import torch_build
 from indistill.commands.plan.network import all_reduce_bytes
 from indistill.config import UserError
-from indistill.distributed import engine
+from indistill.distributed.accelerator import create_engine
 from indistill.distributed.agree import agree, setup, software_versions
 from indistill.distributed.deepspeed_config import zero_config
 from indistill.training.start import check_devices
@@ -49,7 +49,7 @@ def start(here: Here) -> Said:
         here.send("came", here.host)
     # Collectives get a longer limit than any check: at theirs NCCL would abort the process without a message.
     limit_minutes = 4 * max(findings.START_SECONDS, findings.CHECK_SECONDS) / 60
-    started = engine.start(zero, precision, ranks=here.ranks, timeout_minutes=limit_minutes)
+    started = create_engine(zero, precision, ranks=here.ranks, timeout_minutes=limit_minutes)
     accelerator = started.accelerator
     here.device = accelerator.device
     if accelerator.num_processes != here.world:
