@@ -189,6 +189,7 @@ def test_a_node_that_waits_takes_the_place_of_one_that_is_lost(elastic_tree, tmp
     check_as_uninterrupted(elastic_tree, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stop_that_was_asked_for_and_an_error_cost_no_restart(elastic_tree, tmp_path):
     """One of two nodes trains; the other, which waits, is told of the end by the rendezvous."""
     config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
