@@ -75,19 +75,7 @@ def _add_pack(parser: usage.Parser) -> None:
         default=100.0,
         help="size of a shard (default: 100)",
     )
-    parser.add_argument(
-        "--resize",
-        type=usage.integer(1, 65_535),  # JPEG's largest
-        metavar="PIXELS",
-        help="reduce the shorter side to this length and write JPEG",
-    )
-    parser.add_argument(
-        "--quality",
-        type=usage.integer(1, 100),
-        metavar="Q",
-        default=90,
-        help="JPEG quality with --resize, from 1 to 100 (default: 90)",
-    )
+    _add_resizing(parser)
     parser.add_argument(
         "--seed",
         type=usage.integer(0, 2**32 - 1),
@@ -103,6 +91,22 @@ def _add_pack(parser: usage.Parser) -> None:
     )
     _add_reading(parser)
     parser.set_defaults(run=_pack)
+
+
+def _add_resizing(parser: usage.Parser) -> None:
+    parser.add_argument(
+        "--resize",
+        type=usage.integer(1, 65_535),  # JPEG's largest
+        metavar="PIXELS",
+        help="reduce the shorter side to this length and write JPEG",
+    )
+    parser.add_argument(
+        "--quality",
+        type=usage.integer(1, 100),
+        metavar="Q",
+        default=90,
+        help="JPEG quality with --resize, from 1 to 100 (default: 90)",
+    )
 
 
 def _add_reading(parser: usage.Parser) -> None:

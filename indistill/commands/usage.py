@@ -11,7 +11,6 @@ from importlib import metadata
 from typing import Any, NoReturn
 
 from indistill import __version__
-from indistill.config.limits import MAX_COUNT
 
 DESCRIPTION = """\
 Knowledge distillation at cluster scale: train a small image classifier, the
@@ -132,6 +131,8 @@ processes = integer(1, 1024)  # more than a node has cores
 
 def megabytes(text: str) -> float:
     """Read a size from a byte on, as the type of an option."""
+    from indistill.config.limits import MAX_COUNT  # here, because its package imports pydantic
+
     try:
         size = float(text)
     except ValueError:

@@ -145,11 +145,7 @@ class Run:
             make_teacher=self.sources.teacher,
             run_teacher=self.sources.forward,
         )
-        self.timetable = Timetable.of(settings, training.steps_per_epoch, pairs=len(self.plan.pairs))
-        if accelerator.is_main_process:
-            for note in self.timetable.notes:
-                print(f"indistill: WARNING: {note}", file=sys.stderr, flush=True)
-        self.pace = Pace(self.timetable, settings.warmup, partial(mean_over_ranks, accelerator))
+        self._set_timetable()
         self.standards = agree_on_standards(
             accelerator,
             settings,
@@ -178,6 +174,14 @@ class Run:
         self.own_targets = targets_of  # before other ranks have a part in them
         self.targets_of = self.sources.targets(targets_of, self.plan, self.timetable, settings)
         self.targets_of.bring_along(training, self.timetable)
+
+    def _set_timetable(self) -> None:
+        accelerator, settings = self.accelerator, self.settings
+        self.timetable = Timetable.of(settings, self.training.steps_per_epoch, pairs=len(self.plan.pairs))
+        if accelerator.is_main_process:
+            for note in self.timetable.notes:
+                print(f"indistill: WARNING: {note}", file=sys.stderr, flush=True)
+        self.pace = Pace(self.timetable, settings.warmup, partial(mean_over_ranks, accelerator))
 
     def _prepare(self) -> None:
         """Create the optimizer, and wrap the student for training on all ranks."""

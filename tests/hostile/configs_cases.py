@@ -56,7 +56,7 @@ OVERRIDES = {
     "data.train=" + "/*/.." * 20 + "/x*": "leads to too many files and folders",
     "data.eval=" + "{" * 1000: "more than 16 braces in each other",
     f"data.train={BOMB}": "no such shard|names",
-    "run_dir=": "run_dir: String should have at least 1 character",
+    "run_dir=": "override 'run_dir=': has no value: write run_dir=null",
     "data={": "not valid YAML",
 }
 

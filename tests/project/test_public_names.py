@@ -13,7 +13,7 @@ PUBLIC = {
     losses: "at bce crd cross_entropy dih dist dkd feature hint kd pkt reviewkd rkd sp token vid",
     prune: "PairPlan Plan Writer calibrate filter_importance l1_importance plan published_norm "
     "random_importance top_channels unpruned writers",
-    curriculum: "Curriculum ImageSizes Pace Phase Timetable flattened",
+    curriculum: "Curriculum ImageSizes Pace Phase Timetable flattened schedule_of",
     order: "SampleOrder",
     evaluate: "accuracy bank_scores check_bank embeddings knn linear_probe precision_at retrieval "
     "retrieval_map similarity",

@@ -164,6 +164,7 @@ def test_each_network_is_compiled_once_for_each_phase(tree, tmp_path, world):
     assert losses(tree["run_dir"]) == pytest.approx(losses(plain["run_dir"]), rel=LOGGED)
 
 
+@pytest.mark.slow  # it compiles some twenty C++ programs
 @pytest.mark.portable
 def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
     """As close as runs whose weights are off by one rounding to bf16: a fused kernel rounds less often."""
