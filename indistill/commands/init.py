@@ -67,7 +67,7 @@ def write(
     A file that is there already is never changed. Raises UserError, before anything is written, if one is
     there with another content, or for a value with characters that such names do not have.
     """
-    _check_options(slurm, kubernetes, nodes=nodes, partition=partition, account=account)
+    _check_options(slurm, kubernetes, nodes=nodes, partition=partition, account=account, data=data)
     recipe = recipe_file(name)
     config = f"configs/{name}.yaml"
     tree = read(recipe)
@@ -95,6 +95,9 @@ def write(
 def _check_options(slurm: bool, kubernetes: bool, **values: Any) -> None:
     if values["nodes"] is not None and not (slurm or kubernetes):
         raise UserError("--nodes is for --slurm or --kubernetes: add one of them")
+    data = values["data"]
+    if kubernetes and data is not None and not (is_remote(data) or os.path.isabs(data)):
+        raise UserError(f"--data {data}: a pod mounts a volume at an absolute path: give one, or a URL")
     for option in ("partition", "account"):
         value = values[option]
         if value is not None and not slurm:
@@ -158,6 +161,8 @@ def _job(job: str, name: str, *, tree: dict[str, Any], nodes: int | None, data: 
             f"[configs/{name}.yaml, run_dir=/{tree['run_dir']}, {overrides}]"
         )
     }
+    if data is not None and not is_remote(data):
+        changes["{name: data, mountPath: /data}"] = f"{{name: data, mountPath: {json.dumps(data)}}}"
     if nodes is not None:
         changes |= {key + old: key + new.format(nodes) for key, old, new in _NODES[job]}
     text = _replaced((FOLDER / job).read_text(), changes)

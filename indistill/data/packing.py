@@ -27,7 +27,7 @@ from indistill.data.decode import BadImage, decode
 from indistill.data.index import build_index, load_index
 from indistill.data.labels import Classes
 from indistill.data.lists import label_in
-from indistill.data.samples import IMAGE_EXTENSIONS, extension_of, shown
+from indistill.data.samples import IMAGE_EXTENSIONS, extension_of, jpg_by_name, shown
 from indistill.data.shards import ShardSet
 from indistill.data.tar import BLOCK
 from indistill.data.urls import is_remote
@@ -196,8 +196,11 @@ class _Packing(NamedTuple):
             (path, self.origin.part(*cut), self.resize, self.quality)
             for path, cut in zip(paths, itertools.pairwise(cuts))
         ]
-        for _ in parallel(_pack_shard, tasks, workers, progress):
-            pass
+        if others := list(itertools.chain(*parallel(_pack_shard, tasks, workers, progress))):
+            folders.note(
+                f"{self.destination}: GIF, BMP or TIFF under the name of another type, which other programs "
+                f"may not read: {len(others)} ({shown(others)})"
+            )
         record = {"plan": plan, "complete": True} | self.summary(paths)
         if record["samples"] != len(self.origin.sizes):
             raise UserError(
@@ -508,10 +511,10 @@ def _read_folder(folder: Path, reading: Reading) -> tuple[list[tuple[str, int]],
     return images, classes, walk.ignored
 
 
-def _pack_shard(task: tuple[Path, Callable[[], Iterator[_Read]], int | None, int]) -> None:
+def _pack_shard(task: tuple[Path, Callable[[], Iterator[_Read]], int | None, int]) -> list[str]:
+    """Write a shard that is missing. Returns its images of types that have no extension in shards."""
     path, read, resize, quality = task
-    if not path.exists():
-        _write_shard(path, _shrunk(read(), resize, quality))
+    return [] if path.exists() else _write_shard(path, _shrunk(read(), resize, quality))
 
 
 def _shrunk(read: Iterable[_Read], resize: int | None, quality: int) -> Iterator[Sample]:
@@ -540,14 +543,17 @@ def _save_json(path: Path, content: dict) -> None:
     replace_text(path, json.dumps(content, indent=1))
 
 
-def _write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Write a shard and its index."""
+def _write_shard(path: Path, samples: Iterable[Sample]) -> list[str]:
+    """Write a shard and its index. Returns the names of its images that are GIF, BMP or TIFF."""
+    others = []
     with replacing(path) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for key, image, extension, label in samples:
             if extension not in IMAGE_EXTENSIONS or "." in key.rpartition("/")[2]:
                 raise UserError(
                     f"cannot pack '{key}.{extension}': use keys without a dot, images of {IMAGE_EXTENSIONS}"
                 )
+            if jpg_by_name(image):
+                others.append(f"{key}.{extension}")
             members = [(extension, image)]
             if label >= 0:
                 members.append(("cls", str(label).encode()))
@@ -556,3 +562,4 @@ def _write_shard(path: Path, samples: Iterable[Sample]) -> None:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     build_index(str(path))
+    return others

@@ -18,7 +18,7 @@ from indistill.data.remote import base_name
 from indistill.data.tar import Tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_BEGINNINGS = {b"\x89PNG": "png", b"RIFF": "webp"}  # of files
+_JPG_BY_NAME = (b"GIF8", b"BM", b"II*\0", b"MM\0*")  # beginnings of GIF, BMP and TIFF
 MOST_SHOWN = 5  # names in a message
 
 
@@ -28,7 +28,14 @@ def extension_of(image: bytes) -> str:
     Other types than those of IMAGE_EXTENSIONS are called jpg: readers find an image by its extension, and
     `decode` goes by the content.
     """
-    return _BEGINNINGS.get(image[:4], "jpg")
+    if image.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if image.startswith(b"RIFF") and image[8:12] == b"WEBP" else "jpg"
+
+
+def jpg_by_name(image: bytes) -> bool:
+    """Whether an image is a GIF, BMP or TIFF, for which a shard has no extension of its own."""
+    return image.startswith(_JPG_BY_NAME)
 
 
 # --- labels -------------------------------------------------------------------------------------------------

@@ -319,6 +319,7 @@ def _check_interface(net: TimmModel, name: str, *, side: int, image_size: int, r
     net.eval()
     try:
         logits = net(images)
+        finite = bool(logits.isfinite().all())
         with contextlib.suppress(RuntimeError, TypeError, AttributeError):
             features = net.forward_features(images)
             embedding = net.forward_head(features, pre_logits=True)
@@ -331,6 +332,11 @@ def _check_interface(net: TimmModel, name: str, *, side: int, image_size: int, r
         raise UserError(f"{role}: {name} cannot take {side} px images ({key}): {reason}") from None
     finally:
         net.train(training)
+    if not finite:
+        raise UserError(
+            f"{role}: the output of {name} for random pixels is not finite: its weights have diverged, or "
+            "are damaged: use others"
+        )
     if not same:
         raise UserError(
             f"{role}: the output of {name} is not its classifier on its embedding: use another variant"

@@ -139,14 +139,7 @@ class Checkpoints:
     def _candidates(self, choice: str) -> list[Path]:
         """The checkpoints that `--resume choice` allows, the preferred one first."""
         if choice not in ("auto", "never"):
-            try:
-                os.listdir(choice)
-            except (FileNotFoundError, NotADirectoryError):
-                raise UserError(
-                    f"--resume {choice}: no checkpoint there: give a directory called step-XXXXXXXX"
-                ) from None
-            except OSError as error:
-                raise UserError(f"--resume {choice}: cannot be read ({error.strerror}): mend that") from None
+            _check_named(choice)
             return [Path(choice)]
         saved = self.files.saved_checkpoints()
         if choice == "never" and saved:
@@ -437,6 +430,24 @@ def damaged(path: Path, *, hashes: bool = True) -> str | None:
         reason = in_one_line(error, 200)
         return f"{files.manifest.name} or a file that it names cannot be read: {reason}"
     return None
+
+
+def _check_named(choice: str) -> None:
+    """Check that `--resume choice` names a checkpoint, damaged or not. Raises UserError if it does not."""
+    path = Path(choice)
+    try:
+        names = os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"--resume {choice}: no checkpoint there: give a directory called step-XXXXXXXX"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--resume {choice}: cannot be read ({error.strerror}): mend that") from None
+    files = CheckpointDir(path)
+    if {files.manifest.name, files.state.name}.isdisjoint(names):
+        saved = RunDir(path).saved_checkpoints() or RunDir(path.parent).saved_checkpoints()
+        example = saved[-1] if saved else "step-XXXXXXXX"
+        raise UserError(f"--resume {choice}: is not a checkpoint itself: give one, such as {example}")
 
 
 def read_state(path: Path) -> State:

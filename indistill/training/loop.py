@@ -404,6 +404,12 @@ class Run:
             raise RuntimeError(f"the run has made {self.done} of {total} steps: call step() until `finished`")
         self.stop.close()
         self.checkpoints.close()
+        if self.log.skipped_steps >= self.done:  # the same on all ranks
+            raise UserError.of_all_ranks(
+                f"each of the {self.done} steps was skipped, as a loss or gradient was not finite, so that "
+                "nothing was trained: start in another run_dir, with a lower optimizer.lr or with "
+                "clip_grad_norm"
+            )
         network = self._scored_network()
         scores = self.scores or {}
         scores |= self._final_scores(network)

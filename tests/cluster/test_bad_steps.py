@@ -260,12 +260,26 @@ def test_the_count_is_in_the_checkpoint(short_tree):
     run_ranks(resume, 1, short_tree)
 
 
-def stopped(arguments: list[str], folder: str) -> None:
+def all_broken(arguments: list[str], folder: str) -> None:
+    stopped(arguments, folder, range(100))
+
+
+def stopped(arguments: list[str], folder: str, bad: range = range(5, 100)) -> None:
     import sys
 
-    break_steps("loss", 1, range(5, 100))
+    break_steps("loss", 1, bad)
     with open(f"{folder}/stderr-{os.environ['RANK']}", "w") as sys.stderr:
         main(arguments)
+
+
+def test_a_run_of_bad_steps_alone_has_no_result(short_tree, tmp_path):
+    short_tree |= {"warmup": None, "max_bad_steps": 1000}
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(short_tree))
+    run_ranks(all_broken, 2, ["train", str(path)], str(tmp_path), exit_code=2)
+    message = (tmp_path / "stderr-0").read_text()
+    assert "each of the 12 steps was skipped" in message
+    assert not (Path(short_tree["run_dir"]) / "student.safetensors").exists()
 
 
 def test_too_many_in_a_row_stop_the_run(short_tree, tmp_path):

@@ -99,6 +99,7 @@ def test_the_job_has_the_nodes_and_a_volume_for_local_data_alone(tmp_path):
     environment = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
     assert environment["PET_NNODES"] == "3"
     assert {volume["name"] for volume in pod["volumes"]} == {"runs", "data", "shm"}
+    assert {"name": "data", "mountPath": "/mnt/images"} in pod["containers"][0]["volumeMounts"]
     pod = job("remote", data="https://host/images")["template"]["spec"]
     assert {volume["name"] for volume in pod["volumes"]} == {"runs", "shm"}
     assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {"runs", "shm"}
@@ -115,6 +116,7 @@ def test_the_train_job_has_the_nodes_and_a_volume_for_local_data_alone(tmp_path)
     assert trainer["numNodes"] == 3
     assert trainer["args"][-1] == "data.root=/mnt/images"
     assert {volume["name"] for volume in pod["volumes"]} == {"runs", "data", "shm"}
+    assert {"name": "data", "mountPath": "/mnt/images"} in pod["containers"][0]["volumeMounts"]
     _, pod = specs("remote", data="https://host/images")
     assert {volume["name"] for volume in pod["volumes"]} == {"runs", "shm"}
     assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {"runs", "shm"}
@@ -134,6 +136,10 @@ def test_the_commands_name_both_forms_of_the_job(tmp_path):
         ({"partition": "gpu"}, "--partition is for --slurm"),
         ({"account": "a", "kubernetes": True}, "--account is for --slurm"),
         ({"data": "pipe:true"}, "data.root"),
+        (
+            {"data": "data/images", "kubernetes": True},
+            "--data data/images: a pod mounts a volume at an absolute path",
+        ),
         ({"data": "gopher://host/x"}, "gopher"),
         ({"data": "https://host/x?signature=1"}, "--data: has a password or a signature"),
         ({"data": "https://me:word@host/x"}, "--data: has a password or a signature"),

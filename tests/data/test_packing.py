@@ -138,6 +138,18 @@ def test_csv_sources(tmp_path):
         packing.pack_source(str(tmp_path / "texts"), tmp_path / "bad")
 
 
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
+def test_types_without_an_extension_in_shards_are_named(tmp_path, capsys, kind):
+    folder(tmp_path / "images")
+    for path in sorted(tmp_path.glob("images/*/*"))[:2]:
+        Image.open(path).convert("RGB").save(path, kind)
+    packed = packing.pack_source(str(tmp_path / "images"), tmp_path / "packed")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "GIF, BMP or TIFF under the name of another type" in line
+    assert ": 2 (" in line
+    assert packed["samples"] == len(list(ShardSet(packed["urls"], root=str(tmp_path / "packed")).iterate()))
+
+
 def of_images(tmp_path, folders, name="images"):
     """A folder with one image in each class folder. Returns {image: name of its class}."""
     content = {}

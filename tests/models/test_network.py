@@ -103,6 +103,18 @@ def test_a_head_that_is_not_one_linear_map_of_the_embedding(monkeypatch):
     )
 
 
+class Diverged(CNN32):
+    def forward(self, x):
+        return torch.nan * super().forward(x)
+
+
+def test_weights_that_have_diverged(monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: Diverged((8, 16, 32), 64))
+    assert "teacher: the output of cnn32_student for random pixels is not finite" in refusal(
+        "cnn32_student", 10, 32
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "size", "kwargs"),
     [

@@ -274,6 +274,15 @@ def test_resume_from_nowhere(tree):
         run(tree, resume="nowhere/step-00000003")
 
 
+def test_resume_from_a_folder_that_holds_checkpoints(finished, tmp_path):
+    tree, folder = finished
+    for choice in (folder, folder.parent):
+        with pytest.raises(UserError, match=rf"is not a checkpoint itself: .*{folder}/step-00000024"):
+            run(tree, resume=str(choice))
+    with pytest.raises(UserError, match="is not a checkpoint itself"):
+        run(tree, resume=str(tmp_path))
+
+
 def test_the_run_directory_of_another_config(finished):
     tree, _ = finished
     other = copy.deepcopy(tree)
