@@ -212,7 +212,8 @@ class Timetable:
         return steps
 
     def _check_schedules(self, settings: Config) -> tuple[str, ...]:
-        """Describe phases of the warm-up that are too short for the schedule that they inherit.
+        """Describe phases of the warm-up that are too short for the schedule that they inherit, and decays
+        after the end of their phase.
 
         Raises UserError for a phase that is too short for a schedule of its own, or KD for that of the run,
         and for a decay more often than each step.
@@ -223,6 +224,8 @@ class Timetable:
             length, rise = len(self.steps_of(phase)), self.steps(section.warmup)
             if section.name == "step" and self.steps(section.decay_every) < 1:
                 raise UserError(f"{key}.decay_every: {section.decay_every} is less than one step: raise it")
+            if key != "schedule" or not phase.pairs:
+                notes += self._late_decays(key, section, phase)
             if not 0 < length < rise:
                 continue
             problem = (
@@ -233,6 +236,18 @@ class Timetable:
                 raise UserError(f"{problem}: lower it, or make the phase longer")
             notes.append(f"{problem}: set warmup.schedule, such as {{name: constant}}")
         return tuple(notes)
+
+    def _late_decays(self, key: str, section: config.Schedule, phase: Phase) -> list[str]:
+        """Describe the decays of `multistep` that the longest form of a phase does not reach."""
+        starts_early = self.curriculum.order == "auto" and not phase.pairs  # it may, and then takes longer
+        length = self.total_steps if starts_early else len(self.steps_of(phase))
+        late = [str(time) for time in section.decay_at if self.steps(time) >= length]
+        if section.name != "multistep" or not late:
+            return []
+        return [
+            f"{key}.decay_at: {', '.join(late)}: from its start, the phase {phase.name} has {length} steps "
+            f"(an epoch has {self.steps_per_epoch}), so that the rate does not decay then: lower it"
+        ]
 
     def evaluate_at(self, step: int) -> bool:
         """Whether to evaluate after `step` completed steps: always after the last."""

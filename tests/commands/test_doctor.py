@@ -33,6 +33,7 @@ from indistill.commands.doctor.node import PREFETCH
 from indistill.commands.doctor.run import _look, merged, run, text
 from indistill.commands.plan import estimate
 from indistill.config import UserError
+from indistill.curriculum import Timetable
 from indistill.data import overlap, packing, shards, verify
 from indistill.data.dataset import open_shards
 from indistill.data.index import load_index
@@ -351,6 +352,24 @@ def test_a_phase_that_inherits_a_warmup_of_the_rate_which_it_cannot_end_is_shown
     assert capsys.readouterr().err.count(f"indistill: WARNING: {note}") == 1
     tree["warmup"]["schedule"] = {"name": "constant"}
     assert not [line for line in look(inputs.data_shards, tree) if "schedule" in line.what]
+
+
+def test_a_decay_that_its_phase_does_not_reach_is_shown(tree):
+    def notes(**keys):
+        settings = config.parse(tree | {"duration": "24 steps"} | keys, "test")
+        return Timetable.of(settings, 6, pairs=3).notes
+
+    warmup = {"durations": ["4 steps", "4 steps", "2 steps"]}
+    schedule = {"name": "multistep", "decay_at": ["13 steps", "14 steps", "95 percent"]}
+    note = "schedule.decay_at: 14 steps, 95 percent: from its start, the phase kd has 14 steps"
+    (found,) = notes(warmup=warmup, schedule=schedule)
+    assert found.startswith(note)
+    (found,) = notes(warmup=warmup, kd={"losses": [{"name": "ce"}], "schedule": schedule})
+    assert found.startswith(f"kd.{note}")
+    assert notes(warmup=None, schedule=schedule) == ()
+    assert notes(warmup=warmup | {"curriculum": "auto"}, schedule=schedule) == ()
+    assert len(notes(warmup=warmup | {"schedule": schedule, "curriculum": "sequential"})) == 3
+    assert notes(warmup=warmup, schedule=schedule | {"name": "cosine"}) == ()
 
 
 def test_durations_of_each_stage_are_checked(tree):
