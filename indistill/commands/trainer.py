@@ -138,10 +138,12 @@ class Trainer:
     def verify_targets(self, records: int) -> bool:
         """Recompute the stored targets of `records` random samples; prints those that differ.
 
-        Returns whether all agree.
+        Returns whether all agree. Raises ValueError for `records` below 1.
         """
         from indistill.commands.targets.verify import verify
 
+        if records < 1:
+            raise ValueError(f"verify_targets: records={records} would check nothing: give at least 1")
         results = []
         for called, one in self.settings.by_teacher.items():
             _print_teacher(called)

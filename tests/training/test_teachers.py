@@ -203,6 +203,8 @@ def test_stored_targets_give_the_same_run(several, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in files} == files  # none was computed again
     assert {path.name for path in (tmp_path / "t").iterdir()} == {"cnn32_auxiliary", "dino"}
     assert Trainer(stored).verify_targets(20)
+    with pytest.raises(ValueError, match="would check nothing"):
+        Trainer(stored).verify_targets(0)
     train(settings_of(stored))
     assert losses(stored["run_dir"]) == losses(live["run_dir"])
 
