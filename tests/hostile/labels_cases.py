@@ -24,6 +24,10 @@ def of_member(name: str, content: bytes, label: dict[str, Any], **data: Any) -> 
     return arguments
 
 
+def of_large_member(inputs: Inputs) -> list[str]:
+    return of_member("a.json", b'{"label": "' + b" " * 300_000_000, JSON)(inputs)
+
+
 def of_map(write: Callable[[str], None]) -> Callable[[Inputs], list[str]]:
     """Train with a class list of hostile content."""
 
@@ -81,7 +85,7 @@ CASES = [
     ),
     Case(
         "label: JSON of 300 MB",
-        of_member("a.json", b'{"label": "' + b" " * 300_000_000, JSON),
+        of_large_member,
         r"a\.json has more than 1048576 bytes, so it holds no label",
     ),
     Case(

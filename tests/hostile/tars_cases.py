@@ -57,9 +57,13 @@ def slow_pax() -> bytes:
     return extended(tarfile.XHDTYPE, b"1" * 2**20)
 
 
+def chain() -> bytes:
+    return b"".join(link(f"{i}.jpg", f"{i + 1}.jpg") for i in range(10_000)) + END
+
+
 PIXEL = header("a.jpg", 3) + b"jpg".ljust(512, b"\0")
 END = bytes(1024)
-TARS: dict[str, tuple[bytes, str]] = {
+TARS: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a sparse member": (sparse() + END, "sparse member"),
     "a sparse member by PAX": (pax("GNU.sparse.major", "1") + PIXEL + END, "sparse member"),
     "a sparse map without end": (
@@ -82,7 +86,7 @@ TARS: dict[str, tuple[bytes, str]] = {
         "MAX_NAME_BYTES",
     ),
     "a chain of 10,000 links": (
-        b"".join(link(f"{i}.jpg", f"{i + 1}.jpg") for i in range(10_000)) + END,
+        chain,
         "0.jpg is a link to 1.jpg, which is no file in this tar",
     ),
     "headers without a member": (pax("comment", "x") + END, "unexpected end of data"),
@@ -99,9 +103,9 @@ TARS: dict[str, tuple[bytes, str]] = {
 }
 
 
-def tar_file(content: bytes) -> Callable[[Inputs], list[str]]:
+def tar_file(content: bytes | Callable[[], bytes]) -> Callable[[Inputs], list[str]]:
     def arguments(inputs: Inputs) -> list[str]:
-        (inputs.folder / "x.tar").write_bytes(content)
+        (inputs.folder / "x.tar").write_bytes(content() if callable(content) else content)
         return ["shards", "index", str(inputs.folder / "x.tar")]
 
     return arguments
