@@ -215,7 +215,7 @@ def short_tree(tree):
     ("kind", "world", "rank", "precision", "accumulation"),
     [
         ("gradient", 1, 0, "bf16", 2),
-        ("image", 2, 0, "no", 1),
+        pytest.param("image", 2, 0, "no", 1, marks=pytest.mark.slow),
         ("loss", 2, 1, "bf16", 2),
         pytest.param("loss", 1, 0, "no", 1, marks=pytest.mark.slow),
     ],
@@ -306,7 +306,11 @@ def test_too_many_in_a_row_stop_the_run(short_tree, tmp_path):
 )
 @pytest.mark.parametrize(
     ("stage", "kind", "accumulation"),
-    [pytest.param(2, "loss", 2, marks=pytest.mark.slow), (3, "loss", 2), (2, "image", 1)],
+    [
+        pytest.param(2, "loss", 2, marks=pytest.mark.slow),
+        pytest.param(3, "loss", 2, marks=pytest.mark.slow),
+        (2, "image", 1),
+    ],
 )
 def test_under_zero(short_tree, tmp_path, stage, kind, accumulation):
     """Check the states that run_broken records on each rank, and compare the losses with DDP."""

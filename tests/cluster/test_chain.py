@@ -70,6 +70,7 @@ def test_two_ranks_train_a_chain_and_go_on_with_it(chain, tmp_path):
     assert all(torch.equal(again[key], weights[key]) for key in weights)
 
 
+@pytest.mark.slow
 def test_a_chain_under_torchrun(chain, tmp_path):
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(unused_port())]
     result = subprocess.run(

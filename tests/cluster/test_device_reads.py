@@ -155,7 +155,7 @@ def test_a_step_without_a_line_reads_nothing(busy_tree, tmp_path, name):
     assert not found, found[0]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_an_engine_reads_nothing_between_lines(busy_tree, stage):
     """Stage 0 is DDP. DeepSpeed's optimizers read norms in their own step, and nothing else is read."""
     if stage:

@@ -50,13 +50,14 @@ STUDENTS = {"students": [{"name": "one"}, {"name": "two"}], "student_groups": "d
     ("keys", "world", "used"),
     [
         ({}, 3, 2),
-        ({"grad_accumulation": 8}, 5, 4),  # micro-batches of one image
-        (
+        pytest.param({"grad_accumulation": 8}, 5, 4, marks=pytest.mark.slow),  # micro-batches of one image
+        pytest.param(
             {"kd": {"losses": [{"name": "kd"}], "mix": {"mixup": 0.2}}, "grad_accumulation": 8},
             4,
             2,
+            marks=pytest.mark.slow,
         ),  # of pairs
-        (STUDENTS, 3, 2),  # one for each student
+        pytest.param(STUDENTS, 3, 2, marks=pytest.mark.slow),  # one for each student
     ],
 )
 def test_ranks_that_the_batch_cannot_use_wait_and_succeed(elastic_tree, tmp_path, keys, world, used):
@@ -148,6 +149,7 @@ def leader(running: list[subprocess.Popen], held: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_the_rest_go_on_without_a_lost_node_and_take_it_back(elastic_tree, tmp_path):
     config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
     config.write_text(json.dumps(elastic_tree))

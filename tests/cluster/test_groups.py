@@ -120,7 +120,12 @@ def plainly(function: Callable, *arguments: Any) -> None:
 
 @pytest.mark.portable
 @pytest.mark.parametrize(
-    ("size", "precision"), [pytest.param(1, "no", marks=pytest.mark.slow), (2, "no"), (1, "bf16")]
+    ("size", "precision"),
+    [
+        pytest.param(1, "no", marks=pytest.mark.slow),
+        (2, "no"),
+        pytest.param(1, "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_each_student_is_what_it_would_be_alone(path, tmp_path, size, precision):
     """On 2 groups of `size` ranks. The last bits of a convolution depend on the size of its batch."""

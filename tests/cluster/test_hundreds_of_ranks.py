@@ -192,7 +192,7 @@ def test_a_run_under_ddp_goes_on_with_one_rank(small_tree, tmp_path):
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_zero_gives_each_rank_its_share(small_tree, tmp_path, stage):
     small_tree["engine"] = {"name": "deepspeed", "stage": stage}
     planned = estimate.of_run(config.parse(small_tree, "test"), WORLD).memory[f"ZeRO {stage}"]

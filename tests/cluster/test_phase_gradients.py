@@ -67,9 +67,10 @@ def run_and_record(tree: dict[str, Any], folder: str) -> None:
     ("world", "changes"),
     [
         (2, {"grad_accumulation": 2}),
-        (
+        pytest.param(
             4,
             {"mixed_precision": "bf16", "warmup": {"durations": ["3 steps"] * 3, "curriculum": "cumulative"}},
+            marks=pytest.mark.slow,
         ),
         (
             2,
@@ -126,7 +127,7 @@ RESNET = {
     "changes",
     [
         {"grad_accumulation": 2, "clip_grad_norm": 1.0},
-        RESNET,
+        pytest.param(RESNET, marks=pytest.mark.slow),
         {"warmup": None, "kd": {"losses": [{"name": "pkt"}]}, "mixed_precision": "bf16"},
     ],
 )
@@ -149,9 +150,9 @@ def test_two_ranks_do_the_run_of_a_search_for_unused_parameters(tree, tmp_path, 
 @pytest.mark.parametrize(
     ("world", "warmup"),
     [
-        pytest.param(2, {"durations": ["3 steps"] * 3}, marks=pytest.mark.slow),
-        (4, {"durations": ["3 steps"] * 3}),
-        (4, None),
+        (2, {"durations": ["3 steps"] * 3}),
+        pytest.param(4, {"durations": ["3 steps"] * 3}, marks=pytest.mark.slow),
+        pytest.param(4, None, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_in_every_phase(tree, tmp_path, world, warmup):

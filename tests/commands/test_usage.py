@@ -94,7 +94,7 @@ def test_an_unknown_word_prints_the_commands_usage_and_the_nearest(capsys, argum
     assert message in lines[-1]
 
 
-@pytest.mark.parametrize("kind", ["plan", "help", "completion"])
+@pytest.mark.parametrize("kind", [pytest.param("plan", marks=pytest.mark.slow), "help", "completion"])
 def test_a_reader_that_ended_first_ends_the_command_in_silence(config_file, kind):
     """As in `indistill plan CONFIG | head -1`."""
     arguments = {

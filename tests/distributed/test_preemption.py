@@ -110,7 +110,7 @@ def evaluated_tree(tree):
     return tree
 
 
-@pytest.mark.parametrize("world", [None, 2])
+@pytest.mark.parametrize("world", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_a_run_stopped_everywhere_is_the_run_that_never_stopped(evaluated_tree, tmp_path, world):
     """In the warm-up, at the end of a phase, in an evaluation of the warm-up, in KD, in the last evaluation.
 

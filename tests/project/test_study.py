@@ -411,9 +411,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     "path",
     # Those that are left out are as imagenette_cnn and cifar10_heads, with other networks.
     [
-        pytest.param(
-            path, marks=() if path.stem in ("cifar10_retrieval", "cifar10_heads") else pytest.mark.slow
-        )
+        pytest.param(path, marks=() if path.stem == "cifar10_heads" else pytest.mark.slow)
         for path in STUDIES
         if path.stem not in ("imagenette_vit", "tinyimagenet_heads")
     ],

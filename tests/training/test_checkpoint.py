@@ -353,7 +353,7 @@ def limit_files(tree: dict[str, Any], bytes_per_file: int, first: int, last: int
         main(["train", tree["config"]])
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_is_told_and_costs_no_run(tree, tmp_path, world):
     """Nothing more can be written, then a few bytes, then all: the run goes on, and its record is whole."""
     tree["checkpoint"] = {"every_steps": 3, "keep_last": 9}

@@ -151,7 +151,7 @@ def compiled(tree: dict[str, Any], backend: str) -> None:
     (Path(tree["run_dir"]) / "dynamo.json").write_text(json.dumps(stats))
 
 
-@pytest.mark.parametrize("world", [pytest.param(None, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_network_is_compiled_once_for_each_phase(tree, tmp_path, world):
     """A graph serves all steps of its phase, also after evaluations, which are not compiled."""
     tree |= {"evaluate": {"every": "3 steps"}, "ema": {"decay": 0.9}}
