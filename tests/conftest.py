@@ -270,7 +270,7 @@ def run_ranks(function: Callable, world: int | None, *arguments: Any, exit_code:
     """Run `function(*arguments)` on `world` ranks and require that all of them end with `exit_code`."""
     processes = start_ranks(function, world, *arguments)
     for process in processes:
-        process.join(timeout=300)
+        process.join(timeout=900)  # compilers take minutes on a busy machine
     codes = [process.exitcode for process in processes]
     for process in processes:
         if process.is_alive():

@@ -61,8 +61,7 @@ def test_two_ranks_train_the_same_and_resume_without_it(recipe, tmp_path):
     assert_same(recipe, plain)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.slow
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_trains_the_same(recipe, tmp_path, stage):
     path = tmp_path / "zero.json"
     section = {"stage": stage}

@@ -149,7 +149,6 @@ def leader(running: list[subprocess.Popen], held: Path) -> subprocess.Popen:
     )
 
 
-@pytest.mark.slow
 def test_the_rest_go_on_without_a_lost_node_and_take_it_back(elastic_tree, tmp_path):
     config, run_dir = tmp_path / "config.yaml", Path(elastic_tree["run_dir"])
     config.write_text(json.dumps(elastic_tree))

@@ -114,7 +114,6 @@ def write_targets(tree: dict[str, Any]) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [3])  # its weights are partitioned, too
 @pytest.mark.parametrize("several", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.slow
 def test_zero_has_the_losses_of_ddp_and_resumes_on_another_number(
     headless, tmp_path, monkeypatch, stage, several
 ):

@@ -97,7 +97,7 @@ def train(path: Path, run_dir: Path) -> None:
     ("launcher", "world", "to_group", "students"),
     [
         ([], 1, True, None),
-        pytest.param(TORCHRUN, 2, True, "disjoint", marks=pytest.mark.slow),
+        (TORCHRUN, 2, True, "disjoint"),
         pytest.param(ACCELERATE, 2, False, "equal", marks=pytest.mark.slow),
     ],
     ids=["alone", "torchrun", "accelerate"],

@@ -52,7 +52,6 @@ def test_two_processes(tree, tmp_path: Path, launcher: str):
     assert (summary["world_size"], summary["step"]) == (2, 15)
 
 
-@pytest.mark.slow
 def test_targets_by_accelerate_launch(tree, tmp_path: Path):
     path = tmp_path / "config.yaml"
     overrides = ["data.augment.views=2", f"targets={{source: cached, dir: {tmp_path}/t}}"]
@@ -79,7 +78,6 @@ told = [summary["world_size"], summary["metrics"], scores, trainer.verify_target
 """
 
 
-@pytest.mark.slow
 def test_a_program_calls_one_command_after_the_other(tree, tmp_path: Path):
     path, program = tmp_path / "config.yaml", tmp_path / "program.py"
     path.write_text(json.dumps(tree))
@@ -102,7 +100,6 @@ def test_a_program_calls_one_command_after_the_other(tree, tmp_path: Path):
             assert "top1" in of_call
 
 
-@pytest.mark.slow
 def test_torchrun_tells_of_a_mistake_by_its_exit_code(tree, tmp_path: Path):
     """The exit code tells a scheduler not to start the run again."""
     path = tmp_path / "config.yaml"

@@ -150,8 +150,8 @@ def test_two_ranks_do_the_run_of_a_search_for_unused_parameters(tree, tmp_path, 
 @pytest.mark.parametrize(
     ("world", "warmup"),
     [
-        (2, {"durations": ["3 steps"] * 3}),
-        pytest.param(4, {"durations": ["3 steps"] * 3}, marks=pytest.mark.slow),
+        pytest.param(2, {"durations": ["3 steps"] * 3}, marks=pytest.mark.slow),
+        (4, {"durations": ["3 steps"] * 3}),
         pytest.param(4, None, marks=pytest.mark.slow),
     ],
 )

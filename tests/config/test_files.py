@@ -104,7 +104,7 @@ def test_two_processes_that_write_one_file_leave_one_whole_content(tmp_path):
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(3)
     writers = [
-        context.Process(target=write_often, args=(tmp_path / "file", letter, start, 5)) for letter in "ab"
+        context.Process(target=write_often, args=(tmp_path / "file", letter, start, 20)) for letter in "ab"
     ]
     for writer in writers:
         writer.start()

@@ -40,7 +40,6 @@ def test_braces_that_do_not_match_are_refused(pattern):
         expand_braces(pattern)
 
 
-@pytest.mark.slow
 def test_a_list_of_shards_is_limited_as_a_whole(tmp_path):
     some = [f"http://host/{i}-{{0..999999}}.tar" for i in range(3)]
     with pytest.raises(UserError, match=f"more than {MAX_SHARDS:,}"):

@@ -121,8 +121,7 @@ def accelerator():
 def with_and_without_warmup():
     """Each config, and again without its warm-up; where its networks are large, that is slow."""
     for path in CONFIGS:
-        marks = pytest.mark.slow if path.stem.startswith(("clip", "dinov3", "imagenet_deit")) else ()
-        yield pytest.param(path, True, id=f"{path.stem}-as-it-is", marks=marks)
+        yield pytest.param(path, True, id=f"{path.stem}-as-it-is")
         if any(settings.warmup for _, settings in runs.load(path)):
             marks = pytest.mark.slow if SAMPLES[path.stem.split("_")[0]] > 100_000 else ()
             yield pytest.param(path, False, id=f"{path.stem}-warmup-null", marks=marks)

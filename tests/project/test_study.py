@@ -131,11 +131,14 @@ def test_a_method_with_and_without_warmup_differs_in_nothing_else():
     for name in ("cnn", "vit"):
         _, runs = plan(BENCHMARKS / "studies" / f"imagenette_{name}.yaml")
         found = {run.method: settings(run).model_dump() for run in runs if run.seed == 0}
-        for method, curriculum in (
-            ("kd", "warmup"),
-            *((name, "all_at_once") for name in ("dist", "dkd", "hint")),
-        ):
-            with_warmup = found[f"{method}_{curriculum}"]
+        pairs = {
+            "kd": "kd_warmup",
+            "dist": "dist_all_at_once",
+            "dkd": "dkd_all_at_once",
+            "hint": "hint_all_at_once",
+        }
+        for method, prepared in pairs.items():
+            with_warmup = found[prepared]
             assert with_warmup["warmup"] is not None
             assert {**with_warmup, "warmup": None, "run_dir": None} == {**found[method], "run_dir": None}
 

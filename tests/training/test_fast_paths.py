@@ -151,7 +151,7 @@ def compiled(tree: dict[str, Any], backend: str) -> None:
     (Path(tree["run_dir"]) / "dynamo.json").write_text(json.dumps(stats))
 
 
-@pytest.mark.parametrize("world", [None, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_each_network_is_compiled_once_for_each_phase(tree, tmp_path, world):
     """A graph serves all steps of its phase, also after evaluations, which are not compiled."""
     tree |= {"evaluate": {"every": "3 steps"}, "ema": {"decay": 0.9}}
@@ -164,21 +164,32 @@ def test_each_network_is_compiled_once_for_each_phase(tree, tmp_path, world):
     assert losses(tree["run_dir"]) == pytest.approx(losses(plain["run_dir"]), rel=LOGGED)
 
 
-@pytest.mark.slow  # it compiles some twenty C++ programs
 @pytest.mark.portable
-def test_a_compiled_run_follows_the_plain_one(tree, tmp_path):
+@pytest.mark.parametrize(
+    ("warmup", "graphs"),
+    [
+        (None, 2),
+        # Twice as many C++ programs to compile.
+        pytest.param(
+            {"curriculum": "sequential", "pairs": [[1, 1]], "durations": ["6 steps"]},
+            4,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_compiled_run_follows_the_plain_one(tree, tmp_path, warmup, graphs):
     """As close as runs whose weights are off by one rounding to bf16: a fused kernel rounds less often."""
     tree["student"] = {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [8, 8, 16, 24]}}
     tree["teacher"] |= {"name": "resnet10t", "kwargs": {**SMOOTH, "channels": [16, 16, 24, 32]}}
     tree |= {
-        "warmup": {"curriculum": "sequential", "pairs": [[1, 1]], "durations": ["6 steps"]},
+        "warmup": warmup,
         "duration": "12 steps",
         "mixed_precision": "bf16",
     }
     plain = {**tree, "run_dir": str(tmp_path / "plain")}
     run_ranks(run, None, plain)
     run_ranks(compiled, None, tree | {"compile": True}, "inductor")
-    assert json.loads((Path(tree["run_dir"]) / "dynamo.json").read_text()) == {"graphs": 4, "breaks": 0}
+    assert json.loads((Path(tree["run_dir"]) / "dynamo.json").read_text()) == {"graphs": graphs, "breaks": 0}
     run_ranks(run_moved, None, run, plain, BF16 / 2)
     ours, expected = losses(tree["run_dir"]), losses(plain["run_dir"])
     assert_rounding_explains(ours, expected, strayed(losses, plain["run_dir"]))
