@@ -239,10 +239,12 @@ class Timetable:
 
     def _late_decays(self, key: str, section: config.Schedule, phase: Phase) -> list[str]:
         """Describe the decays of `multistep` that the longest form of a phase does not reach."""
+        if section.name != "multistep":
+            return []
         starts_early = self.curriculum.order == "auto" and not phase.pairs  # it may, and then takes longer
         length = self.total_steps if starts_early else len(self.steps_of(phase))
         late = [str(time) for time in section.decay_at if self.steps(time) >= length]
-        if section.name != "multistep" or not late:
+        if not late:
             return []
         return [
             f"{key}.decay_at: {', '.join(late)}: from its start, the phase {phase.name} has {length} steps "

@@ -27,7 +27,7 @@ from indistill.data.decode import BadImage, decode
 from indistill.data.index import build_index, load_index
 from indistill.data.labels import Classes
 from indistill.data.lists import label_in
-from indistill.data.samples import IMAGE_EXTENSIONS, extension_of, jpg_by_name, shown
+from indistill.data.samples import IMAGE_EXTENSIONS, extension_of, shown, without_extension
 from indistill.data.shards import ShardSet
 from indistill.data.tar import BLOCK
 from indistill.data.urls import is_remote
@@ -552,7 +552,7 @@ def _write_shard(path: Path, samples: Iterable[Sample]) -> list[str]:
                 raise UserError(
                     f"cannot pack '{key}.{extension}': use keys without a dot, images of {IMAGE_EXTENSIONS}"
                 )
-            if jpg_by_name(image):
+            if without_extension(image):
                 others.append(f"{key}.{extension}")
             members = [(extension, image)]
             if label >= 0:

@@ -18,7 +18,7 @@ from indistill.data.remote import base_name
 from indistill.data.tar import Tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_JPG_BY_NAME = (b"GIF8", b"BM", b"II*\0", b"MM\0*")  # beginnings of GIF, BMP and TIFF
+_WITHOUT_EXTENSION = (b"GIF8", b"BM", b"II*\0", b"MM\0*")  # beginnings of GIF, BMP and TIFF
 MOST_SHOWN = 5  # names in a message
 
 
@@ -33,9 +33,9 @@ def extension_of(image: bytes) -> str:
     return "webp" if image.startswith(b"RIFF") and image[8:12] == b"WEBP" else "jpg"
 
 
-def jpg_by_name(image: bytes) -> bool:
+def without_extension(image: bytes) -> bool:
     """Whether an image is a GIF, BMP or TIFF, for which a shard has no extension of its own."""
-    return image.startswith(_JPG_BY_NAME)
+    return image.startswith(_WITHOUT_EXTENSION)
 
 
 # --- labels -------------------------------------------------------------------------------------------------
